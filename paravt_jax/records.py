@@ -1,0 +1,215 @@
+"""The words of the project as typed, frozen records.
+
+Host-side records hold numpy arrays. Device-side records (`VisionFeatures`,
+`KVCache`, `LearnerBatch`) are pytrees of jax arrays.
+
+Axis legend, used in every shape of the project:
+    b rows of a batch     t tokens              d model width
+    n query heads         k key/value heads     h head width
+    f frames              p patches of a frame  c values of a flattened patch
+    v vision tokens       s cache slots         l layers
+    g rollouts of a group
+"""
+
+from __future__ import annotations
+
+import enum
+from typing import Any
+
+import chex
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+import dataclasses
+
+
+class StopReason(enum.StrEnum):
+    """Why a generated turn ended."""
+
+    END = "end"
+    """The model emitted an end-of-turn token."""
+    LENGTH = "length"
+    """The turn used up its token budget."""
+
+
+class QuestionType(enum.StrEnum):
+    """How an answer is judged; the values are those of ParaVT-Parquet's `question_type`."""
+
+    OPEN = "oe"
+    CHOICE = "mcq"
+    GROUNDING = "tvg"
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoRef:
+    """A video file that a row owns. Tools read this file and no other."""
+
+    path: str
+    """Absolute path on this machine."""
+    duration: float
+    """Length in seconds."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One question about one video."""
+
+    row_id: str
+    """Unique within its data set; seeds of this row are derived from it."""
+    video: VideoRef
+    question: str
+    """The text put to the agent, options included."""
+    answer: str
+    """Ground truth: words, an option letter, or `start, end` in seconds."""
+    question_type: str = QuestionType.OPEN
+
+
+@dataclasses.dataclass(frozen=True)
+class Frames:
+    """Decoded frames of one video or one crop."""
+
+    pixels: np.ndarray
+    """uint8 `[f, height, width, 3]`, RGB."""
+    times: np.ndarray
+    """float64 `[f]`, seconds from the beginning of the whole video, also for a crop."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Patches:
+    """Frames as the vision tower takes them; every frame padded to the same number of patches."""
+
+    values: np.ndarray
+    """float32 `[f, p, c]`, normalised, in merge-block order; zeros beyond a frame's own patches."""
+    grids: np.ndarray
+    """int32 `[f, 2]`: rows and columns of patches of each frame (0, 0 for a padding frame)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Prompt:
+    """A rendered prompt: what the model reads before its first generated token."""
+
+    tokens: np.ndarray
+    """int32 `[t]`."""
+    positions: np.ndarray
+    """int32 `[t, 3]`: temporal, height and width position of each token (M-RoPE)."""
+    vision_index: np.ndarray
+    """int32 `[t]`: which vision token stands here (frame-major, counted over the padded
+    `f * p / merge**2` tokens of `patches`), or -1 for text."""
+    patches: Patches | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolCall:
+    """One call as parsed from a turn. A call that could not be parsed carries `error`."""
+
+    name: str
+    arguments: dict[str, Any]
+    error: str | None = None
+    """What is wrong with the call, in words for the model; None for a well-formed call."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Turn:
+    """One assistant turn: a forced prefix, then generated tokens."""
+
+    prefix: np.ndarray
+    """int32 `[t0]`: tokens that we put at the head of the turn (`<think>` when forced). Part of
+    the scored text, not generated."""
+    tokens: np.ndarray
+    """int32 `[t1]`: the generated tokens, the end-of-turn token included if there was one."""
+    log_probs: np.ndarray
+    """float32 `[t1]`: log-probability of each generated token under the tempered, untruncated
+    distribution that it was drawn from."""
+    stop_reason: StopReason
+    calls: tuple[ToolCall, ...] = ()
+    """Tool calls of this turn, in order, malformed ones included."""
+    executed: int = 0
+    """How many of `calls` ran to a result."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Trajectory:
+    """One rollout: the token stream exactly as the sampler saw it, and what came of it."""
+
+    prompt: Prompt
+    tokens: np.ndarray
+    """int32 `[t]`: everything after the prompt: prefixes, generated tokens, tool responses."""
+    generated: np.ndarray
+    """bool `[t]`: True where the policy generated the token (those are trained)."""
+    log_probs: np.ndarray
+    """float32 `[t]`: sampler's log-probability where `generated`, 0 elsewhere."""
+    turns: tuple[Turn, ...]
+    scored_text: str
+    """Assistant text of all turns, forced prefixes included, tool responses excluded."""
+    full_text: str
+    """Everything after the prompt as text, for people."""
+    subagents: tuple["Trajectory", ...] = ()
+    """Sub-agent rollouts, in call order."""
+    policy_version: int = 0
+    """Optimiser step of the weights that sampled this."""
+    rewards: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Reward by term; `total` is the one that trains."""
+
+    @property
+    def calls(self) -> int:
+        """Tool calls made, malformed ones included."""
+        return sum(len(turn.calls) for turn in self.turns)
+
+    @property
+    def executed(self) -> int:
+        """Tool calls that ran to a result."""
+        return sum(turn.executed for turn in self.turns)
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutGroup:
+    """One prompt and its rollouts, which share row, frames and frame budget."""
+
+    row: Row
+    frame_budget: int
+    """K: how many overview frames the prompt shows."""
+    trajectories: tuple[Trajectory, ...]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class VisionFeatures:
+    """Output of the vision tower for a batch of prompts."""
+
+    tokens: Float[Array, "b v d"]
+    deepstack: Float[Array, "b e v d"]
+    """One addend per DeepStack layer (`e` of them), for the first `e` language layers."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class KVCache:
+    """Live keys and values; each row is filled from slot 0 without holes."""
+
+    keys: Float[Array, "l b s k h"]
+    values: Float[Array, "l b s k h"]
+    lengths: Int[Array, "b"]
+    """Filled slots of each row."""
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class LearnerBatch:
+    """Token streams as the learner takes them: `b` rows in `b / g` groups of `g` neighbours.
+
+    Rows are right-padded. Vision comes once per group, either as patches (the tower runs
+    in the loss) or as features (it ran before, its weights do not train).
+    """
+
+    tokens: Int[Array, "b t"]
+    positions: Int[Array, "b t 3"]
+    vision_index: Int[Array, "b t"]
+    lengths: Int[Array, "b"]
+    loss_weights: Float[Array, "b t"]
+    """Weight of predicting the token at this index from those before it; 0 where not trained."""
+    behaviour_log_probs: Float[Array, "b t"]
+    """Sampler's log-probability of the token at this index (0 where not generated)."""
+    advantages: Float[Array, "b t"]
+    patches: Float[Array, "groups f p c"] | None
+    grids: Int[Array, "groups f 2"] | None
+    features: VisionFeatures | None
+
+
+TokenMask = Bool[Array, "b t"]
