@@ -99,6 +99,17 @@ class Prompt:
 
 
 @dataclasses.dataclass(frozen=True)
+class Example:
+    """One supervised example: a prompt and the tokens to learn after it."""
+
+    prompt: Prompt
+    tokens: np.ndarray
+    """int32 `[t]`: everything after the prompt, tool responses included."""
+    weights: np.ndarray
+    """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ToolCall:
     """One call as parsed from a turn. A call that could not be parsed carries `error`."""
 
