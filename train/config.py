@@ -1,0 +1,285 @@
+"""The complete configuration of a run, and `--set key=value` on it.
+
+A recipe is a function that returns a complete `Config`. Sections that configure one
+class live beside that class (`AgentConfig`, `RewardRules`, `ObjectiveConfig`); this
+module adds what only the trainer knows and checks what crosses sections.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import types
+import typing
+from typing import Any
+
+from paravt_jax.advantages import AdvantageConfig
+from paravt_jax.objectives import ObjectiveConfig
+from paravt_jax.rewards import RewardRules
+from rollout.agent import AgentConfig
+
+
+class Stage(enum.StrEnum):
+    """What a run does."""
+
+    SFT = "sft"
+    """Supervised cold start."""
+    RL = "rl"
+    """Reinforcement learning with rollouts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Which weights, in which precision."""
+
+    folder: str | None = None
+    """Hugging Face folder to start from; None starts the needle model from random weights."""
+    compute_dtype: str = "float32"
+    """Precision of matrix products: `float32` or `bfloat16`. Norms, softmax and logits are float32."""
+    train_vision: bool = False
+    """Whether the vision tower trains. In RL it does not: its features are computed once."""
+    remat: bool = False
+    """Recompute each layer in the backward pass to save memory."""
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which questions, and how their videos are shown."""
+
+    path: str | None = None
+    """Folder or CSV/JSONL file of questions about videos; None makes the needle world."""
+    frame_budgets: tuple[int, ...] = (4, 8, 16, 32, 64)
+    """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
+    frames_as: str = "image"
+    """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
+    crop_fps: float = 1.0
+    """Frames per second of a crop."""
+    crop_frames: int = 16
+    """At most this many frames in a crop."""
+    min_pixels: int = 784
+    max_pixels: int = 50176
+    """Least and most pixels of a frame after resizing."""
+    question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
+    """Which kinds of question to train and evaluate on."""
+    train_videos: int = 2000
+    """Videos of the needle world to train on."""
+    held_out_videos: int = 256
+    """Videos of the needle world that are only evaluated on."""
+    cache_dir: str = "data"
+    """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Optax optimiser. Master weights and moments are float32."""
+
+    name: str = "adamw"
+    """`adamw`, or `muon` for matrices with AdamW for the rest."""
+    learning_rate: float = 2e-6
+    warmup_steps: int = 0
+    decay: str = "constant"
+    """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
+    final_fraction: float = 0.0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+
+
+@dataclasses.dataclass(frozen=True)
+class RlSettings:
+    """Size of one RL step."""
+
+    prompts_per_step: int = 7
+    """Prompts of one optimiser step."""
+    group_size: int = 8
+    """Rollouts per prompt (G)."""
+    micro_groups: int = 1
+    """Groups per gradient micro-batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SftPhase:
+    """A stretch of supervised steps with one mix of tasks."""
+
+    steps: int
+    rows: dict[str, int]
+    """Examples of each task in one step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSettings:
+    """The supervised cold start."""
+
+    phases: tuple[SftPhase, ...] = ()
+    micro_rows: int = 8
+    """Examples per gradient micro-batch."""
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The before/after table."""
+
+    rows: int = 0
+    """Held-out questions; 0 skips the evaluation."""
+    batch: int = 128
+    """Rollouts at once."""
+    frame_budget: int = 4
+    """K of every evaluation prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings:
+    """What a run leaves in its workdir."""
+
+    checkpoint_every: int = 0
+    """Steps between checkpoints; 0 writes only the last one."""
+    keep_checkpoints: int = 2
+    rollouts: bool = True
+    """Write `rollouts/*.jsonl`."""
+    export_hf: bool = True
+    """Write `hf/` at the end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that decides a run."""
+
+    recipe: str
+    stage: Stage
+    steps: int
+    """Optimiser steps. In the `sft` stage: the sum over its phases."""
+    seed: int = 0
+    mesh: str | None = None
+    """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
+    model: ModelSettings = ModelSettings()
+    data: DataSettings = DataSettings()
+    agent: AgentConfig = AgentConfig()
+    rewards: RewardRules = RewardRules()
+    advantages: AdvantageConfig = AdvantageConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    rl: RlSettings = RlSettings()
+    sft: SftSettings = SftSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    output: OutputSettings = OutputSettings()
+
+    def __post_init__(self) -> None:
+        for check in (_check_ranges, _check_choices, _check_cross):
+            check(self)
+
+
+def _check_ranges(config: Config) -> None:
+    positive = {
+        "--steps": config.steps,
+        "rl.prompts_per_step": config.rl.prompts_per_step,
+        "rl.micro_groups": config.rl.micro_groups,
+        "evaluation.batch": config.evaluation.batch,
+        "data.crop_frames": config.data.crop_frames,
+    }
+    for name, value in positive.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if config.optimizer.learning_rate <= 0:
+        raise ValueError(
+            f"optimizer.learning_rate must be above 0, got {config.optimizer.learning_rate}"
+        )
+
+
+def _check_choices(config: Config) -> None:
+    choices = {
+        "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
+        "data.frames_as": (config.data.frames_as, ("image", "video")),
+        "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
+        "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+def _check_cross(config: Config) -> None:
+    budgets = config.data.frame_budgets
+    if not budgets or min(budgets) < 1:
+        raise ValueError(f"data.frame_budgets must list positive frame counts, got {budgets}")
+    if config.stage is Stage.RL:
+        _check_rl(config)
+    elif not config.sft.phases:
+        raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+
+
+def _check_rl(config: Config) -> None:
+    if config.rl.group_size < 2:
+        raise ValueError(
+            f"rl.group_size={config.rl.group_size} gives every rollout a zero advantage; "
+            "set it to 2 or more"
+        )
+    if config.rl.prompts_per_step % config.rl.micro_groups:
+        raise ValueError(
+            f"rl.prompts_per_step={config.rl.prompts_per_step} is not a multiple of "
+            f"rl.micro_groups={config.rl.micro_groups}; choose a divisor"
+        )
+    if config.model.train_vision:
+        raise ValueError(
+            "model.train_vision=true has no effect in the rl stage, where vision features are "
+            "computed once per prompt; set it to false"
+        )
+
+
+def override(config: Config, assignments: list[str]) -> Config:
+    """Apply `key=value` assignments with dotted keys, e.g. `optimizer.learning_rate=1e-4`.
+
+    Raises:
+      ValueError: unknown key (with the keys that exist there) or a value of the wrong type.
+    """
+    for assignment in assignments:
+        key, found, value = assignment.partition("=")
+        if not found:
+            raise ValueError(f"--set {assignment!r} is not of the form key=value")
+        config = _set(config, key.split("."), value, key)
+    return config
+
+
+def _set(section: Any, path: list[str], text: str, key: str) -> Any:
+    names = [field.name for field in dataclasses.fields(section)]
+    if path[0] not in names:
+        raise ValueError(f"--set {key}: no such key; known here: {', '.join(names)}")
+    current = getattr(section, path[0])
+    if len(path) > 1:
+        if not dataclasses.is_dataclass(current):
+            raise ValueError(f"--set {key}: {path[0]} has no keys of its own")
+        return dataclasses.replace(section, **{path[0]: _set(current, path[1:], text, key)})
+    if dataclasses.is_dataclass(current):
+        inner = ", ".join(field.name for field in dataclasses.fields(current))
+        raise ValueError(f"--set {key} is a section; set one of its keys: {inner}")
+    kind = typing.get_type_hints(type(section))[path[0]]
+    return dataclasses.replace(section, **{path[0]: _parse(text, kind, key)})
+
+
+def _parse(text: str, kind: Any, key: str) -> Any:
+    try:
+        return _parse_as(text, kind)
+    except (ValueError, TypeError, KeyError) as error:
+        name = getattr(kind, "__name__", str(kind))
+        raise ValueError(f"--set {key}={text}: expected {name}") from error
+
+
+def _parse_as(text: str, kind: Any) -> Any:
+    if isinstance(kind, types.UnionType):
+        if text.lower() in ("none", "null"):
+            return None
+        return _parse_as(text, next(a for a in typing.get_args(kind) if a is not type(None)))
+    if typing.get_origin(kind) is tuple:
+        item = typing.get_args(kind)[0]
+        return tuple(_parse_as(part, item) for part in text.split(",") if part)
+    if kind is bool:
+        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
+    if kind in (int, float, str) or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
+        return kind(text)
+    raise TypeError("this key can be set in a recipe only")
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The resolved configuration as plain JSON values."""
+    return dataclasses.asdict(config)
