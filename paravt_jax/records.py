@@ -13,14 +13,17 @@ Axis legend, used in every shape of the project:
 
 from __future__ import annotations
 
+import dataclasses
 import enum
 from typing import Any
 
 import chex
+import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-import dataclasses
+ArrayLike = jax.Array | np.ndarray
+"""A batch is made with numpy on the host and moves to the device as a whole."""
 
 
 class StopReason(enum.StrEnum):
@@ -209,18 +212,19 @@ class LearnerBatch:
     in the loss) or as features (it ran before, its weights do not train).
     """
 
-    tokens: Int[Array, "b t"]
-    positions: Int[Array, "b t 3"]
-    vision_index: Int[Array, "b t"]
-    lengths: Int[Array, "b"]
-    loss_weights: Float[Array, "b t"]
+    tokens: Int[ArrayLike, "b t"]
+    positions: Int[ArrayLike, "b t 3"]
+    vision_index: Int[ArrayLike, "b t"]
+    lengths: Int[ArrayLike, "b"]
+    loss_weights: Float[ArrayLike, "b t"]
     """Weight of predicting the token at this index from those before it; 0 where not trained."""
-    behaviour_log_probs: Float[Array, "b t"]
+    behaviour_log_probs: Float[ArrayLike, "b t"]
     """Sampler's log-probability of the token at this index (0 where not generated)."""
-    advantages: Float[Array, "b t"]
-    patches: Float[Array, "groups f p c"] | None
-    grids: Int[Array, "groups f 2"] | None
+    reference_log_probs: Float[ArrayLike, "b t"]
+    """Frozen initial policy's log-probability of the token (0 where not generated)."""
+    advantages: Float[ArrayLike, "b t"]
+    structural: Bool[ArrayLike, "b t"]
+    """Where a generated token belongs to a structural tag."""
+    patches: Float[ArrayLike, "groups f p c"] | None
+    grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
-
-
-TokenMask = Bool[Array, "b t"]

@@ -66,10 +66,10 @@ def learner_batch(
         raise ValueError(f"a stream of {longest} tokens does not fit the batch length {length}")
     patches, grids = _patches([s.prompt.patches for s in streams[::group_size]], frames)
     return LearnerBatch(
-        tokens=_rows([_joined(s, s.prompt.tokens, s.tokens) for s in streams], length, pad_id),
+        tokens=_rows([np.concatenate([s.prompt.tokens, s.tokens]) for s in streams], length, pad_id),
         positions=_rows([_positions(s) for s in streams], length, 0),
         vision_index=_rows(
-            [_joined(s, s.prompt.vision_index, np.full(len(s.tokens), -1)) for s in streams],
+            [np.pad(s.prompt.vision_index, (0, len(s.tokens)), constant_values=-1) for s in streams],
             length,
             -1,
         ),
@@ -81,11 +81,6 @@ def learner_batch(
         grids=grids,
         features=None,
     )
-
-
-def _joined(stream: Stream, prompt_part: np.ndarray, rest: np.ndarray) -> np.ndarray:
-    del stream
-    return np.concatenate([prompt_part, rest]).astype(np.int32)
 
 
 def _positions(stream: Stream) -> np.ndarray:
