@@ -1,0 +1,39 @@
+# The two commands of the README, and what a contributor runs.
+# Everything is installed into .venv of this checkout; PYTHON names the interpreter.
+
+PYTHON ?= python3
+BIN := .venv/bin
+WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: demo test check setup setup-dev clean
+
+demo: setup
+	$(BIN)/python train/main.py --workdir $(WORKDIR)
+
+test: setup-dev
+	$(BIN)/python -m pytest -m "not study"
+
+check: setup-dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest -m "not slow and not study"
+
+setup: .venv/.runtime
+
+setup-dev: .venv/.dev
+
+.venv/.runtime: requirements.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(PIP) -r requirements.txt
+	@touch $@
+
+# torchvision declares a torch build of its own; its pure-Python part works beside any.
+.venv/.dev: requirements-dev.txt .venv/.runtime
+	$(PIP) -r requirements-dev.txt
+	$(PIP) --no-deps torchvision==0.28.0
+	@touch $@
+
+clean:
+	rm -rf .venv runs data

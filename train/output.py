@@ -1,0 +1,114 @@
+"""What a run writes into its workdir while it goes: metrics, TensorBoard, rollouts, progress."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from tensorboardX import SummaryWriter
+
+from paravt_jax.records import RolloutGroup, Trajectory
+
+SHOWN = (
+    ("loss", "loss", "{:.3f}"),
+    ("reward/total", "reward", "{:.2f}"),
+    ("reward/accuracy", "accuracy", "{:.2f}"),
+    ("format/compliance", "format", "{:.2f}"),
+    ("tool/calls_per_rollout", "calls", "{:.2f}"),
+    ("kl", "kl", "{:.4f}"),
+    ("logprob/gap_max", "gap", "{:.1e}"),
+    ("time/step", "s", "{:.1f}"),
+)
+"""Metric, column title and format of the progress line."""
+
+
+class RunLog:
+    """Metrics of one run: `metrics.jsonl`, TensorBoard files and one progress line per step.
+
+    After a resume the lines of steps that are run again are dropped first, so the file
+    holds every step once.
+    """
+
+    def __init__(self, workdir: Path, steps: int, first_step: int = 0):
+        workdir.mkdir(parents=True, exist_ok=True)
+        self._steps = steps
+        self._path = workdir / "metrics.jsonl"
+        self._keep_before(first_step)
+        self._file = self._path.open("a", encoding="utf-8")
+        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self.console = Console(file=sys.stdout, highlight=False)
+
+    def _keep_before(self, step: int) -> None:
+        if self._path.exists():
+            lines = self._path.read_text(encoding="utf-8").splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] < step]
+            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+
+    def step(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record one step."""
+        record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        for name, value in metrics.items():
+            self._board.add_scalar(name, float(value), step)
+        shown = [
+            f"{title} {form.format(record[name])}" for name, title, form in SHOWN if name in record
+        ]
+        width = len(str(self._steps))
+        self.console.print(f"step {step + 1:>{width}}/{self._steps}  " + "  ".join(shown))
+
+    def close(self) -> None:
+        """Flush and close the files."""
+        self._file.close()
+        self._board.close()
+
+
+def write_rollouts(folder: Path, step: int, groups: Sequence[RolloutGroup]) -> None:
+    """One JSON object per trajectory in `step_NNNNNN.jsonl`, for people and for viewers."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
+        for group in groups:
+            for index, trajectory in enumerate(group.trajectories):
+                file.write(json.dumps(_describe(group, index, trajectory)) + "\n")
+
+
+def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[str, Any]:
+    row = group.row
+    return {
+        "row_id": row.row_id,
+        "video": row.video.path,
+        "question": row.question,
+        "answer": row.answer,
+        "question_type": str(row.question_type),
+        "frame_budget": group.frame_budget,
+        "rollout": index,
+        "text": trajectory.full_text,
+        "rewards": trajectory.rewards,
+        "stop_reasons": [str(turn.stop_reason) for turn in trajectory.turns],
+        "calls": trajectory.calls,
+        "executed": trajectory.executed,
+        "subagents": [sub.full_text for sub in trajectory.subagents],
+        "policy_version": trajectory.policy_version,
+        "tokens": trajectory.tokens.tolist(),
+        "generated": trajectory.generated.astype(int).tolist(),
+    }
+
+
+def comparison_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
+    """Figures of several evaluations side by side, one column each."""
+    table = Table(title=title)
+    table.add_column("")
+    for name in columns:
+        table.add_column(name, justify="right")
+    rows: list[str] = []
+    for figures in columns.values():
+        rows += [name for name in figures if name not in rows]
+    for row in rows:
+        cells = [f"{c[row]:.3f}" if row in c else "-" for c in columns.values()]
+        table.add_row(row, *cells)
+    return table
