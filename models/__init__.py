@@ -1,0 +1,1 @@
+"""Networks and their weights. Each model family is one package that implements `Policy`."""

@@ -1,0 +1,93 @@
+"""Attention behind one dispatch function, with a plain reference that every path must equal."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models.qwen3_vl.layers import precision
+
+QUERY_CHUNK = 96
+"""Causal attention is computed in chunks of queries that see only the keys before their end:
+at 368 tokens that skips three eighths of the products."""
+
+HIDDEN = -1e30
+"""Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
+
+
+def attend(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    *,
+    causal: bool = False,
+    offset: Int[Array, b] | None = None,
+    key_lengths: Int[Array, b] | None = None,
+) -> Float[Array, "b t n h"]:
+    """Softmax attention with grouped heads, scaled by `h**-0.5`.
+
+    Query i of row b sees key j if `j < key_lengths[b]` (when given) and, when `causal`,
+    `j <= offset[b] + i` (offset 0 when not given). Query head `n` reads key head `n // (n/k)`.
+    """
+    if causal and offset is None and key_lengths is None and query.shape[1] > QUERY_CHUNK:
+        return _causal_chunks(query, key, value)
+    visible = visibility(query.shape[1], key.shape[1], causal, offset, key_lengths)
+    return reference(query, key, value, visible)
+
+
+def visibility(
+    queries: int,
+    keys: int,
+    causal: bool,
+    offset: Int[Array, b] | None = None,
+    key_lengths: Int[Array, b] | None = None,
+) -> (
+    Bool[
+        Array,
+        (
+            b  # t s
+        ),
+    ]
+    | None
+):
+    """Which keys each query sees (see `attend`); None when all are visible."""
+    slots = jnp.arange(keys, dtype=jnp.int32)
+    visible = None
+    if key_lengths is not None:
+        visible = slots[None, None, :] < key_lengths[:, None, None]
+    if causal:
+        last = jnp.arange(queries, dtype=jnp.int32)[None, :]
+        last = last if offset is None else last + offset[:, None]
+        before = slots[None, None, :] <= last[:, :, None]
+        visible = before if visible is None else visible & before
+    return visible
+
+
+def reference(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    visible: Bool[Array, "#b #t s"] | None,
+) -> Float[Array, "b t n h"]:
+    """The plain computation; softmax in float32."""
+    b, t, n, h = query.shape
+    grouped = query.reshape(b, t, key.shape[2], -1, h)
+    exact = precision(query.dtype)
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, precision=exact).astype(jnp.float32)
+    scores = scores * h**-0.5
+    if visible is not None:
+        scores = jnp.where(visible[:, None, None], scores, HIDDEN)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bkgts,bskh->btkgh", weights, value, precision=exact)
+    return mixed.reshape(b, t, n, h)
+
+
+def _causal_chunks(query: Array, key: Array, value: Array) -> Array:
+    chunks = []
+    for start in range(0, query.shape[1], QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, query.shape[1])
+        offset = jnp.full(1, start, jnp.int32)
+        visible = visibility(end - start, end, True, offset)
+        chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
+    return jnp.concatenate(chunks, axis=1)

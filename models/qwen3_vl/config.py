@@ -1,0 +1,270 @@
+"""Configuration of Qwen3-VL, as found in a Hugging Face `config.json`.
+
+Only fields that change what the model computes (or its initial weights) are kept, plus the
+few that other programs read from the file; see `NUMERICALLY_SILENT`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+NUMERICALLY_SILENT = {
+    "max_position_embeddings": "a limit that callers may check; rotary positions have no table",
+    "vision_start_token_id": "a marker for text processing; the model embeds it as any token",
+    "vision_end_token_id": "a marker for text processing; the model embeds it as any token",
+    "initializer_range": "changes freshly initialised weights only",
+}
+"""Fields that do not change the logits of given weights, and why they are kept."""
+
+TEXT_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
+VISION_ACTIVATIONS = TEXT_ACTIVATIONS
+
+
+def _from_known_fields(cls: type, raw: Mapping[str, Any]) -> Any:
+    names = {field.name for field in dataclasses.fields(cls)}
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names}
+    return cls(**known)
+
+
+def _single(name: str, values: list | tuple) -> int:
+    _require(len(set(values)) == 1, name, list(values), "give one number: patches are square")
+    return values[0]
+
+
+def _require(condition: bool, name: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"{name} = {value!r}: {remedy}")
+
+
+@dataclasses.dataclass(frozen=True)
+class VisionConfig:
+    """The vision tower. Defaults are those of transformers' `Qwen3VLVisionConfig`."""
+
+    depth: int = 27
+    hidden_size: int = 1152
+    intermediate_size: int = 4304
+    num_heads: int = 16
+    hidden_act: str = "gelu_pytorch_tanh"
+    in_channels: int = 3
+    patch_size: int = 16
+    """Side of a patch in pixels."""
+    temporal_patch_size: int = 2
+    """Consecutive frames folded into one patch."""
+    spatial_merge_size: int = 2
+    """Side, in patches, of the block that becomes one vision token."""
+    out_hidden_size: int = 3584
+    """Width of a vision token: the language model's width."""
+    num_position_embeddings: int = 2304
+    """Entries of the learned position table, a square grid."""
+    deepstack_visual_indexes: tuple[int, ...] = (8, 16, 24)
+    """Blocks whose output is merged and added to the first language layers (DeepStack)."""
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(
+            self.hidden_size % self.num_heads == 0,
+            "vision_config.hidden_size",
+            self.hidden_size,
+            f"choose a multiple of num_heads ({self.num_heads})",
+        )
+        _require(
+            self.head_dim % 4 == 0,
+            "vision_config.hidden_size / num_heads",
+            self.head_dim,
+            "choose a head width divisible by 4 (two axes of rotated pairs)",
+        )
+        _require(
+            self.grid_side**2 == self.num_position_embeddings,
+            "vision_config.num_position_embeddings",
+            self.num_position_embeddings,
+            "choose a square number",
+        )
+        indexes = self.deepstack_visual_indexes
+        _require(
+            list(indexes) == sorted(set(indexes)) and all(0 <= i < self.depth for i in indexes),
+            "vision_config.deepstack_visual_indexes",
+            list(indexes),
+            f"give increasing block numbers below depth ({self.depth})",
+        )
+        _require(
+            self.hidden_act in VISION_ACTIVATIONS,
+            "vision_config.hidden_act",
+            self.hidden_act,
+            f"choose one of {', '.join(VISION_ACTIVATIONS)}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_heads
+
+    @property
+    def grid_side(self) -> int:
+        """Side of the learned grid of position embeddings."""
+        return int(self.num_position_embeddings**0.5)
+
+    @property
+    def patch_values(self) -> int:
+        """Values of one flattened patch, ordered (channel, time, row, column)."""
+        return self.in_channels * self.temporal_patch_size * self.patch_size**2
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> VisionConfig:
+        """Read the `vision_config` object of a config.json, any transformers version."""
+        rope = raw.get("rope_parameters") or {}
+        _require(
+            rope.get("rope_type", "axial") in ("axial", "default"),
+            "vision_config.rope_parameters.rope_type",
+            rope.get("rope_type"),
+            "use 'axial'",
+        )
+        raw = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))}
+        for square in ("patch_size", "temporal_patch_size"):
+            if isinstance(raw.get(square), list | tuple):
+                raw[square] = _single(f"vision_config.{square}", raw[square])
+        return _from_known_fields(cls, raw)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `vision_config` object of a config.json."""
+        raw = dataclasses.asdict(self)
+        theta = raw.pop("rope_theta")
+        raw["deepstack_visual_indexes"] = list(self.deepstack_visual_indexes)
+        raw["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
+        # transformers 4.57 reads these under their own names only.
+        return {"model_type": "qwen3_vl", **raw}
+
+
+@dataclasses.dataclass(frozen=True)
+class TextConfig:
+    """The language model. Defaults are those of transformers' `Qwen3VLTextConfig`."""
+
+    vocab_size: int = 151936
+    hidden_size: int = 4096
+    intermediate_size: int = 22016
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 32
+    num_key_value_heads: int = 32
+    head_dim: int = 128
+    hidden_act: str = "silu"
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 500000.0
+    mrope_section: tuple[int, ...] = (24, 20, 20)
+    """Rotated pairs that follow the temporal, height and width position."""
+    attention_bias: bool = False
+    max_position_embeddings: int = 128000
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        _require(
+            self.num_attention_heads % self.num_key_value_heads == 0,
+            "text_config.num_key_value_heads",
+            self.num_key_value_heads,
+            f"choose a divisor of num_attention_heads ({self.num_attention_heads})",
+        )
+        _require(self.head_dim % 2 == 0, "text_config.head_dim", self.head_dim, "make it even")
+        _require(
+            len(self.mrope_section) == 3,
+            "text_config.rope_parameters.mrope_section",
+            list(self.mrope_section),
+            "give three sections: time, height, width",
+        )
+        _require(
+            self.hidden_act in TEXT_ACTIVATIONS,
+            "text_config.hidden_act",
+            self.hidden_act,
+            f"choose one of {', '.join(TEXT_ACTIVATIONS)}",
+        )
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
+        """Read the `text_config` object of a config.json.
+
+        Transformers 5 keeps `rope_parameters`; 4.57 keeps `rope_scaling` beside `rope_theta`.
+        """
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        _require(
+            kind in ("default", "mrope"),
+            "text_config.rope_parameters.rope_type",
+            kind,
+            "use 'default'; scaled rotary embeddings are not supported",
+        )
+        dropout = raw.get("attention_dropout", 0.0)
+        _require(not dropout, "text_config.attention_dropout", dropout, "set it to 0")
+        return _from_known_fields(
+            cls,
+            {
+                **raw,
+                "rope_theta": rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta)),
+                "mrope_section": rope.get("mrope_section", cls.mrope_section),
+                "num_key_value_heads": raw.get("num_key_value_heads")
+                or raw.get("num_attention_heads", cls.num_attention_heads),
+            },
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The `text_config` object of a config.json, readable by transformers 4.57 and 5."""
+        raw = dataclasses.asdict(self)
+        section = list(raw.pop("mrope_section"))
+        rope = {"rope_type": "default", "mrope_section": section, "mrope_interleaved": True}
+        raw["rope_scaling"] = rope
+        raw["rope_parameters"] = {**rope, "rope_theta": self.rope_theta}
+        return {"model_type": "qwen3_vl_text", **raw}
+
+
+@dataclasses.dataclass(frozen=True)
+class Qwen3VLConfig:
+    """A whole model: towers, special tokens, and whether embedding and head share weights."""
+
+    text: TextConfig
+    vision: VisionConfig
+    image_token_id: int = 151655
+    video_token_id: int = 151656
+    vision_start_token_id: int = 151652
+    vision_end_token_id: int = 151653
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self) -> None:
+        _require(
+            self.vision.out_hidden_size == self.text.hidden_size,
+            "vision_config.out_hidden_size",
+            self.vision.out_hidden_size,
+            f"set it to text_config.hidden_size ({self.text.hidden_size})",
+        )
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Qwen3VLConfig:
+        """Read a whole config.json.
+
+        Raises:
+          ValueError: not a dense Qwen3-VL, or a field that this implementation cannot honour.
+        """
+        kind = raw.get("model_type")
+        _require(kind == "qwen3_vl", "model_type", kind, "give a dense Qwen3-VL model")
+        text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
+        tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        known = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
+        return _from_known_fields(
+            cls,
+            {
+                **known,
+                "text": TextConfig.from_dict(text),
+                "vision": VisionConfig.from_dict(vision),
+                "tie_word_embeddings": bool(tie),
+            },
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """A config.json that transformers loads as `Qwen3VLForConditionalGeneration`."""
+        raw = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
+        del raw["text"], raw["vision"]
+        return {
+            "architectures": ["Qwen3VLForConditionalGeneration"],
+            "model_type": "qwen3_vl",
+            **raw,
+            "text_config": self.text.to_dict(),
+            "vision_config": self.vision.to_dict(),
+        }

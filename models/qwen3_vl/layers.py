@@ -1,0 +1,145 @@
+"""Building blocks of both towers. Modules are abstract (see `paravt_jax.params`).
+
+Matrix products run in the compute dtype of the module; norms, softmax and rotary embeddings
+in float32. Every product is taken over 2-D operands: XLA's CPU backend computes the weight
+gradient of a 3-D product several times more slowly.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from paravt_jax.params import Constant, Initialiser, declare
+
+ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_pytorch_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+}
+
+SMALL_TABLE = 2048
+"""Up to this many rows, the gradient of a lookup is a product with one-hot rows."""
+
+
+def precision(dtype: Any) -> jax.lax.Precision:
+    """Full float32 products where float32 was asked for: accelerators round to less by default."""
+    full = jnp.dtype(dtype) == jnp.float32
+    return jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
+
+
+class Linear(nnx.Module):
+    """`x @ kernel + bias` over the last axis, in the compute dtype."""
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str | None, str | None],
+        hf: str,
+        *,
+        init: Initialiser,
+        bias: bool = False,
+        dtype: Any = "float32",
+        hf_shape: tuple[int, ...] | None = None,
+    ):
+        self.dtype = jnp.dtype(dtype)
+        hf_shape = hf_shape or (outputs, inputs)
+        self.kernel = declare((inputs, outputs), axes, init, f"{hf}.weight", hf_shape)
+        bias_axis = "norm" if axes[1] == "embed" else axes[1]
+        self.bias = declare((outputs,), (bias_axis,), Constant(0.0), f"{hf}.bias") if bias else None
+
+    def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
+        kernel = self.kernel[...].astype(self.dtype)
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = jnp.matmul(flat, kernel, precision=precision(self.dtype))
+        y = y.reshape(*x.shape[:-1], kernel.shape[-1])
+        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm (Zhang and Sennrich, 2019), computed in float32."""
+
+    def __init__(self, width: int, hf: str, eps: float):
+        self.eps = eps
+        self.scale = declare((width,), ("norm",), Constant(1.0), f"{hf}.weight")
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (self.scale[...].astype(jnp.float32) * y).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Layer norm with scale and bias, computed in float32; eps as in Qwen's vision tower."""
+
+    EPS = 1e-6
+
+    def __init__(self, width: int, hf: str):
+        self.scale = declare((width,), ("norm",), Constant(1.0), f"{hf}.weight")
+        self.bias = declare((width,), ("norm",), Constant(0.0), f"{hf}.bias")
+
+    def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.EPS)
+        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+
+
+def scan_layers(
+    stacked: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False
+) -> Any:
+    """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
+
+    With `remat`, a layer's activations are computed again in the backward pass.
+    """
+    graphdef, state = nnx.split(stacked)
+
+    def body(carry: Any, state_and_x: Any) -> Any:
+        state, x = state_and_x
+        return step(nnx.merge(graphdef, state), carry, x)
+
+    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (state, xs))
+
+
+@jax.custom_vjp
+def lookup(table: Float[Array, "n d"], index: Int[Array, "*b"]) -> Float[Array, "*b d"]:
+    """Rows of a table. The gradient of a small table is a matrix product, of a large one a
+    scatter: on CPU a scatter costs about a microsecond per row."""
+    return table[index]
+
+
+def _lookup_forward(table: Array, index: Array) -> tuple[Array, tuple[Array, Array]]:
+    return table[index], (table, index)
+
+
+def _lookup_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, np.ndarray]:
+    table, index = saved
+    flat_index, flat_grad = index.reshape(-1), grad.reshape(-1, grad.shape[-1])
+    if table.shape[0] <= SMALL_TABLE:
+        one_hot = jax.nn.one_hot(flat_index, table.shape[0], dtype=grad.dtype)
+        table_grad = jnp.matmul(one_hot.T, flat_grad, precision=precision(grad.dtype))
+    else:
+        table_grad = jnp.zeros(table.shape, grad.dtype).at[flat_index].add(flat_grad)
+    return table_grad.astype(table.dtype), np.zeros(index.shape, jax.dtypes.float0)
+
+
+lookup.defvjp(_lookup_forward, _lookup_backward)
+
+
+def rotate(
+    x: Float[Array, "*b n h"], cos: Float[Array, "*b h2"], sin: Float[Array, "*b h2"]
+) -> Float[Array, "*b n h"]:
+    """Rotary embedding (Su et al., 2021) of all heads: pairs are (i, i + h/2)."""
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos[..., None, :], sin[..., None, :]
+    rotated = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)

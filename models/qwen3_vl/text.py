@@ -1,0 +1,215 @@
+"""The language model: grouped-query attention with interleaved M-RoPE, SwiGLU, DeepStack."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from models.qwen3_vl.attention import attend
+from models.qwen3_vl.config import TextConfig
+from models.qwen3_vl.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
+from paravt_jax.mesh import constrain
+from paravt_jax.params import Normal, declare, stack
+from paravt_jax.records import KVCache, VisionFeatures
+
+HF = "model.language_model."
+
+Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
+
+
+class CacheView:
+    """One layer's window on the whole cache: appends a block, then attends to what is there.
+
+    The cache stays one array per kind, so that a loop that carries it updates it in place.
+    """
+
+    def __init__(self, cache: KVCache, layer: Int[Array, ""]):
+        self.cache, self.layer = cache, layer
+
+    def append(self, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]) -> KVCache:
+        """The cache with the block written at each row's own length; what would fall beyond
+        the last slot is dropped."""
+        rows = jnp.arange(key.shape[0])[:, None]
+        slots = self.cache.lengths[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
+        where = (self.layer, rows, slots)
+        return self.cache.replace(
+            keys=self.cache.keys.at[where].set(key.astype(self.cache.keys.dtype), mode="drop"),
+            values=self.cache.values.at[where].set(
+                value.astype(self.cache.values.dtype), mode="drop"
+            ),
+        )
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with normed queries and keys."""
+
+    def __init__(self, config: TextConfig, hf: str, dtype: Any):
+        c, h = config, config.head_dim
+        shared = {"init": Normal(c.initializer_range), "bias": c.attention_bias, "dtype": dtype}
+        n, k = c.num_attention_heads, c.num_key_value_heads
+        self.head_dim = h
+        self.query = Linear(c.hidden_size, n * h, ("embed", "heads"), hf + "q_proj", **shared)
+        self.key = Linear(c.hidden_size, k * h, ("embed", "kv"), hf + "k_proj", **shared)
+        self.value = Linear(c.hidden_size, k * h, ("embed", "kv"), hf + "v_proj", **shared)
+        self.out = Linear(n * h, c.hidden_size, ("heads", "embed"), hf + "o_proj", **shared)
+        self.query_norm = RMSNorm(h, hf + "q_norm", c.rms_norm_eps)
+        self.key_norm = RMSNorm(h, hf + "k_norm", c.rms_norm_eps)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], rope: Rope, view: CacheView | None = None
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        heads = (*x.shape[:2], -1, self.head_dim)
+        query = rotate(self.query_norm(self.query(x).reshape(heads)), *rope)
+        key = rotate(self.key_norm(self.key(x).reshape(heads)), *rope)
+        value = self.value(x).reshape(heads)
+        query = constrain(query, "batch", None, "heads", None)
+        if view is None:
+            mixed, cache = attend(query, key, value, causal=True), None
+        else:
+            cache = view.append(key, value)
+            mixed = attend(
+                query,
+                cache.keys[view.layer].astype(query.dtype),
+                cache.values[view.layer].astype(query.dtype),
+                causal=True,
+                offset=cache.lengths,
+            )
+        return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+
+
+class Mlp(nnx.Module):
+    """SwiGLU (Shazeer, 2020)."""
+
+    def __init__(self, config: TextConfig, hf: str, dtype: Any):
+        d, width = config.hidden_size, config.intermediate_size
+        shared = {"init": Normal(config.initializer_range), "dtype": dtype}
+        self.act = config.hidden_act
+        self.gate = Linear(d, width, ("embed", "mlp"), hf + "gate_proj", **shared)
+        self.up = Linear(d, width, ("embed", "mlp"), hf + "up_proj", **shared)
+        self.down = Linear(width, d, ("mlp", "embed"), hf + "down_proj", **shared)
+
+    def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
+        wide = ACTIVATIONS[self.act](self.gate(x)) * self.up(x)
+        return self.down(constrain(wide, "batch", None, "mlp"))
+
+
+class DecoderLayer(nnx.Module):
+    """Pre-norm decoder layer. Another kind of MLP (mixture of experts) would be chosen here."""
+
+    def __init__(self, config: TextConfig, hf: str, dtype: Any):
+        self.attention_norm = RMSNorm(
+            config.hidden_size, hf + "input_layernorm", config.rms_norm_eps
+        )
+        self.attention = Attention(config, hf + "self_attn.", dtype)
+        self.mlp_norm = RMSNorm(
+            config.hidden_size, hf + "post_attention_layernorm", config.rms_norm_eps
+        )
+        self.mlp = Mlp(config, hf + "mlp.", dtype)
+
+    def __call__(
+        self, x: Float[Array, "b t d"], rope: Rope, view: CacheView | None = None
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        with jax.named_scope("attention"):
+            mixed, cache = self.attention(self.attention_norm(x), rope, view)
+        x = constrain(x + mixed, "batch", None, None)
+        with jax.named_scope("mlp"):
+            return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), cache
+
+
+class TextTower(nnx.Module):
+    """Embedding, decoder layers, final norm."""
+
+    def __init__(self, config: TextConfig, dtype: Any = "float32", remat: bool = False):
+        self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
+        c = config
+        self.embedding = declare(
+            (c.vocab_size, c.hidden_size),
+            ("vocab", "embed"),
+            Normal(c.initializer_range),
+            HF + "embed_tokens.weight",
+        )
+        self.layers = stack(DecoderLayer(c, HF + "layers.{}.", dtype), c.num_hidden_layers)
+        self.norm = RMSNorm(c.hidden_size, HF + "norm", c.rms_norm_eps)
+
+    def __call__(
+        self,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None = None,
+        cache: KVCache | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        """Hidden states after the last norm; the cache with keys and values appended, its
+        lengths untouched."""
+        with jax.named_scope("embedding"):
+            x = self.embed(tokens, vision_index, features)
+        rope = mrope(positions, self.config)
+        depth = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
+
+        def step(layer: DecoderLayer, carry: Any, number: Int[Array, ""]) -> Any:
+            x, cache = carry
+            view = None if cache is None else CacheView(cache, number)
+            x, cache = layer(x, rope, view)
+            return (add_deepstack(x, vision_index, features, number), cache), None
+
+        with jax.named_scope("decoder_layers"):
+            (x, cache), _ = scan_layers(self.layers, step, (x, cache), depth, self.remat)
+        return self.norm(x), cache
+
+    def embed(
+        self,
+        tokens: Int[Array, "b t"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None,
+    ) -> Float[Array, "b t d"]:
+        """Token embeddings, with vision tokens in their places."""
+        x = lookup(self.embedding[...], tokens).astype(self.dtype)
+        if features is not None:
+            seen = take_tokens(features.tokens, vision_index).astype(x.dtype)
+            x = jnp.where((vision_index >= 0)[..., None], seen, x)
+        return constrain(x, "batch", None, None)
+
+
+def take_tokens(
+    tokens: Float[Array, "b v d"], vision_index: Int[Array, "b t"]
+) -> Float[Array, "b t d"]:
+    """The vision token of each place; anything where `vision_index` is -1."""
+    return jnp.take_along_axis(tokens, jnp.maximum(vision_index, 0)[..., None], axis=1)
+
+
+def add_deepstack(
+    x: Float[Array, "b t d"],
+    vision_index: Int[Array, "b t"],
+    features: VisionFeatures | None,
+    layer: Int[Array, ""],
+) -> Float[Array, "b t d"]:
+    """Add DeepStack's features of this layer at the vision tokens (Meng et al., 2024)."""
+    if features is None or features.deepstack.shape[1] == 0:
+        return x
+    levels = features.deepstack.shape[1]
+
+    def add(x: Array) -> Array:
+        level = jax.lax.dynamic_index_in_dim(features.deepstack, layer, axis=1, keepdims=False)
+        addend = take_tokens(level, vision_index).astype(x.dtype)
+        return x + jnp.where((vision_index >= 0)[..., None], addend, 0)
+
+    with jax.named_scope("deepstack"):
+        return jax.lax.cond(layer < levels, add, lambda x: x, x)
+
+
+def mrope(positions: Int[Array, "b t 3"], config: TextConfig) -> Rope:
+    """Cosines and sines of interleaved M-RoPE (Qwen3-VL): pairs take turns between time,
+    height and width; pairs beyond `3 * mrope_section` follow time."""
+    width = config.head_dim
+    exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
+    frequency = 1 / np.float32(config.rope_theta) ** exponent
+    turn = np.arange(width // 2)
+    limit = 3 * np.array(config.mrope_section)[turn % 3]
+    axis = np.where(turn < limit, turn % 3, 0)
+    angle = positions[..., axis].astype(jnp.float32) * frequency
+    return jnp.cos(angle), jnp.sin(angle)

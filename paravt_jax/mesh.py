@@ -1,0 +1,139 @@
+"""The device mesh, and which logical axis of an array is split over which of its axes.
+
+Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered when used) and
+`tensor` (heads, MLP width and vocabulary split). A batch is split over `data` and `fsdp`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array
+
+AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, tuple[str, ...]] = {
+    "batch": ("data", "fsdp"),
+    "embed": ("fsdp",),
+    "heads": ("tensor",),
+    "kv": ("tensor",),
+    "mlp": ("tensor",),
+    "vocab": ("tensor",),
+    # Layers are walked by a scan: splitting them would gather one whole layer per step anyway.
+    "layers": (),
+    # Scales and biases of width d are small and used everywhere: replicated.
+    "norm": (),
+    # Rows of the learned position table: split by width ("embed"), gathered by row.
+    "positions": (),
+}
+"""Logical axis -> mesh axes over which that dimension is split; () keeps it whole."""
+
+
+def parse_mesh(text: str | None, device_count: int) -> dict[str, int]:
+    """Sizes of all mesh axes from `"data:2,fsdp:4,tensor:2"`.
+
+    Axes not named have size 1; one may be -1 and takes the remaining devices. None puts all
+    devices on `data`, which is the fastest mesh for a model that fits one device.
+
+    Raises:
+      ValueError: an unknown or repeated axis, a size that is no number, two sizes of -1, or a
+        product that is not the number of devices.
+    """
+    sizes = dict.fromkeys(AXES, 1) | (_read_sizes(text) if text is not None else {"data": -1})
+    free = [axis for axis, size in sizes.items() if size == -1]
+    if len(free) > 1:
+        raise _refusal(text, f"only one axis may be -1, not {' and '.join(free)}")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if free and device_count % fixed == 0:
+        sizes[free[0]] = device_count // fixed
+    if math.prod(sizes.values()) != device_count:
+        raise _refusal(
+            text,
+            f"the sizes must multiply to the {device_count} devices of this run; "
+            "set one axis to -1 to take what is left",
+        )
+    return sizes
+
+
+def _read_sizes(text: str) -> dict[str, int]:
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = (word.strip() for word in part.partition(":"))
+        if axis not in AXES:
+            raise _refusal(text, f"unknown axis {axis!r}; choose from {', '.join(AXES)}")
+        if axis in sizes:
+            raise _refusal(text, f"axis {axis!r} is given twice; name it once")
+        if not size.lstrip("-").isdigit() or int(size) == 0 or int(size) < -1:
+            raise _refusal(text, f"size {size!r} of {axis!r} must be a positive number or -1")
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _refusal(text: str | None, remedy: str) -> ValueError:
+    return ValueError(f"--mesh {text}: {remedy}")
+
+
+def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """A mesh of the given sizes (see `parse_mesh`), left to the compiler's propagation.
+
+    Activate it with `jax.set_mesh(mesh)` so that `constrain` takes effect.
+    """
+    shape = tuple(sizes[axis] for axis in AXES)
+    types = (AxisType.Auto,) * len(AXES)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def partition(
+    mesh_shape: dict[str, int], axes: Sequence[str | None], shape: Sequence[int]
+) -> PartitionSpec:
+    """How to split an array with these logical axes.
+
+    A dimension that its mesh axes do not divide stays whole: correct, at the price of memory.
+
+    Raises:
+      ValueError: an unknown logical axis, or two dimensions that would share a mesh axis.
+    """
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for shape {tuple(shape)}")
+    parts, owner = [], {}
+    for axis, size in zip(axes, shape, strict=True):
+        names = _mesh_axes(axis)
+        for name in names:
+            if name in owner:
+                raise ValueError(
+                    f"logical axes {owner[name]!r} and {axis!r} of {tuple(axes)} both "
+                    f"map to mesh axis {name!r}: change RULES or the axes"
+                )
+            owner[name] = axis
+        splits = math.prod(mesh_shape[name] for name in names)
+        parts.append(None if not names or size % splits else names)
+    return PartitionSpec(*(p[0] if p and len(p) == 1 else p for p in parts))
+
+
+def _mesh_axes(axis: str | None) -> tuple[str, ...]:
+    if axis is None:
+        return ()
+    if axis not in RULES:
+        raise ValueError(f"unknown logical axis {axis!r}; choose from {', '.join(RULES)}")
+    return RULES[axis]
+
+
+def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """Where an array with these logical axes lives on the mesh; errors as `partition`."""
+    return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
+
+
+def constrain(x: Array, *axes: str | None) -> Array:
+    """Ask the compiler to lay out an activation by its logical axes; no-op without a mesh."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return x
+    return jax.lax.with_sharding_constraint(x, partition(dict(mesh.shape), axes, x.shape))
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Where a batch lives: its leading dimension is split over `data` and `fsdp`."""
+    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

@@ -1,0 +1,207 @@
+"""One table of parameters: it drives initialisation, sharding, checkpoints and conversion.
+
+A model is built *abstract*: its modules declare each parameter beside the code that uses it
+(`declare`), with shape, logical axes, initialiser and Hugging Face name, and no memory is
+allocated. `Blueprint` gathers the declarations into a table. Weights themselves live outside
+the modules, in a flat dict `{dotted name: array}`, the pytree that jit, optax and Orbax see.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import zlib
+from collections.abc import Callable, Mapping
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import Mesh, SingleDeviceSharding
+from jaxtyping import Array
+
+from paravt_jax.mesh import sharding
+
+Params = dict[str, Array]
+Initialiser = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class ParamSpec:
+    """Everything that is known about one parameter."""
+
+    name: str
+    """Dotted path in the module tree; the key in the flat dict."""
+    shape: tuple[int, ...]
+    dtype: jnp.dtype
+    axes: tuple[str | None, ...]
+    """Logical axis of each dimension; `paravt_jax.mesh.RULES` maps them to the mesh."""
+    init: Initialiser
+    hf_name: str
+    """Name in a Hugging Face checkpoint, with `{}` for the layer number of a stacked one."""
+    hf_shape: tuple[int, ...] | None = None
+    """Shape of one layer in a Hugging Face checkpoint where it is a torch weight `[out, in...]`
+    that we keep as `[in, out...]`; None where both agree."""
+    layers: int | None = None
+    """Layers stacked in the leading dimension; None for a parameter that stands alone."""
+
+    @property
+    def hf_names(self) -> list[str]:
+        """Names of all tensors in a Hugging Face checkpoint that make up this parameter."""
+        return [self.hf_name.format(i) for i in range(self.layers or 1)]
+
+    def from_hf(self, tensor: np.ndarray) -> np.ndarray:
+        """One layer of this parameter from a tensor of a Hugging Face checkpoint."""
+        if self.hf_shape is None:
+            return tensor
+        shape = self._layer_shape
+        return tensor.reshape(-1, shape[0]).T.reshape(shape)
+
+    def to_hf(self, value: np.ndarray) -> np.ndarray:
+        """Inverse of `from_hf`."""
+        if self.hf_shape is None:
+            return value
+        return value.reshape(value.shape[0], -1).T.reshape(self.hf_shape)
+
+    @property
+    def hf_layer_shape(self) -> tuple[int, ...]:
+        """Shape of each tensor named by `hf_names`."""
+        return self.hf_shape or self._layer_shape
+
+    @property
+    def _layer_shape(self) -> tuple[int, ...]:
+        return self.shape[1:] if self.layers else self.shape
+
+
+Table = dict[str, ParamSpec]
+
+
+def declare(
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initialiser,
+    hf_name: str,
+    hf_shape: tuple[int, ...] | None = None,
+) -> nnx.Param:
+    """An abstract parameter of a module; see `ParamSpec` for the arguments."""
+    spec = ParamSpec("", shape, jnp.dtype("float32"), axes, init, hf_name, hf_shape)
+    return _abstract(spec)
+
+
+def stack(module: nnx.Module, layers: int) -> nnx.Module:
+    """Give every parameter of an abstract module a leading axis of `layers` entries."""
+    for _, param in nnx.iter_graph(module):
+        if isinstance(param, nnx.Param):
+            spec: ParamSpec = param.get_metadata("spec")
+            _respecify(
+                param,
+                dataclasses.replace(
+                    spec, shape=(layers, *spec.shape), axes=("layers", *spec.axes), layers=layers
+                ),
+            )
+    return module
+
+
+def _abstract(spec: ParamSpec) -> nnx.Param:
+    return nnx.Param(jax.ShapeDtypeStruct(spec.shape, spec.dtype), spec=spec)
+
+
+def _respecify(param: nnx.Param, spec: ParamSpec) -> None:
+    param.set_value(jax.ShapeDtypeStruct(spec.shape, spec.dtype))
+    param.set_metadata("spec", spec)
+
+
+class Blueprint:
+    """An abstract module, its parameter table, and the way back from a flat dict to a module."""
+
+    def __init__(self, module: nnx.Module):
+        self._graphdef, state = nnx.split(module)
+        flat = nnx.to_flat_state(state)
+        self._treedef = jax.tree.structure(state)
+        self.table: Table = {}
+        for path, param in flat:
+            name = ".".join(str(part) for part in path)
+            self.table[name] = dataclasses.replace(param.get_metadata("spec"), name=name)
+
+    def bind(self, params: Mapping[str, Array]) -> nnx.Module:
+        """The module with weights in it; cheap, for use inside a trace.
+
+        Raises:
+          KeyError: a parameter of the table is not in `params`.
+        """
+        leaves = [params[name] for name in self.table]
+        return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
+
+
+def initialise(
+    table: Table, key: Array, mesh: Mesh | None = None, dtype: jnp.dtype | str = "float32"
+) -> Params:
+    """Fresh weights, made where they will live.
+
+    Each parameter's key folds in a hash of its name, so that adding a parameter does not
+    change the others.
+    """
+
+    def build(key: Array) -> Params:
+        return {name: _initial_value(spec, key, jnp.dtype(dtype)) for name, spec in table.items()}
+
+    return jax.jit(build, out_shardings=param_shardings(table, mesh))(key)
+
+
+def _initial_value(spec: ParamSpec, key: Array, dtype: jnp.dtype) -> Array:
+    own_key = jax.random.fold_in(key, zlib.crc32(spec.name.encode()))
+    return spec.init(own_key, spec.shape, jnp.dtype("float32")).astype(dtype)
+
+
+def param_shardings(table: Table, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+    """Where each parameter lives; without a mesh, on the first device."""
+    if mesh is None:
+        return dict.fromkeys(table, SingleDeviceSharding(jax.local_devices()[0]))
+    return {name: sharding(mesh, spec.axes, spec.shape) for name, spec in table.items()}
+
+
+def abstract_params(
+    table: Table, mesh: Mesh | None = None, dtype: jnp.dtype | str = "float32"
+) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes, types and shardings of all parameters, with no memory behind them."""
+    homes = param_shardings(table, mesh)
+    return {
+        name: jax.ShapeDtypeStruct(spec.shape, jnp.dtype(dtype), sharding=homes[name])
+        for name, spec in table.items()
+    }
+
+
+def format_table(table: Table, mesh: Mesh | None = None, dtype: jnp.dtype | str = "float32") -> str:
+    """A table for people: name, shape, logical axes, partition, bytes on one device."""
+    lines, total = [], 0
+    width = max(map(len, table))
+    for name, value in abstract_params(table, mesh, dtype).items():
+        local = math.prod(value.sharding.shard_shape(value.shape)) * value.dtype.itemsize
+        total += local
+        partition = getattr(value.sharding, "spec", "one device")
+        axes = ",".join(axis or "-" for axis in table[name].axes)
+        shape = "x".join(map(str, value.shape))
+        lines.append(f"{name:<{width}}  {shape:<18} {axes:<24} {local:>14,}  {partition}")
+    count = sum(math.prod(spec.shape) for spec in table.values())
+    head = f"{'parameter':<{width}}  {'shape':<18} {'axes':<24} {'bytes/device':>14}  partition"
+    return "\n".join([head, *lines, f"{count:,} parameters, {total:,} bytes on each device"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Normal:
+    """Independent normal values."""
+
+    stddev: float
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return self.stddev * jax.random.normal(key, shape, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Constant:
+    """The same value everywhere."""
+
+    value: float
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return jnp.full(shape, self.value, dtype)
