@@ -1,0 +1,161 @@
+"""How right an answer is: words, option letters, time intervals. No text makes these raise."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections import Counter
+
+from paravt_jax.protocol import parse_seconds
+from paravt_jax.rewards.rules import f1, interval_iou
+
+_LONGEST_ANSWER = 4000
+"""Characters of an answer that are read; bounds the time of every search below."""
+
+
+def normalise(text: str) -> str:
+    """Words in one case and form, without articles and punctuation, one space between them.
+
+    Points and colons inside numbers stay ("3.5" is not "35"), hyphens separate words, and a text
+    that is nothing but articles stays as it is (the option "A" is not the word "the").
+    """
+    text = unicodedata.normalize("NFKC", text[:_LONGEST_ANSWER]).casefold()
+    text = re.sub(r"(?<=\w)['’](?=\w)", "", text)
+    text = re.sub(r"(?!(?<=\d)[.:]\d)[^\w\s]|_", " ", text)
+    words = text.split()
+    return " ".join([word for word in words if word not in ("a", "an", "the")] or words)
+
+
+def token_f1(prediction: str, answer: str) -> float:
+    """F1 of the two multisets of normalised words (SQuAD, arXiv 1606.05250, section 6.1)."""
+    predicted, expected = Counter(normalise(prediction).split()), Counter(normalise(answer).split())
+    return f1((predicted & expected).total(), predicted.total(), expected.total())
+
+
+def choice_letter(text: str) -> str | None:
+    """Option letter A-J that a text settles on, in upper case; None if it settles on none.
+
+    In order: the text is a letter; the last "answer is X" or "option X"; a letter with a
+    delimiter at the head ("B. the door"); the only capital letter that stands alone. An "A" or
+    "I" followed by a word is an article or a pronoun, not a letter.
+    """
+    text = text.strip()[:_LONGEST_ANSWER]
+    for pattern in (_BARE_LETTER, _STATED_LETTER, _LEADING_LETTER):
+        found = pattern.findall(text)
+        if found:
+            return found[-1].upper()
+    alone = set(_LONE_LETTER.findall(text))
+    return alone.pop() if len(alone) == 1 else None
+
+
+def choice_accuracy(prediction: str, answer: str) -> float:
+    """1 if the prediction settles on the answer's letter.
+
+    An answer without a letter is compared by its normalised words.
+    """
+    expected = choice_letter(answer)
+    if expected is None:
+        return float(bool(normalise(answer)) and normalise(prediction) == normalise(answer))
+    return float(choice_letter(prediction) == expected)
+
+
+def interval(text: str) -> tuple[float, float] | None:
+    """First interval `(start, end)` in seconds with start < end that a text names, or None.
+
+    Times are numbers or clock times, with or without a unit of seconds or minutes; between them
+    stands a comma, a dash, a tilde, "to", "and", "until" or "through".
+    """
+    for match in _INTERVAL.finditer(_MINUTES_SECONDS.sub(_as_seconds, text[:_LONGEST_ANSWER])):
+        shared = match["unit_b"] if match["unit_a"] is None else match["unit_a"]
+        start, end = _seconds(match["a"], shared), _seconds(match["b"], match["unit_b"])
+        if start is not None and end is not None and start < end:
+            return start, end
+    return None
+
+
+def temporal_iou(prediction: str, answer: str) -> float:
+    """Intersection over union of the intervals that two texts name; 0 if one names none."""
+    intervals = interval(prediction), interval(answer)
+    return 0.0 if None in intervals else interval_iou(*intervals)
+
+
+_FREE_LETTER = r"(?![\w'’])(?!(?<=[AaI])\s+[a-z])"
+"""After a letter: no longer word, and after A or I no word in lower case either."""
+_BARE_LETTER = re.compile(r"\A[(\[]?([A-Ja-j])[)\].:,]*\Z")
+_STATED_LETTER = re.compile(
+    r"\b(?i:answer(?:\s+is)?|option|choice)\s{0,3}:?\s{0,3}[(\[]?"
+    rf"([A-J]{_FREE_LETTER}|[a-j](?=\s{{0,3}}[).:,;\]]|\s*\Z))"
+)
+_LEADING_LETTER):
+        found = pattern.findall(text)
+        if found:
+            return found[-1].upper()
+    alone = set(_LONE_LETTER.findall(text))
+    return alone.pop() if len(alone) == 1 else None
+
+
+def choice_accuracy(prediction: str, answer: str) -> float:
+    """1 if the prediction settles on the answer's letter.
+
+    An answer without a letter is compared by its normalised words.
+    """
+    expected = choice_letter(answer)
+    if expected is None:
+        return float(bool(normalise(answer)) and normalise(prediction) == normalise(answer))
+    return float(choice_letter(prediction) == expected)
+
+
+def interval(text: str) -> tuple[float, float] | None:
+    """First interval `(start, end)` in seconds with start < end that a text names, or None.
+
+    Times are numbers or clock times, with or without a unit of seconds or minutes; between them
+    stands a comma, a dash, a tilde, "to", "and", "until" or "through".
+    """
+    for match in _INTERVAL.finditer(_MINUTES_SECONDS.sub(_as_seconds, text[:_LONGEST_ANSWER])):
+        shared = match["unit_b"] if match["unit_a"] is None else match["unit_a"]
+        start, end = _seconds(match["a"], shared), _seconds(match["b"], match["unit_b"])
+        if start is not None and end is not None and start < end:
+            return start, end
+    return None
+
+
+def temporal_iou(prediction: str, answer: str) -> float:
+    """Intersection over union of the intervals that two texts name; 0 if one names none."""
+    intervals = interval(prediction), interval(answer)
+    return 0.0 if None in intervals else interval_iou(*intervals)
+
+
+_FREE_LETTER = r"(?![\w'’])(?!(?<=[AaI])\s+[a-z])"
+"""After a letter: no longer word, and after A or I no word in lower case either."""
+_BARE_LETTER = re.compile(r"\A[(\[]?([A-Ja-j])[)\].:,]*\Z")
+_STATED_LETTER = re.compile(
+    rf"\b(?i:answer(?:\s+is)?|option|choice)\s{{0,3}}:?\s{{0,3}}[(\[]?"
+    rf"(?:([A-J]){_FREE_LETTER}|(?-i:[a-j])(?=\s{{0,3}}[).:,;\]]|\s*\Z))".replace(
+        "(?-i:[a-j])", "[a-j]"
+    )
+)
+_LEADING_LETTER = re.compile(r"\A[(\[]?([A-Ja-j])[).:\]]")
+_LONE_LETTER = re.compile(rf"(?<![\w'’])([A-J]){_FREE_LETTER}")
+
+_MINUTES_SECONDS = re.compile(
+    r"(?<![\w.:])(\d{1,9})\s?(?:minutes?|mins?|m)\s?(?:and\s)?(\d{1,9})\s?(?:seconds?|secs?|s)\b", re.I
+)
+_CLOCK = r"(?:\d{1,4}:){1,2}\d{1,2}(?:\.\d{1,6})?|\d{1,9}(?:\.\d{1,6})?"
+_UNIT = r"(?:seconds|second|secs|sec|s|minutes|minute|mins|min|m)\b"
+_INTERVAL = re.compile(
+    rf"(?<![\w.:])(?P<a>-?(?:{_CLOCK}))(?![\d.:]*\d)\s?(?P<unit_a>{_UNIT})?"
+    r"\s{0,3}(?:,|-|–|—|~|\b(?:to|and|until|till|through)\b)\s{0,3}"
+    rf"(?P<b>-?(?:{_CLOCK}))(?![\d.:]*\d)\s?(?P<unit_b>{_UNIT})?",
+    re.IGNORECASE,
+)
+
+
+def _as_seconds(match: re.Match[str]) -> str:
+    """ "1 min 30 s" as "90 s"."""
+    return f"{60 * int(match.group(1)) + int(match.group(2))} s"
+
+
+def _seconds(time: str, unit: str | None) -> float | None:
+    seconds = parse_seconds(time)
+    minutes = unit is not None and unit.lower().startswith("m") and ":" not in time
+    return seconds * 60 if minutes and seconds is not None else seconds
