@@ -86,59 +86,13 @@ _STATED_LETTER = re.compile(
     r"\b(?i:answer(?:\s+is)?|option|choice)\s{0,3}:?\s{0,3}[(\[]?"
     rf"([A-J]{_FREE_LETTER}|[a-j](?=\s{{0,3}}[).:,;\]]|\s*\Z))"
 )
-_LEADING_LETTER):
-        found = pattern.findall(text)
-        if found:
-            return found[-1].upper()
-    alone = set(_LONE_LETTER.findall(text))
-    return alone.pop() if len(alone) == 1 else None
-
-
-def choice_accuracy(prediction: str, answer: str) -> float:
-    """1 if the prediction settles on the answer's letter.
-
-    An answer without a letter is compared by its normalised words.
-    """
-    expected = choice_letter(answer)
-    if expected is None:
-        return float(bool(normalise(answer)) and normalise(prediction) == normalise(answer))
-    return float(choice_letter(prediction) == expected)
-
-
-def interval(text: str) -> tuple[float, float] | None:
-    """First interval `(start, end)` in seconds with start < end that a text names, or None.
-
-    Times are numbers or clock times, with or without a unit of seconds or minutes; between them
-    stands a comma, a dash, a tilde, "to", "and", "until" or "through".
-    """
-    for match in _INTERVAL.finditer(_MINUTES_SECONDS.sub(_as_seconds, text[:_LONGEST_ANSWER])):
-        shared = match["unit_b"] if match["unit_a"] is None else match["unit_a"]
-        start, end = _seconds(match["a"], shared), _seconds(match["b"], match["unit_b"])
-        if start is not None and end is not None and start < end:
-            return start, end
-    return None
-
-
-def temporal_iou(prediction: str, answer: str) -> float:
-    """Intersection over union of the intervals that two texts name; 0 if one names none."""
-    intervals = interval(prediction), interval(answer)
-    return 0.0 if None in intervals else interval_iou(*intervals)
-
-
-_FREE_LETTER = r"(?![\w'’])(?!(?<=[AaI])\s+[a-z])"
-"""After a letter: no longer word, and after A or I no word in lower case either."""
-_BARE_LETTER = re.compile(r"\A[(\[]?([A-Ja-j])[)\].:,]*\Z")
-_STATED_LETTER = re.compile(
-    rf"\b(?i:answer(?:\s+is)?|option|choice)\s{{0,3}}:?\s{{0,3}}[(\[]?"
-    rf"(?:([A-J]){_FREE_LETTER}|(?-i:[a-j])(?=\s{{0,3}}[).:,;\]]|\s*\Z))".replace(
-        "(?-i:[a-j])", "[a-j]"
-    )
-)
 _LEADING_LETTER = re.compile(r"\A[(\[]?([A-Ja-j])[).:\]]")
 _LONE_LETTER = re.compile(rf"(?<![\w'’])([A-J]){_FREE_LETTER}")
 
 _MINUTES_SECONDS = re.compile(
-    r"(?<![\w.:])(\d{1,9})\s?(?:minutes?|mins?|m)\s?(?:and\s)?(\d{1,9})\s?(?:seconds?|secs?|s)\b", re.I
+    r"(?<![\w.:])(\d{1,9})\s?(?:minutes?|mins?|m)\s?(?:and\s)?"
+    r"(\d{1,9})\s?(?:seconds?|secs?|s)\b",
+    re.IGNORECASE,
 )
 _CLOCK = r"(?:\d{1,4}:){1,2}\d{1,2}(?:\.\d{1,6})?|\d{1,9}(?:\.\d{1,6})?"
 _UNIT = r"(?:seconds|second|secs|sec|s|minutes|minute|mins|min|m)\b"

@@ -81,7 +81,7 @@ def extract_answer(completion: str) -> str:
     if match:
         return match.group(1).strip()
     tail = completion.partition(protocol.THINK_CLOSE)[2]
-    for tag in _PAIRED_TAGS[1:3] + ("tool_response",):
+    for tag in ("tool_call", "tool_code", "tool_response"):
         tail = re.sub(rf"<{tag}>.*?</{tag}>", "", tail, flags=re.DOTALL)
     tail = tail.replace(protocol.TURN_END, "").replace(protocol.TURN_START, "").strip()
     lines = [line.strip() for line in completion.splitlines()]
