@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Sequence
+from typing import Any, Protocol, Sequence, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -16,6 +16,7 @@ Params = Any
 """A pytree of weights: `{parameter name: array}`."""
 
 
+@runtime_checkable
 class Policy(Protocol):
     """A language model with a vision tower, as pure functions of its weights."""
 
@@ -57,6 +58,7 @@ class Policy(Protocol):
         ...
 
 
+@runtime_checkable
 class FrameReader(Protocol):
     """Decodes frames of a video file."""
 
@@ -69,6 +71,7 @@ class FrameReader(Protocol):
         ...
 
 
+@runtime_checkable
 class Renderer(Protocol):
     """Turns frames and words into token streams; knows the tokenizer and its chat template."""
 

@@ -1,0 +1,210 @@
+"""Small stand-ins for the seams of `rollout`: a policy, a renderer, a reader, an engine."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from paravt_jax.records import (
+    Frames,
+    KVCache,
+    Patches,
+    Prompt,
+    Row,
+    StopReason,
+    VideoRef,
+    VisionFeatures,
+)
+from rollout.engine import Engine, Generated
+
+SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image|>")
+VOCAB = 128 + len(SPECIAL)
+IM_END, PAD, IMAGE = 129, 130, 131
+MERGE = 4
+"""Patches per vision token of the toy tower."""
+
+
+class ToyRenderer:
+    """ASCII characters are tokens; special tokens come after them."""
+
+    eos_ids = (IM_END, PAD)
+    pad_id = PAD
+
+    def main_prompt(self, row: Row, frames: Frames, tools: bool) -> Prompt:
+        return text_prompt(f"<|im_start|>user\n{row.question}<|im_end|>\n<|im_start|>assistant\n")
+
+    def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:
+        return text_prompt(f"<|im_start|>SUB {start:g} {end:g}<|im_end|>\n<|im_start|>assistant\n")
+
+    def tool_turn(self, responses: Sequence[str]) -> list[int]:
+        body = "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in responses)
+        return self.encode(f"\n<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
+
+    def encode(self, text: str) -> list[int]:
+        parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
+        ids = [
+            [128 + SPECIAL.index(part)] if part in SPECIAL else [ord(c) % 128 for c in part]
+            for part in parts
+        ]
+        return [token for part in ids for token in part]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return "".join(chr(t) if t < 128 else SPECIAL[t - 128] for t in map(int, tokens))
+
+
+def text_prompt(text: str) -> Prompt:
+    """A prompt without frames."""
+    tokens = np.asarray(ToyRenderer().encode(text), np.int32)
+    positions = np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], 3, axis=1)
+    return Prompt(tokens, positions, np.full(len(tokens), -1, np.int32))
+
+
+def image_prompt(text: str, frames: int, patches: int, seed: int) -> Prompt:
+    """A prompt of `frames` random frames of `patches` patches each, then text."""
+    words = text_prompt(text)
+    count = frames * patches // MERGE
+    values = np.random.default_rng(seed).normal(size=(frames, patches, 3)).astype(np.float32)
+    grids = np.tile(np.array([[2, patches // 2]], np.int32), (frames, 1))
+    # Frames take fewer positions than tokens, as in M-RoPE: text goes on after the largest.
+    seen = np.repeat(np.arange(frames, dtype=np.int32), patches // MERGE)
+    return Prompt(
+        tokens=np.concatenate([np.full(count, IMAGE, np.int32), words.tokens]),
+        positions=np.concatenate([np.repeat(seen[:, None], 3, axis=1), words.positions + frames]),
+        vision_index=np.concatenate([np.arange(count, dtype=np.int32), words.vision_index]),
+        patches=Patches(values, grids),
+    )
+
+
+class ToyPolicy:
+    """One attention layer with positions, vision tokens and a real cache."""
+
+    def __init__(self, width: int = 16, sharpness: float = 3.0) -> None:
+        self.width, self.sharpness = width, sharpness
+
+    def init(self, seed: int = 0) -> dict[str, jax.Array]:
+        shapes = {"embed": (VOCAB, self.width), "see": (3, self.width), "head": (self.width, VOCAB)}
+        shapes |= {name: (self.width, self.width) for name in ("q", "k", "v")}
+        keys = jax.random.split(jax.random.key(seed), len(shapes))
+        return {
+            name: jax.random.normal(key, shape) * shape[0] ** -0.5
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    def encode(self, params, patches, grids) -> VisionFeatures:
+        b, f, p, c = patches.shape
+        tokens = patches.reshape(b, f * p // MERGE, MERGE, c).mean(2) @ params["see"]
+        return VisionFeatures(tokens=tokens, deepstack=jnp.zeros((b, 0, *tokens.shape[1:])))
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        empty = jnp.zeros((1, batch, slots, 1, self.width))
+        return KVCache(keys=empty, values=empty, lengths=jnp.zeros(batch, jnp.int32))
+
+    def hidden(
+        self, params, tokens, positions, vision_index, features=None, cache=None, lengths=None
+    ):
+        b, t = tokens.shape
+        x = params["embed"][tokens]
+        if features is not None:
+            seen = jnp.take_along_axis(
+                features.tokens, jnp.maximum(vision_index, 0)[..., None], axis=1
+            )
+            x = jnp.where(vision_index[..., None] >= 0, seen, x)
+        x = x + jnp.sin(
+            positions.sum(-1)[..., None] / 3.0 * 0.5 ** jnp.arange(self.width, dtype=jnp.float32)
+        )
+        live = cache if cache is not None else self.init_cache(b, t)
+        at = live.lengths[:, None] + jnp.arange(t)
+        rows = jnp.arange(b)[:, None]
+        keys = live.keys[0, :, :, 0].at[rows, at].set(x @ params["k"], mode="drop")
+        values = live.values[0, :, :, 0].at[rows, at].set(x @ params["v"], mode="drop")
+        scores = jnp.einsum("btd,bsd->bts", x @ params["q"], keys) * self.width**-0.5
+        causal = jnp.arange(keys.shape[1]) <= at[..., None]
+        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
+        hidden = x + jnp.einsum("bts,bsd->btd", weights, values)
+        if cache is None:
+            return hidden, None
+        more = jnp.full(b, t) if lengths is None else lengths
+        grown = KVCache(
+            keys=keys[None, :, :, None], values=values[None, :, :, None], lengths=live.lengths + more
+        )
+        return hidden, grown
+
+    def logits(self, params, hidden):
+        return (self.sharpness * hidden @ params["head"]).astype(jnp.float32)
+
+
+class ScriptedEngine(Engine):
+    """An engine whose rows say what a script tells them; it keeps every stream it saw."""
+
+    def __init__(
+        self, turns_B: Sequence[Sequence[str]], report: Callable[[str], str] | None = None
+    ) -> None:
+        """`turns_B`: texts of each main row, turn by turn; without `<|im_end|>` = cut off.
+        `report`: what a sub-agent says to its prompt."""
+        self.turns_B = turns_B
+        self.report = report or (lambda prompt: "seen.<|im_end|>")
+        self.sessions: list[ScriptedSession] = []
+
+    def start(self, params, prompts, copies, suffix, batch=None) -> ScriptedSession:
+        texts = [ToyRenderer().decode(prompt.tokens) for prompt in prompts]
+        script = [[self.report(t)] for t in texts] if self.sessions else self.turns_B
+        streams = [list(prompt.tokens) for prompt in prompts for _ in range(copies)]
+        self.sessions.append(ScriptedSession(script, streams, suffix))
+        return self.sessions[-1]
+
+
+class ScriptedSession:
+    """One batch of scripted rows."""
+
+    def __init__(self, script, streams, suffix) -> None:
+        self.script, self.streams = [list(turns) for turns in script], streams
+        self.prompt_lengths = [len(stream) for stream in streams]
+        self.suffix, self.limits, self.seeds = suffix, [], []
+
+    def append(self, tokens_B) -> None:
+        for stream, tokens in zip(self.streams, tokens_B, strict=True):
+            stream.extend(tokens)
+        self._check()
+
+    def generate(self, active, sampling, limit, seeds) -> list[Generated | None]:
+        self.limits.append(limit)
+        self.seeds.append(list(seeds))
+        said = [self._speak(row, limit) if on else None for row, on in enumerate(active)]
+        self._check()
+        return said
+
+    def _speak(self, row: int, limit: int) -> Generated:
+        tokens = ToyRenderer().encode(self.script[row].pop(0))[:limit]
+        self.streams[row].extend(tokens)
+        ended = tokens[-1] in ToyRenderer.eos_ids
+        log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
+        reason = StopReason.END if ended else StopReason.LENGTH
+        return Generated(np.asarray(tokens, np.int32), log_probs, reason)
+
+    def _check(self) -> None:
+        for stream, start in zip(self.streams, self.prompt_lengths, strict=True):
+            assert len(stream) - start <= self.suffix, "the cache would overflow"
+
+
+class SentinelReader:
+    """Remembers every file and window that was asked for; some windows cannot be decoded."""
+
+    def __init__(self, broken_from: float = 1e9) -> None:
+        self.opened: list[str] = []
+        self.broken_from = broken_from
+
+    def overview(self, video: VideoRef, count: int) -> Frames:
+        return self._frames(video)
+
+    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+        if start >= self.broken_from:
+            raise OSError(f"cannot decode {video.path}")
+        return self._frames(video)
+
+    def _frames(self, video: VideoRef) -> Frames:
+        self.opened.append(video.path)
+        return Frames(np.zeros((1, 4, 4, 3), np.uint8), np.zeros(1))
