@@ -1,0 +1,160 @@
+"""What an ideal agent says in the needle world.
+
+The texts are as short as the protocol allows, because two CPU cores have to learn them. The
+thought of a turn names the plan and the calls follow it, so that reinforcement learning finds
+the number of calls as one early decision instead of many late ones.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+
+import numpy as np
+
+from paravt_jax.protocol import (
+    ANSWER_CLOSE,
+    ANSWER_OPEN,
+    CALL_CLOSE,
+    CALL_OPEN,
+    THINK_CLOSE,
+    THINK_OPEN,
+    TOOL_NAME,
+    TURN_END,
+)
+from paravt_jax.records import QuestionType
+from pipelines.needle.questions import NeedleQuestion
+from pipelines.needle.world import Event, NeedleWorld
+from pipelines.render import ChatRenderer, PromptTexts
+
+PREFIX = f"{THINK_OPEN}\n"
+"""Forced at the head of every turn of the main agent; not learned."""
+
+NEEDLE_TEXTS = PromptTexts(system="", tools="", subagent="Report {start:g} to {end:g} seconds.")
+"""The words around frames and questions: next to none."""
+
+FRAME_REQUEST = "Name it."
+"""Request of the single-frame task."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Answer:
+    """The last turn of an episode: a thought, then the answer."""
+
+    thought: str
+    text: str
+
+
+def caption(event: Event | None) -> str:
+    """What one frame shows."""
+    return f"A {event.name}." if event else "Nothing."
+
+
+def report(events: Sequence[Event], start: float, end: float) -> str:
+    """What a sub-agent says about the window [start, end): one sentence per visible event."""
+    seen = [(event, event.visible(start, end)) for event in events]
+    sentences = [f"A {e.name} appears from {v[0]} to {v[1]} seconds." for e, v in seen if v]
+    return " ".join(sentences) or "Nothing happens."
+
+
+def call(start: float, end: float) -> str:
+    """One crop call as the model writes it."""
+    arguments = {"start_time": start, "end_time": end}
+    body = json.dumps({"name": TOOL_NAME, "arguments": arguments})
+    return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
+
+
+def call_turn(windows: Sequence[tuple[int, int]]) -> str:
+    """The turn that crops, after its forced prefix: the plan, then the calls."""
+    parts = "1 part" if len(windows) == 1 else f"{len(windows)} parts"
+    calls = "\n".join(call(start, end) for start, end in windows)
+    return f"I look at {parts}.\n{THINK_CLOSE}\n{calls}{TURN_END}"
+
+
+def answer_turn(answer: Answer) -> str:
+    """The turn that answers, after its forced prefix."""
+    return f"{answer.thought}\n{THINK_CLOSE}\n{ANSWER_OPEN}{answer.text}{ANSWER_CLOSE}{TURN_END}"
+
+
+def decide(
+    question: NeedleQuestion,
+    world: NeedleWorld,
+    times: np.ndarray,
+    windows: Sequence[tuple[int, int]],
+    rng: np.random.Generator,
+) -> Answer:
+    """Answer from what the overview (frames at `times` seconds) and the cropped windows show.
+
+    Without evidence the answer is a uniform guess from the right vocabulary.
+    """
+    target = question.target
+    cropped = [span for start, end in windows if (span := target.visible(start, end))]
+    glimpses = [time for time in times if target.start <= time < target.end]
+    if cropped:
+        span = (cropped[0][0], cropped[-1][1])
+    elif glimpses:
+        span = _around(glimpses, world)
+    else:
+        thought = "I saw nothing." if windows else "I guess."
+        return Answer(thought, _guess(question, world, rng))
+    thought = f"I saw a {target.name}." if windows else "I can see it."
+    return Answer(thought, _spoken(question, span))
+
+
+def trace(
+    question: NeedleQuestion,
+    world: NeedleWorld,
+    renderer: ChatRenderer,
+    times: np.ndarray,
+    windows: Sequence[tuple[int, int]],
+    rng: np.random.Generator,
+) -> tuple[np.ndarray, np.ndarray]:
+    """An ideal episode that crops `windows` in its first turn (none: it answers at once).
+
+    Returns:
+        tokens: int32 `[t]`, everything after the prompt, tool responses included.
+        turns: int32 `[t]`, the number of the turn that a token belongs to, -1 for tokens that
+            the agent does not write (forced prefixes, tool responses).
+    """
+    prefix = renderer.encode(PREFIX)
+    answer = renderer.encode(answer_turn(decide(question, world, times, windows, rng)))
+    if not windows:
+        return _join([(prefix, -1), (answer, 0)])
+    calls = renderer.encode(call_turn(windows))
+    responses = [report(question.events, start, end) for start, end in windows]
+    told = renderer.tool_turn(responses)
+    return _join([(prefix, -1), (calls, 0), (told, -1), (prefix, -1), (answer, 1)])
+
+
+def _join(parts: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:
+    tokens = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
+    turns = np.repeat([turn for _, turn in parts], [len(ids) for ids, _ in parts])
+    return tokens, turns.astype(np.int32)
+
+
+def _spoken(question: NeedleQuestion, span: tuple[int, int]) -> str:
+    """The answer as the agent words it; `span` is what it knows of the times."""
+    if question.row.question_type == QuestionType.GROUNDING:
+        return _seconds(*span)
+    return question.row.answer
+
+
+def _guess(question: NeedleQuestion, world: NeedleWorld, rng: np.random.Generator) -> str:
+    if question.vocabulary:
+        return str(rng.choice(question.vocabulary))
+    length = int(rng.integers(world.visible[0], world.visible[1] + 1))
+    start = int(rng.integers(world.duration - length + 1))
+    return _seconds(start, start + length)
+
+
+def _around(glimpses: Sequence[float], world: NeedleWorld) -> tuple[int, int]:
+    """Glimpses tell roughly when: a span of mean length centred on them."""
+    length = sum(world.visible) // 2
+    start = int(np.mean(glimpses)) - length // 2
+    start = int(np.clip(start, 0, world.duration - length))
+    return start, start + length
+
+
+def _seconds(start: int, end: int) -> str:
+    return f"{start} to {end} seconds"

@@ -1,0 +1,255 @@
+"""Frames and words to token streams, by the tokenizer's own chat template."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import os
+import re
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from transformers import AutoTokenizer
+
+from paravt_jax.records import Frames, Patches, Prompt, Row
+from pipelines.preprocess import FrameSpec, to_patches
+
+CROP_VIDEO_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": "crop_video",
+        "description": "Watch one part of the video closely and get a description of it.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "start_time": {"type": "number", "description": "Start of the part, in seconds."},
+                "end_time": {"type": "number", "description": "End of the part, in seconds."},
+            },
+            "required": ["start_time", "end_time"],
+        },
+    },
+}
+"""Schema of the crop tool, in the form that chat templates take."""
+
+MODES = ("image", "video")
+# Encoded pieces of text between control tokens that are remembered.
+PIECES_KEPT = 1 << 14
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptTexts:
+    """The words around frames and question. An empty text is left out."""
+
+    system: str = (
+        "You answer a question about a video, of which you are shown a few frames with their "
+        "times. Reason between <think> and </think>, then give the final answer, and nothing "
+        "else, between <answer> and </answer>."
+    )
+    """System text of the main agent."""
+    tools: str = (
+        " If the frames do not show enough, call crop_video before answering, once for each "
+        "part that you need to see; you may call it several times in one turn."
+    )
+    """Added to the system text when the main agent may call the tool."""
+    subagent: str = (
+        "These frames show seconds {start:g} to {end:g} of a longer video. Report what can be "
+        "seen, in order and with times: people and things, what they do, what changes. State "
+        "only what the frames show."
+    )
+    """Request to a sub-agent; `{start}` and `{end}` are the window in seconds."""
+
+
+class ChatRenderer:
+    """Implements `Renderer` on a Hugging Face tokenizer.
+
+    Each frame is shown as the text `<t seconds>`, then its vision tokens between start and end
+    marks: as one image per frame (`mode="image"`, as in ParaVT's RL), or as frame pairs of a
+    video that carry their mean time (`mode="video"`, as in Qwen3-VL's video processor).
+
+    Args:
+        tokenizer: a Hugging Face tokenizer with a Qwen3-VL chat template.
+        spec: how frames become patches.
+        mode: `image` or `video`.
+        texts: the words around frames and question.
+        eos_ids: tokens that end a turn; default: the tokenizer's own.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        spec: FrameSpec,
+        mode: str = "image",
+        texts: PromptTexts | None = None,
+        eos_ids: Sequence[int] = (),
+    ):
+        if mode not in MODES:
+            raise ValueError(f"mode={mode!r}: frames are shown as one of {', '.join(MODES)}")
+        self.tokenizer, self.spec, self.mode = tokenizer, spec, mode
+        self.texts = texts or PromptTexts()
+        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or (tokenizer.eos_token_id,)
+        self.pad_id: int = _first(tokenizer.pad_token_id, self.eos_ids[0])
+        self._pad_text = f"<|{mode}_pad|>"
+        self._vision_id: int = tokenizer.convert_tokens_to_ids(self._pad_text)
+        controls = {token.content for token in tokenizer.added_tokens_decoder.values()}
+        self._control = re.compile("|".join(map(re.escape, sorted(controls, reverse=True))))
+        self._pieces = re.compile(f"({self._control.pattern})")
+        self._piece_ids = functools.lru_cache(PIECES_KEPT)(self._encode_piece)
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str,
+        mode: str = "image",
+        texts: PromptTexts | None = None,
+        spec: FrameSpec | None = None,
+    ) -> ChatRenderer:
+        """Load tokenizer, frame specification and end-of-turn tokens from a model folder.
+
+        Raises:
+            ValueError: the folder lacks a tokenizer or an image processor.
+        """
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        except OSError as error:
+            raise ValueError(f"{folder}: no tokenizer to load ({error})") from error
+        spec = spec or FrameSpec.from_folder(folder)
+        return cls(tokenizer, spec, mode, texts, _eos_ids(folder))
+
+    def main_prompt(self, row: Row, frames: Frames | None, tools: bool) -> Prompt:
+        """System and user turn of the main agent, up to and including the assistant header.
+
+        Raises:
+            ValueError: the question spells out a control token of the tokenizer.
+        """
+        if found := self._control.search(row.question):
+            raise ValueError(
+                f"row {row.row_id}: the question contains the control token "
+                f"{found.group()!r}; rephrase it"
+            )
+        system = self.texts.system + (self.texts.tools if tools else "")
+        return self.prompt(frames, row.question, system, tools)
+
+    def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:
+        """What a sub-agent reads about one crop, up to and including the assistant header."""
+        return self.prompt(frames, self.texts.subagent.format(start=start, end=end))
+
+    def prompt(
+        self, frames: Frames | None, request: str, system: str = "", tools: bool = False
+    ) -> Prompt:
+        """One user turn of frames and a request, up to and including the assistant header."""
+        patches = None
+        content: list[dict[str, str]] = []
+        if frames is not None:
+            patches = to_patches(frames.pixels, self.spec, as_video=self.mode == "video")
+            content = self._frame_parts(frames.times)
+        messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
+        if system:
+            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+        tokens = self.encode(self._render(messages, [CROP_VIDEO_TOOL] if tools else None))
+        return _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
+
+    def tool_turn(self, responses: Sequence[str]) -> list[int]:
+        """Tokens from the end of an assistant turn to the head of the next one.
+
+        Control tokens inside responses are dropped: a sub-agent's words must not open or
+        close turns of the main agent.
+        """
+        tools = [{"role": "tool", "content": self._control.sub("", text)} for text in responses]
+        spoken = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
+        _, _, turn = self._render([*spoken, *tools]).partition("!" + self.tokenizer.eos_token)
+        return self.encode(turn)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of text in which special tokens are written out.
+
+        Text is encoded piece by piece between control tokens, which no merge crosses, and
+        pieces such as times are remembered: prompts of many frames repeat them.
+        """
+        pieces = filter(None, self._pieces.split(text))
+        return [token for piece in pieces for token in self._piece_ids(piece)]
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens kept."""
+        return self.tokenizer.decode(
+            [int(token) for token in tokens],
+            skip_special_tokens=False,
+            clean_up_tokenization_spaces=False,
+        )
+
+    def _encode_piece(self, piece: str) -> tuple[int, ...]:
+        return tuple(self.tokenizer.encode(piece, add_special_tokens=False))
+
+    def _render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
+        return self.tokenizer.apply_chat_template(
+            messages, tools=tools, add_generation_prompt=True, tokenize=False
+        )
+
+    def _frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
+        if self.mode == "video":
+            times = _mean_times(times, self.spec.temporal_patch_size)
+        parts: list[dict[str, str]] = []
+        for time in times:
+            parts.append({"type": "text", "text": f"<{time:.1f} seconds>"})
+            parts.append({"type": self.mode})
+        return parts
+
+
+def _first(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def _eos_ids(folder: str) -> tuple[int, ...]:
+    """`eos_token_id` of the folder's generation_config.json; empty if there is none."""
+    path = os.path.join(folder, "generation_config.json")
+    if not os.path.isfile(path):
+        return ()
+    with open(path, encoding="utf-8") as file:
+        ids = json.load(file).get("eos_token_id", ())
+    return (ids,) if isinstance(ids, int) else tuple(ids)
+
+
+def _mean_times(times: np.ndarray, size: int) -> np.ndarray:
+    """Time of each temporal patch: the mean of its first and last frame, as in Qwen3-VL."""
+    filled = np.concatenate([times, np.repeat(times[-1:], -len(times) % size)]).reshape(-1, size)
+    return (filled[:, 0] + filled[:, -1]) / 2
+
+
+def _with_vision(
+    tokens: Sequence[int], patches: Patches | None, vision_id: int, merge: int
+) -> Prompt:
+    """Repeat each frame's one vision token to its true number and place everything."""
+    ids = np.asarray(tokens, np.int32)
+    if patches is None:
+        return Prompt(ids, _positions(ids, [], [], merge), np.full(len(ids), -1, np.int32))
+    counts = patches.grids.prod(1) // merge**2
+    repeats = np.ones(len(ids), np.int64)
+    repeats[ids == vision_id] = counts
+    starts = np.cumsum(repeats)[ids == vision_id] - counts
+    ids = np.repeat(ids, repeats)
+    index = np.full(len(ids), -1, np.int32)
+    slots = patches.values.shape[1] // merge**2
+    for frame, (start, count) in enumerate(zip(starts, counts, strict=True)):
+        index[start : start + count] = frame * slots + np.arange(count)
+    return Prompt(ids, _positions(ids, starts, patches.grids, merge), index, patches)
+
+
+def _positions(tokens: np.ndarray, starts: Any, grids: Any, merge: int) -> np.ndarray:
+    """M-RoPE positions, int32 `[t, 3]` (`get_rope_index` of transformers' Qwen3-VL).
+
+    Text counts on along all three axes. The vision tokens of a frame share one temporal
+    position and count rows and columns from it; text goes on after the longer side.
+    """
+    positions = np.empty((len(tokens), 3), np.int32)
+    done, position = 0, 0
+    for start, (rows, columns) in zip(starts, np.asarray(grids) // merge, strict=True):
+        positions[done:start] = position + np.arange(start - done)[:, None]
+        position += start - done
+        done = start + rows * columns
+        positions[start:done, 0] = position
+        positions[start:done, 1] = position + np.repeat(np.arange(rows), columns)
+        positions[start:done, 2] = position + np.tile(np.arange(columns), rows)
+        position += max(rows, columns)
+    positions[done:] = position + np.arange(len(tokens) - done)[:, None]
+    return positions

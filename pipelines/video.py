@@ -1,0 +1,258 @@
+"""Frames from video files, read by OpenCV and kept in a cache of bounded size."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+
+import cv2
+import numpy as np
+
+from paravt_jax.records import Frames, VideoRef
+
+REMEDY = (
+    "check the path, or re-encode the file, for example with `ffmpeg -i IN -c:v libx264 OUT.mp4`"
+)
+# Skipping over fewer frames than this is cheaper than seeking to a key frame.
+SEEK_GAP = 64
+# A video that is smaller than this when decoded is decoded whole, once, at its first use.
+WHOLE_BYTES = 1 << 20
+
+Resize = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What a container says about its video stream."""
+
+    frames: int
+    fps: float
+    height: int
+    width: int
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return self.frames / self.fps
+
+
+def probe(path: str) -> VideoInfo:
+    """Read the stream properties of a video file.
+
+    Raises:
+        ValueError: the file is missing, is not a video, or does not tell its length.
+    """
+    capture = _open(path)
+    info = VideoInfo(
+        frames=int(capture.get(cv2.CAP_PROP_FRAME_COUNT)),
+        fps=float(capture.get(cv2.CAP_PROP_FPS)),
+        height=int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)),
+        width=int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)),
+    )
+    capture.release()
+    if info.frames <= 0 or not info.fps > 0:
+        raise ValueError(f"video {path}: {info.frames} frames at {info.fps} fps; {REMEDY}")
+    return info
+
+
+def video_ref(path: str) -> VideoRef:
+    """A reference to a video file, its duration read from the file.
+
+    Raises:
+        ValueError: see `probe`.
+    """
+    return VideoRef(path=os.path.abspath(path), duration=probe(path).duration)
+
+
+def overview_indices(frames: int, count: int) -> np.ndarray:
+    """Indices of `count` frames spread evenly from the first to the last, both included.
+
+    int64 `[min(count, frames)]`; the rule of Qwen3-VL's video processor.
+    """
+    count = min(count, frames)
+    return np.linspace(0, frames - 1, count).round().astype(np.int64)
+
+
+def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int) -> np.ndarray:
+    """Indices of the frames on screen at evenly spaced moments of the window [start, end).
+
+    The window is half-open, so that neighbouring windows share no frame and a window of
+    `cap / fps` seconds is sampled at exactly `fps`. int64 `[n]`, `1 <= n <= cap`.
+
+    Raises:
+        ValueError: the window is empty or begins at or after the end of the video.
+    """
+    end = min(end, info.duration)
+    start = max(start, 0.0)
+    if not start < end:
+        raise ValueError(
+            f"window [{start:g}, {end:g}] s is empty in a video of {info.duration:g} s; "
+            "choose start < end within the video"
+        )
+    count = int(np.clip(round((end - start) * fps), 1, cap))
+    moments = start + (end - start) * np.arange(count) / count
+    # The small term keeps 3.0 s * 10 fps = 29.999... on frame 30.
+    indices = np.floor(moments * info.fps + 1e-6).astype(np.int64)
+    return np.unique(np.minimum(indices, info.frames - 1))
+
+
+class VideoReader:
+    """Implements `FrameReader`: overview and crop frames of video files, cached in memory.
+
+    Args:
+        crop_fps: sampling rate of `clip`, frames per second.
+        crop_cap: most frames that one `clip` returns.
+        cache_bytes: bound on the decoded frames kept; the least recently used videos go first.
+        resize: applied to each decoded frame `[h, w, 3]` before it is cached, so that no
+            full-resolution frame is held (for example `preprocess.FrameSpec.resize`).
+
+    Methods may be called from several threads; a copy sent to another process starts empty.
+    """
+
+    def __init__(
+        self,
+        crop_fps: float = 1.0,
+        crop_cap: int = 16,
+        cache_bytes: int = 1 << 29,
+        resize: Resize | None = None,
+    ):
+        if not crop_fps > 0 or crop_cap < 1:
+            raise ValueError(
+                f"crop_fps={crop_fps}, crop_cap={crop_cap}: a crop needs a positive rate and "
+                "at least one frame"
+            )
+        self._crop_fps, self._crop_cap = crop_fps, crop_cap
+        self._cache_bytes, self._resize = cache_bytes, resize
+        self._clear()
+
+    def _clear(self) -> None:
+        self._lock = threading.Lock()
+        self._frames: OrderedDict[str, dict[int, np.ndarray]] = OrderedDict()
+        self._infos: dict[str, VideoInfo] = {}
+        self._held = 0
+
+    def __getstate__(self) -> dict:
+        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_resize")
+        return {name: self.__dict__[name] for name in kept}
+
+    def __setstate__(self, state: dict) -> None:
+        self.__dict__.update(state)
+        self._clear()
+
+    @property
+    def cached_bytes(self) -> int:
+        """Bytes of decoded frames held now."""
+        return self._held
+
+    def overview(self, video: VideoRef, count: int) -> Frames:
+        """`count` frames spread over the whole video (all of them if it has fewer).
+
+        Raises:
+            ValueError: the file cannot be read, or `count` is not positive.
+        """
+        if count < 1:
+            raise ValueError(f"count={count}: an overview needs at least one frame")
+        info = self.info(video)
+        return self._read(video.path, info, overview_indices(info.frames, count))
+
+    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+        """Frames of the window [start, end) seconds at the crop rate, at most the cap.
+
+        Raises:
+            ValueError: the file cannot be read, or the window is empty (see `clip_indices`).
+        """
+        info = self.info(video)
+        indices = clip_indices(info, start, end, self._crop_fps, self._crop_cap)
+        return self._read(video.path, info, indices)
+
+    def info(self, video: VideoRef) -> VideoInfo:
+        """Stream properties of the file, probed once."""
+        if video.path not in self._infos:
+            self._infos[video.path] = probe(video.path)
+        return self._infos[video.path]
+
+    def _read(self, path: str, info: VideoInfo, indices: np.ndarray) -> Frames:
+        wanted = indices.tolist()
+        found = self._lookup(path, wanted)
+        missing = [index for index in wanted if index not in found]
+        if missing:
+            small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
+            decoded = decode(path, range(info.frames) if small else missing, self._resize)
+            self._store(path, decoded)
+            found |= decoded
+        return Frames(np.stack([found[index] for index in wanted]), indices / info.fps)
+
+    def _lookup(self, path: str, indices: Sequence[int]) -> dict[int, np.ndarray]:
+        with self._lock:
+            held = self._frames.get(path, {})
+            if held:
+                self._frames.move_to_end(path)
+            return {index: held[index] for index in indices if index in held}
+
+    def _store(self, path: str, decoded: dict[int, np.ndarray]) -> None:
+        with self._lock:
+            held = self._frames.setdefault(path, {})
+            self._frames.move_to_end(path)
+            self._held -= _size(held)
+            held.update(decoded)
+            self._held += _size(held)
+            while self._held > self._cache_bytes:
+                _, dropped = self._frames.popitem(last=False)
+                self._held -= _size(dropped)
+
+
+def decode(
+    path: str, indices: Sequence[int], resize: Resize | None = None
+) -> dict[int, np.ndarray]:
+    """Decode the frames at `indices` (ascending) as RGB uint8 `[h, w, 3]`.
+
+    Containers often announce a few frames too many; those stand as copies of the last frame
+    that could be decoded.
+
+    Raises:
+        ValueError: fewer than half of the frames could be decoded.
+    """
+    capture = _open(path)
+    frames: dict[int, np.ndarray] = {}
+    for index in indices:
+        if not _advance(capture, index):
+            break
+        ok, image = capture.retrieve()
+        if not ok:
+            break
+        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+        frames[index] = image if resize is None else resize(image)
+    capture.release()
+    if 2 * len(frames) < len(indices) or not frames:
+        raise ValueError(
+            f"video {path}: only {len(frames)} of {len(indices)} frames can be decoded; {REMEDY}"
+        )
+    last = next(reversed(frames.values()))
+    return {index: frames.get(index, last) for index in indices}
+
+
+def _advance(capture: cv2.VideoCapture, index: int) -> bool:
+    """Grab frame `index`, which lies at or after the capture's position."""
+    position = int(capture.get(cv2.CAP_PROP_POS_FRAMES))
+    if index - position > SEEK_GAP:
+        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
+        position = index
+    return all(capture.grab() for _ in range(index - position + 1))
+
+
+def _open(path: str) -> cv2.VideoCapture:
+    if not os.path.isfile(path):
+        raise ValueError(f"video {path}: no such file; {REMEDY}")
+    # One thread per capture: Grain reads many files side by side, and starting FFmpeg's own
+    # threads takes four times as long as decoding a small video.
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
+    if not capture.isOpened():
+        raise ValueError(f"video {path}: OpenCV cannot open it; {REMEDY}")
+    return capture
+
+
+def _size(frames: dict[int, np.ndarray]) -> int:
+    return sum(frame.nbytes for frame in frames.values())
