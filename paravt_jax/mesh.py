@@ -100,7 +100,7 @@ def partition(
         raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for shape {tuple(shape)}")
     parts, owner = [], {}
     for axis, size in zip(axes, shape, strict=True):
-        names = _mesh_axes(axis)
+        names = tuple(name for name in _mesh_axes(axis) if name in mesh_shape)
         for name in names:
             if name in owner:
                 raise ValueError(

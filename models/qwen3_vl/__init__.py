@@ -2,5 +2,17 @@
 
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.model import Qwen3VLPolicy
+from models.qwen3_vl.pretrained import Pretrained, from_pretrained
+from models.qwen3_vl.weights import load_params, read_config, save_folder
 
-__all__ = ["Qwen3VLConfig", "Qwen3VLPolicy", "TextConfig", "VisionConfig"]
+__all__ = [
+    "Pretrained",
+    "Qwen3VLConfig",
+    "Qwen3VLPolicy",
+    "TextConfig",
+    "VisionConfig",
+    "from_pretrained",
+    "load_params",
+    "read_config",
+    "save_folder",
+]

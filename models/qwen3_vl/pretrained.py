@@ -1,0 +1,112 @@
+"""Load a model folder, compute logits, save a model folder: the public contract."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.inputs import from_processor
+from models.qwen3_vl.model import Qwen3VLPolicy
+from models.qwen3_vl.weights import load_params, read_config, save_folder
+from paravt_jax.params import Params
+
+
+class Pretrained:
+    """Weights, their configuration, and the policy that computes with them."""
+
+    def __init__(
+        self,
+        params: Params,
+        config: Qwen3VLConfig,
+        policy: Qwen3VLPolicy,
+        mesh: Mesh | None = None,
+        base: str | os.PathLike | None = None,
+    ):
+        self.params, self.config, self.policy = params, config, policy
+        self.mesh, self.base = mesh, base
+
+    def logits(
+        self,
+        input_ids: np.ndarray,
+        attention_mask: np.ndarray | None = None,
+        pixel_values: np.ndarray | None = None,
+        image_grid_thw: np.ndarray | None = None,
+        pixel_values_videos: np.ndarray | None = None,
+        video_grid_thw: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Float32 logits `[b, t, vocab]` of what a Hugging Face processor returned, as numpy.
+
+        Padding may be left or right; logits at padding are 0. Every new combination of
+        lengths and frame counts compiles once: this is for checks and small jobs.
+
+        Raises:
+          ValueError: inputs that do not belong together; see `from_processor`.
+        """
+        inputs = from_processor(
+            self.config,
+            input_ids,
+            attention_mask,
+            pixel_values,
+            image_grid_thw,
+            pixel_values_videos,
+            video_grid_thw,
+        )
+        arguments = (
+            inputs.tokens,
+            inputs.positions,
+            inputs.vision_index,
+            inputs.patches,
+            inputs.grids,
+        )
+        with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
+            computed = np.asarray(_logits(self.policy, self.params, *arguments))
+        logits = np.zeros(computed.shape, np.float32)
+        row, column = np.nonzero(inputs.places >= 0)
+        logits[row, inputs.places[row, column]] = computed[row, column]
+        return logits
+
+    def save_pretrained(self, folder: str | os.PathLike) -> None:
+        """Write a folder that transformers loads, with the tokenizer and processor files of the
+        folder that this model came from; see `save_folder`."""
+        save_folder(self.params, self.config, folder, base=self.base)
+
+
+def from_pretrained(
+    folder: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None
+) -> Pretrained:
+    """Load a Hugging Face folder of a dense Qwen3-VL.
+
+    Args:
+      folder: config.json and safetensors, in one file or several with an index.
+      dtype: of weights and matrix products, "float32" or "bfloat16".
+      mesh: devices over which the weights are split; None for the first device.
+
+    Raises:
+      ValueError: no such folder, another kind of model, or weights that do not fit.
+    """
+    config = read_config(folder)
+    policy = Qwen3VLPolicy(config, compute_dtype=dtype)
+    params = load_params(folder, policy.table, mesh, dtype)
+    return Pretrained(params, config, policy, mesh, base=folder)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logits(
+    policy: Qwen3VLPolicy,
+    params: Params,
+    tokens: Any,
+    positions: Any,
+    index: Any,
+    patches: Any,
+    grids: Any,
+) -> jax.Array:
+    features = None if patches is None else policy.encode(params, patches, grids)
+    hidden, _ = policy.hidden(params, tokens, positions, index, features)
+    return policy.logits(params, hidden)
