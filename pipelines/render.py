@@ -14,6 +14,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from paravt_jax.records import Frames, Patches, Prompt, Row
+from paravt_jax.rope_index import mrope_positions, vision_index
 from pipelines.preprocess import FrameSpec, to_patches
 
 CROP_VIDEO_TOOL: dict[str, Any] = {
@@ -222,34 +223,16 @@ def _with_vision(
     """Repeat each frame's one vision token to its true number and place everything."""
     ids = np.asarray(tokens, np.int32)
     if patches is None:
-        return Prompt(ids, _positions(ids, [], [], merge), np.full(len(ids), -1, np.int32))
-    counts = patches.grids.prod(1) // merge**2
+        nowhere = np.full(len(ids), -1, np.int32)
+        text = np.zeros(len(ids), bool)
+        return Prompt(ids, mrope_positions(text, np.zeros((0, 2), int), merge), nowhere)
     repeats = np.ones(len(ids), np.int64)
-    repeats[ids == vision_id] = counts
-    starts = np.cumsum(repeats)[ids == vision_id] - counts
+    repeats[ids == vision_id] = patches.grids.prod(1) // merge**2
     ids = np.repeat(ids, repeats)
-    index = np.full(len(ids), -1, np.int32)
-    slots = patches.values.shape[1] // merge**2
-    for frame, (start, count) in enumerate(zip(starts, counts, strict=True)):
-        index[start : start + count] = frame * slots + np.arange(count)
-    return Prompt(ids, _positions(ids, starts, patches.grids, merge), index, patches)
-
-
-def _positions(tokens: np.ndarray, starts: Any, grids: Any, merge: int) -> np.ndarray:
-    """M-RoPE positions, int32 `[t, 3]` (`get_rope_index` of transformers' Qwen3-VL).
-
-    Text counts on along all three axes. The vision tokens of a frame share one temporal
-    position and count rows and columns from it; text goes on after the longer side.
-    """
-    positions = np.empty((len(tokens), 3), np.int32)
-    done, position = 0, 0
-    for start, (rows, columns) in zip(starts, np.asarray(grids) // merge, strict=True):
-        positions[done:start] = position + np.arange(start - done)[:, None]
-        position += start - done
-        done = start + rows * columns
-        positions[start:done, 0] = position
-        positions[start:done, 1] = position + np.repeat(np.arange(rows), columns)
-        positions[start:done, 2] = position + np.tile(np.arange(columns), rows)
-        position += max(rows, columns)
-    positions[done:] = position + np.arange(len(tokens) - done)[:, None]
-    return positions
+    visual = ids == vision_id
+    return Prompt(
+        tokens=ids,
+        positions=mrope_positions(visual, patches.grids, merge),
+        vision_index=vision_index(visual, patches.grids, merge, patches.values.shape[1]),
+        patches=patches,
+    )
