@@ -27,7 +27,7 @@ def normalise(text: str) -> str:
 
 
 def token_f1(prediction: str, answer: str) -> float:
-    """F1 of the two multisets of normalised words (SQuAD, arXiv 1606.05250, section 6.1)."""
+    """F1 of the two multisets of normalised words (SQuAD, arXiv 1606.05250)."""
     predicted, expected = Counter(normalise(prediction).split()), Counter(normalise(answer).split())
     return f1((predicted & expected).total(), predicted.total(), expected.total())
 

@@ -1,0 +1,223 @@
+"""From rewards to advantages.
+
+Sequence-level functions run on the host in float64, because their inputs are a few hundred
+numbers. Token-level functions are JAX, and sharded arrays are reduced over all devices.
+Everywhere, index t of a token-level array concerns the token at t (not the prediction made there).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Shaped
+
+from paravt_jax.objectives import KLEstimator, divergence
+from paravt_jax.records import ArrayLike
+
+Normalise = Literal["group", "batch", "none"]
+
+
+def shape_rewards(
+    rewards: Float[np.ndarray, "p g"],
+    scale: float = 1.0,
+    bias: float = 0.0,
+    clip: float | None = None,
+) -> Float[np.ndarray, "p g"]:
+    """r' = clip((r + bias) * scale, -clip, clip); equation 1 of the ParaVT release.
+
+    The release uses scale 10, bias -0.2 and clip 20, which makes every reward above 2.2 the same.
+    The default changes nothing.
+    """
+    shaped = (np.asarray(rewards, np.float64) + bias) * scale
+    return shaped if clip is None else np.clip(shaped, -clip, clip)
+
+
+def group_advantages(
+    rewards: Float[np.ndarray, "p g"],
+    normalise: Normalise = "group",
+    ddof: int = 1,
+    eps: float = 1e-5,
+    leave_one_out: bool = False,
+    scale_by_std: bool = True,
+) -> Float[np.ndarray, "p g"]:
+    """A_i = (r_i - mean) / (std + eps) over the g rollouts of each of p prompts.
+
+    Equation 2 of the ParaVT release; GRPO (arXiv 2402.03300, section 4.1.2). Without
+    `scale_by_std` it is Dr. GRPO (arXiv 2503.20783), with `leave_one_out` RLOO's baseline
+    (arXiv 2402.14740).
+
+    Args:
+        rewards: one scalar per rollout.
+        normalise: over each group, over the whole batch, or not at all.
+        ddof: 1 divides the variance by n - 1, 0 by n. A single rollout has std 1 with ddof 1.
+        eps: added to the standard deviation.
+        leave_one_out: the mean of a rollout leaves itself out. The std is then taken around
+            these means.
+        scale_by_std: divide by the standard deviation.
+
+    Returns:
+        float64 `[p, g]`; exactly 0 where all rewards of a group (or batch) are equal.
+
+    Raises:
+        ValueError: a reward is not finite, or `normalise` or `ddof` is unknown.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    chex.assert_rank(rewards, 2)
+    if not np.isfinite(rewards).all():
+        raise ValueError("rewards hold NaN or infinity; check the reward function")
+    if normalise == "none":
+        return rewards
+    if normalise not in ("group", "batch") or ddof not in (0, 1):
+        raise ValueError(
+            f"normalise={normalise!r}, ddof={ddof}: use 'group', 'batch' or 'none', and 0 or 1"
+        )
+    groups = rewards if normalise == "group" else rewards.reshape(1, -1)
+    centred = groups - _baseline(groups, leave_one_out)
+    # Equal rewards: their mean may be off by one ulp, which eps would blow up.
+    centred = np.where(np.ptp(groups, axis=1, keepdims=True) == 0, 0.0, centred)
+    if scale_by_std:
+        centred = centred / (_spread(centred, ddof) + eps)
+    return centred.reshape(rewards.shape)
+
+
+def token_advantages(
+    rewards: Float[ArrayLike, b],
+    mask: Shaped[ArrayLike, "b t"],
+    behaviour: Float[ArrayLike, "b t"] | None = None,
+    reference: Float[ArrayLike, "b t"] | None = None,
+    lengths: Shaped[ArrayLike, b] | None = None,
+    *,
+    kl_weight: float = 0.0,
+    kl_estimator: KLEstimator = "k1",
+    discount: float = 1.0,
+    gae_lambda: float = 1.0,
+    whiten_tokens: bool = True,
+    eps: float = 1e-5,
+) -> Float[Array, "b t"]:
+    """Advantage of every generated token, with the KL penalty inside the reward.
+
+    Equations 3-7 of the ParaVT release, at the index of the token:
+
+        rho_t = -kl_weight * KL_t + r * [t is the last one]
+        A_t   = rho_t + discount * gae_lambda * A_(next generated token)
+        A    <- (A - mean) / (std + eps)      over all generated tokens of the batch
+
+    Args:
+        rewards: normalised reward of each row.
+        mask: nonzero where the token was generated.
+        behaviour, reference: log-probabilities of the token; needed if `kl_weight` is not 0.
+        lengths: place the reward on token `lengths - 1` as the release does, which loses it when
+            that token was not generated. None, the right choice, places it on the last generated
+            token.
+        kl_weight: weight of the penalty.
+        kl_estimator: see `objectives.divergence`.
+        discount, gae_lambda: decay per generated token.
+        whiten_tokens: apply the third line.
+        eps: added to the standard deviation.
+
+    Returns:
+        float32 `[b, t]`, 0 where `mask` is 0.
+
+    Raises:
+        ValueError: a KL penalty is asked for without both log-probabilities.
+    """
+    generated = jnp.asarray(mask) > 0
+    chex.assert_rank([rewards, generated], [1, 2])
+    token_rewards = _last_token(generated, lengths) * jnp.asarray(rewards, jnp.float32)[:, None]
+    if kl_weight:
+        if behaviour is None or reference is None:
+            raise ValueError(f"kl_weight={kl_weight} needs behaviour and reference log-probs")
+        kl = divergence(jnp.asarray(behaviour), jnp.asarray(reference), kl_estimator)
+        token_rewards -= kl_weight * jnp.where(generated, kl, 0.0)
+    advantages = _discounted_sum(token_rewards, generated, discount * gae_lambda)
+    if whiten_tokens:
+        advantages = whiten(advantages, generated, eps)
+    return jnp.where(generated, advantages, 0.0)
+
+
+def whiten(
+    values: Float[ArrayLike, "*b"],
+    mask: Shaped[ArrayLike, "*b"],
+    eps: float = 1e-5,
+    ddof: int = 1,
+) -> Float[Array, "*b"]:
+    """(x - mean) / (std + eps) over the masked values; equation 7 of the ParaVT release.
+
+    Masked-out values become 0. If nothing is masked in, the values come back unchanged.
+    """
+    values, mask = jnp.asarray(values, jnp.float32), jnp.asarray(mask) > 0
+    chex.assert_equal_shape([values, mask])
+    count = mask.sum()
+    mean = jnp.where(mask, values, 0.0).sum() / jnp.maximum(count, 1)
+    centred = jnp.where(mask, values - mean, 0.0)
+    variance = jnp.square(centred).sum() / jnp.maximum(count - ddof, 1)
+    std = jnp.where(count > ddof, jnp.sqrt(variance), 1.0)
+    return jnp.where(count > 0, centred / (std + eps), values)
+
+
+def anchored_advantages(
+    task: Float[ArrayLike, b],
+    anchor: Float[ArrayLike, b],
+    structural: Bool[ArrayLike, "b t"],
+    mask: Shaped[ArrayLike, "b t"],
+    weight: float,
+) -> Float[Array, "b t"]:
+    """A_t = A_task + weight * s_t * A_anchor on generated tokens, 0 elsewhere.
+
+    The "position" reading of ParaVT's selective anchoring (project page of arXiv 2605.20342):
+    the anchored part of the format reward acts only where s_t = 1, on structural tokens.
+
+    Args:
+        task: group-normalised rewards without the anchor (`RewardBreakdown.task`).
+        anchor: group-normalised anchors (`RewardBreakdown.anchor`).
+        structural: where a token belongs to an anchored tag (`structure.structural_tokens`).
+        mask: nonzero where the token was generated.
+        weight: lambda, `RewardRules.anchor_weight`.
+    """
+    task, anchor = jnp.asarray(task, jnp.float32), jnp.asarray(anchor, jnp.float32)
+    chex.assert_rank([task, anchor, structural, mask], [1, 1, 2, 2])
+    advantages = task[:, None] + weight * jnp.asarray(structural) * anchor[:, None]
+    return jnp.where(jnp.asarray(mask) > 0, advantages, 0.0)
+
+
+def _baseline(groups: np.ndarray, leave_one_out: bool) -> np.ndarray:
+    """Mean of each group, or of the others of the group (0 for a lone rollout)."""
+    if not leave_one_out:
+        return groups.mean(axis=1, keepdims=True)
+    return (groups.sum(axis=1, keepdims=True) - groups) / max(groups.shape[1] - 1, 1)
+
+
+def _spread(centred: np.ndarray, ddof: int) -> np.ndarray:
+    """Standard deviation of centred groups; 1 where `ddof` leaves no degree of freedom."""
+    count = centred.shape[1] - ddof
+    if count == 0:
+        return np.ones((len(centred), 1))
+    return np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / count)
+
+
+def _last_token(
+    generated: Bool[Array, "b t"], lengths: Shaped[ArrayLike, b] | None
+) -> Bool[Array, "b t"]:
+    """One-hot of the rewarded token of each row; all False in a row without generated tokens."""
+    if lengths is not None:
+        last = jnp.arange(generated.shape[1]) == jnp.asarray(lengths)[:, None] - 1
+        return last & generated
+    later = jnp.cumsum(generated[:, ::-1], axis=1)[:, ::-1]
+    return generated & (later == 1)
+
+
+def _discounted_sum(
+    rewards: Float[Array, "b t"], generated: Bool[Array, "b t"], decay: float
+) -> Float[Array, "b t"]:
+    """A_t = rho_t + decay * A_(t+1) on generated tokens; others hand A_(t+1) through."""
+    factors = jnp.where(generated, decay, 1.0)
+    addends = jnp.where(generated, rewards, 0.0)
+
+    def combine(later, earlier):
+        return later[0] * earlier[0], earlier[0] * later[1] + earlier[1]
+
+    return jax.lax.associative_scan(combine, (factors, addends), axis=1, reverse=True)[1]
