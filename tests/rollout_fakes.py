@@ -129,7 +129,9 @@ class ToyPolicy:
             return hidden, None
         more = jnp.full(b, t) if lengths is None else lengths
         grown = KVCache(
-            keys=keys[None, :, :, None], values=values[None, :, :, None], lengths=live.lengths + more
+            keys=keys[None, :, :, None],
+            values=values[None, :, :, None],
+            lengths=live.lengths + more,
         )
         return hidden, grown
 
