@@ -13,7 +13,6 @@ import types
 import typing
 from typing import Any
 
-from paravt_jax.advantages import AdvantageConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
 from rollout.agent import AgentConfig
@@ -100,12 +99,37 @@ class RlSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class SftPhase:
-    """A stretch of supervised steps with one mix of tasks."""
+class AdvantageSettings:
+    """How rewards become advantages; see `paravt_jax.advantages.group_advantages`."""
 
-    steps: int
+    normalise: str = "group"
+    """`group`, `batch` or `none`."""
+    ddof: int = 1
+    eps: float = 1e-5
+    leave_one_out: bool = False
+    scale_by_std: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class SftPhase:
+    """A stretch of supervised steps with one mix of tasks; the next phase ends it."""
+
+    start: int
+    """First step of the phase."""
     rows: dict[str, int]
     """Examples of each task in one step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskShape:
+    """The static shape of one task's batches: a longer example is refused."""
+
+    length: int
+    """Tokens of a row."""
+    learned: int
+    """Most learned tokens of a row."""
+    frames: int = 0
+    """Frames of a row."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +137,7 @@ class SftSettings:
     """The supervised cold start."""
 
     phases: tuple[SftPhase, ...] = ()
+    tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
     micro_rows: int = 8
     """Examples per gradient micro-batch."""
 
@@ -149,7 +174,7 @@ class Config:
     recipe: str
     stage: Stage
     steps: int
-    """Optimiser steps. In the `sft` stage: the sum over its phases."""
+    """Optimiser steps."""
     seed: int = 0
     mesh: str | None = None
     """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
@@ -157,7 +182,7 @@ class Config:
     data: DataSettings = DataSettings()
     agent: AgentConfig = AgentConfig()
     rewards: RewardRules = RewardRules()
-    advantages: AdvantageConfig = AdvantageConfig()
+    advantages: AdvantageSettings = AdvantageSettings()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     rl: RlSettings = RlSettings()
@@ -193,6 +218,7 @@ def _check_choices(config: Config) -> None:
         "data.frames_as": (config.data.frames_as, ("image", "video")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
+        "advantages.normalise": (config.advantages.normalise, ("group", "batch", "none")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -219,6 +245,11 @@ def _check_rl(config: Config) -> None:
         raise ValueError(
             f"rl.prompts_per_step={config.rl.prompts_per_step} is not a multiple of "
             f"rl.micro_groups={config.rl.micro_groups}; choose a divisor"
+        )
+    if config.objective.anchor == "position" and not config.rewards.anchor_weight:
+        raise ValueError(
+            "objective.anchor=position has no effect with rewards.anchor_weight=0; "
+            "set objective.anchor=sequence"
         )
     if config.model.train_vision:
         raise ValueError(

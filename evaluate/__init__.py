@@ -1,0 +1,1 @@
+"""Composition: what a policy can do, measured on questions it never trained on."""

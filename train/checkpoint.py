@@ -1,0 +1,94 @@
+"""Checkpoints of a run with Orbax: weights, moments, step and the position in the data."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+
+from train.state import TrainState
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a workdir."""
+
+    def __init__(self, folder: Path, every: int, keep: int):
+        self._every = every
+        self._manager = ocp.CheckpointManager(
+            folder.absolute(),
+            options=ocp.CheckpointManagerOptions(
+                max_to_keep=keep, enable_async_checkpointing=False
+            ),
+        )
+
+    @property
+    def latest(self) -> int | None:
+        """The last complete step, None if there is none."""
+        return self._manager.latest_step()
+
+    def maybe_save(self, step: int, state: TrainState, data_state: Any) -> None:
+        """Save if the schedule says so. `data_state` is JSON."""
+        if self._every and step % self._every == 0:
+            self.save(step, state, data_state)
+
+    def save(self, step: int, state: TrainState, data_state: Any = None) -> None:
+        """Save this step unless it is there already."""
+        if self.latest == step:
+            return
+        items = ocp.args.Composite(
+            params=ocp.args.StandardSave(state.params),
+            optimizer=ocp.args.StandardSave(state.optimizer),
+            meta=ocp.args.JsonSave({"step": step, "data": data_state}),
+        )
+        self._manager.save(step, args=items)
+
+    def restore(self, state: TrainState) -> tuple[TrainState, int, Any]:
+        """The last saved state in the layout of `state`, its step and its data state."""
+        step = self.latest
+        items = ocp.args.Composite(
+            params=ocp.args.StandardRestore(_abstract(state.params)),
+            optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
+            meta=ocp.args.JsonRestore(),
+        )
+        saved = self._manager.restore(step, args=items)
+        restored = state.replace(
+            trainable={name: saved.params[name] for name in state.trainable},
+            frozen={name: saved.params[name] for name in state.frozen},
+            optimizer=saved.optimizer,
+            step=state.step + step,
+        )
+        return restored, saved.meta["step"], saved.meta["data"]
+
+    def close(self) -> None:
+        """Wait for what is still being written."""
+        self._manager.close()
+
+
+def _abstract(tree: Any) -> Any:
+    return jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
+    )
+
+
+def first_checkpoint_conflict(folder: Path, resume: str) -> None:
+    """Refuse a resume flag that does not fit what is in the workdir; nothing is overwritten.
+
+    Raises:
+      ValueError: `must` without a checkpoint, or `never` where there is one.
+    """
+    steps = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if resume == "must" and not steps:
+        raise ValueError(f"--resume must: no checkpoint in {folder}; check --workdir")
+    if resume == "never" and steps:
+        raise ValueError(
+            f"--resume never: {folder} holds checkpoints; choose another --workdir or remove it"
+        )
+
+
+def read_config(workdir: Path) -> dict[str, Any] | None:
+    """The configuration of an earlier run in this workdir, None if there was none."""
+    path = workdir / "config.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -1,0 +1,102 @@
+"""The door: `python train/main.py [--recipe NAME] [--mesh data:2,fsdp:4] ...`.
+
+No flag at all runs the embedded default, PARA-GRPO on the needle world.
+"""
+
+import os.path
+import sys
+
+# Run as a script, `sys.path[0]` is this folder, where `import models` would find
+# somebody else's. Swap it for the repository root before any other import.
+sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse  # noqa: E402
+import dataclasses  # noqa: E402
+import time  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NoReturn  # noqa: E402
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message}; `python train/main.py --help` lists the flags\n")
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The flags. They are a public contract, held by a test."""
+    parser = Parser(prog="train/main.py", description=__doc__, allow_abbrev=False)
+    add = parser.add_argument
+    add("--recipe", default="needle_rl", help="a complete configuration (default: %(default)s)")
+    add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
+    add("--workdir", help="where the run writes (default: runs/RECIPE-TIME)")
+    add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")
+    add("--data", help="folder or CSV/JSONL file of questions about your videos")
+    add("--steps", type=int, help="optimiser steps")
+    add("--seed", type=int, help="seed of data order, frame budgets and sampling")
+    add(
+        "--resume",
+        choices=("auto", "never", "must"),
+        default="auto",
+        help="continue from the workdir's last checkpoint if there is one (default: %(default)s)",
+    )
+    add("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting")
+    add("--dry-run", action="store_true", help="print the resolved run, allocate nothing")
+    add("--compile-only", metavar="TOPOLOGY", help="compile for a TPU topology, e.g. v5p:2x2x2")
+    return parser
+
+
+def resolve(arguments: argparse.Namespace):
+    """The complete configuration: the recipe, then the flags, then `--set`.
+
+    Raises:
+      ValueError: anything that the recipe, the flags or the overrides refuse.
+    """
+    from train.config import override
+    from train.recipes import get_recipe
+
+    config = get_recipe(arguments.recipe)
+    replace = dataclasses.replace
+    if arguments.model:
+        config = replace(config, model=replace(config.model, folder=arguments.model))
+    if arguments.data:
+        config = replace(config, data=replace(config.data, path=arguments.data))
+    plain = {name: getattr(arguments, name) for name in ("mesh", "steps", "seed")}
+    config = replace(config, **{k: v for k, v in plain.items() if v is not None})
+    return override(config, arguments.set)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line; returns the exit code."""
+    arguments = make_parser().parse_args(argv)
+    try:
+        config = resolve(arguments)
+        from train import run
+
+        run.check(config)
+    except ValueError as error:
+        return _complain(error, code=2)
+    try:
+        if arguments.dry_run:
+            run.describe(config)
+        elif arguments.compile_only:
+            run.compile_only(config, arguments.compile_only)
+        else:
+            workdir = arguments.workdir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
+            run.train(config, Path(workdir).absolute(), arguments.resume)
+    except (ValueError, OSError) as error:
+        return _complain(error, code=1)
+    except KeyboardInterrupt:
+        return _complain("interrupted; the last checkpoint in the workdir is complete", code=130)
+    return 0
+
+
+def _complain(error: object, code: int) -> int:
+    text = " ".join(str(error).split())
+    print(f"error: {text}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

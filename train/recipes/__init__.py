@@ -1,0 +1,25 @@
+"""Recipes: functions that return a complete configuration. Add yours to `RECIPES`."""
+
+from collections.abc import Callable
+
+from train.config import Config
+from train.recipes import needle, paravt
+
+RECIPES: dict[str, Callable[[], Config]] = {
+    "needle_rl": needle.needle_rl,
+    "needle_grpo": needle.needle_grpo,
+    "needle_sft": needle.needle_sft,
+    "paravt_rl": paravt.paravt_rl,
+    "paravt_grpo": paravt.paravt_grpo,
+}
+
+
+def get_recipe(name: str) -> Config:
+    """The configuration of a recipe.
+
+    Raises:
+      ValueError: no recipe has this name.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"--recipe {name} is unknown; choose one of {', '.join(RECIPES)}")
+    return RECIPES[name]()

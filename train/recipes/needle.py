@@ -1,0 +1,148 @@
+"""The needle world: a tiny Qwen3-VL learns to crop long videos on a laptop.
+
+`needle_rl` is the embedded default. Command, duration and expected figures of each
+recipe stand in its docstring; rows of `benchmarks/results.md` are the measurements.
+"""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from paravt_jax.objectives import ObjectiveConfig
+from paravt_jax.rewards import RewardRules
+from rollout.agent import AgentConfig
+from rollout.sampler import SamplingConfig
+from train.config import (
+    Config,
+    DataSettings,
+    EvaluationSettings,
+    ModelSettings,
+    OptimizerSettings,
+    OutputSettings,
+    RlSettings,
+    SftPhase,
+    SftSettings,
+    Stage,
+)
+
+COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
+"""Weights of `needle_sft`, committed so that the demo starts where RL begins."""
+
+NEEDLE_MODEL: dict[str, Any] = {
+    "model_type": "qwen3_vl",
+    "architectures": ["Qwen3VLForConditionalGeneration"],
+    "tie_word_embeddings": True,
+    "text_config": {
+        "model_type": "qwen3_vl_text",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 384,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "hidden_act": "silu",
+        "max_position_embeddings": 4096,
+        "initializer_range": 0.02,
+        "rms_norm_eps": 1e-6,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": 10000.0,
+            "mrope_section": [6, 5, 5],
+            "mrope_interleaved": True,
+        },
+    },
+    "vision_config": {
+        "model_type": "qwen3_vl",
+        "depth": 2,
+        "hidden_size": 96,
+        "intermediate_size": 192,
+        "num_heads": 3,
+        "in_channels": 3,
+        "patch_size": 16,
+        "spatial_merge_size": 2,
+        "temporal_patch_size": 2,
+        "out_hidden_size": 128,
+        "num_position_embeddings": 16,
+        "deepstack_visual_indexes": [0],
+        "hidden_act": "gelu_pytorch_tanh",
+        "initializer_range": 0.02,
+    },
+}
+"""A real `qwen3_vl` configuration of about one million parameters. Token ids come from
+the needle tokenizer."""
+
+
+def _data() -> DataSettings:
+    return DataSettings(frame_budgets=(4, 8), question_types=("oe", "tvg"))
+
+
+def _agent() -> AgentConfig:
+    return AgentConfig(
+        sampling=SamplingConfig(temperature=1.0),
+        max_tool_rounds=1,
+        turn_tokens=160,
+        answer_tokens=40,
+        subagent_tokens=32,
+    )
+
+
+def needle_rl() -> Config:
+    """PARA-GRPO from the committed cold start: `python train/main.py`."""
+    return Config(
+        recipe="needle_rl",
+        stage=Stage.RL,
+        steps=24,
+        model=ModelSettings(folder=str(COLD_START)),
+        data=_data(),
+        agent=_agent(),
+        rewards=RewardRules(),
+        objective=ObjectiveConfig(anchor="position"),
+        optimizer=OptimizerSettings(learning_rate=2.5e-4, b2=0.95, weight_decay=0.0),
+        rl=RlSettings(prompts_per_step=16, group_size=8, micro_groups=2),
+        evaluation=EvaluationSettings(rows=256),
+        output=OutputSettings(checkpoint_every=12),
+    )
+
+
+def needle_grpo() -> Config:
+    """Vanilla GRPO beside it: no anchor, no frame gating, the released recipe's format reward."""
+    base = needle_rl()
+    return dataclasses.replace(
+        base,
+        recipe="needle_grpo",
+        data=dataclasses.replace(base.data, frame_budgets=(8,)),
+        rewards=RewardRules(anchor_weight=0.0, answer_suffix=False),
+        objective=ObjectiveConfig(anchor="sequence"),
+    )
+
+
+def needle_sft() -> Config:
+    """The cold start, from random weights: `python train/main.py --recipe needle_sft`."""
+    return Config(
+        recipe="needle_sft",
+        stage=Stage.SFT,
+        steps=400,
+        model=ModelSettings(train_vision=True),
+        data=_data(),
+        agent=_agent(),
+        optimizer=OptimizerSettings(
+            name="muon",
+            learning_rate=4e-3,
+            warmup_steps=30,
+            decay="cosine",
+            final_fraction=0.05,
+            b2=0.98,
+            weight_decay=0.0,
+        ),
+        sft=SftSettings(
+            phases=(
+                SftPhase(0, {"frame": 128}),
+                SftPhase(50, {"frame": 32, "qa": 64, "clip": 24}),
+                SftPhase(200, {"frame": 16, "qa": 32, "clip": 16, "trace": 24, "direct": 8}),
+            ),
+        ),
+        evaluation=EvaluationSettings(rows=256),
+    )

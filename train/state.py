@@ -1,0 +1,110 @@
+"""What training changes: weights, optimiser state, step. And how it is laid out on a mesh."""
+
+from __future__ import annotations
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Int
+
+from paravt_jax.params import ParamSpec, Table
+from train.config import Config, OptimizerSettings
+
+FlatParams = dict[str, Array]
+
+
+@chex.dataclass(frozen=True, mappable_dataclass=False)
+class TrainState:
+    """Weights in two parts (only one has gradients and moments), optimiser state and step."""
+
+    trainable: FlatParams
+    frozen: FlatParams
+    optimizer: optax.OptState
+    step: Int[Array, ""]
+
+    @property
+    def params(self) -> FlatParams:
+        """All weights by name."""
+        return {**self.trainable, **self.frozen}
+
+
+def is_trainable(name: str, config: Config) -> bool:
+    """Whether this parameter trains: the vision tower only where the config says so."""
+    return config.model.train_vision or not name.startswith("vision.")
+
+
+def make_optimizer(
+    settings: OptimizerSettings, steps: int, table: Table
+) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW or Muon under the schedule."""
+    rate = _schedule(settings, steps)
+    if settings.name == "muon":
+        update = optax.contrib.muon(
+            rate,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            weight_decay=settings.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=lambda params: _muon_dimensions(params, table),
+        )
+    else:
+        update = optax.adamw(
+            rate,
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+        )
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+
+
+def _schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if settings.decay == "cosine":
+        body = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), settings.final_fraction)
+    else:
+        body = optax.constant_schedule(peak)
+    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
+
+
+def _muon_dimensions(params: FlatParams, table: Table):
+    """Muon orthogonalises matrices; embeddings, norms and biases take Adam.
+
+    The leading axis of stacked layers is a batch of matrices to it.
+    """
+
+    def dimensions(spec: ParamSpec):
+        looked_up = "vocab" in spec.axes or "positions" in spec.axes
+        if looked_up or len(spec.shape) - (spec.layers is not None) != 2:
+            return None
+        last = len(spec.shape) - 1
+        return optax.contrib.MuonDimensionNumbers(reduction_axis=last - 1, output_axis=last)
+
+    return {name: dimensions(table[name]) for name in params}
+
+
+def make_state(
+    params: FlatParams, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+) -> TrainState:
+    """Split the weights and set up the optimiser; moments are sharded like their weights."""
+    trainable = {name: value for name, value in params.items() if is_trainable(name, config)}
+    frozen = {name: value for name, value in params.items() if name not in trainable}
+    init = jax.jit(optimizer.init, out_shardings=moment_shardings(optimizer, trainable, mesh))
+    step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
+    return TrainState(trainable=trainable, frozen=frozen, optimizer=init(trainable), step=step)
+
+
+def moment_shardings(
+    optimizer: optax.GradientTransformation, trainable: FlatParams, mesh: Mesh
+) -> optax.OptState:
+    """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise."""
+    replicated = NamedSharding(mesh, PartitionSpec())
+    return optax.tree.map_params(
+        optimizer,
+        lambda _, weight: weight.sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        trainable,
+        transform_non_params=lambda _: replicated,
+    )

@@ -1,0 +1,228 @@
+"""The train steps: losses as sums and denominators, gradients over micro-batches, one update.
+
+Law 5: the loss does not depend on micro-batching, device count or mesh. Each
+micro-batch returns a sum; the denominator is counted over the whole batch beforehand.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from paravt_jax.interfaces import Policy
+from paravt_jax.log_probs import gathered_log_probs
+from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, policy_loss
+from paravt_jax.records import LearnerBatch, VisionFeatures
+from train.state import FlatParams, TrainState
+
+Metrics = dict[str, Array]
+
+
+def batch_log_probs(
+    policy: Policy,
+    params: FlatParams,
+    batch: LearnerBatch,
+    *,
+    temperature: float,
+    budget: int,
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
+    """Log-probability and entropy of every token with a loss weight, by a full forward."""
+    hidden, _ = policy.hidden(
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.vision_index,
+        _row_features(policy, params, batch),
+        lengths=batch.lengths,
+    )
+    return gathered_log_probs(
+        hidden,
+        batch.tokens,
+        batch.loss_weights > 0,
+        lambda h: policy.logits(params, h),
+        temperature=temperature,
+        budget=budget,
+    )
+
+
+def _row_features(
+    policy: Policy, params: FlatParams, batch: LearnerBatch
+) -> VisionFeatures | None:
+    """Vision features of each row; computed once per group and repeated for its rows."""
+    features = batch.features
+    if features is None and batch.patches is not None:
+        features = policy.encode(params, batch.patches, batch.grids)
+    if features is None:
+        return None
+    copies = batch.tokens.shape[0] // features.tokens.shape[0]
+    return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), features)
+
+
+def split_micro(batch: LearnerBatch, count: int) -> LearnerBatch:
+    """Reshape every `[n, ...]` to `[count, n / count, ...]`, groups kept whole.
+
+    Micro-batch i takes every count-th group, so that rows sharded over the mesh in
+    blocks stay on their device.
+    """
+    groups = _groups(batch)
+
+    def split(x: Array) -> Array:
+        rows = x.shape[0] // groups
+        x = x.reshape(groups // count, count, rows, *x.shape[1:])
+        return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:])
+
+    return jax.tree.map(split, batch)
+
+
+def _groups(batch: LearnerBatch) -> int:
+    vision = batch.patches if batch.features is None else batch.features.tokens
+    return batch.tokens.shape[0] if vision is None else vision.shape[0]
+
+
+Sums = tuple[Array, Any]
+"""Count by which the loss is divided in the end, and metrics as sums."""
+
+
+def accumulate(
+    loss: Callable[[FlatParams, LearnerBatch], tuple[Array, Sums]],
+    trainable: FlatParams,
+    batch: LearnerBatch,
+    micro_batches: int,
+    merge: Callable[[Any, Any], Any] = lambda a, b: jax.tree.map(jnp.add, a, b),
+) -> tuple[Array, FlatParams, Any]:
+    """Mean loss and its gradients over all micro-batches, and merged metrics.
+
+    `loss` returns `(sum, (count, metrics))`. Sums and counts are added up first and
+    divided once, so the result is that of one large batch.
+    """
+    gradient = jax.value_and_grad(loss, has_aux=True)
+    pieces = split_micro(batch, micro_batches)
+    first = jax.tree.map(lambda x: x[0], pieces)
+    zeros = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, first)
+    )
+
+    def add(carry, piece):
+        (total, (count, metrics)), gradients = carry
+        (value, (more, extra)), slope = gradient(trainable, piece)
+        sums = (total + value, (count + more, merge(metrics, extra)))
+        return (sums, jax.tree.map(jnp.add, gradients, slope)), None
+
+    ((total, (count, metrics)), gradients), _ = jax.lax.scan(add, zeros, pieces)
+    scale = 1.0 / jnp.maximum(count, 1.0)
+    return total * scale, jax.tree.map(lambda g: g * scale, gradients), metrics
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation, state: TrainState, gradients: FlatParams
+) -> TrainState:
+    """One optimiser step. Non-finite gradients leave weights and moments as they were."""
+    finite = jnp.isfinite(optax.tree.norm(gradients))
+    updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+    weights = optax.apply_updates(state.trainable, updates)
+
+    def keep(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+
+    return dataclasses.replace(
+        state,
+        trainable=keep(weights, state.trainable),
+        optimizer=keep(moments, state.optimizer),
+        step=state.step + 1,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class SftStep:
+    """Supervised step: for each task the mean loss over its learned tokens, summed over tasks."""
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    micro_rows: int
+    """Rows per micro-batch; must divide the rows of each task."""
+    budgets: Mapping[str, int]
+    """Most learned tokens in a row, per task."""
+
+    def __call__(
+        self, state: TrainState, batches: dict[str, LearnerBatch]
+    ) -> tuple[TrainState, Metrics]:
+        gradients = jax.tree.map(jnp.zeros_like, state.trainable)
+        metrics: Metrics = {"loss": jnp.zeros(())}
+        for task, batch in batches.items():
+            loss = functools.partial(self._loss, frozen=state.frozen, budget=self.budgets[task])
+            count = max(batch.tokens.shape[0] // self.micro_rows, 1)
+            value, slope, _ = accumulate(loss, state.trainable, batch, count)
+            gradients = jax.tree.map(jnp.add, gradients, slope)
+            metrics |= {"loss": metrics["loss"] + value, f"loss/{task}": value}
+        metrics["grad_norm"] = optax.tree.norm(gradients)
+        return apply_gradients(self.optimizer, state, gradients), metrics
+
+    def _loss(
+        self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams, budget: int
+    ) -> tuple[Array, Sums]:
+        params = {**trainable, **frozen}
+        log_probs, _ = batch_log_probs(self.policy, params, batch, temperature=1.0, budget=budget)
+        weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
+        return -jnp.sum(log_probs * weights), (jnp.sum(weights), ())
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RlStep:
+    """Policy-gradient step on one batch of rollouts; `objective` decides which."""
+
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    objective: ObjectiveConfig
+    temperature: float
+    micro_batches: int
+    budget: int
+    """Most generated tokens in a row."""
+
+    def __call__(self, state: TrainState, batch: LearnerBatch) -> tuple[TrainState, Metrics]:
+        loss = functools.partial(self._loss, frozen=state.frozen)
+        value, gradients, (watched, entropy) = accumulate(
+            loss, state.trainable, batch, self.micro_batches, _merge
+        )
+        metrics = {
+            "loss": value,
+            "grad_norm": optax.tree.norm(gradients),
+            "entropy": entropy / jnp.maximum(watched.tokens, 1.0),
+            **watched.means(),
+        }
+        return apply_gradients(self.optimizer, state, gradients), metrics
+
+    def _loss(
+        self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams
+    ) -> tuple[Array, Sums]:
+        log_probs, entropy = batch_log_probs(
+            self.policy,
+            {**trainable, **frozen},
+            batch,
+            temperature=self.temperature,
+            budget=self.budget,
+        )
+        # One optimiser step per batch: the policy at its beginning is the current one.
+        total, count, watched = policy_loss(
+            log_probs,
+            jax.lax.stop_gradient(log_probs),
+            batch.behaviour_log_probs,
+            batch.advantages,
+            jnp.asarray(batch.loss_weights).at[:, 0].set(0.0),
+            self.objective,
+            batch.reference_log_probs,
+            batch.structural,
+        )
+        return total, (count, (watched, jnp.sum(entropy)))
+
+
+def _merge(
+    a: tuple[ObjectiveMetrics, Array], b: tuple[ObjectiveMetrics, Array]
+) -> tuple[ObjectiveMetrics, Array]:
+    return a[0].merge(b[0]), a[1] + b[1]
