@@ -7,6 +7,7 @@ Everywhere, index t of a token-level array concerns the token at t (not the pred
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Literal
 
 import chex
@@ -19,6 +20,58 @@ from paravt_jax.objectives import KLEstimator, divergence
 from paravt_jax.records import ArrayLike
 
 Normalise = Literal["group", "batch", "none"]
+
+
+@dataclasses.dataclass(frozen=True)
+class AdvantageConfig:
+    """How rewards become one advantage per rollout. The defaults are GRPO's.
+
+    The released recipe is `reward_scale=10, reward_bias=-0.2, reward_clip=20`.
+    """
+
+    normalise: Normalise = "group"
+    """Subtract the mean of the group, of the whole batch, or nothing."""
+    scale_by_std: bool = True
+    """Divide by the standard deviation; False is Dr. GRPO."""
+    leave_one_out: bool = False
+    """Leave each rollout out of its own mean; RLOO."""
+    ddof: int = 1
+    """1 divides the variance by n - 1, 0 by n."""
+    eps: float = 1e-5
+    """Added to the standard deviation."""
+    reward_scale: float = 1.0
+    """Rewards are first shaped as clip((r + bias) * scale, -clip, clip)."""
+    reward_bias: float = 0.0
+    """See `reward_scale`."""
+    reward_clip: float | None = None
+    """See `reward_scale`; None clips nothing."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that has no meaning or no effect."""
+        if self.normalise not in ("group", "batch", "none") or self.ddof not in (0, 1):
+            raise ValueError(
+                f"normalise={self.normalise!r}, ddof={self.ddof}: "
+                "use 'group', 'batch' or 'none', and 0 or 1"
+            )
+        if self.eps <= 0 or (self.reward_clip is not None and self.reward_clip <= 0):
+            raise ValueError(f"eps={self.eps}, reward_clip={self.reward_clip}: must be above 0")
+        if self.normalise == "none" and self.leave_one_out:
+            raise ValueError("leave_one_out has no effect with normalise='none'; switch one off")
+
+
+def rollout_advantages(
+    rewards: Float[np.ndarray, "p g"], config: AdvantageConfig
+) -> Float[np.ndarray, "p g"]:
+    """Shape the rewards, then `group_advantages`, as `config` says."""
+    shaped = shape_rewards(rewards, config.reward_scale, config.reward_bias, config.reward_clip)
+    return group_advantages(
+        shaped,
+        normalise=config.normalise,
+        ddof=config.ddof,
+        eps=config.eps,
+        leave_one_out=config.leave_one_out,
+        scale_by_std=config.scale_by_std,
+    )
 
 
 def shape_rewards(
