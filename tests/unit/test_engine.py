@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -41,20 +42,23 @@ def full_log_probs(
 ) -> np.ndarray:
     """`[t, vocab]`: what predicts each token of the stream, by the learner's path (no cache)."""
     start, first = len(prompt.tokens), int(prompt.positions.max()) + 1
-    after = np.repeat(first + np.arange(len(stream))[:, None], 3, axis=1)
-    features = None
-    if prompt.patches is not None:
-        patches = prompt.patches
-        features = policy.encode(params, patches.values[None], patches.grids[None])
-    hidden, _ = policy.hidden(
-        params,
-        jnp.asarray(np.concatenate([prompt.tokens, stream])[None], jnp.int32),
-        jnp.asarray(np.concatenate([prompt.positions, after])[None], jnp.int32),
-        jnp.asarray(np.concatenate([prompt.vision_index, np.full(len(stream), -1)])[None], "int32"),
-        features,
-    )
-    logits = policy.logits(params, hidden[:, start - 1 : -1])[0]
+    tokens = np.full((1, 128), PAD, np.int32)
+    tokens[0, : start + len(stream)] = [*prompt.tokens, *stream]
+    positions = first + np.arange(128, dtype=np.int32)[None, :, None].repeat(3, axis=2) - start
+    positions[0, :start] = prompt.positions
+    index = np.full((1, 128), -1, np.int32)
+    index[0, :start] = prompt.vision_index
+    patches = prompt.patches and (prompt.patches.values[None], prompt.patches.grids[None])
+    logits = _full_logits(policy, params, tokens, positions, index, patches)
+    logits = logits[0, start - 1 : start - 1 + len(stream)]
     return np.asarray(jax.nn.log_softmax(logits / temperature))
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _full_logits(policy, params, tokens, positions, index, patches):
+    features = None if patches is None else policy.encode(params, *patches)
+    hidden, _ = policy.hidden(params, tokens, positions, index, features)
+    return policy.logits(params, hidden)
 
 
 def speak(session, active=None, sampling=SAMPLING, limit=12, seeds=None) -> list[Generated | None]:
