@@ -7,7 +7,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,7 @@ class ChatRenderer:
         controls = {token.content for token in tokenizer.added_tokens_decoder.values()}
         self._control = re.compile("|".join(map(re.escape, sorted(controls, reverse=True))))
         self._pieces = re.compile(f"({self._control.pattern})")
-        self._piece_ids = functools.lru_cache(PIECES_KEPT)(self._encode_piece)
+        self._piece_ids = self._remembered()
 
     @classmethod
     def from_folder(
@@ -179,8 +179,21 @@ class ChatRenderer:
             clean_up_tokenization_spaces=False,
         )
 
-    def _encode_piece(self, piece: str) -> tuple[int, ...]:
-        return tuple(self.tokenizer.encode(piece, add_special_tokens=False))
+    def _remembered(self) -> Callable[[str], tuple[int, ...]]:
+        """Encoding of one piece, with a memory of its own per renderer."""
+
+        @functools.lru_cache(PIECES_KEPT)
+        def piece_ids(piece: str) -> tuple[int, ...]:
+            return tuple(self.tokenizer.encode(piece, add_special_tokens=False))
+
+        return piece_ids
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "_piece_ids"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._piece_ids = self._remembered()
 
     def _render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         return self.tokenizer.apply_chat_template(

@@ -1,0 +1,145 @@
+"""Rows to an endless, checkpointable stream of rendered prompts, by Grain."""
+
+from __future__ import annotations
+
+import dataclasses
+import weakref
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import grain
+from absl import flags
+
+from paravt_jax.interfaces import FrameReader, Renderer
+from paravt_jax.records import Prompt, Row
+from pipelines.budget import check_budgets, frame_budget
+
+
+class Rows(Protocol):
+    """Random access to rows: a list, or `tfds_builder.RowSource`."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int, /) -> Row: ...
+
+
+class PromptItem(NamedTuple):
+    """A question, the number of frames K that its prompt shows, and the prompt."""
+
+    row: Row
+    frame_budget: int
+    prompt: Prompt
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """Which row to show, in which epoch."""
+
+    row: Row
+    epoch: int
+
+
+class PromptMaker:
+    """Decodes and renders the prompt of a row: the part of the stream that takes time."""
+
+    def __init__(
+        self,
+        reader: FrameReader,
+        renderer: Renderer,
+        budgets: Sequence[int],
+        seed: int,
+        tools: bool = True,
+    ):
+        check_budgets(budgets)
+        self._reader, self._renderer = reader, renderer
+        self._budgets, self._seed, self._tools = tuple(budgets), seed, tools
+
+    def __call__(self, draw: Draw) -> PromptItem:
+        """Draw K for the row, decode K frames, render.
+
+        Raises:
+            ValueError: the video cannot be read; the message names the file.
+        """
+        row = draw.row
+        budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
+        frames = self._reader.overview(row.video, budget)
+        return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
+
+
+class PromptStream:
+    """Endless iterator of steps, each a list of `PromptItem`s; its position can be saved."""
+
+    def __init__(self, steps: grain.IterDataset):
+        self._iterator = iter(steps)
+        # Threads and workers that outlive the interpreter's modules die noisily.
+        self.close = weakref.finalize(self, self._iterator.close)
+        """Stop decoding ahead; done by itself when the stream goes out of use."""
+
+    def __iter__(self) -> PromptStream:
+        return self
+
+    def __next__(self) -> list[PromptItem]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position after the last step that was taken, as JSON values."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position; the arguments of the stream must be the same."""
+        self._iterator.set_state(state)
+
+
+def prompt_stream(
+    rows: Rows,
+    reader: FrameReader,
+    renderer: Renderer,
+    budgets: Sequence[int],
+    groups_per_step: int,
+    seed: int,
+    tools: bool = True,
+    process_index: int = 0,
+    process_count: int = 1,
+    threads: int = 4,
+    workers: int = 0,
+) -> PromptStream:
+    """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, batch.
+
+    Args:
+        rows: the questions.
+        budgets: choices of K (frame gating); one value switches gating off.
+        groups_per_step: prompts of one step of this process.
+        tools: whether the prompts offer the crop tool.
+        process_index, process_count: this process takes every `process_count`-th row of the
+            common order.
+        threads: rows decoded side by side, ahead of their use.
+        workers: decode in this many worker processes instead, each with `threads` threads. The
+            order stays the same; a saved position fits the same number of workers only.
+
+    Raises:
+        ValueError: an argument is out of range.
+    """
+    _check(rows, groups_per_step, process_index, process_count)
+    length = len(rows)
+    draws = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    draws = draws.map_with_index(lambda index, row: Draw(row, index // length))
+    draws = draws[process_index::process_count]
+    prompts = draws.map(PromptMaker(reader, renderer, budgets, seed, tools))
+    ahead = grain.ReadOptions(
+        num_threads=threads, prefetch_buffer_size=max(threads, 2 * groups_per_step)
+    )
+    prompts = prompts.to_iter_dataset(ahead)
+    if workers:
+        # Grain reads absl flags when it starts workers, and insists that they were parsed.
+        flags.FLAGS.mark_as_parsed()
+        prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+    return PromptStream(prompts.batch(groups_per_step, batch_fn=list))
+
+
+def _check(rows: Rows, groups_per_step: int, process_index: int, process_count: int) -> None:
+    if len(rows) == 0:
+        raise ValueError("rows is empty: check the question types and the question file")
+    if groups_per_step < 1:
+        raise ValueError(f"groups_per_step={groups_per_step} must be at least 1")
+    if not 0 <= process_index < process_count:
+        raise ValueError(f"process_index={process_index}: must be 0 to {process_count - 1}")
