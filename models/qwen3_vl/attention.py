@@ -33,6 +33,8 @@ def attend(
     if causal and offset is None and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value)
     visible = visibility(query.shape[1], key.shape[1], causal, offset, key_lengths)
+    if query.shape[1] == 1 and jax.default_backend() == "cpu":
+        return _one_query(query, key, value, visible)
     return reference(query, key, value, visible)
 
 
@@ -91,3 +93,23 @@ def _causal_chunks(query: Array, key: Array, value: Array) -> Array:
         visible = visibility(end - start, end, True, offset)
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
+
+
+def _one_query(query: Array, key: Array, value: Array, visible: Array) -> Array:
+    """Decoding on CPU: all heads in one product over the cache as it lies in memory.
+
+    A product per key head would first transpose the cache; here each query is laid out over
+    the width of all key heads, with zeros for the heads that are not its own.
+    """
+    b, s, k, h = key.shape
+    n, exact = query.shape[2], precision(query.dtype)
+    own = jnp.repeat(jnp.eye(k, dtype=query.dtype), n // k, axis=0)
+    wide = (query[:, 0, :, None] * own[:, :, None]).reshape(b, n, k * h)
+    scores = jnp.einsum("bsx,bnx->bsn", key.reshape(b, s, k * h), wide, precision=exact)
+    # The barrier keeps XLA from computing scores again inside the softmax's fusions.
+    scores = jax.lax.optimization_barrier(scores)
+    scores = scores.astype(jnp.float32).swapaxes(1, 2) * h**-0.5
+    weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1).astype(value.dtype)
+    mixed = jnp.einsum("bns,bsx->bnx", weights, value.reshape(b, s, k * h), precision=exact)
+    mixed = jnp.sum(mixed.reshape(b, n, k, h) * own[:, :, None], axis=2)
+    return mixed.reshape(b, 1, n, h)

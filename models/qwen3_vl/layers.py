@@ -95,11 +95,17 @@ class LayerNorm(nnx.Module):
 
 
 def scan_layers(
-    stacked: nnx.Module, step: Callable, carry: Any, xs: Any = None, remat: bool = False
+    stacked: nnx.Module,
+    step: Callable,
+    carry: Any,
+    xs: Any = None,
+    remat: bool = False,
+    unroll: bool = False,
 ) -> Any:
     """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
 
-    With `remat`, a layer's activations are computed again in the backward pass.
+    With `remat`, a layer's activations are computed again in the backward pass. With `unroll`,
+    the layers are compiled one by one, which makes the layer number a constant.
     """
     graphdef, state = nnx.split(stacked)
 
@@ -107,7 +113,8 @@ def scan_layers(
         state, x = state_and_x
         return step(nnx.merge(graphdef, state), carry, x)
 
-    return jax.lax.scan(jax.checkpoint(body) if remat else body, carry, (state, xs))
+    body = jax.checkpoint(body) if remat else body
+    return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
 
 
 @jax.custom_vjp

@@ -157,8 +157,10 @@ class TextTower(nnx.Module):
             x, cache = layer(x, rope, view)
             return (add_deepstack(x, vision_index, features, number), cache), None
 
+        # On CPU, reading a layer of the cache at a constant offset is five times faster.
+        unroll = cache is not None and jax.default_backend() == "cpu"
         with jax.named_scope("decoder_layers"):
-            (x, cache), _ = scan_layers(self.layers, step, (x, cache), depth, self.remat)
+            (x, cache), _ = scan_layers(self.layers, step, (x, cache), depth, self.remat, unroll)
         return self.norm(x), cache
 
     def embed(
