@@ -7,50 +7,35 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from paravt_jax.records import Example, LearnerBatch, Patches, Prompt, RolloutGroup
+from paravt_jax.patches import largest, restride, stack_patches
+from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup
 
 
 @dataclasses.dataclass(frozen=True)
 class Stream:
-    """One row of a learner batch: a prompt and per-token values after it."""
+    """One row of a learner batch: a prompt, and per-token values of what came after it."""
 
     prompt: Prompt
     tokens: np.ndarray
-    """int32 `[t]`, everything after the prompt."""
+    """int32 `[t]`."""
     loss_weights: np.ndarray
     """float32 `[t]`."""
     log_probs: np.ndarray
-    """float32 `[t]`, the sampler's."""
-    advantages: np.ndarray
-    """float32 `[t]`."""
+    """float32 `[t]`, the sampler's; 0 where it did not sample."""
 
 
 def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
-    """Supervised streams: no sampler, no advantage."""
+    """Supervised streams: no sampler."""
+    return [Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights)) for e in examples]
+
+
+def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
+    """Streams of all rollouts, group by group; what the policy generated is trained."""
     return [
-        Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights), np.zeros_like(e.weights))
-        for e in examples
+        Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs)
+        for group in groups
+        for t in group.trajectories
     ]
-
-
-def streams_of_groups(
-    groups: Sequence[RolloutGroup], advantages_P_G: np.ndarray
-) -> list[Stream]:
-    """Streams of all rollouts, group by group; one advantage per rollout spread over its tokens."""
-    streams = []
-    for group, advantages_G in zip(groups, advantages_P_G, strict=True):
-        for trajectory, advantage in zip(group.trajectories, advantages_G, strict=True):
-            generated = trajectory.generated.astype(np.float32)
-            streams.append(
-                Stream(
-                    trajectory.prompt,
-                    trajectory.tokens,
-                    generated,
-                    trajectory.log_probs,
-                    generated * np.float32(advantage),
-                )
-            )
-    return streams
 
 
 def learner_batch(
@@ -64,23 +49,31 @@ def learner_batch(
     longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
     if longest > length:
         raise ValueError(f"a stream of {longest} tokens does not fit the batch length {length}")
-    patches, grids = _patches([s.prompt.patches for s in streams[::group_size]], frames)
+    shown = [s.prompt.patches for s in streams[::group_size]]
+    most_frames, most_patches = largest(shown)
+    patches, grids = None, None
+    if most_frames:
+        patches, grids = stack_patches(shown, max(frames, most_frames), most_patches)
+    zeros = np.zeros((len(streams), length), np.float32)
     return LearnerBatch(
         tokens=_rows([np.concatenate([s.prompt.tokens, s.tokens]) for s in streams], length, pad_id),
         positions=_rows([_positions(s) for s in streams], length, 0),
-        vision_index=_rows(
-            [np.pad(s.prompt.vision_index, (0, len(s.tokens)), constant_values=-1) for s in streams],
-            length,
-            -1,
-        ),
+        vision_index=_rows([_vision_index(s, most_patches) for s in streams], length, -1),
         lengths=np.array([len(s.prompt.tokens) + len(s.tokens) for s in streams], np.int32),
         loss_weights=_values([s.loss_weights for s in streams], streams, length),
         behaviour_log_probs=_values([s.log_probs for s in streams], streams, length),
-        advantages=_values([s.advantages for s in streams], streams, length),
+        reference_log_probs=zeros,
+        advantages=zeros,
+        structural=zeros > 0,
         patches=patches,
         grids=grids,
         features=None,
     )
+
+
+def _vision_index(stream: Stream, patches: int) -> np.ndarray:
+    index = restride(stream.prompt, patches)
+    return np.pad(index, (0, len(stream.tokens)), constant_values=-1)
 
 
 def _positions(stream: Stream) -> np.ndarray:
@@ -103,20 +96,3 @@ def _values(values: list[np.ndarray], streams: Sequence[Stream], length: int) ->
         start = len(stream.prompt.tokens)
         target[start : start + len(value)] = value
     return out
-
-
-def _patches(
-    items: list[Patches | None], frames: int
-) -> tuple[np.ndarray | None, np.ndarray | None]:
-    present = [item for item in items if item is not None]
-    if not present:
-        return None, None
-    frames = max(frames, *(len(item.grids) for item in present))
-    count = max(item.values.shape[1] for item in present)
-    values = np.zeros((len(items), frames, count, present[0].values.shape[2]), np.float32)
-    grids = np.zeros((len(items), frames, 2), np.int32)
-    for i, item in enumerate(items):
-        if item is not None:
-            values[i, : len(item.grids), : item.values.shape[1]] = item.values
-            grids[i, : len(item.grids)] = item.grids
-    return values, grids

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +72,7 @@ def _abstract(tree: Any) -> Any:
     )
 
 
-def first_checkpoint_conflict(folder: Path, resume: str) -> None:
+def check_resume(folder: Path, resume: str) -> None:
     """Refuse a resume flag that does not fit what is in the workdir; nothing is overwritten.
 
     Raises:
@@ -87,8 +86,3 @@ def first_checkpoint_conflict(folder: Path, resume: str) -> None:
             f"--resume never: {folder} holds checkpoints; choose another --workdir or remove it"
         )
 
-
-def read_config(workdir: Path) -> dict[str, Any] | None:
-    """The configuration of an earlier run in this workdir, None if there was none."""
-    path = workdir / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import numpy as np
+import optax
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import Policy
@@ -31,6 +32,7 @@ def cold_start(
     state: TrainState,
     sources: Sources,
     policy: Policy,
+    optimizer: optax.GradientTransformation,
     config: Config,
     mesh: Mesh,
     log: RunLog,

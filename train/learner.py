@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import jax
+import numpy as np
+import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from paravt_jax.advantages import anchored_advantages, group_advantages
 from paravt_jax.interfaces import Policy
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.structure import TagTable, structural_mask
-from train.advantages import rollout_advantages
 from train.batch import learner_batch, streams_of_groups
 from train.config import Config
 from train.layout import to_mesh
@@ -22,62 +24,98 @@ LENGTH_STEP = 128
 """Streams are padded to a multiple of this, so that few shapes are compiled."""
 
 
+def generated_budget(config: Config) -> int:
+    """Most tokens that one rollout can generate."""
+    agent = config.agent
+    return agent.rounds * agent.turn_tokens + agent.answer_tokens
+
+
 class Learner:
     """Turns rollouts into one optimiser step."""
 
-    def __init__(self, policy: Policy, config: Config, mesh: Mesh, tags: TagTable, pad_id: int):
-        agent = config.agent
-        self._config, self._mesh, self._pad_id = config, mesh, pad_id
-        self._budget = agent.max_tool_rounds * agent.turn_tokens + max(
-            agent.turn_tokens, agent.answer_tokens
-        )
+    def __init__(
+        self,
+        policy: Policy,
+        optimizer: optax.GradientTransformation,
+        config: Config,
+        mesh: Mesh,
+        tags: TagTable,
+        pad_id: int,
+    ):
+        self._config, self._mesh, self._tags, self._pad_id = config, mesh, tags, pad_id
+        temperature, budget = config.agent.sampling.temperature, generated_budget(config)
         step = RlStep(
             policy=policy,
             optimizer=optimizer,
             objective=config.objective,
-            temperature=agent.sampling.temperature,
+            temperature=temperature,
             micro_batches=config.rl.prompts_per_step // config.rl.micro_groups,
-            budget=self._budget,
+            budget=budget,
         )
-        self._step = jax.jit(step, donate_argnums=0)
+        self.step = jax.jit(step, donate_argnums=0)
+        """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
         self._encode = jax.jit(policy.encode)
         self._log_probs = jax.jit(
             lambda params, batch: batch_log_probs(
-                policy, params, batch, temperature=step.temperature, budget=self._budget
+                policy, params, batch, temperature=temperature, budget=budget
             )[0]
         )
-        self._structure = jax.jit(lambda tokens: structural_mask(tokens, tags))
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, advantages, and vision features seen once."""
-        advantages = rollout_advantages(groups, self._config)
-        streams = streams_of_groups(groups, advantages.task)
+        streams = streams_of_groups(groups)
         longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
         host = learner_batch(
             streams,
             length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
             pad_id=self._pad_id,
-            group_size=self._config.rl.group_size,
+            group_size=len(groups[0].trajectories),
             frames=max(self._config.data.frame_budgets),
         )
         batch = to_mesh(host, self._mesh)
-        structural = self._structure(batch.tokens) & (batch.loss_weights > 0)
-        anchored = batch.advantages + structural * to_mesh(advantages.anchor, self._mesh)[:, None]
-        features = self._encode(params, batch.patches, batch.grids)
+        generated = batch.loss_weights > 0
+        structural = structural_mask(batch.tokens, self._tags) & generated
         return batch.replace(
             structural=structural,
-            advantages=anchored,
-            features=features,
+            advantages=self._advantages(groups, structural, generated),
+            features=self._encode(params, batch.patches, batch.grids),
             patches=None,
             grids=None,
         )
 
-    def log_probs(self, params: FlatParams, batch: LearnerBatch) -> Float[Array, "b t"]:
-        """Log-probabilities of the generated tokens under other weights (the reference's)."""
-        return self._log_probs(params, batch)
+    def _advantages(
+        self, groups: Sequence[RolloutGroup], structural: Array, generated: Array
+    ) -> Array:
+        """Advantage per token. With the anchor at positions, its share acts on tags only."""
+        positional = self._config.objective.anchor == "position"
+        weight = self._config.rewards.anchor_weight * self._config.rewards.format_weight
+        return anchored_advantages(
+            self._normalised(groups, "task" if positional else "total"),
+            self._normalised(groups, "anchor"),
+            structural,
+            generated,
+            weight if positional else 0.0,
+        )
 
-    def step(
-        self, state: TrainState, batch: LearnerBatch
-    ) -> tuple[TrainState, dict[str, Array]]:
-        """One optimiser step; `state` is donated."""
-        return self._step(state, batch)
+    def _normalised(self, groups: Sequence[RolloutGroup], term: str) -> np.ndarray:
+        """Advantages of one reward term, float32 `[b]`."""
+        settings = self._config.advantages
+        rewards_P_G = np.array([[t.rewards[term] for t in g.trajectories] for g in groups])
+        advantages = group_advantages(
+            rewards_P_G,
+            normalise=settings.normalise,
+            ddof=settings.ddof,
+            eps=settings.eps,
+            leave_one_out=settings.leave_one_out,
+            scale_by_std=settings.scale_by_std,
+        )
+        return advantages.reshape(-1).astype(np.float32)
+
+    def with_reference(self, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
+        """The batch with the log-probabilities of the reference policy filled in."""
+        return batch.replace(reference_log_probs=self._log_probs(params, batch))
+
+
+def figures(metrics: Mapping[str, Array]) -> dict[str, float]:
+    """Device metrics as plain numbers."""
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}

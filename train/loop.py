@@ -7,7 +7,6 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import jax
 import numpy as np
 
 from paravt_jax.records import RolloutGroup
@@ -15,7 +14,7 @@ from pipelines.loader import PromptStream
 from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.config import Config
-from train.learner import Learner
+from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
 from train.scoring import rollout_metrics, score_groups
 from train.state import FlatParams, TrainState
@@ -55,13 +54,13 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         batch = parts.learner.batch(state.params, groups)
         batch = parts.learner.with_reference(parts.reference, batch)
         state, learned = parts.learner.step(state, batch)
-        metrics = jax.device_get(learned)
+        metrics = figures(learned)
         clock.lap("time/learn")
 
-        figures = rollout_metrics(groups) | parts.learner.figures(metrics) | clock.figures()
-        figures["tokens_per_second"] = tokens_generated(groups) / figures["time/step"]
-        parts.log.step(step, figures)
-        stop_if_not_finite(figures, step)
+        record = rollout_metrics(groups) | metrics | clock.figures()
+        record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
+        parts.log.step(step, record)
+        stop_if_not_finite(record, step)
         if config.output.rollouts:
             write_rollouts(parts.workdir / "rollouts", step, groups)
         parts.checkpoints.maybe_save(step + 1, state, parts.prompts.get_state())
@@ -98,14 +97,14 @@ def tokens_generated(groups: Sequence[RolloutGroup]) -> int:
     return int(sum(t.generated.sum() for t in everyone))
 
 
-def stop_if_not_finite(figures: dict[str, float], step: int) -> None:
+def stop_if_not_finite(record: dict[str, float], step: int) -> None:
     """Stop the run at the step whose loss or gradient is no number.
 
     Raises:
       ValueError: naming the step and the remedy.
     """
-    if not np.isfinite(figures["loss"] + figures["grad_norm"]):
+    if not np.isfinite(record["loss"] + record["grad_norm"]):
         raise ValueError(
-            f"step {step}: loss {figures['loss']}, gradient norm {figures['grad_norm']}; resume "
+            f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; resume "
             "from the last checkpoint with a lower optimizer.learning_rate"
         )

@@ -23,6 +23,7 @@ from train.config import (
     SftPhase,
     SftSettings,
     Stage,
+    TaskShape,
 )
 
 COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
@@ -143,6 +144,13 @@ def needle_sft() -> Config:
                 SftPhase(50, {"frame": 32, "qa": 64, "clip": 24}),
                 SftPhase(200, {"frame": 16, "qa": 32, "clip": 16, "trace": 24, "direct": 8}),
             ),
+            tasks={
+                "frame": TaskShape(length=32, learned=8, frames=1),
+                "qa": TaskShape(length=256, learned=32),
+                "clip": TaskShape(length=208, learned=32, frames=16),
+                "trace": TaskShape(length=352, learned=160, frames=8),
+                "direct": TaskShape(length=128, learned=32, frames=8),
+            },
         ),
         evaluation=EvaluationSettings(rows=256),
     )

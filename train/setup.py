@@ -1,0 +1,209 @@
+"""Puts the rooms together: model, data and agent of a run, from its configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import jax
+from jax.sharding import Mesh
+
+from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, load_params, read_config
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.params import initialise
+from paravt_jax.records import Example, Row
+from paravt_jax.structure import ANCHOR_TAGS, TagTable, tag_table, token_bytes
+from pipelines.datasets import folder_rows, needle_questions
+from pipelines.needle.tasks import TaskKit, needle_examples
+from pipelines.needle.tokenizer import write_processor_folder
+from pipelines.needle.traces import NEEDLE_TEXTS
+from pipelines.needle.world import NeedleWorld
+from pipelines.preprocess import FrameSpec
+from pipelines.render import ChatRenderer, PromptTexts
+from pipelines.tfds_builder import row_source
+from pipelines.video import VideoReader
+from train.config import Config
+from train.recipes.needle import NEEDLE_MODEL
+from train.state import FlatParams
+
+
+def open_mesh(config: Config) -> Mesh:
+    """The device mesh of `--mesh`.
+
+    Raises:
+      ValueError: it does not fit the devices of this run.
+    """
+    return make_mesh(parse_mesh(config.mesh, jax.device_count()))
+
+
+def is_needle_model(folder: Path) -> bool:
+    """Whether a model folder holds the needle world's tiny tokenizer, which needs its few words."""
+    return json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"] == 512
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """A policy and the folder that its tokenizer and processor come from."""
+
+    policy: Qwen3VLPolicy
+    base: Path
+
+    @classmethod
+    def open(cls, config: Config) -> Model:
+        """From `--model`, or the needle model, whose folder is written below the data cache."""
+        base = Path(config.model.folder) if config.model.folder else needle_base(config)
+        policy = Qwen3VLPolicy(
+            read_config(base), compute_dtype=config.model.compute_dtype, remat=config.model.remat
+        )
+        return cls(policy, base)
+
+    def params(self, config: Config, mesh: Mesh) -> FlatParams:
+        """The weights to start from: the folder's, or fresh ones."""
+        if config.model.folder:
+            return load_params(config.model.folder, self.policy.table, mesh)
+        return initialise(self.policy.table, jax.random.key(config.seed), mesh)
+
+    def renderer(self, config: Config) -> ChatRenderer:
+        """Prompts in the model's own chat template."""
+        texts = NEEDLE_TEXTS if is_needle_model(self.base) else PromptTexts()
+        spec = FrameSpec.from_folder(str(self.base))
+        if not is_needle_model(self.base):
+            spec = dataclasses.replace(
+                spec, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
+            )
+        return ChatRenderer.from_folder(str(self.base), config.data.frames_as, texts, spec)
+
+    def tags(self, renderer: ChatRenderer) -> TagTable:
+        """Where anchored tags stand in token streams of this tokenizer."""
+        added = {
+            index: token.content for index, token in renderer.tokenizer.added_tokens_decoder.items()
+        }
+        size = self.policy.config.text.vocab_size
+        return tag_table(token_bytes(renderer.tokenizer.get_vocab(), added, size), ANCHOR_TAGS)
+
+
+def abstract_policy(config: Config) -> Qwen3VLPolicy:
+    """The policy of a configuration, without touching the disk for the needle model."""
+    folder = config.model.folder
+    return Qwen3VLPolicy(read_config(folder) if folder else Qwen3VLConfig.from_dict(NEEDLE_MODEL))
+
+
+def copy_base(base: Path, target: Path) -> None:
+    """Configuration, tokenizer and processor files of a model folder, without its weights."""
+    target.mkdir(exist_ok=True)
+    for path in base.iterdir():
+        if path.is_file() and "safetensors" not in path.name:
+            shutil.copy(path, target / path.name)
+
+
+def needle_sources(
+    config: Config, renderer: ChatRenderer, reader: VideoReader
+) -> dict[str, Iterator[Example]]:
+    """Endless supervised examples of each task of the configuration.
+
+    Raises:
+      ValueError: `--data` was given: questions hold no traces to learn from.
+    """
+    if config.data.path:
+        raise ValueError(
+            f"--data {config.data.path}: the sft stage learns the needle world's own traces; "
+            "leave --data out"
+        )
+    questions = needle_questions(
+        needle_world(config), _world_folder(config), "train", config.data.question_types
+    )
+    kit = TaskKit(needle_world(config), questions, reader, renderer, config.data.frame_budgets)
+    return {
+        task: iter(needle_examples(kit, task, config.seed).to_iter_dataset())
+        for task in config.sft.tasks
+    }
+
+
+def _world_folder(config: Config) -> str:
+    return str(Path(config.data.cache_dir).absolute() / "needle_world")
+
+
+def needle_base(config: Config) -> Path:
+    """The needle model's folder without weights: config.json, tokenizer, processor settings."""
+    folder = Path(config.data.cache_dir).absolute() / "needle_model"
+    write_processor_folder(str(folder), needle_world(config))
+    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
+    tokens = {
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+    }
+    full = Qwen3VLConfig.from_dict({**NEEDLE_MODEL, **tokens}).to_dict()
+    (folder / "config.json").write_text(json.dumps(full, indent=2), encoding="utf-8")
+    return folder
+
+
+def needle_world(config: Config) -> NeedleWorld:
+    """The needle world of this run. Its seed is its own: every run sees the same videos."""
+    return NeedleWorld(
+        train_videos=config.data.train_videos, held_out_videos=config.data.held_out_videos
+    )
+
+
+def open_reader(config: Config) -> VideoReader:
+    """Decodes overviews and crops."""
+    return VideoReader(crop_fps=config.data.crop_fps, crop_cap=config.data.crop_frames)
+
+
+def open_rows(config: Config) -> tuple[Sequence[Row], list[Row]]:
+    """Questions to train on (as an ArrayRecord source) and held-out ones to evaluate on.
+
+    Raises:
+      ValueError: a question or a video that cannot be read, or too few questions.
+    """
+    if config.data.path:
+        rows = folder_rows(config.data.path, config.data.question_types)
+        training, held_out = split_rows(rows, config.evaluation.rows)
+    else:
+        training, held_out = (_needle_rows(config, split) for split in ("train", "held_out"))
+    cache = str(Path(config.data.cache_dir).absolute() / "rows")
+    return row_source(training, cache), held_out[: config.evaluation.rows]
+
+
+def _needle_rows(config: Config, split: str) -> list[Row]:
+    questions = needle_questions(
+        needle_world(config),
+        _world_folder(config),
+        split,
+        config.data.question_types,
+    )
+    rows = [question.row for question in questions]
+    return one_per_video(rows) if split == "held_out" else rows
+
+
+def one_per_video(rows: Sequence[Row]) -> list[Row]:
+    """One question about each video, chosen by a hash, so that all kinds of question occur."""
+    chosen: dict[str, Row] = {}
+    for row in sorted(rows, key=lambda row: _hash(row.row_id)):
+        chosen.setdefault(row.video.path, row)
+    return sorted(chosen.values(), key=lambda row: row.row_id)
+
+
+def split_rows(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
+    """Hold out the `held_out` rows whose ids hash lowest: the same ones in every run.
+
+    Raises:
+      ValueError: nothing would be left to train on.
+    """
+    if held_out >= len(rows):
+        raise ValueError(
+            f"evaluation.rows={held_out} leaves none of the {len(rows)} questions to train on; "
+            "lower it"
+        )
+    order = sorted(rows, key=lambda row: _hash(row.row_id))
+    return order[held_out:], order[:held_out]
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
