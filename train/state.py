@@ -99,12 +99,16 @@ def make_state(
 def moment_shardings(
     optimizer: optax.GradientTransformation, trainable: FlatParams, mesh: Mesh
 ) -> optax.OptState:
-    """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise."""
+    """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise.
+
+    Optax keeps moments in copies of the weights' dict, so the key above a leaf names its weight.
+    """
     replicated = NamedSharding(mesh, PartitionSpec())
-    return optax.tree.map_params(
-        optimizer,
-        lambda _, weight: weight.sharding,
-        jax.eval_shape(optimizer.init, trainable),
-        trainable,
-        transform_non_params=lambda _: replicated,
-    )
+
+    def home(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
+        name = getattr(path[-1], "key", None)
+        weight = trainable.get(name) if isinstance(name, str) else None
+        same = weight is not None and weight.shape == leaf.shape
+        return weight.sharding if same else replicated
+
+    return jax.tree_util.tree_map_with_path(home, jax.eval_shape(optimizer.init, trainable))
