@@ -96,8 +96,9 @@ def _row(record: dict[str, Any], file: str, line: int, refs: dict[str, VideoRef]
             f"{where}: question_type={values['question_type']!r}; use {', '.join(QuestionType)}"
         )
     path = os.path.join(os.path.dirname(file), values.pop("video"))
+    row_id = record.get("row_id")
     return Row(
-        row_id=str(record.get("row_id") or f"{os.path.basename(file)}:{line}"),
+        row_id=f"{os.path.basename(file)}:{line}" if row_id in (None, "") else str(row_id),
         video=_reference(path, where, refs),
         **values,
     )

@@ -67,7 +67,8 @@ class ChatRenderer:
 
     Each frame is shown as the text `<t seconds>`, then its vision tokens between start and end
     marks: as one image per frame (`mode="image"`, as in ParaVT's RL), or as frame pairs of a
-    video that carry their mean time (`mode="video"`, as in Qwen3-VL's video processor).
+    video that carry their mean time (`mode="video"`, as Qwen3-VL's video processor lays them out;
+    transformers 5 keeps the template's marks around the whole video besides, 4.57 did not).
 
     Args:
         tokenizer: a Hugging Face tokenizer with a Qwen3-VL chat template.
@@ -113,7 +114,7 @@ class ChatRenderer:
         """
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: no tokenizer to load ({error})") from error
         spec = spec or FrameSpec.from_folder(folder)
         return cls(tokenizer, spec, mode, texts, _eos_ids(folder))

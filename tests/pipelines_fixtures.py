@@ -1,0 +1,40 @@
+"""A small needle world shared by the tests of `pipelines`."""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+
+from pipelines.needle.questions import NeedleQuestion, ask
+from pipelines.needle.tokenizer import write_processor_folder
+from pipelines.needle.traces import NEEDLE_TEXTS
+from pipelines.needle.world import NeedleWorld, videos
+from pipelines.render import ChatRenderer
+
+WORLD = NeedleWorld(seed=1, train_videos=6, held_out_videos=2)
+
+
+@functools.cache
+def data_folder() -> str:
+    """A folder that lives as long as the test process."""
+    return tempfile.mkdtemp(prefix="needle-test-")
+
+
+@functools.cache
+def processor_folder() -> str:
+    """Tokenizer and processor files of the needle world."""
+    folder = f"{data_folder()}/processor"
+    write_processor_folder(folder, WORLD)
+    return folder
+
+
+@functools.cache
+def renderer(mode: str = "image") -> ChatRenderer:
+    """The needle world's renderer."""
+    return ChatRenderer.from_folder(processor_folder(), mode=mode, texts=NEEDLE_TEXTS)
+
+
+@functools.cache
+def questions(*types: str) -> list[NeedleQuestion]:
+    """Questions about the training videos."""
+    return ask(videos(WORLD, data_folder(), "train"), types or ("oe", "tvg", "mcq"))

@@ -1,0 +1,233 @@
+"""The stream of prompts, as training relies on it.
+
+1. Rows go through ArrayRecord unchanged.
+2. K of a prompt is the draw of (seed, epoch, row id), and K frames are shown.
+3. Each epoch shows every row once, in an order of its own.
+4. Processes share one order and never show the same row twice in an epoch.
+5. A stream set to a saved state goes on exactly as the one that saved it.
+6. Threads and worker processes give the same prompts.
+7. A video that cannot be read ends the stream with a ValueError that names the file.
+"""
+
+import dataclasses
+import json
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from paravt_jax.records import Row, VideoRef
+from pipelines.budget import frame_budget
+from pipelines.datasets import folder_rows
+from pipelines.loader import prompt_stream
+from pipelines.tfds_builder import row_source
+from pipelines.video import VideoReader
+from tests.pipelines_fixtures import data_folder, questions, renderer
+
+BUDGETS = (2, 4)
+
+
+def rows() -> list[Row]:
+    return [q.row for q in questions()]
+
+
+def stream(source=None, seed=0, **options):
+    options = {"groups_per_step": 4} | options
+    return prompt_stream(source or rows(), VideoReader(), renderer(), BUDGETS, seed=seed, **options)
+
+
+def take(prompts, steps: int) -> list:
+    return [item for _ in range(steps) for item in next(prompts)]
+
+
+def same(left, right) -> bool:
+    return (
+        (left.row, left.frame_budget) == (right.row, right.frame_budget)
+        and np.array_equal(left.prompt.tokens, right.prompt.tokens)
+        and np.array_equal(left.prompt.patches.values, right.prompt.patches.values)
+    )
+
+
+def test_rows_survive_array_record():
+    source = row_source(rows(), data_folder())
+    assert [source[i] for i in range(len(source))] == rows()
+
+
+def test_the_same_rows_are_written_once_and_other_rows_apart(tmp_path):
+    for kept in (rows(), rows(), rows()[:5]):
+        source = row_source(kept, str(tmp_path))
+        assert len(source) == len(kept)
+    assert len(list(tmp_path.glob("rows-*"))) == 2
+
+
+def test_prompts_show_as_many_frames_as_the_draw_says():
+    items = take(stream(), 6)
+    for item in items:
+        text = renderer().decode(item.prompt.tokens)
+        assert item.frame_budget == text.count("<|image_pad|>") == len(item.prompt.patches.values)
+    assert {item.frame_budget for item in items} == set(BUDGETS)
+
+
+def test_budgets_follow_seed_epoch_and_row():
+    length = len(rows())
+    items = take(stream(seed=7, groups_per_step=1), 2 * length)
+    for at, item in enumerate(items):
+        expected = frame_budget(7, at // length, item.row.row_id, BUDGETS)
+        assert item.frame_budget == expected
+
+
+def test_epochs_show_every_row_once_in_their_own_order():
+    length = len(rows())
+    ids = [item.row.row_id for item in take(stream(groups_per_step=1), 2 * length)]
+    assert sorted(ids[:length]) == sorted(ids[length:]) == sorted(r.row_id for r in rows())
+    assert ids[:length] != ids[length:]
+
+
+def test_seeds_change_the_order():
+    first, second = ([i.row.row_id for i in take(stream(seed=s), 3)] for s in (0, 1))
+    assert first != second
+
+
+def test_processes_share_one_order():
+    alone = take(stream(groups_per_step=1), 12)
+    shares = [
+        take(stream(groups_per_step=1, process_index=p, process_count=2), 6) for p in range(2)
+    ]
+    woven = [item for pair in zip(*shares, strict=True) for item in pair]
+    assert all(same(a, b) for a, b in zip(alone, woven, strict=True))
+    counts = Counter(item.row.row_id for item in woven)
+    assert max(counts.values()) == 1
+
+
+def test_a_saved_position_resumes_exactly():
+    source = row_source(rows(), data_folder())
+    prompts = stream(source)
+    take(prompts, 3)
+    state = json.loads(json.dumps(prompts.get_state()))
+    ahead = take(prompts, 5)
+    resumed = stream(source)
+    resumed.set_state(state)
+    assert all(same(a, b) for a, b in zip(ahead, take(resumed, 5), strict=True))
+
+
+@pytest.mark.slow
+def test_workers_give_what_threads_give():
+    source = row_source(rows(), data_folder())
+    threads, workers = stream(source), stream(source, workers=2)
+    assert all(same(a, b) for a, b in zip(take(threads, 2), take(workers, 2), strict=True))
+    workers.close()
+
+
+def test_tools_are_offered_or_not():
+    for tools in (True, False):
+        text = renderer().decode(take(stream(tools=tools), 1)[0].prompt.tokens)
+        assert ("crop_video" in text) is tools
+
+
+def test_an_unreadable_video_is_named(tmp_path):
+    bad = tmp_path / "broken.mp4"
+    bad.write_bytes(b"no video")
+    broken = dataclasses.replace(rows()[0], video=VideoRef(str(bad), 64.0))
+    with pytest.raises(ValueError, match=r"broken\.mp4"):
+        take(stream([broken]), 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"groups_per_step": 0}, "groups_per_step=0"),
+        ({"process_index": 2, "process_count": 2}, "process_index=2"),
+    ],
+)
+def test_impossible_streams_are_refused(options, named):
+    with pytest.raises(ValueError, match=named):
+        stream(**options)
+
+
+def test_no_rows_are_refused(tmp_path):
+    with pytest.raises(ValueError, match="no rows"):
+        row_source([], str(tmp_path))
+    with pytest.raises(ValueError, match="share a row_id"):
+        row_source([rows()[0], rows()[0]], str(tmp_path))
+
+
+# --- a user's own questions -----------------------------------------------------------------
+
+HEADER = "video,question,answer,question_type\n"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with one real video."""
+    source = rows()[0].video.path
+    (tmp_path / "clips").mkdir()
+    shutil.copy(source, tmp_path / "clips" / "a.mp4")
+    return tmp_path
+
+
+def test_csv_and_jsonl_give_the_same_rows(folder):
+    (folder / "questions.csv").write_text(
+        HEADER + 'clips/a.mp4,"What, then?",red,oe\nclips/a.mp4,When?,"3, 8",tvg\n'
+    )
+    records = [
+        {"video": "clips/a.mp4", "question": "What, then?", "answer": "red"},
+        {"video": "clips/a.mp4", "question": "When?", "answer": "3, 8"},
+    ]
+    kinds = ("oe", "tvg")
+    lines = [
+        json.dumps(r | {"question_type": k, "row_id": i})
+        for i, (r, k) in enumerate(zip(records, kinds, strict=True))
+    ]
+    (folder / "more.jsonl").write_text("\n\n".join(lines))
+    from_csv = folder_rows(str(folder))
+    from_jsonl = folder_rows(str(folder / "more.jsonl"))
+    plain = [dataclasses.replace(r, row_id="") for r in from_csv]
+    assert plain == [dataclasses.replace(r, row_id="") for r in from_jsonl]
+    assert [r.row_id for r in from_csv] == ["questions.csv:2", "questions.csv:3"]
+    assert [r.row_id for r in from_jsonl] == ["0", "1"]
+    assert from_csv[0].video.duration == 64.0 and from_csv[1].answer == "3, 8"
+
+
+def test_own_rows_stream_like_any_others(folder, tmp_path_factory):
+    (folder / "questions.csv").write_text(HEADER + "clips/a.mp4,What?,red,oe\n")
+    source = row_source(folder_rows(str(folder)), str(tmp_path_factory.mktemp("cache")))
+    items = take(stream(source, groups_per_step=2), 1)
+    assert [item.row.question for item in items] == ["What?", "What?"]
+
+
+def test_types_can_be_chosen(folder):
+    (folder / "questions.csv").write_text(
+        HEADER + 'clips/a.mp4,What?,red,oe\nclips/a.mp4,When?,"3, 8",tvg\n'
+    )
+    assert [r.question_type for r in folder_rows(str(folder), ("tvg",))] == ["tvg"]
+    with pytest.raises(ValueError, match=r"no questions \(mcq\)"):
+        folder_rows(str(folder), ("mcq",))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (HEADER + "clips/a.mp4,What?,red,open\n", r"questions\.csv, line 2: question_type='open'"),
+        (HEADER + "clips/a.mp4,What?,,oe\n", r"line 2: answer missing"),
+        ("video,question,answer\nclips/a.mp4,What?,red\n", r"line 2: question_type missing"),
+        (HEADER + "clips/b.mp4,What?,red,oe\n", r"line 2: video .*b\.mp4: no such file"),
+        (HEADER, "no questions"),
+    ],
+)
+def test_faulty_csv_names_line_and_remedy(folder, text, message):
+    (folder / "questions.csv").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        folder_rows(str(folder))
+
+
+@pytest.mark.parametrize("text", ["{broken", "[1, 2]"])
+def test_faulty_jsonl_names_the_line(folder, text):
+    (folder / "questions.jsonl").write_text(f"\n{text}\n")
+    with pytest.raises(ValueError, match=r"questions\.jsonl, line 2: not "):
+        folder_rows(str(folder))
+
+
+def test_a_folder_without_questions_says_what_it_needs(tmp_path):
+    with pytest.raises(ValueError, match=r"questions\.csv or questions\.jsonl"):
+        folder_rows(str(tmp_path))

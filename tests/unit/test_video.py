@@ -1,0 +1,142 @@
+"""Frames of real mp4 files: which, at what times, and what happens when a file is broken."""
+
+import pickle
+
+import numpy as np
+import pytest
+
+from paravt_jax.records import VideoRef
+from pipelines import video
+from pipelines.needle.world import write_mp4
+from pipelines.video import VideoInfo, VideoReader, clip_indices, overview_indices
+
+COUNT, FPS, SIDE = 150, 10.0, 48
+
+
+def grey(index: int) -> int:
+    """Grey level of a frame: neighbours differ by 37 or more, compression errs by less than 8."""
+    return 20 + (index * 37) % 200
+
+
+@pytest.fixture(scope="module")
+def clip_file(tmp_path_factory) -> VideoRef:
+    """15 s at 10 fps; every frame has a grey level of its own kind."""
+    path = str(tmp_path_factory.mktemp("video") / "grey.mp4")
+    frames = np.stack([np.full((SIDE, SIDE, 3), grey(i), np.uint8) for i in range(COUNT)])
+    write_mp4(path, frames, FPS)
+    return video.video_ref(path)
+
+
+def levels(frames) -> np.ndarray:
+    return frames.pixels.mean(axis=(1, 2, 3))
+
+
+def test_probe_reads_the_stream(clip_file):
+    info = video.probe(clip_file.path)
+    assert (info.frames, info.height, info.width) == (COUNT, SIDE, SIDE)
+    assert info.duration == pytest.approx(15.0)
+    assert clip_file.duration == pytest.approx(15.0)
+
+
+def test_overview_spreads_from_first_to_last_frame(clip_file):
+    frames = VideoReader().overview(clip_file, 4)
+    np.testing.assert_allclose(frames.times, np.array([0, 50, 99, 149]) / FPS)
+    np.testing.assert_allclose(levels(frames), [grey(i) for i in (0, 50, 99, 149)], atol=8)
+
+
+def test_overview_of_a_short_video_shows_every_frame_once():
+    assert overview_indices(3, 8).tolist() == [0, 1, 2]
+
+
+def test_clip_is_half_open_and_samples_at_its_rate(clip_file):
+    frames = VideoReader(crop_fps=2.0).clip(clip_file, 3.0, 6.0)
+    np.testing.assert_allclose(frames.times, [3.0, 3.5, 4.0, 4.5, 5.0, 5.5])
+    np.testing.assert_allclose(levels(frames), [grey(i) for i in range(30, 60, 5)], atol=8)
+
+
+def test_clip_cap_spreads_frames_over_the_window(clip_file):
+    frames = VideoReader(crop_fps=10.0, crop_cap=5).clip(clip_file, 0.0, 15.0)
+    np.testing.assert_allclose(frames.times, [0, 3, 6, 9, 12])
+
+
+def test_clip_is_cut_at_the_ends_of_the_video(clip_file):
+    frames = VideoReader().clip(clip_file, -2.0, 400.0)
+    assert frames.times.min() >= 0 and frames.times.max() < 15
+
+
+def test_clip_of_a_moment_is_one_frame():
+    info = VideoInfo(frames=100, fps=10.0, height=1, width=1)
+    assert clip_indices(info, 2.0, 2.01, fps=1.0, cap=16).tolist() == [20]
+
+
+@pytest.mark.parametrize("window", [(5.0, 5.0), (6.0, 5.0), (15.0, 20.0)])
+def test_empty_windows_are_refused(clip_file, window):
+    with pytest.raises(ValueError, match="empty in a video of 15 s"):
+        VideoReader().clip(clip_file, *window)
+
+
+def test_seeking_finds_the_same_frames_as_reading_on(clip_file, monkeypatch):
+    wanted = [3, 90, 140]
+    seeking = video.decode(clip_file.path, wanted)
+    monkeypatch.setattr(video, "SEEK_GAP", 10**6)
+    for index, frame in video.decode(clip_file.path, wanted).items():
+        np.testing.assert_array_equal(seeking[index], frame)
+
+
+def test_cache_answers_without_the_file_and_keeps_its_bound(tmp_path):
+    refs = []
+    for name in "abc":
+        path = str(tmp_path / f"{name}.mp4")
+        write_mp4(path, np.full((20, 32, 32, 3), ord(name), np.uint8), 1.0)
+        refs.append(video.video_ref(path))
+    reader = VideoReader(cache_bytes=2 * 20 * 32 * 32 * 3)
+    first = [reader.overview(ref, 4) for ref in refs]
+    assert reader.cached_bytes <= 2 * 20 * 32 * 32 * 3
+    for ref in refs:
+        (tmp_path / ref.path).unlink()
+    np.testing.assert_array_equal(reader.overview(refs[2], 4).pixels, first[2].pixels)
+    with pytest.raises(ValueError, match=r"a\.mp4: no such file"):
+        reader.overview(refs[0], 4)
+
+
+def test_reader_resizes_before_it_caches(clip_file):
+    reader = VideoReader(resize=lambda frame: frame[:8, :16])
+    assert reader.overview(clip_file, 4).pixels.shape == (4, 8, 16, 3)
+    assert reader.cached_bytes <= COUNT * 8 * 16 * 3
+
+
+def test_reader_goes_to_another_process(clip_file):
+    reader = VideoReader(crop_fps=2.0, crop_cap=3)
+    reader.overview(clip_file, 2)
+    copy = pickle.loads(pickle.dumps(reader))
+    assert copy.cached_bytes == 0
+    assert len(copy.clip(clip_file, 0.0, 15.0).times) == 3
+
+
+def test_announced_but_missing_tail_repeats_the_last_frame(clip_file):
+    frames = video.decode(clip_file.path, [10, 149, 155])
+    np.testing.assert_array_equal(frames[155], frames[149])
+
+
+def test_mostly_missing_frames_are_an_error(clip_file):
+    with pytest.raises(ValueError, match=r"grey\.mp4: only 1 of 4 frames"):
+        video.decode(clip_file.path, [10, 500, 600, 700])
+
+
+def test_unreadable_files_are_named_with_a_remedy(tmp_path):
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"not a video")
+    for path, fault in ((broken, "cannot open"), (tmp_path / "absent.mp4", "no such file")):
+        with pytest.raises(ValueError, match=rf"{path.name}: .*{fault}.*ffmpeg"):
+            video.probe(str(path))
+
+
+@pytest.mark.parametrize("options", [{"crop_fps": 0.0}, {"crop_cap": 0}])
+def test_reader_refuses_options_that_show_nothing(options):
+    with pytest.raises(ValueError, match="positive rate"):
+        VideoReader(**options)
+
+
+def test_overview_refuses_no_frames(clip_file):
+    with pytest.raises(ValueError, match="count=0"):
+        VideoReader().overview(clip_file, 0)
