@@ -8,7 +8,6 @@ Everywhere, index t of a token-level array concerns the token at t (not the pred
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import chex
 import jax
@@ -16,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from paravt_jax.objectives import KLEstimator, divergence
+from paravt_jax.objectives import divergence
 from paravt_jax.records import ArrayLike
-
-Normalise = Literal["group", "batch", "none"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,21 +26,21 @@ class AdvantageConfig:
     The released recipe is `reward_scale=10, reward_bias=-0.2, reward_clip=20`.
     """
 
-    normalise: Normalise = "group"
-    """Subtract the mean of the group, of the whole batch, or nothing."""
+    normalise: str = "group"
+    """Subtract the mean of the "group", of the whole "batch", or nothing ("none")."""
     scale_by_std: bool = True
     """Divide by the standard deviation; False is Dr. GRPO."""
     leave_one_out: bool = False
     """Leave each rollout out of its own mean; RLOO."""
     ddof: int = 1
     """1 divides the variance by n - 1, 0 by n."""
-    eps: float = 1e-5
+    eps: float | int = 1e-5
     """Added to the standard deviation."""
-    reward_scale: float = 1.0
+    reward_scale: float | int = 1.0
     """Rewards are first shaped as clip((r + bias) * scale, -clip, clip)."""
-    reward_bias: float = 0.0
+    reward_bias: float | int = 0.0
     """See `reward_scale`."""
-    reward_clip: float | None = None
+    reward_clip: float | int | None = None
     """See `reward_scale`; None clips nothing."""
 
     def __post_init__(self) -> None:
@@ -76,9 +73,9 @@ def rollout_advantages(
 
 def shape_rewards(
     rewards: Float[np.ndarray, "p g"],
-    scale: float = 1.0,
-    bias: float = 0.0,
-    clip: float | None = None,
+    scale: float | int = 1.0,
+    bias: float | int = 0.0,
+    clip: float | int | None = None,
 ) -> Float[np.ndarray, "p g"]:
     """r' = clip((r + bias) * scale, -clip, clip); equation 1 of the ParaVT release.
 
@@ -91,9 +88,9 @@ def shape_rewards(
 
 def group_advantages(
     rewards: Float[np.ndarray, "p g"],
-    normalise: Normalise = "group",
+    normalise: str = "group",
     ddof: int = 1,
-    eps: float = 1e-5,
+    eps: float | int = 1e-5,
     leave_one_out: bool = False,
     scale_by_std: bool = True,
 ) -> Float[np.ndarray, "p g"]:
@@ -144,12 +141,12 @@ def token_advantages(
     reference: Float[ArrayLike, "b t"] | None = None,
     lengths: Shaped[ArrayLike, b] | None = None,
     *,
-    kl_weight: float = 0.0,
-    kl_estimator: KLEstimator = "k1",
-    discount: float = 1.0,
-    gae_lambda: float = 1.0,
+    kl_weight: float | int = 0.0,
+    kl_estimator: str = "k1",
+    discount: float | int = 1.0,
+    gae_lambda: float | int = 1.0,
     whiten_tokens: bool = True,
-    eps: float = 1e-5,
+    eps: float | int = 1e-5,
 ) -> Float[Array, "b t"]:
     """Advantage of every generated token, with the KL penalty inside the reward.
 
@@ -195,7 +192,7 @@ def token_advantages(
 def whiten(
     values: Float[ArrayLike, "*b"],
     mask: Shaped[ArrayLike, "*b"],
-    eps: float = 1e-5,
+    eps: float | int = 1e-5,
     ddof: int = 1,
 ) -> Float[Array, "*b"]:
     """(x - mean) / (std + eps) over the masked values; equation 7 of the ParaVT release.
@@ -217,7 +214,7 @@ def anchored_advantages(
     anchor: Float[ArrayLike, b],
     structural: Bool[ArrayLike, "b t"],
     mask: Shaped[ArrayLike, "b t"],
-    weight: float,
+    weight: float | int,
 ) -> Float[Array, "b t"]:
     """A_t = A_task + weight * s_t * A_anchor on generated tokens, 0 elsewhere.
 

@@ -9,7 +9,6 @@ Shapes: b rows, t tokens; index t of every array concerns the token at t.
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
 
 import chex
 import jax
@@ -18,8 +17,6 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 
 from paravt_jax.records import ArrayLike
-
-KLEstimator = Literal["k1", "k2", "k3"]
 
 _LARGEST_LOG_RATIO = 20.0
 """exp(20) = 5e8: far beyond any clip range, far below the overflow of float32."""
@@ -30,33 +27,34 @@ _LARGEST_KL = 10.0
 class ObjectiveConfig:
     """Which policy-gradient objective. The defaults are those of the ParaVT release."""
 
-    clip_low: float = 0.2
+    clip_low: float | int = 0.2
     """A ratio is clipped at 1 - clip_low ..."""
-    clip_high: float = 0.2
+    clip_high: float | int = 0.2
     """... and at 1 + clip_high (DAPO, arXiv 2503.14476, sets it higher)."""
-    dual_clip: float | None = None
+    dual_clip: float | int | None = None
     """Bound the loss of a negative advantage A at dual_clip * |A| (arXiv 1912.09729)."""
-    behaviour_cap: float | None = 5.0
+    behaviour_cap: float | int | None = 5.0
     """Drop tokens whose weight exp(proximal - behaviour) is above this; None keeps all."""
-    ratio: Literal["token", "sequence"] = "token"
-    """One ratio per token, or per row, the geometric mean of its tokens' (GSPO, 2507.18071)."""
-    surrogate: Literal["clip", "soft"] = "clip"
-    """PPO's clip, or the smooth gate of SAPO (arXiv 2511.20347)."""
-    soft_positive: float = 1.0
+    ratio: str = "token"
+    """One ratio per "token", or one per row ("sequence"), the geometric mean of its tokens' (GSPO,
+    arXiv 2507.18071)."""
+    surrogate: str = "clip"
+    """PPO's "clip", or the smooth gate of SAPO, "soft" (arXiv 2511.20347)."""
+    soft_positive: float | int = 1.0
     """Temperature of the soft gate where the advantage is positive."""
-    soft_negative: float = 1.05
+    soft_negative: float | int = 1.05
     """Temperature of the soft gate where the advantage is not positive."""
-    kl_weight: float = 0.0
+    kl_weight: float | int = 0.0
     """Weight of the divergence from the reference inside the loss."""
-    kl_estimator: KLEstimator = "k3"
-    """Estimator of that divergence; k1 has no useful gradient inside a loss."""
-    anchor: Literal["sequence", "position", "logprob"] = "sequence"
-    """Where the format anchor acts: in the reward, in the advantages of structural tokens, or as
-    a likelihood of structural tokens in the loss. Only the last one concerns `policy_loss`."""
-    anchor_weight: float = 0.0
+    kl_estimator: str = "k3"
+    """One of "k1", "k2", "k3", see `divergence`; k1 has no useful gradient inside a loss."""
+    anchor: str = "sequence"
+    """Where the format anchor acts. "sequence": in the reward. "position": in the advantages of
+    structural tokens. "logprob": as their likelihood in the loss, which alone is done here."""
+    anchor_weight: float | int = 0.0
     """Weight of the "logprob" anchor."""
-    aggregation: Literal["token", "sequence"] = "token"
-    """Mean over all tokens of the batch, or over rows of the mean over their tokens."""
+    aggregation: str = "token"
+    """Mean over all tokens of the batch ("token"), or over rows of each row's mean ("sequence")."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning."""
@@ -184,7 +182,7 @@ def policy_loss(
 def aggregate(
     values: Float[Array, "b t"],
     weight: Float[Array, "b t"],
-    aggregation: Literal["token", "sequence"] = "token",
+    aggregation: str = "token",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """Sum and count of a weighted mean over tokens, or over rows of the mean of each row."""
     values = jnp.where(weight > 0, values * weight, 0.0)
@@ -196,7 +194,7 @@ def aggregate(
 
 
 def behaviour_weights(
-    proximal: Float[Array, "b t"], behaviour: Float[Array, "b t"], cap: float | None
+    proximal: Float[Array, "b t"], behaviour: Float[Array, "b t"], cap: float | int | None
 ) -> tuple[Float[Array, "b t"], Shaped[Array, "b t"]]:
     """w = exp(proximal - behaviour), 0 where above the cap, and where it was kept.
 
@@ -210,7 +208,7 @@ def behaviour_weights(
 def divergence(
     log_probs: Float[Array, "*b"],
     reference: Float[Array, "*b"],
-    estimator: KLEstimator = "k1",
+    estimator: str = "k1",
 ) -> Float[Array, "*b"]:
     """Estimate of KL(pi || reference) from a sample of pi, token by token.
 
@@ -250,7 +248,7 @@ def _log_ratio(
     log_probs: Float[Array, "b t"],
     proximal: Float[Array, "b t"],
     weight: Float[Array, "b t"],
-    level: Literal["token", "sequence"],
+    level: str,
 ) -> Float[Array, "b t"]:
     """log q per token, or its mean over the row (GSPO), bounded so that exp cannot overflow."""
     log_ratio = log_probs - proximal
@@ -314,7 +312,7 @@ def _safe_exp(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
 
 
 def _check_range(
-    name: str, value: float | None, lowest: float, highest: float = float("inf")
+    name: str, value: float | int | None, lowest: float, highest: float = float("inf")
 ) -> None:
     if value is not None and not lowest <= value <= highest:
         raise ValueError(f"{name}={value} must lie in [{lowest:g}, {highest:g}]")

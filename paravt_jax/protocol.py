@@ -30,8 +30,6 @@ STRUCTURAL_TAGS = (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE, ANSWER_OPEN, 
 TOOL_NAME = "crop_video"
 """The only tool."""
 
-Compat = Literal["fixed", "reference"]
-ParseMode = Literal["strict", "repair"]
 Window = tuple[float, float]
 
 _LONGEST_QUOTE = 40
@@ -60,18 +58,18 @@ class ReferenceParse:
 
 @overload
 def parse_tool_calls(
-    text: str, compat: Literal["fixed"] = "fixed", *, mode: ParseMode = "strict"
+    text: str, compat: Literal["fixed"] = "fixed", *, mode: str = "strict"
 ) -> tuple[ToolCall, ...]: ...
 
 
 @overload
 def parse_tool_calls(
-    text: str, compat: Literal["reference"], *, mode: ParseMode = "strict"
+    text: str, compat: Literal["reference"], *, mode: str = "strict"
 ) -> ReferenceParse: ...
 
 
 def parse_tool_calls(
-    text: str, compat: Compat = "fixed", *, mode: ParseMode = "strict"
+    text: str, compat: str = "fixed", *, mode: str = "strict"
 ) -> tuple[ToolCall, ...] | ReferenceParse:
     """Tool calls of one assistant turn, in text order. Never raises on any text.
 
@@ -119,7 +117,7 @@ def parses_strictly(turn: str, prefix: str = "") -> bool:
     return _only_calls(action) or _only_answer(action)
 
 
-def crop_window(call: ToolCall, duration: float) -> Window | str:
+def crop_window(call: ToolCall, duration: float | int) -> Window | str:
     """Window `(start, end)` in seconds that a `crop_video` call asks for, or what is wrong with it.
 
     Times are numbers, number texts, or "mm:ss"; `start` and `end` are accepted as short names.

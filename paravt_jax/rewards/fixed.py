@@ -27,7 +27,6 @@ _TOOL_BLOCK = re.compile(r"<(tool_call|tool_code|tool_response)>.*?(?:</\1>|\Z)"
 _ANY_TAG = re.compile(r"</?(?:think|answer|tool_call|tool_code|tool_response)>|<\|im_\w+\|>")
 _ACTION = re.compile(r"<tool_call>|<tool_code>|<answer>")
 _PAIRED_TAGS = ("think", "tool_call", "tool_code", "tool_response", "answer")
-_ANCHOR_MAX = anchor_term(opened=True, closed=True, thinks=True, acts=True)
 
 
 def split_turns(completion: str) -> list[str]:
@@ -120,19 +119,25 @@ class _TurnForm:
         return anchor_term(self.opened, self.closed, self.thinks, self.acts)
 
     def score(self, rules: RewardRules) -> float:
-        """Weights of the release over their sum, clamped to [0, 1].
+        """What the turn earns over what a perfect turn earns, clamped to [0, 1]."""
+        return min(max(self.earned(rules) / _PERFECT.earned(rules), 0.0), 1.0)
 
-        think 0.2 (0.3 without answer suffix), act 0.5 (0.3), order 0.3, balance 0.1, and the
-        anchor times its weight. Order, in the release thinking before a call, is here the strict
-        parse of the turn.
+    def earned(self, rules: RewardRules) -> float:
+        """Weights of the release: think 0.2 (0.3 without answer suffix), act 0.5 (0.3), order 0.3,
+        balance 0.1, and the anchor times its weight. Order, in the release thinking before a
+        call, is here the strict parse of the turn.
         """
         think, act = (0.2, 0.5) if rules.answer_suffix else (0.3, 0.3)
-        earned = think * self.thinks + act * self.acts
-        earned += 0.3 * (self.strict and self.thinks and self.acts)
-        earned += 0.1 * (self.balanced and (self.thinks or self.acts))
-        earned += rules.anchor_weight * self.anchor
-        attainable = think + act + 0.4 + rules.anchor_weight * _ANCHOR_MAX
-        return min(max(earned / attainable, 0.0), 1.0)
+        return (
+            think * self.thinks
+            + act * self.acts
+            + 0.3 * (self.strict and self.thinks and self.acts)
+            + 0.1 * (self.balanced and (self.thinks or self.acts))
+            + rules.anchor_weight * self.anchor
+        )
+
+
+_PERFECT = _TurnForm(opened=True, closed=True, thinks=True, acts=True, strict=True, balanced=True)
 
 
 def _turn_form(turn: str, last: bool) -> _TurnForm:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Literal
 
 Judge = Callable[[str], str]
 """Takes a user message, returns the reply of a language model."""
@@ -18,19 +17,19 @@ THINK_MIN_CHARS = 10
 class RewardRules:
     """Weights and switches of the reward. The defaults are the PARA-GRPO recipe, corrected."""
 
-    compat: Literal["fixed", "reference"] = "fixed"
-    """Corrected rewards, or those of the release."""
+    compat: str = "fixed"
+    """The corrected rewards, "fixed", or those of the release, "reference"."""
     answer_suffix: bool = True
     """Whether the answer carries more of the format score than the thinking."""
-    anchor_weight: float = 0.5
+    anchor_weight: float | int = 0.5
     """Weight of the anchor (lambda) inside the format score; 0 is vanilla GRPO."""
-    format_weight: float = 1.0
+    format_weight: float | int = 1.0
     """Weight of the format score in the total."""
-    mode: Literal["f1", "exact", "llm"] = "f1"
-    """How an open answer that is not equal to the ground truth is judged."""
-    tool_base: float = 0.1
+    mode: str = "f1"
+    """How an open answer that differs from the ground truth is judged: "f1", "exact" or "llm"."""
+    tool_base: float | int = 0.1
     """Credit for at least one executed call. Only for compat="fixed"."""
-    tool_bonus: float = 0.5
+    tool_bonus: float | int = 0.5
     """Further credit, times accuracy, if a call was executed. Only for compat="fixed"."""
 
     def __post_init__(self) -> None:

@@ -1,0 +1,270 @@
+"""The policy objective: hand values, limits, and what the loss must not depend on."""
+
+import dataclasses
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paravt_jax.objectives import ObjectiveConfig, aggregate, divergence, policy_loss
+
+ROWS, TOKENS = 6, 10
+
+
+def batch(seed=0):
+    """Log-probs that differ enough for clips and the cap to bind somewhere."""
+    rng = np.random.default_rng(seed)
+    log_probs, proximal, behaviour = -rng.gamma(2.0, 1.0, (3, ROWS, TOKENS)).astype(np.float32)
+    advantages = rng.normal(size=(ROWS, TOKENS)).astype(np.float32)
+    mask = (rng.random((ROWS, TOKENS)) < 0.6).astype(np.float32)
+    mask[-1] = 0
+    return log_probs, proximal, behaviour, advantages, mask
+
+
+def mean_loss(config, arrays, **extras):
+    total, count, _ = policy_loss(*arrays, config, **extras)
+    return total / jnp.maximum(count, 1)
+
+
+def gradient(config, arrays, **extras):
+    log_probs, *others = arrays
+    return jax.grad(lambda x: mean_loss(config, (x, *others), **extras))(jnp.asarray(log_probs))
+
+
+def one_token(log_ratio, advantage, gap=0.0, **config):
+    """Loss of a single token; behaviour is `gap` below the proximal policy."""
+    arrays = [np.full((1, 1), x, np.float32) for x in (log_ratio, 0.0, -gap, advantage, 1.0)]
+    return float(mean_loss(ObjectiveConfig(**config), arrays))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss"),
+    [(1.0, 2.0, -2.0), (1.5, 2.0, -2.4), (0.5, 2.0, -1.0), (0.5, -2.0, 1.6), (1.5, -2.0, 3.0)],
+)
+def test_clipped_surrogate(ratio, advantage, loss):
+    assert one_token(np.log(ratio), advantage) == pytest.approx(loss, rel=1e-6)
+
+
+def test_clip_higher_widens_one_side():
+    assert one_token(np.log(1.5), 2.0, clip_high=0.28) == pytest.approx(-2.56, rel=1e-6)
+
+
+def test_dual_clip_bounds_bad_tokens():
+    assert one_token(np.log(9.0), -2.0) == pytest.approx(18.0, rel=1e-6)
+    assert one_token(np.log(9.0), -2.0, dual_clip=3.0) == pytest.approx(6.0, rel=1e-6)
+    assert one_token(np.log(9.0), 2.0, dual_clip=3.0) == pytest.approx(-2.4, rel=1e-6)
+
+
+def test_behaviour_weight_multiplies_and_the_cap_drops():
+    assert one_token(0.0, 1.0, gap=np.log(4.0)) == pytest.approx(-4.0, rel=1e-6)
+    assert one_token(0.0, 1.0, gap=np.log(6.0)) == 0.0
+    assert one_token(0.0, 1.0, gap=np.log(6.0), behaviour_cap=None) == pytest.approx(-6.0, rel=1e-6)
+
+
+def test_soft_gate_is_ppo_to_first_order():
+    """SAPO: slope 1 at ratio 1 for both signs, and vanishing far away."""
+    for advantage in (1.0, -1.0):
+        arrays = [np.full((1, 1), x, np.float32) for x in (0.0, 0.0, 0.0, advantage, 1.0)]
+        slope = gradient(ObjectiveConfig(surrogate="soft"), arrays)
+        assert float(slope[0, 0]) == pytest.approx(-advantage, rel=1e-6)
+    assert one_token(50.0, 1.0, surrogate="soft") == pytest.approx(-4.0, rel=1e-6)
+
+
+def test_at_the_proximal_policy_the_gradient_is_the_policy_gradient():
+    log_probs, _, behaviour, advantages, mask = batch()
+    config = ObjectiveConfig(behaviour_cap=None)
+    slope = gradient(config, (log_probs, log_probs, behaviour, advantages, mask))
+    weights = np.exp(log_probs - behaviour)
+    np.testing.assert_allclose(
+        slope, -mask * advantages * weights / mask.sum(), rtol=1e-4, atol=1e-7
+    )
+
+
+def test_sequence_ratio_is_the_geometric_mean():
+    """GSPO: one ratio and one advantage per row."""
+    log_probs = np.log(np.array([[1.1, 1.2, 9.0]], np.float32))
+    zero, mask = np.zeros((1, 3), np.float32), np.array([[1.0, 1.0, 0.0]], np.float32)
+    advantages = np.array([[1.0, 3.0, 99.0]], np.float32)
+    loss = mean_loss(ObjectiveConfig(ratio="sequence"), (log_probs, zero, zero, advantages, mask))
+    assert float(loss) == pytest.approx(-2.0 * np.sqrt(1.1 * 1.2), rel=1e-6)
+
+
+@pytest.mark.parametrize(("estimator", "value"), [("k1", 0.5), ("k2", 0.125), ("k3", 0.10653066)])
+def test_divergences(estimator, value):
+    result = divergence(jnp.array([-1.0]), jnp.array([-1.5]), estimator)
+    np.testing.assert_allclose(result, value, rtol=1e-5)
+
+
+@pytest.mark.parametrize("estimator", ["k1", "k2", "k3"])
+def test_divergence_of_a_policy_from_itself_is_zero(estimator):
+    log_probs = jnp.linspace(-30, 0, 7)
+    np.testing.assert_array_equal(divergence(log_probs, log_probs, estimator), 0)
+
+
+def test_kl_is_added_and_measured():
+    arrays, reference = batch(), batch(seed=1)[0]
+    config = ObjectiveConfig(kl_weight=0.5, kl_estimator="k2")
+    without = mean_loss(dataclasses.replace(config, kl_weight=0.0), arrays)
+    metrics = policy_loss(*arrays, config, reference=reference)[2]
+    with_kl = mean_loss(config, arrays, reference=reference)
+    mean_kl = metrics.means()["kl"]
+    assert float(with_kl - without) == pytest.approx(0.5 * float(mean_kl), rel=1e-4)
+    assert float(mean_kl) > 0.1
+
+
+def test_logprob_anchor_pulls_structural_tokens_up():
+    log_probs, *others = batch()
+    structure = np.zeros((ROWS, TOKENS), bool)
+    structure[:, 3] = True
+    config = ObjectiveConfig(anchor="logprob", anchor_weight=0.5)
+    plain = gradient(ObjectiveConfig(), (log_probs, *others))
+    anchored = gradient(config, (log_probs, *others), structure=structure)
+    mask = others[-1]
+    np.testing.assert_allclose(anchored - plain, -0.5 * structure * mask / mask.sum(), atol=1e-7)
+
+
+def test_metrics_by_hand():
+    log_probs = np.log(np.array([[1.0, 1.5, 1.5, 0.5]], np.float32))
+    zero = np.zeros((1, 4), np.float32)
+    behaviour = np.array([[-3.0, 0.0, 0.5, 1.0]], np.float32)
+    advantages = np.array([[1.0, 1.0, -1.0, 1.0]], np.float32)
+    mask = np.array([[1.0, 1.0, 1.0, 0.0]], np.float32)
+    metrics = policy_loss(log_probs, zero, behaviour, advantages, mask, ObjectiveConfig())[2]
+    means = {name: float(value) for name, value in metrics.means().items()}
+    assert means["ratio"] == pytest.approx(4 / 3, rel=1e-6)
+    assert means["clip_fraction"] == pytest.approx(1 / 3)
+    assert means["dropped_fraction"] == pytest.approx(1 / 3)
+    assert means["logprob/gap_mean"] == pytest.approx(3.5 / 3, rel=1e-6)
+    assert means["logprob/gap_max"] == 3.0
+
+
+ALL = [
+    ObjectiveConfig(),
+    ObjectiveConfig(aggregation="sequence"),
+    ObjectiveConfig(ratio="sequence", aggregation="sequence", clip_low=3e-4, clip_high=4e-4),
+    ObjectiveConfig(surrogate="soft", behaviour_cap=None),
+    ObjectiveConfig(dual_clip=3.0, kl_weight=0.1, kl_estimator="k3"),
+    ObjectiveConfig(anchor="logprob", anchor_weight=0.2),
+]
+every = pytest.mark.parametrize("config", ALL)
+
+
+def extras():
+    return {"reference": batch(seed=1)[0], "structure": batch(seed=2)[4] > 0}
+
+
+@every
+@pytest.mark.parametrize("sizes", [[1] * ROWS, [2, 4], [5, 1]])
+def test_micro_batches_change_nothing(config, sizes):
+    arrays, more = batch(), extras()
+    edges = np.cumsum([0, *sizes])
+    whole = policy_loss(*arrays, config, **more)
+    parts = [
+        policy_loss(*(x[a:b] for x in arrays), config, **{name: x[a:b] for name, x in more.items()})
+        for a, b in itertools.pairwise(edges)
+    ]
+    np.testing.assert_allclose(sum(p[0] for p in parts), whole[0], rtol=1e-5)
+    np.testing.assert_allclose(sum(p[1] for p in parts), whole[1])
+    merged = parts[0][2]
+    for part in parts[1:]:
+        merged = merged.merge(part[2])
+    for name, value in merged.means().items():
+        np.testing.assert_allclose(value, whole[2].means()[name], rtol=1e-5, atol=1e-7)
+
+
+@every
+def test_padding_changes_nothing_whatever_it_holds(config):
+    """Neither NaN nor infinities outside of the mask reach the loss or its gradient."""
+    arrays, more = batch(), extras()
+    wide = [np.pad(x, [(0, 2), (0, 3)], constant_values=np.nan) for x in arrays[:-1]]
+    wide[1][-1] = np.inf
+    wide.append(np.pad(arrays[-1], [(0, 2), (0, 3)]))
+    padding = {"reference": np.nan, "structure": True}
+    more_wide = {
+        name: np.pad(x, [(0, 2), (0, 3)], constant_values=padding[name]) for name, x in more.items()
+    }
+    np.testing.assert_allclose(
+        mean_loss(config, wide, **more_wide), mean_loss(config, arrays, **more), rtol=1e-5
+    )
+    slope = gradient(config, wide, **more_wide)
+    np.testing.assert_allclose(
+        slope[:ROWS, :TOKENS], gradient(config, arrays, **more), rtol=1e-4, atol=1e-7
+    )
+    assert not np.asarray(slope[ROWS:]).any()
+
+
+@every
+def test_an_empty_mask_gives_zero_everywhere(config):
+    *arrays, mask = batch()
+    total, count, metrics = policy_loss(*arrays, mask * 0, config, **extras())
+    assert (float(total), float(count)) == (0.0, 0.0)
+    assert not any(float(value) for value in metrics.means().values())
+    assert not np.asarray(gradient(config, (*arrays, mask * 0), **extras())).any()
+
+
+@every
+def test_extreme_log_probs_stay_finite(config):
+    log_probs, proximal, behaviour, advantages, mask = batch()
+    arrays = (log_probs * 1e4, proximal * 1e-4, behaviour * 1e4, advantages, mask)
+    assert np.isfinite(mean_loss(config, arrays, **extras()))
+    assert np.isfinite(gradient(config, arrays, **extras())).all()
+
+
+@every
+def test_jit_agrees(config):
+    arrays, more = batch(), extras()
+    jitted = jax.jit(lambda *arrays, **more: mean_loss(config, arrays, **more))
+    np.testing.assert_allclose(
+        jitted(*arrays, **more), mean_loss(config, arrays, **more), rtol=1e-5
+    )
+
+
+def test_only_the_trained_policy_has_a_gradient():
+    arrays = batch()
+    slopes = jax.grad(
+        lambda *x: mean_loss(ObjectiveConfig(), (*x, arrays[-1])), argnums=(0, 1, 2, 3)
+    )(*map(jnp.asarray, arrays[:-1]))
+    assert np.asarray(slopes[0]).any()
+    assert not any(np.asarray(slope).any() for slope in slopes[1:])
+
+
+def test_aggregations_by_hand():
+    values = jnp.array([[1.0, 2.0, 3.0], [10.0, 99.0, 99.0], [5.0, 5.0, 5.0]])
+    weight = jnp.array([[1.0, 1.0, 1.0], [1.0, 0.0, 0.0], [0.0, 0.0, 0.0]])
+    assert [float(x) for x in aggregate(values, weight, "token")] == [16.0, 4.0]
+    assert [float(x) for x in aggregate(values, weight, "sequence")] == [12.0, 2.0]
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"clip_low": 1.5}, {"clip_high": -0.1}, {"dual_clip": 0.5}, {"behaviour_cap": 0.0}),
+        *({"ratio": "row"}, {"surrogate": "hard"}, {"kl_weight": -1.0}, {"kl_estimator": "k4"}),
+        *({"anchor": "head"}, {"aggregation": "batch"}, {"soft_positive": 0.0}),
+    ],
+)
+def test_settings_without_meaning_are_refused(setting):
+    (name,) = setting
+    with pytest.raises(ValueError, match=name):
+        ObjectiveConfig(**setting)
+
+
+@pytest.mark.parametrize(
+    ("config", "missing"),
+    [
+        (ObjectiveConfig(kl_weight=0.1), "reference"),
+        (ObjectiveConfig(anchor="logprob", anchor_weight=0.1), "structure"),
+    ],
+)
+def test_missing_inputs_are_refused(config, missing):
+    with pytest.raises(ValueError, match=missing):
+        policy_loss(*batch(), config)
+
+
+def test_shapes_that_disagree_are_refused():
+    arrays = list(batch())
+    arrays[1] = arrays[1][:, :-1]
+    with pytest.raises(Exception, match=r"shape|dimension|t="):
+        policy_loss(*arrays, ObjectiveConfig())
