@@ -63,11 +63,11 @@ def text_prompt(text: str) -> Prompt:
     return Prompt(tokens, positions, np.full(len(tokens), -1, np.int32))
 
 
-def image_prompt(text: str, frames: int, patches: int, seed: int) -> Prompt:
-    """A prompt of `frames` random frames of `patches` patches each, then text."""
+def image_prompt(text: str, frames: int, patches: int, seed: int, values: int = 3) -> Prompt:
+    """A prompt of `frames` random frames of `patches` patches of `values` numbers, then text."""
     words = text_prompt(text)
     count = frames * patches // MERGE
-    values = np.random.default_rng(seed).normal(size=(frames, patches, 3)).astype(np.float32)
+    pixels = np.random.default_rng(seed).normal(size=(frames, patches, values))
     grids = np.tile(np.array([[2, patches // 2]], np.int32), (frames, 1))
     # Frames take fewer positions than tokens, as in M-RoPE: text goes on after the largest.
     seen = np.repeat(np.arange(frames, dtype=np.int32), patches // MERGE)
@@ -75,7 +75,7 @@ def image_prompt(text: str, frames: int, patches: int, seed: int) -> Prompt:
         tokens=np.concatenate([np.full(count, IMAGE, np.int32), words.tokens]),
         positions=np.concatenate([np.repeat(seen[:, None], 3, axis=1), words.positions + frames]),
         vision_index=np.concatenate([np.arange(count, dtype=np.int32), words.vision_index]),
-        patches=Patches(values, grids),
+        patches=Patches(pixels.astype(np.float32), grids),
     )
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 
 import jax
 import numpy as np
 import pytest
 
+from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import Prompt, StopReason
 from rollout.engine import Engine, Generated, bucket
 from rollout.sampler import SamplingConfig
-from tests.rollout_fakes import IM_END, PAD, ToyPolicy, image_prompt, text_prompt
+from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 
 POLICY = ToyPolicy()
 PARAMS = POLICY.init()
@@ -193,3 +196,61 @@ def test_a_mesh_changes_no_sample(mesh):
     for one, other in zip(alone, spread, strict=True):
         np.testing.assert_array_equal(one.tokens, other.tokens)
         np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+
+
+QWEN = Qwen3VLPolicy(
+    Qwen3VLConfig(
+        text=TextConfig(
+            vocab_size=VOCAB,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            mrope_section=(2, 1, 1),
+            # Large weights, so that the model has opinions and an error shows.
+            initializer_range=0.3,
+        ),
+        vision=VisionConfig(
+            depth=1,
+            hidden_size=32,
+            intermediate_size=24,
+            num_heads=2,
+            patch_size=4,
+            out_hidden_size=32,
+            num_position_embeddings=16,
+            deepstack_visual_indexes=(0,),
+            initializer_range=0.3,
+        ),
+        tie_word_embeddings=True,
+    )
+)
+
+
+@pytest.mark.parametrize("mesh", [None, "data:2,fsdp:2,tensor:2"])
+def test_qwen3_vl_log_probs_equal_the_learners(mesh):
+    width = QWEN.config.vision.patch_values
+    prompts = [
+        image_prompt("what?", frames=3, patches=8, seed=1, values=width),
+        image_prompt("and here", frames=2, patches=16, seed=2, values=width),
+    ]
+    params = initialise(QWEN.table, jax.random.key(0))
+    engine = Engine(QWEN, eos_ids=(IM_END,), pad_id=PAD)
+    with contextlib.ExitStack() as stack:
+        live = params
+        if mesh is not None:
+            devices = make_mesh(parse_mesh(mesh, 8))
+            stack.enter_context(jax.set_mesh(devices))
+            live = jax.device_put(params, param_shardings(QWEN.table, devices))
+        session = engine.start(live, prompts, copies=2, suffix=64)
+        first = speak(session)
+        session.append([[65] * (3 * row) for row in range(4)])
+        second = speak(session)
+    for row, (one, two) in enumerate(zip(first, second, strict=True)):
+        stream = [*one.tokens, *[65] * (3 * row), *two.tokens]
+        table = full_log_probs(prompts[row // 2], stream, QWEN, params)
+        expected = np.take_along_axis(table, np.asarray(stream)[:, None], axis=1)[:, 0]
+        np.testing.assert_allclose(one.log_probs, expected[: len(one.tokens)], atol=1e-4)
+        np.testing.assert_allclose(two.log_probs, expected[-len(two.tokens) :], atol=1e-4)
+        assert expected.std() > 0.1
