@@ -91,12 +91,24 @@ def save_folder(
         return
     temporary.mkdir(parents=True)
     try:
-        _carry_files(base_folder, temporary)
+        carry_files(base_folder, temporary)
         _write_config(config, params, base_folder, temporary)
         _write_shards(tensors, temporary, max_shard_bytes)
         _replace(temporary, target)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def carry_files(base: Path | None, folder: Path) -> None:
+    """Copy what is neither weights nor config.json: tokenizer, processor, generation files."""
+    for path in [] if base is None else sorted(base.iterdir()):
+        if path.is_file() and not _is_weights(path) and path.name != "config.json":
+            shutil.copy2(path, folder / path.name)
+
+
+def _is_weights(path: Path) -> bool:
+    kinds = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
+    return path.suffix in kinds or path.name.endswith(".index.json")
 
 
 def _existing(folder: str | os.PathLike) -> Path:
@@ -237,19 +249,6 @@ def _write_config(
         }
         raw = {**old, **raw, **towers}
     (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-
-
-def _carry_files(base: Path | None, folder: Path) -> None:
-    """Copy what is neither weights nor configuration."""
-    for path in [] if base is None else sorted(base.iterdir()):
-        weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5")
-        if (
-            path.is_file()
-            and not weights
-            and not path.name.endswith(".index.json")
-            and path.name != "config.json"
-        ):
-            shutil.copy2(path, folder / path.name)
 
 
 def _check_replaceable(target: Path) -> None:

@@ -1,0 +1,104 @@
+"""Convert weights between a Hugging Face folder and an Orbax checkpoint.
+
+    python models/convert.py to-hf CHECKPOINT OUT [--base HF_DIR]
+    python models/convert.py from-hf HF_DIR OUT
+
+`to-hf` takes a run's folder (its latest checkpoint), one checkpoint folder, or what `from-hf`
+wrote. config.json, tokenizer and processor files come from `--base`, else from the `model/`
+folder of the checkpoint or of its run.
+"""
+
+import os.path
+import sys
+
+if __name__ == "__main__":
+    # Run as a script, `sys.path[0]` is this folder, where `import models` would find
+    # somebody else's. Swap it for the repository root before any other import.
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse  # noqa: E402
+import shutil  # noqa: E402
+from pathlib import Path  # noqa: E402
+from typing import NoReturn  # noqa: E402
+
+from models.qwen3_vl.model import Qwen3VLPolicy  # noqa: E402
+from models.qwen3_vl.weights import carry_files, load_params, read_config, save_folder  # noqa: E402
+from paravt_jax.checkpoint import (  # noqa: E402
+    MODEL_FILES,
+    find_model_files,
+    find_step,
+    restore_params,
+    save_params,
+)
+
+
+class Parser(argparse.ArgumentParser):
+    """Argument parser whose errors are one line and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"{self.prog}: {message}; `--help` lists the arguments\n")
+
+
+def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
+    """Write the weights of a checkpoint as a Hugging Face folder.
+
+    Raises:
+      ValueError: no checkpoint, no config.json for it, or weights of another model.
+    """
+    step = find_step(checkpoint)
+    source = Path(base) if base is not None else find_model_files(step)
+    if source is None:
+        raise ValueError(
+            f"no model/config.json in {step} or its run: pass --base HF_DIR, a "
+            "Hugging Face folder of the same model"
+        )
+    config = read_config(source)
+    params = restore_params(step, Qwen3VLPolicy(config).table)
+    save_folder(params, config, out, base=source)
+
+
+def from_hf(folder: str, out: str) -> None:
+    """Write a Hugging Face folder as a checkpoint: weights in `params/`, the rest in `model/`.
+
+    Raises:
+      ValueError: no such folder, another kind of model, or `out` exists.
+    """
+    target = Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"OUT {out} exists and is not empty: choose another folder")
+    config = read_config(folder)
+    save_params(target, load_params(folder, Qwen3VLPolicy(config).table))
+    (target / MODEL_FILES).mkdir()
+    carry_files(Path(folder), target / MODEL_FILES)
+    shutil.copy2(Path(folder) / "config.json", target / MODEL_FILES / "config.json")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command; 0, or 1 with one line on stderr; misuse exits with 2."""
+    parser = Parser(
+        prog="models/convert.py",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    command = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder")
+    command.add_argument("checkpoint", metavar="CHECKPOINT")
+    command.add_argument("out", metavar="OUT")
+    command.add_argument("--base", metavar="HF_DIR")
+    command.set_defaults(run=lambda a: to_hf(a.checkpoint, a.out, a.base))
+    command = commands.add_parser("from-hf", help="Hugging Face folder to checkpoint")
+    command.add_argument("folder", metavar="HF_DIR")
+    command.add_argument("out", metavar="OUT")
+    command.set_defaults(run=lambda a: from_hf(a.folder, a.out))
+    parsed = parser.parse_args(arguments)
+    try:
+        parsed.run(parsed)
+    except (ValueError, OSError) as error:
+        print(f"models/convert.py: {' '.join(str(error).split())}", file=sys.stderr)
+        return 1
+    print(f"wrote {parsed.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
