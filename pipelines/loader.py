@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import grain
 from absl import flags
@@ -14,13 +14,8 @@ from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Prompt, Row
 from pipelines.budget import check_budgets, frame_budget
 
-
-class Rows(Protocol):
-    """Random access to rows: a list, or `tfds_builder.RowSource`."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int, /) -> Row: ...
+Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
+"""Random access to rows: a list, or `tfds_builder.RowSource`."""
 
 
 class PromptItem(NamedTuple):
@@ -134,6 +129,18 @@ def prompt_stream(
         flags.FLAGS.mark_as_parsed()
         prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return PromptStream(prompts.batch(groups_per_step, batch_fn=list))
+
+
+def prompt_list(
+    rows: Rows, reader: FrameReader, renderer: Renderer, budget: int, tools: bool = True
+) -> list[PromptItem]:
+    """One prompt of K = `budget` frames for every row, in their order: what an evaluation takes.
+
+    Raises:
+        ValueError: `budget` is not positive, or a video cannot be read.
+    """
+    make = PromptMaker(reader, renderer, (budget,), seed=0, tools=tools)
+    return [make(Draw(rows[index], epoch=0)) for index in range(len(rows))]
 
 
 def _check(rows: Rows, groups_per_step: int, process_index: int, process_count: int) -> None:

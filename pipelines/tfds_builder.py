@@ -74,7 +74,9 @@ class RowSource:
 
     def __init__(self, folder: str):
         self._folder = folder
-        self._source = tfds.builder_from_directory(folder).as_data_source(split=SPLIT)
+        # A decorator hides the signature of `as_data_source` from type checkers.
+        open_split: Any = tfds.builder_from_directory(folder).as_data_source
+        self._source = open_split(split=SPLIT)
 
     def __reduce__(self) -> tuple:
         return RowSource, (self._folder,)

@@ -243,7 +243,7 @@ def write_mp4(path: str, frames: np.ndarray, fps: float) -> None:
         ValueError: OpenCV was built without the encoder, or cannot write there.
     """
     size = (frames.shape[2], frames.shape[1])
-    writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter_fourcc(*"mp4v"), fps, size)
+    writer = cv2.VideoWriter(path, cv2.CAP_FFMPEG, cv2.VideoWriter.fourcc(*"mp4v"), fps, size)
     if not writer.isOpened():
         raise ValueError(
             f"cannot write video {path}: check the folder, or install opencv-python-headless, "

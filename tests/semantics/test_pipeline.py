@@ -20,7 +20,7 @@ import pytest
 from paravt_jax.records import Row, VideoRef
 from pipelines.budget import frame_budget
 from pipelines.datasets import folder_rows
-from pipelines.loader import prompt_stream
+from pipelines.loader import prompt_list, prompt_stream
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from tests.pipelines_fixtures import data_folder, questions, renderer
@@ -123,6 +123,12 @@ def test_tools_are_offered_or_not():
     for tools in (True, False):
         text = renderer().decode(take(stream(tools=tools), 1)[0].prompt.tokens)
         assert ("crop_video" in text) is tools
+
+
+def test_evaluation_prompts_keep_the_order_of_the_rows():
+    items = prompt_list(rows()[:3], VideoReader(), renderer(), budget=3)
+    assert [item.row for item in items] == rows()[:3]
+    assert all(len(item.prompt.patches.values) == item.frame_budget == 3 for item in items)
 
 
 def test_an_unreadable_video_is_named(tmp_path):
