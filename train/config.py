@@ -13,6 +13,7 @@ import types
 import typing
 from typing import Any
 
+from paravt_jax.advantages import AdvantageConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
 from rollout.agent import AgentConfig
@@ -99,18 +100,6 @@ class RlSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class AdvantageSettings:
-    """How rewards become advantages; see `paravt_jax.advantages.group_advantages`."""
-
-    normalise: str = "group"
-    """`group`, `batch` or `none`."""
-    ddof: int = 1
-    eps: float = 1e-5
-    leave_one_out: bool = False
-    scale_by_std: bool = True
-
-
-@dataclasses.dataclass(frozen=True)
 class SftPhase:
     """A stretch of supervised steps with one mix of tasks; the next phase ends it."""
 
@@ -182,7 +171,7 @@ class Config:
     data: DataSettings = DataSettings()
     agent: AgentConfig = AgentConfig()
     rewards: RewardRules = RewardRules()
-    advantages: AdvantageSettings = AdvantageSettings()
+    advantages: AdvantageConfig = AdvantageConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     rl: RlSettings = RlSettings()
@@ -218,7 +207,6 @@ def _check_choices(config: Config) -> None:
         "data.frames_as": (config.data.frames_as, ("image", "video")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
-        "advantages.normalise": (config.advantages.normalise, ("group", "batch", "none")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -289,26 +277,29 @@ def _set(section: Any, path: list[str], text: str, key: str) -> Any:
 
 
 def _parse(text: str, kind: Any, key: str) -> Any:
-    try:
-        return _parse_as(text, kind)
-    except (ValueError, TypeError, KeyError) as error:
-        name = getattr(kind, "__name__", str(kind))
-        raise ValueError(f"--set {key}={text}: expected {name}") from error
+    """A value from text, by the type that the field declares.
 
-
-def _parse_as(text: str, kind: Any) -> Any:
+    Raises:
+      ValueError: the text is no such value, or the field is no plain value.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, types.UnionType):
         if text.lower() in ("none", "null"):
             return None
-        return _parse_as(text, next(a for a in typing.get_args(kind) if a is not type(None)))
-    if typing.get_origin(kind) is tuple:
-        item = typing.get_args(kind)[0]
-        return tuple(_parse_as(part, item) for part in text.split(",") if part)
+        return _parse(text, next(a for a in inner if a is not type(None)), key)
+    if origin is typing.Literal:
+        return text
+    if origin is tuple and inner[0] in (int, float, str):
+        return tuple(_parse(part, inner[0], key) for part in text.split(",") if part)
     if kind is bool:
-        return {"true": True, "1": True, "false": False, "0": False}[text.lower()]
-    if kind in (int, float, str) or (isinstance(kind, type) and issubclass(kind, enum.Enum)):
-        return kind(text)
-    raise TypeError("this key can be set in a recipe only")
+        kind = {"true": True, "1": True, "false": False, "0": False}.__getitem__
+    elif not (kind in (int, float, str) or isinstance(kind, enum.EnumType)):
+        raise ValueError(f"--set {key}: this key can be set in a recipe only")
+    try:
+        return kind(text.lower() if text in ("True", "False") else text)
+    except (ValueError, KeyError) as error:
+        name = getattr(kind, "__name__", str(kind)).replace("__getitem__", "bool")
+        raise ValueError(f"--set {key}={text}: expected {name}") from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -10,7 +10,7 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from paravt_jax.advantages import anchored_advantages, group_advantages
+from paravt_jax.advantages import anchored_advantages, rollout_advantages
 from paravt_jax.interfaces import Policy
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.structure import TagTable, structural_mask
@@ -99,16 +99,8 @@ class Learner:
 
     def _normalised(self, groups: Sequence[RolloutGroup], term: str) -> np.ndarray:
         """Advantages of one reward term, float32 `[b]`."""
-        settings = self._config.advantages
         rewards_P_G = np.array([[t.rewards[term] for t in g.trajectories] for g in groups])
-        advantages = group_advantages(
-            rewards_P_G,
-            normalise=settings.normalise,
-            ddof=settings.ddof,
-            eps=settings.eps,
-            leave_one_out=settings.leave_one_out,
-            scale_by_std=settings.scale_by_std,
-        )
+        advantages = rollout_advantages(rewards_P_G, self._config.advantages)
         return advantages.reshape(-1).astype(np.float32)
 
     def with_reference(self, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:

@@ -234,7 +234,7 @@ class VisionTower(nnx.Module):
             )
         return x, tapped
 
-    def _merge_taps(self, tapped: Float[Array, "e r p d"], b: int) -> Float[Array, "b e v d"]:
+    def _merge_taps(self, tapped: Float[Array, "e r p w"], b: int) -> Float[Array, "b e v d"]:
         if self.deepstack is None:
             v = tapped.shape[1] // b * tapped.shape[2] // self.config.spatial_merge_size**2
             return jnp.zeros((b, 0, v, self.config.out_hidden_size), tapped.dtype)

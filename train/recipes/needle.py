@@ -109,7 +109,10 @@ def needle_rl() -> Config:
 
 
 def needle_grpo() -> Config:
-    """Vanilla GRPO beside it: no anchor, no frame gating, the released recipe's format reward."""
+    """Vanilla GRPO beside it: `python train/main.py --recipe needle_grpo`.
+
+    No anchor, no frame gating, the format reward of the released vanilla recipe.
+    """
     base = needle_rl()
     return dataclasses.replace(
         base,
