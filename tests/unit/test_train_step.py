@@ -1,0 +1,148 @@
+"""Law 5: the loss depends neither on micro-batching nor on the mesh. Moments stay in float32."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.objectives import ObjectiveConfig
+from paravt_jax.params import initialise
+from paravt_jax.records import LearnerBatch
+from train.config import OptimizerSettings
+from train.layout import to_mesh
+from train.recipes import get_recipe
+from train.recipes.needle import NEEDLE_MODEL
+from train.state import make_optimizer, make_state
+from train.step import RlStep, SftStep, batch_log_probs
+
+POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
+ROWS, TOKENS, FRAMES, GROUP = 16, 24, 2, 4
+
+
+def random_batch(seed: int = 0) -> LearnerBatch:
+    """Rows in groups of GROUP with vision, ragged lengths, and noisy sampler log-probs."""
+    rng = np.random.default_rng(seed)
+    index = np.full((ROWS, TOKENS), -1, np.int32)
+    index[:, 1 : 1 + FRAMES] = np.arange(FRAMES)
+    lengths = rng.integers(TOKENS // 2, TOKENS, ROWS).astype(np.int32)
+    places = np.arange(TOKENS)[None]
+    weights = ((places >= 8) & (places < lengths[:, None])).astype(np.float32)
+    positions = np.broadcast_to(places[..., None], (ROWS, TOKENS, 3)).astype(np.int32)
+    normal = rng.normal(size=(3, ROWS, TOKENS)).astype(np.float32) * weights
+    patches = rng.normal(size=(ROWS // GROUP, FRAMES, 4, 1536)).astype(np.float32)
+    return LearnerBatch(
+        tokens=rng.integers(20, 500, (ROWS, TOKENS)).astype(np.int32),
+        positions=positions,
+        vision_index=index,
+        lengths=lengths,
+        loss_weights=weights,
+        behaviour_log_probs=normal[0] * 0.1 - 6.2 * weights,
+        reference_log_probs=normal[1] * 0.1 - 6.2 * weights,
+        advantages=normal[2],
+        structural=rng.random((ROWS, TOKENS)) < 0.2,
+        patches=patches,
+        grids=np.full((ROWS // GROUP, FRAMES, 2), 2, np.int32),
+        features=None,
+    )
+
+
+def run_steps(mesh_text: str, micro_batches: int, steps: int, objective=None):
+    """Losses and gradient norms of `steps` RL steps on a mesh, and the final state."""
+    count = 1 if mesh_text == "data:1" else 8
+    mesh = make_mesh(parse_mesh(mesh_text, count), jax.devices()[:count])
+    config = get_recipe("needle_rl")
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-3), steps, POLICY.table)
+    with jax.set_mesh(mesh):
+        params = initialise(POLICY.table, jax.random.key(0), mesh)
+        state = make_state(params, config, mesh, optimizer)
+        step = jax.jit(
+            RlStep(
+                policy=POLICY,
+                optimizer=optimizer,
+                objective=objective or ObjectiveConfig(kl_weight=0.1),
+                temperature=0.8,
+                micro_batches=micro_batches,
+                budget=TOKENS,
+            ),
+            donate_argnums=0,
+        )
+        figures = []
+        for seed in range(steps):
+            state, metrics = step(state, to_mesh(random_batch(seed), mesh))
+            figures.append((float(metrics["loss"]), float(metrics["grad_norm"])))
+    return np.array(figures), state
+
+
+@pytest.mark.parametrize("aggregation", ["token", "sequence"])
+def test_loss_does_not_depend_on_micro_batching(aggregation):
+    objective = ObjectiveConfig(kl_weight=0.1, aggregation=aggregation)
+    whole, _ = run_steps("data:1", 1, 2, objective)
+    parts, _ = run_steps("data:1", 4, 2, objective)
+    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+
+
+@pytest.mark.slow
+def test_mesh_gives_the_one_device_trajectory():
+    alone, _ = run_steps("data:1", 2, 5)
+    spread, state = run_steps("data:2,fsdp:2,tensor:2", 2, 5)
+    np.testing.assert_allclose(spread, alone, rtol=1e-4)
+    assert_nothing_large_is_replicated(state)
+
+
+def assert_nothing_large_is_replicated(state, limit: int = 64 * 1024):
+    """Parameters and moments above `limit` bytes are split over the mesh; prints the table."""
+    leaves = jax.tree_util.tree_leaves_with_path((state.params, state.optimizer))
+    assert len(leaves) > 3 * len(POLICY.table) * 0.5
+    for path, leaf in leaves:
+        name, size = jax.tree_util.keystr(path), leaf.size * leaf.dtype.itemsize
+        print(f"{name:<90} {size:>10,} {leaf.sharding.spec}")
+        assert size <= limit or not leaf.sharding.is_fully_replicated, name
+
+
+def test_master_weights_and_moments_are_float32():
+    _, state = run_steps("data:1", 1, 1)
+    for leaf in jax.tree.leaves((state.params, state.optimizer)):
+        assert leaf.dtype in (jnp.float32, jnp.int32), leaf.dtype
+
+
+def test_frozen_vision_tower_does_not_move():
+    fresh = initialise(POLICY.table, jax.random.key(0))
+    _, state = run_steps("data:1", 1, 1)
+    moved = {n for n, value in state.params.items() if not np.array_equal(value, fresh[n])}
+    assert moved and not any(name.startswith("vision.") for name in moved)
+    assert "text.embedding" in moved
+
+
+def test_supervised_loss_is_the_mean_negative_log_likelihood():
+    batch = random_batch()
+    mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
+    config = get_recipe("needle_sft")
+    optimizer = optax.sgd(0.1)
+    params = initialise(POLICY.table, jax.random.key(0), mesh)
+    state = make_state(params, config, mesh, optimizer)
+    log_probs, _ = batch_log_probs(POLICY, params, batch, temperature=1.0, budget=TOKENS)
+    expected = -(log_probs * batch.loss_weights).sum() / batch.loss_weights.sum()
+    step = SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": TOKENS})
+    after, metrics = jax.jit(lambda s, b: step(s, {"one": b}))(state, batch)
+    assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
+    again, _ = batch_log_probs(POLICY, after.params, batch, temperature=1.0, budget=TOKENS)
+    assert (again * batch.loss_weights).sum() > (log_probs * batch.loss_weights).sum()
+
+
+def test_non_finite_gradients_change_nothing():
+    batch = random_batch()
+    bad = dataclasses.replace(batch, patches=np.full_like(batch.patches, np.nan))
+    mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
+    optimizer = make_optimizer(OptimizerSettings(), 1, POLICY.table)
+    params = initialise(POLICY.table, jax.random.key(0), mesh)
+    state = make_state(params, get_recipe("needle_sft"), mesh, optimizer)
+    step = SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": TOKENS})
+    after, metrics = jax.jit(lambda s, b: step(s, {"one": b}))(state, bad)
+    assert not np.isfinite(metrics["grad_norm"])
+    for name, value in after.params.items():
+        np.testing.assert_array_equal(value, params[name])
