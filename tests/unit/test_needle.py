@@ -123,7 +123,7 @@ def test_drawing_is_fast_enough_for_thousands_of_videos():
     began = time.process_time()
     for index in range(50):
         draw_frames(NeedleWorld(), "train", index)
-    assert (time.process_time() - began) / 50 < 8e-3
+    assert (time.process_time() - began) / 50 < 16e-3
 
 
 @pytest.mark.parametrize(
@@ -315,7 +315,7 @@ def test_making_examples_keeps_up_with_training():
         [source[i] for i in range(40)]
         began = time.thread_time()
         [source[i] for i in range(60)]
-        assert (time.thread_time() - began) / 60 < 4e-3, task
+        assert (time.thread_time() - began) / 60 < 8e-3, task
 
 
 @pytest.mark.parametrize(
