@@ -260,8 +260,9 @@ def _last_token(
     return generated & (later == 1)
 
 
+@jax.jit
 def _discounted_sum(
-    rewards: Float[Array, "b t"], generated: Bool[Array, "b t"], decay: float
+    rewards: Float[Array, "b t"], generated: Bool[Array, "b t"], decay: float | Float[Array, ""]
 ) -> Float[Array, "b t"]:
     """A_t = rho_t + decay * A_(t+1) on generated tokens; others hand A_(t+1) through."""
     factors = jnp.where(generated, decay, 1.0)

@@ -72,7 +72,8 @@ class ObjectiveConfig:
         _check_choice("aggregation", self.aggregation, ("token", "sequence"))
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class ObjectiveMetrics:
     """What to watch, as float32 sums over trained tokens; `merge` adds up micro-batches."""
 

@@ -60,7 +60,8 @@ class TagTable:
     """The tags, in the order of their ids."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class StructuralTokens:
     """The structural tags of a batch of token streams."""
 
@@ -212,7 +213,7 @@ def _read_tokens(
     counts = np.zeros((len(contents), len(tag_lengths)), np.int16)
     for step in range(lengths.max(initial=0)):
         rows = np.flatnonzero(lengths > step)
-        byte = np.array([contents[row][step] for row in rows])[:, None]
+        byte = np.array([contents[int(row)][step] for row in rows])[:, None]
         found = hits[states[rows], byte]
         states[rows] = moves[states[rows], byte]
         begun_before = np.array(tag_lengths)[found] > step + 1

@@ -75,8 +75,8 @@ def interval(text: str) -> tuple[float, float] | None:
 
 def temporal_iou(prediction: str, answer: str) -> float:
     """Intersection over union of the intervals that two texts name; 0 if one names none."""
-    intervals = interval(prediction), interval(answer)
-    return 0.0 if None in intervals else interval_iou(*intervals)
+    predicted, expected = interval(prediction), interval(answer)
+    return interval_iou(predicted, expected) if predicted and expected else 0.0
 
 
 _FREE_LETTER = r"(?![\w'’])(?!(?<=[AaI])\s+[a-z])"
