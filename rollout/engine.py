@@ -19,7 +19,6 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -52,7 +51,8 @@ class Generated:
     stop_reason: StopReason
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _State:
     """The live part of a session, on the device."""
 
@@ -63,7 +63,8 @@ class _State:
     """M-RoPE position of each row's next token; text has the same one in all components."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Block:
     """Right-padded prompts."""
 
@@ -74,7 +75,8 @@ class _Block:
     next_positions: Int[Array, " b"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Draw:
     """Sampling settings of each row, all traced."""
 
@@ -85,7 +87,8 @@ class _Draw:
     eos_ids: Int[Array, " e"]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class _Loop:
     """Carry of the decode loop."""
 
@@ -148,8 +151,7 @@ class Engine:
         block = _stack_prompts(padded, index_P_T, self.pad_id)
         slots = block.tokens.shape[1] + suffix
         state = self._prefill(params, block, features, copies=copies, slots=slots)
-        lengths = np.repeat(block.lengths, copies)
-        return Session(self, params, state, lengths, len(prompts) * copies, suffix)
+        return Session(self, params, state, len(prompts) * copies, batch * copies, suffix)
 
     def cache_bytes(self, prompt_tokens: int, suffix: int, rows: int) -> int:
         """Device memory of the cache of `rows` rows, before anything is allocated."""
@@ -287,15 +289,15 @@ class Session:
         engine: Engine,
         params: Params,
         state: _State,
-        lengths: np.ndarray,
         rows: int,
+        padded_rows: int,
         suffix: int,
     ) -> None:
         """Opened by `Engine.start`."""
         self.rows = rows
         """Rows that the caller asked for; padding rows come after them."""
         self._engine, self._params, self._state = engine, params, state
-        self._room = np.full(len(lengths), suffix)
+        self._room = np.full(padded_rows, suffix)
         self._suffix = suffix
 
     @property
@@ -331,11 +333,11 @@ class Session:
         limits = np.where(live, limit, 0).astype(np.int32)
         self._check_room(limits)
         draw = _Draw(
-            seeds=self._per_row(seeds, np.uint32),
-            temperature=np.full(len(live), sampling.temperature, np.float32),
-            top_p=np.full(len(live), sampling.top_p, np.float32),
-            limits=limits,
-            eos_ids=engine.eos_ids,
+            seeds=jnp.asarray(self._per_row(seeds, np.uint32)),
+            temperature=jnp.full(len(live), sampling.temperature, jnp.float32),
+            top_p=jnp.full(len(live), sampling.top_p, jnp.float32),
+            limits=jnp.asarray(limits),
+            eos_ids=jnp.asarray(engine.eos_ids),
         )
         loop = engine._decode(self._params, self._state, live, draw, columns=self._suffix)
         self._state = loop.state
@@ -377,19 +379,21 @@ def _generated(
 def _stack_prompts(prompts: Sequence[Prompt], index_P_T: list[np.ndarray], pad_id: int) -> _Block:
     """Prompts as one right-padded block."""
     rows, width = len(prompts), bucket(max(len(prompt.tokens) for prompt in prompts), 8)
-    block = _Block(
-        tokens=np.full((rows, width), pad_id, np.int32),
-        positions=np.zeros((rows, width, 3), np.int32),
-        vision_index=np.full((rows, width), -1, np.int32),
-        lengths=np.array([len(prompt.tokens) for prompt in prompts], np.int32),
-        # Text goes on one above the largest component (Qwen2-VL, arXiv:2409.12191, section 2.1).
-        next_positions=np.array([prompt.positions.max() + 1 for prompt in prompts], np.int32),
-    )
+    tokens = np.full((rows, width), pad_id, np.int32)
+    positions = np.zeros((rows, width, 3), np.int32)
+    vision_index = np.full((rows, width), -1, np.int32)
     for row, (prompt, index) in enumerate(zip(prompts, index_P_T, strict=True)):
-        block.tokens[row, : len(index)] = prompt.tokens
-        block.positions[row, : len(index)] = prompt.positions
-        block.vision_index[row, : len(index)] = index
-    return block
+        tokens[row, : len(index)] = prompt.tokens
+        positions[row, : len(index)] = prompt.positions
+        vision_index[row, : len(index)] = index
+    return _Block(
+        tokens=jnp.asarray(tokens),
+        positions=jnp.asarray(positions),
+        vision_index=jnp.asarray(vision_index),
+        lengths=jnp.array([len(prompt.tokens) for prompt in prompts], jnp.int32),
+        # Text goes on one above the largest component (Qwen2-VL, arXiv:2409.12191, section 2.1).
+        next_positions=jnp.array([prompt.positions.max() + 1 for prompt in prompts], jnp.int32),
+    )
 
 
 def _stack_patches(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
