@@ -22,7 +22,16 @@ import numpy as np
 
 from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.protocol import Window, parse_tool_calls
-from paravt_jax.records import Prompt, RolloutGroup, Row, StopReason, ToolCall, Trajectory, Turn
+from paravt_jax.records import (
+    Prompt,
+    RolloutGroup,
+    Row,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+    VideoRef,
+)
 from rollout.engine import Engine, Generated
 from rollout.sampler import SamplingConfig
 from rollout.tools import TOOLS, Tool, plan
@@ -239,21 +248,30 @@ class Agent:
 
     def _look(self, requests: Sequence[_Request]) -> None:
         """Give each request its sub-agent prompt, or the error that answers it."""
+        by_crop: dict[tuple[VideoRef, Window], list[_Request]] = {}
+        for request in requests:
+            window = self._window(request)
+            if isinstance(window, str):
+                request.response = _error(window)
+            else:
+                by_crop.setdefault((request.rollout.row.video, window), []).append(request)
+        # Rollouts of a group often ask for the same crop: it is rendered once, sampled each time.
         with ThreadPoolExecutor(self.config.decode_threads) as pool:
-            list(pool.map(self._look_at, requests))
+            prompts = pool.map(lambda crop: self._render(*crop), by_crop)
+            for asked, prompt in zip(by_crop.values(), prompts, strict=True):
+                for request in asked:
+                    request.prompt = prompt
+                    if prompt is None:
+                        request.response = _error("this window of the video could not be read")
 
-    def _look_at(self, request: _Request) -> None:
-        window = self._window(request)
-        if isinstance(window, str):
-            request.response = _error(window)
-            return
+    def _render(self, video: VideoRef, window: Window) -> Prompt | None:
+        """What a sub-agent reads about a crop; None if the crop cannot be decoded."""
         try:
-            frames = self.reader.clip(request.rollout.row.video, *window)
+            frames = self.reader.clip(video, *window)
         except Exception as error:  # whatever a decoder raises on a broken file: an answer
-            _LOG.warning("crop of row %s failed: %s", request.rollout.row.row_id, error)
-            request.response = _error("this window of the video could not be read")
-            return
-        request.prompt = self.renderer.subagent_prompt(frames, *window)
+            _LOG.warning("crop %s of %s failed: %s", window, video.path, error)
+            return None
+        return self.renderer.subagent_prompt(frames, *window)
 
     def _window(self, request: _Request) -> Window | str:
         if not self.config.max_tool_rounds:
