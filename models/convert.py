@@ -16,14 +16,14 @@ if __name__ == "__main__":
     # somebody else's. Swap it for the repository root before any other import.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
-import argparse  # noqa: E402
-import shutil  # noqa: E402
-from pathlib import Path  # noqa: E402
-from typing import NoReturn  # noqa: E402
+import argparse
+import shutil
+from pathlib import Path
+from typing import NoReturn
 
-from models.qwen3_vl.model import Qwen3VLPolicy  # noqa: E402
-from models.qwen3_vl.weights import carry_files, load_params, read_config, save_folder  # noqa: E402
-from paravt_jax.checkpoint import (  # noqa: E402
+from models.qwen3_vl.model import Qwen3VLPolicy
+from models.qwen3_vl.weights import carry_files, load_params, read_config, save_folder
+from paravt_jax.checkpoint import (
     MODEL_FILES,
     find_model_files,
     find_step,

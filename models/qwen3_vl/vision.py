@@ -216,7 +216,7 @@ class VisionTower(nnx.Module):
         """Output of the last block, and of the blocks that DeepStack taps."""
         with jax.named_scope("patch_embedding"):
             x = self.embed(patches, grids)
-        rope, counts = self._rope(grids, patches.shape[1]), grids[:, 0] * grids[:, 1]
+        rope, counts = self.rope(grids, patches.shape[1]), grids[:, 0] * grids[:, 1]
         indexes = self.config.deepstack_visual_indexes
         tap_of_block = np.full(self.config.depth, len(indexes), np.int32)
         tap_of_block[list(indexes)] = np.arange(len(indexes))
@@ -224,8 +224,10 @@ class VisionTower(nnx.Module):
         def step(block: VisionBlock, carry: tuple[Array, Array], tap: Array) -> Any:
             x, tapped = carry
             x = block(x, rope, counts)
-            # An untapped block points beyond the buffer, and its write is dropped.
-            return (x, tapped.at[tap].set(x, mode="drop")), None
+            if indexes:
+                # An untapped block points beyond the buffer, and its write is dropped.
+                tapped = tapped.at[tap].set(x, mode="drop")
+            return (x, tapped), None
 
         with jax.named_scope("vision_blocks"):
             start = x, jnp.zeros((len(indexes), *x.shape), x.dtype)
@@ -254,7 +256,7 @@ class VisionTower(nnx.Module):
             lookup(table, r * side + c) * (wr * wc)[..., None] for r, wr in rows for c, wc in cols
         )
 
-    def _rope(self, grids: Int[Array, "r 2"], p: int) -> tuple[Array, Array]:
+    def rope(self, grids: Int[Array, "r 2"], p: int) -> tuple[Array, Array]:
         """Cosines and sines `[r, p, h/2]`: the first half turns with the row, the second with
         the column."""
         row, col = patch_coordinates(grids, p, self.config.spatial_merge_size)
