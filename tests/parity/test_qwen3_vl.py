@@ -7,6 +7,8 @@ import pytest
 import torch
 from flax import nnx
 from qwen3_vl_torch import (
+    IMAGE,
+    VIDEO,
     image_inputs,
     mixed_inputs,
     text_inputs,
@@ -34,7 +36,6 @@ INPUTS = {
 }
 VARIANTS = {
     "untied": {},
-    "tied": {"tie": True},
     "odd heads": {
         "text": {"num_attention_heads": 5, "num_key_value_heads": 5, "attention_bias": True},
         "vision": {"deepstack_visual_indexes": [], "num_position_embeddings": 9},
@@ -85,6 +86,23 @@ def check_logits(reference, model, inputs):
     assert gap(ours, where_seen(torch_logits(reference, inputs), inputs)) < TOLERANCE
 
 
+@pytest.mark.parametrize("kind", ["image", "video", "mixed"])
+def test_positions(plain, kind):
+    reference, model = plain
+    inputs = {"image": image_inputs, "video": video_inputs, "mixed": mixed_inputs}[kind]()
+    ids, mask = inputs["input_ids"], inputs["attention_mask"] > 0
+    kinds = np.where(ids == IMAGE, 1, np.where(ids == VIDEO, 2, 0))
+    grids = {name: torch.tensor(inputs[name]) for name in inputs if name.endswith("thw")}
+    arrays = {"mm_token_type_ids": kinds, "attention_mask": inputs["attention_mask"]}
+    theirs, _ = reference.model.get_rope_index(
+        torch.tensor(ids), **{k: torch.tensor(v) for k, v in arrays.items()}, **grids
+    )
+    ours = from_processor(model.config, **inputs)
+    for row in range(2):
+        own = ours.positions[row, : mask[row].sum()]
+        np.testing.assert_array_equal(own, theirs[:, row, mask[row]].numpy().T)
+
+
 def record_outputs(reference, inputs) -> dict[str, np.ndarray]:
     """What every named module of the reference returned, batch dimension dropped."""
     outputs, hooks = {}, []
@@ -111,22 +129,11 @@ def layer_of(stacked, number):
     return nnx.merge(graphdef, jax.tree.map(lambda x: x[number], state))
 
 
-def one_row(name: str) -> dict[str, np.ndarray]:
-    """The first row of an input, whose frames come first."""
-    return {
-        "image": lambda: drop_rows(image_inputs("right"), 1, 28),
-        "video": lambda: drop_rows(video_inputs(), 2, 72),
-    }[name]()
-
-
-def drop_rows(inputs, media, patches):
-    kept = {"input_ids": inputs["input_ids"][:1], "attention_mask": inputs["attention_mask"][:1]}
-    for name, value in inputs.items():
-        if name.endswith("thw"):
-            kept[name] = value[: media + 1] if name.startswith("image") else value[:media]
-        elif name.startswith("pixel"):
-            kept[name] = value[:patches]
-    return kept
+def one_row(inputs):
+    """The first row of `video_inputs`: two videos, 72 patches."""
+    kept = {name: inputs[name][:1] for name in ("input_ids", "attention_mask")}
+    pixels, grids = inputs["pixel_values_videos"][:72], inputs["video_grid_thw"][:2]
+    return kept | {"pixel_values_videos": pixels, "video_grid_thw": grids}
 
 
 def vision_layers(model, patches, grids):
@@ -145,10 +152,9 @@ def vision_layers(model, patches, grids):
     return outputs
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_vision_tower_layer_by_layer(plain, kind):
+def test_vision_tower_layer_by_layer(plain):
     reference, model = plain
-    inputs = one_row(kind)
+    inputs = one_row(video_inputs())
     theirs = record_outputs(reference, inputs)
     ours = from_processor(model.config, **inputs)
     patches, grids = ours.patches[0], ours.grids[0]
@@ -174,10 +180,9 @@ def decoder_layers(model, tokens, positions, index, patches, grids):
     return outputs
 
 
-@pytest.mark.parametrize("kind", ["image", "video"])
-def test_decoder_layer_by_layer(plain, kind):
+def test_decoder_layer_by_layer(plain):
     reference, model = plain
-    inputs = one_row(kind)
+    inputs = one_row(video_inputs())
     theirs = record_outputs(reference, inputs)
     ours = from_processor(model.config, **inputs)
     arrays = (ours.tokens, ours.positions, ours.vision_index, ours.patches, ours.grids)
@@ -189,7 +194,7 @@ def test_decoder_layer_by_layer(plain, kind):
 def test_gradients(plain):
     """Of every parameter, through both towers."""
     reference, model = plain
-    inputs = one_row("video")
+    inputs = one_row(video_inputs())
     arrays = {name: torch.tensor(value) for name, value in inputs.items()}
     kinds = torch.tensor(np.where(inputs["input_ids"] == 121, 2, 0))
     reference.zero_grad()
@@ -231,8 +236,10 @@ def test_saved_folder_loads_in_transformers(plain, tmp_path, max_shard_bytes):
     np.testing.assert_array_equal(from_pretrained(folder).logits(**inputs), model.logits(**inputs))
 
 
-def test_saved_tied_folder_loads_in_transformers(tmp_path):
+def test_tied_model_and_its_saved_folder_loads_in_transformers(tmp_path):
     reference, model = load_pair(tmp_path / "base", tie=True)
+    assert "head.kernel" not in model.params
+    check_logits(reference, model, image_inputs())
     model.save_pretrained(tmp_path / "saved")
     again = Qwen3VLForConditionalGeneration.from_pretrained(tmp_path / "saved")
     inputs = text_inputs()
