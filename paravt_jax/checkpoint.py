@@ -52,7 +52,7 @@ def restore_params(
         )
     target = abstract_params(table, mesh, dtype)
     with ocp.StandardCheckpointer() as checkpointer:
-        _check_same(item, checkpointer.metadata(item).item_metadata, target)
+        _check_same(item, dict(checkpointer.metadata(item).item_metadata.items()), target)
         return checkpointer.restore(item, target)
 
 

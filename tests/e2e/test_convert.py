@@ -1,0 +1,163 @@
+"""`python models/convert.py`, run as a user runs it, from another folder."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from models.qwen3_vl import (
+    Qwen3VLConfig,
+    Qwen3VLPolicy,
+    TextConfig,
+    VisionConfig,
+    from_pretrained,
+    load_params,
+    read_config,
+    save_folder,
+)
+from paravt_jax.checkpoint import restore_params, save_params
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.params import initialise
+
+SCRIPT = Path(__file__).parents[2] / "models" / "convert.py"
+CONFIG = Qwen3VLConfig(
+    text=TextConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=1, head_dim=16, mrope_section=(3, 3, 2),
+    ),
+    vision=VisionConfig(
+        depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4,
+        out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=(1,),
+    ),
+    tie_word_embeddings=True,
+)  # fmt: skip
+TABLE = Qwen3VLPolicy(CONFIG).table
+
+
+@pytest.fixture(scope="module")
+def params():
+    return initialise(TABLE, jax.random.key(0))
+
+
+@pytest.fixture
+def model(tmp_path, params):
+    """A Hugging Face folder with a tokenizer file and a field that is not ours."""
+    folder = tmp_path / "model"
+    save_folder(params, CONFIG, folder)
+    raw = json.loads((folder / "config.json").read_text())
+    raw["text_config"]["eos_token_id"] = 7
+    (folder / "config.json").write_text(json.dumps(raw))
+    (folder / "tokenizer.json").write_text("{}")
+    return folder
+
+
+def convert(tmp_path, *arguments):
+    return subprocess.run(
+        [sys.executable, str(SCRIPT), *map(str, arguments)],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def assert_same(folder, params):
+    loaded = load_params(folder, TABLE)
+    for name, value in params.items():
+        np.testing.assert_array_equal(loaded[name], value)
+
+
+def test_there_and_back(tmp_path, model, params):
+    there = convert(tmp_path, "from-hf", model, "checkpoint")
+    assert there.returncode == 0, there.stderr
+    back = convert(tmp_path, "to-hf", "checkpoint", "again")
+    assert back.returncode == 0, back.stderr
+    assert_same(tmp_path / "again", params)
+    assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
+    raw = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert raw["text_config"]["eos_token_id"] == 7
+    assert read_config(tmp_path / "again") == CONFIG
+
+
+@pytest.mark.parametrize("meant", ["run", "run/checkpoints", "run/checkpoints/12"])
+def test_a_run_means_its_latest_step(tmp_path, model, params, meant):
+    """Checkpoints as the trainer writes them, beside other items; config.json from the run."""
+    manager = ocp.CheckpointManager(tmp_path / "run" / "checkpoints")
+    for step in (3, 12):
+        shifted = {name: value + (12 - step) for name, value in params.items()}
+        items = {
+            "params": ocp.args.StandardSave(shifted),
+            "meta": ocp.args.JsonSave({"step": step}),
+        }
+        manager.save(step, args=ocp.args.Composite(**items))
+    manager.close()
+    model.rename(tmp_path / "run" / "model")
+    from models import convert as door
+
+    assert door.main(["to-hf", str(tmp_path / meant), str(tmp_path / "hf")]) == 0
+    assert_same(tmp_path / "hf", params)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_restored_weights_may_be_sharded_and_cast(tmp_path, params):
+    save_params(tmp_path / "step", params)
+    mesh = make_mesh(parse_mesh("fsdp:2,tensor:4", 8))
+    restored = restore_params(tmp_path / "step", TABLE, mesh, "bfloat16")
+    kernel = restored["text.layers.mlp.up.kernel"]
+    assert kernel.sharding.shard_shape(kernel.shape) == (2, 16, 12)
+    np.testing.assert_array_equal(kernel, params["text.layers.mlp.up.kernel"].astype("bfloat16"))
+
+
+def test_misuse_is_one_line_and_code_2(tmp_path):
+    for arguments in ([], ["to-hf"], ["sideways", "a", "b"]):
+        result = convert(tmp_path, *arguments)
+        assert result.returncode == 2
+        assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["to-hf", "nowhere", "out"], "holds no checkpoint"),
+        (["to-hf", "bare", "out"], "pass --base"),
+        (["to-hf", "bare", "out", "--base", "nowhere"], "does not exist"),
+        (["to-hf", "bare", "full", "--base", "model"], "give a new folder"),
+        (["from-hf", "nowhere", "out"], "does not exist"),
+        (["from-hf", "model", "full"], "not empty"),
+    ],
+)
+def test_bad_input_is_one_line_and_code_1(
+    tmp_path, model, params, arguments, message, capsys, monkeypatch
+):
+    from models import convert as door
+
+    monkeypatch.chdir(tmp_path)
+    save_params("bare", params)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "precious").write_text("")
+    assert door.main(arguments) == 1
+    assert message in capsys.readouterr().err
+    assert (tmp_path / "full" / "precious").exists()
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_of_another_model_are_refused(tmp_path, model, params):
+    save_params(tmp_path / "step", {name: v for name, v in params.items() if "norm" not in name})
+    with pytest.raises(ValueError, match=r"text\.norm\.scale"):
+        restore_params(tmp_path / "step", TABLE)
+    untied = Qwen3VLConfig(CONFIG.text, CONFIG.vision, tie_word_embeddings=False)
+    with pytest.raises(ValueError, match=r"missing \['lm_head\.weight'\]"):
+        load_params(model, Qwen3VLPolicy(untied).table)
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="only pickled weights"):
+        from_pretrained(model)
+
+
+def test_saving_again_replaces_a_model(tmp_path, model, params):
+    changed = {name: value + 1 for name, value in params.items()}
+    save_folder(changed, CONFIG, model, base=model)
+    assert_same(model, changed)
+    assert (model / "tokenizer.json").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
