@@ -30,6 +30,20 @@ def generated_budget(config: Config) -> int:
     return agent.rounds * agent.turn_tokens + agent.answer_tokens
 
 
+def rl_step(
+    policy: Policy, optimizer: optax.GradientTransformation, config: Config
+) -> RlStep:
+    """The train step of a configuration, not yet compiled."""
+    return RlStep(
+        policy=policy,
+        optimizer=optimizer,
+        objective=config.objective,
+        temperature=config.agent.sampling.temperature,
+        micro_batches=config.rl.prompts_per_step // config.rl.micro_groups,
+        budget=generated_budget(config),
+    )
+
+
 class Learner:
     """Turns rollouts into one optimiser step."""
 
@@ -43,21 +57,13 @@ class Learner:
         pad_id: int,
     ):
         self._config, self._mesh, self._tags, self._pad_id = config, mesh, tags, pad_id
-        temperature, budget = config.agent.sampling.temperature, generated_budget(config)
-        step = RlStep(
-            policy=policy,
-            optimizer=optimizer,
-            objective=config.objective,
-            temperature=temperature,
-            micro_batches=config.rl.prompts_per_step // config.rl.micro_groups,
-            budget=budget,
-        )
+        step = rl_step(policy, optimizer, config)
         self.step = jax.jit(step, donate_argnums=0)
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
         self._encode = jax.jit(policy.encode)
         self._log_probs = jax.jit(
             lambda params, batch: batch_log_probs(
-                policy, params, batch, temperature=temperature, budget=budget
+                policy, params, batch, temperature=step.temperature, budget=step.budget
             )[0]
         )
 

@@ -81,7 +81,9 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             run.describe(config)
         elif arguments.compile_only:
-            run.compile_only(config, arguments.compile_only)
+            from train.ahead import compile_only
+
+            print(compile_only(config, arguments.compile_only))
         else:
             workdir = arguments.workdir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
             run.train(config, Path(workdir).absolute(), arguments.resume)

@@ -14,8 +14,8 @@ from evaluate.held_out import Item, Mode, evaluate
 from models.qwen3_vl import read_config, save_folder
 from paravt_jax.mesh import AXES
 from paravt_jax.params import format_table
-from paravt_jax.records import RolloutGroup, Row
-from pipelines.loader import PromptStream, prompt_stream
+from paravt_jax.records import RolloutGroup
+from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.agent import Agent
@@ -75,7 +75,7 @@ class Run:
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.model = setup.Model.open(config)
         self.renderer: ChatRenderer = self.model.renderer(config)
-        self.reader: VideoReader = setup.open_reader(config)
+        self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = setup.open_rows(config)
         self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
         self.start = self.model.params(config, mesh)
@@ -124,7 +124,9 @@ class Run:
             workdir=self.workdir,
         )
         self.state = reinforce(parts, self.state, self.first_step)
-        self._finish(before, stream.get_state())
+        position = stream.get_state()
+        stream.close()
+        self._finish(before, position)
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
@@ -186,10 +188,7 @@ class Run:
 
     def _items(self, tools: bool) -> list[Item]:
         budget = self.config.evaluation.frame_budget
-        return [(row, budget, self._prompt(row, budget, tools)) for row in self.held_out]
-
-    def _prompt(self, row: Row, budget: int, tools: bool):
-        return self.renderer.main_prompt(row, self.reader.overview(row.video, budget), tools)
+        return prompt_list(self.held_out, self.reader, self.renderer, budget, tools)
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:

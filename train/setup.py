@@ -151,9 +151,9 @@ def needle_world(config: Config) -> NeedleWorld:
     )
 
 
-def open_reader(config: Config) -> VideoReader:
-    """Decodes overviews and crops."""
-    return VideoReader(crop_fps=config.data.crop_fps, crop_cap=config.data.crop_frames)
+def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
+    """Decodes overviews and crops; frames are kept at the size that the model sees."""
+    return VideoReader(config.data.crop_fps, config.data.crop_frames, resize=spec.resize)
 
 
 def open_rows(config: Config) -> tuple[Sequence[Row], list[Row]]:

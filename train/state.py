@@ -89,11 +89,33 @@ def make_state(
     params: FlatParams, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
     """Split the weights and set up the optimiser; moments are sharded like their weights."""
-    trainable = {name: value for name, value in params.items() if is_trainable(name, config)}
-    frozen = {name: value for name, value in params.items() if name not in trainable}
+    trainable, frozen = _split(params, config)
     init = jax.jit(optimizer.init, out_shardings=moment_shardings(optimizer, trainable, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     return TrainState(trainable=trainable, frozen=frozen, optimizer=init(trainable), step=step)
+
+
+def abstract_state(
+    params: dict[str, jax.ShapeDtypeStruct],
+    config: Config,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+) -> TrainState:
+    """Shapes and shardings of `make_state`, with no memory behind them."""
+    trainable, frozen = _split(params, config)
+    moments = jax.tree.map(
+        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+        jax.eval_shape(optimizer.init, trainable),
+        moment_shardings(optimizer, trainable, mesh),
+    )
+    replicated = NamedSharding(mesh, PartitionSpec())
+    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(trainable=trainable, frozen=frozen, optimizer=moments, step=step)
+
+
+def _split(params: dict, config: Config) -> tuple[dict, dict]:
+    trainable = {name: value for name, value in params.items() if is_trainable(name, config)}
+    return trainable, {name: value for name, value in params.items() if name not in trainable}
 
 
 def moment_shardings(

@@ -83,9 +83,12 @@ def _data() -> DataSettings:
 def _agent() -> AgentConfig:
     return AgentConfig(
         sampling=SamplingConfig(temperature=1.0),
+        subagent_sampling=SamplingConfig(temperature=0.0),
         max_tool_rounds=1,
-        turn_tokens=160,
-        answer_tokens=40,
+        max_calls_per_turn=4,
+        turn_tokens=156,
+        answer_tokens=32,
+        response_tokens=20,
         subagent_tokens=32,
     )
 
@@ -128,7 +131,7 @@ def needle_sft() -> Config:
     return Config(
         recipe="needle_sft",
         stage=Stage.SFT,
-        steps=400,
+        steps=640,
         model=ModelSettings(train_vision=True),
         data=_data(),
         agent=_agent(),
@@ -143,9 +146,9 @@ def needle_sft() -> Config:
         ),
         sft=SftSettings(
             phases=(
-                SftPhase(0, {"frame": 128}),
-                SftPhase(50, {"frame": 32, "qa": 64, "clip": 24}),
-                SftPhase(200, {"frame": 16, "qa": 32, "clip": 16, "trace": 24, "direct": 8}),
+                SftPhase(0, {"frame": 64}),
+                SftPhase(50, {"frame": 16, "qa": 48, "clip": 32}),
+                SftPhase(200, {"frame": 8, "qa": 24, "clip": 24, "trace": 32, "direct": 8}),
             ),
             tasks={
                 "frame": TaskShape(length=32, learned=8, frames=1),

@@ -1,0 +1,177 @@
+"""The whole path through the real command: mp4 -> Grain -> rollouts -> PARA-GRPO -> folder.
+
+One short RL run is shared by the tests of this module.
+"""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+
+SMALL = [
+    "data.train_videos=12",
+    "data.held_out_videos=4",
+    "data.frame_budgets=4",
+    "rl.prompts_per_step=2",
+    "rl.group_size=2",
+    "rl.micro_groups=1",
+    "agent.turn_tokens=48",
+    "agent.subagent_batch=8",
+    "evaluation.rows=4",
+    "evaluation.batch=4",
+    "output.checkpoint_every=1",
+]
+CONTRACT = """step loss grad_norm kl reward/total reward/accuracy reward/format reward/tool
+format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call tool/parallel_max
+tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max clip_fraction group/zero_std
+time/rollout time/learn time/data tokens_per_second""".split()
+TIMED = ("time/", "tokens_per_second")
+
+
+def start(workdir, cache, *arguments, settings=()):
+    sets = [part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)]
+    return subprocess.run(
+        [sys.executable, str(ROOT / "train" / "main.py"), "--workdir", str(workdir), *arguments, *sets],
+        cwd=cache,
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def metrics(workdir):
+    lines = (workdir / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def untimed(record):
+    return {k: v for k, v in record.items() if not k.startswith(TIMED)}
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="module")
+def run(cache, tmp_path_factory):
+    """Two RL steps from the committed cold start."""
+    workdir = tmp_path_factory.mktemp("run") / "first"
+    done = start(workdir, cache, "--steps", "2")
+    assert done.returncode == 0, done.stderr[-3000:]
+    return workdir, done.stdout
+
+
+def test_metrics_hold_the_contract(run):
+    workdir, _ = run
+    records = metrics(workdir)
+    assert [record["step"] for record in records] == [0, 1]
+    for record in records:
+        assert set(CONTRACT) <= set(record)
+        assert all(np.isfinite(value) for value in record.values())
+    assert records[0]["tool/calls_per_rollout"] > 0, "the cold start must call the tool"
+
+
+def test_kl_is_zero_at_step_0(run):
+    """Law 3: policy, behaviour and reference use one temperature."""
+    first, second = metrics(run[0])
+    assert abs(first["kl"]) < 1e-6
+    assert second["kl"] != first["kl"], "the reference must not move with the policy"
+
+
+def test_sampler_and_learner_agree(run):
+    """Law 2, on real rollouts with frames, crops and tool responses."""
+    assert max(record["logprob/gap_max"] for record in metrics(run[0])) < 1e-4
+
+
+def test_everything_is_left_in_the_workdir(run):
+    workdir, output = run
+    assert "held-out videos" in output and "sampled" in output
+    assert json.loads((workdir / "config.json").read_text())["steps"] == 2
+    assert (workdir / "checkpoints" / "2").is_dir()
+    assert list((workdir / "tensorboard").iterdir())
+    rollouts = [json.loads(line) for line in (workdir / "rollouts" / "step_000001.jsonl").open()]
+    assert len(rollouts) == 4 and all(r["rewards"]["total"] is not None for r in rollouts)
+    figures = json.loads((workdir / "evaluation.json").read_text())
+    assert set(figures["before"]) == {"sampled", "greedy", "no crops"} == set(figures["after"])
+
+
+def test_exported_folder_gives_the_same_logits_in_transformers(run):
+    torch = pytest.importorskip("torch")
+    from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
+
+    from models.qwen3_vl import from_pretrained
+
+    folder = run[0] / "hf"
+    theirs = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = "<|im_start|>user\n<1.0 seconds><|vision_start|><|image_pad|><|vision_end|>Name it.<|im_end|>\n"
+    ids = np.array([tokenizer(text)["input_ids"]])
+    pixels = np.random.default_rng(0).normal(size=(4, 1536)).astype(np.float32)
+    grid = np.array([[1, 2, 2]])
+    with torch.no_grad():
+        want = theirs(
+            input_ids=torch.tensor(ids),
+            mm_token_type_ids=torch.tensor((ids == theirs.config.image_token_id).astype(int)),
+            pixel_values=torch.tensor(pixels),
+            image_grid_thw=torch.tensor(grid),
+        ).logits.numpy()
+    got = from_pretrained(folder).logits(ids, pixel_values=pixels, image_grid_thw=grid)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
+
+
+def test_same_seed_same_metrics_other_seed_differs(run, cache, tmp_path):
+    again, other = tmp_path / "again", tmp_path / "other"
+    assert start(again, cache, "--steps", "2").returncode == 0
+    assert start(other, cache, "--steps", "1", "--seed", "1").returncode == 0
+    first = [untimed(record) for record in metrics(run[0])]
+    assert [untimed(record) for record in metrics(again)] == first
+    assert untimed(metrics(other)[0]) != first[0]
+
+
+def test_resume_continues_where_the_run_stopped(run, cache, tmp_path):
+    """A run cut after its first checkpoint ends with the metrics of the uninterrupted one."""
+    cut = tmp_path / "cut"
+    shutil.copytree(run[0], cut)
+    shutil.rmtree(cut / "checkpoints" / "2")
+    assert start(cut, cache, "--steps", "2", "--resume", "must").returncode == 0
+    assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(run[0])]
+
+
+def test_resume_never_overwrites_nothing(run, cache):
+    done = start(run[0], cache, "--steps", "2", "--resume", "never")
+    assert done.returncode == 1 and "--workdir" in done.stderr
+    assert len(metrics(run[0])) == 2
+
+
+def test_own_videos_and_vanilla_recipe(run, cache, tmp_path):
+    """A CSV about one's own videos through another recipe; one of them unreadable is refused."""
+    videos = sorted(cache.rglob("*.mp4"))[:3]
+    lines = ["video,question,answer,question_type"]
+    lines += [f"{video},What colour is the circle?,red,oe" for video in videos]
+    (tmp_path / "own.csv").write_text("\n".join(lines))
+    own = ["--recipe", "needle_grpo", "--data", str(tmp_path / "own.csv"), "--steps", "1"]
+    done = start(tmp_path / "own", cache, *own, settings=["evaluation.rows=1"])
+    assert done.returncode == 0, done.stderr[-3000:]
+
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    (tmp_path / "bad.csv").write_text(lines[0] + "\nbroken.mp4,What?,red,oe\n")
+    done = start(tmp_path / "bad", cache, "--data", str(tmp_path / "bad.csv"))
+    assert done.returncode == 1
+    assert "broken.mp4" in done.stderr and len(done.stderr.strip().splitlines()) == 1
+
+
+def test_cold_start_from_random_weights(cache, tmp_path):
+    done = start(
+        tmp_path / "sft", cache, "--recipe", "needle_sft", "--steps", "2", settings=["evaluation.rows=0"]
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [record["step"] for record in metrics(tmp_path / "sft")] == [0, 1]
+    assert (tmp_path / "sft" / "hf" / "model.safetensors").exists()
