@@ -135,11 +135,11 @@ def group_advantages(
 
 
 def token_advantages(
-    rewards: Float[ArrayLike, b],
+    rewards: Float[ArrayLike, " b"],
     mask: Shaped[ArrayLike, "b t"],
     behaviour: Float[ArrayLike, "b t"] | None = None,
     reference: Float[ArrayLike, "b t"] | None = None,
-    lengths: Shaped[ArrayLike, b] | None = None,
+    lengths: Shaped[ArrayLike, " b"] | None = None,
     *,
     kl_weight: float | int = 0.0,
     kl_estimator: str = "k1",
@@ -210,8 +210,8 @@ def whiten(
 
 
 def anchored_advantages(
-    task: Float[ArrayLike, b],
-    anchor: Float[ArrayLike, b],
+    task: Float[ArrayLike, " b"],
+    anchor: Float[ArrayLike, " b"],
     structural: Bool[ArrayLike, "b t"],
     mask: Shaped[ArrayLike, "b t"],
     weight: float | int,
@@ -250,7 +250,7 @@ def _spread(centred: np.ndarray, ddof: int) -> np.ndarray:
 
 
 def _last_token(
-    generated: Bool[Array, "b t"], lengths: Shaped[ArrayLike, b] | None
+    generated: Bool[Array, "b t"], lengths: Shaped[ArrayLike, " b"] | None
 ) -> Bool[Array, "b t"]:
     """One-hot of the rewarded token of each row; all False in a row without generated tokens."""
     if lengths is not None:

@@ -198,10 +198,10 @@ def _calls(text: str, repair: bool) -> Iterator[ToolCall]:
         if mark["tag"] == "tool_code":
             yield from _code_calls(body.partition(CODE_CLOSE)[0])
         elif mark["tag"] is None and not opened:
-            yield _broken(f"{CALL_CLOSE} without {CALL_OPEN} before it")
+            yield _broken("a tool call ends that was never opened")
         elif mark["tag"] == "tool_call":
             closed = text.startswith(CALL_CLOSE, end)
-            yield _json_call(body) if closed else _broken(f"{CALL_OPEN} is never closed")
+            yield _json_call(body) if closed else _broken("the tool call is never closed")
         opened = mark["tag"] == "tool_call"
 
 

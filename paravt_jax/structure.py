@@ -44,7 +44,7 @@ class TagTable:
     """How each token moves the automaton. Axes: `state` (how much of a tag has been read), `kind`
     (tokens that move it alike share one), `tag`."""
 
-    kinds: Int[ArrayLike, vocab]
+    kinds: Int[ArrayLike, " vocab"]
     """Kind of each token id."""
     exits: Int[ArrayLike, "kind state"]
     """State after a token, by the state before it; 0 where no tag is begun."""
@@ -52,7 +52,7 @@ class TagTable:
     """Tag, begun in an earlier token, that this token completes; -1 if none."""
     continues: Bool[ArrayLike, "kind state"]
     """Whether the tag begun in an earlier token is still incomplete after this one."""
-    holds: Int[ArrayLike, kind]
+    holds: Int[ArrayLike, " kind"]
     """First tag that lies within the token; -1 if none."""
     counts: Int[ArrayLike, "kind tag"]
     """How often each tag lies within the token."""

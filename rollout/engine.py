@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.mesh import constrain
+from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import KVCache, Prompt, StopReason, VisionFeatures
 from rollout.sampler import SamplingConfig, row_keys, sample
 
@@ -165,11 +166,11 @@ class Engine:
         """Vision features of a batch, and each prompt's `vision_index` into them."""
         if all(prompt.patches is None for prompt in prompts):
             return None, [prompt.vision_index for prompt in prompts]
-        values, grids = _stack_patches(prompts)
+        shown = [prompt.patches for prompt in prompts]
+        frames, patches = largest(shown)
+        values, grids = stack_patches(shown, bucket(frames), patches)
         features = self._encode(params, values, grids)
-        per_frame = features.tokens.shape[1] // values.shape[1]
-        merged = values.shape[2] // per_frame
-        return features, [_reindex(prompt, per_frame, merged) for prompt in prompts]
+        return features, [restride(prompt, patches) for prompt in prompts]
 
     def _encode_frames(
         self, params: Params, values: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
@@ -254,10 +255,18 @@ class Engine:
             tokens=jnp.full((rows, columns), self.pad_id, jnp.int32),
             log_probs=jnp.zeros((rows, columns), jnp.float32),
         )
-        return jax.lax.while_loop(
+        loop = jax.lax.while_loop(
             lambda loop: jnp.any(loop.running),
             lambda loop: self._decode_step(params, loop, draw),
             first,
+        )
+        return dataclasses.replace(
+            loop,
+            # Every host reads all of these, so every device holds all of them.
+            tokens=constrain(loop.tokens, None, None),
+            log_probs=constrain(loop.log_probs, None, None),
+            counts=constrain(loop.counts, None),
+            ended=constrain(loop.ended, None),
         )
 
     def _decode_step(self, params: Params, loop: _Loop, draw: _Draw) -> _Loop:
@@ -333,11 +342,11 @@ class Session:
         limits = np.where(live, limit, 0).astype(np.int32)
         self._check_room(limits)
         draw = _Draw(
-            seeds=jnp.asarray(self._per_row(seeds, np.uint32)),
-            temperature=jnp.full(len(live), sampling.temperature, jnp.float32),
-            top_p=jnp.full(len(live), sampling.top_p, jnp.float32),
-            limits=jnp.asarray(limits),
-            eos_ids=jnp.asarray(engine.eos_ids),
+            seeds=self._per_row(seeds, np.uint32),
+            temperature=np.full(len(live), sampling.temperature, np.float32),
+            top_p=np.full(len(live), sampling.top_p, np.float32),
+            limits=limits,
+            eos_ids=engine.eos_ids,
         )
         loop = engine._decode(self._params, self._state, live, draw, columns=self._suffix)
         self._state = loop.state
@@ -387,43 +396,13 @@ def _stack_prompts(prompts: Sequence[Prompt], index_P_T: list[np.ndarray], pad_i
         positions[row, : len(index)] = prompt.positions
         vision_index[row, : len(index)] = index
     return _Block(
-        tokens=jnp.asarray(tokens),
-        positions=jnp.asarray(positions),
-        vision_index=jnp.asarray(vision_index),
+        tokens=tokens,
+        positions=positions,
+        vision_index=vision_index,
         lengths=jnp.array([len(prompt.tokens) for prompt in prompts], jnp.int32),
         # Text goes on one above the largest component (Qwen2-VL, arXiv:2409.12191, section 2.1).
         next_positions=jnp.array([prompt.positions.max() + 1 for prompt in prompts], jnp.int32),
     )
-
-
-def _stack_patches(prompts: Sequence[Prompt]) -> tuple[np.ndarray, np.ndarray]:
-    """Patches `[b, f, p, c]` and grids `[b, f, 2]`, frames padded to a bucket.
-
-    Prompts without frames get padding frames only.
-    """
-    seen = [prompt.patches for prompt in prompts if prompt.patches is not None]
-    frames = bucket(max(patches.values.shape[0] for patches in seen))
-    size = max(patches.values.shape[1] for patches in seen)
-    values = np.zeros((len(prompts), frames, size, seen[0].values.shape[2]), np.float32)
-    grids = np.zeros((len(prompts), frames, 2), np.int32)
-    for row, prompt in enumerate(prompts):
-        if prompt.patches is not None:
-            own_frames, own_size = prompt.patches.values.shape[:2]
-            values[row, :own_frames, :own_size] = prompt.patches.values
-            grids[row, :own_frames] = prompt.patches.grids
-    return values, grids
-
-
-def _reindex(prompt: Prompt, per_frame: int, merged: int) -> np.ndarray:
-    """`vision_index` after frames were padded to `per_frame` vision tokens.
-
-    `merged` patches make one vision token; the prompt counted its own, smaller frames.
-    """
-    index = prompt.vision_index
-    if prompt.patches is None or prompt.patches.values.shape[1] == per_frame * merged:
-        return index
-    own = prompt.patches.values.shape[1] // merged
-    return np.where(index < 0, -1, index // own * per_frame + index % own).astype(np.int32)
 
 
 def _spread(tree: Any) -> Any:

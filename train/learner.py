@@ -20,7 +20,7 @@ from train.layout import to_mesh
 from train.state import FlatParams, TrainState
 from train.step import RlStep, batch_log_probs
 
-LENGTH_STEP = 128
+LENGTH_STEP = 64
 """Streams are padded to a multiple of this, so that few shapes are compiled."""
 
 

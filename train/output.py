@@ -60,7 +60,8 @@ class RunLog:
             f"{title} {form.format(record[name])}" for name, title, form in SHOWN if name in record
         ]
         width = len(str(self._steps))
-        self.console.print(f"step {step + 1:>{width}}/{self._steps}  " + "  ".join(shown))
+        line = f"step {step + 1:>{width}}/{self._steps}  " + "  ".join(shown)
+        self.console.print(line, soft_wrap=True)
 
     def close(self) -> None:
         """Flush and close the files."""
