@@ -12,6 +12,7 @@ import numpy as np
 from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptStream
 from rollout.agent import Agent
+from train.cluster import is_first
 from train.checkpoint import Checkpoints
 from train.config import Config
 from train.learner import Learner, figures
@@ -61,7 +62,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)
-        if config.output.rollouts:
+        if config.output.rollouts and is_first():
             write_rollouts(parts.workdir / "rollouts", step, groups)
         parts.checkpoints.maybe_save(step + 1, state, parts.prompts.get_state())
     return state

@@ -72,8 +72,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         config = resolve(arguments)
-        from train import run
+        from train import cluster, run
 
+        cluster.start()
         run.check(config)
     except ValueError as error:
         return _complain(error, code=2)

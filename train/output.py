@@ -31,17 +31,20 @@ class RunLog:
     """Metrics of one run: `metrics.jsonl`, TensorBoard files and one progress line per step.
 
     After a resume the lines of steps that are run again are dropped first, so the file
-    holds every step once.
+    holds every step once. With `silent` (all hosts but the first) nothing is written.
     """
 
-    def __init__(self, workdir: Path, steps: int, first_step: int = 0):
+    def __init__(self, workdir: Path, steps: int, first_step: int = 0, silent: bool = False):
+        self.console = Console(file=sys.stdout, highlight=False, quiet=silent)
+        self._silent = silent
+        if silent:
+            return
         workdir.mkdir(parents=True, exist_ok=True)
         self._steps = steps
         self._path = workdir / "metrics.jsonl"
         self._keep_before(first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"))
-        self.console = Console(file=sys.stdout, highlight=False)
 
     def _keep_before(self, step: int) -> None:
         if self._path.exists():
@@ -51,6 +54,8 @@ class RunLog:
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one step."""
+        if self._silent:
+            return
         record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
         self._file.write(json.dumps(record) + "\n")
         self._file.flush()
@@ -65,6 +70,8 @@ class RunLog:
 
     def close(self) -> None:
         """Flush and close the files."""
+        if self._silent:
+            return
         self._file.close()
         self._board.close()
 

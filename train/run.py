@@ -21,6 +21,7 @@ from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.engine import Engine
 from train import setup
+from train.cluster import is_first
 from train.checkpoint import Checkpoints, check_resume
 from train.cold_start import cold_start
 from train.config import Config, Stage, to_dict
@@ -87,13 +88,15 @@ class Run:
         self.state, self.first_step, self.data_state = state, 0, None
         if self.checkpoints.latest is not None:
             self.state, self.first_step, self.data_state = self.checkpoints.restore(state)
-        self.log = RunLog(workdir, config.steps, self.first_step)
+        self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         self.engine = Engine(
             self.model.policy, eos_ids=self.renderer.eos_ids, pad_id=self.renderer.pad_id
         )
 
     def _prepare_workdir(self) -> None:
         """`config.json` of the run, and the model folder without weights for conversion."""
+        if not is_first():
+            return
         self.workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_dict(self.config), indent=2)
         (self.workdir / "config.json").write_text(text + "\n", encoding="utf-8")
@@ -219,6 +222,8 @@ class Run:
         order = sorted(columns, key=lambda name: list(after).index(name.split(",")[0]))
         title = f"{len(self.held_out)} held-out videos, K={self.config.evaluation.frame_budget}"
         self.log.console.print(comparison_table(title, {name: columns[name] for name in order}))
+        if not is_first():
+            return
         summary = json.dumps({"before": before, "after": after}, indent=2)
         (self.workdir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
 

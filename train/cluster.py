@@ -1,0 +1,47 @@
+"""Several hosts as one program: every host runs the same command and holds the same view.
+
+Hosts do the same work on the same rows (prompts, rewards, text); the device work is split over
+the mesh. What a host reads back is replicated first, so all hosts take the same decisions.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+
+
+def start() -> None:
+    """Join the other hosts, if the environment names any.
+
+    Set `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` by hand, or run under
+    SLURM, Open MPI or on a TPU pod slice, which JAX recognises itself.
+
+    Raises:
+      ValueError: a variable is missing or no number.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address:
+        jax.distributed.initialize(
+            address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
+        )
+    elif _several_hosts():
+        jax.distributed.initialize()
+
+
+def _number(name: str) -> int:
+    text = os.environ.get(name, "")
+    if not text.isdigit():
+        raise ValueError(f"{name}={text!r}: set it to a number beside JAX_COORDINATOR_ADDRESS")
+    return int(text)
+
+
+def _several_hosts() -> bool:
+    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
+    tasks = os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
+    return len(workers) > 1 or tasks not in ("", "1")
+
+
+def is_first() -> bool:
+    """Whether this host writes the files of which there is one."""
+    return jax.process_index() == 0
