@@ -12,6 +12,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping
+from typing import Generic, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +24,7 @@ from jaxtyping import Array
 from paravt_jax.mesh import sharding
 
 Params = dict[str, Array]
+Model = TypeVar("Model", bound=nnx.Module)
 Initialiser = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
 
@@ -88,7 +90,7 @@ def declare(
     return _abstract(spec)
 
 
-def stack(module: nnx.Module, layers: int) -> nnx.Module:
+def stack(module: Model, layers: int) -> Model:
     """Give every parameter of an abstract module a leading axis of `layers` entries."""
     for _, param in nnx.iter_graph(module):
         if isinstance(param, nnx.Param):
@@ -111,10 +113,10 @@ def _respecify(param: nnx.Param, spec: ParamSpec) -> None:
     param.set_metadata("spec", spec)
 
 
-class Blueprint:
+class Blueprint(Generic[Model]):
     """An abstract module, its parameter table, and the way back from a flat dict to a module."""
 
-    def __init__(self, module: nnx.Module):
+    def __init__(self, module: Model):
         self._graphdef, state = nnx.split(module)
         flat = nnx.to_flat_state(state)
         self._treedef = jax.tree.structure(state)
@@ -123,7 +125,7 @@ class Blueprint:
             name = ".".join(str(part) for part in path)
             self.table[name] = dataclasses.replace(param.get_metadata("spec"), name=name)
 
-    def bind(self, params: Mapping[str, Array]) -> nnx.Module:
+    def bind(self, params: Mapping[str, Array]) -> Model:
         """The module with weights in it; cheap, for use inside a trace.
 
         Raises:

@@ -85,7 +85,7 @@ class Qwen3VLPolicy:
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
         cache: KVCache | None = None,
-        lengths: Int[Array, b] | None = None,
+        lengths: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         """Final hidden states of a right-padded block; see `Policy.hidden`."""
         tower = self._bind(params).text
@@ -116,5 +116,5 @@ class Qwen3VLPolicy:
 
 
 @functools.lru_cache(maxsize=16)
-def _blueprint(policy: Qwen3VLPolicy) -> Blueprint:
+def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
     return Blueprint(Qwen3VL(policy.config, policy.compute_dtype, policy.remat))

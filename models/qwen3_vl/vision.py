@@ -8,6 +8,7 @@ only, so its tokens do not depend on the other frames of its batch.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -75,7 +76,7 @@ class VisionAttention(nnx.Module):
         self,
         x: Float[Array, "r p d"],
         rope: tuple[Float[Array, "r p h2"], Float[Array, "r p h2"]],
-        counts: Int[Array, r],
+        counts: Int[Array, " r"],
     ) -> Float[Array, "r p d"]:
         r, p, _ = x.shape
         qkv = self.qkv(x).reshape(r, p, 3, self.heads, -1)
@@ -115,7 +116,7 @@ class VisionBlock(nnx.Module):
         self.mlp = VisionMlp(config, hf + "mlp.", dtype)
 
     def __call__(
-        self, x: Float[Array, "r p d"], rope: tuple[Array, Array], counts: Int[Array, r]
+        self, x: Float[Array, "r p d"], rope: tuple[Array, Array], counts: Int[Array, " r"]
     ) -> Float[Array, "r p d"]:
         x = x + self.attention(self.attention_norm(x), rope, counts)
         return x + self.mlp(self.mlp_norm(x))
@@ -252,9 +253,10 @@ class VisionTower(nnx.Module):
         side, table = self.config.grid_side, self.positions[...]
         rows = _taps(row, grids[:, :1], side)
         cols = _taps(col, grids[:, 1:], side)
-        return sum(
+        corners = (
             lookup(table, r * side + c) * (wr * wc)[..., None] for r, wr in rows for c, wc in cols
         )
+        return functools.reduce(jnp.add, corners)
 
     def rope(self, grids: Int[Array, "r 2"], p: int) -> tuple[Array, Array]:
         """Cosines and sines `[r, p, h/2]`: the first half turns with the row, the second with

@@ -240,7 +240,8 @@ def _write_config(
     config: Qwen3VLConfig, params: Mapping[str, jax.Array], base: Path | None, folder: Path
 ) -> None:
     """Our fields over those of the base's config.json, whose other fields are kept."""
-    raw = config.to_dict() | {"dtype": str(next(iter(params.values())).dtype)}
+    raw: dict[str, Any] = config.to_dict()
+    raw["dtype"] = str(next(iter(params.values())).dtype)
     if base is not None and (base / "config.json").is_file():
         old = _read_json(base / "config.json")
         towers = {
@@ -256,10 +257,9 @@ def _check_replaceable(target: Path) -> None:
     if not target.exists():
         return
     entries = list(target.iterdir()) if target.is_dir() else [target]
-    model = (
-        target.is_dir() and any(target.glob("*.safetensors")) and (target / "config.json").is_file()
-    )
-    if entries and (not model or any(entry.is_dir() for entry in entries)):
+    names = {entry.name for entry in entries if entry.is_file()}
+    model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
+    if entries and not (model and len(names) == len(entries)):
         raise ValueError(
             f"{target} exists and is no plain model folder: give a new folder, or empty this one"
         )
