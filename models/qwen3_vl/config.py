@@ -18,8 +18,7 @@ NUMERICALLY_SILENT = {
 }
 """Fields that do not change the logits of given weights, and why they are kept."""
 
-TEXT_ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
-VISION_ACTIVATIONS = TEXT_ACTIVATIONS
+ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def _from_known_fields(cls: type, raw: Mapping[str, Any]) -> Any:
@@ -90,10 +89,10 @@ class VisionConfig:
             f"give increasing block numbers below depth ({self.depth})",
         )
         _require(
-            self.hidden_act in VISION_ACTIVATIONS,
+            self.hidden_act in ACTIVATIONS,
             "vision_config.hidden_act",
             self.hidden_act,
-            f"choose one of {', '.join(VISION_ACTIVATIONS)}",
+            f"choose one of {', '.join(ACTIVATIONS)}",
         )
 
     @property
@@ -133,7 +132,7 @@ class VisionConfig:
         theta = raw.pop("rope_theta")
         raw["deepstack_visual_indexes"] = list(self.deepstack_visual_indexes)
         raw["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
-        # transformers 4.57 reads these under their own names only.
+        # The type that 4.57 writes; 5.x reads it as its own `qwen3_vl_vision`.
         return {"model_type": "qwen3_vl", **raw}
 
 
@@ -172,10 +171,10 @@ class TextConfig:
             "give three sections: time, height, width",
         )
         _require(
-            self.hidden_act in TEXT_ACTIVATIONS,
+            self.hidden_act in ACTIVATIONS,
             "text_config.hidden_act",
             self.hidden_act,
-            f"choose one of {', '.join(TEXT_ACTIVATIONS)}",
+            f"choose one of {', '.join(ACTIVATIONS)}",
         )
 
     @classmethod
