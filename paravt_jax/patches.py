@@ -37,8 +37,8 @@ def stack_patches(
 
 def largest(items: Sequence[Patches | None]) -> tuple[int, int]:
     """Most frames, and most patches of a frame, among the prompts; (0, 0) if none has any."""
-    shapes = [item.values.shape[:2] for item in items if item is not None]
-    return tuple(np.max(shapes, axis=0)) if shapes else (0, 0)
+    shapes = [item.values.shape for item in items if item is not None]
+    return max((s[0] for s in shapes), default=0), max((s[1] for s in shapes), default=0)
 
 
 def restride(prompt: Prompt, patches: int) -> np.ndarray:
