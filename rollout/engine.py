@@ -27,7 +27,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.mesh import constrain
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import KVCache, Prompt, StopReason, VisionFeatures
+from paravt_jax.records import ArrayLike, KVCache, Prompt, StopReason, VisionFeatures
 from rollout.sampler import SamplingConfig, row_keys, sample
 
 
@@ -69,11 +69,11 @@ class _State:
 class _Block:
     """Right-padded prompts."""
 
-    tokens: Int[Array, "b t"]
-    positions: Int[Array, "b t 3"]
-    vision_index: Int[Array, "b t"]
-    lengths: Int[Array, " b"]
-    next_positions: Int[Array, " b"]
+    tokens: Int[ArrayLike, "b t"]
+    positions: Int[ArrayLike, "b t 3"]
+    vision_index: Int[ArrayLike, "b t"]
+    lengths: Int[ArrayLike, " b"]
+    next_positions: Int[ArrayLike, " b"]
 
 
 @jax.tree_util.register_dataclass
@@ -81,11 +81,11 @@ class _Block:
 class _Draw:
     """Sampling settings of each row, all traced."""
 
-    seeds: UInt[Array, " b"]
-    temperature: Float[Array, " b"]
-    top_p: Float[Array, " b"]
-    limits: Int[Array, " b"]
-    eos_ids: Int[Array, " e"]
+    seeds: UInt[ArrayLike, " b"]
+    temperature: Float[ArrayLike, " b"]
+    top_p: Float[ArrayLike, " b"]
+    limits: Int[ArrayLike, " b"]
+    eos_ids: Int[ArrayLike, " e"]
 
 
 @jax.tree_util.register_dataclass

@@ -24,7 +24,7 @@ from pipelines.needle.traces import NEEDLE_TEXTS
 from pipelines.needle.world import NeedleWorld
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer, PromptTexts
-from pipelines.tfds_builder import row_source
+from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
 from train.config import Config
 from train.recipes.needle import NEEDLE_MODEL
@@ -156,7 +156,7 @@ def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
     return VideoReader(config.data.crop_fps, config.data.crop_frames, resize=spec.resize)
 
 
-def open_rows(config: Config) -> tuple[Sequence[Row], list[Row]]:
+def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
     """Questions to train on (as an ArrayRecord source) and held-out ones to evaluate on.
 
     Raises:

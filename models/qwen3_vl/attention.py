@@ -44,15 +44,7 @@ def visibility(
     causal: bool,
     offset: Int[Array, " b"] | None = None,
     key_lengths: Int[Array, " b"] | None = None,
-) -> (
-    Bool[
-        Array,
-        (
-            b  # t s
-        ),
-    ]
-    | None
-):
+) -> Bool[Array, "#b #t s"] | None:
     """Which keys each query sees (see `attend`); None when all are visible."""
     slots = jnp.arange(keys, dtype=jnp.int32)
     visible = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import jax
@@ -18,6 +19,9 @@ from paravt_jax.params import Normal, declare, stack
 from paravt_jax.records import KVCache, VisionFeatures
 
 HF = "model.language_model."
+
+PREFIX_STEP = 64
+"""Slots by which the prefixes grow that decoding on CPU chooses from."""
 
 Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
 
@@ -42,6 +46,30 @@ class CacheView:
             values=self.cache.values.at[where].set(
                 value.astype(self.cache.values.dtype), mode="drop"
             ),
+        )
+
+
+    def attend(self, query: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
+        """Attention of the block that was just appended to all that is cached up to it.
+
+        Decoding on CPU is bound by reading the cache, so it reads only the smallest of a few
+        static prefixes that holds the longest row.
+        """
+        slots = self.cache.keys.shape[2]
+        if query.shape[1] > 1 or jax.default_backend() != "cpu":
+            return self._attend_prefix(query, slots)
+        prefixes = [*range(PREFIX_STEP, slots, PREFIX_STEP), slots]
+        index = jnp.minimum(jnp.max(self.cache.lengths) // PREFIX_STEP, len(prefixes) - 1)
+        branches = [functools.partial(self._attend_prefix, slots=p) for p in prefixes]
+        return jax.lax.switch(index, branches, query)
+
+    def _attend_prefix(self, query: Float[Array, "b t n h"], slots: int) -> Array:
+        return attend(
+            query,
+            self.cache.keys[self.layer, :, :slots].astype(query.dtype),
+            self.cache.values[self.layer, :, :slots].astype(query.dtype),
+            causal=True,
+            offset=self.cache.lengths,
         )
 
 
@@ -72,13 +100,7 @@ class Attention(nnx.Module):
             mixed, cache = attend(query, key, value, causal=True), None
         else:
             cache = view.append(key, value)
-            mixed = attend(
-                query,
-                cache.keys[view.layer].astype(query.dtype),
-                cache.values[view.layer].astype(query.dtype),
-                causal=True,
-                offset=cache.lengths,
-            )
+            mixed = CacheView(cache, view.layer).attend(query)
         return self.out(mixed.reshape(*x.shape[:2], -1)), cache
 
 
