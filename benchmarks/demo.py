@@ -16,8 +16,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COLUMNS = (
-    "commit | seed | command | hardware | minutes | sampled before -> after | greedy before -> after"
-    " | no crops after | compliance | crops per using rollout | gap max | seconds per step"
+    "commit | seed | command | hardware | minutes | sampled before -> after"
+    " | greedy before -> after | no crops after | compliance | crops per using rollout"
+    " | gap max | seconds per step"
 )
 
 

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol, Sequence, runtime_checkable
+from collections.abc import Sequence
+from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
@@ -47,9 +48,7 @@ class Policy(Protocol):
         """
         ...
 
-    def logits(
-        self, params: Params, hidden: Float[Array, "*b d"]
-    ) -> Float[Array, "*b vocab"]:
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Float32 vocabulary logits of hidden states."""
         ...
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
@@ -76,7 +77,7 @@ def _refusal(text: str | None, remedy: str) -> ValueError:
     return ValueError(f"--mesh {text}: {remedy}")
 
 
-def make_mesh(sizes: dict[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
     """A mesh of the given sizes (see `parse_mesh`), left to the compiler's propagation.
 
     Activate it with `jax.set_mesh(mesh)` so that `constrain` takes effect.

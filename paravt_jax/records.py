@@ -15,15 +15,18 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import chex
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-ArrayLike = jax.Array | np.ndarray
-"""A batch is made with numpy on the host and moves to the device as a whole."""
+if TYPE_CHECKING:
+    ArrayLike = Any
+else:
+    ArrayLike = jax.Array | np.ndarray
+"""A batch is made with numpy on the host and moves to the device as a whole. Type checkers
+see `Any`: both kinds, and the shapes that stand for them ahead of time, take the same operations."""
 
 
 class StopReason(enum.StrEnum):
@@ -185,7 +188,8 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class VisionFeatures:
     """Output of the vision tower for a batch of prompts."""
 
@@ -194,7 +198,8 @@ class VisionFeatures:
     """One addend per DeepStack layer (`e` of them), for the first `e` language layers."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class KVCache:
     """Live keys and values; each row is filled from slot 0 without holes."""
 
@@ -204,7 +209,8 @@ class KVCache:
     """Filled slots of each row."""
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class LearnerBatch:
     """Token streams as the learner takes them: `b` rows in `b / g` groups of `g` neighbours.
 

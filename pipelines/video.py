@@ -12,8 +12,8 @@ from collections.abc import Callable, Sequence
 os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
 os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
 
-import cv2  # noqa: E402
-import numpy as np  # noqa: E402
+import cv2
+import numpy as np
 
 from paravt_jax.records import Frames, VideoRef
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,7 +16,7 @@ from paravt_jax.records import LearnerBatch, VisionFeatures
 from train import setup
 from train.config import Config, Stage
 from train.learner import generated_budget, rl_step
-from train.state import TrainState, abstract_state, make_optimizer
+from train.state import abstract_state, make_optimizer
 
 VISION_TOKENS_PER_FRAME = 64
 """Of a frame of 50,176 pixels resized to multiples of 32."""
@@ -62,7 +64,7 @@ def abstract_batch(config: Config, width: int, taps: int, mesh: Mesh) -> Learner
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
     length = -(-(frames * 5 // 4 + 256 + generated_budget(config) + responses) // 128) * 128
 
-    def spec(shape, dtype=np.float32):
+    def spec(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
         axes = ("batch", *(None,) * (len(shape) - 1))
         home = NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
         return jax.ShapeDtypeStruct(shape, dtype, sharding=home)

@@ -56,7 +56,9 @@ def learner_batch(
         patches, grids = stack_patches(shown, max(frames, most_frames), most_patches)
     zeros = np.zeros((len(streams), length), np.float32)
     return LearnerBatch(
-        tokens=_rows([np.concatenate([s.prompt.tokens, s.tokens]) for s in streams], length, pad_id),
+        tokens=_rows(
+            [np.concatenate([s.prompt.tokens, s.tokens]) for s in streams], length, pad_id
+        ),
         positions=_rows([_positions(s) for s in streams], length, 0),
         vision_index=_rows([_vision_index(s, most_patches) for s in streams], length, -1),
         lengths=np.array([len(s.prompt.tokens) + len(s.tokens) for s in streams], np.int32),
@@ -77,7 +79,7 @@ def _vision_index(stream: Stream, patches: int) -> np.ndarray:
 
 
 def _positions(stream: Stream) -> np.ndarray:
-    """Text after the prompt continues at the largest position so far plus one, in all three rows."""
+    """Text after the prompt continues at the largest position so far plus one, on all axes."""
     first = int(stream.prompt.positions.max()) + 1
     text = np.arange(first, first + len(stream.tokens), dtype=np.int32)
     return np.concatenate([stream.prompt.positions, np.repeat(text[:, None], 3, axis=1)])

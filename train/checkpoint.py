@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -46,14 +47,15 @@ class Checkpoints:
 
     def restore(self, state: TrainState) -> tuple[TrainState, int, Any]:
         """The last saved state in the layout of `state`, its step and its data state."""
-        step = self.latest
+        step = self.latest or 0
         items = ocp.args.Composite(
             params=ocp.args.StandardRestore(_abstract(state.params)),
             optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
             meta=ocp.args.JsonRestore(),
         )
-        saved = self._manager.restore(step, args=items)
-        restored = state.replace(
+        saved: Any = self._manager.restore(step, args=items)
+        restored = dataclasses.replace(
+            state,
             trainable={name: saved.params[name] for name in state.trainable},
             frozen={name: saved.params[name] for name in state.frozen},
             optimizer=saved.optimizer,
@@ -67,9 +69,7 @@ class Checkpoints:
 
 
 def _abstract(tree: Any) -> Any:
-    return jax.tree.map(
-        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree
-    )
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def check_resume(folder: Path, resume: str) -> None:
@@ -85,4 +85,3 @@ def check_resume(folder: Path, resume: str) -> None:
         raise ValueError(
             f"--resume never: {folder} holds checkpoints; choose another --workdir or remove it"
         )
-

@@ -22,9 +22,7 @@ def start() -> None:
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
-        jax.distributed.initialize(
-            address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID")
-        )
+        jax.distributed.initialize(address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
     elif _several_hosts():
         jax.distributed.initialize()
 

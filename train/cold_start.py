@@ -72,9 +72,7 @@ def cold_start(
     return state
 
 
-def _batch(
-    source: Iterator[Example], rows: int, shape: TaskShape, pad_id: int
-) -> LearnerBatch:
+def _batch(source: Iterator[Example], rows: int, shape: TaskShape, pad_id: int) -> LearnerBatch:
     examples = [next(source) for _ in range(rows)]
     return learner_batch(
         streams_of_examples(examples), length=shape.length, pad_id=pad_id, frames=shape.frames

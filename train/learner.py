@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -17,7 +18,7 @@ from paravt_jax.structure import TagTable, structural_mask
 from train.batch import learner_batch, streams_of_groups
 from train.config import Config
 from train.layout import to_mesh
-from train.state import FlatParams, TrainState
+from train.state import FlatParams
 from train.step import RlStep, batch_log_probs
 
 LENGTH_STEP = 64
@@ -30,9 +31,7 @@ def generated_budget(config: Config) -> int:
     return agent.rounds * agent.turn_tokens + agent.answer_tokens
 
 
-def rl_step(
-    policy: Policy, optimizer: optax.GradientTransformation, config: Config
-) -> RlStep:
+def rl_step(policy: Policy, optimizer: optax.GradientTransformation, config: Config) -> RlStep:
     """The train step of a configuration, not yet compiled."""
     return RlStep(
         policy=policy,
@@ -81,7 +80,8 @@ class Learner:
         batch = to_mesh(host, self._mesh)
         generated = batch.loss_weights > 0
         structural = structural_mask(batch.tokens, self._tags) & generated
-        return batch.replace(
+        return dataclasses.replace(
+            batch,
             structural=structural,
             advantages=self._advantages(groups, structural, generated),
             features=self._encode(params, batch.patches, batch.grids),
@@ -111,7 +111,7 @@ class Learner:
 
     def with_reference(self, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch with the log-probabilities of the reference policy filled in."""
-        return batch.replace(reference_log_probs=self._log_probs(params, batch))
+        return dataclasses.replace(batch, reference_log_probs=self._log_probs(params, batch))
 
 
 def figures(metrics: Mapping[str, Array]) -> dict[str, float]:

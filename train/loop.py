@@ -12,8 +12,8 @@ import numpy as np
 from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptStream
 from rollout.agent import Agent
-from train.cluster import is_first
 from train.checkpoint import Checkpoints
+from train.cluster import is_first
 from train.config import Config
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts

@@ -21,15 +21,15 @@ from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.engine import Engine
 from train import setup
-from train.cluster import is_first
 from train.checkpoint import Checkpoints, check_resume
+from train.cluster import is_first
 from train.cold_start import cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
-from train.state import FlatParams, TrainState, make_optimizer, make_state
+from train.state import FlatParams, make_optimizer, make_state
 
 EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
@@ -189,7 +189,7 @@ class Run:
             params, modes, _figures, batch=self.config.evaluation.batch, seed=EVALUATION_SEED
         )
 
-    def _items(self, tools: bool) -> list[Item]:
+    def _items(self, tools: bool) -> Sequence[Item]:
         budget = self.config.evaluation.frame_budget
         return prompt_list(self.held_out, self.reader, self.renderer, budget, tools)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import chex
+import dataclasses
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -15,7 +17,8 @@ from train.config import Config, OptimizerSettings
 FlatParams = dict[str, Array]
 
 
-@chex.dataclass(frozen=True, mappable_dataclass=False)
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
 class TrainState:
     """Weights in two parts (only one has gradients and moments), optimiser state and step."""
 
@@ -69,7 +72,7 @@ def _schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
     return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
 
 
-def _muon_dimensions(params: FlatParams, table: Table):
+def _muon_dimensions(params: Any, table: Table) -> Any:
     """Muon orthogonalises matrices; embeddings, norms and biases take Adam.
 
     The leading axis of stacked layers is a batch of matrices to it.
@@ -109,7 +112,7 @@ def abstract_state(
         moment_shardings(optimizer, trainable, mesh),
     )
     replicated = NamedSharding(mesh, PartitionSpec())
-    step = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return TrainState(trainable=trainable, frozen=frozen, optimizer=moments, step=step)
 
 
@@ -130,7 +133,8 @@ def moment_shardings(
     def home(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
         name = getattr(path[-1], "key", None)
         weight = trainable.get(name) if isinstance(name, str) else None
-        same = weight is not None and weight.shape == leaf.shape
-        return weight.sharding if same else replicated
+        if weight is None or weight.shape != leaf.shape:
+            return replicated
+        return weight.sharding
 
     return jax.tree_util.tree_map_with_path(home, jax.eval_shape(optimizer.init, trainable))

@@ -52,12 +52,10 @@ def batch_log_probs(
     )
 
 
-def _row_features(
-    policy: Policy, params: FlatParams, batch: LearnerBatch
-) -> VisionFeatures | None:
+def _row_features(policy: Policy, params: FlatParams, batch: LearnerBatch) -> VisionFeatures | None:
     """Vision features of each row; computed once per group and repeated for its rows."""
     features = batch.features
-    if features is None and batch.patches is not None:
+    if features is None and batch.patches is not None and batch.grids is not None:
         features = policy.encode(params, batch.patches, batch.grids)
     if features is None:
         return None

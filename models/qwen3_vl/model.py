@@ -93,7 +93,7 @@ class Qwen3VLPolicy:
             hidden, cache = tower(tokens, positions, vision_index, features, cache)
         if cache is not None:
             grown = cache.lengths + (tokens.shape[1] if lengths is None else lengths)
-            cache = cache.replace(lengths=grown)
+            cache = dataclasses.replace(cache, lengths=grown)
         return hidden, cache
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -41,13 +42,13 @@ class CacheView:
         rows = jnp.arange(key.shape[0])[:, None]
         slots = self.cache.lengths[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
         where = (self.layer, rows, slots)
-        return self.cache.replace(
+        return dataclasses.replace(
+            self.cache,
             keys=self.cache.keys.at[where].set(key.astype(self.cache.keys.dtype), mode="drop"),
             values=self.cache.values.at[where].set(
                 value.astype(self.cache.values.dtype), mode="drop"
             ),
         )
-
 
     def attend(self, query: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
         """Attention of the block that was just appended to all that is cached up to it.

@@ -233,6 +233,8 @@ def _part(number: int) -> str:
 def _write_shard(batch: dict[str, np.ndarray], folder: Path, number: int) -> list[str]:
     # transformers refuses a safetensors file whose metadata do not name a format.
     save_file(batch, folder / _part(number), metadata={"format": "pt"})
+    # safetensors makes files that only their owner can read.
+    (folder / _part(number)).chmod(0o644)
     return list(batch)
 
 

@@ -55,7 +55,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "code", "named"), ERRORS, ids=[" ".join(e[0]) for e in ERRORS])
+@pytest.mark.parametrize(
+    ("arguments", "code", "named"), ERRORS, ids=[" ".join(e[0]) for e in ERRORS]
+)
 def test_bad_input_is_one_line_with_the_remedy(arguments, code, named, tmp_path):
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr

@@ -1,4 +1,4 @@
-"""Import law: train | evaluate -> everything; models | pipelines | rollout -> paravt_jax; it -> nobody."""
+"""The import law: composition may import everything, rooms the core, the core nobody."""
 
 import ast
 from pathlib import Path

@@ -28,17 +28,28 @@ SMALL = [
     "evaluation.batch=4",
     "output.checkpoint_every=1",
 ]
-CONTRACT = """step loss grad_norm kl reward/total reward/accuracy reward/format reward/tool
-format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call tool/parallel_max
-tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max clip_fraction group/zero_std
-time/rollout time/learn time/data tokens_per_second""".split()
+CONTRACT = set(
+    """step loss grad_norm kl reward/total reward/accuracy reward/format reward/tool
+    format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call
+    tool/parallel_max tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max
+    clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second""".split()  # noqa: SIM905
+)
 TIMED = ("time/", "tokens_per_second")
 
 
 def start(workdir, cache, *arguments, settings=()):
-    sets = [part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)]
+    sets = [
+        part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)
+    ]
     return subprocess.run(
-        [sys.executable, str(ROOT / "train" / "main.py"), "--workdir", str(workdir), *arguments, *sets],
+        [
+            sys.executable,
+            str(ROOT / "train" / "main.py"),
+            "--workdir",
+            str(workdir),
+            *arguments,
+            *sets,
+        ],
         cwd=cache,
         capture_output=True,
         text=True,
@@ -74,7 +85,7 @@ def test_metrics_hold_the_contract(run):
     records = metrics(workdir)
     assert [record["step"] for record in records] == [0, 1]
     for record in records:
-        assert set(CONTRACT) <= set(record)
+        assert set(record) >= CONTRACT
         assert all(np.isfinite(value) for value in record.values())
     assert records[0]["tool/calls_per_rollout"] > 0, "the cold start must call the tool"
 
@@ -112,7 +123,7 @@ def test_exported_folder_gives_the_same_logits_in_transformers(run):
     folder = run[0] / "hf"
     theirs = Qwen3VLForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    text = "<|im_start|>user\n<1.0 seconds><|vision_start|><|image_pad|><|vision_end|>Name it.<|im_end|>\n"
+    text = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Name it.<|im_end|>\n"
     ids = np.array([tokenizer(text)["input_ids"]])
     pixels = np.random.default_rng(0).normal(size=(4, 1536)).astype(np.float32)
     grid = np.array([[1, 2, 2]])
@@ -170,7 +181,13 @@ def test_own_videos_and_vanilla_recipe(run, cache, tmp_path):
 
 def test_cold_start_from_random_weights(cache, tmp_path):
     done = start(
-        tmp_path / "sft", cache, "--recipe", "needle_sft", "--steps", "2", settings=["evaluation.rows=0"]
+        tmp_path / "sft",
+        cache,
+        "--recipe",
+        "needle_sft",
+        "--steps",
+        "2",
+        settings=["evaluation.rows=0"],
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert [record["step"] for record in metrics(tmp_path / "sft")] == [0, 1]

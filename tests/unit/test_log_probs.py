@@ -30,7 +30,13 @@ def plain(head, temperature):
 def test_equals_the_plain_formula(chunk, temperature):
     def ours(head):
         return gathered_log_probs(
-            HIDDEN, TOKENS, CHOSEN, lambda h: h @ head, temperature=temperature, budget=T, chunk=chunk
+            HIDDEN,
+            TOKENS,
+            CHOSEN,
+            lambda h: h @ head,
+            temperature=temperature,
+            budget=T,
+            chunk=chunk,
         )
 
     for got, want in zip(jax.jit(ours)(HEAD), plain(HEAD, temperature), strict=True):
