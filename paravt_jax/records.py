@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 else:
     ArrayLike = jax.Array | np.ndarray
 """A batch is made with numpy on the host and moves to the device as a whole. Type checkers
-see `Any`: both kinds, and the shapes that stand for them ahead of time, take the same operations."""
+see `Any`: both kinds, and shapes that stand for them ahead of time, take the same operations."""
 
 
 class StopReason(enum.StrEnum):
