@@ -62,7 +62,7 @@ def run(seed: int, extra: list[str]) -> str:
         arrow("greedy"),
         f"{after['no crops']['accuracy']:.3f}",
         f"{after['sampled']['format/compliance']:.3f}",
-        f"{after['sampled']['crops per using rollout']:.2f}",
+        f"{after['sampled']['tool/calls_per_using_rollout']:.2f}",
         f"{max(step['logprob/gap_max'] for step in steps):.1e}",
         f"{seconds:.1f}",
     ]

@@ -107,16 +107,26 @@ def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[s
     }
 
 
-def comparison_table(title: str, columns: Mapping[str, Mapping[str, float]]) -> Table:
-    """Figures of several evaluations side by side, one column each."""
+TABLE = {
+    "accuracy": "accuracy",
+    "accuracy/oe": "open",
+    "accuracy/tvg": "grounding",
+    "accuracy/mcq": "choice",
+    "format/compliance": "format",
+    "tool/rollouts_with_call": "use crops",
+    "tool/calls_per_using_rollout": "crops",
+}
+"""Figures of the before/after table and their column titles."""
+
+
+def comparison_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """Figures of several evaluations, one row each; narrow enough for 80 columns."""
+    present = [name for name in TABLE if any(name in figures for figures in rows.values())]
     table = Table(title=title)
     table.add_column("")
-    for name in columns:
-        table.add_column(name, justify="right")
-    rows: list[str] = []
-    for figures in columns.values():
-        rows += [name for name in figures if name not in rows]
-    for row in rows:
-        cells = [f"{c[row]:.3f}" if row in c else "-" for c in columns.values()]
+    for name in present:
+        table.add_column(TABLE[name], justify="right")
+    for row, figures in rows.items():
+        cells = [f"{figures[name]:.3f}" if name in figures else "-" for name in present]
         table.add_row(row, *cells)
     return table

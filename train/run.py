@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -27,9 +28,12 @@ from train.cold_start import cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
-from train.output import RunLog, comparison_table
+from train.output import TABLE, RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
 from train.state import FlatParams, make_optimizer, make_state
+
+Evaluation = dict[str, dict[str, float]]
+"""Figures of each evaluation mode."""
 
 EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
@@ -175,7 +179,7 @@ class Run:
             agent = dataclasses.replace(agent, max_tool_rounds=0)
         return Agent(self.engine, self.renderer, self.reader, config=agent)
 
-    def evaluate(self, params: FlatParams) -> dict[str, dict[str, float]]:
+    def evaluate(self, params: FlatParams) -> Evaluation:
         """Held-out figures: sampled as in training, greedy, and greedy without crops."""
         if not self.held_out:
             return {}
@@ -199,7 +203,7 @@ class Run:
 
         return run
 
-    def _finish(self, before: dict[str, dict[str, float]], data_state) -> None:
+    def _finish(self, before: Evaluation, data_state: Any) -> None:
         """Last checkpoint, evaluation, table and export."""
         self.checkpoints.save(self.config.steps, self.state, data_state)
         after = self.evaluate(self.state.params)
@@ -216,24 +220,21 @@ class Run:
         self.checkpoints.close()
         self.log.close()
 
-    def _report(self, before: dict, after: dict) -> None:
-        columns = {f"{mode}, before": figures for mode, figures in before.items()}
-        columns |= {f"{mode}, after": figures for mode, figures in after.items()}
-        order = sorted(columns, key=lambda name: list(after).index(name.split(",")[0]))
+    def _report(self, before: Evaluation, after: Evaluation) -> None:
+        """The table, on the console and as `evaluation.json`."""
+        rows = {}
+        for mode, figures in after.items():
+            if mode in before:
+                rows[f"{mode}, before"] = before[mode]
+            rows[f"{mode}, after"] = figures
         title = f"{len(self.held_out)} held-out videos, K={self.config.evaluation.frame_budget}"
-        self.log.console.print(comparison_table(title, {name: columns[name] for name in order}))
-        if not is_first():
-            return
-        summary = json.dumps({"before": before, "after": after}, indent=2)
-        (self.workdir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
+        self.log.console.print(comparison_table(title, rows))
+        if is_first():
+            summary = json.dumps({"before": before, "after": after}, indent=2)
+            (self.workdir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
 
 
 def _figures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     figures = rollout_metrics(groups)
-    return {
-        "accuracy": figures["reward/accuracy"],
-        **accuracy_by_type(groups),
-        "format/compliance": figures["format/compliance"],
-        "rollouts with a crop": figures["tool/rollouts_with_call"],
-        "crops per using rollout": figures["tool/calls_per_using_rollout"],
-    }
+    shown = {name: figures[name] for name in TABLE if name in figures}
+    return {"accuracy": figures["reward/accuracy"], **accuracy_by_type(groups), **shown}

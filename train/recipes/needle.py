@@ -98,16 +98,18 @@ def needle_rl() -> Config:
     return Config(
         recipe="needle_rl",
         stage=Stage.RL,
-        steps=24,
+        steps=40,
         model=ModelSettings(folder=str(COLD_START)),
         data=_data(),
         agent=_agent(),
         rewards=RewardRules(),
-        objective=ObjectiveConfig(anchor="position"),
-        optimizer=OptimizerSettings(learning_rate=2.5e-4, b2=0.95, weight_decay=0.0),
+        objective=ObjectiveConfig(anchor="position", kl_weight=0.05),
+        optimizer=OptimizerSettings(
+            learning_rate=1.5e-4, warmup_steps=5, b2=0.95, weight_decay=0.0
+        ),
         rl=RlSettings(prompts_per_step=16, group_size=8, micro_groups=2),
         evaluation=EvaluationSettings(rows=256),
-        output=OutputSettings(checkpoint_every=12),
+        output=OutputSettings(checkpoint_every=20),
     )
 
 
