@@ -12,13 +12,13 @@ demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
 
 test: setup-dev
-	$(BIN)/python -m pytest -m "not study"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not study"
 
 check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -m "not slow and not study"
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not study"
 
 setup: .venv/.runtime
 

@@ -72,11 +72,12 @@ def _abstract(tree: Any) -> Any:
     return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
-def check_resume(folder: Path, resume: str) -> None:
-    """Refuse a resume flag that does not fit what is in the workdir; nothing is overwritten.
+def check_resume(folder: Path, resume: str) -> bool:
+    """Whether there is a checkpoint to go on from; refuses a flag that does not fit.
 
     Raises:
-      ValueError: `must` without a checkpoint, or `never` where there is one.
+      ValueError: `must` without a checkpoint, or `never` where there is one: nothing is
+        overwritten.
     """
     steps = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
     if resume == "must" and not steps:
@@ -85,3 +86,4 @@ def check_resume(folder: Path, resume: str) -> None:
         raise ValueError(
             f"--resume never: {folder} holds checkpoints; choose another --workdir or remove it"
         )
+    return bool(steps)

@@ -2,78 +2,100 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Iterator, Mapping
+import dataclasses
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Protocol
 
 import jax
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import Policy
 from paravt_jax.records import Example, LearnerBatch
 from train.batch import learner_batch, streams_of_examples
-from train.config import Config, SftPhase, TaskShape
+from train.checkpoint import Checkpoints
+from train.config import Config, SftPhase
 from train.layout import to_mesh
+from train.learner import figures
+from train.loop import Clock, stop_if_not_finite
 from train.output import RunLog
 from train.state import TrainState
 from train.step import SftStep
 
-Sources = Mapping[str, Iterator[Example]]
+
+class Examples(Protocol):
+    """Endless supervised examples of one task; element i is always the same."""
+
+    def __getitem__(self, index: int, /) -> Example: ...
 
 
-def phase_at(phases: tuple[SftPhase, ...], step: int) -> SftPhase:
+@dataclasses.dataclass(frozen=True)
+class Lessons:
+    """What the stage works with; `train.run` puts it together."""
+
+    config: Config
+    sources: Mapping[str, Examples]
+    """Examples by task."""
+    policy: Policy
+    optimizer: optax.GradientTransformation
+    mesh: Mesh
+    pad_id: int
+    checkpoints: Checkpoints
+    log: RunLog
+
+    def batches(self, step: int) -> dict[str, LearnerBatch]:
+        """The examples of a step, by task. They depend on the step alone, so a run resumes."""
+        phases = self.config.sft.phases
+        return {
+            task: self._batch(task, examples_before(phases, step, task), rows)
+            for task, rows in phase_at(phases, step).rows.items()
+        }
+
+    def _batch(self, task: str, start: int, rows: int) -> LearnerBatch:
+        shape = self.config.sft.tasks[task]
+        examples = [self.sources[task][index] for index in range(start, start + rows)]
+        return learner_batch(
+            streams_of_examples(examples),
+            length=shape.length,
+            pad_id=self.pad_id,
+            frames=shape.frames,
+        )
+
+
+def phase_at(phases: Sequence[SftPhase], step: int) -> SftPhase:
     """The phase that a step belongs to: the last one that has begun."""
     return [phase for phase in phases if phase.start <= step][-1]
 
 
-def cold_start(
-    state: TrainState,
-    sources: Sources,
-    policy: Policy,
-    optimizer: optax.GradientTransformation,
-    config: Config,
-    mesh: Mesh,
-    log: RunLog,
-    pad_id: int,
-) -> TrainState:
-    """Run `config.steps` supervised steps; examples of the next step are made meanwhile."""
-    shapes = config.sft.tasks
+def examples_before(phases: Sequence[SftPhase], step: int, task: str) -> int:
+    """How many examples of a task the steps before this one took."""
+    return sum(phase_at(phases, earlier).rows.get(task, 0) for earlier in range(step))
+
+
+def cold_start(lessons: Lessons, state: TrainState, first_step: int) -> TrainState:
+    """Run the supervised steps from `first_step` on; each step's examples are made during the
+    one before it."""
+    config = lessons.config
     update = SftStep(
-        policy=policy,
-        optimizer=optimizer,
+        policy=lessons.policy,
+        optimizer=lessons.optimizer,
         micro_rows=config.sft.micro_rows,
-        budgets={task: shape.learned for task, shape in shapes.items()},
+        budgets={task: shape.learned for task, shape in config.sft.tasks.items()},
     )
     compiled = jax.jit(update, donate_argnums=0)
-    phases = config.sft.phases
-
-    def make(step: int) -> dict[str, LearnerBatch]:
-        rows = phase_at(phases, step).rows
-        return {task: _batch(sources[task], n, shapes[task], pad_id) for task, n in rows.items()}
-
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(make, 0)
-        for step in range(config.steps):
-            began = time.perf_counter()
-            batches = to_mesh(following.result(), mesh)
-            waited = time.perf_counter() - began
-            following = pool.submit(make, min(step + 1, config.steps - 1))
-            state, metrics = compiled(state, batches)
-            figures = {name: float(value) for name, value in jax.device_get(metrics).items()}
-            figures |= {"time/data": waited, "time/step": time.perf_counter() - began}
-            if not np.isfinite(figures["loss"]):
-                raise ValueError(
-                    f"the loss of step {step} is {figures['loss']}; lower "
-                    f"optimizer.learning_rate={config.optimizer.learning_rate}"
-                )
-            log.step(step, figures)
+        following = pool.submit(lessons.batches, first_step)
+        for step in range(first_step, config.steps):
+            clock = Clock()
+            batches = to_mesh(following.result(), lessons.mesh)
+            clock.lap("time/data")
+            following = pool.submit(lessons.batches, step + 1)
+            state, learned = compiled(state, batches)
+            metrics = figures(learned)
+            clock.lap("time/learn")
+            record = metrics | clock.figures()
+            lessons.log.step(step, record)
+            stop_if_not_finite(record, step)
+            lessons.checkpoints.maybe_save(step + 1, state, None)
     return state
-
-
-def _batch(source: Iterator[Example], rows: int, shape: TaskShape, pad_id: int) -> LearnerBatch:
-    examples = [next(source) for _ in range(rows)]
-    return learner_batch(
-        streams_of_examples(examples), length=shape.length, pad_id=pad_id, frames=shape.frames
-    )

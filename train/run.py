@@ -24,7 +24,7 @@ from rollout.engine import Engine
 from train import setup
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
-from train.cold_start import cold_start
+from train.cold_start import Lessons, cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
@@ -66,11 +66,34 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     Raises:
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
-    check_resume(workdir / "checkpoints", resume)
+    if check_resume(workdir / "checkpoints", resume):
+        check_same_run(config, workdir / "config.json")
     mesh = setup.open_mesh(config)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh)
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
+
+
+MAY_CHANGE = ("steps", "mesh", "output", "evaluation")
+"""Settings that a resumed run may give anew."""
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Refuse to continue a run under another configuration than it began with.
+
+    Raises:
+      ValueError: naming the first setting that differs.
+    """
+    if not path.exists():
+        return
+    before = json.loads(path.read_text(encoding="utf-8"))
+    now = json.loads(json.dumps(to_dict(config)))
+    for key in now:
+        if key not in MAY_CHANGE and before.get(key) != now[key]:
+            raise ValueError(
+                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {now[key]!r}; "
+                "choose another --workdir, or give the settings that it began with"
+            )
 
 
 class Run:
@@ -137,17 +160,17 @@ class Run:
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
-        sources = setup.needle_sources(self.config, self.renderer, self.reader)
-        self.state = cold_start(
-            self.state,
-            sources,
-            self.model.policy,
-            self.optimizer,
-            self.config,
-            self.mesh,
-            self.log,
-            self.renderer.pad_id,
+        lessons = Lessons(
+            config=self.config,
+            sources=setup.needle_sources(self.config, self.renderer, self.reader),
+            policy=self.model.policy,
+            optimizer=self.optimizer,
+            mesh=self.mesh,
+            pad_id=self.renderer.pad_id,
+            checkpoints=self.checkpoints,
+            log=self.log,
         )
+        self.state = cold_start(lessons, self.state, self.first_step)
         self._finish({}, None)
 
     def _prompts(self) -> PromptStream:

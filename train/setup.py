@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, load_params, read_config
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
-from paravt_jax.records import Example, Row
+from paravt_jax.records import Row
 from paravt_jax.structure import ANCHOR_TAGS, TagTable, tag_table, token_bytes
 from pipelines.datasets import folder_rows, needle_questions
 from pipelines.needle.tasks import TaskKit, needle_examples
@@ -26,6 +26,7 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer, PromptTexts
 from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
+from train.cold_start import Examples
 from train.config import Config
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
@@ -102,7 +103,7 @@ def copy_base(base: Path, target: Path) -> None:
 
 def needle_sources(
     config: Config, renderer: ChatRenderer, reader: VideoReader
-) -> dict[str, Iterator[Example]]:
+) -> dict[str, Examples]:
     """Endless supervised examples of each task of the configuration.
 
     Raises:
@@ -117,10 +118,7 @@ def needle_sources(
         needle_world(config), _world_folder(config), "train", config.data.question_types
     )
     kit = TaskKit(needle_world(config), questions, reader, renderer, config.data.frame_budgets)
-    return {
-        task: iter(needle_examples(kit, task, config.seed).to_iter_dataset())
-        for task in config.sft.tasks
-    }
+    return {task: needle_examples(kit, task, config.seed) for task in config.sft.tasks}
 
 
 def _world_folder(config: Config) -> str:

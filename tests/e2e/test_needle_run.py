@@ -4,6 +4,7 @@ One short RL run is shared by the tests of this module.
 """
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -37,7 +38,16 @@ CONTRACT = set(
 TIMED = ("time/", "tokens_per_second")
 
 
+QUICK = ("evaluation.rows=0", "output.export_hf=false")
+
+
 def start(workdir, cache, *arguments, settings=()):
+    """Run the command from another directory; compiled functions are shared between the runs."""
+    shared = {
+        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
+        "XLA_FLAGS": "",
+    }
     sets = [
         part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)
     ]
@@ -51,6 +61,7 @@ def start(workdir, cache, *arguments, settings=()):
             *sets,
         ],
         cwd=cache,
+        env={**os.environ, **shared},
         capture_output=True,
         text=True,
         timeout=900,
@@ -140,8 +151,8 @@ def test_exported_folder_gives_the_same_logits_in_transformers(run):
 
 def test_same_seed_same_metrics_other_seed_differs(run, cache, tmp_path):
     again, other = tmp_path / "again", tmp_path / "other"
-    assert start(again, cache, "--steps", "2").returncode == 0
-    assert start(other, cache, "--steps", "1", "--seed", "1").returncode == 0
+    assert start(again, cache, "--steps", "2", settings=QUICK).returncode == 0
+    assert start(other, cache, "--steps", "1", "--seed", "1", settings=QUICK).returncode == 0
     first = [untimed(record) for record in metrics(run[0])]
     assert [untimed(record) for record in metrics(again)] == first
     assert untimed(metrics(other)[0]) != first[0]
@@ -152,13 +163,19 @@ def test_resume_continues_where_the_run_stopped(run, cache, tmp_path):
     cut = tmp_path / "cut"
     shutil.copytree(run[0], cut)
     shutil.rmtree(cut / "checkpoints" / "2")
-    assert start(cut, cache, "--steps", "2", "--resume", "must").returncode == 0
+    done = start(cut, cache, "--steps", "2", "--resume", "must", settings=QUICK)
+    assert done.returncode == 0, done.stderr[-3000:]
     assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(run[0])]
 
 
-def test_resume_never_overwrites_nothing(run, cache):
-    done = start(run[0], cache, "--steps", "2", "--resume", "never")
-    assert done.returncode == 1 and "--workdir" in done.stderr
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [(("--resume", "never"), "--workdir"), (("--seed", "7"), "seed=0, not 7")],
+    ids=["resume never", "another seed"],
+)
+def test_a_workdir_is_not_overwritten(run, cache, arguments, named):
+    done = start(run[0], cache, "--steps", "2", *arguments)
+    assert done.returncode == 1 and named in done.stderr
     assert len(metrics(run[0])) == 2
 
 
@@ -169,7 +186,7 @@ def test_own_videos_and_vanilla_recipe(run, cache, tmp_path):
     lines += [f"{video},What colour is the circle?,red,oe" for video in videos]
     (tmp_path / "own.csv").write_text("\n".join(lines))
     own = ["--recipe", "needle_grpo", "--data", str(tmp_path / "own.csv"), "--steps", "1"]
-    done = start(tmp_path / "own", cache, *own, settings=["evaluation.rows=1"])
+    done = start(tmp_path / "own", cache, *own, settings=["evaluation.rows=1", *QUICK[1:]])
     assert done.returncode == 0, done.stderr[-3000:]
 
     (tmp_path / "broken.mp4").write_bytes(b"no video")
@@ -179,16 +196,13 @@ def test_own_videos_and_vanilla_recipe(run, cache, tmp_path):
     assert "broken.mp4" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
-def test_cold_start_from_random_weights(cache, tmp_path):
-    done = start(
-        tmp_path / "sft",
-        cache,
-        "--recipe",
-        "needle_sft",
-        "--steps",
-        "2",
-        settings=["evaluation.rows=0"],
-    )
+def test_cold_start_from_random_weights_and_its_resume(cache, tmp_path):
+    recipe = ("--recipe", "needle_sft")
+    settings = ("evaluation.rows=0", "optimizer.decay=constant")
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = start(whole, cache, *recipe, "--steps", "3", settings=settings)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert [record["step"] for record in metrics(tmp_path / "sft")] == [0, 1]
-    assert (tmp_path / "sft" / "hf" / "model.safetensors").exists()
+    assert (whole / "hf" / "model.safetensors").exists()
+    assert start(cut, cache, *recipe, "--steps", "2", settings=settings).returncode == 0
+    assert start(cut, cache, *recipe, "--steps", "3", settings=settings).returncode == 0
+    assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(whole)]

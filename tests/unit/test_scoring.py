@@ -1,0 +1,82 @@
+"""Figures of a batch of rollouts, by hand."""
+
+import numpy as np
+import pytest
+
+from paravt_jax.records import (
+    Prompt,
+    RolloutGroup,
+    Row,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+    VideoRef,
+)
+from paravt_jax.rewards import RewardRules
+from train.scoring import accuracy_by_type, complies, rollout_metrics, score_groups
+
+BODY = '{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 4}}'
+CALL = f"<tool_call>\n{BODY}\n</tool_call>"
+GOOD = f"<think>\nI look at one part.\n</think>\n{CALL}\n{CALL}<|im_end|>"
+ANSWER = "<think>\nI saw a red circle.\n</think>\n<answer>red</answer><|im_end|>"
+UNCLOSED = "<think>\nI saw a red circle.\n<answer>red</answer><|im_end|>"
+
+
+def trajectory(text: str, calls: int = 0, executed: int = 0) -> Trajectory:
+    none = np.zeros(0, np.int32)
+    turn = Turn(
+        prefix=none,
+        tokens=none,
+        log_probs=none.astype(np.float32),
+        stop_reason=StopReason.END,
+        calls=tuple(ToolCall("crop_video", {}) for _ in range(calls)),
+        executed=executed,
+    )
+    prompt = Prompt(none, none.reshape(0, 3), none)
+    return Trajectory(
+        prompt=prompt,
+        tokens=np.zeros(4, np.int32),
+        generated=np.array([True, True, False, True]),
+        log_probs=np.zeros(4, np.float32),
+        turns=(turn,),
+        scored_text=text,
+        full_text=text,
+    )
+
+
+@pytest.fixture
+def groups():
+    row = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "red", "oe")
+    tool = trajectory(GOOD + ANSWER, calls=2, executed=2)
+    direct, unclosed = trajectory(ANSWER), trajectory(UNCLOSED)
+    same = RolloutGroup(row, 8, (direct, direct))
+    return score_groups([RolloutGroup(row, 4, (tool, unclosed)), same], RewardRules())
+
+
+def test_tool_credit_needs_executed_calls(groups):
+    (tool, _), (direct, _) = (group.trajectories for group in groups)
+    assert tool.rewards["tool"] == pytest.approx(0.6)
+    assert direct.rewards["tool"] == 0.0
+    assert tool.rewards["total"] == pytest.approx(2.6)
+
+
+def test_figures_by_hand(groups):
+    figures = rollout_metrics(groups)
+    assert figures["reward/accuracy"] == 1.0
+    assert figures["format/compliance"] == 0.75
+    assert figures["tool/calls_per_rollout"] == 0.5
+    assert figures["tool/rollouts_with_call"] == 0.25
+    assert figures["tool/calls_per_using_rollout"] == 2.0
+    assert figures["tool/parallel_max"] == 2.0
+    assert figures["tool/success_rate"] == 1.0
+    assert figures["frames/budget_mean"] == 6.0
+    assert figures["group/zero_std"] == 0.5
+    assert figures["length/generated"] == 3.0
+    assert accuracy_by_type(groups) == {"accuracy/oe": 1.0}
+
+
+def test_compliance_asks_every_turn():
+    assert complies(trajectory(GOOD + ANSWER))
+    assert not complies(trajectory(GOOD + UNCLOSED))
+    assert not complies(trajectory(GOOD.replace('"name"', "name") + ANSWER))
