@@ -25,7 +25,8 @@ setup: .venv/.runtime
 setup-dev: .venv/.dev
 
 .venv/.runtime: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
+		{ rm -rf .venv; echo "error: no virtual environment; on Debian: apt install python3-venv"; exit 1; }
 	$(PIP) -r requirements.txt
 	@touch $@
 

@@ -53,6 +53,9 @@ class DataSettings:
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: str = "image"
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
+    instructions: str = "full"
+    """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
+    next to nothing, for a model that learned its protocol in a cold start."""
     crop_fps: float = 1.0
     """Frames per second of a crop."""
     crop_frames: int = 16
@@ -206,6 +209,7 @@ def _check_choices(config: Config) -> None:
     choices = {
         "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
+        "data.instructions": (config.data.instructions, ("full", "terse")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
     }

@@ -8,11 +8,18 @@ import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, load_params, read_config
+from models.qwen3_vl import (
+    Qwen3VLConfig,
+    Qwen3VLPolicy,
+    carry_files,
+    load_params,
+    read_config,
+)
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Row
@@ -26,7 +33,6 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer, PromptTexts
 from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
-from train.cold_start import Examples
 from train.config import Config
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
@@ -41,9 +47,8 @@ def open_mesh(config: Config) -> Mesh:
     return make_mesh(parse_mesh(config.mesh, jax.device_count()))
 
 
-def is_needle_model(folder: Path) -> bool:
-    """Whether a model folder holds the needle world's tiny tokenizer, which needs its few words."""
-    return json.loads((folder / "config.json").read_text())["text_config"]["vocab_size"] == 512
+PROMPT_TEXTS = {"full": PromptTexts(), "terse": NEEDLE_TEXTS}
+"""What `data.instructions` chooses from."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,13 +75,14 @@ class Model:
 
     def renderer(self, config: Config) -> ChatRenderer:
         """Prompts in the model's own chat template."""
-        texts = NEEDLE_TEXTS if is_needle_model(self.base) else PromptTexts()
-        spec = FrameSpec.from_folder(str(self.base))
-        if not is_needle_model(self.base):
-            spec = dataclasses.replace(
-                spec, min_pixels=config.data.min_pixels, max_pixels=config.data.max_pixels
-            )
-        return ChatRenderer.from_folder(str(self.base), config.data.frames_as, texts, spec)
+        data = config.data
+        spec = dataclasses.replace(
+            FrameSpec.from_folder(str(self.base)),
+            min_pixels=data.min_pixels,
+            max_pixels=data.max_pixels,
+        )
+        texts = PROMPT_TEXTS[data.instructions]
+        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, spec)
 
     def tags(self, renderer: ChatRenderer) -> TagTable:
         """Where anchored tags stand in token streams of this tokenizer."""
@@ -96,14 +102,11 @@ def abstract_policy(config: Config) -> Qwen3VLPolicy:
 def copy_base(base: Path, target: Path) -> None:
     """Configuration, tokenizer and processor files of a model folder, without its weights."""
     target.mkdir(exist_ok=True)
-    for path in base.iterdir():
-        if path.is_file() and "safetensors" not in path.name:
-            shutil.copy(path, target / path.name)
+    carry_files(base, target)
+    shutil.copy2(base / "config.json", target / "config.json")
 
 
-def needle_sources(
-    config: Config, renderer: ChatRenderer, reader: VideoReader
-) -> dict[str, Examples]:
+def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:
     """Endless supervised examples of each task of the configuration.
 
     Raises:

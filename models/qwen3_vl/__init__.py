@@ -3,7 +3,7 @@
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.model import Qwen3VLPolicy
 from models.qwen3_vl.pretrained import Pretrained, from_pretrained
-from models.qwen3_vl.weights import load_params, read_config, save_folder
+from models.qwen3_vl.weights import carry_files, load_params, read_config, save_folder
 
 __all__ = [
     "Pretrained",
@@ -11,6 +11,7 @@ __all__ = [
     "Qwen3VLPolicy",
     "TextConfig",
     "VisionConfig",
+    "carry_files",
     "from_pretrained",
     "load_params",
     "read_config",

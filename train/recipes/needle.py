@@ -77,7 +77,14 @@ the needle tokenizer."""
 
 
 def _data() -> DataSettings:
-    return DataSettings(frame_budgets=(4, 8), question_types=("oe", "tvg"))
+    return DataSettings(
+        frame_budgets=(4, 8),
+        question_types=("oe", "tvg"),
+        instructions="terse",
+        # A frame of 32 x 32 pixels stays as it is: one vision token.
+        min_pixels=32 * 32,
+        max_pixels=32 * 32,
+    )
 
 
 def _agent() -> AgentConfig:

@@ -1,0 +1,71 @@
+"""Two processes on loopback, four CPU devices each, are one run: the figures of one process."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+pytestmark = pytest.mark.slow
+SETTINGS = [
+    "data.train_videos=8",
+    "data.held_out_videos=2",
+    "data.frame_budgets=4",
+    "rl.prompts_per_step=4",
+    "rl.group_size=2",
+    "agent.turn_tokens=40",
+    "agent.subagent_batch=8",
+    "evaluation.rows=0",
+    "model.folder=none",
+]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def command(workdir, cache):
+    sets = [p for text in (*SETTINGS, f"data.cache_dir={cache}") for p in ("--set", text)]
+    mesh = ["--mesh", "data:2,fsdp:2,tensor:2", "--steps", "1", "--workdir", str(workdir)]
+    return [sys.executable, str(ROOT / "train" / "main.py"), *mesh, *sets]
+
+
+def environment(devices: int, **extra: str) -> dict[str, str]:
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return {**os.environ, "XLA_FLAGS": flags, **extra}
+
+
+def test_two_processes_give_the_run_of_one(tmp_path):
+    alone, together, cache = tmp_path / "alone", tmp_path / "together", tmp_path / "cache"
+    done = subprocess.run(
+        command(alone, cache), env=environment(8), capture_output=True, text=True, timeout=600
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    address = f"127.0.0.1:{free_port()}"
+    hosts = [
+        subprocess.Popen(
+            command(together, cache),
+            env=environment(
+                4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)
+            ),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for i in range(2)
+    ]
+    outputs = [host.communicate(timeout=600) for host in hosts]
+    for host, (_, errors) in zip(hosts, outputs, strict=True):
+        assert host.returncode == 0, errors[-3000:]
+    assert "step 1/1" in outputs[0][0] and "step" not in outputs[1][0]
+    one, two = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (alone, together))
+    for name in ("loss", "grad_norm", "reward/total", "tool/calls_per_rollout"):
+        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (together / "hf" / "model.safetensors").exists()
