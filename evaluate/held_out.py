@@ -45,5 +45,5 @@ def evaluate(
 def _rollouts(params: Params, mode: Mode, batch: int, seed: int) -> list[RolloutGroup]:
     groups: list[RolloutGroup] = []
     for start in range(0, len(mode.items), batch):
-        groups += mode.run(params, mode.items[start : start + batch], seed + start)
+        groups += mode.run(params, mode.items[start : start + batch], seed)
     return groups

@@ -133,8 +133,3 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(dict(mesh.shape), axes, x.shape))
-
-
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Where a batch lives: its leading dimension is split over `data` and `fsdp`."""
-    return NamedSharding(mesh, PartitionSpec(RULES["batch"]))

@@ -138,6 +138,8 @@ class Turn:
     """float32 `[t1]`: log-probability of each generated token under the tempered, untruncated
     distribution that it was drawn from."""
     stop_reason: StopReason
+    text: str = ""
+    """Prefix and generated tokens as text, special tokens kept: what is scored."""
     calls: tuple[ToolCall, ...] = ()
     """Tool calls of this turn, in order, malformed ones included."""
     executed: int = 0

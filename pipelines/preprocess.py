@@ -45,15 +45,20 @@ class FrameSpec:
 
     @classmethod
     def from_folder(cls, folder: str) -> FrameSpec:
-        """Read `preprocessor_config.json` of a Hugging Face model folder.
+        """Read `preprocessor_config.json` of a Hugging Face model folder, or the image part of
+        `processor_config.json`, where transformers 5 keeps it.
 
         Raises:
             ValueError: the file is missing or lacks a field.
         """
         path = os.path.join(folder, "preprocessor_config.json")
+        combined = os.path.join(folder, "processor_config.json")
+        together = not os.path.exists(path) and os.path.exists(combined)
+        path = combined if together else path
         try:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
+            config = config["image_processor"] if together else config
             return cls(
                 patch_size=config["patch_size"],
                 merge_size=config["merge_size"],
@@ -63,7 +68,7 @@ class FrameSpec:
                 mean=tuple(config["image_mean"]),
                 std=tuple(config["image_std"]),
             )
-        except (OSError, KeyError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
                 f"{path}: {error!r}; the folder must hold a Qwen3-VL image processor"
             ) from error

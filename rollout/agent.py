@@ -117,14 +117,13 @@ class _Rollout:
     def finish(self, renderer: Renderer, policy_version: int) -> Trajectory:
         """The record of the whole episode."""
         tokens = np.concatenate([part for part, _, _ in self.stream])
-        said = (renderer.decode([*turn.prefix, *turn.tokens]) for turn in self.turns)
         return Trajectory(
             prompt=self.prompt,
             tokens=tokens,
             generated=np.concatenate([np.full(len(part), own) for part, own, _ in self.stream]),
             log_probs=np.concatenate([log_probs for _, _, log_probs in self.stream]),
             turns=tuple(self.turns),
-            scored_text="".join(said),
+            scored_text="".join(turn.text for turn in self.turns),
             full_text=renderer.decode(tokens.tolist()),
             subagents=tuple(self.subagents),
             policy_version=policy_version,
@@ -222,6 +221,7 @@ class Agent:
             tokens=generated.tokens,
             log_probs=generated.log_probs,
             stop_reason=generated.stop_reason,
+            text=text,
             calls=calls,
         )
         rollout.speak(turn)
@@ -310,6 +310,7 @@ class Agent:
                 tokens=generated.tokens,
                 log_probs=generated.log_probs,
                 stop_reason=generated.stop_reason,
+                text=self.renderer.decode(generated.tokens.tolist()),
             )
         )
         trajectory = reporter.finish(self.renderer, policy_version)

@@ -28,6 +28,7 @@ from paravt_jax.interfaces import Params, Policy
 from paravt_jax.mesh import constrain
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import ArrayLike, KVCache, Prompt, StopReason, VisionFeatures
+from paravt_jax.rope_index import next_position
 from rollout.sampler import SamplingConfig, row_keys, sample
 
 
@@ -401,7 +402,7 @@ def _stack_prompts(prompts: Sequence[Prompt], index_P_T: list[np.ndarray], pad_i
         vision_index=vision_index,
         lengths=jnp.array([len(prompt.tokens) for prompt in prompts], jnp.int32),
         # Text goes on one above the largest component (Qwen2-VL, arXiv:2409.12191, section 2.1).
-        next_positions=jnp.array([prompt.positions.max() + 1 for prompt in prompts], jnp.int32),
+        next_positions=np.array([next_position(prompt.positions) for prompt in prompts], np.int32),
     )
 
 

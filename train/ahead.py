@@ -10,6 +10,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
+from models.qwen3_vl import Qwen3VLConfig
 from paravt_jax.mesh import make_mesh, parse_mesh, partition
 from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
@@ -17,9 +18,6 @@ from train import setup
 from train.config import Config, Stage
 from train.learner import generated_budget, rl_step
 from train.state import abstract_state, make_optimizer
-
-VISION_TOKENS_PER_FRAME = 64
-"""Of a frame of 50,176 pixels resized to multiples of 32."""
 
 
 def compile_only(config: Config, topology: str) -> str:
@@ -36,7 +34,7 @@ def compile_only(config: Config, topology: str) -> str:
         policy = setup.abstract_policy(config)
         optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
         state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
-        batch = abstract_batch(config, policy.config.text.hidden_size, _taps(policy), mesh)
+        batch = abstract_batch(config, policy.config, mesh)
         step = jax.jit(rl_step(policy, optimizer, config), donate_argnums=0)
         compiled = step.lower(state, batch).compile()
     return _report(topology, mesh, compiled)
@@ -52,14 +50,12 @@ def _devices(topology: str):
         ) from error
 
 
-def _taps(policy) -> int:
-    return len(policy.config.vision.deepstack_visual_indexes)
-
-
-def abstract_batch(config: Config, width: int, taps: int, mesh: Mesh) -> LearnerBatch:
+def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerBatch:
     """Shapes of the largest learner batch of a configuration, laid out on the mesh."""
+    width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
     rows = config.rl.prompts_per_step * config.rl.group_size
-    frames = max(config.data.frame_budgets) * VISION_TOKENS_PER_FRAME
+    merged = (model.vision.patch_size * model.vision.spatial_merge_size) ** 2
+    frames = max(config.data.frame_budgets) * (config.data.max_pixels // merged)
     agent = config.agent
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
     length = -(-(frames * 5 // 4 + 256 + generated_budget(config) + responses) // 128) * 128

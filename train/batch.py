@@ -9,6 +9,7 @@ import numpy as np
 
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup
+from paravt_jax.rope_index import next_position
 
 
 @dataclasses.dataclass(frozen=True)
@@ -80,7 +81,7 @@ def _vision_index(stream: Stream, patches: int) -> np.ndarray:
 
 def _positions(stream: Stream) -> np.ndarray:
     """Text after the prompt continues at the largest position so far plus one, on all axes."""
-    first = int(stream.prompt.positions.max()) + 1
+    first = next_position(stream.prompt.positions)
     text = np.arange(first, first + len(stream.tokens), dtype=np.int32)
     return np.concatenate([stream.prompt.positions, np.repeat(text[:, None], 3, axis=1)])
 

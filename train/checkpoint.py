@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
 
 from train.state import TrainState
@@ -45,31 +45,27 @@ class Checkpoints:
         )
         self._manager.save(step, args=items)
 
-    def restore(self, state: TrainState) -> tuple[TrainState, int, Any]:
-        """The last saved state in the layout of `state`, its step and its data state."""
-        step = self.latest or 0
+    def restore(self, like: TrainState) -> tuple[TrainState, int, Any]:
+        """The last saved state in the shapes and layout of `like`, its step and its data state."""
+        step = self.latest
+        assert step is not None, "nothing to restore"
         items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(_abstract(state.params)),
-            optimizer=ocp.args.StandardRestore(_abstract(state.optimizer)),
+            params=ocp.args.StandardRestore(like.params),
+            optimizer=ocp.args.StandardRestore(like.optimizer),
             meta=ocp.args.JsonRestore(),
         )
         saved: Any = self._manager.restore(step, args=items)
-        restored = dataclasses.replace(
-            state,
-            trainable={name: saved.params[name] for name in state.trainable},
-            frozen={name: saved.params[name] for name in state.frozen},
+        state = TrainState(
+            trainable={name: saved.params[name] for name in like.trainable},
+            frozen={name: saved.params[name] for name in like.frozen},
             optimizer=saved.optimizer,
-            step=state.step + step,
+            step=jax.device_put(np.int32(step), like.step.sharding),
         )
-        return restored, saved.meta["step"], saved.meta["data"]
+        return state, saved.meta["step"], saved.meta["data"]
 
     def close(self) -> None:
         """Wait for what is still being written."""
         self._manager.close()
-
-
-def _abstract(tree: Any) -> Any:
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), tree)
 
 
 def check_resume(folder: Path, resume: str) -> bool:

@@ -55,6 +55,12 @@ class Lessons:
     def _batch(self, task: str, start: int, rows: int) -> LearnerBatch:
         shape = self.config.sft.tasks[task]
         examples = [self.sources[task][index] for index in range(start, start + rows)]
+        learned = max(int((example.weights > 0).sum()) for example in examples)
+        if learned > shape.learned:
+            raise ValueError(
+                f"an example of task {task} has {learned} learned tokens, above the "
+                f"{shape.learned} of sft.tasks; raise it"
+            )
         return learner_batch(
             streams_of_examples(examples),
             length=shape.length,

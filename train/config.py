@@ -15,6 +15,7 @@ from typing import Any
 
 from paravt_jax.advantages import AdvantageConfig
 from paravt_jax.objectives import ObjectiveConfig
+from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.agent import AgentConfig
 
@@ -168,6 +169,8 @@ class Config:
     stage: Stage
     steps: int
     """Optimiser steps."""
+    needs: tuple[str, ...] = ()
+    """Flags without which the recipe cannot run."""
     seed: int = 0
     mesh: str | None = None
     """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
@@ -195,10 +198,19 @@ def _check_ranges(config: Config) -> None:
         "rl.micro_groups": config.rl.micro_groups,
         "evaluation.batch": config.evaluation.batch,
         "data.crop_frames": config.data.crop_frames,
+        "sft.micro_rows": config.sft.micro_rows,
     }
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
+    for name, value in {"--seed": config.seed, "evaluation.rows": config.evaluation.rows}.items():
+        if value < 0:
+            raise ValueError(f"{name} must not be negative, got {value}")
+    if config.data.min_pixels > config.data.max_pixels:
+        raise ValueError(
+            f"data.min_pixels={config.data.min_pixels} is above "
+            f"data.max_pixels={config.data.max_pixels}; lower it"
+        )
     if config.optimizer.learning_rate <= 0:
         raise ValueError(
             f"optimizer.learning_rate must be above 0, got {config.optimizer.learning_rate}"
@@ -219,36 +231,80 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_cross(config: Config) -> None:
-    budgets = config.data.frame_budgets
+    budgets, kinds = config.data.frame_budgets, config.data.question_types
     if not budgets or min(budgets) < 1:
         raise ValueError(f"data.frame_budgets must list positive frame counts, got {budgets}")
-    if config.stage is Stage.RL:
-        _check_rl(config)
-    elif not config.sft.phases:
+    unknown = set(kinds) - set(QuestionType)
+    if unknown or not kinds:
+        raise ValueError(
+            f"data.question_types={','.join(kinds)}: choose from {', '.join(QuestionType)}"
+        )
+    if config.rewards.mode == "llm":
+        raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+    (_check_rl if config.stage is Stage.RL else _check_sft)(config)
+
+
+def _check_sft(config: Config) -> None:
+    if not config.sft.phases:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    if config.data.path:
+        raise ValueError(
+            f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
+            "learns the needle world's own; leave --data out"
+        )
+    for phase in config.sft.phases:
+        for task, rows in phase.rows.items():
+            if rows > config.sft.micro_rows and rows % config.sft.micro_rows:
+                raise ValueError(
+                    f"sft.micro_rows={config.sft.micro_rows} does not divide the {rows} rows of "
+                    f"task {task}; choose a divisor"
+                )
 
 
 def _check_rl(config: Config) -> None:
-    if config.rl.group_size < 2:
+    rl, objective = config.rl, config.objective
+    if rl.group_size < 2:
         raise ValueError(
-            f"rl.group_size={config.rl.group_size} gives every rollout a zero advantage; "
+            f"rl.group_size={rl.group_size} gives every rollout a zero advantage; "
             "set it to 2 or more"
         )
-    if config.rl.prompts_per_step % config.rl.micro_groups:
+    if rl.prompts_per_step % rl.micro_groups:
         raise ValueError(
-            f"rl.prompts_per_step={config.rl.prompts_per_step} is not a multiple of "
-            f"rl.micro_groups={config.rl.micro_groups}; choose a divisor"
+            f"rl.prompts_per_step={rl.prompts_per_step} is not a multiple of "
+            f"rl.micro_groups={rl.micro_groups}; choose a divisor"
         )
-    if config.objective.anchor == "position" and not config.rewards.anchor_weight:
+    if config.agent.sampling.temperature <= 0:
+        raise ValueError(
+            "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
+            "above 0"
+        )
+    if objective.anchor == "position" and not config.rewards.anchor_weight:
         raise ValueError(
             "objective.anchor=position has no effect with rewards.anchor_weight=0; "
             "set objective.anchor=sequence"
+        )
+    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
+        raise ValueError(
+            f"objective.anchor={objective.anchor} with objective.anchor_weight="
+            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
         )
     if config.model.train_vision:
         raise ValueError(
             "model.train_vision=true has no effect in the rl stage, where vision features are "
             "computed once per prompt; set it to false"
         )
+    _check_clip(objective)
+
+
+def _check_clip(objective: ObjectiveConfig) -> None:
+    """One optimiser step per batch: the ratio to the proximal policy is always 1."""
+    default = ObjectiveConfig()
+    for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
+        if getattr(objective, name) != getattr(default, name):
+            raise ValueError(
+                f"objective.{name} has no effect while a batch gets one optimiser step, because "
+                "the ratio that it clips is always 1; leave it out"
+            )
 
 
 def override(config: Config, assignments: list[str]) -> Config:
@@ -292,8 +348,6 @@ def _parse(text: str, kind: Any, key: str) -> Any:
         if text.lower() in ("none", "null"):
             return None
         return _parse(text, next(a for a in inner if a is not type(None)), key)
-    if origin is typing.Literal:
-        return text
     if origin is tuple and inner[0] in (int, float, str):
         return tuple(_parse(part, inner[0], key) for part in text.split(",") if part)
     if kind is bool:

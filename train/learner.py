@@ -19,7 +19,7 @@ from train.batch import learner_batch, streams_of_groups
 from train.config import Config
 from train.layout import to_mesh
 from train.state import FlatParams
-from train.step import RlStep, batch_log_probs
+from train.step import RlStep
 
 LENGTH_STEP = 64
 """Streams are padded to a multiple of this, so that few shapes are compiled."""
@@ -60,11 +60,7 @@ class Learner:
         self.step = jax.jit(step, donate_argnums=0)
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
         self._encode = jax.jit(policy.encode)
-        self._log_probs = jax.jit(
-            lambda params, batch: batch_log_probs(
-                policy, params, batch, temperature=step.temperature, budget=step.budget
-            )[0]
-        )
+        self._log_probs = jax.jit(step.log_probs)
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, advantages, and vision features seen once."""

@@ -1,8 +1,10 @@
 """The door: `python train/main.py [--recipe NAME] [--mesh data:2,fsdp:4] ...`.
 
-No flag at all runs the embedded default, PARA-GRPO on the needle world.
+No flag at all runs the embedded default, PARA-GRPO on the needle world. Errors are one line;
+`PARAVT_TRACEBACK=1` in the environment shows where a failing run stood.
 """
 
+import os
 import os.path
 import sys
 
@@ -12,8 +14,6 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
-import time  # noqa: E402
-from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
 
@@ -58,9 +58,9 @@ def resolve(arguments: argparse.Namespace):
 
     config = get_recipe(arguments.recipe)
     replace = dataclasses.replace
-    if arguments.model:
+    if arguments.model is not None:
         config = replace(config, model=replace(config.model, folder=arguments.model))
-    if arguments.data:
+    if arguments.data is not None:
         config = replace(config, data=replace(config.data, path=arguments.data))
     plain = {name: getattr(arguments, name) for name in ("mesh", "steps", "seed")}
     config = replace(config, **{k: v for k, v in plain.items() if v is not None})
@@ -75,7 +75,8 @@ def main(argv: list[str] | None = None) -> int:
         from train import cluster, run
 
         cluster.start()
-        run.check(config)
+        run.check(config, here=not arguments.compile_only)
+        workdir = run.name_workdir(config, arguments.workdir)
     except ValueError as error:
         return _complain(error, code=2)
     try:
@@ -86,12 +87,13 @@ def main(argv: list[str] | None = None) -> int:
 
             print(compile_only(config, arguments.compile_only))
         else:
-            workdir = arguments.workdir or f"runs/{config.recipe}-{time.strftime('%Y%m%d-%H%M%S')}"
-            run.train(config, Path(workdir).absolute(), arguments.resume)
+            run.train(config, workdir, arguments.resume)
     except (ValueError, OSError) as error:
+        if os.environ.get("PARAVT_TRACEBACK"):
+            raise
         return _complain(error, code=1)
     except KeyboardInterrupt:
-        return _complain("interrupted; the last checkpoint in the workdir is complete", code=130)
+        return _complain(f"interrupted; continue with --workdir {workdir}", code=130)
     return 0
 
 

@@ -44,11 +44,12 @@ class RunLog:
         self._path = workdir / "metrics.jsonl"
         self._keep_before(first_step)
         self._file = self._path.open("a", encoding="utf-8")
-        self._board = SummaryWriter(str(workdir / "tensorboard"))
+        self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
     def _keep_before(self, step: int) -> None:
         if self._path.exists():
-            lines = self._path.read_text(encoding="utf-8").splitlines()
+            # A run that was killed may have left half a line; it has no line break.
+            lines = self._path.read_text(encoding="utf-8").split("\n")[:-1]
             kept = [line for line in lines if json.loads(line)["step"] < step]
             self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,9 @@ from jax.sharding import Mesh
 from evaluate.held_out import Item, Mode, evaluate
 from models.qwen3_vl import read_config, save_folder
 from paravt_jax.mesh import AXES
-from paravt_jax.params import format_table
+from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup
+from pipelines.datasets import folder_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -30,7 +32,7 @@ from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
-from train.state import FlatParams, make_optimizer, make_state
+from train.state import FlatParams, TrainState, abstract_state, make_optimizer, make_state
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
@@ -39,17 +41,53 @@ EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
 
 
-def check(config: Config) -> None:
-    """Refuse what cannot run on this machine, before anything is allocated.
+def check(config: Config, here: bool = True) -> None:
+    """Refuse what cannot run, before anything is allocated.
+
+    Args:
+      here: the run is for the devices of this machine (not compiled ahead for others).
 
     Raises:
-      ValueError: mesh, model folder or data path that does not fit.
+      ValueError: a flag that the recipe needs is missing, or mesh, model folder or data path do
+        not fit.
     """
-    setup.open_mesh(config)
-    if config.model.folder:
+    given = {"--model": config.model.folder, "--data": config.data.path}
+    missing = [flag for flag in config.needs if given[flag] is None]
+    if missing and here:
+        raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
+    if config.model.folder is not None:
         read_config(config.model.folder)
-    if config.data.path and not Path(config.data.path).exists():
+    if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
+    if here:
+        check_rows_fit(config, setup.open_mesh(config))
+
+
+def check_rows_fit(config: Config, mesh: Mesh) -> None:
+    """The rows of a gradient micro-batch must divide over the mesh, or devices repeat each other.
+
+    Raises:
+      ValueError: they do not.
+    """
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    rows = config.rl.micro_groups * config.rl.group_size
+    if config.stage is Stage.RL and rows % ways:
+        raise ValueError(
+            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} (rl.micro_groups="
+            f"{config.rl.micro_groups} x rl.group_size={config.rl.group_size}); make it a multiple"
+        )
+
+
+def name_workdir(config: Config, given: str | None) -> Path:
+    """Where the run writes: `--workdir`, or a new folder below `runs/`.
+
+    Raises:
+      ValueError: several hosts, which could not agree on a name.
+    """
+    if given is None and jax.process_count() > 1:
+        raise ValueError("--workdir is needed on several hosts: name one folder that all can see")
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    return Path(given or f"runs/{config.recipe}-{stamp}").absolute()
 
 
 def describe(config: Config) -> None:
@@ -58,6 +96,9 @@ def describe(config: Config) -> None:
     mesh = setup.open_mesh(config)
     print("mesh " + ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES))
     print(format_table(setup.abstract_policy(config).table, mesh))
+    if config.data.path is not None:
+        rows = folder_rows(config.data.path, config.data.question_types)
+        print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
 
 
 def train(config: Config, workdir: Path, resume: str) -> None:
@@ -74,26 +115,34 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
 
 
-MAY_CHANGE = ("steps", "mesh", "output", "evaluation")
-"""Settings that a resumed run may give anew."""
+MAY_CHANGE = ("steps", "mesh", "output.", "evaluation.batch", "evaluation.frame_budget")
+"""Settings (or beginnings of their names) that a resumed run may give anew."""
 
 
 def check_same_run(config: Config, path: Path) -> None:
     """Refuse to continue a run under another configuration than it began with.
 
     Raises:
-      ValueError: naming the first setting that differs.
+      ValueError: naming a setting that differs.
     """
     if not path.exists():
         return
-    before = json.loads(path.read_text(encoding="utf-8"))
-    now = json.loads(json.dumps(to_dict(config)))
-    for key in now:
-        if key not in MAY_CHANGE and before.get(key) != now[key]:
+    before = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    now = _flatten(json.loads(json.dumps(to_dict(config))))
+    for key, value in now.items():
+        if not key.startswith(MAY_CHANGE) and before.get(key) != value:
             raise ValueError(
-                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {now[key]!r}; "
+                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {value!r}; "
                 "choose another --workdir, or give the settings that it began with"
             )
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{prefix}{key}": value}
+    return flat
 
 
 class Run:
@@ -106,19 +155,35 @@ class Run:
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = setup.open_rows(config)
         self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
-        self.start = self.model.params(config, mesh)
-        state = make_state(self.start, config, mesh, self.optimizer)
         self._prepare_workdir()
         self.checkpoints = Checkpoints(
             workdir / "checkpoints", config.output.checkpoint_every, config.output.keep_checkpoints
         )
-        self.state, self.first_step, self.data_state = state, 0, None
-        if self.checkpoints.latest is not None:
-            self.state, self.first_step, self.data_state = self.checkpoints.restore(state)
+        self.start = self.model.params(config, mesh)
+        self.state, self.first_step, self.data_state = self._first_state()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         self.engine = Engine(
             self.model.policy, eos_ids=self.renderer.eos_ids, pad_id=self.renderer.pad_id
         )
+
+    def _first_state(self) -> tuple[TrainState, int, Any]:
+        """The last checkpoint of the workdir, or a new state; its step and data position.
+
+        Raises:
+          ValueError: the checkpoint is beyond the last step asked for.
+        """
+        config, mesh = self.config, self.mesh
+        latest = self.checkpoints.latest
+        if latest is None:
+            # A step donates its state; these weights stay, as the reference.
+            fresh = jax.tree.map(lambda x: x.copy(), self.start)
+            return make_state(fresh, config, mesh, self.optimizer), 0, None
+        if latest > config.steps:
+            raise ValueError(
+                f"--steps {config.steps}: {self.workdir} is already at step {latest}; ask for more"
+            )
+        params = abstract_params(self.model.policy.table, mesh)
+        return self.checkpoints.restore(abstract_state(params, config, mesh, self.optimizer))
 
     def _prepare_workdir(self) -> None:
         """`config.json` of the run, and the model folder without weights for conversion."""
@@ -147,8 +212,7 @@ class Run:
             prompts=stream,
             agent=self.agent(),
             learner=learner,
-            # The step donates its state, so the reference needs buffers of its own.
-            reference=jax.tree.map(lambda x: x.copy(), self.start),
+            reference=self.start,
             checkpoints=self.checkpoints,
             log=self.log,
             workdir=self.workdir,
@@ -250,7 +314,7 @@ class Run:
             if mode in before:
                 rows[f"{mode}, before"] = before[mode]
             rows[f"{mode}, after"] = figures
-        title = f"{len(self.held_out)} held-out videos, K={self.config.evaluation.frame_budget}"
+        title = f"{len(self.held_out)} held-out questions, K={self.config.evaluation.frame_budget}"
         self.log.console.print(comparison_table(title, rows))
         if is_first():
             summary = json.dumps({"before": before, "after": after}, indent=2)

@@ -30,6 +30,7 @@ def score_trajectory(row: Row, trajectory: Trajectory, rules: RewardRules) -> Tr
         row.answer,
         row.question_type,
         rules,
+        turns=[turn.text for turn in trajectory.turns],
         executed_calls=trajectory.executed,
     )
     return dataclasses.replace(trajectory, rewards=dataclasses.asdict(breakdown))
@@ -37,8 +38,7 @@ def score_trajectory(row: Row, trajectory: Trajectory, rules: RewardRules) -> Tr
 
 def complies(trajectory: Trajectory) -> bool:
     """Whether every turn of the rollout parses strictly."""
-    turns = trajectory.scored_text.split("<|im_end|>")
-    return all(parses_strictly(turn) for turn in turns if turn.strip())
+    return all(parses_strictly(turn.text) for turn in trajectory.turns)
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:

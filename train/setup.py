@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -96,7 +98,10 @@ class Model:
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
     """The policy of a configuration, without touching the disk for the needle model."""
     folder = config.model.folder
-    return Qwen3VLPolicy(read_config(folder) if folder else Qwen3VLConfig.from_dict(NEEDLE_MODEL))
+    architecture = read_config(folder) if folder else Qwen3VLConfig.from_dict(NEEDLE_MODEL)
+    return Qwen3VLPolicy(
+        architecture, compute_dtype=config.model.compute_dtype, remat=config.model.remat
+    )
 
 
 def copy_base(base: Path, target: Path) -> None:
@@ -107,16 +112,7 @@ def copy_base(base: Path, target: Path) -> None:
 
 
 def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:
-    """Endless supervised examples of each task of the configuration.
-
-    Raises:
-      ValueError: `--data` was given: questions hold no traces to learn from.
-    """
-    if config.data.path:
-        raise ValueError(
-            f"--data {config.data.path}: the sft stage learns the needle world's own traces; "
-            "leave --data out"
-        )
+    """Endless supervised examples of each task of the configuration."""
     questions = needle_questions(
         needle_world(config), _world_folder(config), "train", config.data.question_types
     )
@@ -130,9 +126,12 @@ def _world_folder(config: Config) -> str:
 
 def needle_base(config: Config) -> Path:
     """The needle model's folder without weights: config.json, tokenizer, processor settings."""
-    folder = Path(config.data.cache_dir).absolute() / "needle_model"
-    write_processor_folder(str(folder), needle_world(config))
-    tokenizer = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    cache = Path(config.data.cache_dir).absolute()
+    cache.mkdir(parents=True, exist_ok=True)
+    # Other runs and hosts may read the folder: it appears whole or not at all.
+    made = Path(tempfile.mkdtemp(dir=cache, prefix=".needle_model-"))
+    write_processor_folder(str(made), needle_world(config))
+    tokenizer = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     tokens = {
         "image_token_id": ids["<|image_pad|>"],
@@ -141,8 +140,21 @@ def needle_base(config: Config) -> Path:
         "vision_end_token_id": ids["<|vision_end|>"],
     }
     full = Qwen3VLConfig.from_dict({**NEEDLE_MODEL, **tokens}).to_dict()
-    (folder / "config.json").write_text(json.dumps(full, indent=2), encoding="utf-8")
-    return folder
+    (made / "config.json").write_text(json.dumps(full, indent=2), encoding="utf-8")
+    return _publish(made, cache)
+
+
+def _publish(made: Path, cache: Path) -> Path:
+    """Move a finished folder to a name made of its content, unless it is there already."""
+    content = "".join(path.read_text(encoding="utf-8") for path in sorted(made.iterdir()))
+    target = cache / f"needle_model-{_hash(content)[:12]}"
+    try:
+        made.rename(target)
+    except OSError:
+        if not target.is_dir():
+            raise
+        shutil.rmtree(made)
+    return target
 
 
 def needle_world(config: Config) -> NeedleWorld:
@@ -192,18 +204,20 @@ def one_per_video(rows: Sequence[Row]) -> list[Row]:
 
 
 def split_rows(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
-    """Hold out the `held_out` rows whose ids hash lowest: the same ones in every run.
+    """Hold out whole videos, those whose names hash lowest, until `held_out` questions are out.
 
     Raises:
       ValueError: nothing would be left to train on.
     """
-    if held_out >= len(rows):
+    order = sorted(rows, key=lambda row: _hash(os.path.basename(row.video.path)))
+    out = {row.video.path for row in order[:held_out]}
+    training = [row for row in rows if row.video.path not in out]
+    if not training:
         raise ValueError(
-            f"evaluation.rows={held_out} leaves none of the {len(rows)} questions to train on; "
-            "lower it"
+            f"evaluation.rows={held_out} holds out every video of the {len(rows)} questions and "
+            "leaves none to train on; lower it"
         )
-    order = sorted(rows, key=lambda row: _hash(row.row_id))
-    return order[held_out:], order[:held_out]
+    return training, order[:held_out]
 
 
 def _hash(text: str) -> str:

@@ -66,8 +66,8 @@ def _row_features(policy: Policy, params: FlatParams, batch: LearnerBatch) -> Vi
 def split_micro(batch: LearnerBatch, count: int) -> LearnerBatch:
     """Reshape every `[n, ...]` to `[count, n / count, ...]`, groups kept whole.
 
-    Micro-batch i takes every count-th group, so that rows sharded over the mesh in
-    blocks stay on their device.
+    Micro-batch i takes every count-th group: where a device holds several groups, it works on
+    its own in each micro-batch.
     """
     groups = _groups(batch)
 
@@ -77,6 +77,13 @@ def split_micro(batch: LearnerBatch, count: int) -> LearnerBatch:
         return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:])
 
     return jax.tree.map(split, batch)
+
+
+def join_micro(pieces: Array, groups: int) -> Array:
+    """Inverse of `split_micro` for one `[count, n / count, ...]` array of `groups` groups."""
+    count, rows = pieces.shape[0], pieces.shape[0] * pieces.shape[1] // groups
+    pieces = pieces.reshape(count, groups // count, rows, *pieces.shape[2:])
+    return jnp.moveaxis(pieces, 0, 1).reshape(groups * rows, *pieces.shape[3:])
 
 
 def _groups(batch: LearnerBatch) -> int:
@@ -195,6 +202,16 @@ class RlStep:
             **watched.means(),
         }
         return apply_gradients(self.optimizer, state, gradients), metrics
+
+    def log_probs(self, params: FlatParams, batch: LearnerBatch) -> Float[Array, "b t"]:
+        """Log-probabilities under any weights, in the micro-batches of the step itself."""
+        pieces = jax.lax.map(
+            lambda piece: batch_log_probs(
+                self.policy, params, piece, temperature=self.temperature, budget=self.budget
+            )[0],
+            split_micro(batch, self.micro_batches),
+        )
+        return join_micro(pieces, _groups(batch))
 
     def _loss(
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from models.qwen3_vl.config import Qwen3VLConfig
@@ -147,9 +147,16 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
         raise ValueError(f"{folder} holds {found}: give a folder with *.safetensors")
     files = {}
     for shard in shards:
-        with safe_open(shard, framework="np") as opened:
+        with _open(shard) as opened:
             files.update(dict.fromkeys(opened.keys(), shard))
     return files
+
+
+def _open(path: Path) -> Any:
+    try:
+        return safe_open(path, framework="np")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}): fetch the folder again") from error
 
 
 def _hf_names(table: Table) -> list[str]:
@@ -169,7 +176,7 @@ def _check_shapes(files: dict[str, Path], table: Table) -> None:
     wrong = []
     for spec in table.values():
         for name in spec.hf_names:
-            with safe_open(files[name], framework="np") as opened:
+            with _open(files[name]) as opened:
                 shape = tuple(opened.get_slice(name).get_shape())
             if shape != spec.hf_layer_shape:
                 wrong.append(f"{name} is {shape}, config.json says {spec.hf_layer_shape}")
@@ -178,7 +185,7 @@ def _check_shapes(files: dict[str, Path], table: Table) -> None:
 
 
 def _read_tensor(files: dict[str, Path], name: str) -> np.ndarray:
-    with safe_open(files[name], framework="np") as opened:
+    with _open(files[name]) as opened:
         return opened.get_tensor(name)
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from train import main
+
 ROOT = Path(__file__).resolve().parents[2]
 DOOR = ROOT / "train" / "main.py"
 FLAGS = {
@@ -25,10 +27,7 @@ def command(*arguments, cwd):
 
 
 def test_flags_are_frozen():
-    sys.path.insert(0, str(ROOT))
-    from train.main import make_parser
-
-    found = {s for action in make_parser()._actions for s in action.option_strings}
+    found = {s for action in main.make_parser()._actions for s in action.option_strings}
     assert found - {"-h"} == FLAGS
 
 
@@ -41,26 +40,47 @@ def test_dry_run_from_a_foreign_directory(tmp_path):
     assert not list(tmp_path.iterdir()), "a dry run must not write anything"
 
 
-ERRORS = [
+BY_COMMAND = [
     (["--frobnicate"], 2, "--frobnicate"),
     (["--recipe", "needel_rl"], 2, "needle_rl"),
     (["--mesh", "pipeline:2"], 2, "pipeline"),
     (["--mesh", "data:3"], 2, "--mesh"),
     (["--model", "no/such/folder"], 2, "no/such/folder"),
+    (["--resume", "must", "--workdir", "empty"], 1, "--workdir"),
+]
+IN_PROCESS = [
     (["--data", "no/such/data.csv"], 2, "no/such/data.csv"),
     (["--set", "optimizer.lr=1"], 2, "learning_rate"),
     (["--set", "rl.group_size=1"], 2, "rl.group_size"),
     (["--steps", "0"], 2, "--steps"),
-    (["--resume", "must", "--workdir", "empty"], 1, "--workdir"),
+    (["--seed", "-1"], 2, "--seed"),
+    (["--recipe", "paravt_rl"], 2, "--model and --data"),
+    (["--recipe", "needle_sft", "--data", "x.csv"], 2, "--data"),
+    (["--set", "objective.clip_low=0.1"], 2, "objective.clip_low"),
+    (["--set", "agent.sampling.temperature=0"], 2, "temperature"),
+    (["--mesh", "data:-1", "--set", "rl.micro_groups=1", "--set", "rl.group_size=3"], 2, "--mesh"),
+    (["--recipe", "needle_sft", "--compile-only", "v5p:2x2x2"], 1, "needle_sft"),
 ]
 
 
-@pytest.mark.parametrize(
-    ("arguments", "code", "named"), ERRORS, ids=[" ".join(e[0]) for e in ERRORS]
-)
+def names(cases):
+    return [" ".join(arguments) for arguments, _, _ in cases]
+
+
+def assert_one_line(errors: str, named: str):
+    lines = errors.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: "), errors
+    assert named in lines[0]
+
+
+@pytest.mark.parametrize(("arguments", "code", "named"), BY_COMMAND, ids=names(BY_COMMAND))
 def test_bad_input_is_one_line_with_the_remedy(arguments, code, named, tmp_path):
     done = command(*arguments, cwd=tmp_path)
     assert done.returncode == code, done.stderr
-    lines = done.stderr.strip().splitlines()
-    assert len(lines) == 1 and lines[0].startswith("error: "), done.stderr
-    assert named in lines[0]
+    assert_one_line(done.stderr, named)
+
+
+@pytest.mark.parametrize(("arguments", "code", "named"), IN_PROCESS, ids=names(IN_PROCESS))
+def test_bad_settings_are_refused_at_the_door(arguments, code, named, capsys):
+    assert main.main(arguments) == code
+    assert_one_line(capsys.readouterr().err, named)

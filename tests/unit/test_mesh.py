@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import PartitionSpec
 
 from paravt_jax import mesh as meshes
-from paravt_jax.mesh import batch_sharding, constrain, make_mesh, parse_mesh, sharding
+from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding
 
 
 @pytest.mark.parametrize(
@@ -86,7 +86,3 @@ def test_constrain_lays_out_activations_only_under_a_mesh(mesh):
         spread = jax.jit(lambda x: constrain(3 * x, "batch", "mlp"))(x)
     assert spread.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor")
     np.testing.assert_array_equal(spread, 3 * x)
-
-
-def test_batches_are_split_over_data_and_fsdp(mesh):
-    assert batch_sharding(mesh).shard_shape((8, 5)) == (2, 5)

@@ -23,15 +23,20 @@ ANSWER = "<think>\nI saw a red circle.\n</think>\n<answer>red</answer><|im_end|>
 UNCLOSED = "<think>\nI saw a red circle.\n<answer>red</answer><|im_end|>"
 
 
-def trajectory(text: str, calls: int = 0, executed: int = 0) -> Trajectory:
+def trajectory(*texts: str, calls: int = 0, executed: int = 0) -> Trajectory:
+    """A rollout of one turn per text; its first turn makes the calls."""
     none = np.zeros(0, np.int32)
-    turn = Turn(
-        prefix=none,
-        tokens=none,
-        log_probs=none.astype(np.float32),
-        stop_reason=StopReason.END,
-        calls=tuple(ToolCall("crop_video", {}) for _ in range(calls)),
-        executed=executed,
+    turns = tuple(
+        Turn(
+            prefix=none,
+            tokens=none,
+            log_probs=none.astype(np.float32),
+            stop_reason=StopReason.END,
+            text=text,
+            calls=tuple(ToolCall("crop_video", {}) for _ in range(calls if not number else 0)),
+            executed=executed if not number else 0,
+        )
+        for number, text in enumerate(texts)
     )
     prompt = Prompt(none, none.reshape(0, 3), none)
     return Trajectory(
@@ -39,16 +44,16 @@ def trajectory(text: str, calls: int = 0, executed: int = 0) -> Trajectory:
         tokens=np.zeros(4, np.int32),
         generated=np.array([True, True, False, True]),
         log_probs=np.zeros(4, np.float32),
-        turns=(turn,),
-        scored_text=text,
-        full_text=text,
+        turns=turns,
+        scored_text="".join(texts),
+        full_text="".join(texts),
     )
 
 
 @pytest.fixture
 def groups():
     row = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "red", "oe")
-    tool = trajectory(GOOD + ANSWER, calls=2, executed=2)
+    tool = trajectory(GOOD, ANSWER, calls=2, executed=2)
     direct, unclosed = trajectory(ANSWER), trajectory(UNCLOSED)
     same = RolloutGroup(row, 8, (direct, direct))
     return score_groups([RolloutGroup(row, 4, (tool, unclosed)), same], RewardRules())
@@ -77,6 +82,16 @@ def test_figures_by_hand(groups):
 
 
 def test_compliance_asks_every_turn():
-    assert complies(trajectory(GOOD + ANSWER))
-    assert not complies(trajectory(GOOD + UNCLOSED))
-    assert not complies(trajectory(GOOD.replace('"name"', "name") + ANSWER))
+    assert complies(trajectory(GOOD, ANSWER))
+    assert not complies(trajectory(GOOD, UNCLOSED))
+    assert not complies(trajectory(GOOD.replace('"name"', "name"), ANSWER))
+
+
+def test_a_turn_that_plays_several_is_one_turn():
+    """Calls, then a second thought and an answer in one breath: nothing was executed."""
+    pretended = trajectory(GOOD.removesuffix("<|im_end|>") + ANSWER)
+    assert not complies(pretended)
+    row = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "red", "oe")
+    (group,) = score_groups([RolloutGroup(row, 4, (pretended,))], RewardRules())
+    assert group.trajectories[0].rewards["format"] < 0.9
+    assert group.trajectories[0].rewards["tool"] == 0.0

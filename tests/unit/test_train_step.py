@@ -104,6 +104,14 @@ def assert_nothing_large_is_replicated(state, limit: int = 64 * 1024):
         assert size <= limit or not leaf.sharding.is_fully_replicated, name
 
 
+def test_reference_log_probs_do_not_depend_on_micro_batching():
+    batch, params = random_batch(), initialise(POLICY.table, jax.random.key(0))
+    whole, _ = batch_log_probs(POLICY, params, batch, temperature=0.8, budget=TOKENS)
+    optimizer, objective = optax.sgd(0.1), ObjectiveConfig()
+    parts = RlStep(POLICY, optimizer, objective, 0.8, micro_batches=2, budget=TOKENS)
+    np.testing.assert_allclose(parts.log_probs(params, batch), whole, atol=1e-5)
+
+
 def test_master_weights_and_moments_are_float32():
     _, state = run_steps("data:1", 1, 1)
     for leaf in jax.tree.leaves((state.params, state.optimizer)):

@@ -1,8 +1,11 @@
 """ParaVT's own recipe (arXiv 2605.20342) on a real Qwen3-VL and your videos.
 
-Figures are the released configuration's (`_base.yaml` at cf55249), corrected where the
-release is broken: frames are gated for real, the forced prefix is scored, the reference
-uses the sampler's temperature, weights and moments are float32.
+Learning rate, rollouts, temperature, frame budgets and crop settings are the released
+configuration's (`_base.yaml` at cf55249). Corrected where the release is broken: frames are gated
+for real, the forced prefix is scored, the reference uses the sampler's temperature, weights and
+moments are float32. Different by our choice: the anchor acts at positions, rewards are not scaled
+and clipped, token advantages are not whitened, there is no KL term (the release has 0.01 of k1 in
+the reward), and a step has 8 prompts instead of 7. On-policy: one step per batch, no staleness.
 """
 
 import dataclasses
@@ -31,6 +34,7 @@ def paravt_rl() -> Config:
     sampling = SamplingConfig(temperature=0.7)
     return Config(
         recipe="paravt_rl",
+        needs=("--model", "--data"),
         stage=Stage.RL,
         steps=54,
         model=ModelSettings(compute_dtype="bfloat16", remat=True),
@@ -55,13 +59,14 @@ def paravt_rl() -> Config:
 def paravt_grpo() -> Config:
     """Vanilla GRPO beside it: `python train/main.py --recipe paravt_grpo ...`.
 
-    No anchor and no frame gating, everything else the same, as in the paper's ablation.
+    No anchor, no frame gating and no forced `<think>`, as in the released vanilla recipe.
     """
     base = paravt_rl()
     return dataclasses.replace(
         base,
         recipe="paravt_grpo",
         data=dataclasses.replace(base.data, frame_budgets=(64,)),
+        agent=dataclasses.replace(base.agent, think_prefix=""),
         rewards=RewardRules(anchor_weight=0.0, answer_suffix=False),
-        objective=ObjectiveConfig(anchor="sequence"),
+        objective=dataclasses.replace(base.objective, anchor="sequence"),
     )
