@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 
-from paravt_jax.records import ArrayLike
+from paravt_jax.records import ArrayLike, pytree
 
 _LARGEST_LOG_RATIO = 20.0
 """exp(20) = 5e8: far beyond any clip range, far below the overflow of float32."""
@@ -72,7 +72,7 @@ class ObjectiveConfig:
         _check_choice("aggregation", self.aggregation, ("token", "sequence"))
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class ObjectiveMetrics:
     """What to watch, as float32 sums over trained tokens; `merge` adds up micro-batches."""

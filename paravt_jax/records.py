@@ -15,11 +15,14 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
+
+T = TypeVar("T")
 
 if TYPE_CHECKING:
     ArrayLike = Any
@@ -27,6 +30,27 @@ else:
     ArrayLike = jax.Array | np.ndarray
 """A batch is made with numpy on the host and moves to the device as a whole. Type checkers
 see `Any`: both kinds, and shapes that stand for them ahead of time, take the same operations."""
+
+
+def pytree(cls: type[T]) -> type[T]:
+    """Register a dataclass of arrays as a pytree.
+
+    Transformations put shapes, shardings or stacked arrays in the place of leaves. Unlike jax's
+    own registration this does not run `__init__` then, whose shapes pytest checks.
+    """
+    names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+
+    def flatten(value: T) -> tuple[list[tuple[Any, Any]], None]:
+        return [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names], None
+
+    def unflatten(_: None, leaves: Iterable[Any]) -> T:
+        value = object.__new__(cls)
+        for name, leaf in zip(names, leaves, strict=True):
+            object.__setattr__(value, name, leaf)
+        return value
+
+    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
+    return cls
 
 
 class StopReason(enum.StrEnum):
@@ -190,7 +214,7 @@ class RolloutGroup:
     trajectories: tuple[Trajectory, ...]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class VisionFeatures:
     """Output of the vision tower for a batch of prompts."""
@@ -200,7 +224,7 @@ class VisionFeatures:
     """One addend per DeepStack layer (`e` of them), for the first `e` language layers."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class KVCache:
     """Live keys and values; each row is filled from slot 0 without holes."""
@@ -211,7 +235,7 @@ class KVCache:
     """Filled slots of each row."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class LearnerBatch:
     """Token streams as the learner takes them: `b` rows in `b / g` groups of `g` neighbours.

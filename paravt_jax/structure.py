@@ -28,7 +28,7 @@ from paravt_jax.protocol import (
     STRUCTURAL_TAGS,
     THINK_CLOSE,
 )
-from paravt_jax.records import ArrayLike
+from paravt_jax.records import ArrayLike, pytree
 
 ANCHOR_TAGS = (THINK_CLOSE, CALL_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
 """Tags at which the format anchor acts: the ones that collapse under temperature sampling."""
@@ -60,7 +60,7 @@ class TagTable:
     """The tags, in the order of their ids."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class StructuralTokens:
     """The structural tags of a batch of token streams."""

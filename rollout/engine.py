@@ -27,7 +27,14 @@ from jaxtyping import Array, Bool, Float, Int, UInt
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.mesh import constrain
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import ArrayLike, KVCache, Prompt, StopReason, VisionFeatures
+from paravt_jax.records import (
+    ArrayLike,
+    KVCache,
+    Prompt,
+    StopReason,
+    VisionFeatures,
+    pytree,
+)
 from paravt_jax.rope_index import next_position
 from rollout.sampler import SamplingConfig, row_keys, sample
 
@@ -53,7 +60,7 @@ class Generated:
     stop_reason: StopReason
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _State:
     """The live part of a session, on the device."""
@@ -65,7 +72,7 @@ class _State:
     """M-RoPE position of each row's next token; text has the same one in all components."""
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Block:
     """Right-padded prompts."""
@@ -77,7 +84,7 @@ class _Block:
     next_positions: Int[ArrayLike, " b"]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Draw:
     """Sampling settings of each row, all traced."""
@@ -89,7 +96,7 @@ class _Draw:
     eos_ids: Int[ArrayLike, " e"]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class _Loop:
     """Carry of the decode loop."""

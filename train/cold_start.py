@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import jax
 import optax
@@ -24,6 +24,7 @@ from train.state import TrainState
 from train.step import SftStep
 
 
+@runtime_checkable
 class Examples(Protocol):
     """Endless supervised examples of one task; element i is always the same."""
 

@@ -12,12 +12,13 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from paravt_jax.params import ParamSpec, Table
+from paravt_jax.records import pytree
 from train.config import Config, OptimizerSettings
 
 FlatParams = dict[str, Array]
 
 
-@jax.tree_util.register_dataclass
+@pytree
 @dataclasses.dataclass(frozen=True)
 class TrainState:
     """Weights in two parts (only one has gradients and moments), optimiser state and step."""

@@ -1,14 +1,8 @@
 """Tiny random Qwen3-VL models of transformers, and inputs for them."""
 
-import sys
-import types
-
-# torchvision's meta registrations fail to import with some CPU builds; they are not needed.
-sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("unused"))
-
-import numpy as np  # noqa: E402
-import torch  # noqa: E402
-from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration  # noqa: E402
+import numpy as np
+import torch
+from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
 TEXT = {

@@ -1,8 +1,5 @@
 """Frames to patches: sizes, order and values, against transformers' own processors."""
 
-import sys
-import types
-
 import numpy as np
 import pytest
 
@@ -18,10 +15,6 @@ def random_frames(count: int, height: int, width: int) -> np.ndarray:
 
 def load_processor():
     """transformers' processor, loaded from the folder that we write."""
-    # The CPU build of torchvision registers operators that its torch lacks.
-    sys.modules.setdefault(
-        "torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations")
-    )
     pytest.importorskip("torchvision")
     from transformers import AutoProcessor
 

@@ -65,7 +65,7 @@ def test_one_bad_call_does_not_cost_the_others():
         ('<tool_call>{"name": "crop_video"}</tool_call>', '"arguments" must be'),
         ('<tool_call>{"name": "crop_video", "arguments": null}</tool_call>', '"arguments" must be'),
         ('<tool_call>{"name": "crop_video", "arguments": {}}', "never closed"),
-        ('{"name": "crop_video", "arguments": {}}</tool_call>', "without <tool_call>"),
+        ('{"name": "crop_video", "arguments": {}}</tool_call>', "never opened"),
     ],
 )
 def test_each_malformed_block_says_what_is_wrong(block, complaint):

@@ -105,7 +105,8 @@ def assert_nothing_large_is_replicated(state, limit: int = 64 * 1024):
 
 
 def test_reference_log_probs_do_not_depend_on_micro_batching():
-    batch, params = random_batch(), initialise(POLICY.table, jax.random.key(0))
+    batch = jax.tree.map(jnp.asarray, random_batch())
+    params = initialise(POLICY.table, jax.random.key(0))
     whole, _ = batch_log_probs(POLICY, params, batch, temperature=0.8, budget=TOKENS)
     optimizer, objective = optax.sgd(0.1), ObjectiveConfig()
     parts = RlStep(POLICY, optimizer, objective, 0.8, micro_batches=2, budget=TOKENS)
@@ -127,7 +128,7 @@ def test_frozen_vision_tower_does_not_move():
 
 
 def test_supervised_loss_is_the_mean_negative_log_likelihood():
-    batch = random_batch()
+    batch = jax.tree.map(jnp.asarray, random_batch())
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
     config = get_recipe("needle_sft")
     optimizer = optax.sgd(0.1)
