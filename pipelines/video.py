@@ -8,10 +8,6 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
-# Read by OpenCV when it is imported: what is wrong with a file is told once, by our own error.
-os.environ.setdefault("OPENCV_LOG_LEVEL", "SILENT")
-os.environ.setdefault("OPENCV_FFMPEG_LOGLEVEL", "-8")
-
 import cv2
 import numpy as np
 

@@ -24,7 +24,7 @@ SMALL = [
     "rl.prompts_per_step=2",
     "rl.group_size=2",
     "rl.micro_groups=1",
-    "agent.turn_tokens=48",
+    "agent.turn_tokens=80",
     "agent.subagent_batch=8",
     "evaluation.rows=4",
     "evaluation.batch=4",
@@ -118,7 +118,7 @@ def test_sampler_and_learner_agree(run):
 
 def test_everything_is_left_in_the_workdir(run):
     workdir, output = run
-    assert "held-out videos" in output and "sampled" in output
+    assert "held-out questions" in output and "sampled" in output
     assert json.loads((workdir / "config.json").read_text())["steps"] == 3
     assert (workdir / "checkpoints" / "3").is_dir()
     assert list((workdir / "tensorboard").iterdir())
