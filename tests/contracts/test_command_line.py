@@ -73,6 +73,7 @@ def assert_one_line(errors: str, named: str):
     assert named in lines[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code", "named"), BY_COMMAND, ids=names(BY_COMMAND))
 def test_bad_input_is_one_line_with_the_remedy(arguments, code, named, tmp_path):
     done = command(*arguments, cwd=tmp_path)

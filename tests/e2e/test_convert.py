@@ -24,6 +24,8 @@ from paravt_jax.checkpoint import restore_params, save_params
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "models" / "convert.py"
 CONFIG = Qwen3VLConfig(
     text=TextConfig(

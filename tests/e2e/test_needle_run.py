@@ -25,6 +25,7 @@ SMALL = [
     "rl.group_size=2",
     "rl.micro_groups=1",
     "agent.turn_tokens=80",
+    "agent.sampling.temperature=0.9",
     "agent.subagent_batch=8",
     "evaluation.rows=4",
     "evaluation.batch=4",

@@ -15,6 +15,8 @@ from models.qwen3_vl.vision import DctBasis
 from paravt_jax.params import initialise
 from paravt_jax.rope_index import mrope_positions, vision_index
 
+pytestmark = pytest.mark.slow
+
 CONFIG = Qwen3VLConfig(
     text=TextConfig(
         vocab_size=64,

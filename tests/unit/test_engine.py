@@ -228,6 +228,7 @@ QWEN = Qwen3VLPolicy(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", [None, "data:2,fsdp:2,tensor:2"])
 def test_qwen3_vl_log_probs_equal_the_learners(mesh):
     width = QWEN.config.vision.patch_values

@@ -66,6 +66,13 @@ def test_tool_credit_needs_executed_calls(groups):
     assert tool.rewards["total"] == pytest.approx(2.6)
 
 
+def test_a_call_that_failed_earns_no_tool_credit():
+    row = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "red", "oe")
+    failed = trajectory(GOOD, ANSWER, calls=2, executed=0)
+    (group,) = score_groups([RolloutGroup(row, 4, (failed,))], RewardRules())
+    assert group.trajectories[0].rewards["tool"] == 0.0
+
+
 def test_figures_by_hand(groups):
     figures = rollout_metrics(groups)
     assert figures["reward/accuracy"] == 1.0

@@ -20,6 +20,7 @@ from train.recipes.needle import NEEDLE_MODEL
 from train.state import make_optimizer, make_state
 from train.step import RlStep, SftStep, batch_log_probs
 
+pytestmark = pytest.mark.slow
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
 ROWS, TOKENS, FRAMES, GROUP = 16, 24, 2, 4
 
@@ -86,7 +87,6 @@ def test_loss_does_not_depend_on_micro_batching(aggregation):
     np.testing.assert_allclose(parts, whole, rtol=1e-5)
 
 
-@pytest.mark.slow
 def test_mesh_gives_the_one_device_trajectory():
     alone, _ = run_steps("data:1", 2, 5)
     spread, state = run_steps("data:2,fsdp:2,tensor:2", 2, 5)

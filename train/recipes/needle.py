@@ -101,7 +101,11 @@ def _agent() -> AgentConfig:
 
 
 def needle_rl() -> Config:
-    """PARA-GRPO from the committed cold start: `python train/main.py`."""
+    """PARA-GRPO from the committed cold start: `python train/main.py`.
+
+    Two x86-64 cores, about 7 minutes with both evaluations. Held-out accuracy sampled at T=1 goes
+    from 0.44 to 0.70-0.72 over three seeds, greedy from 0.43 to 0.76, crops from 2.6 to 3.6-3.9.
+    """
     return Config(
         recipe="needle_rl",
         stage=Stage.RL,
@@ -137,7 +141,11 @@ def needle_grpo() -> Config:
 
 
 def needle_sft() -> Config:
-    """The cold start, from random weights: `python train/main.py --recipe needle_sft`."""
+    """The cold start, from random weights: `python train/main.py --recipe needle_sft`.
+
+    Two x86-64 cores, 17.6 minutes beside other jobs; a late step alone takes 1.4 s. Afterwards
+    0.99 of rollouts sampled at T=1 keep the strict format, and accuracy is 0.44 sampled.
+    """
     return Config(
         recipe="needle_sft",
         stage=Stage.SFT,
