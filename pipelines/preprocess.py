@@ -39,6 +39,11 @@ class FrameSpec:
         return self.patch_size * self.merge_size
 
     @property
+    def max_patches(self) -> int:
+        """Most patches that a frame can have after resizing."""
+        return self.max_pixels // self.patch_size**2
+
+    @property
     def patch_values(self) -> int:
         """Values of one flattened patch: channels x frames x rows x columns."""
         return 3 * self.temporal_patch_size * self.patch_size**2

@@ -119,13 +119,19 @@ def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Arr
 class Engine:
     """Compiled prefill, append and decode of one policy. Weights are arguments, not state."""
 
-    def __init__(self, policy: Policy, *, eos_ids: Sequence[int], pad_id: int) -> None:
-        """`eos_ids` end a turn; `pad_id` fills rows that are shorter than their block."""
+    def __init__(
+        self, policy: Policy, *, eos_ids: Sequence[int], pad_id: int, frame_patches: int = 0
+    ) -> None:
+        """`eos_ids` end a turn; `pad_id` fills rows that are shorter than their block.
+
+        Frames are padded to `frame_patches` patches, or to the largest of their batch if that is
+        more: the most that a frame can have keeps frames of all shapes in one compiled tower.
+        """
         if not eos_ids:
             raise ValueError("eos_ids=(): name at least one token that ends a turn")
         self.policy = policy
         self.eos_ids = np.asarray(eos_ids, np.int32)
-        self.pad_id = pad_id
+        self.pad_id, self.frame_patches = pad_id, frame_patches
         self.compilations = 0
         """How often a function was traced, hence compiled, so far."""
         self._encode = jax.jit(self._encode_frames)
@@ -176,6 +182,7 @@ class Engine:
             return None, [prompt.vision_index for prompt in prompts]
         shown = [prompt.patches for prompt in prompts]
         frames, patches = largest(shown)
+        patches = max(patches, self.frame_patches)
         values, grids = stack_patches(shown, bucket(frames), patches)
         features = self._encode(params, values, grids)
         return features, [restride(prompt, patches) for prompt in prompts]

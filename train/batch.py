@@ -40,9 +40,16 @@ def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
 
 
 def learner_batch(
-    streams: Sequence[Stream], *, length: int, pad_id: int, group_size: int = 1, frames: int = 0
+    streams: Sequence[Stream],
+    *,
+    length: int,
+    pad_id: int,
+    group_size: int = 1,
+    frames: int = 0,
+    frame_patches: int = 0,
 ) -> LearnerBatch:
-    """Pad streams to `[b, length]`; patches of each group's prompt, padded to `frames`.
+    """Pad streams to `[b, length]`; each group's prompt shows at least `frames` frames of at least
+    `frame_patches` patches, padding included.
 
     Raises:
       ValueError: a stream is longer than `length` (the caller chose the bucket wrongly).
@@ -54,6 +61,7 @@ def learner_batch(
     most_frames, most_patches = largest(shown)
     patches, grids = None, None
     if most_frames:
+        most_patches = max(most_patches, frame_patches)
         patches, grids = stack_patches(shown, max(frames, most_frames), most_patches)
     zeros = np.zeros((len(streams), length), np.float32)
     return LearnerBatch(

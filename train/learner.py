@@ -54,8 +54,10 @@ class Learner:
         mesh: Mesh,
         tags: TagTable,
         pad_id: int,
+        frame_patches: int,
     ):
-        self._config, self._mesh, self._tags, self._pad_id = config, mesh, tags, pad_id
+        self._config, self._mesh, self._tags = config, mesh, tags
+        self._pad_id, self._frame_patches = pad_id, frame_patches
         step = rl_step(policy, optimizer, config)
         self.step = jax.jit(step, donate_argnums=0)
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
@@ -72,6 +74,7 @@ class Learner:
             pad_id=self._pad_id,
             group_size=len(groups[0].trajectories),
             frames=max(self._config.data.frame_budgets),
+            frame_patches=self._frame_patches,
         )
         batch = to_mesh(host, self._mesh)
         generated = batch.loss_weights > 0

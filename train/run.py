@@ -163,7 +163,10 @@ class Run:
         self.state, self.first_step, self.data_state = self._first_state()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         self.engine = Engine(
-            self.model.policy, eos_ids=self.renderer.eos_ids, pad_id=self.renderer.pad_id
+            self.model.policy,
+            eos_ids=self.renderer.eos_ids,
+            pad_id=self.renderer.pad_id,
+            frame_patches=self.renderer.spec.max_patches,
         )
 
     def _first_state(self) -> tuple[TrainState, int, Any]:
@@ -206,6 +209,7 @@ class Run:
             self.mesh,
             self.model.tags(self.renderer),
             self.renderer.pad_id,
+            self.renderer.spec.max_patches,
         )
         parts = Parts(
             config=config,

@@ -56,6 +56,13 @@ def test_vision_index_counts_over_the_padded_patches_of_the_batch():
     assert batch.grids[1].tolist() == [[2, 4], [0, 0]]
 
 
+def test_frames_are_padded_to_the_patches_of_the_configuration():
+    streams = streams_of_examples([example(1)])
+    batch = learner_batch(streams, length=8, pad_id=0, frame_patches=12)
+    assert batch.patches.shape == (1, 2, 12, 6)
+    assert batch.vision_index[0, 3:5].tolist() == [0, 3]
+
+
 def test_restride_leaves_a_prompt_of_full_width_alone():
     own = prompt()
     assert restride(own, 4) is own.vision_index
