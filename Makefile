@@ -30,10 +30,15 @@ setup-dev: .venv/.dev
 	$(PIP) -r requirements.txt
 	@touch $@
 
-# torchvision declares a torch build of its own; its pure-Python part works beside any.
+# torchvision declares a torch build of its own; its pure-Python part, which is all that
+# transformers' processors need, works beside any once it does not register compiled operators.
+NO_OPERATORS := import sys, types; sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
+
 .venv/.dev: requirements-dev.txt .venv/.runtime
 	$(PIP) -r requirements-dev.txt
 	$(PIP) --no-deps torchvision==0.28.0
+	@$(BIN)/python -c "import torchvision" 2>/dev/null || echo '$(NO_OPERATORS)' > \
+		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_without_operators.pth"
 	@touch $@
 
 clean:

@@ -1,8 +1,6 @@
 """Eight CPU devices for every test, so that sharding is exercised, not skipped."""
 
 import os
-import sys
-import types
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,8 +11,3 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.3")
-# torchvision's wheel belongs to another torch build; without its compiled operators its pure-Python
-# part works, which is what transformers' processors use.
-sys.modules.setdefault(
-    "torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations")
-)
