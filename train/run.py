@@ -155,12 +155,12 @@ class Run:
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = setup.open_rows(config)
         self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
-        self._prepare_workdir()
         self.checkpoints = Checkpoints(
             workdir / "checkpoints", config.output.checkpoint_every, config.output.keep_checkpoints
         )
         self.start = self.model.params(config, mesh)
         self.state, self.first_step, self.data_state = self._first_state()
+        self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         self.engine = Engine(
             self.model.policy,

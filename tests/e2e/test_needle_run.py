@@ -186,6 +186,7 @@ def test_a_workdir_is_not_overwritten(run, cache, arguments, named):
     done = start(run[0], cache, *arguments)
     assert done.returncode == 1 and named in done.stderr
     assert len(metrics(run[0])) == 3
+    assert json.loads((run[0] / "config.json").read_text())["steps"] == 3
 
 
 def write_video(path, frames, size):
