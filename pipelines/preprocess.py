@@ -40,8 +40,8 @@ class FrameSpec:
 
     @property
     def max_patches(self) -> int:
-        """Most patches that a frame can have after resizing."""
-        return self.max_pixels // self.patch_size**2
+        """Most patches that a frame can have after resizing, a whole number of merged blocks."""
+        return self.max_pixels // self.factor**2 * self.merge_size**2
 
     @property
     def patch_values(self) -> int:

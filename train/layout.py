@@ -1,4 +1,4 @@
-"""Host arrays onto the mesh and back."""
+"""Host arrays onto the mesh."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """The train steps: losses as sums and denominators, gradients over micro-batches, one update.
 
 Law 5: the loss does not depend on micro-batching, device count or mesh. Each
-micro-batch returns a sum; the denominator is counted over the whole batch beforehand.
+micro-batch returns a sum and a count; both are added up and divided once, at the end.
 """
 
 from __future__ import annotations

@@ -13,6 +13,16 @@ def random_frames(count: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
+@pytest.mark.parametrize("max_pixels", [64, 100, 4096, 5000])
+def test_most_patches_hold_every_frame_in_whole_merged_blocks(max_pixels):
+    """The tower merges blocks of patches, so its padding must be a number of blocks."""
+    spec = FrameSpec(patch_size=4, merge_size=2, min_pixels=64, max_pixels=max_pixels)
+    assert spec.max_patches % spec.merge_size**2 == 0
+    for height, width in ((8, 8), (40, 90), (333, 200), (64, 64)):
+        rows, columns = (side // spec.patch_size for side in spec.target_size(height, width))
+        assert rows * columns <= spec.max_patches
+
+
 def load_processor():
     """transformers' processor, loaded from the folder that we write."""
     pytest.importorskip("torchvision")
