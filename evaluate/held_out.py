@@ -6,10 +6,8 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
 from paravt_jax.interfaces import Params
-from paravt_jax.records import Prompt, RolloutGroup, Row
-
-Item = tuple[Row, int, Prompt]
-"""A question, its frame budget K and its rendered prompt."""
+from paravt_jax.records import RolloutGroup
+from rollout.agent import Item
 
 Run = Callable[[Params, Sequence[Item], int], list[RolloutGroup]]
 """Runs one rollout per item from a seed and returns scored groups."""

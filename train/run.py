@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
-from evaluate.held_out import Item, Mode, evaluate
+from evaluate.held_out import Mode, evaluate
 from models.qwen3_vl import read_config, save_folder
 from paravt_jax.mesh import AXES
 from paravt_jax.params import abstract_params, format_table
@@ -21,7 +21,7 @@ from pipelines.datasets import folder_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
-from rollout.agent import Agent
+from rollout.agent import Agent, Item
 from rollout.engine import Engine
 from train import setup
 from train.checkpoint import Checkpoints, check_resume
