@@ -11,7 +11,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Generic, TypeVar
 
 import jax
@@ -29,6 +29,32 @@ Initialiser = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
 
 
 @dataclasses.dataclass(frozen=True)
+class HfLayout:
+    """How one layer of a parameter lies in a Hugging Face checkpoint."""
+
+    shape: tuple[int, ...]
+    """Shape of the tensor there."""
+    swapped: bool = True
+    """Whether it is a torch weight `[*batch, out, in...]` that we keep as `[*batch, in, out]`;
+    otherwise the same values in another shape."""
+    batch: int = 0
+    """Leading dimensions that are no part of the matrix (experts)."""
+
+    def read(self, tensor: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Our layer of this `shape` from a tensor in this layout."""
+        if self.swapped:
+            tensor = tensor.reshape(*self.shape[: self.batch + 1], -1).swapaxes(-1, -2)
+        return tensor.reshape(shape)
+
+    def write(self, value: np.ndarray) -> np.ndarray:
+        """Inverse of `read`."""
+        if self.swapped:
+            batch, out = self.shape[: self.batch], self.shape[self.batch]
+            value = value.reshape(*batch, -1, out).swapaxes(-1, -2)
+        return value.reshape(self.shape)
+
+
+@dataclasses.dataclass(frozen=True)
 class ParamSpec:
     """Everything that is known about one parameter."""
 
@@ -41,38 +67,46 @@ class ParamSpec:
     init: Initialiser
     hf_name: str
     """Name in a Hugging Face checkpoint, with `{}` for the layer number of a stacked one."""
-    hf_shape: tuple[int, ...] | None = None
-    """Shape of one layer in a Hugging Face checkpoint where it is a torch weight `[out, in...]`
-    that we keep as `[in, out...]`; None where both agree."""
-    layers: int | None = None
-    """Layers stacked in the leading dimension; None for a parameter that stands alone."""
+    hf_layouts: tuple[HfLayout, ...] = ()
+    """Layouts of one layer that occur in Hugging Face checkpoints where they differ from ours;
+    the first that fits is read, the first is written."""
+    layers: tuple[int, ...] | None = None
+    """Numbers of the layers stacked in the leading dimension; None for a parameter that stands
+    alone."""
 
     @property
     def hf_names(self) -> list[str]:
         """Names of all tensors in a Hugging Face checkpoint that make up this parameter."""
-        return [self.hf_name.format(i) for i in range(self.layers or 1)]
+        return [self.hf_name.format(number) for number in self.layers or (0,)]
+
+    @property
+    def hf_shapes(self) -> list[tuple[int, ...]]:
+        """Shapes that each tensor named by `hf_names` may have."""
+        return [layout.shape for layout in self._layouts]
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """One layer of this parameter from a tensor of a Hugging Face checkpoint."""
-        if self.hf_shape is None:
-            return tensor
-        shape = self._layer_shape
-        return tensor.reshape(-1, shape[0]).T.reshape(shape)
+        """One layer of this parameter from a tensor of a Hugging Face checkpoint.
+
+        Raises:
+          ValueError: the tensor has none of `hf_shapes`.
+        """
+        for layout in self._layouts:
+            if layout.shape == tensor.shape:
+                return layout.read(tensor, self.layer_shape)
+        raise ValueError(f"{self.hf_name}: shape {tensor.shape} is none of {self.hf_shapes}")
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
-        """Inverse of `from_hf`."""
-        if self.hf_shape is None:
-            return value
-        return value.reshape(value.shape[0], -1).T.reshape(self.hf_shape)
+        """Inverse of `from_hf` in the first layout."""
+        return self._layouts[0].write(value)
 
     @property
-    def hf_layer_shape(self) -> tuple[int, ...]:
-        """Shape of each tensor named by `hf_names`."""
-        return self.hf_shape or self._layer_shape
-
-    @property
-    def _layer_shape(self) -> tuple[int, ...]:
+    def layer_shape(self) -> tuple[int, ...]:
+        """Shape of one layer as we keep it."""
         return self.shape[1:] if self.layers else self.shape
+
+    @property
+    def _layouts(self) -> tuple[HfLayout, ...]:
+        return self.hf_layouts or (HfLayout(self.layer_shape, swapped=False),)
 
 
 Table = dict[str, ParamSpec]
@@ -83,22 +117,26 @@ def declare(
     axes: tuple[str | None, ...],
     init: Initialiser,
     hf_name: str,
-    hf_shape: tuple[int, ...] | None = None,
+    *hf_layouts: HfLayout,
 ) -> nnx.Param:
     """An abstract parameter of a module; see `ParamSpec` for the arguments."""
-    spec = ParamSpec("", shape, jnp.dtype("float32"), axes, init, hf_name, hf_shape)
+    spec = ParamSpec("", shape, jnp.dtype("float32"), axes, init, hf_name, hf_layouts)
     return _abstract(spec)
 
 
-def stack(module: Model, layers: int) -> Model:
-    """Give every parameter of an abstract module a leading axis of `layers` entries."""
+def stack(module: Model, layers: Sequence[int]) -> Model:
+    """Give every parameter of an abstract module a leading axis with one entry for each of the
+    layers of these numbers."""
     for _, param in nnx.iter_graph(module):
         if isinstance(param, nnx.Param):
             spec: ParamSpec = param.get_metadata("spec")
             _respecify(
                 param,
                 dataclasses.replace(
-                    spec, shape=(layers, *spec.shape), axes=("layers", *spec.axes), layers=layers
+                    spec,
+                    shape=(len(layers), *spec.shape),
+                    axes=("layers", *spec.axes),
+                    layers=tuple(layers),
                 ),
             )
     return module

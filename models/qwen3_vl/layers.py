@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.params import Constant, Initialiser, declare
+from paravt_jax.params import Constant, HfLayout, Initialiser, declare
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -52,8 +52,8 @@ class Linear(nnx.Module):
         hf_shape: tuple[int, ...] | None = None,
     ):
         self.dtype = jnp.dtype(dtype)
-        hf_shape = hf_shape or (outputs, inputs)
-        self.kernel = declare((inputs, outputs), axes, init, f"{hf}.weight", hf_shape)
+        layout = HfLayout(hf_shape or (outputs, inputs))
+        self.kernel = declare((inputs, outputs), axes, init, f"{hf}.weight", layout)
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
         self.bias = declare((outputs,), (bias_axis,), Constant(0.0), f"{hf}.bias") if bias else None
 

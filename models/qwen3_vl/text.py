@@ -156,7 +156,7 @@ class TextTower(nnx.Module):
             Normal(c.initializer_range),
             HF + "embed_tokens.weight",
         )
-        self.layers = stack(DecoderLayer(c, HF + "layers.{}.", dtype), c.num_hidden_layers)
+        self.layers = stack(DecoderLayer(c, HF + "layers.{}.", dtype), range(c.num_hidden_layers))
         self.norm = RMSNorm(c.hidden_size, HF + "norm", c.rms_norm_eps)
 
     def __call__(

@@ -181,11 +181,11 @@ class VisionTower(nnx.Module):
             Normal(c.initializer_range),
             HF + "pos_embed.weight",
         )
-        self.blocks = stack(VisionBlock(c, HF + "blocks.{}.", dtype), c.depth)
+        self.blocks = stack(VisionBlock(c, HF + "blocks.{}.", dtype), range(c.depth))
         self.merger = Merger(c, HF + "merger.", dtype, norm_folded=False)
         taps = len(c.deepstack_visual_indexes)
         self.deepstack = (
-            stack(Merger(c, HF + "deepstack_merger_list.{}.", dtype, norm_folded=True), taps)
+            stack(Merger(c, HF + "deepstack_merger_list.{}.", dtype, norm_folded=True), range(taps))
             if taps
             else None
         )

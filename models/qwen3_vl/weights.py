@@ -178,8 +178,8 @@ def _check_shapes(files: dict[str, Path], table: Table) -> None:
         for name in spec.hf_names:
             with _open(files[name]) as opened:
                 shape = tuple(opened.get_slice(name).get_shape())
-            if shape != spec.hf_layer_shape:
-                wrong.append(f"{name} is {shape}, config.json says {spec.hf_layer_shape}")
+            if shape not in spec.hf_shapes:
+                wrong.append(f"{name} is {shape}, config.json says {spec.hf_shapes[0]}")
     if wrong:
         raise ValueError("; ".join(wrong) + ": use the config.json that belongs to these weights")
 

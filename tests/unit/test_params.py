@@ -14,6 +14,7 @@ from paravt_jax.mesh import RULES, make_mesh, parse_mesh
 from paravt_jax.params import (
     Blueprint,
     Constant,
+    HfLayout,
     Normal,
     abstract_params,
     declare,
@@ -25,13 +26,15 @@ from paravt_jax.params import (
 
 class Layer(nnx.Module):
     def __init__(self):
-        self.kernel = declare((4, 6), ("embed", "mlp"), Normal(0.5), "layers.{}.up.weight", (6, 4))
+        self.kernel = declare(
+            (4, 6), ("embed", "mlp"), Normal(0.5), "layers.{}.up.weight", HfLayout((6, 4))
+        )
         self.scale = declare((6,), ("norm",), Constant(1.0), "layers.{}.norm.weight")
 
 
 class Model(nnx.Module):
     def __init__(self):
-        self.layers = stack(Layer(), 3)
+        self.layers = stack(Layer(), range(3))
         self.table = declare((5, 4), ("vocab", "embed"), Normal(0.02), "embed.weight")
 
 
@@ -45,7 +48,7 @@ def test_table_is_gathered_from_the_modules():
         "layers.kernel", (3, 4, 6), ("layers", "embed", "mlp")
     )  # fmt: skip
     assert spec.hf_names == [f"layers.{i}.up.weight" for i in range(3)]
-    assert spec.hf_layer_shape == (6, 4)
+    assert spec.hf_shapes == [(6, 4)]
     assert BLUEPRINT.table["table"].hf_names == ["embed.weight"]
 
 
@@ -68,10 +71,27 @@ def test_hugging_face_layout_round_trips():
     np.testing.assert_array_equal(spec.to_hf(own), torch_weight)
     scale = BLUEPRINT.table["layers.scale"]
     np.testing.assert_array_equal(scale.from_hf(np.arange(6)), np.arange(6))
-    patch = dataclasses.replace(spec, shape=(12, 5), hf_shape=(5, 3, 2, 2), layers=None)
+    layout = HfLayout((5, 3, 2, 2))
+    patch = dataclasses.replace(spec, shape=(12, 5), hf_layouts=(layout,), layers=None)
     kernel = np.arange(60.0).reshape(5, 3, 2, 2)
     np.testing.assert_array_equal(patch.from_hf(kernel)[:, 1], kernel[1].ravel())
     np.testing.assert_array_equal(patch.to_hf(patch.from_hf(kernel)), kernel)
+
+
+def test_every_known_layout_is_read_and_the_first_is_written():
+    """Two experts of 3 inputs and 2 x 4 outputs, as both generations of transformers keep them."""
+    own = np.arange(48.0).reshape(2, 3, 2, 4)
+    released = HfLayout((2, 3, 8), swapped=False)
+    transposed = HfLayout((2, 8, 3), batch=1)
+    spec = BLUEPRINT.table["table"]
+    spec = dataclasses.replace(spec, shape=own.shape, hf_layouts=(released, transposed))
+    flat = own.reshape(2, 3, 8)
+    np.testing.assert_array_equal(spec.from_hf(flat), own)
+    np.testing.assert_array_equal(spec.from_hf(flat.swapaxes(1, 2)), own)
+    np.testing.assert_array_equal(spec.to_hf(own), flat)
+    np.testing.assert_array_equal(transposed.write(own), flat.swapaxes(1, 2))
+    with pytest.raises(ValueError, match=r"embed\.weight.*\(3, 2, 8\)"):
+        spec.from_hf(np.zeros((3, 2, 8)))
 
 
 def test_initial_values_depend_on_key_and_name_only():
