@@ -1,37 +1,46 @@
 """Frames to patches as Qwen3-VL's vision tower takes them.
 
-Sizes, normalisation and patch order follow the Qwen2-VL image processor of Hugging Face
-transformers. Resampling differs: OpenCV's area filter when shrinking and bicubic when
-enlarging, instead of torchvision's antialiased bicubic.
+Sizes, resampling, normalisation and patch order are those of Hugging Face transformers: of the
+Qwen2-VL image processor where frames are images of their own, of the Qwen3-VL video processor
+where they are a video. `tests/parity/test_preprocessing.py` compares them.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import json
 import math
 import os
+from typing import Any, ClassVar, Self
 
-import cv2
 import numpy as np
+from PIL import Image
 
 from paravt_jax.records import Patches
 
+# Frames longer than this many times their width, or the reverse, are refused.
+MOST_SLENDER = 200
+
 
 @dataclasses.dataclass(frozen=True)
-class FrameSpec:
-    """How frames are resized, normalised and cut; defaults are those of Qwen3-VL."""
+class FrameSpec(abc.ABC):
+    """How the frames of an overview or a crop are resized, grouped, normalised and cut.
+
+    What images and videos have in common; defaults are those of Qwen3-VL.
+    """
 
     patch_size: int = 16
     merge_size: int = 2
     """Side of the block of patches that the merger turns into one vision token."""
     temporal_patch_size: int = 2
-    min_pixels: int = 65536
-    """Fewest pixels of a resized frame."""
-    max_pixels: int = 16777216
-    """Most pixels of a resized frame."""
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
+
+    mode: ClassVar[str]
+    """What frames are to the model: `image` or `video`."""
+    _file: ClassVar[str]
+    _part: ClassVar[str]
 
     @property
     def factor(self) -> int:
@@ -39,106 +48,264 @@ class FrameSpec:
         return self.patch_size * self.merge_size
 
     @property
-    def max_patches(self) -> int:
-        """Most patches that a frame can have after resizing, a whole number of merged blocks."""
-        return self.max_pixels // self.factor**2 * self.merge_size**2
-
-    @property
     def patch_values(self) -> int:
         """Values of one flattened patch: channels x frames x rows x columns."""
         return 3 * self.temporal_patch_size * self.patch_size**2
 
+    @property
+    def max_patches(self) -> int:
+        """Most patches that a frame has after resizing, a whole number of merged blocks.
+
+        Slivers and frames that `min_pixels` enlarges may exceed it by the rounding of their sides.
+        """
+        return self._most_frame_pixels() // self.factor**2 * self.merge_size**2
+
     @classmethod
-    def from_folder(cls, folder: str) -> FrameSpec:
-        """Read `preprocessor_config.json` of a Hugging Face model folder, or the image part of
-        `processor_config.json`, where transformers 5 keeps it.
+    def from_folder(cls, folder: str) -> Self:
+        """Read a Hugging Face model folder: `preprocessor_config.json` for images,
+        `video_preprocessor_config.json` for videos, or the part of `processor_config.json`
+        in which transformers 5 keeps either.
 
         Raises:
             ValueError: the file is missing or lacks a field.
         """
-        path = os.path.join(folder, "preprocessor_config.json")
+        path = os.path.join(folder, cls._file)
         combined = os.path.join(folder, "processor_config.json")
         together = not os.path.exists(path) and os.path.exists(combined)
         path = combined if together else path
         try:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
-            config = config["image_processor"] if together else config
-            return cls(
-                patch_size=config["patch_size"],
-                merge_size=config["merge_size"],
-                temporal_patch_size=config["temporal_patch_size"],
-                min_pixels=config["size"]["shortest_edge"],
-                max_pixels=config["size"]["longest_edge"],
-                mean=tuple(config["image_mean"]),
-                std=tuple(config["image_std"]),
-            )
+            return cls._from_config(config[cls._part] if together else config)
         except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(
-                f"{path}: {error!r}; the folder must hold a Qwen3-VL image processor"
+                f"{path}: {error!r}; the folder must hold a Qwen3-VL {cls.mode} processor"
             ) from error
 
-    def target_size(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width in pixels of a frame of `height x width` after resizing.
+    @classmethod
+    def _from_config(cls, config: dict[str, Any]) -> Self:
+        return cls(
+            patch_size=config["patch_size"],
+            merge_size=config["merge_size"],
+            temporal_patch_size=config["temporal_patch_size"],
+            mean=tuple(config["image_mean"]),
+            std=tuple(config["image_std"]),
+            **cls._limits(config),
+        )
 
-        Multiples of `factor`, between `min_pixels` and `max_pixels` in area, the aspect ratio
-        kept as well as that allows (`smart_resize` of the Qwen2-VL image processor).
+    @classmethod
+    @abc.abstractmethod
+    def _limits(cls, config: dict[str, Any]) -> dict[str, Any]:
+        """The fields about numbers of pixels, from a processor's settings."""
+
+    @abc.abstractmethod
+    def _most_frame_pixels(self) -> int:
+        """Most pixels of one resized frame, whatever the number of frames."""
+
+    @abc.abstractmethod
+    def limited(self, min_pixels: int, max_pixels: int) -> Self:
+        """This specification, with other limits for the pixels of one frame."""
+
+    @abc.abstractmethod
+    def target_size(self, height: int, width: int, count: int = 1) -> tuple[int, int]:
+        """Height and width in pixels of each of `count` frames of `height x width` after resizing.
+
+        Multiples of `factor`, within the limits on pixels, the aspect ratio kept as well as
+        that allows.
 
         Raises:
             ValueError: one side is more than 200 times the other.
         """
-        if max(height, width) > 200 * min(height, width):
-            raise ValueError(f"frame of {height}x{width}: sides differ by more than 200 times")
-        rows, columns = (round(side / self.factor) * self.factor for side in (height, width))
-        if rows * columns > self.max_pixels:
-            shrink = math.sqrt(height * width / self.max_pixels)
-            rows, columns = (
-                max(self.factor, math.floor(side / shrink / self.factor) * self.factor)
-                for side in (height, width)
-            )
-        elif rows * columns < self.min_pixels:
-            grow = math.sqrt(self.min_pixels / (height * width))
-            rows, columns = (
-                math.ceil(side * grow / self.factor) * self.factor for side in (height, width)
-            )
-        return rows, columns
 
-    def resize(self, frame: np.ndarray) -> np.ndarray:
-        """Resize one uint8 frame `[h, w, 3]` to its target size."""
-        height, width = frame.shape[:2]
-        rows, columns = self.target_size(height, width)
-        if (rows, columns) == (height, width):
-            return frame
-        shrinking = rows * columns < height * width
-        how = cv2.INTER_AREA if shrinking else cv2.INTER_CUBIC
-        return cv2.resize(frame, (columns, rows), interpolation=how)
+    @abc.abstractmethod
+    def group(self, frames: np.ndarray) -> np.ndarray:
+        """Frames `[f, h, w, 3]` to the runs `[f', temporal, h, w, 3]` that patches span."""
+
+    def resize(self, frames: np.ndarray) -> np.ndarray:
+        """Resize the uint8 frames `[f, h, w, 3]` of one overview or crop to their target size.
+
+        To be done once: the target size of frames of a target size may be another one.
+        """
+        count, height, width = frames.shape[:3]
+        size = self.target_size(height, width, count)
+        return np.stack([resize(frame, size) for frame in frames])
 
 
-def to_patches(frames: np.ndarray, spec: FrameSpec, as_video: bool = False) -> Patches:
-    """Cut uint8 frames `[f, h, w, 3]` into normalised patches in merge-block order.
+@dataclasses.dataclass(frozen=True)
+class ImageSpec(FrameSpec):
+    """Each frame is an image of its own (transformers' `Qwen2VLImageProcessor`)."""
 
-    A patch spans `temporal_patch_size` frames. As images, each frame is repeated that often
-    and stays a frame of its own; as video, that many neighbours form one, the last frame
-    being repeated to fill up the last.
+    min_pixels: int = 65536
+    """Fewest pixels of a resized frame."""
+    max_pixels: int = 16777216
+    """Most pixels of a resized frame."""
+
+    mode: ClassVar[str] = "image"
+    _file: ClassVar[str] = "preprocessor_config.json"
+    _part: ClassVar[str] = "image_processor"
+
+    @classmethod
+    def _limits(cls, config: dict[str, Any]) -> dict[str, Any]:
+        size = config["size"]
+        return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
+
+    def _most_frame_pixels(self) -> int:
+        return self.max_pixels
+
+    def limited(self, min_pixels: int, max_pixels: int) -> Self:
+        """Other limits for the pixels of a frame."""
+        return dataclasses.replace(self, min_pixels=min_pixels, max_pixels=max_pixels)
+
+    def target_size(self, height: int, width: int, count: int = 1) -> tuple[int, int]:
+        """See `FrameSpec`; the number of frames does not matter."""
+        _check_aspect(height, width)
+        return _fit(height, width, self.factor, (self.min_pixels, self.max_pixels))
+
+    def group(self, frames: np.ndarray) -> np.ndarray:
+        """Each frame, repeated as often as a patch is long."""
+        return np.repeat(frames[:, None], self.temporal_patch_size, axis=1)
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoSpec(FrameSpec):
+    """Frames are a video, whose frames share one budget (`Qwen3VLVideoProcessor`).
+
+    The processor's own limits count the pixels of all frames together: many frames are smaller
+    than few. `limited` adds limits for each frame.
+    """
+
+    min_pixels: int = 4096
+    """Fewest pixels of all resized frames together."""
+    max_pixels: int = 25165824
+    """Most pixels of all resized frames together."""
+    min_frame_pixels: int = 0
+    """Fewest pixels of one frame."""
+    max_frame_pixels: int | None = None
+    """Most pixels of one frame, but never below 1.05 `min_pixels`; None lets few frames use up the
+    budget of all. The processor's `max_video_tokens`, if it has `cap_pixels_per_frame`."""
+
+    mode: ClassVar[str] = "video"
+    _file: ClassVar[str] = "video_preprocessor_config.json"
+    _part: ClassVar[str] = "video_processor"
+
+    @classmethod
+    def _limits(cls, config: dict[str, Any]) -> dict[str, Any]:
+        size, cap = config["size"], None
+        if config.get("cap_pixels_per_frame"):
+            merged = (config["patch_size"] * config["merge_size"]) ** 2
+            cap = config.get("max_video_tokens", 768) * merged
+        return {
+            "min_pixels": size["shortest_edge"],
+            "max_pixels": size["longest_edge"],
+            "max_frame_pixels": cap,
+        }
+
+    def _most_frame_pixels(self) -> int:
+        # The fewest frames share the budget best; above them, what decides is by how much
+        # `_depth` falls short of the count, most at 5 frames counted as 4.
+        counts = range(self.temporal_patch_size, 4 * self.temporal_patch_size)
+        return max(self._budget(count)[1] // self._depth(count) for count in counts)
+
+    def limited(self, min_pixels: int, max_pixels: int) -> Self:
+        """Limits for the pixels of a frame: `min_pixels` instead of the processor's fewest pixels
+        of all frames, `max_pixels` within its most pixels of all frames."""
+        return dataclasses.replace(
+            self, min_pixels=0, min_frame_pixels=min_pixels, max_frame_pixels=max_pixels
+        )
+
+    def target_size(self, height: int, width: int, count: int = 1) -> tuple[int, int]:
+        """See `FrameSpec`. A lone frame, which the processor refuses, counts as a pair of it."""
+        count = max(count, self.temporal_patch_size)
+        if min(height, width) < self.factor:
+            scale = self.factor / min(height, width)
+            height, width = int(height * scale), int(width * scale)
+        _check_aspect(height, width)
+        return _fit(height, width, self.factor, self._budget(count), count, self._depth(count))
+
+    def group(self, frames: np.ndarray) -> np.ndarray:
+        """Neighbours form one patch, the last frame being repeated to fill up the last."""
+        size = self.temporal_patch_size
+        padding = np.repeat(frames[-1:], -len(frames) % size, axis=0)
+        return np.concatenate([frames, padding]).reshape(-1, size, *frames.shape[1:])
+
+    def _budget(self, count: int) -> tuple[int, int]:
+        """Fewest and most pixels of `count` frames together."""
+        least, most = max(self.min_pixels, count * self.min_frame_pixels), self.max_pixels
+        if self.max_frame_pixels is not None:
+            share = min(self.max_frame_pixels, most // count)
+            most = count * max(share, int(1.05 * self.min_pixels))
+        return least, most
+
+    def _depth(self, count: int) -> int:
+        """Number of frames for the comparison with the budget, a multiple of a patch's length."""
+        return round(count / self.temporal_patch_size) * self.temporal_patch_size
+
+
+SPECS: dict[str, type[FrameSpec]] = {spec.mode: spec for spec in (ImageSpec, VideoSpec)}
+"""How frames are shown to the model, by name."""
+
+
+def _check_aspect(height: int, width: int) -> None:
+    if max(height, width) > MOST_SLENDER * min(height, width):
+        raise ValueError(
+            f"frame of {height}x{width}: sides differ by more than {MOST_SLENDER} times; "
+            "crop the video"
+        )
+
+
+def _fit(
+    height: int, width: int, factor: int, budget: tuple[int, int], count: int = 1, depth: int = 1
+) -> tuple[int, int]:
+    """Sides rounded to `factor`, then shrunk or enlarged to a budget of pixels (`smart_resize`).
+
+    As in the processors, whether the budget is kept is asked for `depth` frames, but the scale
+    that keeps it is computed for `count` of them.
+    """
+    least, most = budget
+    rows, columns = (round(side / factor) * factor for side in (height, width))
+    if depth * rows * columns > most:
+        shrink = math.sqrt(count * height * width / most)
+        rows, columns = (
+            max(factor, math.floor(side / shrink / factor) * factor) for side in (height, width)
+        )
+    elif depth * rows * columns < least:
+        grow = math.sqrt(least / (count * height * width))
+        rows, columns = (math.ceil(side * grow / factor) * factor for side in (height, width))
+    return rows, columns
+
+
+def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize one uint8 frame `[h, w, 3]` to (height, width); the same array if it has that size.
+
+    Pillow's bicubic filter, widened when shrinking: what torchvision calls antialiased. The
+    two round differently in some values, by one grey level.
+    """
+    if frame.shape[:2] == size:
+        return frame
+    image = Image.fromarray(frame).resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    return np.asarray(image)
+
+
+def to_patches(frames: np.ndarray, spec: FrameSpec) -> Patches:
+    """Cut resized uint8 frames `[f, h, w, 3]` into normalised patches in merge-block order.
 
     Returns:
         Patches with values `[f', p, c]`: `f' = f` as images, `ceil(f / temporal)` as video.
+
+    Raises:
+        ValueError: the sides are no multiples of `spec.factor`.
     """
-    resized = np.stack([spec.resize(frame) for frame in frames])
-    groups = _temporal_groups(resized, spec.temporal_patch_size, as_video)
+    height, width = frames.shape[1:3]
+    if height % spec.factor or width % spec.factor:
+        raise ValueError(
+            f"frames of {height}x{width}: sides must be multiples of {spec.factor}; read them with "
+            "VideoReader(spec=...), or resize them with spec.resize(frames)"
+        )
+    groups = spec.group(frames)
     values = _normalise(_blocks(groups, spec), spec)
-    rows, columns = (side // spec.patch_size for side in resized.shape[1:3])
+    rows, columns = height // spec.patch_size, width // spec.patch_size
     grids = np.full((len(groups), 2), (rows, columns), np.int32)
     return Patches(values.reshape(len(groups), rows * columns, spec.patch_values), grids)
-
-
-def _temporal_groups(frames: np.ndarray, size: int, as_video: bool) -> np.ndarray:
-    """uint8 `[f', temporal, h, w, 3]`."""
-    if not as_video:
-        return np.repeat(frames[:, None], size, axis=1)
-    padding = np.repeat(frames[-1:], -len(frames) % size, axis=0)
-    filled = np.concatenate([frames, padding])
-    return filled.reshape(-1, size, *frames.shape[1:])
 
 
 def _blocks(groups: np.ndarray, spec: FrameSpec) -> np.ndarray:

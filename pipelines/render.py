@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from paravt_jax.records import Frames, Patches, Prompt, Row
 from paravt_jax.rope_index import mrope_positions, vision_index
-from pipelines.preprocess import FrameSpec, to_patches
+from pipelines.preprocess import SPECS, FrameSpec, to_patches
 
 CROP_VIDEO_TOOL: dict[str, Any] = {
     "type": "function",
@@ -34,7 +34,6 @@ CROP_VIDEO_TOOL: dict[str, Any] = {
 }
 """Schema of the crop tool, in the form that chat templates take."""
 
-MODES = ("image", "video")
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
 
@@ -66,14 +65,14 @@ class ChatRenderer:
     """Implements `Renderer` on a Hugging Face tokenizer.
 
     Each frame is shown as the text `<t seconds>`, then its vision tokens between start and end
-    marks: as one image per frame (`mode="image"`, as in ParaVT's RL), or as frame pairs of a
-    video that carry their mean time (`mode="video"`, as Qwen3-VL's video processor lays them out;
-    transformers 5 keeps the template's marks around the whole video besides, 4.57 did not).
+    marks: as one image per frame (an `ImageSpec`, as in ParaVT's RL), or as frame pairs of a
+    video that carry their mean time (a `VideoSpec`). The tokens are those of transformers 5's
+    `Qwen3VLProcessor`, which keeps the template's marks around the whole video besides; 4.57
+    did not.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a Qwen3-VL chat template.
-        spec: how frames become patches.
-        mode: `image` or `video`.
+        spec: how frames become patches, as images or as a video.
         texts: the words around frames and question.
         eos_ids: tokens that end a turn; default: the tokenizer's own.
     """
@@ -82,17 +81,14 @@ class ChatRenderer:
         self,
         tokenizer: Any,
         spec: FrameSpec,
-        mode: str = "image",
         texts: PromptTexts | None = None,
         eos_ids: Sequence[int] = (),
     ):
-        if mode not in MODES:
-            raise ValueError(f"mode={mode!r}: frames are shown as one of {', '.join(MODES)}")
-        self.tokenizer, self.spec, self.mode = tokenizer, spec, mode
+        self.tokenizer, self.spec, self.mode = tokenizer, spec, spec.mode
         self.texts = texts or PromptTexts()
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or (tokenizer.eos_token_id,)
         self.pad_id: int = _first(tokenizer.pad_token_id, self.eos_ids[0])
-        self._pad_text = f"<|{mode}_pad|>"
+        self._pad_text = f"<|{self.mode}_pad|>"
         self._vision_id: int = tokenizer.convert_tokens_to_ids(self._pad_text)
         controls = {token.content for token in tokenizer.added_tokens_decoder.values()}
         self._control = re.compile("|".join(map(re.escape, sorted(controls, reverse=True))))
@@ -105,19 +101,29 @@ class ChatRenderer:
         folder: str,
         mode: str = "image",
         texts: PromptTexts | None = None,
-        spec: FrameSpec | None = None,
+        pixels: tuple[int, int] | None = None,
     ) -> ChatRenderer:
         """Load tokenizer, frame specification and end-of-turn tokens from a model folder.
 
+        Args:
+            folder: a Hugging Face model folder.
+            mode: whether frames are shown as `image` or as `video`.
+            texts: the words around frames and question.
+            pixels: fewest and most pixels of a frame (see `FrameSpec.limited`), instead of the
+                folder's own limits.
+
         Raises:
-            ValueError: the folder lacks a tokenizer or an image processor.
+            ValueError: an unknown mode, or the folder lacks a tokenizer or the mode's processor.
         """
+        if mode not in SPECS:
+            raise ValueError(f"mode={mode!r}: frames are shown as one of {', '.join(SPECS)}")
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"{folder}: no tokenizer to load ({error})") from error
-        spec = spec or FrameSpec.from_folder(folder)
-        return cls(tokenizer, spec, mode, texts, _eos_ids(folder))
+        spec = SPECS[mode].from_folder(folder)
+        spec = spec.limited(*pixels) if pixels else spec
+        return cls(tokenizer, spec, texts, _eos_ids(folder))
 
     def main_prompt(self, row: Row, frames: Frames | None, tools: bool) -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
@@ -140,16 +146,23 @@ class ChatRenderer:
     def prompt(
         self, frames: Frames | None, request: str, system: str = "", tools: bool = False
     ) -> Prompt:
-        """One user turn of frames and a request, up to and including the assistant header."""
+        """One user turn of frames and a request, up to and including the assistant header.
+
+        Raises:
+            ValueError: the frames do not have the size that the model sees (see `to_patches`).
+        """
         patches = None
         content: list[dict[str, str]] = []
         if frames is not None:
-            patches = to_patches(frames.pixels, self.spec, as_video=self.mode == "video")
+            patches = to_patches(frames.pixels, self.spec)
             content = self._frame_parts(frames.times)
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        tokens = self.encode(self._render(messages, [CROP_VIDEO_TOOL] if tools else None))
+        text = self._render(messages, [CROP_VIDEO_TOOL] if tools else None)
+        if frames is not None and self.mode == "video":
+            text = text.replace(self._pad_text, self._video_text(frames.times), 1)
+        tokens = self.encode(text)
         return _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
 
     def tool_turn(self, responses: Sequence[str]) -> list[int]:
@@ -202,13 +215,22 @@ class ChatRenderer:
         )
 
     def _frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
+        """The frames as content of a message: timed images, or one video."""
         if self.mode == "video":
-            times = _mean_times(times, self.spec.temporal_patch_size)
+            return [{"type": "video"}]
         parts: list[dict[str, str]] = []
         for time in times:
-            parts.append({"type": "text", "text": f"<{time:.1f} seconds>"})
-            parts.append({"type": self.mode})
+            parts += [{"type": "text", "text": _stamp(time)}, {"type": "image"}]
         return parts
+
+    def _video_text(self, times: np.ndarray) -> str:
+        """What the processor puts in the place of a video's one vision token."""
+        means = _mean_times(times, self.spec.temporal_patch_size)
+        return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
+
+
+def _stamp(time: float) -> str:
+    return f"<{time:.1f} seconds>"
 
 
 def _first(value: int | None, default: int) -> int:

@@ -6,12 +6,13 @@ import dataclasses
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import cv2
 import numpy as np
 
 from paravt_jax.records import Frames, VideoRef
+from pipelines.preprocess import FrameSpec, resize
 
 REMEDY = (
     "check the path, or re-encode the file, for example with `ffmpeg -i IN -c:v libx264 OUT.mp4`"
@@ -21,7 +22,8 @@ SEEK_GAP = 64
 # A video that is smaller than this when decoded is decoded whole, once, at its first use.
 WHOLE_BYTES = 1 << 20
 
-Resize = Callable[[np.ndarray], np.ndarray]
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,26 @@ def overview_indices(frames: int, count: int) -> np.ndarray:
     return np.linspace(0, frames - 1, count).round().astype(np.int64)
 
 
+def rate_indices(
+    info: VideoInfo, fps: float, min_frames: int = 4, max_frames: int = 768
+) -> np.ndarray:
+    """Indices of frames spread evenly over the whole video, `fps` of them per second.
+
+    At least `min_frames` and at most `max_frames`, but no more than there are. int64 `[n]`; the
+    rule and the defaults of Qwen3-VL's video processor (`sample_frames`).
+
+    Raises:
+        ValueError: the rate is not positive, or no number of frames is allowed.
+    """
+    if not fps > 0 or not 1 <= min_frames <= max_frames:
+        raise ValueError(
+            f"fps={fps}, min_frames={min_frames}, max_frames={max_frames}: choose a positive rate "
+            "and 1 <= min_frames <= max_frames"
+        )
+    count = int(info.frames / info.fps * fps)
+    return overview_indices(info.frames, min(max(count, min_frames), max_frames))
+
+
 def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int) -> np.ndarray:
     """Indices of the frames on screen at evenly spaced moments of the window [start, end).
 
@@ -106,8 +128,8 @@ class VideoReader:
         crop_fps: sampling rate of `clip`, frames per second.
         crop_cap: most frames that one `clip` returns.
         cache_bytes: bound on the decoded frames kept; the least recently used videos go first.
-        resize: applied to each decoded frame `[h, w, 3]` before it is cached, so that no
-            full-resolution frame is held (for example `preprocess.FrameSpec.resize`).
+        spec: the size that frames are resized to before they are cached, so that no
+            full-resolution frame is held. Without it frames keep the size of the file.
 
     Methods may be called from several threads; a copy sent to another process starts empty.
     """
@@ -117,7 +139,7 @@ class VideoReader:
         crop_fps: float = 1.0,
         crop_cap: int = 16,
         cache_bytes: int = 1 << 29,
-        resize: Resize | None = None,
+        spec: FrameSpec | None = None,
     ):
         if not crop_fps > 0 or crop_cap < 1:
             raise ValueError(
@@ -125,17 +147,17 @@ class VideoReader:
                 "at least one frame"
             )
         self._crop_fps, self._crop_cap = crop_fps, crop_cap
-        self._cache_bytes, self._resize = cache_bytes, resize
+        self._cache_bytes, self._spec = cache_bytes, spec
         self._clear()
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
-        self._frames: OrderedDict[str, dict[int, np.ndarray]] = OrderedDict()
+        self._frames: OrderedDict[tuple[str, Size], dict[int, np.ndarray]] = OrderedDict()
         self._infos: dict[str, VideoInfo] = {}
         self._held = 0
 
     def __getstate__(self) -> dict:
-        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_resize")
+        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -176,26 +198,34 @@ class VideoReader:
 
     def _read(self, path: str, info: VideoInfo, indices: np.ndarray) -> Frames:
         wanted = indices.tolist()
-        found = self._lookup(path, wanted)
+        size = self._target_size(info, len(wanted))
+        found = self._lookup((path, size), wanted)
         missing = [index for index in wanted if index not in found]
         if missing:
             small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
-            decoded = decode(path, range(info.frames) if small else missing, self._resize)
-            self._store(path, decoded)
+            decoded = decode(path, range(info.frames) if small else missing, size)
+            self._store((path, size), decoded)
             found |= decoded
         return Frames(np.stack([found[index] for index in wanted]), indices / info.fps)
 
-    def _lookup(self, path: str, indices: Sequence[int]) -> dict[int, np.ndarray]:
+    def _target_size(self, info: VideoInfo, count: int) -> Size:
+        """Of `count` frames shown together."""
+        if self._spec is None:
+            return info.height, info.width
+        return self._spec.target_size(info.height, info.width, count)
+
+    def _lookup(self, key: tuple[str, Size], indices: Sequence[int]) -> dict[int, np.ndarray]:
         with self._lock:
-            held = self._frames.get(path, {})
+            held = self._frames.get(key, {})
             if held:
-                self._frames.move_to_end(path)
+                self._frames.move_to_end(key)
             return {index: held[index] for index in indices if index in held}
 
-    def _store(self, path: str, decoded: dict[int, np.ndarray]) -> None:
+    def _store(self, key: tuple[str, Size], decoded: dict[int, np.ndarray]) -> None:
+        # A file's frames are kept apart by size: as video, few are shown larger than many.
         with self._lock:
-            held = self._frames.setdefault(path, {})
-            self._frames.move_to_end(path)
+            held = self._frames.setdefault(key, {})
+            self._frames.move_to_end(key)
             self._held -= _size(held)
             held.update(decoded)
             self._held += _size(held)
@@ -204,10 +234,8 @@ class VideoReader:
                 self._held -= _size(dropped)
 
 
-def decode(
-    path: str, indices: Sequence[int], resize: Resize | None = None
-) -> dict[int, np.ndarray]:
-    """Decode the frames at `indices` (ascending) as RGB uint8 `[h, w, 3]`.
+def decode(path: str, indices: Sequence[int], size: Size | None = None) -> dict[int, np.ndarray]:
+    """Decode the frames at `indices` (ascending) as RGB uint8 `[h, w, 3]`, resized to `size`.
 
     Containers often announce a few frames too many; those stand as copies of the last frame
     that could be decoded.
@@ -224,7 +252,7 @@ def decode(
         if not ok:
             break
         image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        frames[index] = image if resize is None else resize(image)
+        frames[index] = image if size is None else resize(image, size)
     capture.release()
     if 2 * len(frames) < len(indices) or not frames:
         raise ValueError(

@@ -78,13 +78,8 @@ class Model:
     def renderer(self, config: Config) -> ChatRenderer:
         """Prompts in the model's own chat template."""
         data = config.data
-        spec = dataclasses.replace(
-            FrameSpec.from_folder(str(self.base)),
-            min_pixels=data.min_pixels,
-            max_pixels=data.max_pixels,
-        )
-        texts = PROMPT_TEXTS[data.instructions]
-        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, spec)
+        texts, pixels = PROMPT_TEXTS[data.instructions], (data.min_pixels, data.max_pixels)
+        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels)
 
     def tags(self, renderer: ChatRenderer) -> TagTable:
         """Where anchored tags stand in token streams of this tokenizer."""
@@ -166,7 +161,7 @@ def needle_world(config: Config) -> NeedleWorld:
 
 def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
     """Decodes overviews and crops; frames are kept at the size that the model sees."""
-    return VideoReader(config.data.crop_fps, config.data.crop_frames, resize=spec.resize)
+    return VideoReader(config.data.crop_fps, config.data.crop_frames, spec=spec)
 
 
 def open_rows(config: Config) -> tuple[RowSource, list[Row]]:

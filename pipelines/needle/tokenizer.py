@@ -19,7 +19,7 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.needle import traces
 from pipelines.needle.world import COLOURS, SHAPES, Event, NeedleWorld
-from pipelines.preprocess import FrameSpec
+from pipelines.preprocess import ImageSpec
 from pipelines.render import CROP_VIDEO_TOOL, PromptTexts
 
 VOCABULARY = 512
@@ -133,12 +133,12 @@ def write_processor_folder(folder: str, world: NeedleWorld | None = None) -> Non
             json.dump(settings, file, indent=2)
 
 
-def frame_spec(world: NeedleWorld) -> FrameSpec:
+def frame_spec(world: NeedleWorld) -> ImageSpec:
     """How frames of the world become patches: unresized."""
-    return FrameSpec(min_pixels=world.size**2, max_pixels=world.size**2)
+    return ImageSpec(min_pixels=world.size**2, max_pixels=world.size**2)
 
 
-def _settings(tokenizer: PreTrainedTokenizerFast, spec: FrameSpec) -> dict[str, dict]:
+def _settings(tokenizer: PreTrainedTokenizerFast, spec: ImageSpec) -> dict[str, dict]:
     frames = {
         "patch_size": spec.patch_size,
         "merge_size": spec.merge_size,

@@ -1,39 +1,38 @@
-"""Frames to patches: sizes, order and values, against transformers' own processors."""
+"""Frames to patches: sizes, order, values; transformers is asked in parity/test_preprocessing."""
 
 import numpy as np
 import pytest
 
-from pipelines.preprocess import FrameSpec, to_patches
-from tests.pipelines_fixtures import processor_folder
+from pipelines.preprocess import SPECS, ImageSpec, VideoSpec, resize, to_patches
 
-TINY = FrameSpec(patch_size=4, merge_size=2, min_pixels=64, max_pixels=4096)
+TINY = ImageSpec(patch_size=4, min_pixels=64, max_pixels=4096)
+TINY_VIDEO = VideoSpec(patch_size=4, min_pixels=64, max_pixels=4096)
 
 
 def random_frames(count: int, height: int, width: int) -> np.ndarray:
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
+@pytest.mark.parametrize("mode", SPECS)
 @pytest.mark.parametrize("max_pixels", [64, 100, 4096, 5000])
-def test_most_patches_hold_every_frame_in_whole_merged_blocks(max_pixels):
+def test_most_patches_hold_every_frame_in_whole_merged_blocks(mode, max_pixels):
     """The tower merges blocks of patches, so its padding must be a number of blocks."""
-    spec = FrameSpec(patch_size=4, merge_size=2, min_pixels=64, max_pixels=max_pixels)
+    spec = SPECS[mode](patch_size=4).limited(64, max_pixels)
     assert spec.max_patches % spec.merge_size**2 == 0
-    for height, width in ((8, 8), (40, 90), (333, 200), (64, 64)):
-        rows, columns = (side // spec.patch_size for side in spec.target_size(height, width))
-        assert rows * columns <= spec.max_patches
+    for height, width in ((8, 8), (40, 90), (333, 200), (64, 64), (72, 64)):
+        for count in range(1, 12):
+            size = spec.target_size(height, width, count)
+            rows, columns = (side // spec.patch_size for side in size)
+            assert rows * columns <= spec.max_patches
 
 
-def load_processor():
-    """transformers' processor, loaded from the folder that we write."""
-    pytest.importorskip("torchvision")
-    from transformers import AutoProcessor
-
-    return AutoProcessor.from_pretrained(processor_folder())
-
-
-@pytest.fixture(scope="module")
-def hf_processor():
-    return load_processor()
+@pytest.mark.parametrize("spec", [TINY_VIDEO, TINY_VIDEO.limited(64, 640)])
+def test_most_patches_of_a_video_are_reached(spec):
+    """Two frames share the budget of all; under a limit per frame, five are weighed as four."""
+    sides = range(24, 160, 8)  # no slivers, which may exceed every limit
+    sizes = [spec.target_size(h, w, n) for h in sides for w in sides for n in (2, 5)]
+    most = max(height * width for height, width in sizes)
+    assert most // spec.patch_size**2 == spec.max_patches
 
 
 @pytest.mark.parametrize(
@@ -46,24 +45,40 @@ def hf_processor():
     ],
 )
 def test_target_size_keeps_multiples_and_limits(size, expected):
-    spec = FrameSpec()
+    spec = ImageSpec()
     assert spec.target_size(*size) == expected
     assert spec.min_pixels <= expected[0] * expected[1] <= spec.max_pixels
 
 
-def test_target_size_equals_transformers(hf_processor):
-    from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(1, (1024, 1792)), (2, (1024, 1792)), (64, (448, 768)), (256, (224, 384))],
+)
+def test_frames_of_a_video_share_its_budget(count, expected):
+    """A lone frame is a pair of itself."""
+    spec = VideoSpec(max_pixels=64 * 360000)
+    assert spec.target_size(1030, 1800, count) == expected
 
-    spec = FrameSpec()
-    rng = np.random.default_rng(0)
-    for height, width in rng.integers(20, 5000, (200, 2)).tolist():
-        expected = smart_resize(height, width, spec.factor, spec.min_pixels, spec.max_pixels)
-        assert spec.target_size(height, width) == expected
+
+def test_limits_of_a_frame_act_on_images_and_videos():
+    for spec in (ImageSpec(), VideoSpec()):
+        small, large = (spec.limited(low, 50176) for low in (784, 16384))
+        rows, columns = small.target_size(1080, 1920, 16)
+        assert 0.7 * 50176 < rows * columns <= 50176
+        assert small.target_size(64, 64, 16) == (64, 64)
+        assert large.target_size(64, 64, 16) == (128, 128)
 
 
-def test_target_size_refuses_slivers():
+def test_limits_of_a_frame_stay_within_the_budget_of_a_video():
+    spec = VideoSpec(max_pixels=16 * 4096).limited(784, 50176)
+    assert spec.target_size(512, 512, 16) == (64, 64)
+    assert spec.target_size(512, 512, 2) == (160, 160)
+
+
+@pytest.mark.parametrize("spec", [ImageSpec(), VideoSpec()])
+def test_target_size_refuses_slivers(spec):
     with pytest.raises(ValueError, match="more than 200 times"):
-        FrameSpec().target_size(10, 2001)
+        spec.target_size(32, 6401, 4)
 
 
 def test_patch_order_is_block_then_patch_then_channel_then_time():
@@ -80,7 +95,7 @@ def test_patch_order_is_block_then_patch_then_channel_then_time():
 
 def test_video_pairs_frames_and_repeats_the_last():
     frames = random_frames(3, 8, 8)
-    patches = to_patches(frames, TINY, as_video=True)
+    patches = to_patches(frames, TINY_VIDEO)
     values = patches.values.reshape(2, 4, 3, 2, 4, 4)
     first, last = (values[1, :, :, time] for time in (0, 1))
     np.testing.assert_array_equal(first, last)
@@ -89,43 +104,25 @@ def test_video_pairs_frames_and_repeats_the_last():
 
 def test_resize_is_skipped_when_nothing_changes():
     frame = random_frames(1, 32, 32)[0]
-    assert FrameSpec(min_pixels=1024, max_pixels=1024).resize(frame) is frame
+    assert resize(frame, (32, 32)) is frame
 
 
-def test_resize_reaches_the_target():
-    spec = FrameSpec(min_pixels=784, max_pixels=50176)
-    frame = np.full((360, 640, 3), 90, np.uint8)
-    resized = spec.resize(frame)
-    assert resized.shape == (*spec.target_size(360, 640), 3)
-    assert resized.shape[0] * resized.shape[1] <= 50176
+@pytest.mark.parametrize("spec", [ImageSpec(), VideoSpec()])
+def test_resize_reaches_the_target(spec):
+    spec = spec.limited(784, 50176)
+    frames = np.full((3, 360, 640, 3), 90, np.uint8)
+    resized = spec.resize(frames)
+    assert resized.shape == (3, *spec.target_size(360, 640, 3), 3)
     assert np.unique(resized).tolist() == [90]
 
 
-@pytest.mark.parametrize("side", [32, 64])
-def test_image_patches_equal_transformers(hf_processor, side):
-    spec = FrameSpec(min_pixels=1024, max_pixels=64 * 64)
-    frames = random_frames(3, side, side)
-    ours = to_patches(frames, spec)
-    size = {"shortest_edge": spec.min_pixels, "longest_edge": spec.max_pixels}
-    theirs = hf_processor.image_processor(list(frames), return_tensors="np", size=size)
-    values = theirs["pixel_values"].reshape(ours.values.shape)
-    # One grey level is 2/255 after normalisation.
-    np.testing.assert_allclose(ours.values, values, atol=1e-5)
-    np.testing.assert_array_equal(theirs["image_grid_thw"][:, 1:], ours.grids)
+def test_patches_are_cut_from_resized_frames_only():
+    """To resize again here could change the size that the reader chose."""
+    with pytest.raises(ValueError, match=r"frames of 36x64: .* multiples of 8; .*spec\.resize"):
+        to_patches(random_frames(1, 36, 64), TINY)
 
 
-def test_video_patches_equal_transformers(hf_processor):
-    spec = FrameSpec.from_folder(processor_folder())
-    frames = random_frames(6, 32, 32)
-    ours = to_patches(frames, spec, as_video=True)
-    theirs = hf_processor.video_processor(
-        [frames.transpose(0, 3, 1, 2)], return_tensors="np", do_sample_frames=False
-    )
-    values = theirs["pixel_values_videos"].reshape(ours.values.shape)
-    np.testing.assert_allclose(ours.values, values, atol=1e-5)
-    assert theirs["video_grid_thw"].tolist() == [[3, 2, 2]]
-
-
-def test_spec_of_a_folder_without_processor_names_the_file(tmp_path):
-    with pytest.raises(ValueError, match=r"preprocessor_config\.json"):
-        FrameSpec.from_folder(str(tmp_path))
+@pytest.mark.parametrize("spec", [ImageSpec, VideoSpec])
+def test_spec_of_a_folder_without_processor_names_the_file(tmp_path, spec):
+    with pytest.raises(ValueError, match=rf"preprocessor_config\.json.* {spec.mode} processor"):
+        spec.from_folder(str(tmp_path))

@@ -376,8 +376,8 @@ def test_folder_loads_with_a_model_config_beside_it(tmp_path):
 
 
 def test_a_frame_of_the_world_is_one_vision_token():
-    from pipelines.preprocess import FrameSpec
+    from pipelines.preprocess import ImageSpec
 
-    spec = FrameSpec.from_folder(processor_folder())
+    spec = ImageSpec.from_folder(processor_folder())
     assert spec == tokenizer.frame_spec(WORLD)
     assert spec.target_size(32, 32) == (32, 32) and spec.factor == 32

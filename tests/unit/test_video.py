@@ -8,7 +8,14 @@ import pytest
 from paravt_jax.records import VideoRef
 from pipelines import video
 from pipelines.needle.world import write_mp4
-from pipelines.video import VideoInfo, VideoReader, clip_indices, overview_indices
+from pipelines.preprocess import ImageSpec, VideoSpec
+from pipelines.video import (
+    VideoInfo,
+    VideoReader,
+    clip_indices,
+    overview_indices,
+    rate_indices,
+)
 
 COUNT, FPS, SIDE = 150, 10.0, 48
 
@@ -46,6 +53,22 @@ def test_overview_spreads_from_first_to_last_frame(clip_file):
 
 def test_overview_of_a_short_video_shows_every_frame_once():
     assert overview_indices(3, 8).tolist() == [0, 1, 2]
+
+
+def test_rate_is_kept_between_its_limits():
+    info = VideoInfo(frames=300, fps=30.0, height=1, width=1)
+    assert rate_indices(info, 2.0).tolist() == overview_indices(300, 20).tolist()
+    assert rate_indices(info, 0.1).tolist() == [0, 100, 199, 299]
+    assert len(rate_indices(info, 30.0, max_frames=64)) == 64
+    short = VideoInfo(frames=3, fps=30.0, height=1, width=1)
+    assert rate_indices(short, 2.0).tolist() == [0, 1, 2]
+
+
+@pytest.mark.parametrize("options", [{"fps": 0.0}, {"fps": 1.0, "min_frames": 9, "max_frames": 8}])
+def test_impossible_rates_are_refused(options):
+    info = VideoInfo(frames=300, fps=30.0, height=1, width=1)
+    with pytest.raises(ValueError, match=rf"fps={options['fps']}, min_frames="):
+        rate_indices(info, **options)
 
 
 def test_clip_is_half_open_and_samples_at_its_rate(clip_file):
@@ -100,9 +123,26 @@ def test_cache_answers_without_the_file_and_keeps_its_bound(tmp_path):
 
 
 def test_reader_resizes_before_it_caches(clip_file):
-    reader = VideoReader(resize=lambda frame: frame[:8, :16])
-    assert reader.overview(clip_file, 4).pixels.shape == (4, 8, 16, 3)
-    assert reader.cached_bytes <= COUNT * 8 * 16 * 3
+    reader = VideoReader(spec=ImageSpec(patch_size=8, min_pixels=256, max_pixels=256))
+    assert reader.overview(clip_file, 4).pixels.shape == (4, 16, 16, 3)
+    assert reader.cached_bytes == COUNT * 16 * 16 * 3
+
+
+def test_frames_of_one_file_are_kept_apart_by_size(clip_file):
+    """As video, few frames are larger than many; what was read before does not matter."""
+    spec = VideoSpec(patch_size=8, min_pixels=256, max_pixels=4 * 32 * 32)
+    reader = VideoReader(spec=spec)
+    for count, side in ((4, 32), (16, 16), (4, 32)):
+        shown = reader.overview(clip_file, count)
+        assert shown.pixels.shape == (count, side, side, 3)
+        fresh = VideoReader(spec=spec).overview(clip_file, count)
+        np.testing.assert_array_equal(shown.pixels, fresh.pixels)
+
+
+def test_a_lone_frame_of_a_video_is_shown(clip_file):
+    """A crop of a moment: transformers' processor refuses one frame, a crop must not."""
+    reader = VideoReader(spec=VideoSpec(patch_size=8))
+    assert reader.clip(clip_file, 2.0, 2.01).pixels.shape == (1, 48, 48, 3)
 
 
 def test_reader_goes_to_another_process(clip_file):
