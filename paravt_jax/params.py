@@ -245,3 +245,13 @@ class Constant:
 
     def __call__(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
         return jnp.full(shape, self.value, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Uniform:
+    """Independent uniform values between `-bound` and `bound`."""
+
+    bound: float
+
+    def __call__(self, key: Array, shape: tuple[int, ...], dtype: jnp.dtype) -> Array:
+        return jax.random.uniform(key, shape, dtype, -self.bound, self.bound)

@@ -17,7 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.params import Constant, HfLayout, Initialiser, declare
+from paravt_jax.lora import NO_LORA, LoraConfig
+from paravt_jax.params import Constant, HfLayout, Initialiser, Uniform, declare
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "silu": jax.nn.silu,
@@ -36,8 +37,46 @@ def precision(dtype: Any) -> jax.lax.Precision:
     return jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
 
 
+class Adapter(nnx.Module):
+    """`alpha / rank * (x @ a) @ b` beside a frozen kernel (Hu et al., 2021).
+
+    Named and initialised as in peft: A as torch initialises a linear layer (He et al., 2015, with
+    a slope of sqrt(5)), B at zero.
+    """
+
+    def __init__(
+        self,
+        inputs: int,
+        outputs: int,
+        axes: tuple[str | None, str | None],
+        hf: str,
+        lora: LoraConfig,
+    ):
+        self.scale, rank, hf = lora.scale, lora.rank, f"base_model.model.{hf}"
+        self.a = declare(
+            (inputs, rank),
+            (axes[0], None),
+            Uniform(inputs**-0.5),
+            f"{hf}.lora_A.weight",
+            HfLayout((rank, inputs)),
+        )
+        self.b = declare(
+            (rank, outputs),
+            (None, axes[1]),
+            Constant(0.0),
+            f"{hf}.lora_B.weight",
+            HfLayout((outputs, rank)),
+        )
+
+    def __call__(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
+        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
+        low = jnp.matmul(x, a, precision=precision(x.dtype))
+        return self.scale * jnp.matmul(low, b, precision=precision(x.dtype))
+
+
 class Linear(nnx.Module):
-    """`x @ kernel + bias` over the last axis, in the compute dtype."""
+    """`x @ kernel + bias` over the last axis, in the compute dtype; with an adapter if `lora`
+    targets it."""
 
     def __init__(
         self,
@@ -50,17 +89,20 @@ class Linear(nnx.Module):
         bias: bool = False,
         dtype: Any = "float32",
         hf_shape: tuple[int, ...] | None = None,
+        lora: LoraConfig = NO_LORA,
     ):
         self.dtype = jnp.dtype(dtype)
         layout = HfLayout(hf_shape or (outputs, inputs))
         self.kernel = declare((inputs, outputs), axes, init, f"{hf}.weight", layout)
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
         self.bias = declare((outputs,), (bias_axis,), Constant(0.0), f"{hf}.bias") if bias else None
+        self.lora = Adapter(inputs, outputs, axes, hf, lora) if lora.adapts(hf) else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
         kernel = self.kernel[...].astype(self.dtype)
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
         y = jnp.matmul(flat, kernel, precision=precision(self.dtype))
+        y = y if self.lora is None else y + self.lora(flat)
         y = y.reshape(*x.shape[:-1], kernel.shape[-1])
         return y if self.bias is None else y + self.bias[...].astype(self.dtype)
 
@@ -101,13 +143,16 @@ def scan_layers(
     xs: Any = None,
     remat: bool = False,
     unroll: bool = False,
+    rows: slice = slice(None),
 ) -> Any:
     """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
 
-    With `remat`, a layer's activations are computed again in the backward pass. With `unroll`,
-    the layers are compiled one by one, which makes the layer number a constant.
+    `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
+    backward pass. With `unroll`, the layers are compiled one by one, which makes the layer number
+    a constant.
     """
     graphdef, state = nnx.split(stacked)
+    state = jax.tree.map(lambda weights: weights[rows], state)
 
     def body(carry: Any, state_and_x: Any) -> Any:
         state, x = state_and_x

@@ -1,0 +1,120 @@
+"""LoRA (Hu et al., 2021): frozen matrices W with a trained product of low rank beside them.
+
+A module with kernel W `[in, out]` computes `x @ W + scale * (x @ A) @ B`, where A is `[in, rank]`,
+B is `[rank, out]` and the scale is `alpha / rank`. B begins at zero, so training begins at the
+frozen model. In the flat dict of parameters, A and B of `x.kernel` are `x.lora.a` and `x.lora.b`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from paravt_jax.params import Table
+
+TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+"""Projections of a decoder layer under their Hugging Face names."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraConfig:
+    """Which projections of the language model get an adapter, and how large it is.
+
+    Raises:
+      ValueError: no such targets or sizes, or settings without a rank, which would have no effect.
+    """
+
+    rank: int = 0
+    """Inner width of each adapter; 0 trains the weights themselves, without LoRA."""
+    alpha: int = 32
+    """The adapters' product is scaled by `alpha / rank`: the best learning rate then hardly depends
+    on the rank (Schulman et al., LoRA Without Regret, 2025)."""
+    targets: tuple[str, ...] = TARGETS
+    """Hugging Face names of the adapted projections."""
+
+    def __post_init__(self) -> None:
+        _require(self.rank >= 0, "rank", self.rank, "give a width of at least 1, or 0 for no LoRA")
+        _require(self.alpha > 0, "alpha", self.alpha, "give a number above 0")
+        unknown = sorted(set(self.targets) - set(TARGETS))
+        _require(not unknown, "targets", ",".join(self.targets), f"choose from {','.join(TARGETS)}")
+        once = self.targets and len(set(self.targets)) == len(self.targets)
+        _require(bool(once), "targets", ",".join(self.targets), "name each projection once")
+        for name in ("alpha", "targets"):
+            value, default = getattr(self, name), getattr(type(self), name)
+            remedy = "has no effect without LoRA; set model.lora.rank above 0 too"
+            _require(self.rank > 0 or value == default, name, value, remedy)
+
+    @property
+    def scale(self) -> float:
+        """Factor of the adapters' product.
+
+        Raises:
+          ZeroDivisionError: there are no adapters.
+        """
+        return self.alpha / self.rank
+
+    def adapts(self, module: str) -> bool:
+        """Whether the module of this dotted Hugging Face name gets an adapter."""
+        return self.rank > 0 and module.rpartition(".")[2] in self.targets
+
+
+def _require(condition: bool, name: str, value: object, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"model.lora.{name}={value}: {remedy}")
+
+
+NO_LORA = LoraConfig()
+
+
+def is_adapter(name: str) -> bool:
+    """Whether the parameter of this name belongs to an adapter."""
+    return name.endswith((".lora.a", ".lora.b"))
+
+
+def adapter_table(table: Table) -> Table:
+    """The adapters' part of a parameter table."""
+    return {name: spec for name, spec in table.items() if is_adapter(name)}
+
+
+class Merged(Mapping[str, Array]):
+    """The weights without adapters that compute what `params` compute with theirs.
+
+    An adapted kernel is computed when it is asked for and not kept, so that a model can be
+    written parameter by parameter without a second copy in memory.
+    """
+
+    def __init__(self, params: Mapping[str, Array], lora: LoraConfig):
+        self._params, self._lora = params, lora
+
+    def __getitem__(self, name: str) -> Array:
+        if is_adapter(name):
+            raise KeyError(name)
+        module, _, kind = name.rpartition(".")
+        if kind != "kernel" or f"{module}.lora.a" not in self._params:
+            return self._params[name]
+        a, b = (self._params[f"{module}.lora.{part}"] for part in "ab")
+        return _add_product(self._params[name], a, b, self._lora.scale)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name in self._params if not is_adapter(name))
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
+
+
+@jax.jit
+def _add_product(
+    kernel: Float[Array, "*l i o"],
+    a: Float[Array, "*l i r"],
+    b: Float[Array, "*l r o"],
+    scale: float,
+) -> Float[Array, "*l i o"]:
+    """`kernel + scale * a @ b`, computed in float32."""
+    wide = [x.astype(jnp.float32) for x in (kernel, a, b)]
+    product = jnp.matmul(wide[1], wide[2], precision=jax.lax.Precision.HIGHEST)
+    return (wide[0] + scale * product).astype(kernel.dtype)
