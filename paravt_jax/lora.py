@@ -107,7 +107,7 @@ class Merged(Mapping[str, Array]):
         return sum(1 for _ in self)
 
 
-@jax.jit
+@functools.partial(jax.jit, static_argnames="scale")
 def _add_product(
     kernel: Float[Array, "*l i o"],
     a: Float[Array, "*l i r"],
