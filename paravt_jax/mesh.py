@@ -1,7 +1,8 @@
 """The device mesh, and which logical axis of an array is split over which of its axes.
 
-Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered when used) and
-`tensor` (heads, MLP width and vocabulary split). A batch is split over `data` and `fsdp`.
+Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered when used),
+`expert` (whole experts split; other weights replicated) and `tensor` (heads, MLP width and
+vocabulary split). A batch is split over all but `tensor`.
 """
 
 from __future__ import annotations
@@ -14,10 +15,13 @@ import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
-    "batch": ("data", "fsdp"),
+    "batch": ("data", "fsdp", "expert"),
+    # Rows on their way to experts: every owner of experts sees those of the others.
+    "expert_batch": ("data", "fsdp"),
+    "expert": ("expert",),
     "embed": ("fsdp",),
     "heads": ("tensor",),
     "kv": ("tensor",),

@@ -18,12 +18,19 @@ NUMERICALLY_SILENT = {
 }
 """Fields that do not change the logits of given weights, and why they are kept."""
 
+ARCHITECTURES = {
+    "qwen3_vl": "Qwen3VLForConditionalGeneration",
+    "qwen3_vl_moe": "Qwen3VLMoeForConditionalGeneration",
+}
+"""`model_type` of a config.json -> the class of transformers that computes it."""
+
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
 def _from_known_fields(cls: type, raw: Mapping[str, Any]) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
-    known = {k: tuple(v) if isinstance(v, list) else v for k, v in raw.items() if k in names}
+    given = {k: v for k, v in raw.items() if k in names and v is not None}
+    known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
     return cls(**known)
 
 
@@ -132,8 +139,47 @@ class VisionConfig:
         theta = raw.pop("rope_theta")
         raw["deepstack_visual_indexes"] = list(self.deepstack_visual_indexes)
         raw["rope_parameters"] = {"rope_type": "axial", "rope_theta": theta}
-        # The type that 4.57 writes; 5.x reads it as its own `qwen3_vl_vision`.
-        return {"model_type": "qwen3_vl", **raw}
+        return raw
+
+
+@dataclasses.dataclass(frozen=True)
+class ExpertsConfig:
+    """Mixture of experts in the language model. Defaults are those of transformers'
+    `Qwen3VLMoeTextConfig`."""
+
+    num_experts: int = 60
+    num_experts_per_tok: int = 4
+    moe_intermediate_size: int = 1408
+    decoder_sparse_step: int = 1
+    """Every how many layers an MLP is replaced by experts."""
+    mlp_only_layers: tuple[int, ...] = ()
+    """Layers that keep their MLP all the same."""
+
+    def __post_init__(self) -> None:
+        _require(
+            1 <= self.num_experts_per_tok <= self.num_experts,
+            "text_config.num_experts_per_tok",
+            self.num_experts_per_tok,
+            f"choose between 1 and num_experts ({self.num_experts})",
+        )
+        _require(
+            self.decoder_sparse_step >= 1,
+            "text_config.decoder_sparse_step",
+            self.decoder_sparse_step,
+            "choose 1 or more",
+        )
+
+    def replaces(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, has experts instead of an MLP."""
+        return layer not in self.mlp_only_layers and (layer + 1) % self.decoder_sparse_step == 0
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ExpertsConfig:
+        """Read the `text_config` object of a config.json; transformers 5 writes
+        `num_local_experts` for `num_experts`."""
+        count = raw.get("num_experts", raw.get("num_local_experts", cls.num_experts))
+        layers = raw.get("mlp_only_layers") or ()
+        return _from_known_fields(cls, {**raw, "num_experts": count, "mlp_only_layers": layers})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,6 +201,8 @@ class TextConfig:
     attention_bias: bool = False
     max_position_embeddings: int = 128000
     initializer_range: float = 0.02
+    experts: ExpertsConfig | None = None
+    """None for a dense model."""
 
     def __post_init__(self) -> None:
         _require(
@@ -177,9 +225,13 @@ class TextConfig:
             f"choose one of {', '.join(ACTIVATIONS)}",
         )
 
+    def is_sparse(self, layer: int) -> bool:
+        """Whether this layer, counted from 0, has experts instead of an MLP."""
+        return self.experts is not None and self.experts.replaces(layer)
+
     @classmethod
-    def from_dict(cls, raw: Mapping[str, Any]) -> TextConfig:
-        """Read the `text_config` object of a config.json.
+    def from_dict(cls, raw: Mapping[str, Any], experts: bool = False) -> TextConfig:
+        """Read the `text_config` object of a config.json, of a model with experts or without.
 
         Transformers 5 keeps `rope_parameters`; 4.57 keeps `rope_scaling` beside `rope_theta`.
         """
@@ -193,6 +245,9 @@ class TextConfig:
         )
         dropout = raw.get("attention_dropout", 0.0)
         _require(not dropout, "text_config.attention_dropout", dropout, "set it to 0")
+        if experts and not raw.get("head_dim"):
+            heads = raw.get("num_attention_heads", cls.num_attention_heads)
+            raw = {**raw, "head_dim": raw.get("hidden_size", cls.hidden_size) // heads}
         return _from_known_fields(
             cls,
             {
@@ -201,6 +256,7 @@ class TextConfig:
                 "mrope_section": rope.get("mrope_section", cls.mrope_section),
                 "num_key_value_heads": raw.get("num_key_value_heads")
                 or raw.get("num_attention_heads", cls.num_attention_heads),
+                "experts": ExpertsConfig.from_dict(raw) if experts else None,
             },
         )
 
@@ -211,7 +267,11 @@ class TextConfig:
         rope = {"rope_type": "default", "mrope_section": section, "mrope_interleaved": True}
         raw["rope_scaling"] = rope
         raw["rope_parameters"] = {**rope, "rope_theta": self.rope_theta}
-        return {"model_type": "qwen3_vl_text", **raw}
+        experts = raw.pop("experts")
+        if experts is None:
+            return {"model_type": "qwen3_vl_text", **raw}
+        experts["mlp_only_layers"] = list(experts["mlp_only_layers"])
+        return {"model_type": "qwen3_vl_moe_text", **raw, **experts}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,10 +299,10 @@ class Qwen3VLConfig:
         """Read a whole config.json.
 
         Raises:
-          ValueError: not a dense Qwen3-VL, or a field that this implementation cannot honour.
+          ValueError: not a Qwen3-VL, or a field that this implementation cannot honour.
         """
         kind = raw.get("model_type")
-        _require(kind == "qwen3_vl", "model_type", kind, "give a dense Qwen3-VL model")
+        _require(kind in ARCHITECTURES, "model_type", kind, "give a Qwen3-VL model")
         text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
         tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
         known = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
@@ -250,20 +310,22 @@ class Qwen3VLConfig:
             cls,
             {
                 **known,
-                "text": TextConfig.from_dict(text),
+                "text": TextConfig.from_dict(text, experts=kind == "qwen3_vl_moe"),
                 "vision": VisionConfig.from_dict(vision),
                 "tie_word_embeddings": bool(tie),
             },
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """A config.json that transformers loads as `Qwen3VLForConditionalGeneration`."""
+        """A config.json that transformers loads."""
+        kind = "qwen3_vl" if self.text.experts is None else "qwen3_vl_moe"
         raw = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         del raw["text"], raw["vision"]
         return {
-            "architectures": ["Qwen3VLForConditionalGeneration"],
-            "model_type": "qwen3_vl",
+            "architectures": [ARCHITECTURES[kind]],
+            "model_type": kind,
             **raw,
             "text_config": self.text.to_dict(),
-            "vision_config": self.vision.to_dict(),
+            # The type that 4.57 writes; 5.x reads it as its own `{kind}_vision`.
+            "vision_config": {"model_type": kind, **self.vision.to_dict()},
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +15,7 @@ from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Linear, precision
 from models.qwen3_vl.text import TextTower
 from models.qwen3_vl.vision import VisionTower
+from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Blueprint, Normal, Params, Table
 from paravt_jax.records import KVCache, VisionFeatures
@@ -22,11 +24,17 @@ from paravt_jax.records import KVCache, VisionFeatures
 class Qwen3VL(nnx.Module):
     """Both towers and the vocabulary head, abstract."""
 
-    def __init__(self, config: Qwen3VLConfig, dtype: str = "float32", remat: bool = False):
+    def __init__(
+        self,
+        config: Qwen3VLConfig,
+        dtype: str = "float32",
+        remat: bool = False,
+        lora: LoraConfig = NO_LORA,
+    ):
         text = config.text
         self.dtype = jnp.dtype(dtype)
         self.vision = VisionTower(config.vision, dtype, remat)
-        self.text = TextTower(text, dtype, remat)
+        self.text = TextTower(text, dtype, remat, lora)
         self.head = (
             None
             if config.tie_word_embeddings
@@ -58,17 +66,38 @@ class Qwen3VLPolicy:
     """Implements `paravt_jax.interfaces.Policy`. Hashable, cheap to close over.
 
     `compute_dtype` is the type of matrix products and of the cache; weights are cast when used.
-    With `remat`, the backward pass computes each layer's activations again.
+    With `remat`, the backward pass computes each layer's activations again. With `lora`, the
+    language model has adapters, whose weights stand in the table beside the others.
     """
 
     config: Qwen3VLConfig
     compute_dtype: str = "float32"
     remat: bool = False
+    lora: LoraConfig = NO_LORA
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that serve each token; 0 for a dense model."""
+        experts = self.config.text.experts
+        return 0 if experts is None else experts.num_experts_per_tok
 
     @property
     def table(self) -> Table:
-        """The parameter table."""
+        """The parameter table.
+
+        Raises:
+          ValueError: a projection that `lora` targets does not occur in this model.
+        """
         return _blueprint(self).table
+
+    @property
+    def without_lora(self) -> Qwen3VLPolicy:
+        """The same model without adapters."""
+        return dataclasses.replace(self, lora=NO_LORA)
+
+    def merge(self, params: Params) -> Mapping[str, Array]:
+        """Weights for `without_lora` that compute the same: adapters added to their kernels."""
+        return Merged(params, self.lora)
 
     def encode(
         self, params: Params, patches: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
@@ -88,13 +117,29 @@ class Qwen3VLPolicy:
         lengths: Int[Array, " b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None]:
         """Final hidden states of a right-padded block; see `Policy.hidden`."""
+        hidden, cache, _ = self.hidden_and_router(
+            params, tokens, positions, vision_index, features, cache, lengths
+        )
+        return hidden, cache
+
+    def hidden_and_router(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None = None,
+        cache: KVCache | None = None,
+        lengths: Int[Array, " b"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
+        """As `hidden`, and the router's logits of the sparse layers; None for a dense model."""
         tower = self._bind(params).text
         with jax.named_scope("language_model"):
-            hidden, cache = tower(tokens, positions, vision_index, features, cache)
+            hidden, cache, router_logits = tower(tokens, positions, vision_index, features, cache)
         if cache is not None:
             grown = cache.lengths + (tokens.shape[1] if lengths is None else lengths)
             cache = dataclasses.replace(cache, lengths=grown)
-        return hidden, cache
+        return hidden, cache, router_logits
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Float32 vocabulary logits of hidden states."""
@@ -117,4 +162,17 @@ class Qwen3VLPolicy:
 
 @functools.lru_cache(maxsize=16)
 def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
-    return Blueprint(Qwen3VL(policy.config, policy.compute_dtype, policy.remat))
+    model = Qwen3VL(policy.config, policy.compute_dtype, policy.remat, policy.lora)
+    blueprint = Blueprint(model)
+    _check_targets(policy.lora, blueprint.table)
+    return blueprint
+
+
+def _check_targets(lora: LoraConfig, table: Table) -> None:
+    adapted = {spec.hf_name.split(".")[-3] for spec in adapter_table(table).values()}
+    absent = [target for target in lora.targets if target not in adapted]
+    if lora.rank and absent:
+        raise ValueError(
+            f"model.lora.targets={','.join(lora.targets)}: this model has no {', '.join(absent)} "
+            "outside its experts; leave it out"
+        )

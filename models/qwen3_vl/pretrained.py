@@ -81,7 +81,7 @@ class Pretrained:
 def from_pretrained(
     folder: str | os.PathLike, dtype: str = "float32", mesh: Mesh | None = None
 ) -> Pretrained:
-    """Load a Hugging Face folder of a dense Qwen3-VL.
+    """Load a Hugging Face folder of a Qwen3-VL, dense or with experts.
 
     Args:
       folder: config.json and safetensors, in one file or several with an index.

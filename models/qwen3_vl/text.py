@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import attend
 from models.qwen3_vl.config import TextConfig
+from models.qwen3_vl.experts import Experts
 from models.qwen3_vl.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
+from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Normal, declare, stack
 from paravt_jax.records import KVCache, VisionFeatures
@@ -77,9 +81,10 @@ class CacheView:
 class Attention(nnx.Module):
     """Grouped-query attention with normed queries and keys."""
 
-    def __init__(self, config: TextConfig, hf: str, dtype: Any):
+    def __init__(self, config: TextConfig, hf: str, dtype: Any, lora: LoraConfig):
         c, h = config, config.head_dim
-        shared = {"init": Normal(c.initializer_range), "bias": c.attention_bias, "dtype": dtype}
+        shared = {"init": Normal(c.initializer_range), "bias": c.attention_bias}
+        shared |= {"dtype": dtype, "lora": lora}
         n, k = c.num_attention_heads, c.num_key_value_heads
         self.head_dim = h
         self.query = Linear(c.hidden_size, n * h, ("embed", "heads"), hf + "q_proj", **shared)
@@ -108,9 +113,9 @@ class Attention(nnx.Module):
 class Mlp(nnx.Module):
     """SwiGLU (Shazeer, 2020)."""
 
-    def __init__(self, config: TextConfig, hf: str, dtype: Any):
+    def __init__(self, config: TextConfig, hf: str, dtype: Any, lora: LoraConfig):
         d, width = config.hidden_size, config.intermediate_size
-        shared = {"init": Normal(config.initializer_range), "dtype": dtype}
+        shared = {"init": Normal(config.initializer_range), "dtype": dtype, "lora": lora}
         self.act = config.hidden_act
         self.gate = Linear(d, width, ("embed", "mlp"), hf + "gate_proj", **shared)
         self.up = Linear(d, width, ("embed", "mlp"), hf + "up_proj", **shared)
@@ -122,32 +127,42 @@ class Mlp(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Pre-norm decoder layer. Another kind of MLP (mixture of experts) would be chosen here."""
+    """Pre-norm decoder layer; a `sparse` one has experts instead of an MLP, without adapters."""
 
-    def __init__(self, config: TextConfig, hf: str, dtype: Any):
+    def __init__(self, config: TextConfig, hf: str, dtype: Any, sparse: bool, lora: LoraConfig):
         self.attention_norm = RMSNorm(
             config.hidden_size, hf + "input_layernorm", config.rms_norm_eps
         )
-        self.attention = Attention(config, hf + "self_attn.", dtype)
+        self.attention = Attention(config, hf + "self_attn.", dtype, lora)
         self.mlp_norm = RMSNorm(
             config.hidden_size, hf + "post_attention_layernorm", config.rms_norm_eps
         )
-        self.mlp = Mlp(config, hf + "mlp.", dtype)
+        mlp = hf + "mlp."
+        self.mlp = Experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
 
     def __call__(
         self, x: Float[Array, "b t d"], rope: Rope, view: CacheView | None = None
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "b t e"] | None]:
+        """Output, grown cache, and the router's logits of a sparse layer."""
         with jax.named_scope("attention"):
             mixed, cache = self.attention(self.attention_norm(x), rope, view)
         x = constrain(x + mixed, "batch", None, None)
         with jax.named_scope("mlp"):
-            return constrain(x + self.mlp(self.mlp_norm(x)), "batch", None, None), cache
+            mixed = self.mlp(self.mlp_norm(x))
+        mixed, router_logits = mixed if isinstance(mixed, tuple) else (mixed, None)
+        return constrain(x + mixed, "batch", None, None), cache, router_logits
 
 
 class TextTower(nnx.Module):
     """Embedding, decoder layers, final norm."""
 
-    def __init__(self, config: TextConfig, dtype: Any = "float32", remat: bool = False):
+    def __init__(
+        self,
+        config: TextConfig,
+        dtype: Any = "float32",
+        remat: bool = False,
+        lora: LoraConfig = NO_LORA,
+    ):
         self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)
         c = config
         self.embedding = declare(
@@ -156,7 +171,7 @@ class TextTower(nnx.Module):
             Normal(c.initializer_range),
             HF + "embed_tokens.weight",
         )
-        self.layers = stack(DecoderLayer(c, HF + "layers.{}.", dtype), range(c.num_hidden_layers))
+        self.layers, self.sparse_layers = (self._stack(sparse, lora) for sparse in (False, True))
         self.norm = RMSNorm(c.hidden_size, HF + "norm", c.rms_norm_eps)
 
     def __call__(
@@ -166,25 +181,49 @@ class TextTower(nnx.Module):
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
         cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
         """Hidden states after the last norm; the cache with keys and values appended, its
-        lengths untouched."""
+        lengths untouched; the router's logits of the sparse layers."""
         with jax.named_scope("embedding"):
             x = self.embed(tokens, vision_index, features)
         rope = mrope(positions, self.config)
-        depth = jnp.arange(self.config.num_hidden_layers, dtype=jnp.int32)
 
         def step(layer: DecoderLayer, carry: Any, number: Int[Array, ""]) -> Any:
             x, cache = carry
             view = None if cache is None else CacheView(cache, number)
-            x, cache = layer(x, rope, view)
-            return (add_deepstack(x, vision_index, features, number), cache), None
+            x, cache, router_logits = layer(x, rope, view)
+            return (add_deepstack(x, vision_index, features, number), cache), router_logits
 
         # On CPU, reading a layer of the cache at a constant offset is five times faster.
         unroll = cache is not None and jax.default_backend() == "cpu"
+        carry, routed = (x, cache), []
         with jax.named_scope("decoder_layers"):
-            (x, cache), _ = scan_layers(self.layers, step, (x, cache), depth, self.remat, unroll)
-        return self.norm(x), cache
+            for layers, rows, numbers in self._runs():
+                carry, logits = scan_layers(
+                    layers, step, carry, numbers, self.remat, unroll, rows=rows
+                )
+                routed += [] if logits is None else [logits]
+        x, cache = carry
+        return self.norm(x), cache, jnp.concatenate(routed) if routed else None
+
+    def _stack(self, sparse: bool, lora: LoraConfig) -> DecoderLayer | None:
+        """All layers of one kind; None if there is none."""
+        c = self.config
+        numbers = [i for i in range(c.num_hidden_layers) if c.is_sparse(i) == sparse]
+        if not numbers:
+            return None
+        return stack(DecoderLayer(c, HF + "layers.{}.", self.dtype, sparse, lora), numbers)
+
+    def _runs(self) -> Iterator[tuple[DecoderLayer, slice, Int[Array, " n"]]]:
+        """Consecutive layers of one kind: their stack, their rows in it, their numbers."""
+        done, numbers = {False: 0, True: 0}, range(self.config.num_hidden_layers)
+        for sparse, group in itertools.groupby(numbers, self.config.is_sparse):
+            run = list(group)
+            rows = slice(done[sparse], done[sparse] + len(run))
+            done[sparse] = rows.stop
+            layers = self.sparse_layers if sparse else self.layers
+            if layers is not None:
+                yield layers, rows, jnp.asarray(run, jnp.int32)
 
     def embed(
         self,

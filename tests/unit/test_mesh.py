@@ -13,11 +13,12 @@ from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
-        (None, (8, 1, 1)),
-        ("data:2,fsdp:2,tensor:2", (2, 2, 2)),
-        ("fsdp:-1", (1, 8, 1)),
-        ("tensor:2, data:-1", (4, 1, 2)),
-        ("data:-1,fsdp:8", (1, 8, 1)),
+        (None, (8, 1, 1, 1)),
+        ("data:2,fsdp:2,tensor:2", (2, 2, 1, 2)),
+        ("data:2,expert:-1", (2, 1, 4, 1)),
+        ("fsdp:-1", (1, 8, 1, 1)),
+        ("tensor:2, data:-1", (4, 1, 1, 2)),
+        ("data:-1,fsdp:8", (1, 8, 1, 1)),
     ],
 )
 def test_parse(text, sizes):
@@ -27,7 +28,7 @@ def test_parse(text, sizes):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("model:8", "unknown axis 'model'; choose from data, fsdp, tensor"),
+        ("model:8", "unknown axis 'model'; choose from data, fsdp, expert, tensor"),
         ("data:2,data:4", "given twice"),
         ("data:two", "positive number or -1"),
         ("data", "positive number or -1"),
@@ -55,7 +56,11 @@ def mesh():
     [
         (("embed", "heads"), (8, 6), PartitionSpec("fsdp", "tensor")),
         (("layers", "embed", "mlp"), (3, 8, 6), PartitionSpec(None, "fsdp", "tensor")),
-        (("batch", None, "vocab"), (4, 3, 10), PartitionSpec(("data", "fsdp"), None, "tensor")),
+        (
+            ("batch", None, "vocab"),
+            (4, 3, 10),
+            PartitionSpec(("data", "fsdp", "expert"), None, "tensor"),
+        ),
         (("vocab", "embed"), (7, 8), PartitionSpec(None, "fsdp")),
         (("batch", None), (6, 3), PartitionSpec(None, None)),
     ],
@@ -84,5 +89,5 @@ def test_constrain_lays_out_activations_only_under_a_mesh(mesh):
     assert len(double(x).sharding.device_set) == 1
     with jax.set_mesh(mesh):
         spread = jax.jit(lambda x: constrain(3 * x, "batch", "mlp"))(x)
-    assert spread.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor")
+    assert spread.sharding.spec == PartitionSpec(("data", "fsdp", "expert"), "tensor")
     np.testing.assert_array_equal(spread, 3 * x)
