@@ -7,6 +7,7 @@
 5. A stream set to a saved state goes on exactly as the one that saved it.
 6. Threads and worker processes give the same prompts.
 7. A video that cannot be read ends the stream with a ValueError that names the file.
+8. Frames of the needle world reach the model untouched, as images and as video.
 """
 
 import dataclasses
@@ -123,6 +124,18 @@ def test_tools_are_offered_or_not():
     for tools in (True, False):
         text = renderer().decode(take(stream(tools=tools), 1)[0].prompt.tokens)
         assert ("crop_video" in text) is tools
+
+
+@pytest.mark.parametrize("mode", ["image", "video"])
+def test_needle_frames_stay_as_they_are(mode):
+    spec = renderer(mode).spec
+    for limits in (spec, spec.limited(32 * 32, 32 * 32)):
+        for count in (1, 3, 5, 64):
+            raw, sized = (
+                reader.overview(rows()[0].video, count).pixels
+                for reader in (VideoReader(), VideoReader(spec=limits))
+            )
+            np.testing.assert_array_equal(sized, raw)
 
 
 def test_evaluation_prompts_keep_the_order_of_the_rows():
