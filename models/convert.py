@@ -17,18 +17,19 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
-import shutil
 from pathlib import Path
 from typing import NoReturn
 
+from models.qwen3_vl.folder import copy_model_files, read_config, whole_folder
 from models.qwen3_vl.model import Qwen3VLPolicy
-from models.qwen3_vl.weights import carry_files, load_params, read_config, save_folder
+from models.qwen3_vl.weights import Weights, save_folder
+from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import (
     MODEL_FILES,
+    create_params,
     find_model_files,
     find_step,
-    restore_params,
-    save_params,
+    open_params,
 )
 
 
@@ -40,10 +41,11 @@ class Parser(argparse.ArgumentParser):
 
 
 def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder.
+    """Write the weights of a checkpoint as a Hugging Face folder, in the type they are stored in.
 
     Raises:
-      ValueError: no checkpoint, no config.json for it, or weights of another model.
+      ValueError: no checkpoint, no config.json for it, weights of another model, or `out` exists.
+      OSError: the checkpoint is damaged or the disk is full.
     """
     step = find_step(checkpoint)
     source = Path(base) if base is not None else find_model_files(step)
@@ -53,24 +55,33 @@ def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
             "Hugging Face folder of the same model"
         )
     config = read_config(source)
-    params = restore_params(step, Qwen3VLPolicy(config).table)
-    save_folder(params, config, out, base=source)
+    params = open_params(step, Qwen3VLPolicy(config).table)
+    save_folder(params, config, _new_folder(out), base=source)
 
 
 def from_hf(folder: str, out: str) -> None:
-    """Write a Hugging Face folder as a checkpoint: weights in `params/`, the rest in `model/`.
+    """Write a Hugging Face folder as a checkpoint: weights in `params/`, in the type they have,
+    the rest in `model/`.
 
     Raises:
-      ValueError: no such folder, another kind of model, or `out` exists.
+      ValueError: no such folder, another kind of model, damaged weights, or `out` exists.
+      OSError: the disk is full.
     """
-    target = Path(out)
+    source, target = Path(folder), _new_folder(out)
+    table = Qwen3VLPolicy(read_config(source)).table
+    weights = Weights(source, table)
+    with whole_folder(target) as temporary:
+        for name, stored in create_params(temporary, table, weights.dtypes).items():
+            for box in boxes(stored.shape, stored.chunk):
+                stored[box] = weights.read(name, box, stored.dtype)
+        copy_model_files(source, temporary / MODEL_FILES)
+
+
+def _new_folder(out: str) -> Path:
+    target = Path(out).absolute()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise ValueError(f"OUT {out} exists and is not empty: choose another folder")
-    config = read_config(folder)
-    save_params(target, load_params(folder, Qwen3VLPolicy(config).table))
-    (target / MODEL_FILES).mkdir()
-    carry_files(Path(folder), target / MODEL_FILES)
-    shutil.copy2(Path(folder) / "config.json", target / MODEL_FILES / "config.json")
+    return target
 
 
 def main(arguments: list[str] | None = None) -> int:

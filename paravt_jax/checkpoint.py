@@ -7,34 +7,43 @@ tokenizer and processor files.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import orbax.checkpoint as ocp
 from jax.sharding import Mesh
 from jaxtyping import Array
 
-from paravt_jax.params import Params, Table, abstract_params
+from paravt_jax.array_store import StoredArray
+from paravt_jax.params import Params, ParamSpec, Table, abstract_params
 
 ITEM = "params"
 """Name of the item that holds the weights."""
 MODEL_FILES = "model"
 """Folder with config.json, tokenizer and processor files."""
+CHUNK_BYTES = 64 * 2**20
+"""Most that is read or written at once of a checkpoint that `create_params` laid out."""
 
 
-def save_params(path: str | os.PathLike, params: Mapping[str, Array]) -> None:
+def save_params(path: str | os.PathLike, params: Mapping[str, Array | np.ndarray]) -> None:
     """Write weights as the item `params` of the checkpoint folder `path`.
 
     Raises:
       ValueError: the folder already holds weights.
+      OSError: the disk is full.
     """
     item = Path(path).absolute() / ITEM
     if item.exists():
         raise ValueError(f"{item} already exists: choose another folder")
-    with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(item, dict(params))
+    try:
+        with ocp.StandardCheckpointer() as checkpointer:
+            checkpointer.save(item, dict(params))
+    except ValueError as error:  # what TensorStore makes of a full disk
+        raise OSError(f"{item} could not be written: {error}") from error
 
 
 def restore_params(
@@ -45,15 +54,53 @@ def restore_params(
     Raises:
       ValueError: no weights there, or other parameters than `table` lists.
     """
-    item = Path(path).absolute() / ITEM
-    if not item.is_dir():
-        raise ValueError(
-            f"{path} holds no {ITEM!r}: give a checkpoint folder, WORKDIR/checkpoints/<step>"
-        )
+    item = _existing_item(path)
     target = abstract_params(table, mesh, dtype)
     with ocp.StandardCheckpointer() as checkpointer:
         _check_same(item, dict(checkpointer.metadata(item).item_metadata.items()), target)
         return checkpointer.restore(item, target)
+
+
+def open_params(path: str | os.PathLike, table: Table) -> dict[str, StoredArray]:
+    """The weights of a checkpoint folder, to be read box by box.
+
+    Raises:
+      ValueError: no weights there, or other parameters than `table` lists.
+    """
+    item = _existing_item(path)
+    with ocp.StandardCheckpointer() as checkpointer:
+        stored = dict(checkpointer.metadata(item).item_metadata.items())
+    _check_same(item, stored, table)
+    return {name: StoredArray.open(item, name) for name in table}
+
+
+def create_params(
+    path: str | os.PathLike, table: Table, dtypes: Mapping[str, np.dtype]
+) -> dict[str, StoredArray]:
+    """Lay out the item `params` in the checkpoint folder `path`, to be written box by box.
+
+    Orbax saves whole arrays only. So it saves empty ones, and then each is laid out again at its
+    real size in the same database; once all is written, it is a checkpoint like any other.
+
+    Raises:
+      ValueError: the folder already holds weights.
+      OSError: the disk is full.
+    """
+    save_params(path, {name: np.zeros(1, dtypes[name]) for name in table})
+    item = Path(path).absolute() / ITEM
+    return {
+        name: StoredArray.open(item, name).resized(spec.shape, _chunk(spec, dtypes[name].itemsize))
+        for name, spec in table.items()
+    }
+
+
+def _chunk(spec: ParamSpec, itemsize: int) -> tuple[int, ...]:
+    """The largest chunk within `CHUNK_BYTES`: several layers, one, or some rows of one."""
+    chunk = list(spec.shape)
+    for axis in spec.part_axes:
+        one = math.prod(chunk) // chunk[axis] * itemsize
+        chunk[axis] = min(chunk[axis], max(1, CHUNK_BYTES // one))
+    return tuple(chunk)
 
 
 def find_step(path: str | os.PathLike) -> Path:
@@ -82,6 +129,15 @@ def find_model_files(step: str | os.PathLike) -> Path | None:
     step = Path(step).absolute()
     candidates = [step / MODEL_FILES, step.parent.parent / MODEL_FILES]
     return next((path for path in candidates if (path / "config.json").is_file()), None)
+
+
+def _existing_item(path: str | os.PathLike) -> Path:
+    item = Path(path).absolute() / ITEM
+    if not item.is_dir():
+        raise ValueError(
+            f"{path} holds no {ITEM!r}: give a checkpoint folder, WORKDIR/checkpoints/<step>"
+        )
+    return item
 
 
 def _check_same(item: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -24,8 +24,19 @@ from jaxtyping import Array
 from paravt_jax.mesh import sharding
 
 Params = dict[str, Array]
+Box = tuple[slice, ...]
+"""A part of an array: one slice for each axis, with start and stop."""
 Model = TypeVar("Model", bound=nnx.Module)
 Initialiser = Callable[[Array, tuple[int, ...], jnp.dtype], Array]
+
+
+@runtime_checkable
+class Tensor(Protocol):
+    """An array, or what reads one from a file when it is indexed."""
+
+    def __getitem__(self, box: Box, /) -> np.ndarray:
+        """The values of a box."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +63,43 @@ class HfLayout:
             batch, out = self.shape[: self.batch], self.shape[self.batch]
             value = value.reshape(*batch, -1, out).swapaxes(-1, -2)
         return value.reshape(self.shape)
+
+    def read_box(self, tensor: Tensor, shape: tuple[int, ...], box: Box) -> np.ndarray:
+        """`read(tensor, shape)[box]`, taking from `tensor` little more than the box."""
+        taken, rest = [slice(None)] * len(self.shape), list(box)
+        inner = list(shape)
+        for axis, dimension in self.common_axes(shape).items():
+            taken[dimension], rest[axis] = box[axis], slice(None)
+            inner[axis] = box[axis].stop - box[axis].start
+        part = tensor[tuple(taken)]
+        narrow = dataclasses.replace(self, shape=part.shape)
+        return narrow.read(part, tuple(inner))[tuple(rest)]
+
+    def write_rows(self, value: np.ndarray) -> np.ndarray:
+        """`write` of a box that is whole but for the axis of the tensor's first dimension."""
+        rows = value.size // math.prod(self.shape[1:])
+        return dataclasses.replace(self, shape=(rows, *self.shape[1:])).write(value)
+
+    def common_axes(self, shape: tuple[int, ...]) -> dict[int, int]:
+        """Axes of a layer of this `shape` that are a dimension of the tensor, and which one.
+
+        Those are the leading and the trailing ones of equal size: between them the tensor's
+        dimensions are split or joined in another way.
+        """
+        order = list(range(len(self.shape)))
+        if self.swapped:
+            order.append(order.pop(self.batch))
+        sizes = [self.shape[dimension] for dimension in order]
+        head = _common_prefix(sizes, shape)
+        tail = min(_common_prefix(sizes[::-1], shape[::-1]), len(sizes) - head)
+        pairs = [(axis, order[axis]) for axis in range(head)]
+        pairs += [(len(shape) - 1 - i, order[len(order) - 1 - i]) for i in range(tail)]
+        return dict(pairs)
+
+
+def _common_prefix(a: Sequence[int], b: Sequence[int]) -> int:
+    pairs = enumerate(zip(a, b, strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,19 +138,49 @@ class ParamSpec:
         Raises:
           ValueError: the tensor has none of `hf_shapes`.
         """
-        for layout in self._layouts:
-            if layout.shape == tensor.shape:
-                return layout.read(tensor, self.layer_shape)
-        raise ValueError(f"{self.hf_name}: shape {tensor.shape} is none of {self.hf_shapes}")
+        return self._layout(tensor.shape).read(tensor, self.layer_shape)
+
+    def box_from_hf(self, tensor: Tensor, shape: tuple[int, ...], box: Box) -> np.ndarray:
+        """`from_hf(tensor)[box]` of a tensor of this `shape`, taking little more than the box.
+
+        Raises:
+          ValueError: `shape` is none of `hf_shapes`.
+        """
+        return self._layout(shape).read_box(tensor, self.layer_shape, box)
 
     def to_hf(self, value: np.ndarray) -> np.ndarray:
         """Inverse of `from_hf` in the first layout."""
         return self._layouts[0].write(value)
 
+    def rows_to_hf(self, value: np.ndarray) -> np.ndarray:
+        """Rows of `to_hf(layer)`, of a layer that is whole but for its `row_axis`."""
+        return self._layouts[0].write_rows(value)
+
+    @property
+    def row_axis(self) -> int | None:
+        """Axis along which the rows of a Hugging Face tensor lie; None where a layer can only be
+        converted as a whole."""
+        axes = self._layouts[0].common_axes(self.layer_shape)
+        found = (axis + bool(self.layers) for axis, dimension in axes.items() if dimension == 0)
+        return next(found, None)
+
+    @property
+    def part_axes(self) -> tuple[int, ...]:
+        """Axes along which the parameter can be cut into parts that are converted one by one:
+        that of the layers, then that of the rows."""
+        rows = () if self.row_axis is None else (self.row_axis,)
+        return (0, *rows) if self.layers else rows
+
     @property
     def layer_shape(self) -> tuple[int, ...]:
         """Shape of one layer as we keep it."""
         return self.shape[1:] if self.layers else self.shape
+
+    def _layout(self, shape: tuple[int, ...]) -> HfLayout:
+        for layout in self._layouts:
+            if layout.shape == shape:
+                return layout
+        raise ValueError(f"{self.hf_name}: shape {shape} is none of {self.hf_shapes}")
 
     @property
     def _layouts(self) -> tuple[HfLayout, ...]:

@@ -1,9 +1,10 @@
 """Qwen3-VL (dense), exact to transformers' `Qwen3VLForConditionalGeneration`."""
 
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
+from models.qwen3_vl.folder import carry_files, read_config
 from models.qwen3_vl.model import Qwen3VLPolicy
 from models.qwen3_vl.pretrained import Pretrained, from_pretrained
-from models.qwen3_vl.weights import carry_files, load_params, read_config, save_folder
+from models.qwen3_vl.weights import load_params, save_folder
 
 __all__ = [
     "Pretrained",

@@ -304,7 +304,8 @@ class Qwen3VLConfig:
         kind = raw.get("model_type")
         _require(kind in ARCHITECTURES, "model_type", kind, "give a Qwen3-VL model")
         text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
-        tie = raw.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
+        # transformers 5 goes by this value alone, whatever the one in text_config says.
+        tie = raw.get("tie_word_embeddings", False)
         known = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
         return _from_known_fields(
             cls,

@@ -1,10 +1,13 @@
-"""Weights between a Hugging Face folder (safetensors) and the flat dict of parameters."""
+"""Weights between a Hugging Face folder (safetensors) and the flat dict of parameters.
+
+Both ways they pass in parts (one layer, or some rows of a large one), cast one by one: memory
+does not grow with the model.
+"""
 
 from __future__ import annotations
 
-import json
+import collections
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,25 +16,119 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.folder import (
+    carry_files,
+    check_replaceable,
+    existing_folder,
+    whole_folder,
+    write_config,
+)
 from models.qwen3_vl.model import Qwen3VLPolicy
-from paravt_jax.params import Params, Table, param_shardings
+from models.qwen3_vl.safetensors_io import (
+    DTYPES,
+    Rows,
+    StoredTensor,
+    TensorSpec,
+    shorten,
+    stored_tensors,
+    write_tensors,
+)
+from paravt_jax.array_store import StoredArray, boxes
+from paravt_jax.params import Box, Params, ParamSpec, Table, param_shardings
 
-INDEX = "model.safetensors.index.json"
-TIED_HEAD = "lm_head.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5 * 2**30
+COMPARED_ROWS = 4096
+"""Rows of the vocabulary that are compared at once."""
 
 
-def read_config(folder: str | os.PathLike) -> Qwen3VLConfig:
-    """The config.json of a Hugging Face folder.
+class Weights:
+    """The parameters of a table as a Hugging Face folder holds them, read in parts."""
 
-    Raises:
-      ValueError: no such folder or file, or a model that is no dense Qwen3-VL.
+    def __init__(self, folder: str | os.PathLike, table: Table):
+        """Looks at names, shapes and types only.
+
+        Raises:
+          ValueError: no such folder, no safetensors, a damaged file, or tensors missing,
+            unexpected, of another shape or of a quantised type (all of them in one message).
+        """
+        path = existing_folder(folder)
+        self._table, self._tensors = table, stored_tensors(path)
+        _check_head(self._tensors, table, path)
+        _check_tensors(self._tensors, table, path)
+
+    @property
+    def dtypes(self) -> dict[str, np.dtype]:
+        """The type of each parameter on disk; of types that differ by layer, one that holds all."""
+        return {name: jnp.result_type(*self._types(spec)) for name, spec in self._table.items()}
+
+    def _types(self, spec: ParamSpec) -> set[np.dtype]:
+        return {DTYPES[self._tensors[name].dtype] for name in spec.hf_names}
+
+    def read(self, name: str, box: Box, dtype: Any) -> np.ndarray:
+        """A part of a parameter, in the given type.
+
+        Raises:
+          ValueError: a file is damaged.
+        """
+        spec = self._table[name]
+        if not spec.layers:
+            return self._read_layer(spec, spec.hf_names[0], box).astype(dtype)
+        value = np.empty([part.stop - part.start for part in box], dtype)
+        for layer, hf_name in zip(value, spec.hf_names[box[0]], strict=True):
+            layer[...] = self._read_layer(spec, hf_name, box[1:])
+        return value
+
+    def _read_layer(self, spec: ParamSpec, hf_name: str, box: Box) -> np.ndarray:
+        tensor = self._tensors[hf_name]
+        return spec.box_from_hf(tensor, tensor.shape, box)
+
+
+def _check_head(tensors: dict[str, StoredTensor], table: Table, folder: Path) -> None:
+    """A model with a tied head may have one on disk, if it is the embedding once more.
+
+    transformers trusts such a head over config.json where they differ; we ask which is meant.
     """
-    return Qwen3VLConfig.from_dict(_read_json(_existing(folder) / "config.json"))
+    if HEAD not in tensors or any(HEAD in spec.hf_names for spec in table.values()):
+        return
+    head, embedding = tensors.pop(HEAD), tensors.get(EMBEDDING)
+    if embedding is not None and not _equal(head, embedding):
+        raise ValueError(
+            f"tie_word_embeddings is true in {folder / 'config.json'}, but {HEAD} differs from "
+            "the embedding: set it to false to use the head that is there"
+        )
+
+
+def _equal(one: StoredTensor, other: StoredTensor) -> bool:
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    parts = boxes(one.shape, (COMPARED_ROWS, *one.shape[1:]))
+    return all(one[part].tobytes() == other[part].tobytes() for part in parts)
+
+
+def _check_tensors(tensors: dict[str, StoredTensor], table: Table, folder: Path) -> None:
+    specs = {hf_name: spec for spec in table.values() for hf_name in spec.hf_names}
+    both = [name for name in specs if name in tensors]
+    shapes = [
+        f"{name} {tensors[name].shape} instead of {specs[name].hf_shapes[0]}"
+        for name in both
+        if tensors[name].shape not in specs[name].hf_shapes
+    ]
+    kinds = [f"{name} {tensors[name].dtype}" for name in both if tensors[name].dtype not in DTYPES]
+    faults = {
+        "missing": sorted(set(specs) - set(tensors)),
+        "unexpected": sorted(set(tensors) - set(specs)),
+        "of another shape": shapes,
+        f"of a type other than {', '.join(DTYPES)}": kinds,
+    }
+    found = [f"{fault} [{shorten(names)}]" for fault, names in faults.items() if names]
+    if found:
+        raise ValueError(
+            f"weights in {folder} do not match its config.json: {'; '.join(found)}; use the "
+            "config.json that belongs to these weights"
+        )
 
 
 def load_params(
@@ -42,28 +139,43 @@ def load_params(
 ) -> Params:
     """Read all parameters of `table` from the safetensors files of a folder.
 
-    Parameters are read one at a time and go straight to their devices, so the host never
-    holds the whole model.
+    Each shard of each parameter is read, layer by layer, in its final type and put on its
+    devices before the next one, so the host holds one shard of one parameter.
 
     Raises:
-      ValueError: no such folder, only pickled weights, or tensors missing, unexpected or of
-        another shape (all of them in one message).
+      ValueError: as `Weights`.
     """
-    files = _tensor_files(_existing(folder))
-    with_tied_head = {TIED_HEAD} if TIED_HEAD not in _hf_names(table) else set()
-    _check_names(set(files), set(_hf_names(table)), with_tied_head)
-    _check_shapes(files, table)
-    homes = param_shardings(table, mesh)
-    params = {}
-    for name, spec in table.items():
-        layers = [spec.from_hf(_read_tensor(files, hf)) for hf in spec.hf_names]
-        value = np.stack(layers) if spec.layers else layers[0]
-        params[name] = _place(value.astype(jnp.dtype(dtype)), homes[name])
-    return params
+    weights, homes = Weights(folder, table), param_shardings(table, mesh)
+    return {
+        name: _place(weights, name, spec.shape, homes[name], jnp.dtype(dtype))
+        for name, spec in table.items()
+    }
+
+
+def _place(
+    weights: Weights,
+    name: str,
+    shape: tuple[int, ...],
+    home: jax.sharding.Sharding,
+    dtype: Any,
+) -> jax.Array:
+    """One parameter; what several devices hold alike is read once."""
+    devices = collections.defaultdict(list)
+    for device, index in home.addressable_devices_indices_map(shape).items():
+        devices[_bounds(index, shape)].append(device)
+    shards = []
+    for bounds, holders in devices.items():
+        value = weights.read(name, tuple(slice(*bound) for bound in bounds), dtype)
+        shards += [jax.device_put(value, device) for device in holders]
+    return jax.make_array_from_single_device_arrays(shape, home, shards)
+
+
+def _bounds(index: Any, shape: tuple[int, ...]) -> tuple[tuple[int, int], ...]:
+    return tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
 
 
 def save_folder(
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, jax.Array | StoredArray],
     config: Qwen3VLConfig,
     folder: str | os.PathLike,
     base: str | os.PathLike | None = None,
@@ -78,205 +190,56 @@ def save_folder(
 
     Raises:
       ValueError: `folder` holds something that is no model, or `base` does not exist.
+      OSError: the disk is full.
     """
     target = Path(folder).absolute()
-    base_folder = None if base is None else _existing(base)
-    _check_replaceable(target)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    writes = jax.process_index() == 0
-    tensors = _hf_tensors(params, Qwen3VLPolicy(config).table)
-    if not writes:
-        for _ in tensors:  # every host takes part in gathering the shards
-            pass
+    base_folder = None if base is None else existing_folder(base)
+    check_replaceable(target)
+    table = Qwen3VLPolicy(config).table
+    dtypes = {name: np.dtype(params[name].dtype) for name in table}
+    rows = _rows(params, table)
+    if jax.process_index() > 0:
+        collections.deque(rows, maxlen=0)  # every host takes part in gathering the shards
         return
-    temporary.mkdir(parents=True)
-    try:
+    with whole_folder(target) as temporary:
         carry_files(base_folder, temporary)
-        _write_config(config, params, base_folder, temporary)
-        _write_shards(tensors, temporary, max_shard_bytes)
-        _replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        usual = collections.Counter(dtypes.values()).most_common(1)[0][0]
+        write_config(config, str(usual), base_folder, temporary)
+        write_tensors(temporary, _tensor_specs(table, dtypes), rows, max_shard_bytes)
 
 
-def carry_files(base: Path | None, folder: Path) -> None:
-    """Copy what is neither weights nor config.json: tokenizer, processor, generation files."""
-    for path in [] if base is None else sorted(base.iterdir()):
-        if path.is_file() and not _is_weights(path) and path.name != "config.json":
-            shutil.copy2(path, folder / path.name)
-
-
-def _is_weights(path: Path) -> bool:
-    kinds = (".safetensors", ".bin", ".pt", ".pth", ".msgpack", ".h5", ".gguf")
-    return path.suffix in kinds or path.name.endswith(".index.json")
-
-
-def _existing(folder: str | os.PathLike) -> Path:
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(
-            f"model folder {path} does not exist: give a Hugging Face folder with "
-            "config.json and *.safetensors"
-        )
-    return path
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a complete Hugging Face model folder")
-    try:
-        return json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch the folder again") from error
-
-
-def _tensor_files(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file that holds it."""
-    if (folder / INDEX).is_file():
-        index = _read_json(folder / INDEX)["weight_map"]
-        absent = sorted({file for file in index.values() if not (folder / file).is_file()})
-        if absent:
-            raise ValueError(
-                f"{folder / INDEX} names files that are not there: {absent}; fetch the folder again"
-            )
-        return {name: folder / file for name, file in index.items()}
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        pickled = sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt"))
-        found = f"only pickled weights ({', '.join(pickled)})" if pickled else "no weights"
-        raise ValueError(f"{folder} holds {found}: give a folder with *.safetensors")
-    files = {}
-    for shard in shards:
-        with _open(shard) as opened:
-            files.update(dict.fromkeys(opened.keys(), shard))
-    return files
-
-
-def _open(path: Path) -> Any:
-    try:
-        return safe_open(path, framework="np")
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch the folder again") from error
-
-
-def _hf_names(table: Table) -> list[str]:
-    return [name for spec in table.values() for name in spec.hf_names]
-
-
-def _check_names(found: set[str], wanted: set[str], tolerated: set[str]) -> None:
-    missing, unexpected = sorted(wanted - found), sorted(found - wanted - tolerated)
-    if missing or unexpected:
-        raise ValueError(
-            f"weights do not match config.json: missing {missing}, unexpected "
-            f"{unexpected}; use the config.json that belongs to these weights"
-        )
-
-
-def _check_shapes(files: dict[str, Path], table: Table) -> None:
-    wrong = []
-    for spec in table.values():
-        for name in spec.hf_names:
-            with _open(files[name]) as opened:
-                shape = tuple(opened.get_slice(name).get_shape())
-            if shape not in spec.hf_shapes:
-                wrong.append(f"{name} is {shape}, config.json says {spec.hf_shapes[0]}")
-    if wrong:
-        raise ValueError("; ".join(wrong) + ": use the config.json that belongs to these weights")
-
-
-def _read_tensor(files: dict[str, Path], name: str) -> np.ndarray:
-    with _open(files[name]) as opened:
-        return opened.get_tensor(name)
-
-
-def _place(value: np.ndarray, home: jax.sharding.Sharding) -> jax.Array:
-    """Each host puts only the shards of its own devices."""
-    return jax.make_array_from_callback(value.shape, home, lambda index: value[index])
-
-
-def _hf_tensors(params: Mapping[str, jax.Array], table: Table) -> Iterator[tuple[str, np.ndarray]]:
-    """All tensors under their Hugging Face names, one parameter in memory at a time."""
+def _tensor_specs(table: Table, dtypes: Mapping[str, np.dtype]) -> Iterator[TensorSpec]:
     for name, spec in table.items():
-        value = _to_host(params[name])
-        layers = value if spec.layers else [value]
-        for hf_name, layer in zip(spec.hf_names, layers, strict=True):
-            yield hf_name, np.ascontiguousarray(spec.to_hf(layer))
+        for hf_name in spec.hf_names:
+            yield TensorSpec(hf_name, spec.hf_shapes[0], dtypes[name])
 
 
-def _to_host(value: jax.Array) -> np.ndarray:
+def _rows(params: Mapping[str, jax.Array | StoredArray], table: Table) -> Iterator[Rows]:
+    """All parameters in the layout of the file, part by part."""
+    for name, spec in table.items():
+        value = params[name]
+        for box in boxes(spec.shape, _part_shape(value, spec)):
+            part = _to_host(value, box)
+            first = 0 if spec.row_axis is None else box[spec.row_axis].start
+            names = spec.hf_names[box[0]] if spec.layers else spec.hf_names
+            for hf_name, layer in zip(names, part if spec.layers else [part], strict=True):
+                yield hf_name, first, spec.rows_to_hf(layer)
+
+
+def _part_shape(value: jax.Array | StoredArray, spec: ParamSpec) -> tuple[int, ...]:
+    """What is taken at once: one layer from devices, the chunks that make up rows from disk."""
+    if not isinstance(value, StoredArray):
+        return (1, *spec.layer_shape) if spec.layers else spec.shape
+    sizes = zip(spec.shape, value.chunk, strict=True)
+    return tuple(c if axis in spec.part_axes else n for axis, (n, c) in enumerate(sizes))
+
+
+def _to_host(value: jax.Array | StoredArray, box: Box) -> np.ndarray:
+    if isinstance(value, StoredArray):
+        return value[box]
+    if box[0].stop - box[0].start < value.shape[0]:
+        # A traced index: all layers of a parameter share one compiled slice.
+        value = jax.lax.dynamic_index_in_dim(value, np.int32(box[0].start))
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)
-
-
-def _write_shards(tensors: Iterator[tuple[str, np.ndarray]], folder: Path, max_bytes: int) -> None:
-    """One file, or numbered files with an index when the weights exceed `max_bytes`."""
-    shards: list[list[str]] = []
-    batch: dict[str, np.ndarray] = {}
-    total = 0
-    for name, tensor in tensors:
-        if batch and sum(t.nbytes for t in batch.values()) + tensor.nbytes > max_bytes:
-            shards.append(_write_shard(batch, folder, len(shards)))
-            batch = {}
-        batch[name] = tensor
-        total += tensor.nbytes
-    shards.append(_write_shard(batch, folder, len(shards)))
-    if len(shards) == 1:
-        (folder / _part(0)).rename(folder / "model.safetensors")
-        return
-    weight_map = {}
-    for number, names in enumerate(shards):
-        final = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / _part(number)).rename(folder / final)
-        weight_map.update(dict.fromkeys(names, final))
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    (folder / INDEX).write_text(json.dumps(index, indent=2))
-
-
-def _part(number: int) -> str:
-    return f"part-{number}.safetensors"
-
-
-def _write_shard(batch: dict[str, np.ndarray], folder: Path, number: int) -> list[str]:
-    # transformers refuses a safetensors file whose metadata do not name a format.
-    save_file(batch, folder / _part(number), metadata={"format": "pt"})
-    # safetensors makes files that only their owner can read.
-    (folder / _part(number)).chmod(0o644)
-    return list(batch)
-
-
-def _write_config(
-    config: Qwen3VLConfig, params: Mapping[str, jax.Array], base: Path | None, folder: Path
-) -> None:
-    """Our fields over those of the base's config.json, whose other fields are kept."""
-    raw: dict[str, Any] = config.to_dict()
-    raw["dtype"] = str(next(iter(params.values())).dtype)
-    if base is not None and (base / "config.json").is_file():
-        old = _read_json(base / "config.json")
-        towers = {
-            tower: {**(old.get(tower) or {}), **raw[tower]}
-            for tower in ("text_config", "vision_config")
-        }
-        raw = {**old, **raw, **towers}
-    (folder / "config.json").write_text(json.dumps(raw, indent=2, sort_keys=True) + "\n")
-
-
-def _check_replaceable(target: Path) -> None:
-    """Refuse to replace what `save_folder` could not have written."""
-    if not target.exists():
-        return
-    entries = list(target.iterdir()) if target.is_dir() else [target]
-    names = {entry.name for entry in entries if entry.is_file()}
-    model = "config.json" in names and any(name.endswith(".safetensors") for name in names)
-    if entries and not (model and len(names) == len(entries)):
-        raise ValueError(
-            f"{target} exists and is no plain model folder: give a new folder, or empty this one"
-        )
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    old = target.with_name(temporary.name + ".old")
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)

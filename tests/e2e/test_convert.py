@@ -125,7 +125,7 @@ def test_misuse_is_one_line_and_code_2(tmp_path):
         (["to-hf", "nowhere", "out"], "holds no checkpoint"),
         (["to-hf", "bare", "out"], "pass --base"),
         (["to-hf", "bare", "out", "--base", "nowhere"], "does not exist"),
-        (["to-hf", "bare", "full", "--base", "model"], "give a new folder"),
+        (["to-hf", "bare", "full", "--base", "model"], "not empty"),
         (["from-hf", "nowhere", "out"], "does not exist"),
         (["from-hf", "model", "full"], "not empty"),
     ],
@@ -150,7 +150,7 @@ def test_weights_of_another_model_are_refused(tmp_path, model, params):
     with pytest.raises(ValueError, match=r"text\.norm\.scale"):
         restore_params(tmp_path / "step", TABLE)
     untied = Qwen3VLConfig(CONFIG.text, CONFIG.vision, tie_word_embeddings=False)
-    with pytest.raises(ValueError, match=r"missing \['lm_head\.weight'\]"):
+    with pytest.raises(ValueError, match=r"missing \[lm_head\.weight\]"):
         load_params(model, Qwen3VLPolicy(untied).table)
     (model / "model.safetensors").rename(model / "pytorch_model.bin")
     with pytest.raises(ValueError, match="only pickled weights"):

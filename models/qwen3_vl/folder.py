@@ -1,0 +1,132 @@
+"""Hugging Face model folders, all but the weights: config.json, the files beside it, and folders
+that appear whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.safetensors_io import PICKLED, read_json
+
+CONFIG = "config.json"
+OTHER_WEIGHTS = (*PICKLED, ".safetensors", ".msgpack", ".h5", ".gguf", ".onnx")
+TEMPLATES = "additional_chat_templates"
+"""Folder with chat templates beside the default one, as transformers saves them."""
+
+
+def existing_folder(folder: str | os.PathLike) -> Path:
+    """The path of a model folder.
+
+    Raises:
+      ValueError: there is none.
+    """
+    path = Path(folder)
+    if not path.is_dir():
+        raise ValueError(
+            f"model folder {path} does not exist: give a Hugging Face folder with "
+            "config.json and *.safetensors"
+        )
+    return path
+
+
+def read_config(folder: str | os.PathLike) -> Qwen3VLConfig:
+    """The config.json of a Hugging Face folder.
+
+    Raises:
+      ValueError: no such folder or file, or a model that is no Qwen3-VL.
+    """
+    return Qwen3VLConfig.from_dict(read_json(existing_folder(folder) / CONFIG))
+
+
+def write_config(config: Qwen3VLConfig, dtype: str, base: Path | None, folder: Path) -> None:
+    """Write our fields over those of the base's config.json, whose other fields are kept."""
+    raw: dict[str, Any] = config.to_dict()
+    # transformers 5 goes by the value of the whole model, 4.57 by that of the language model.
+    raw["text_config"]["tie_word_embeddings"] = config.tie_word_embeddings
+    if base is not None and (base / CONFIG).is_file():
+        old = read_json(base / CONFIG)
+        towers = {
+            tower: {**(old.get(tower) or {}), **raw[tower]}
+            for tower in ("text_config", "vision_config")
+        }
+        raw = {**old, **raw, **towers}
+    for part in (raw["text_config"], raw["vision_config"]):
+        part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})
+    raw.pop("torch_dtype", None)
+    raw["dtype"] = dtype
+    text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
+    (folder / CONFIG).write_text(text, encoding="utf-8")
+
+
+def carry_files(base: Path | None, folder: Path) -> None:
+    """Copy what is neither weights nor config.json: tokenizer, processor, chat templates,
+    generation files."""
+    for path in [] if base is None else sorted(base.iterdir()):
+        if path.is_file() and not _is_weights(path) and path.name != CONFIG:
+            shutil.copy2(path, folder / path.name)
+        elif path.is_dir() and path.name == TEMPLATES:
+            shutil.copytree(path, folder / path.name)
+
+
+def copy_model_files(base: Path, folder: Path) -> None:
+    """Make a folder with all of a model folder but its weights."""
+    folder.mkdir()
+    carry_files(base, folder)
+    shutil.copy2(base / CONFIG, folder / CONFIG)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
+
+
+@contextlib.contextmanager
+def whole_folder(target: Path) -> Iterator[Path]:
+    """A folder to write into, which then takes the place of `target`, or vanishes if the block
+    fails.
+
+    Raises:
+      OSError: it could not be written; `target` is as it was.
+    """
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        _replace(temporary, target)
+    except OSError as error:
+        raise OSError(
+            f"could not write {target}: {error}; free some space or choose another folder "
+            "(nothing was left there)"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    old = target.with_name(temporary.name + ".old")
+    if target.exists():
+        target.rename(old)
+    temporary.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_replaceable(target: Path) -> None:
+    """Refuse to replace what cannot be an earlier export.
+
+    Raises:
+      ValueError: `target` holds something that is no model.
+    """
+    if not target.exists():
+        return
+    entries = list(target.iterdir()) if target.is_dir() else [target]
+    names = {entry.name for entry in entries if entry.is_file()}
+    model = CONFIG in names and any(name.endswith(".safetensors") for name in names)
+    if entries and not (model and {entry.name for entry in entries} <= names | {TEMPLATES}):
+        raise ValueError(
+            f"{target} exists and is no plain model folder: give a new folder, or empty this one"
+        )

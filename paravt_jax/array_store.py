@@ -1,0 +1,112 @@
+"""One array of an Orbax checkpoint, read and written box by box.
+
+Orbax keeps each array as a zarr array, under the array's name, in the OCDBT database that the
+item's folder is (https://orbax.readthedocs.io, "Checkpoint format"). It reads and writes whole
+arrays; TensorStore, which it uses for that, also takes boxes, so that an array of any size
+passes through little memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import tensorstore as ts
+
+from paravt_jax.params import Box
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredArray:
+    """An array on disk. Boxes that are whole chunks are read and written fastest."""
+
+    store: ts.TensorStore
+
+    @classmethod
+    def open(cls, item: Path, name: str) -> StoredArray:
+        """The array of this name in the folder of a checkpoint item.
+
+        Raises:
+          OSError: it is missing or damaged.
+        """
+        try:
+            store = ts.open(f"file://{item}/|ocdbt:{name}/|auto:", open=True).result()
+        except ValueError as error:
+            raise OSError(f"{item} holds no readable {name}: {error}") from error
+        return cls(store)
+
+    def resized(self, shape: Sequence[int], chunk: Sequence[int]) -> StoredArray:
+        """The array laid out anew, empty, with this shape and chunk, in the same encoding.
+
+        Raises:
+          OSError: the disk is full.
+        """
+        old = self.store
+        where = {"driver": old.spec().to_json()["driver"], "kvstore": old.kvstore.spec().to_json()}
+        layout = ts.ChunkLayout(write_chunk_shape=chunk)
+        try:
+            store = ts.open(
+                where,
+                create=True,
+                delete_existing=True,
+                dtype=old.dtype,
+                codec=old.codec,
+                shape=shape,
+                chunk_layout=layout,
+            ).result()
+        except ValueError as error:
+            raise OSError(f"could not write: {error}") from error
+        return StoredArray(store)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Size along each axis."""
+        return tuple(self.store.shape)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Type of the values."""
+        return self.store.dtype.numpy_dtype
+
+    @property
+    def chunk(self) -> tuple[int, ...]:
+        """Shape of what is stored, and so read, as one."""
+        return tuple(self.store.chunk_layout.read_chunk.shape)
+
+    def __getitem__(self, box: Box) -> np.ndarray:
+        """The values of a box.
+
+        Raises:
+          OSError: they are missing or damaged.
+        """
+        try:
+            return self.store[box].read().result()
+        except ValueError as error:
+            raise OSError(f"could not read: {error}") from error
+
+    def __setitem__(self, box: Box, values: np.ndarray) -> None:
+        """Write a box.
+
+        Raises:
+          OSError: the disk is full.
+        """
+        try:
+            self.store[box].write(values).result()
+        except ValueError as error:  # what TensorStore makes of a full disk
+            raise OSError(f"could not write: {error}") from error
+
+    def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
+        """The whole array, for numpy and jax."""
+        values = self[tuple(slice(0, size) for size in self.shape)]
+        return values if dtype is None else values.astype(dtype)
+
+
+def boxes(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Box]:
+    """All chunks of an array of this shape, the last axis fastest."""
+    starts = (range(0, size, step) for size, step in zip(shape, chunk, strict=True))
+    for corner in itertools.product(*starts):
+        ends = (min(at + step, size) for at, step, size in zip(corner, chunk, shape, strict=True))
+        yield tuple(slice(at, end) for at, end in zip(corner, ends, strict=True))
