@@ -14,6 +14,7 @@ import typing
 from typing import Any
 
 from paravt_jax.advantages import AdvantageConfig
+from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
@@ -42,6 +43,10 @@ class ModelSettings:
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     remat: bool = False
     """Recompute each layer in the backward pass to save memory."""
+    lora: LoraConfig = NO_LORA
+    """With a rank above 0, only adapters beside the language model's matrices train."""
+    adapter: str | None = None
+    """Folder of peft with the adapter to start from; None starts from a fresh one."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -241,7 +246,21 @@ def _check_cross(config: Config) -> None:
         )
     if config.rewards.mode == "llm":
         raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+    _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
+
+
+def _check_lora(model: ModelSettings) -> None:
+    if model.lora.rank and model.train_vision:
+        raise ValueError(
+            f"model.train_vision=true has no effect with model.lora.rank={model.lora.rank}, which "
+            "trains adapters alone; set it to false"
+        )
+    if model.adapter and not model.lora.rank:
+        raise ValueError(
+            f"model.adapter={model.adapter} has no effect without LoRA; set model.lora.rank (and "
+            "alpha and targets) to those of its adapter_config.json"
+        )
 
 
 def _check_sft(config: Config) -> None:
@@ -307,34 +326,51 @@ def _check_clip(objective: ObjectiveConfig) -> None:
             )
 
 
+Assignment = tuple[str, list[str], str]
+"""What was written (the whole key), the part of the key still to follow, the value as text."""
+
+
 def override(config: Config, assignments: list[str]) -> Config:
     """Apply `key=value` assignments with dotted keys, e.g. `optimizer.learning_rate=1e-4`.
+
+    All are applied before the result is checked, so settings that only fit together can be given
+    one after the other; of the same key the last counts.
 
     Raises:
       ValueError: unknown key (with the keys that exist there) or a value of the wrong type.
     """
+    parsed: list[Assignment] = []
     for assignment in assignments:
         key, found, value = assignment.partition("=")
         if not found:
             raise ValueError(f"--set {assignment!r} is not of the form key=value")
-        config = _set(config, key.split("."), value, key)
-    return config
+        parsed.append((key, key.split("."), value))
+    return _set(config, parsed)
 
 
-def _set(section: Any, path: list[str], text: str, key: str) -> Any:
+def _set(section: Any, assignments: list[Assignment]) -> Any:
+    groups: dict[str, list[Assignment]] = {}
+    for key, path, text in assignments:
+        groups.setdefault(path[0], []).append((key, path[1:], text))
+    values = {name: _new_value(section, name, group) for name, group in groups.items()}
+    return dataclasses.replace(section, **values)
+
+
+def _new_value(section: Any, name: str, assignments: list[Assignment]) -> Any:
+    key, path, text = assignments[-1]
     names = [field.name for field in dataclasses.fields(section)]
-    if path[0] not in names:
+    if name not in names:
         raise ValueError(f"--set {key}: no such key; known here: {', '.join(names)}")
-    current = getattr(section, path[0])
-    if len(path) > 1:
-        if not dataclasses.is_dataclass(current):
-            raise ValueError(f"--set {key}: {path[0]} has no keys of its own")
-        return dataclasses.replace(section, **{path[0]: _set(current, path[1:], text, key)})
+    current = getattr(section, name)
     if dataclasses.is_dataclass(current):
         inner = ", ".join(field.name for field in dataclasses.fields(current))
-        raise ValueError(f"--set {key} is a section; set one of its keys: {inner}")
-    kind = typing.get_type_hints(type(section))[path[0]]
-    return dataclasses.replace(section, **{path[0]: _parse(text, kind, key)})
+        for key, path, _ in assignments:
+            if not path:
+                raise ValueError(f"--set {key} is a section; set one of its keys: {inner}")
+        return _set(current, assignments)
+    if path:
+        raise ValueError(f"--set {key}: {name} has no keys of its own")
+    return _parse(text, typing.get_type_hints(type(section))[name], key)
 
 
 def _parse(text: str, kind: Any, key: str) -> Any:

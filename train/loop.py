@@ -31,7 +31,7 @@ class Parts:
     agent: Agent
     learner: Learner
     reference: FlatParams
-    """The policy at step 0, for the KL term."""
+    """The trainable weights at step 0, for the KL term; the frozen ones never change."""
     checkpoints: Checkpoints
     log: RunLog
     workdir: Path
@@ -53,7 +53,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         clock.lap("time/rollout")
 
         batch = parts.learner.batch(state.params, groups)
-        batch = parts.learner.with_reference(parts.reference, batch)
+        batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
         state, learned = parts.learner.step(state, batch)
         metrics = figures(learned)
         clock.lap("time/learn")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,9 @@ import jax
 from jax.sharding import Mesh
 
 from evaluate.held_out import Mode, evaluate
-from models.qwen3_vl import read_config, save_folder
-from paravt_jax.mesh import AXES
+from models.qwen3_vl import save_folder
+from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
+from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup
 from pipelines.datasets import folder_rows
@@ -32,7 +34,14 @@ from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
-from train.state import FlatParams, TrainState, abstract_state, make_optimizer, make_state
+from train.state import (
+    FlatParams,
+    TrainState,
+    abstract_state,
+    is_trainable,
+    make_optimizer,
+    make_state,
+)
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
@@ -55,12 +64,28 @@ def check(config: Config, here: bool = True) -> None:
     missing = [flag for flag in config.needs if given[flag] is None]
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
-    if config.model.folder is not None:
-        read_config(config.model.folder)
+    check_model(config, here)
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
         check_rows_fit(config, setup.open_mesh(config))
+
+
+def check_model(config: Config, here: bool) -> None:
+    """Refuse a model folder that cannot be read, and adapters that do not fit the model.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    model = config.model
+    if model.lora.rank and model.folder is None and here:
+        raise ValueError(
+            f"model.lora.rank={model.lora.rank} trains beside weights that stay as they are: give "
+            "--model, or set it to 0 to train from random weights"
+        )
+    setup.abstract_policy(config).table  # noqa: B018  the table refuses what the model lacks
+    if model.adapter is not None:
+        check_adapter_config(model.adapter, model.lora)
 
 
 def check_rows_fit(config: Config, mesh: Mesh) -> None:
@@ -69,7 +94,7 @@ def check_rows_fit(config: Config, mesh: Mesh) -> None:
     Raises:
       ValueError: they do not.
     """
-    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     rows = config.rl.micro_groups * config.rl.group_size
     if config.stage is Stage.RL and rows % ways:
         raise ValueError(
@@ -95,7 +120,10 @@ def describe(config: Config) -> None:
     print(json.dumps(to_dict(config), indent=2))
     mesh = setup.open_mesh(config)
     print("mesh " + ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES))
-    print(format_table(setup.abstract_policy(config).table, mesh))
+    table = setup.abstract_policy(config).table
+    print(format_table(table, mesh))
+    sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
+    print(f"{sum(sizes):,} of the parameters train")
     if config.data.path is not None:
         rows = folder_rows(config.data.path, config.data.question_types)
         print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
@@ -158,8 +186,9 @@ class Run:
         self.checkpoints = Checkpoints(
             workdir / "checkpoints", config.output.checkpoint_every, config.output.keep_checkpoints
         )
-        self.start = self.model.params(config, mesh)
-        self.state, self.first_step, self.data_state = self._first_state()
+        start = self.model.params(config, mesh)
+        self.state, self.first_step, self.data_state = self._first_state(start)
+        self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         self.engine = Engine(
@@ -169,7 +198,7 @@ class Run:
             frame_patches=self.renderer.spec.max_patches,
         )
 
-    def _first_state(self) -> tuple[TrainState, int, Any]:
+    def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
 
         Raises:
@@ -178,8 +207,8 @@ class Run:
         config, mesh = self.config, self.mesh
         latest = self.checkpoints.latest
         if latest is None:
-            # A step donates its state; these weights stay, as the reference.
-            fresh = jax.tree.map(lambda x: x.copy(), self.start)
+            # A step donates its state; what trains stays as it was, as the reference.
+            fresh = {n: x.copy() if is_trainable(n, config) else x for n, x in start.items()}
             return make_state(fresh, config, mesh, self.optimizer), 0, None
         if latest > config.steps:
             raise ValueError(
@@ -195,12 +224,12 @@ class Run:
         self.workdir.mkdir(parents=True, exist_ok=True)
         text = json.dumps(to_dict(self.config), indent=2)
         (self.workdir / "config.json").write_text(text + "\n", encoding="utf-8")
-        setup.copy_base(self.model.base, self.workdir / "model")
+        setup.describe_checkpoints(self.model, self.workdir / "model")
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
         config = self.config
-        before = self.evaluate(self.start)
+        before = self.evaluate({**self.state.frozen, **self.reference})
         stream = self._prompts()
         learner = Learner(
             self.model.policy,
@@ -216,7 +245,7 @@ class Run:
             prompts=stream,
             agent=self.agent(),
             learner=learner,
-            reference=self.start,
+            reference=self.reference,
             checkpoints=self.checkpoints,
             log=self.log,
             workdir=self.workdir,
@@ -301,15 +330,18 @@ class Run:
         if after:
             self._report(before, after)
         if self.config.output.export_hf:
-            save_folder(
-                self.state.params,
-                self.model.policy.config,
-                self.workdir / "hf",
-                base=self.model.base,
-            )
+            self._export()
         self.log.console.print(f"everything is in {self.workdir}")
         self.checkpoints.close()
         self.log.close()
+
+    def _export(self) -> None:
+        """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""
+        policy, params, base = self.model.policy, self.state.params, self.model.base
+        save_folder(policy.merge(params), policy.config, self.workdir / "hf", base=base)
+        if policy.lora.rank:
+            folder = self.workdir / ADAPTER
+            save_adapter(params, policy.table, policy.lora, folder, base.absolute())
 
     def _report(self, before: Evaluation, after: Evaluation) -> None:
         """The table, on the console and as `evaluation.json`."""

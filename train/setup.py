@@ -22,6 +22,8 @@ from models.qwen3_vl import (
     load_params,
     read_config,
 )
+from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
+from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Row
@@ -64,16 +66,17 @@ class Model:
     def open(cls, config: Config) -> Model:
         """From `--model`, or the needle model, whose folder is written below the data cache."""
         base = Path(config.model.folder) if config.model.folder else needle_base(config)
-        policy = Qwen3VLPolicy(
-            read_config(base), compute_dtype=config.model.compute_dtype, remat=config.model.remat
-        )
-        return cls(policy, base)
+        return cls(_policy(read_config(base), config), base)
 
     def params(self, config: Config, mesh: Mesh) -> FlatParams:
-        """The weights to start from: the folder's, or fresh ones."""
-        if config.model.folder:
-            return load_params(config.model.folder, self.policy.table, mesh)
-        return initialise(self.policy.table, jax.random.key(config.seed), mesh)
+        """The weights to start from: the folder's, or fresh ones; adapters beside them."""
+        key, settings = jax.random.key(config.seed), config.model
+        if settings.folder is None:
+            return initialise(self.policy.table, key, mesh)
+        params = load_params(settings.folder, self.policy.without_lora.table, mesh)
+        if settings.adapter is None:
+            return params | initialise(adapter_table(self.policy.table), key, mesh)
+        return params | load_adapter(settings.adapter, self.policy.table, settings.lora, mesh)
 
     def renderer(self, config: Config) -> ChatRenderer:
         """Prompts in the model's own chat template."""
@@ -94,16 +97,22 @@ def abstract_policy(config: Config) -> Qwen3VLPolicy:
     """The policy of a configuration, without touching the disk for the needle model."""
     folder = config.model.folder
     architecture = read_config(folder) if folder else Qwen3VLConfig.from_dict(NEEDLE_MODEL)
-    return Qwen3VLPolicy(
-        architecture, compute_dtype=config.model.compute_dtype, remat=config.model.remat
-    )
+    return _policy(architecture, config)
 
 
-def copy_base(base: Path, target: Path) -> None:
-    """Configuration, tokenizer and processor files of a model folder, without its weights."""
+def _policy(architecture: Qwen3VLConfig, config: Config) -> Qwen3VLPolicy:
+    settings = config.model
+    return Qwen3VLPolicy(architecture, settings.compute_dtype, settings.remat, settings.lora)
+
+
+def describe_checkpoints(model: Model, target: Path) -> None:
+    """What a checkpoint needs to become a model folder again: configuration, tokenizer and
+    processor files, and which adapters it holds. No weights."""
     target.mkdir(exist_ok=True)
-    carry_files(base, target)
-    shutil.copy2(base / "config.json", target / "config.json")
+    carry_files(model.base, target)
+    shutil.copy2(model.base / "config.json", target / "config.json")
+    if model.policy.lora.rank:
+        write_adapter_config(model.policy.lora, target / ADAPTER, model.base)
 
 
 def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import optax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
+from paravt_jax.lora import is_adapter
 from paravt_jax.params import ParamSpec, Table
 from paravt_jax.records import pytree
 from train.config import Config, OptimizerSettings
@@ -35,7 +36,10 @@ class TrainState:
 
 
 def is_trainable(name: str, config: Config) -> bool:
-    """Whether this parameter trains: the vision tower only where the config says so."""
+    """Whether this parameter trains: with LoRA the adapters alone, otherwise everything, the
+    vision tower only where the config says so."""
+    if config.model.lora.rank:
+        return is_adapter(name)
     return config.model.train_vision or not name.startswith("vision.")
 
 

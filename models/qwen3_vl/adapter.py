@@ -95,9 +95,7 @@ def load_adapter(
       ValueError: no such folder, a kind of adapter that is not ours, or one with other sizes,
         targets or layers than `lora` and `table` say.
     """
-    found = read_adapter_config(folder)
-    if found != lora:
-        raise ValueError(f"{folder} holds an adapter of {found}, not of {lora}: use its settings")
+    check_adapter_config(folder, lora)
     tensors = _read_tensors(Path(folder) / WEIGHTS)
     specs = adapter_table(table)
     _check_tensors(tensors, specs, Path(folder))
@@ -139,6 +137,20 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
     _check_plain(raw, path)
     targets = tuple(name for name in TARGETS if _is_target(raw.get("target_modules"), name))
     return LoraConfig(rank=raw["r"], alpha=raw["lora_alpha"], targets=targets)
+
+
+def check_adapter_config(folder: str | os.PathLike, lora: LoraConfig) -> None:
+    """Refuse a peft folder whose adapter is not the one that `lora` describes.
+
+    Raises:
+      ValueError: naming a setting that differs, or as `read_adapter_config`.
+    """
+    found = read_adapter_config(folder)
+    for name in ("rank", "alpha", "targets"):
+        theirs, ours = getattr(found, name), getattr(lora, name)
+        # The order of targets means nothing.
+        if (sorted(theirs) != sorted(ours)) if name == "targets" else (theirs != ours):
+            raise ValueError(f"model.lora.{name}={ours}, but {folder} has {theirs}: set that")
 
 
 def checkpoint_lora(model_files: str | os.PathLike | None) -> LoraConfig:

@@ -52,18 +52,20 @@ def random_batch(seed: int = 0) -> LearnerBatch:
     )
 
 
-def run_steps(mesh_text: str, micro_batches: int, steps: int, objective=None):
+def run_steps(mesh_text: str, micro_batches: int, steps: int, objective=None, policy=POLICY):
     """Losses and gradient norms of `steps` RL steps on a mesh, and the final state."""
     count = 1 if mesh_text == "data:1" else 8
     mesh = make_mesh(parse_mesh(mesh_text, count), jax.devices()[:count])
     config = get_recipe("needle_rl")
-    optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-3), steps, POLICY.table)
+    model = dataclasses.replace(config.model, lora=policy.lora)
+    config = dataclasses.replace(config, model=model)
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-3), steps, policy.table)
     with jax.set_mesh(mesh):
-        params = initialise(POLICY.table, jax.random.key(0), mesh)
+        params = initialise(policy.table, jax.random.key(0), mesh)
         state = make_state(params, config, mesh, optimizer)
         step = jax.jit(
             RlStep(
-                policy=POLICY,
+                policy=policy,
                 optimizer=optimizer,
                 objective=objective or ObjectiveConfig(kl_weight=0.1),
                 temperature=0.8,

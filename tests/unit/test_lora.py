@@ -1,0 +1,152 @@
+"""LoRA: adapters alone train, on any mesh; a merge and a resume change nothing."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
+from paravt_jax.lora import TARGETS, LoraConfig, Merged, is_adapter
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.params import initialise
+from tests.unit.test_train_step import random_batch, run_steps
+from train.checkpoint import Checkpoints
+from train.config import OptimizerSettings, override
+from train.layout import to_mesh
+from train.recipes import get_recipe
+from train.recipes.needle import NEEDLE_MODEL
+from train.state import make_optimizer, make_state
+from train.step import SftStep
+
+LORA = LoraConfig(rank=4, alpha=8, targets=("q_proj", "o_proj", "up_proj"))
+POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL), lora=LORA)
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"rank": -1}, "rank=-1"),
+        ({"rank": 4, "alpha": 0}, "alpha=0"),
+        ({"rank": 4, "targets": ("q_proj", "qkv")}, "q_proj,qkv: choose from"),
+        ({"rank": 4, "targets": ()}, "targets=: name each"),
+        ({"rank": 4, "targets": ("q_proj", "q_proj")}, "once"),
+        ({"alpha": 8}, "alpha=8: has no effect without"),
+        ({"targets": ("q_proj",)}, "no effect without"),
+    ],
+)
+def test_bad_settings_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        LoraConfig(**settings)
+
+
+def test_settings_are_given_in_any_order():
+    """Neither alone would pass: alpha without a rank has no effect."""
+    lora = ["model.lora.alpha=8", "model.lora.targets=q_proj,o_proj,up_proj", "model.lora.rank=4"]
+    assert override(get_recipe("needle_rl"), lora).model.lora == LORA
+    for refused in (["model.lora.alpha=8"], [*lora, "model.lora.rank=0"]):
+        with pytest.raises(ValueError, match="no effect"):
+            override(get_recipe("needle_rl"), refused)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "settings", "named"),
+    [
+        ("needle_sft", ["model.lora.rank=4"], "model.train_vision=true has no effect"),
+        ("needle_rl", ["model.adapter=folder"], "model.adapter=folder has no effect"),
+        ("needle_rl", ["model.lora=8"], "section; set one of its keys: rank, alpha, targets"),
+    ],
+)
+def test_settings_that_contradict_are_refused(recipe, settings, named):
+    with pytest.raises(ValueError, match=named):
+        override(get_recipe(recipe), settings)
+
+
+def test_adapters_stand_beside_their_kernels_alone():
+    base, table = POLICY.without_lora.table, POLICY.table
+    added = {name for name in table if name not in base}
+    assert added == {name for name in table if is_adapter(name)}
+    modules = ("attention.query", "attention.out", "mlp.up")
+    assert added == {f"text.layers.{m}.lora.{part}" for m in modules for part in "ab"}
+    assert {name: table[name] for name in base} == base
+    everywhere = Qwen3VLPolicy(POLICY.config, lora=LoraConfig(rank=2))
+    assert len(everywhere.table) == len(base) + 2 * len(TARGETS)
+
+
+def test_a_merged_kernel_is_the_sum_in_float32():
+    rng = np.random.default_rng(0)
+    kernel, a, b = (
+        rng.normal(size=s).astype(np.float32) for s in ((2, 6, 5), (2, 6, 3), (2, 3, 5))
+    )
+    params = {
+        "x.kernel": jnp.asarray(kernel, jnp.bfloat16),
+        "x.lora.a": jnp.asarray(a),
+        "x.lora.b": jnp.asarray(b),
+        "y.kernel": jnp.ones(3),
+    }
+    merged = Merged(params, LoraConfig(rank=3, alpha=6))
+    assert set(merged) == {"x.kernel", "y.kernel"} and len(merged) == 2
+    assert merged["y.kernel"] is params["y.kernel"]
+    exact = np.asarray(params["x.kernel"], np.float32) + 2 * a @ b
+    np.testing.assert_array_equal(merged["x.kernel"], jnp.asarray(exact, jnp.bfloat16))
+    with pytest.raises(KeyError):
+        merged["x.lora.a"]
+
+
+def test_targets_that_a_model_lacks_are_refused():
+    """In a model of experts alone, no MLP is left to adapt."""
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}
+    text = {**NEEDLE_MODEL["text_config"], **experts}
+    raw = {**NEEDLE_MODEL, "model_type": "qwen3_vl_moe", "text_config": text}
+    config = Qwen3VLConfig.from_dict(raw)
+    with pytest.raises(ValueError, match="has no up_proj outside its experts"):
+        Qwen3VLPolicy(config, lora=LORA).table  # noqa: B018
+    fits = dataclasses.replace(LORA, targets=("q_proj",))
+    assert "text.sparse_layers.attention.query.lora.a" in Qwen3VLPolicy(config, lora=fits).table
+
+
+@pytest.fixture(scope="module")
+def alone():
+    """Figures and state after a few steps on one device."""
+    return run_steps("data:1", 2, 3, policy=POLICY)
+
+
+@pytest.mark.slow
+def test_adapters_alone_train_and_have_moments(alone):
+    fresh, state = initialise(POLICY.table, jax.random.key(0)), alone[1]
+    moved = {n for n, value in state.params.items() if not np.array_equal(value, fresh[n])}
+    assert moved == {name for name in POLICY.table if is_adapter(name)} == set(state.trainable)
+    sizes = {leaf.size for leaf in jax.tree.leaves(state.optimizer)} - {1}
+    assert sizes == {value.size for value in state.trainable.values()}
+
+
+@pytest.mark.slow
+def test_mesh_gives_the_one_device_trajectory(alone):
+    spread, state = run_steps("data:2,fsdp:2,tensor:2", 2, 3, policy=POLICY)
+    np.testing.assert_allclose(spread, alone[0], rtol=1e-4)
+    a, b = (state.params[f"text.layers.attention.out.lora.{part}"] for part in "ab")
+    assert a.sharding.shard_shape(a.shape) == (4, 64, 4), "heads over tensor"
+    assert b.sharding.shard_shape(b.shape) == (4, 4, 64), "embed over fsdp"
+
+
+@pytest.mark.slow
+def test_a_resumed_run_goes_on_as_if_never_cut(tmp_path):
+    config = get_recipe("needle_rl")
+    config = dataclasses.replace(config, model=dataclasses.replace(config.model, lora=LORA))
+    mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
+    optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-2), 2, POLICY.table)
+    step = jax.jit(SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": 24}))
+    checkpoints = Checkpoints(tmp_path, every=0, keep=1)
+    with jax.set_mesh(mesh):
+        params = initialise(POLICY.table, jax.random.key(0), mesh)
+        state, _ = step(
+            make_state(params, config, mesh, optimizer), {"one": to_mesh(random_batch(0), mesh)}
+        )
+        checkpoints.save(1, state)
+        resumed, number, _ = checkpoints.restore(state)
+        second = {"one": to_mesh(random_batch(1), mesh)}
+        (whole, metrics), (again, repeated) = step(state, second), step(resumed, second)
+    assert number == 1 and metrics["loss"] == repeated["loss"]
+    jax.tree.map(np.testing.assert_array_equal, again, whole)
+    assert np.any(whole.params["text.layers.mlp.up.lora.b"])
