@@ -10,12 +10,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
-from paravt_jax.params import Table
+from paravt_jax.array_store import StoredArray
+from paravt_jax.params import Box, Table
 
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 """Projections of a decoder layer under their Hugging Face names."""
@@ -81,24 +84,27 @@ def adapter_table(table: Table) -> Table:
     return {name: spec for name, spec in table.items() if is_adapter(name)}
 
 
-class Merged(Mapping[str, Array]):
+class Merged(Mapping[str, Any]):
     """The weights without adapters that compute what `params` compute with theirs.
 
-    An adapted kernel is computed when it is asked for and not kept, so that a model can be
-    written parameter by parameter without a second copy in memory.
+    An adapted kernel is computed when it is asked for and not kept (one on disk box by box), so
+    that a model can be written part by part without a second copy in memory.
     """
 
-    def __init__(self, params: Mapping[str, Array], lora: LoraConfig):
+    def __init__(self, params: Mapping[str, Array | StoredArray], lora: LoraConfig):
         self._params, self._lora = params, lora
 
-    def __getitem__(self, name: str) -> Array:
+    def __getitem__(self, name: str) -> Array | StoredArray:
         if is_adapter(name):
             raise KeyError(name)
         module, _, kind = name.rpartition(".")
         if kind != "kernel" or f"{module}.lora.a" not in self._params:
             return self._params[name]
+        kernel = self._params[name]
         a, b = (self._params[f"{module}.lora.{part}"] for part in "ab")
-        return _add_product(self._params[name], a, b, self._lora.scale)
+        if isinstance(kernel, StoredArray):
+            return MergedStore(kernel.store, np.asarray(a), np.asarray(b), self._lora.scale)
+        return _add_product(kernel, a, b, self._lora.scale)
 
     def __iter__(self) -> Iterator[str]:
         return (name for name in self._params if not is_adapter(name))
@@ -118,3 +124,18 @@ def _add_product(
     wide = [x.astype(jnp.float32) for x in (kernel, a, b)]
     product = jnp.matmul(wide[1], wide[2], precision=jax.lax.Precision.HIGHEST)
     return (wide[0] + scale * product).astype(kernel.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class MergedStore(StoredArray):
+    """A kernel on disk with its adapter added, in float32, to every box that is read."""
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float
+
+    def __getitem__(self, box: Box) -> np.ndarray:
+        kernel, (*layers, rows, columns) = super().__getitem__(box), box
+        a, b = self.a[(*layers, rows)], self.b[(*layers, slice(None), columns)]
+        product = np.matmul(a.astype(np.float32), b.astype(np.float32))
+        return (kernel.astype(np.float32) + self.scale * product).astype(kernel.dtype)

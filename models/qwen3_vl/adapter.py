@@ -13,30 +13,32 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 from jaxtyping import Array
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
+from models.qwen3_vl.folder import whole_folder
+from models.qwen3_vl.safetensors_io import read_json
+from models.qwen3_vl.weights import load_params
 from paravt_jax.lora import NO_LORA, TARGETS, LoraConfig, adapter_table
-from paravt_jax.params import Params, ParamSpec, Table, param_shardings
+from paravt_jax.params import Params, Table
 
 ADAPTER = "adapter"
 """Name of the folder with an adapter in a run's folder, and of the one in a checkpoint's `model/`
 that says which adapters the checkpoint holds."""
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
-LAYERS = r"model\.language_model\.layers\.\d+\."
 PLAIN = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",
     "bias": "none",
     "lora_dropout": 0.0,
-    "fan_in_fan_out": False,
     "init_lora_weights": True,
     "inference_mode": True,
 }
+"""What peft calls adapters such as ours."""
 VARIANTS = (
     "use_rslora",
     "use_dora",
     "use_qalora",
+    "use_bdlora",
     "lora_bias",
     "fan_in_fan_out",
     "rank_pattern",
@@ -45,6 +47,7 @@ VARIANTS = (
     "target_parameters",
     "trainable_token_indices",
     "layer_replication",
+    "alora_invocation_tokens",
 )
 """Settings of peft that change what an adapter computes, in ways that are not ours."""
 
@@ -58,29 +61,29 @@ def save_adapter(
 ) -> None:
     """Write the adapters among `params` as a folder that `peft.PeftModel.from_pretrained` loads.
 
-    Each of the two files appears whole or not at all, the configuration last. On several hosts
+    The folder appears whole or not at all; an earlier adapter there is replaced. On several hosts
     all must call this; the first writes.
 
     Args:
       base: the model that the adapters belong to, for peft to name.
+
+    Raises:
+      ValueError: `folder` holds something that is no adapter.
+      OSError: the disk is full.
     """
+    target = Path(folder).absolute()
+    _check_replaceable(target)
     tensors = {
-        name: np.ascontiguousarray(tensor)
-        for key, spec in adapter_table(table).items()
-        for name, tensor in zip(spec.hf_names, _to_hf(spec, params[key]), strict=True)
+        hf_name: np.ascontiguousarray(spec.to_hf(layer))
+        for name, spec in adapter_table(table).items()
+        for hf_name, layer in zip(spec.hf_names, _to_host(params[name]), strict=True)
     }
     if jax.process_index() > 0:
         return
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
-    temporary = target / f".{WEIGHTS}.{os.getpid()}.tmp"
-    try:
-        save_file(tensors, temporary, metadata={"format": "pt"})
-        temporary.chmod(0o644)  # safetensors makes files that only their owner can read
-        temporary.replace(target / WEIGHTS)
-    finally:
-        temporary.unlink(missing_ok=True)
-    write_adapter_config(lora, target, base)
+    with whole_folder(target) as temporary:
+        save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
+        (temporary / WEIGHTS).chmod(0o644)  # safetensors lets only their owner read its files
+        write_adapter_config(lora, temporary, base)
 
 
 def load_adapter(
@@ -96,29 +99,28 @@ def load_adapter(
         targets or layers than `lora` and `table` say.
     """
     check_adapter_config(folder, lora)
-    tensors = _read_tensors(Path(folder) / WEIGHTS)
-    specs = adapter_table(table)
-    _check_tensors(tensors, specs, Path(folder))
-    homes = param_shardings(specs, mesh)
-    return {name: _place(spec, tensors, homes[name]) for name, spec in specs.items()}
+    try:
+        return load_params(folder, adapter_table(table), mesh)
+    except ValueError as error:
+        raise ValueError(f"{folder} holds no adapter of this language model: {error}") from error
 
 
 def write_adapter_config(
     lora: LoraConfig, folder: str | os.PathLike, base: str | os.PathLike | None = None
 ) -> None:
-    """Write `adapter_config.json`, made so that modules of the vision tower are no targets."""
-    target = Path(folder)
-    target.mkdir(parents=True, exist_ok=True)
+    """Write `adapter_config.json`. Its pattern of targets is for whole names, because modules of
+    the vision tower may end in the same words."""
+    modules = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})"
     fields = {
         **PLAIN,
         "r": lora.rank,
         "lora_alpha": lora.alpha,
-        "target_modules": LAYERS + rf"(self_attn|mlp)\.({'|'.join(lora.targets)})",
+        "target_modules": modules,
         "base_model_name_or_path": None if base is None else str(base),
     }
-    temporary = target / f".{CONFIG}.{os.getpid()}.tmp"
-    temporary.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    temporary.replace(target / CONFIG)
+    Path(folder).mkdir(exist_ok=True)
+    text = json.dumps(fields, indent=2, sort_keys=True) + "\n"
+    (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
 
 
 def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
@@ -128,13 +130,13 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
       ValueError: no such file, or a kind of adapter that is not ours.
     """
     path = Path(folder) / CONFIG
-    if not path.is_file():
-        raise ValueError(f"{path} does not exist: give a folder that peft wrote")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not JSON ({error}): fetch the folder again") from error
-    _check_plain(raw, path)
+    raw = read_json(path)
+    foreign = [name for name in VARIANTS if raw.get(name)]
+    foreign += [name for name in ("peft_type", "bias") if raw.get(name, PLAIN[name]) != PLAIN[name]]
+    foreign += [name for name in ("r", "lora_alpha") if not isinstance(raw.get(name), int)]
+    if foreign:
+        values = ", ".join(f"{name}={raw.get(name)!r}" for name in foreign)
+        raise ValueError(f"{path} has {values}: give a plain LoRA adapter, or merge it with peft")
     targets = tuple(name for name in TARGETS if _is_target(raw.get("target_modules"), name))
     return LoraConfig(rank=raw["r"], alpha=raw["lora_alpha"], targets=targets)
 
@@ -165,16 +167,7 @@ def checkpoint_lora(model_files: str | os.PathLike | None) -> LoraConfig:
     return read_adapter_config(Path(model_files) / ADAPTER)
 
 
-def _check_plain(raw: Mapping[str, Any], path: Path) -> None:
-    foreign = [name for name in VARIANTS if raw.get(name)]
-    foreign += [name for name in ("peft_type", "bias") if raw.get(name, PLAIN[name]) != PLAIN[name]]
-    missing = [name for name in ("r", "lora_alpha") if not isinstance(raw.get(name), int)]
-    if foreign or missing:
-        values = ", ".join(f"{name}={raw.get(name)!r}" for name in foreign + missing)
-        raise ValueError(f"{path} has {values}: give a plain LoRA adapter, or merge it with peft")
-
-
-def _is_target(modules: str | list[str] | None, name: str) -> bool:
+def _is_target(modules: Any, name: str) -> bool:
     """Whether peft would adapt this projection of a decoder layer: a text is a pattern for the
     whole module name, a list holds ends of names."""
     block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
@@ -184,36 +177,13 @@ def _is_target(modules: str | list[str] | None, name: str) -> bool:
     return any(module == end or module.endswith(f".{end}") for end in modules or ())
 
 
-def _to_hf(spec: ParamSpec, value: Array) -> list[np.ndarray]:
+def _check_replaceable(target: Path) -> None:
+    names = {path.name for path in target.iterdir()} if target.is_dir() else set()
+    if names - {CONFIG, WEIGHTS, "README.md"} or target.is_file():
+        raise ValueError(f"{target} holds more than an adapter: give a new folder")
+
+
+def _to_host(value: Array) -> np.ndarray:
     if not value.is_fully_addressable:
-        value = multihost_utils.process_allgather(value, tiled=True)
-    return [spec.to_hf(layer) for layer in np.asarray(value)]
-
-
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
-    if not path.is_file():
-        raise ValueError(
-            f"{path} does not exist: pickled adapters are not read; save as safetensors"
-        )
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is damaged ({error}): fetch the folder again") from error
-
-
-def _check_tensors(tensors: Mapping[str, np.ndarray], specs: Table, folder: Path) -> None:
-    shapes = {name: spec.hf_shapes[0] for spec in specs.values() for name in spec.hf_names}
-    missing, unexpected = sorted(set(shapes) - set(tensors)), sorted(set(tensors) - set(shapes))
-    wrong = [n for n in shapes if n in tensors and tensors[n].shape != shapes[n]]
-    if missing or unexpected or wrong:
-        raise ValueError(
-            f"{folder} belongs to another model: missing {missing}, unexpected {unexpected}, of "
-            f"another shape {wrong}; give an adapter of this model's language layers"
-        )
-
-
-def _place(
-    spec: ParamSpec, tensors: Mapping[str, np.ndarray], home: jax.sharding.Sharding
-) -> jax.Array:
-    value = np.stack([spec.from_hf(tensors[name]) for name in spec.hf_names]).astype(np.float32)
-    return jax.make_array_from_callback(value.shape, home, lambda index: value[index])
+        return multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)

@@ -15,6 +15,7 @@ from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Linear, precision
 from models.qwen3_vl.text import TextTower
 from models.qwen3_vl.vision import VisionTower
+from paravt_jax.array_store import StoredArray
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Blueprint, Normal, Params, Table
@@ -95,7 +96,7 @@ class Qwen3VLPolicy:
         """The same model without adapters."""
         return dataclasses.replace(self, lora=NO_LORA)
 
-    def merge(self, params: Params) -> Mapping[str, Array]:
+    def merge(self, params: Mapping[str, Array | StoredArray]) -> Merged:
         """Weights for `without_lora` that compute the same: adapters added to their kernels."""
         return Merged(params, self.lora)
 
