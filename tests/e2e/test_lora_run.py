@@ -29,6 +29,7 @@ SETTINGS = [
     "rl.group_size=4",
     "rl.micro_groups=2",
     "agent.turn_tokens=48",
+    "agent.max_tool_rounds=0",
     "data.train_videos=4",
 ]
 

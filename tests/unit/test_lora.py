@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
-from paravt_jax.lora import TARGETS, LoraConfig, Merged, is_adapter
+from models.qwen3_vl.adapter import check_adapter_config, load_adapter, save_adapter
+from paravt_jax.array_store import boxes
+from paravt_jax.checkpoint import open_params, save_params
+from paravt_jax.lora import TARGETS, LoraConfig, Merged, adapter_table, is_adapter
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from tests.unit.test_train_step import random_batch, run_steps
@@ -92,6 +95,60 @@ def test_a_merged_kernel_is_the_sum_in_float32():
     np.testing.assert_array_equal(merged["x.kernel"], jnp.asarray(exact, jnp.bfloat16))
     with pytest.raises(KeyError):
         merged["x.lora.a"]
+
+
+def test_a_kernel_on_disk_is_merged_box_by_box(tmp_path):
+    name = "text.layers.attention.query.kernel"
+    table = {n: POLICY.table[n] for n in POLICY.table if ".attention.query." in n}
+    params = moved(initialise(table, jax.random.key(0)))
+    save_params(tmp_path, params)
+    stored = POLICY.merge(open_params(tmp_path, table))[name]
+    whole = np.asarray(POLICY.merge(params)[name])
+    for box in boxes(whole.shape, (2, 50, 128)):
+        np.testing.assert_allclose(stored[box], whole[box], atol=1e-7)
+    assert stored.shape == whole.shape and stored.dtype == whole.dtype
+    assert np.abs(whole - params[name]).max() > 0.1
+
+
+def moved(params):
+    """The parameters with adapters far from zero."""
+    return {
+        name: value + 0.3 * jax.random.normal(jax.random.key(i), value.shape)
+        if is_adapter(name)
+        else value
+        for i, (name, value) in enumerate(params.items())
+    }
+
+
+def test_an_adapter_folder_is_read_as_it_was_written(tmp_path):
+    adapters = moved(initialise(adapter_table(POLICY.table), jax.random.key(0)))
+    for _ in range(2):  # the second replaces the first
+        save_adapter(adapters, POLICY.table, LORA, tmp_path / "adapter")
+    mesh = make_mesh(parse_mesh("fsdp:2,tensor:4", 8))
+    loaded = load_adapter(tmp_path / "adapter", POLICY.table, LORA, mesh)
+    jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
+    assert not loaded["text.layers.mlp.up.lora.a"].sharding.is_fully_replicated
+    turned = dataclasses.replace(LORA, targets=LORA.targets[::-1])
+    check_adapter_config(tmp_path / "adapter", turned)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
+
+
+def test_an_adapter_that_does_not_fit_is_refused(tmp_path):
+    adapters = initialise(adapter_table(POLICY.table), jax.random.key(0))
+    save_adapter(adapters, POLICY.table, LORA, tmp_path / "adapter")
+    other = dataclasses.replace(LORA, rank=2)
+    with pytest.raises(ValueError, match=r"model\.lora\.rank=2, but .* has 4"):
+        load_adapter(tmp_path / "adapter", POLICY.table, other)
+    fewer = {**NEEDLE_MODEL, "text_config": {**NEEDLE_MODEL["text_config"], "num_hidden_layers": 3}}
+    table = Qwen3VLPolicy(Qwen3VLConfig.from_dict(fewer), lora=LORA).table
+    with pytest.raises(ValueError, match=r"no adapter of this language model.*layers\.3\."):
+        load_adapter(tmp_path / "adapter", table, LORA)
+    with pytest.raises(ValueError, match="does not exist"):
+        load_adapter(tmp_path / "nowhere", POLICY.table, LORA)
+    (tmp_path / "adapter" / "precious").write_text("")
+    with pytest.raises(ValueError, match="more than an adapter"):
+        save_adapter(adapters, POLICY.table, LORA, tmp_path / "adapter")
+    assert (tmp_path / "adapter" / "precious").exists()
 
 
 def test_targets_that_a_model_lacks_are_refused():
