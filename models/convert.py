@@ -17,9 +17,11 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import logging
 from pathlib import Path
 from typing import NoReturn
 
+from models.qwen3_vl.adapter import checkpoint_lora
 from models.qwen3_vl.folder import copy_model_files, read_config, whole_folder
 from models.qwen3_vl.model import Qwen3VLPolicy
 from models.qwen3_vl.weights import Weights, save_folder
@@ -41,11 +43,13 @@ class Parser(argparse.ArgumentParser):
 
 
 def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
-    """Write the weights of a checkpoint as a Hugging Face folder, in the type they are stored in.
+    """Write the weights of a checkpoint as a Hugging Face folder, in the type they are stored in,
+    adapters added.
 
     Raises:
-      ValueError: no checkpoint, no config.json for it, weights of another model, or `out` exists.
-      OSError: the checkpoint is damaged or the disk is full.
+      ValueError: no checkpoint, a damaged one, no config.json for it, weights of another model,
+        or `out` exists.
+      OSError: the disk is full.
     """
     step = find_step(checkpoint)
     source = Path(base) if base is not None else find_model_files(step)
@@ -54,9 +58,9 @@ def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
             f"no model/config.json in {step} or its run: pass --base HF_DIR, a "
             "Hugging Face folder of the same model"
         )
-    config = read_config(source)
-    params = open_params(step, Qwen3VLPolicy(config).table)
-    save_folder(params, config, _new_folder(out), base=source)
+    policy = Qwen3VLPolicy(read_config(source), lora=checkpoint_lora(find_model_files(step)))
+    params = policy.merge(open_params(step, policy.table))
+    save_folder(params, policy.config, _new_folder(out), base=source)
 
 
 def from_hf(folder: str, out: str) -> None:
@@ -112,4 +116,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # Orbax logs what it raises, with a traceback of every thread it passes through.
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
     sys.exit(main())

@@ -30,12 +30,12 @@ class StoredArray:
         """The array of this name in the folder of a checkpoint item.
 
         Raises:
-          OSError: it is missing or damaged.
+          ValueError: it is missing or damaged.
         """
         try:
             store = ts.open(f"file://{item}/|ocdbt:{name}/|auto:", open=True).result()
         except ValueError as error:
-            raise OSError(f"{item} holds no readable {name}: {error}") from error
+            raise ValueError(f"{item} is damaged: {error}") from error
         return cls(store)
 
     def resized(self, shape: Sequence[int], chunk: Sequence[int]) -> StoredArray:
@@ -58,7 +58,7 @@ class StoredArray:
                 chunk_layout=layout,
             ).result()
         except ValueError as error:
-            raise OSError(f"could not write: {error}") from error
+            raise OSError(str(error)) from error
         return StoredArray(store)
 
     @property
@@ -80,12 +80,12 @@ class StoredArray:
         """The values of a box.
 
         Raises:
-          OSError: they are missing or damaged.
+          ValueError: they are damaged.
         """
         try:
             return self.store[box].read().result()
         except ValueError as error:
-            raise OSError(f"could not read: {error}") from error
+            raise ValueError(f"the checkpoint is damaged: {error}") from error
 
     def __setitem__(self, box: Box, values: np.ndarray) -> None:
         """Write a box.
@@ -94,9 +94,10 @@ class StoredArray:
           OSError: the disk is full.
         """
         try:
-            self.store[box].write(values).result()
+            # Without a copy: `values` stay alive until all is written.
+            self.store[box].write(values, can_reference_source_data_indefinitely=True).result()
         except ValueError as error:  # what TensorStore makes of a full disk
-            raise OSError(f"could not write: {error}") from error
+            raise OSError(str(error)) from error
 
     def __array__(self, dtype: np.dtype | None = None, copy: bool | None = None) -> np.ndarray:
         """The whole array, for numpy and jax."""

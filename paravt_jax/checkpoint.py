@@ -25,7 +25,7 @@ ITEM = "params"
 """Name of the item that holds the weights."""
 MODEL_FILES = "model"
 """Folder with config.json, tokenizer and processor files."""
-CHUNK_BYTES = 64 * 2**20
+CHUNK_BYTES = 32 * 2**20
 """Most that is read or written at once of a checkpoint that `create_params` laid out."""
 
 
@@ -40,8 +40,8 @@ def save_params(path: str | os.PathLike, params: Mapping[str, Array | np.ndarray
     if item.exists():
         raise ValueError(f"{item} already exists: choose another folder")
     try:
-        with ocp.StandardCheckpointer() as checkpointer:
-            checkpointer.save(item, dict(params))
+        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+            checkpointer.save(item, args=ocp.args.StandardSave(dict(params)))
     except ValueError as error:  # what TensorStore makes of a full disk
         raise OSError(f"{item} could not be written: {error}") from error
 

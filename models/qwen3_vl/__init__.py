@@ -1,4 +1,4 @@
-"""Qwen3-VL (dense), exact to transformers' `Qwen3VLForConditionalGeneration`."""
+"""Qwen3-VL, dense and with experts, exact to transformers."""
 
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.folder import carry_files, read_config

@@ -74,16 +74,14 @@ class Weights:
           ValueError: a file is damaged.
         """
         spec = self._table[name]
-        if not spec.layers:
-            return self._read_layer(spec, spec.hf_names[0], box).astype(dtype)
         value = np.empty([part.stop - part.start for part in box], dtype)
-        for layer, hf_name in zip(value, spec.hf_names[box[0]], strict=True):
-            layer[...] = self._read_layer(spec, hf_name, box[1:])
+        layers, names, inner = [value], spec.hf_names, box
+        if spec.layers:
+            layers, names, inner = list(value), spec.hf_names[box[0]], box[1:]
+        for layer, hf_name in zip(layers, names, strict=True):
+            tensor = self._tensors[hf_name]
+            layer[...] = spec.box_from_hf(tensor, tensor.shape, inner)
         return value
-
-    def _read_layer(self, spec: ParamSpec, hf_name: str, box: Box) -> np.ndarray:
-        tensor = self._tensors[hf_name]
-        return spec.box_from_hf(tensor, tensor.shape, box)
 
 
 def _check_head(tensors: dict[str, StoredTensor], table: Table, folder: Path) -> None:

@@ -10,6 +10,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
+from benchmarks.convert import measure
+from models import convert as door
 from models.qwen3_vl import (
     Qwen3VLConfig,
     Qwen3VLPolicy,
@@ -96,8 +98,6 @@ def test_a_run_means_its_latest_step(tmp_path, model, params, meant):
         manager.save(step, args=ocp.args.Composite(**items))
     manager.close()
     model.rename(tmp_path / "run" / "model")
-    from models import convert as door
-
     assert door.main(["to-hf", str(tmp_path / meant), str(tmp_path / "hf")]) == 0
     assert_same(tmp_path / "hf", params)
     assert (tmp_path / "hf" / "tokenizer.json").exists()
@@ -133,8 +133,6 @@ def test_misuse_is_one_line_and_code_2(tmp_path):
 def test_bad_input_is_one_line_and_code_1(
     tmp_path, model, params, arguments, message, capsys, monkeypatch
 ):
-    from models import convert as door
-
     monkeypatch.chdir(tmp_path)
     save_params("bare", params)
     (tmp_path / "full").mkdir()
@@ -163,3 +161,43 @@ def test_saving_again_replaces_a_model(tmp_path, model, params):
     assert_same(model, changed)
     assert (model / "tokenizer.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+LIMITED = """
+import resource, runpy, sys
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[1]),) * 2)
+sys.argv = sys.argv[2:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("file_bytes", [0, 8000])
+@pytest.mark.parametrize(("command", "source"), [("from-hf", "model"), ("to-hf", "there")])
+def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, model, command, source, file_bytes):
+    """Files may not grow beyond a size, so that writing fails at the first byte, or on the way."""
+    assert door.main(["from-hf", str(model), str(tmp_path / "there")]) == 0
+    before = sorted(tmp_path.iterdir())
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, str(file_bytes), str(SCRIPT), command, source, "out"],
+        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert done.stderr.startswith("models/convert.py: could not write"), done.stderr
+    assert "File too large" in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_memory_does_not_grow_with_the_model(tmp_path):
+    """0.6 GB of weights; `benchmarks/results.md` has the figures of an 8B model."""
+    text = TextConfig(
+        vocab_size=40000, hidden_size=1024, intermediate_size=8192, num_hidden_layers=8,
+        num_attention_heads=8, num_key_value_heads=2,
+    )  # fmt: skip
+    vision = VisionConfig(
+        depth=2, hidden_size=64, intermediate_size=96, num_heads=2, out_hidden_size=1024,
+        deepstack_visual_indexes=(1,),
+    )  # fmt: skip
+    found = measure(Qwen3VLConfig(text, vision), tmp_path, max_shard_bytes=2**28)
+    assert found["weights"] > 5.9e8
+    for command in ("from-hf", "to-hf"):
+        assert found[command] - found["idle"] < 0.6 * found["weights"], found
