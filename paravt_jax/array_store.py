@@ -44,12 +44,11 @@ class StoredArray:
         Raises:
           OSError: the disk is full.
         """
-        old = self.store
-        where = {"driver": old.spec().to_json()["driver"], "kvstore": old.kvstore.spec().to_json()}
+        old, spec = self.store, self.store.spec().to_json()
         layout = ts.ChunkLayout(write_chunk_shape=chunk)
         try:
             store = ts.open(
-                where,
+                {"driver": spec["driver"], "kvstore": spec["kvstore"]},
                 create=True,
                 delete_existing=True,
                 dtype=old.dtype,
@@ -74,7 +73,7 @@ class StoredArray:
     @property
     def chunk(self) -> tuple[int, ...]:
         """Shape of what is stored, and so read, as one."""
-        return tuple(self.store.chunk_layout.read_chunk.shape)
+        return tuple(self.store.chunk_layout.read_chunk_template.shape)
 
     def __getitem__(self, box: Box) -> np.ndarray:
         """The values of a box.
