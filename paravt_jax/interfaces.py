@@ -21,6 +21,11 @@ Params = Any
 class Policy(Protocol):
     """A language model with a vision tower, as pure functions of its weights."""
 
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that serve each token; 0 for a dense model."""
+        ...
+
     def encode(
         self,
         params: Params,
@@ -46,6 +51,19 @@ class Policy(Protocol):
         With one, the block is appended at `cache.lengths` and attends to the cached tokens
         too; the returned cache is longer by `lengths` (default: the whole block).
         """
+        ...
+
+    def hidden_and_router(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None = None,
+        cache: KVCache | None = None,
+        lengths: Int[Array, "b"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
+        """As `hidden`, and the router's logits of each layer with experts; None if none has."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:

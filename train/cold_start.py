@@ -89,6 +89,7 @@ def cold_start(lessons: Lessons, state: TrainState, first_step: int) -> TrainSta
         optimizer=lessons.optimizer,
         micro_rows=config.sft.micro_rows,
         budgets={task: shape.learned for task, shape in config.sft.tasks.items()},
+        router_balance=config.model.router_balance,
     )
     compiled = jax.jit(update, donate_argnums=0)
     with ThreadPoolExecutor(1) as pool:

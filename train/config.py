@@ -43,6 +43,8 @@ class ModelSettings:
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     remat: bool = False
     """Recompute each layer in the backward pass to save memory."""
+    router_balance: float = 0.0
+    """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
     lora: LoraConfig = NO_LORA
     """With a rank above 0, only adapters beside the language model's matrices train."""
     adapter: str | None = None
@@ -208,7 +210,12 @@ def _check_ranges(config: Config) -> None:
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
-    for name, value in {"--seed": config.seed, "evaluation.rows": config.evaluation.rows}.items():
+    not_negative = {
+        "--seed": config.seed,
+        "evaluation.rows": config.evaluation.rows,
+        "model.router_balance": config.model.router_balance,
+    }
+    for name, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
     if config.data.min_pixels > config.data.max_pixels:

@@ -40,6 +40,7 @@ def rl_step(policy: Policy, optimizer: optax.GradientTransformation, config: Con
         temperature=config.agent.sampling.temperature,
         micro_batches=config.rl.prompts_per_step // config.rl.micro_groups,
         budget=generated_budget(config),
+        router_balance=config.model.router_balance,
     )
 
 

@@ -83,7 +83,13 @@ def check_model(config: Config, here: bool) -> None:
             f"model.lora.rank={model.lora.rank} trains beside weights that stay as they are: give "
             "--model, or set it to 0 to train from random weights"
         )
-    setup.abstract_policy(config).table  # noqa: B018  the table refuses what the model lacks
+    policy = setup.abstract_policy(config)
+    policy.table  # noqa: B018  the table refuses what the model lacks
+    if model.router_balance and not policy.experts_per_token:
+        raise ValueError(
+            f"model.router_balance={model.router_balance} balances experts, and this model has "
+            "none; set it to 0"
+        )
     if model.adapter is not None:
         check_adapter_config(model.adapter, model.lora)
 

@@ -18,8 +18,9 @@ from jaxtyping import Array, Float
 
 from paravt_jax.interfaces import Policy
 from paravt_jax.log_probs import gathered_log_probs
-from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, policy_loss
+from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
 from paravt_jax.records import LearnerBatch, VisionFeatures
+from paravt_jax.routing import load_balance
 from train.state import FlatParams, TrainState
 
 Metrics = dict[str, Array]
@@ -32,9 +33,10 @@ def batch_log_probs(
     *,
     temperature: float,
     budget: int,
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
-    """Log-probability and entropy of every token with a loss weight, by a full forward."""
-    hidden, _ = policy.hidden(
+) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
+    """Log-probability and entropy of every token with a loss weight, by a full forward; and how
+    evenly each row used the experts, 0 in a dense model (see `load_balance`)."""
+    hidden, _, router_logits = policy.hidden_and_router(
         params,
         batch.tokens,
         batch.positions,
@@ -42,7 +44,7 @@ def batch_log_probs(
         _row_features(policy, params, batch),
         lengths=batch.lengths,
     )
-    return gathered_log_probs(
+    log_probs, entropy = gathered_log_probs(
         hidden,
         batch.tokens,
         batch.loss_weights > 0,
@@ -50,6 +52,14 @@ def batch_log_probs(
         temperature=temperature,
         budget=budget,
     )
+    return log_probs, entropy, _balance(policy, router_logits, batch)
+
+
+def _balance(policy: Policy, router_logits: Array | None, batch: LearnerBatch) -> Array:
+    if router_logits is None:
+        return jnp.zeros(batch.tokens.shape[0])
+    real = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
+    return load_balance(router_logits, real, policy.experts_per_token)
 
 
 def _row_features(policy: Policy, params: FlatParams, batch: LearnerBatch) -> VisionFeatures | None:
@@ -154,6 +164,8 @@ class SftStep:
     """Rows per micro-batch; must divide the rows of each task."""
     budgets: Mapping[str, int]
     """Most learned tokens in a row, per task."""
+    router_balance: float = 0.0
+    """Weight of the loss that keeps experts evenly used."""
 
     def __call__(
         self, state: TrainState, batches: dict[str, LearnerBatch]
@@ -173,9 +185,14 @@ class SftStep:
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams, budget: int
     ) -> tuple[Array, Sums]:
         params = {**trainable, **frozen}
-        log_probs, _ = batch_log_probs(self.policy, params, batch, temperature=1.0, budget=budget)
+        log_probs, _, balance = batch_log_probs(
+            self.policy, params, batch, temperature=1.0, budget=budget
+        )
         weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
-        return -jnp.sum(log_probs * weights), (jnp.sum(weights), ())
+        losses = -log_probs
+        if self.router_balance:
+            losses += self.router_balance * balance[:, None]
+        return jnp.sum(losses * weights), (jnp.sum(weights), ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -189,10 +206,12 @@ class RlStep:
     micro_batches: int
     budget: int
     """Most generated tokens in a row."""
+    router_balance: float = 0.0
+    """Weight of the loss that keeps experts evenly used."""
 
     def __call__(self, state: TrainState, batch: LearnerBatch) -> tuple[TrainState, Metrics]:
         loss = functools.partial(self._loss, frozen=state.frozen)
-        value, gradients, (watched, entropy) = accumulate(
+        value, gradients, (watched, entropy, balance) = accumulate(
             loss, state.trainable, batch, self.micro_batches, _merge
         )
         metrics = {
@@ -201,6 +220,8 @@ class RlStep:
             "entropy": entropy / jnp.maximum(watched.tokens, 1.0),
             **watched.means(),
         }
+        if self.policy.experts_per_token:
+            metrics["router/balance"] = balance / batch.tokens.shape[0]
         return apply_gradients(self.optimizer, state, gradients), metrics
 
     def log_probs(self, params: FlatParams, batch: LearnerBatch) -> Float[Array, "b t"]:
@@ -216,28 +237,36 @@ class RlStep:
     def _loss(
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams
     ) -> tuple[Array, Sums]:
-        log_probs, entropy = batch_log_probs(
+        log_probs, entropy, balance = batch_log_probs(
             self.policy,
             {**trainable, **frozen},
             batch,
             temperature=self.temperature,
             budget=self.budget,
         )
+        weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
         # One optimiser step per batch: the policy at its beginning is the current one.
         total, count, watched = policy_loss(
             log_probs,
             jax.lax.stop_gradient(log_probs),
             batch.behaviour_log_probs,
             batch.advantages,
-            jnp.asarray(batch.loss_weights).at[:, 0].set(0.0),
+            weights,
             self.objective,
             batch.reference_log_probs,
             batch.structural,
         )
-        return total, (count, (watched, jnp.sum(entropy)))
+        if self.router_balance:
+            # Every learned token carries the balance of its row, so sums and counts stay those
+            # of the objective.
+            spread = jnp.broadcast_to(balance[:, None], weights.shape)
+            total += self.router_balance * aggregate(spread, weights, self.objective.aggregation)[0]
+        return total, (count, (watched, jnp.sum(entropy), jnp.sum(balance)))
 
 
-def _merge(
-    a: tuple[ObjectiveMetrics, Array], b: tuple[ObjectiveMetrics, Array]
-) -> tuple[ObjectiveMetrics, Array]:
-    return a[0].merge(b[0]), a[1] + b[1]
+Watched = tuple[ObjectiveMetrics, Array, Array]
+"""Figures of the objective, sum of entropies over tokens, sum of balances over rows."""
+
+
+def _merge(a: Watched, b: Watched) -> Watched:
+    return a[0].merge(b[0]), a[1] + b[1], a[2] + b[2]

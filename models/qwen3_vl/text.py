@@ -232,7 +232,7 @@ class TextTower(nnx.Module):
         features: VisionFeatures | None,
     ) -> Float[Array, "b t d"]:
         """Token embeddings, with vision tokens in their places."""
-        x = lookup(self.embedding[...], tokens).astype(self.dtype)
+        x = lookup(self.embedding[...], tokens).astype(jnp.float32)
         if features is not None:
             seen = take_tokens(features.tokens, vision_index).astype(x.dtype)
             x = jnp.where((vision_index >= 0)[..., None], seen, x)

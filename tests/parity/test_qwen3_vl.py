@@ -173,7 +173,7 @@ def decoder_layers(model, tokens, positions, index, patches, grids):
     x, rope = tower.embed(tokens, index, features), mrope(positions, model.config.text)
     outputs = {}
     for number in range(model.config.text.num_hidden_layers):
-        x, _ = layer_of(tower.layers, number)(x, rope)
+        x, *_ = layer_of(tower.layers, number)(x, rope)
         outputs[f"layers.{number}"] = x
         x = add_deepstack(x, index, features, jnp.int32(number))
     outputs["norm"] = tower.norm(x)

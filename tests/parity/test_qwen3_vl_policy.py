@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig, attention
-from models.qwen3_vl.config import NUMERICALLY_SILENT
+from models.qwen3_vl.config import NUMERICALLY_SILENT, ExpertsConfig
+from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.layers import lookup
 from models.qwen3_vl.vision import DctBasis
 from paravt_jax.params import initialise
@@ -163,6 +164,7 @@ def test_ten_grids_compile_once(params):
     assert len({np.asarray(result)[0, 0].tobytes() for result in results[:8]}) == 8
 
 
+EXPERTS = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12)
 CHANGES = {
     "vision": {
         "depth": 4,
@@ -192,40 +194,81 @@ CHANGES = {
         "rope_theta": 100.0,
         "mrope_section": (4, 2, 2),
         "attention_bias": True,
+        "experts": EXPERTS,
     },
+    "experts": {
+        "num_experts": 5,
+        "num_experts_per_tok": 1,
+        "moe_intermediate_size": 20,
+        "decoder_sparse_step": 2,
+        "mlp_only_layers": (0,),
+    },
+    "": {"image_token_id": 59, "video_token_id": 59, "tie_word_embeddings": True},
 }
 
 
+PARTS = {"vision": VisionConfig, "text": TextConfig, "experts": ExpertsConfig, "": Qwen3VLConfig}
+
+
 def fields_that_matter():
-    for tower, cls in (("vision", VisionConfig), ("text", TextConfig)):
+    for part, cls in PARTS.items():
         for field in dataclasses.fields(cls):
-            if field.name not in NUMERICALLY_SILENT:
-                yield tower, field.name
+            if field.name not in NUMERICALLY_SILENT and field.name not in PARTS:
+                yield part, field.name
 
 
-@pytest.mark.parametrize(("tower", "field"), fields_that_matter())
-def test_every_config_field_changes_the_output(params, tower, field):
+def changed_config(config, part, field, value):
+    """`config` with one field changed, and the other tower's width along with it."""
+    if part == "":
+        return dataclasses.replace(config, **{field: value})
+    if part == "experts":
+        field, value, part = "experts", dataclasses.replace(EXPERTS, **{field: value}), "text"
+    change = {part: dataclasses.replace(getattr(config, part), **{field: value})}
+    if field == "out_hidden_size":
+        change["text"] = dataclasses.replace(config.text, hidden_size=value)
+    if (part, field) == ("text", "hidden_size"):
+        change["vision"] = dataclasses.replace(config.vision, out_hidden_size=value)
+    return dataclasses.replace(config, **change)
+
+
+@pytest.mark.parametrize(("part", "field"), fields_that_matter())
+def test_every_config_field_changes_the_output(part, field):
     """Either other parameters, or other features or hidden states from the same ones."""
-    change = CHANGES[tower][field]
-    changed = {tower: dataclasses.replace(getattr(CONFIG, tower), **{field: change})}
-    if field in ("hidden_size", "out_hidden_size") and ("text" in changed or "out" in field):
-        changed["text"] = dataclasses.replace(CONFIG.text, hidden_size=change)
-        changed["vision"] = dataclasses.replace(CONFIG.vision, out_hidden_size=change)
-    policy = Qwen3VLPolicy(dataclasses.replace(CONFIG, **changed))
-    shapes = {name: spec.shape for name, spec in policy.table.items()}
-    if shapes != {name: spec.shape for name, spec in POLICY.table.items()}:
+    base = CONFIG
+    if part == "experts":
+        base = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, experts=EXPERTS))
+    changed = changed_config(base, part, field, CHANGES[part][field])
+    before, after = Qwen3VLPolicy(base), Qwen3VLPolicy(changed)
+    if {n: s.shape for n, s in before.table.items()} != {
+        n: s.shape for n, s in after.table.items()
+    }:
         return
-    patches, grids = jnp.asarray(random_patches()), jnp.asarray(GRIDS[None])
-    arrays = [jnp.asarray(array) for array in prompt()]
-    if tower == "vision":
-        before = encode(params, patches, grids)
-        after = jax.jit(policy.encode)(params, patches, grids)
-        gaps = [jnp.abs(old - new).max() for old, new in
-                zip(jax.tree.leaves(before), jax.tree.leaves(after), strict=True)]  # fmt: skip
-        assert max(gaps) > 1e-4
-    else:
-        before = jax.jit(POLICY.hidden)(params, *arrays)[0]
-        assert jnp.abs(before - jax.jit(policy.hidden)(params, *arrays)[0]).max() > 1e-4
+    if field.endswith("_token_id"):
+        assert vision_places(base) != vision_places(changed)
+        return
+    params = initialise(before.table, jax.random.key(0))
+    gaps = [
+        jnp.abs(old - new).max()
+        for old, new in zip(
+            *(everything(policy, params) for policy in (before, after)), strict=True
+        )
+    ]
+    assert max(gaps) > 1e-4
+
+
+def vision_places(config) -> list[int]:
+    """Where a frame of one merged block is put among all token ids."""
+    ids = np.arange(config.text.vocab_size)[None]
+    pixels, grid = np.zeros((4, 96), np.float32), np.array([[1, 2, 2]])
+    inputs = from_processor(config, ids, None, pixels, grid, pixels, grid)
+    return np.flatnonzero(inputs.vision_index[0] >= 0).tolist()
+
+
+def everything(policy, params) -> list[jax.Array]:
+    """Vision features and hidden states."""
+    features = jax.jit(policy.encode)(params, random_patches(), GRIDS[None])
+    hidden, _ = jax.jit(policy.hidden)(params, *map(jnp.asarray, prompt()))
+    return [*jax.tree.leaves(features), hidden]
 
 
 def test_configuration_survives_both_dialects():
@@ -239,6 +282,11 @@ def test_configuration_survives_both_dialects():
     del old["text_config"]["rope_parameters"], old["vision_config"]["rope_parameters"]
     old["vision_config"]["rope_theta"] = CONFIG.vision.rope_theta
     assert Qwen3VLConfig.from_dict(old) == CONFIG
+    experts = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, experts=EXPERTS))
+    raw_experts = experts.to_dict()
+    assert Qwen3VLConfig.from_dict(raw_experts) == experts
+    raw_experts["text_config"]["num_local_experts"] = raw_experts["text_config"].pop("num_experts")
+    assert Qwen3VLConfig.from_dict(raw_experts) == experts
     new = {**raw, "text_config": dict(raw["text_config"])}
     del new["text_config"]["rope_scaling"], new["text_config"]["rope_theta"]
     assert Qwen3VLConfig.from_dict(new) == CONFIG

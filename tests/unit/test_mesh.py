@@ -89,5 +89,5 @@ def test_constrain_lays_out_activations_only_under_a_mesh(mesh):
     assert len(double(x).sharding.device_set) == 1
     with jax.set_mesh(mesh):
         spread = jax.jit(lambda x: constrain(3 * x, "batch", "mlp"))(x)
-    assert spread.sharding.spec == PartitionSpec(("data", "fsdp", "expert"), "tensor")
+    assert spread.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor")
     np.testing.assert_array_equal(spread, 3 * x)

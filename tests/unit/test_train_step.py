@@ -22,6 +22,16 @@ from train.step import RlStep, SftStep, batch_log_probs
 
 pytestmark = pytest.mark.slow
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
+SPARSE = Qwen3VLPolicy(
+    Qwen3VLConfig.from_dict(
+        {
+            **NEEDLE_MODEL,
+            "model_type": "qwen3_vl_moe",
+            "text_config": {**NEEDLE_MODEL["text_config"], **EXPERTS},
+        }
+    )
+)
 ROWS, TOKENS, FRAMES, GROUP = 16, 24, 2, 4
 
 
@@ -52,7 +62,9 @@ def random_batch(seed: int = 0) -> LearnerBatch:
     )
 
 
-def run_steps(mesh_text: str, micro_batches: int, steps: int, objective=None, policy=POLICY):
+def run_steps(
+    mesh_text: str, micro_batches: int, steps: int, objective=None, policy=POLICY, balance=0.0
+):
     """Losses and gradient norms of `steps` RL steps on a mesh, and the final state."""
     count = 1 if mesh_text == "data:1" else 8
     mesh = make_mesh(parse_mesh(mesh_text, count), jax.devices()[:count])
@@ -71,6 +83,7 @@ def run_steps(mesh_text: str, micro_batches: int, steps: int, objective=None, po
                 temperature=0.8,
                 micro_batches=micro_batches,
                 budget=TOKENS,
+                router_balance=balance,
             ),
             donate_argnums=0,
         )
@@ -96,6 +109,16 @@ def test_mesh_gives_the_one_device_trajectory():
     assert_nothing_large_is_replicated(state)
 
 
+def test_balance_of_experts_is_in_the_loss_whatever_the_micro_batches_and_the_mesh():
+    plain, _ = run_steps("data:1", 1, 1, policy=SPARSE)
+    whole, _ = run_steps("data:1", 1, 2, policy=SPARSE, balance=0.5)
+    spread, state = run_steps("fsdp:2,expert:2,tensor:2", 2, 2, policy=SPARSE, balance=0.5)
+    # Nearly even at random weights: about 1 for each learned token.
+    assert 0.5 < whole[0, 0] - plain[0, 0] < 0.6
+    np.testing.assert_allclose(spread, whole, rtol=1e-4)
+    assert_nothing_large_is_replicated(state)
+
+
 def assert_nothing_large_is_replicated(state, limit: int = 64 * 1024):
     """Parameters and moments above `limit` bytes are split over the mesh; prints the table."""
     leaves = jax.tree_util.tree_leaves_with_path((state.params, state.optimizer))
@@ -109,7 +132,7 @@ def assert_nothing_large_is_replicated(state, limit: int = 64 * 1024):
 def test_reference_log_probs_do_not_depend_on_micro_batching():
     batch = jax.tree.map(jnp.asarray, random_batch())
     params = initialise(POLICY.table, jax.random.key(0))
-    whole, _ = batch_log_probs(POLICY, params, batch, temperature=0.8, budget=TOKENS)
+    whole, *_ = batch_log_probs(POLICY, params, batch, temperature=0.8, budget=TOKENS)
     optimizer, objective = optax.sgd(0.1), ObjectiveConfig()
     parts = RlStep(POLICY, optimizer, objective, 0.8, micro_batches=2, budget=TOKENS)
     np.testing.assert_allclose(parts.log_probs(params, batch), whole, atol=1e-5)
@@ -136,12 +159,12 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood():
     optimizer = optax.sgd(0.1)
     params = initialise(POLICY.table, jax.random.key(0), mesh)
     state = make_state(params, config, mesh, optimizer)
-    log_probs, _ = batch_log_probs(POLICY, params, batch, temperature=1.0, budget=TOKENS)
+    log_probs, *_ = batch_log_probs(POLICY, params, batch, temperature=1.0, budget=TOKENS)
     expected = -(log_probs * batch.loss_weights).sum() / batch.loss_weights.sum()
     step = SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": TOKENS})
     after, metrics = jax.jit(lambda s, b: step(s, {"one": b}))(state, batch)
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
-    again, _ = batch_log_probs(POLICY, after.params, batch, temperature=1.0, budget=TOKENS)
+    again, *_ = batch_log_probs(POLICY, after.params, batch, temperature=1.0, budget=TOKENS)
     assert (again * batch.loss_weights).sum() > (log_probs * batch.loss_weights).sum()
 
 
