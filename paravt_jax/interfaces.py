@@ -21,11 +21,6 @@ Params = Any
 class Policy(Protocol):
     """A language model with a vision tower, as pure functions of its weights."""
 
-    @property
-    def experts_per_token(self) -> int:
-        """Experts that serve each token; 0 for a dense model."""
-        ...
-
     def encode(
         self,
         params: Params,
@@ -53,6 +48,24 @@ class Policy(Protocol):
         """
         ...
 
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
+        """Float32 vocabulary logits of hidden states."""
+        ...
+
+    def init_cache(self, batch: int, slots: int) -> KVCache:
+        """An empty cache."""
+        ...
+
+
+@runtime_checkable
+class TrainablePolicy(Policy, Protocol):
+    """A policy as the trainer sees it: with the routers of its experts, if it has any."""
+
+    @property
+    def experts_per_token(self) -> int:
+        """Experts that serve each token; 0 for a dense model."""
+        ...
+
     def hidden_and_router(
         self,
         params: Params,
@@ -64,14 +77,6 @@ class Policy(Protocol):
         lengths: Int[Array, "b"] | None = None,
     ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of each layer with experts; None if none has."""
-        ...
-
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
-        """Float32 vocabulary logits of hidden states."""
-        ...
-
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        """An empty cache."""
         ...
 
 

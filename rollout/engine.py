@@ -36,17 +36,8 @@ from paravt_jax.records import (
     pytree,
 )
 from paravt_jax.rope_index import next_position
+from paravt_jax.shapes import bucket
 from rollout.sampler import SamplingConfig, row_keys, sample
-
-
-def bucket(count: int, minimum: int = 1) -> int:
-    """Smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is >= `count` and >= `minimum`."""
-    power = 1
-    while True:
-        for size in (power, power + power // 2):
-            if size >= max(count, minimum):
-                return size
-        power *= 2
 
 
 @dataclasses.dataclass(frozen=True)

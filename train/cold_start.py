@@ -11,7 +11,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 
-from paravt_jax.interfaces import Policy
+from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import Example, LearnerBatch
 from train.batch import learner_batch, streams_of_examples
 from train.checkpoint import Checkpoints
@@ -38,7 +38,7 @@ class Lessons:
     config: Config
     sources: Mapping[str, Examples]
     """Examples by task."""
-    policy: Policy
+    policy: TrainablePolicy
     optimizer: optax.GradientTransformation
     mesh: Mesh
     pad_id: int

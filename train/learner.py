@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 
 from paravt_jax.advantages import anchored_advantages, rollout_advantages
-from paravt_jax.interfaces import Policy
+from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.structure import TagTable, structural_mask
 from train.batch import learner_batch, streams_of_groups
@@ -31,7 +31,9 @@ def generated_budget(config: Config) -> int:
     return agent.rounds * agent.turn_tokens + agent.answer_tokens
 
 
-def rl_step(policy: Policy, optimizer: optax.GradientTransformation, config: Config) -> RlStep:
+def rl_step(
+    policy: TrainablePolicy, optimizer: optax.GradientTransformation, config: Config
+) -> RlStep:
     """The train step of a configuration, not yet compiled."""
     return RlStep(
         policy=policy,
@@ -49,7 +51,7 @@ class Learner:
 
     def __init__(
         self,
-        policy: Policy,
+        policy: TrainablePolicy,
         optimizer: optax.GradientTransformation,
         config: Config,
         mesh: Mesh,

@@ -80,15 +80,18 @@ def _schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
 def _muon_dimensions(params: Any, table: Table) -> Any:
     """Muon orthogonalises matrices; embeddings, norms and biases take Adam.
 
-    The leading axis of stacked layers is a batch of matrices to it.
+    Stacked layers and experts are batches of matrices to it; what follows the input dimension of
+    a kernel is output.
     """
 
     def dimensions(spec: ParamSpec):
+        matrix = [i for i, axis in enumerate(spec.axes) if axis not in ("layers", "expert")]
         looked_up = "vocab" in spec.axes or "positions" in spec.axes
-        if looked_up or len(spec.shape) - (spec.layers is not None) != 2:
+        if looked_up or len(spec.hf_shapes[0]) < 2:
             return None
-        last = len(spec.shape) - 1
-        return optax.contrib.MuonDimensionNumbers(reduction_axis=last - 1, output_axis=last)
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=matrix[0], output_axis=tuple(matrix[1:])
+        )
 
     return {name: dimensions(table[name]) for name in params}
 

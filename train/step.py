@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from paravt_jax.interfaces import Policy
+from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.log_probs import gathered_log_probs
 from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
 from paravt_jax.records import LearnerBatch, VisionFeatures
@@ -27,7 +27,7 @@ Metrics = dict[str, Array]
 
 
 def batch_log_probs(
-    policy: Policy,
+    policy: TrainablePolicy,
     params: FlatParams,
     batch: LearnerBatch,
     *,
@@ -55,14 +55,16 @@ def batch_log_probs(
     return log_probs, entropy, _balance(policy, router_logits, batch)
 
 
-def _balance(policy: Policy, router_logits: Array | None, batch: LearnerBatch) -> Array:
+def _balance(policy: TrainablePolicy, router_logits: Array | None, batch: LearnerBatch) -> Array:
     if router_logits is None:
         return jnp.zeros(batch.tokens.shape[0])
     real = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
     return load_balance(router_logits, real, policy.experts_per_token)
 
 
-def _row_features(policy: Policy, params: FlatParams, batch: LearnerBatch) -> VisionFeatures | None:
+def _row_features(
+    policy: TrainablePolicy, params: FlatParams, batch: LearnerBatch
+) -> VisionFeatures | None:
     """Vision features of each row; computed once per group and repeated for its rows."""
     features = batch.features
     if features is None and batch.patches is not None and batch.grids is not None:
@@ -158,7 +160,7 @@ def apply_gradients(
 class SftStep:
     """Supervised step: for each task the mean loss over its learned tokens, summed over tasks."""
 
-    policy: Policy
+    policy: TrainablePolicy
     optimizer: optax.GradientTransformation
     micro_rows: int
     """Rows per micro-batch; must divide the rows of each task."""
@@ -199,7 +201,7 @@ class SftStep:
 class RlStep:
     """Policy-gradient step on one batch of rollouts; `objective` decides which."""
 
-    policy: Policy
+    policy: TrainablePolicy
     optimizer: optax.GradientTransformation
     objective: ObjectiveConfig
     temperature: float

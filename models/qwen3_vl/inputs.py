@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 
@@ -37,8 +37,12 @@ def from_processor(
     image_grid_thw: np.ndarray | None = None,
     pixel_values_videos: np.ndarray | None = None,
     video_grid_thw: np.ndarray | None = None,
+    size: Callable[[int], int] = int,
 ) -> PolicyInputs:
-    """Split videos into frames, deal images and frames to their rows, remove padding.
+    """Split videos into frames, deal images and frames to their rows, pad on the right.
+
+    `size` rounds up the numbers of tokens, of frames and of merged blocks per frame, so that
+    inputs of similar size get one shape (`paravt_jax.shapes.bucket`).
 
     Raises:
       ValueError: pixels without grids, a patch count that does not fit its grids, or vision
@@ -58,7 +62,7 @@ def from_processor(
             "input_ids hold fewer vision tokens than the pixels make: pass the "
             "input_ids that the processor returned with these pixels"
         )
-    return _pad(rows, mask, config)
+    return _pad(rows, mask, config, size)
 
 
 Frame = tuple[np.ndarray, tuple[int, int]]
@@ -104,12 +108,16 @@ def _deal(
 
 
 def _pad(
-    rows: list[tuple[np.ndarray, list[Frame]]], mask: np.ndarray, config: Qwen3VLConfig
+    rows: list[tuple[np.ndarray, list[Frame]]],
+    mask: np.ndarray,
+    config: Qwen3VLConfig,
+    size: Callable[[int], int],
 ) -> PolicyInputs:
     merge, kinds = config.vision.spatial_merge_size, (config.image_token_id, config.video_token_id)
-    b, t = mask.shape
+    b, t, block = len(rows), size(mask.shape[1]), merge**2
     f = max(len(frames) for _, frames in rows)
     p = max((len(values) for _, frames in rows for values, _ in frames), default=0)
+    f, p = size(f) if f else 0, size(p // block) * block
     patches = np.zeros((b, f, p, config.vision.patch_values), np.float32)
     grids = np.zeros((b, f, 2), np.int32)
     tokens, places = np.zeros((b, t), np.int32), np.full((b, t), -1, np.int32)

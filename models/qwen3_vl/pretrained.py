@@ -17,6 +17,7 @@ from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import Qwen3VLPolicy
 from models.qwen3_vl.weights import load_params, save_folder
 from paravt_jax.params import Params
+from paravt_jax.shapes import bucket
 
 
 class Pretrained:
@@ -44,8 +45,8 @@ class Pretrained:
     ) -> np.ndarray:
         """Float32 logits `[b, t, vocab]` of what a Hugging Face processor returned, as numpy.
 
-        Padding may be left or right; logits at padding are 0. Every new combination of
-        lengths and frame counts compiles once: this is for checks and small jobs.
+        Padding may be left or right; logits at padding are 0. Lengths, frame counts and frame
+        sizes are padded to a few shapes (`bucket`), each of which compiles once.
 
         Raises:
           ValueError: inputs that do not belong together; see `from_processor`.
@@ -58,6 +59,7 @@ class Pretrained:
             image_grid_thw,
             pixel_values_videos,
             video_grid_thw,
+            size=bucket,
         )
         arguments = (
             inputs.tokens,
@@ -68,7 +70,7 @@ class Pretrained:
         )
         with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
             computed = np.asarray(_logits(self.policy, self.params, *arguments))
-        logits = np.zeros(computed.shape, np.float32)
+        logits = np.zeros((*np.shape(input_ids), computed.shape[-1]), np.float32)
         row, column = np.nonzero(inputs.places >= 0)
         logits[row, inputs.places[row, column]] = computed[row, column]
         return logits

@@ -19,9 +19,17 @@ from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import attend
 from models.qwen3_vl.config import VisionConfig
-from models.qwen3_vl.layers import ACTIVATIONS, LayerNorm, Linear, lookup, rotate, scan_layers
+from models.qwen3_vl.layers import (
+    ACTIVATIONS,
+    LayerNorm,
+    Linear,
+    lookup,
+    precision,
+    rotate,
+    scan_layers,
+)
 from paravt_jax.mesh import constrain
-from paravt_jax.params import Normal, declare, stack
+from paravt_jax.params import Constant, HfLayout, Normal, declare, stack
 from paravt_jax.records import VisionFeatures
 
 HF = "model.visual."
@@ -66,9 +74,18 @@ class VisionAttention(nnx.Module):
 
     def __init__(self, config: VisionConfig, hf: str, dtype: Any):
         d, init = config.hidden_size, Normal(config.initializer_range)
-        self.heads = config.num_heads
-        self.qkv = Linear(
-            d, 3 * d, ("embed", "heads"), hf + "qkv", init=init, bias=True, dtype=dtype
+        self.heads, self.dtype = config.num_heads, jnp.dtype(dtype)
+        # One tensor in checkpoints; a dimension of its own here, so that splitting the heads
+        # over devices keeps each head's query, key and value together.
+        self.qkv = declare(
+            (d, 3, d), ("embed", None, "heads"), init, hf + "qkv.weight", HfLayout((3 * d, d))
+        )
+        self.qkv_bias = declare(
+            (3, d),
+            (None, "heads"),
+            Constant(0.0),
+            hf + "qkv.bias",
+            HfLayout((3 * d,), swapped=False),
         )
         self.out = Linear(d, d, ("heads", "embed"), hf + "proj", init=init, bias=True, dtype=dtype)
 
@@ -78,11 +95,15 @@ class VisionAttention(nnx.Module):
         rope: tuple[Float[Array, "r p h2"], Float[Array, "r p h2"]],
         counts: Int[Array, " r"],
     ) -> Float[Array, "r p d"]:
-        r, p, _ = x.shape
-        qkv = self.qkv(x).reshape(r, p, 3, self.heads, -1)
-        query, key = rotate(qkv[:, :, 0], *rope), rotate(qkv[:, :, 1], *rope)
-        mixed = attend(query, key, qkv[:, :, 2], key_lengths=counts)
-        return self.out(mixed.reshape(r, p, -1))
+        query, key, value = (self._project(x, part) for part in range(3))
+        mixed = attend(rotate(query, *rope), rotate(key, *rope), value, key_lengths=counts)
+        return self.out(mixed.reshape(*x.shape[:2], -1))
+
+    def _project(self, x: Float[Array, "r p d"], part: int) -> Float[Array, "r p n h"]:
+        kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv, self.qkv_bias))
+        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        y = jnp.matmul(flat, kernel[:, part], precision=precision(self.dtype)) + bias[part]
+        return y.reshape(*x.shape[:2], self.heads, -1)
 
 
 class VisionMlp(nnx.Module):

@@ -10,7 +10,9 @@ from qwen3_vl_torch import (
     IMAGE,
     VIDEO,
     image_inputs,
+    image_tokens,
     mixed_inputs,
+    random_pixels,
     text_inputs,
     torch_logits,
     torch_model,
@@ -18,7 +20,7 @@ from qwen3_vl_torch import (
 )
 from transformers import Qwen3VLForConditionalGeneration
 
-from models.qwen3_vl import from_pretrained, save_folder
+from models.qwen3_vl import from_pretrained, pretrained, save_folder
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import _blueprint
 from models.qwen3_vl.text import add_deepstack, mrope
@@ -84,6 +86,19 @@ def test_logits_of_every_input(plain, kind):
 def check_logits(reference, model, inputs):
     ours = where_seen(model.logits(**inputs), inputs)
     assert gap(ours, where_seen(torch_logits(reference, inputs), inputs)) < TOLERANCE
+
+
+def test_ten_grids_of_processor_inputs_compile_once(plain):
+    """Prompts with an image of another size each, within one bucket of tokens and patches."""
+    reference, model = plain
+    grids = [(4, 6), (6, 4), (4, 8), (8, 4), (2, 12), (12, 2), (2, 14), (14, 2), (2, 16), (16, 2)]
+    before = pretrained._logits._cache_size()
+    for grid in grids:
+        grid_thw = np.array([[1, *grid]])
+        ids = np.array([[1, *image_tokens(grid), 3, 4, 5, 6]])
+        inputs = {"pixel_values": random_pixels(grid_thw, 1), "image_grid_thw": grid_thw}
+        check_logits(reference, model, {"input_ids": ids, **inputs})
+    assert pretrained._logits._cache_size() == before + 1
 
 
 @pytest.mark.parametrize("kind", ["image", "video", "mixed"])

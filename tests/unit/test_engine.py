@@ -13,7 +13,8 @@ from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConf
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import Prompt, StopReason
-from rollout.engine import Engine, Generated, bucket
+from paravt_jax.shapes import bucket
+from rollout.engine import Engine, Generated
 from rollout.sampler import SamplingConfig
 from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 
