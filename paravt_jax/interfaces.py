@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.records import Frames, KVCache, Prompt, Row, VideoRef, VisionFeatures
+from paravt_jax.records import Frames, LaneCache, Prompt, Row, VideoRef, VisionFeatures
 
 Params = Any
 """A pytree of weights: `{parameter name: array}`."""
@@ -19,7 +19,13 @@ Params = Any
 
 @runtime_checkable
 class Policy(Protocol):
-    """A language model with a vision tower, as pure functions of its weights."""
+    """A language model with a vision tower, as the sampler sees it: pure functions of its
+    weights."""
+
+    @property
+    def width(self) -> int:
+        """Width of a hidden state."""
+        ...
 
     def encode(
         self,
@@ -30,21 +36,33 @@ class Policy(Protocol):
         """Run the vision tower over the frames of each prompt; `v = f * p / merge**2`."""
         ...
 
-    def hidden(
+    def read(
         self,
         params: Params,
         tokens: Int[Array, "b t"],
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
-        cache: KVCache | None = None,
-        lengths: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """Final hidden states of a right-padded block of tokens, after the last norm.
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b k t h"], Float[Array, "l b k t h"]]:
+        """Final hidden states of right-padded prompts, after the last norm, and the keys and
+        values of all layers. Each token attends to itself and the tokens before it."""
+        ...
 
-        Without a cache, each token attends to itself and the tokens before it in its row.
-        With one, the block is appended at `cache.lengths` and attends to the cached tokens
-        too; the returned cache is longer by `lengths` (default: the whole block).
+    def extend(
+        self,
+        params: Params,
+        tokens: Int[Array, "m t"],
+        positions: Int[Array, "m t 3"],
+        vision_index: Int[Array, "m t"],
+        features: VisionFeatures | None,
+        lanes: tuple[LaneCache, ...],
+        rows: Int[Array, " m"] | None = None,
+    ) -> tuple[Float[Array, "m t d"], tuple[LaneCache, ...]]:
+        """Final hidden states of a block that continues live rows, and the caches with the block
+        written after what each row has.
+
+        The block holds the rows of all lanes, one lane after the other, or the given `rows` of
+        the only lane. Lengths stay as they are: the caller knows how much of the block counts.
         """
         ...
 
@@ -52,18 +70,27 @@ class Policy(Protocol):
         """Float32 vocabulary logits of hidden states."""
         ...
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
+    def init_lane(self, prompts: int, copies: int, prompt_slots: int, own_slots: int) -> LaneCache:
         """An empty cache."""
         ...
 
 
 @runtime_checkable
-class TrainablePolicy(Policy, Protocol):
-    """A policy as the trainer sees it: with the routers of its experts, if it has any."""
+class TrainablePolicy(Protocol):
+    """A policy as the trainer sees it: whole streams at once, and the routers of its experts."""
 
     @property
     def experts_per_token(self) -> int:
         """Experts that serve each token; 0 for a dense model."""
+        ...
+
+    def encode(
+        self,
+        params: Params,
+        patches: Float[Array, "b f p c"],
+        grids: Int[Array, "b f 2"],
+    ) -> VisionFeatures:
+        """See `Policy.encode`."""
         ...
 
     def hidden_and_router(
@@ -73,10 +100,13 @@ class TrainablePolicy(Policy, Protocol):
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
-        cache: KVCache | None = None,
-        lengths: Int[Array, "b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
-        """As `hidden`, and the router's logits of each layer with experts; None if none has."""
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
+        """Final hidden states of right-padded rows, and the router's logits of each layer with
+        experts; None if none has."""
+        ...
+
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
+        """Float32 vocabulary logits of hidden states."""
         ...
 
 

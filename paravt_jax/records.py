@@ -1,13 +1,13 @@
 """The words of the project as typed, frozen records.
 
 Host-side records hold numpy arrays. Device-side records (`VisionFeatures`,
-`KVCache`, `LearnerBatch`) are pytrees of jax arrays.
+`LaneCache`, `LearnerBatch`) are pytrees of jax arrays.
 
 Axis legend, used in every shape of the project:
     b rows of a batch     t tokens              d model width
     n query heads         k key/value heads     h head width
     f frames              p patches of a frame  c values of a flattened patch
-    v vision tokens       s cache slots         l layers
+    v vision tokens       s, u cache slots      l layers
     g rollouts of a group
 """
 
@@ -19,6 +19,7 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
@@ -226,13 +227,33 @@ class VisionFeatures:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class KVCache:
-    """Live keys and values; each row is filled from slot 0 without holes."""
+class LaneCache:
+    """Live keys and values of requests of one static shape: `p` prompts, and `n = p * copies`
+    rows that continue them, prompt-major. All copies of a prompt attend to one cache of it.
 
-    keys: Float[Array, "l b s k h"]
-    values: Float[Array, "l b s k h"]
-    lengths: Int[Array, "b"]
-    """Filled slots of each row."""
+    Heads come before slots, so that attention's products read memory in order. Slots are filled
+    from 0 without holes.
+    """
+
+    prompt_keys: Float[Array, "l p k s h"]
+    prompt_values: Float[Array, "l p k s h"]
+    prompt_lengths: Int[ArrayLike, " p"]
+    """Filled slots of each prompt; 0 where there is none."""
+    keys: Float[Array, "l n k u h"]
+    """Of what each row said, and was told, after its prompt."""
+    values: Float[Array, "l n k u h"]
+    lengths: Int[ArrayLike, " n"]
+    """Filled slots of each row, its prompt not counted."""
+
+    @property
+    def copies(self) -> int:
+        """Rows of one prompt."""
+        return self.lengths.shape[0] // self.prompt_lengths.shape[0]
+
+    @property
+    def totals(self) -> Int[Array, " n"]:
+        """Tokens of each row's stream, its prompt included."""
+        return jnp.repeat(self.prompt_lengths, self.copies) + self.lengths
 
 
 @pytree

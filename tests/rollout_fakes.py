@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -11,15 +12,13 @@ import numpy as np
 
 from paravt_jax.records import (
     Frames,
-    KVCache,
+    LaneCache,
     Patches,
     Prompt,
     Row,
-    StopReason,
     VideoRef,
     VisionFeatures,
 )
-from rollout.engine import Engine, Generated
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image|>")
 VOCAB = 128 + len(SPECIAL)
@@ -99,97 +98,77 @@ class ToyPolicy:
         tokens = patches.reshape(b, f * p // MERGE, MERGE, c).mean(2) @ params["see"]
         return VisionFeatures(tokens=tokens, deepstack=jnp.zeros((b, 0, *tokens.shape[1:])))
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
-        empty = jnp.zeros((1, batch, slots, 1, self.width))
-        return KVCache(keys=empty, values=empty, lengths=jnp.zeros(batch, jnp.int32))
+    def init_lane(self, prompts, copies, prompt_slots, own_slots) -> LaneCache:
+        rows = prompts * copies
+        shared, own = (
+            jnp.zeros((1, count, 1, slots, self.width))
+            for count, slots in ((prompts, prompt_slots), (rows, own_slots))
+        )
+        lengths = (jnp.zeros(count, jnp.int32) for count in (prompts, rows))
+        return LaneCache(shared, shared, next(lengths), own, own, next(lengths))
 
-    def hidden(
-        self, params, tokens, positions, vision_index, features=None, cache=None, lengths=None
-    ):
-        b, t = tokens.shape
+    def hidden(self, params, tokens, positions, vision_index, features=None):
+        return self.read(params, tokens, positions, vision_index, features)[0]
+
+    def read(self, params, tokens, positions, vision_index, features=None):
+        x = self._embed(params, tokens, positions, vision_index, features)
+        keys, values = x @ params["k"], x @ params["v"]
+        t = jnp.arange(tokens.shape[1])
+        causal = jnp.broadcast_to(t <= t[:, None], (len(tokens), len(t), len(t)))
+        hidden = x + self._attend(x @ params["q"], keys, values, causal)
+        return hidden, keys[None, :, None], values[None, :, None]
+
+    def extend(self, params, tokens, positions, vision_index, features, lanes, rows=None):
+        x = self._embed(params, tokens, positions, vision_index, features)
+        hidden, grown, start = [], [], 0
+        for lane in lanes:
+            own = jnp.arange(lane.lengths.shape[0]) if rows is None else rows
+            part = x[start : start + len(own)]
+            start += len(own)
+            mixed, lane = self._extend_lane(params, part, lane, own)
+            hidden.append(part + mixed)
+            grown.append(lane)
+        return jnp.concatenate(hidden), tuple(grown)
+
+    def _extend_lane(self, params, x, lane, rows):
+        at = lane.lengths[rows][:, None] + jnp.arange(x.shape[1])
+        where = (0, rows[:, None], 0, at)
+        lane = dataclasses.replace(
+            lane,
+            keys=lane.keys.at[where].set(x @ params["k"], mode="drop"),
+            values=lane.values.at[where].set(x @ params["v"], mode="drop"),
+        )
+        prompts = rows // lane.copies
+        keys, values = (
+            jnp.concatenate([shared[0, prompts, 0], own[0, rows, 0]], axis=1)
+            for shared, own in ((lane.prompt_keys, lane.keys), (lane.prompt_values, lane.values))
+        )
+        in_prompt = (
+            jnp.arange(lane.prompt_keys.shape[3]) < lane.prompt_lengths[prompts][:, None, None]
+        )
+        in_own = jnp.arange(lane.keys.shape[3]) <= at[..., None]
+        in_prompt = jnp.broadcast_to(in_prompt, (*at.shape, in_prompt.shape[-1]))
+        visible = jnp.concatenate([in_prompt, in_own], axis=2)
+        return self._attend(x @ params["q"], keys, values, visible), lane
+
+    def _embed(self, params, tokens, positions, vision_index, features):
         x = params["embed"][tokens]
         if features is not None:
             seen = jnp.take_along_axis(
                 features.tokens, jnp.maximum(vision_index, 0)[..., None], axis=1
             )
             x = jnp.where(vision_index[..., None] >= 0, seen, x)
-        x = x + jnp.sin(
+        return x + jnp.sin(
             positions.sum(-1)[..., None] / 3.0 * 0.5 ** jnp.arange(self.width, dtype=jnp.float32)
         )
-        live = cache if cache is not None else self.init_cache(b, t)
-        at = live.lengths[:, None] + jnp.arange(t)
-        rows = jnp.arange(b)[:, None]
-        keys = live.keys[0, :, :, 0].at[rows, at].set(x @ params["k"], mode="drop")
-        values = live.values[0, :, :, 0].at[rows, at].set(x @ params["v"], mode="drop")
-        scores = jnp.einsum("btd,bsd->bts", x @ params["q"], keys) * self.width**-0.5
-        causal = jnp.arange(keys.shape[1]) <= at[..., None]
-        weights = jax.nn.softmax(jnp.where(causal, scores, -jnp.inf), axis=-1)
-        hidden = x + jnp.einsum("bts,bsd->btd", weights, values)
-        if cache is None:
-            return hidden, None
-        more = jnp.full(b, t) if lengths is None else lengths
-        grown = KVCache(
-            keys=keys[None, :, :, None],
-            values=values[None, :, :, None],
-            lengths=live.lengths + more,
-        )
-        return hidden, grown
+
+    def _attend(self, query, keys, values, visible):
+        scores = jnp.einsum("btd,bsd->bts", query, keys) * self.width**-0.5
+        weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
+        return jnp.einsum("bts,bsd->btd", weights, values)
 
     def logits(self, params, hidden):
         return (self.sharpness * hidden @ params["head"]).astype(jnp.float32)
-
-
-class ScriptedEngine(Engine):
-    """An engine whose rows say what a script tells them; it keeps every stream it saw."""
-
-    def __init__(
-        self, turns_B: Sequence[Sequence[str]], report: Callable[[str], str] | None = None
-    ) -> None:
-        """`turns_B`: texts of each main row, turn by turn; without `<|im_end|>` = cut off.
-        `report`: what a sub-agent says to its prompt."""
-        self.turns_B = turns_B
-        self.report = report or (lambda prompt: "seen.<|im_end|>")
-        self.sessions: list[ScriptedSession] = []
-
-    def start(self, params, prompts, copies, suffix, batch=None) -> ScriptedSession:
-        texts = [ToyRenderer().decode(prompt.tokens) for prompt in prompts]
-        script = [[self.report(t)] for t in texts] if self.sessions else self.turns_B
-        streams = [list(prompt.tokens) for prompt in prompts for _ in range(copies)]
-        self.sessions.append(ScriptedSession(script, streams, suffix))
-        return self.sessions[-1]
-
-
-class ScriptedSession:
-    """One batch of scripted rows."""
-
-    def __init__(self, script, streams, suffix) -> None:
-        self.script, self.streams = [list(turns) for turns in script], streams
-        self.prompt_lengths = [len(stream) for stream in streams]
-        self.suffix, self.limits, self.seeds = suffix, [], []
-
-    def append(self, tokens_B) -> None:
-        for stream, tokens in zip(self.streams, tokens_B, strict=True):
-            stream.extend(tokens)
-        self._check()
-
-    def generate(self, active, sampling, limit, seeds) -> list[Generated | None]:
-        self.limits.append(limit)
-        self.seeds.append(list(seeds))
-        said = [self._speak(row, limit) if on else None for row, on in enumerate(active)]
-        self._check()
-        return said
-
-    def _speak(self, row: int, limit: int) -> Generated:
-        tokens = ToyRenderer().encode(self.script[row].pop(0))[:limit]
-        self.streams[row].extend(tokens)
-        ended = tokens[-1] in ToyRenderer.eos_ids
-        log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-        reason = StopReason.END if ended else StopReason.LENGTH
-        return Generated(np.asarray(tokens, np.int32), log_probs, reason)
-
-    def _check(self) -> None:
-        for stream, start in zip(self.streams, self.prompt_lengths, strict=True):
-            assert len(stream) - start <= self.suffix, "the cache would overflow"
 
 
 class SentinelReader:

@@ -36,13 +36,12 @@ def batch_log_probs(
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
     """Log-probability and entropy of every token with a loss weight, by a full forward; and how
     evenly each row used the experts, 0 in a dense model (see `load_balance`)."""
-    hidden, _, router_logits = policy.hidden_and_router(
+    hidden, router_logits = policy.hidden_and_router(
         params,
         batch.tokens,
         batch.positions,
         batch.vision_index,
         _row_features(policy, params, batch),
-        lengths=batch.lengths,
     )
     log_probs, entropy = gathered_log_probs(
         hidden,

@@ -15,6 +15,8 @@ at 368 tokens that skips three eighths of the products."""
 HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
 
+TINY = 1e-30
+
 
 def attend(
     query: Float[Array, "b t n h"],
@@ -33,8 +35,6 @@ def attend(
     if causal and offset is None and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value)
     visible = visibility(query.shape[1], key.shape[1], causal, offset, key_lengths)
-    if query.shape[1] == 1 and visible is not None and jax.default_backend() == "cpu":
-        return _one_query(query, key, value, visible)
     return reference(query, key, value, visible)
 
 
@@ -101,21 +101,35 @@ def _causal_chunks(query: Array, key: Array, value: Array) -> Array:
     return jnp.concatenate(chunks, axis=1)
 
 
-def _one_query(query: Array, key: Array, value: Array, visible: Array) -> Array:
-    """Decoding on CPU: all heads in one product over the cache as it lies in memory.
+Partial = tuple[Float[Array, "b k q h"], Float[Array, "b k q"], Float[Array, "b k q"]]
+"""Attention to some of the keys, float32: values mixed with weights `exp(score - largest)`, the
+largest score, and the sum of the weights."""
 
-    A product per key head would first transpose the cache; here each query is laid out over
-    the width of all key heads, with zeros for the heads that are not its own.
-    """
-    b, s, k, h = key.shape
-    n, exact = query.shape[2], precision(query.dtype)
-    own = jnp.repeat(jnp.eye(k, dtype=query.dtype), n // k, axis=0)
-    wide = (query[:, 0, :, None] * own[:, :, None]).reshape(b, n, k * h)
-    scores = jnp.einsum("bsx,bnx->bsn", key.reshape(b, s, k * h), wide, precision=exact)
-    # The barrier keeps XLA from computing scores again inside the softmax's fusions.
-    scores = jax.lax.optimization_barrier(scores)
-    scores = scores.astype(jnp.float32).swapaxes(1, 2) * h**-0.5
-    weights = jax.nn.softmax(jnp.where(visible, scores, HIDDEN), axis=-1).astype(value.dtype)
-    mixed = jnp.einsum("bns,bsx->bnx", weights, value.reshape(b, s, k * h), precision=exact)
-    mixed = jnp.sum(mixed.reshape(b, n, k, h) * own[:, :, None], axis=2)
-    return mixed.reshape(b, 1, n, h)
+
+def partial(
+    query: Float[Array, "b k q h"],
+    key: Float[Array, "b k s h"],
+    value: Float[Array, "b k s h"],
+    visible: Bool[Array, "b #q s"],
+) -> Partial:
+    """Attention to these keys alone, to be merged with that to others (`merge`)."""
+    exact = precision(query.dtype)
+    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, precision=exact).astype(jnp.float32)
+    scores = jnp.where(visible[:, None], scores * query.shape[-1] ** -0.5, HIDDEN)
+    largest = jnp.max(scores, axis=-1)
+    # Where nothing is visible all weights would be 1: they must be 0.
+    weights = jnp.where(visible[:, None], jnp.exp(scores - largest[..., None]), 0)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=exact)
+    return mixed.astype(jnp.float32), largest, jnp.sum(weights, axis=-1)
+
+
+def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
+    """Attention to the keys of both, by their log-sum-exps (FlashAttention, arXiv 2205.14135,
+    section 3.1; shared prefixes: Hydragen, arXiv 2402.05099)."""
+    largest = jnp.maximum(one[1], other[1])
+    scales = [jnp.exp(part[1] - largest) for part in (one, other)]
+    mixed = sum(
+        part[0] * scale[..., None] for part, scale in zip((one, other), scales, strict=True)
+    )
+    total = sum(part[2] * scale for part, scale in zip((one, other), scales, strict=True))
+    return mixed / jnp.maximum(total, TINY)[..., None]

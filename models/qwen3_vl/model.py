@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Linear, precision
-from models.qwen3_vl.text import TextTower
+from models.qwen3_vl.text import Memory, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Blueprint, Normal, Params, Table
-from paravt_jax.records import KVCache, VisionFeatures
+from paravt_jax.records import LaneCache, VisionFeatures
 
 
 class Qwen3VL(nnx.Module):
@@ -77,6 +77,11 @@ class Qwen3VLPolicy:
     lora: LoraConfig = NO_LORA
 
     @property
+    def width(self) -> int:
+        """Width of a hidden state."""
+        return self.config.text.hidden_size
+
+    @property
     def experts_per_token(self) -> int:
         """Experts that serve each token; 0 for a dense model."""
         experts = self.config.text.experts
@@ -114,14 +119,9 @@ class Qwen3VLPolicy:
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
-        cache: KVCache | None = None,
-        lengths: Int[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
-        """Final hidden states of a right-padded block; see `Policy.hidden`."""
-        hidden, cache, _ = self.hidden_and_router(
-            params, tokens, positions, vision_index, features, cache, lengths
-        )
-        return hidden, cache
+    ) -> Float[Array, "b t d"]:
+        """Final hidden states of right-padded rows; each token sees those before it."""
+        return self.hidden_and_router(params, tokens, positions, vision_index, features)[0]
 
     def hidden_and_router(
         self,
@@ -130,32 +130,68 @@ class Qwen3VLPolicy:
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
-        cache: KVCache | None = None,
-        lengths: Int[Array, " b"] | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of the sparse layers; None for a dense model."""
         tower = self._bind(params).text
         with jax.named_scope("language_model"):
-            hidden, cache, router_logits = tower(tokens, positions, vision_index, features, cache)
-        if cache is not None:
-            grown = cache.lengths + (tokens.shape[1] if lengths is None else lengths)
-            cache = dataclasses.replace(cache, lengths=grown)
-        return hidden, cache, router_logits
+            hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features)
+        return hidden, router_logits
+
+    def read(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None = None,
+    ) -> tuple[Float[Array, "b t d"], Float[Array, "l b k t h"], Float[Array, "l b k t h"]]:
+        """Final hidden states of prompts, and the keys and values that continue them."""
+        tower = self._bind(params).text
+        with jax.named_scope("language_model"):
+            hidden, _, _, kept = tower(tokens, positions, vision_index, features, Memory(keep=True))
+        assert kept is not None
+        keys, values = (x.swapaxes(2, 3) for x in kept)
+        return hidden, keys, values
+
+    def extend(
+        self,
+        params: Params,
+        tokens: Int[Array, "m t"],
+        positions: Int[Array, "m t 3"],
+        vision_index: Int[Array, "m t"],
+        features: VisionFeatures | None,
+        lanes: tuple[LaneCache, ...],
+        rows: Int[Array, " m"] | None = None,
+    ) -> tuple[Float[Array, "m t d"], tuple[LaneCache, ...]]:
+        """Final hidden states of a block that continues live rows; see `Policy.extend`."""
+        tower = self._bind(params).text
+        memory = Memory(lanes=lanes, rows=rows)
+        with jax.named_scope("language_model"):
+            hidden, memory, _, _ = tower(tokens, positions, vision_index, features, memory)
+        return hidden, memory.lanes
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Float32 vocabulary logits of hidden states."""
         with jax.named_scope("vocabulary_head"):
             return self._bind(params).logits(hidden)
 
-    def init_cache(self, batch: int, slots: int) -> KVCache:
+    def init_lane(self, prompts: int, copies: int, prompt_slots: int, own_slots: int) -> LaneCache:
         """An empty cache in the compute dtype."""
-        text = self.config.text
-        shape = (text.num_hidden_layers, batch, slots, text.num_key_value_heads, text.head_dim)
-        keys, values = (
-            constrain(jnp.zeros(shape, self.compute_dtype), "layers", "batch", None, "kv", None)
-            for _ in range(2)
+        rows = prompts * copies
+        return LaneCache(
+            prompt_keys=self._slots(prompts, prompt_slots),
+            prompt_values=self._slots(prompts, prompt_slots),
+            prompt_lengths=jnp.zeros(prompts, jnp.int32),
+            keys=self._slots(rows, own_slots),
+            values=self._slots(rows, own_slots),
+            lengths=jnp.zeros(rows, jnp.int32),
         )
-        return KVCache(keys=keys, values=values, lengths=jnp.zeros(batch, jnp.int32))
+
+    def _slots(self, rows: int, slots: int) -> Float[Array, "l b k s h"]:
+        text = self.config.text
+        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, slots, text.head_dim)
+        empty = jnp.zeros(shape, self.compute_dtype)
+        return constrain(empty, "layers", "batch", "kv", None, None)
 
     def _bind(self, params: Params) -> Qwen3VL:
         return _blueprint(self).bind(params)

@@ -111,5 +111,5 @@ def _logits(
     grids: Any,
 ) -> jax.Array:
     features = None if patches is None else policy.encode(params, patches, grids)
-    hidden, _ = policy.hidden(params, tokens, positions, index, features)
+    hidden = policy.hidden(params, tokens, positions, index, features)
     return policy.logits(params, hidden)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 from collections.abc import Iterator
 from typing import Any
@@ -15,67 +14,33 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import attend
+from models.qwen3_vl.cache import append_and_attend
 from models.qwen3_vl.config import TextConfig
 from models.qwen3_vl.experts import Experts
 from models.qwen3_vl.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Normal, declare, stack
-from paravt_jax.records import KVCache, VisionFeatures
+from paravt_jax.records import LaneCache, VisionFeatures
 
 HF = "model.language_model."
-
-PREFIX_STEP = 64
-"""Slots by which the prefixes grow that decoding on CPU chooses from."""
 
 Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
 
 
-class CacheView:
-    """One layer's window on the whole cache: appends a block, then attends to what is there.
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a layer does with keys and values besides attending to its own block."""
 
-    The cache stays one array per kind, so that a loop that carries it updates it in place.
-    """
+    keep: bool = False
+    """Return the keys and values of the block: reading a prompt."""
+    lanes: tuple[LaneCache, ...] = ()
+    """Append the block to these caches and attend to them: continuing streams."""
+    rows: Int[Array, " m"] | None = None
+    """The rows of the only lane that the block continues; None for all rows of all lanes."""
 
-    def __init__(self, cache: KVCache, layer: Int[Array, ""]):
-        self.cache, self.layer = cache, layer
 
-    def append(self, key: Float[Array, "b t k h"], value: Float[Array, "b t k h"]) -> KVCache:
-        """The cache with the block written at each row's own length; what would fall beyond
-        the last slot is dropped."""
-        rows = jnp.arange(key.shape[0])[:, None]
-        slots = self.cache.lengths[:, None] + jnp.arange(key.shape[1], dtype=jnp.int32)
-        where = (self.layer, rows, slots)
-        return dataclasses.replace(
-            self.cache,
-            keys=self.cache.keys.at[where].set(key.astype(self.cache.keys.dtype), mode="drop"),
-            values=self.cache.values.at[where].set(
-                value.astype(self.cache.values.dtype), mode="drop"
-            ),
-        )
-
-    def attend(self, query: Float[Array, "b t n h"]) -> Float[Array, "b t n h"]:
-        """Attention of the block that was just appended to all that is cached up to it.
-
-        Decoding on CPU is bound by reading the cache, so it reads only the smallest of a few
-        static prefixes that holds the longest row.
-        """
-        slots = self.cache.keys.shape[2]
-        if query.shape[1] > 1 or jax.default_backend() != "cpu":
-            return self._attend_prefix(query, slots)
-        prefixes = [*range(PREFIX_STEP, slots, PREFIX_STEP), slots]
-        index = jnp.minimum(jnp.max(self.cache.lengths) // PREFIX_STEP, len(prefixes) - 1)
-        branches = [functools.partial(self._attend_prefix, slots=p) for p in prefixes]
-        return jax.lax.switch(index, branches, query)
-
-    def _attend_prefix(self, query: Float[Array, "b t n h"], slots: int) -> Array:
-        return attend(
-            query,
-            self.cache.keys[self.layer, :, :slots].astype(query.dtype),
-            self.cache.values[self.layer, :, :slots].astype(query.dtype),
-            causal=True,
-            offset=self.cache.lengths,
-        )
+KeysAndValues = tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]
 
 
 class Attention(nnx.Module):
@@ -95,19 +60,20 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(h, hf + "k_norm", c.rms_norm_eps)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, view: CacheView | None = None
-    ) -> tuple[Float[Array, "b t d"], KVCache | None]:
+        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: Int[Array, ""]
+    ) -> tuple[Float[Array, "b t d"], Memory, KeysAndValues | None]:
         heads = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.query_norm(self.query(x).reshape(heads)), *rope)
         key = rotate(self.key_norm(self.key(x).reshape(heads)), *rope)
         value = self.value(x).reshape(heads)
         query = constrain(query, "batch", None, "heads", None)
-        if view is None:
-            mixed, cache = attend(query, key, value, causal=True), None
+        if memory.lanes:
+            mixed, lanes = append_and_attend(memory.lanes, memory.rows, layer, query, key, value)
+            memory = dataclasses.replace(memory, lanes=lanes)
         else:
-            cache = view.append(key, value)
-            mixed = CacheView(cache, view.layer).attend(query)
-        return self.out(mixed.reshape(*x.shape[:2], -1)), cache
+            mixed = attend(query, key, value, causal=True)
+        kept = (key, value) if memory.keep else None
+        return self.out(mixed.reshape(*x.shape[:2], -1)), memory, kept
 
 
 class Mlp(nnx.Module):
@@ -141,16 +107,19 @@ class DecoderLayer(nnx.Module):
         self.mlp = Experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, view: CacheView | None = None
-    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "b t e"] | None]:
-        """Output, grown cache, and the router's logits of a sparse layer."""
+        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: Int[Array, ""]
+    ) -> tuple[
+        Float[Array, "b t d"], Memory, tuple[Float[Array, "b t e"] | None, KeysAndValues | None]
+    ]:
+        """Output, grown memory, and the router's logits and the keys and values, as far as there
+        are any."""
         with jax.named_scope("attention"):
-            mixed, cache = self.attention(self.attention_norm(x), rope, view)
+            mixed, memory, kept = self.attention(self.attention_norm(x), rope, memory, layer)
         x = constrain(x + mixed, "batch", None, None)
         with jax.named_scope("mlp"):
             mixed = self.mlp(self.mlp_norm(x))
         mixed, router_logits = mixed if isinstance(mixed, tuple) else (mixed, None)
-        return constrain(x + mixed, "batch", None, None), cache, router_logits
+        return constrain(x + mixed, "batch", None, None), memory, (router_logits, kept)
 
 
 class TextTower(nnx.Module):
@@ -180,31 +149,42 @@ class TextTower(nnx.Module):
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
-        cache: KVCache | None = None,
-    ) -> tuple[Float[Array, "b t d"], KVCache | None, Float[Array, "l b t e"] | None]:
-        """Hidden states after the last norm; the cache with keys and values appended, its
-        lengths untouched; the router's logits of the sparse layers."""
+        memory: Memory = Memory(),
+    ) -> tuple[
+        Float[Array, "b t d"],
+        Memory,
+        Float[Array, "l b t e"] | None,
+        tuple[Float[Array, "l b t k h"], Float[Array, "l b t k h"]] | None,
+    ]:
+        """Hidden states after the last norm; grown memory, its lengths untouched; the router's
+        logits of the sparse layers; keys and values of all layers if the memory keeps them."""
         with jax.named_scope("embedding"):
             x = self.embed(tokens, vision_index, features)
         rope = mrope(positions, self.config)
 
         def step(layer: DecoderLayer, carry: Any, number: Int[Array, ""]) -> Any:
-            x, cache = carry
-            view = None if cache is None else CacheView(cache, number)
-            x, cache, router_logits = layer(x, rope, view)
-            return (add_deepstack(x, vision_index, features, number), cache), router_logits
+            x, lanes = carry
+            before = dataclasses.replace(memory, lanes=lanes)
+            x, after, extra = layer(x, rope, before, number)
+            return (add_deepstack(x, vision_index, features, number), after.lanes), extra
 
         # On CPU, reading a layer of the cache at a constant offset is five times faster.
-        unroll = cache is not None and jax.default_backend() == "cpu"
-        carry, routed = (x, cache), []
+        unroll = bool(memory.lanes) and jax.default_backend() == "cpu"
+        carry, routed, kept = (x, memory.lanes), [], []
         with jax.named_scope("decoder_layers"):
             for layers, rows, numbers in self._runs():
-                carry, logits = scan_layers(
+                carry, (router_logits, own) = scan_layers(
                     layers, step, carry, numbers, self.remat, unroll, rows=rows
                 )
-                routed += [] if logits is None else [logits]
-        x, cache = carry
-        return self.norm(x), cache, jnp.concatenate(routed) if routed else None
+                routed += [] if router_logits is None else [router_logits]
+                kept += [] if own is None else [own]
+        x, lanes = carry
+        return (
+            self.norm(x),
+            dataclasses.replace(memory, lanes=lanes),
+            jnp.concatenate(routed) if routed else None,
+            jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept) if kept else None,
+        )
 
     def _stack(self, sparse: bool, lora: LoraConfig) -> DecoderLayer | None:
         """All layers of one kind; None if there is none."""

@@ -221,7 +221,7 @@ def test_gradients(plain):
     @jax.grad
     def gradient(params):
         features = model.policy.encode(params, ours["patches"], ours["grids"])
-        hidden, _ = model.policy.hidden(
+        hidden = model.policy.hidden(
             params, ours["tokens"], ours["positions"], ours["vision_index"], features
         )
         return jnp.mean(model.policy.logits(params, hidden) ** 2)

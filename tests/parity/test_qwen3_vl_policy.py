@@ -80,7 +80,7 @@ def encode(params, patches, grids):
 
 @jax.jit
 def full_logits(params, tokens, positions, index, features):
-    hidden, _ = POLICY.hidden(params, tokens, positions, index, features)
+    hidden = POLICY.hidden(params, tokens, positions, index, features)
     return POLICY.logits(params, hidden)
 
 
@@ -267,7 +267,7 @@ def vision_places(config) -> list[int]:
 def everything(policy, params) -> list[jax.Array]:
     """Vision features and hidden states."""
     features = jax.jit(policy.encode)(params, random_patches(), GRIDS[None])
-    hidden, _ = jax.jit(policy.hidden)(params, *map(jnp.asarray, prompt()))
+    hidden = jax.jit(policy.hidden)(params, *map(jnp.asarray, prompt()))
     return [*jax.tree.leaves(features), hidden]
 
 
@@ -366,7 +366,7 @@ def test_remat_changes_nothing(params):
     policies = [POLICY, dataclasses.replace(POLICY, remat=True)]
 
     def gradient(policy):
-        return jax.jit(jax.grad(lambda p: jnp.sum(policy.hidden(p, *arrays)[0] ** 3)))(params)
+        return jax.jit(jax.grad(lambda p: jnp.sum(policy.hidden(p, *arrays) ** 3)))(params)
 
     plain, saved = map(gradient, policies)
     for name in plain:

@@ -152,7 +152,7 @@ def compute(policy, params, batch):
     """Logits and hidden states."""
     features = policy.encode(params, batch["patches"], batch["grids"])
     index = (batch["tokens"], batch["positions"], batch["vision_index"])
-    hidden, _ = policy.hidden(params, *index, features)
+    hidden = policy.hidden(params, *index, features)
     return policy.logits(params, hidden), hidden
 
 

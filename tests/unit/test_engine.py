@@ -1,8 +1,9 @@
-"""What the engine samples is what a full forward pass would predict, for every batching."""
+"""What the engine samples is what a full forward pass would predict, whatever else it decodes."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 
 import jax
@@ -13,9 +14,11 @@ from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConf
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import Prompt, StopReason
+from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
-from rollout.engine import Engine, Generated
+from rollout.engine import Engine, Lane
 from rollout.sampler import SamplingConfig
+from rollout.session import Generated, Session, Stream
 from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 
 POLICY = ToyPolicy()
@@ -27,18 +30,46 @@ PROMPTS = [
 ]
 SAMPLING = SamplingConfig(temperature=1.0)
 GREEDY = SamplingConfig(temperature=0.0)
+LANE = Lane(prompts=3, copies=2, prompt_tokens=64, suffix=64)
 
 
-def make_engine(eos_ids=(IM_END, PAD)) -> Engine:
-    return Engine(POLICY, eos_ids=eos_ids, pad_id=PAD)
+def make_engine(lanes=LANE, eos_ids=(IM_END, PAD), visit=5) -> Engine:
+    lanes = {"main": lanes} if isinstance(lanes, Lane) else lanes
+    return Engine(POLICY, lanes, eos_ids=eos_ids, pad_id=PAD, visit=visit)
 
 
 ENGINE = make_engine()
 """Shared where nothing is counted, so that shapes compile once."""
 
 
-def start(prompts=PROMPTS, copies=1, suffix=64, batch=3):
-    return ENGINE.start(PARAMS, prompts, copies, suffix, batch)
+def finish(session: Session, close: bool = False) -> dict[Stream, Generated]:
+    """Visit until all is silent; `close` streams whose turn ended."""
+    turns = {}
+    while session.speaking:
+        ended = dict(session.visit())
+        turns |= ended
+        for stream in ended if close else ():
+            session.close(stream)
+    return turns
+
+
+def sample_all(
+    engine=ENGINE, prompts=PROMPTS, copies=1, sampling=SAMPLING, limit=12, seeds=None, params=PARAMS
+) -> list[Generated]:
+    """One turn of every copy of every prompt."""
+    session, streams = engine.session(params), []
+    for at, prompt in enumerate(prompts):
+        own = range(at * copies, (at + 1) * copies)
+        streams += session.open("main", prompt, [seeds[i] if seeds else i for i in own])
+    for stream in streams:
+        session.speak(stream, [], sampling, limit)
+    turns = finish(session, close=True)
+    return [turns[stream] for stream in streams]
+
+
+def same(one: Generated, other: Generated) -> None:
+    np.testing.assert_array_equal(one.tokens, other.tokens)
+    np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
 
 
 def full_log_probs(
@@ -61,124 +92,218 @@ def full_log_probs(
 @functools.partial(jax.jit, static_argnums=0)
 def _full_logits(policy, params, tokens, positions, index, patches):
     features = None if patches is None else policy.encode(params, *patches)
-    hidden, _ = policy.hidden(params, tokens, positions, index, features)
+    hidden = policy.hidden(params, tokens, positions, index, features)
     return policy.logits(params, hidden)
 
 
-def speak(session, active=None, sampling=SAMPLING, limit=12, seeds=None) -> list[Generated | None]:
-    active = [True] * session.rows if active is None else active
-    seeds = list(range(session.rows)) if seeds is None else seeds
-    return session.generate(active, sampling, limit, seeds)
+def chosen_log_probs(prompt, stream, **model) -> np.ndarray:
+    """`[t]` of the stream's own tokens."""
+    table = full_log_probs(prompt, stream, **model)
+    return np.take_along_axis(table, np.asarray(stream)[:, None], axis=1)[:, 0]
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_equal_a_full_forward_over_two_turns(temperature):
-    session = start(copies=2)
-    sampling = SamplingConfig(temperature=temperature)
-    first = speak(session, sampling=sampling)
+    """Six rows share three prompts; turns cross visits; given tokens differ in length."""
+    session, sampling = ENGINE.session(PARAMS), SamplingConfig(temperature=temperature)
+    streams = [s for at, p in enumerate(PROMPTS) for s in session.open("main", p, [at, at + 9])]
+    for stream in streams:
+        session.speak(stream, [], sampling, 12)
+    first = finish(session)
     given_B = [[65 + row] * row for row in range(6)]
-    session.append(given_B)
-    second = speak(session, sampling=sampling)
-    for row, (one, given, two) in enumerate(zip(first, given_B, second, strict=True)):
-        stream = [*one.tokens, *given, *two.tokens]
-        table = full_log_probs(PROMPTS[row // 2], stream, temperature=temperature)
-        expected = np.take_along_axis(table, np.asarray(stream)[:, None], axis=1)[:, 0]
-        got = np.concatenate([one.log_probs, expected[len(one.tokens) :][:row], two.log_probs])
-        np.testing.assert_allclose(got, expected, atol=1e-4)
+    for stream, given in zip(streams, given_B, strict=True):
+        session.speak(stream, given, sampling, 12)
+    second = finish(session)
+    for row, (stream, given) in enumerate(zip(streams, given_B, strict=True)):
+        one, two = first[stream], second[stream]
+        tokens = [*one.tokens, *given, *two.tokens]
+        expected = chosen_log_probs(PROMPTS[row // 2], tokens, temperature=temperature)
+        np.testing.assert_allclose(one.log_probs, expected[: len(one.tokens)], atol=1e-4)
+        np.testing.assert_allclose(two.log_probs, expected[-len(two.tokens) :], atol=1e-4)
 
 
 def test_greedy_is_the_argmax_of_a_full_forward():
-    session = start()
-    for prompt, turn in zip(PROMPTS, speak(session, sampling=GREEDY, limit=24), strict=True):
+    for prompt, turn in zip(PROMPTS, sample_all(sampling=GREEDY, limit=24), strict=True):
         table = full_log_probs(prompt, turn.tokens.tolist())
         np.testing.assert_array_equal(turn.tokens, table.argmax(-1))
 
 
 def test_pixels_reach_the_samples():
     other = image_prompt("what?", frames=3, patches=8, seed=7)
-    turns = [
-        speak(start([prompt, PROMPTS[2]]), sampling=GREEDY)[0] for prompt in (PROMPTS[0], other)
-    ]
-    assert turns[0].tokens.tolist() != turns[1].tokens.tolist()
+    one, two = (
+        sample_all(prompts=[p, PROMPTS[2]], sampling=GREEDY)[0] for p in (PROMPTS[0], other)
+    )
+    assert one.tokens.tolist() != two.tokens.tolist()
 
 
-def test_samples_do_not_depend_on_order_padding_or_capacity():
-    alone = [speak(start([prompt]), seeds=[100 + row])[0] for row, prompt in enumerate(PROMPTS)]
-    for batch, suffix in ((3, 64), (5, 72)):
-        session = start(PROMPTS[::-1], suffix=suffix, batch=batch)
-        together = speak(session, seeds=[102, 101, 100])[::-1]
-        for one, other in zip(alone, together, strict=True):
-            np.testing.assert_array_equal(one.tokens, other.tokens)
-            np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+@pytest.mark.parametrize(
+    ("lane", "visit"),
+    [
+        (Lane(prompts=1, copies=1, prompt_tokens=64, suffix=64), 3),
+        (Lane(prompts=2, copies=1, prompt_tokens=40, suffix=12), 16),
+        (Lane(prompts=7, copies=3, prompt_tokens=100, suffix=72), 5),
+    ],
+)
+def test_samples_do_not_depend_on_slots_order_capacity_or_visits(lane, visit):
+    expected = sample_all(seeds=[100, 101, 102])
+    engine = make_engine(lane, visit=visit)
+    turned = sample_all(engine, PROMPTS[::-1], seeds=[102, 101, 100])[::-1]
+    for one, other in zip(expected, turned, strict=True):
+        same(one, other)
 
 
 def test_copies_differ_by_seed_only():
-    turns = [turn.tokens.tolist() for turn in speak(start(copies=2), seeds=[5, 6, 7, 8, 9, 9])]
-    assert turns[0] != turns[1] and turns[4] == turns[5]
+    turns = sample_all(copies=2, seeds=[5, 6, 7, 8, 9, 9])
+    assert turns[0].tokens.tolist() != turns[1].tokens.tolist()
+    same(turns[4], turns[5])
 
 
-def test_inactive_rows_stay_as_they_are():
-    paused = start()
-    assert speak(paused, active=[True, False, True])[1] is None
-    paused.append([[66], [], [66, 67]])
-    late, prompt_only = speak(paused)[1], speak(start())[1]
-    np.testing.assert_array_equal(late.tokens, prompt_only.tokens)
-    np.testing.assert_allclose(late.log_probs, prompt_only.log_probs, atol=1e-5)
+def test_silent_rows_stay_as_they_are():
+    """A stream that only listens while the others speak and are told things."""
+    session = ENGINE.session(PARAMS)
+    (loud,), (quiet,) = (session.open("main", p, [i]) for i, p in enumerate(PROMPTS[:2]))
+    session.speak(loud, [], SAMPLING, 9)
+    finish(session)
+    session.speak(loud, [66, 67], SAMPLING, 9)
+    session.speak(quiet, [], SAMPLING, 12)
+    same(finish(session)[quiet], sample_all()[1])
+
+
+def test_crops_decode_beside_mains_and_take_free_slots():
+    """Five crops on two slots, while a main agent speaks a long turn."""
+    lanes = {"main": LANE, "crop": Lane(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
+    engine = make_engine(lanes, eos_ids=(200,))
+    session = engine.session(PARAMS)
+    (main,) = session.open("main", PROMPTS[0], [0])
+    session.speak(main, [], SAMPLING, 30)
+    crops = [s for i in range(5) for s in session.open("crop", PROMPTS[1], [50 + i])]
+    for stream in crops:
+        session.speak(stream, [], SAMPLING, 6)
+    turns, order = {}, []
+    while session.speaking:
+        for stream, turn in session.visit():
+            turns[stream] = turn
+            order.append(stream)
+            if stream in crops:
+                session.close(stream)
+    assert order[:2] == crops[:2] and order[-1] == main
+    same(turns[main], sample_all(make_engine(eos_ids=(200,)), PROMPTS[:1], limit=30)[0])
+    for number, stream in enumerate(crops):
+        alone = make_engine(eos_ids=(200,))
+        same(turns[stream], sample_all(alone, [PROMPTS[1]], limit=6, seeds=[50 + number])[0])
+
+
+def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
+    engine = make_engine(Lane(prompts=2, copies=1, prompt_tokens=64, suffix=64))
+    session = engine.session(PARAMS)
+    waiting = [s for i in range(9) for s in session.open("main", PROMPTS[i % 3], [i])]
+    for stream in waiting:
+        session.speak(stream, [65] * 3, SAMPLING, 12)
+    turns = finish(session, close=True)
+    assert session.slot_use > 0.5
+    for number, stream in enumerate(waiting):
+        tokens = [65, 65, 65, *turns[stream].tokens]
+        expected = chosen_log_probs(PROMPTS[number % 3], tokens)[3:]
+        np.testing.assert_allclose(turns[stream].log_probs, expected, atol=1e-4)
+
+
+def test_frames_can_be_given_in_the_midst_of_a_stream():
+    shown = image_prompt("look", frames=2, patches=8, seed=5)
+    session = ENGINE.session(PARAMS)
+    (stream,) = session.open("main", PROMPTS[1], [3])
+    session.speak(stream, shown, SAMPLING, 10)
+    turn = finish(session)[stream]
+    offset = next_position(PROMPTS[1].positions)
+    whole = dataclasses.replace(
+        shown,
+        tokens=np.concatenate([PROMPTS[1].tokens, shown.tokens]),
+        positions=np.concatenate([PROMPTS[1].positions, shown.positions + offset]),
+        vision_index=np.concatenate([PROMPTS[1].vision_index, shown.vision_index]),
+    )
+    expected = chosen_log_probs(whole, turn.tokens.tolist())
+    np.testing.assert_allclose(turn.log_probs, expected, atol=1e-4)
 
 
 def test_a_turn_ends_at_its_stop_token_or_its_limit():
-    free = speak(start(), sampling=GREEDY, limit=20)[0]
+    free = sample_all(sampling=GREEDY, limit=20)[0]
     stop = int(free.tokens[4])
     at = free.tokens.tolist().index(stop)
     stopping = make_engine(eos_ids=(stop,))
-    (ended,) = speak(stopping.start(PARAMS, PROMPTS[:1], 1, suffix=20), sampling=GREEDY, limit=20)
+    (ended,) = sample_all(stopping, PROMPTS[:1], sampling=GREEDY, limit=20)
     assert ended.stop_reason is StopReason.END
     np.testing.assert_array_equal(ended.tokens, free.tokens[: at + 1])
-    (cut,) = speak(stopping.start(PARAMS, PROMPTS[:1], 1, suffix=20), sampling=GREEDY, limit=at)
+    (cut,) = sample_all(stopping, PROMPTS[:1], sampling=GREEDY, limit=at)
     assert cut.stop_reason is StopReason.LENGTH
     np.testing.assert_array_equal(cut.tokens, free.tokens[:at])
 
 
-def test_settings_do_not_recompile():
+def test_settings_lengths_and_weights_do_not_recompile():
     engine = make_engine()
-    session = engine.start(PARAMS, PROMPTS, copies=2, suffix=64)
-    session.append([[65]] * 6)
-    speak(session, limit=3)
+    sample_all(engine, copies=2, limit=3)
     before = engine.compilations
-    session.append([[65, 66, 67]] * 6)
-    speak(session, [True, False] * 3, SamplingConfig(temperature=0.3, top_p=0.5), limit=9)
-    speak(engine.start(PARAMS, PROMPTS[::-1], copies=2, suffix=64), sampling=GREEDY)
-    assert (before, engine.compilations) == (4, 4)
+    hotter = SamplingConfig(temperature=0.3, top_p=0.5)
+    sample_all(engine, PROMPTS[::-1], copies=2, sampling=hotter, limit=9, params=POLICY.init(1))
+    sample_all(engine, copies=2, sampling=GREEDY)
+    # Encode frames of two sizes, read with frames and without, decode.
+    assert (before, engine.compilations) == (5, 5)
 
 
 def test_a_row_cannot_outgrow_its_cache():
-    session = make_engine(eos_ids=(200,)).start(PARAMS, PROMPTS[:1], copies=1, suffix=10)
-    speak(session, limit=8)
-    with pytest.raises(ValueError, match="room for 2 more tokens, not 3"):
-        session.append([[65, 65, 65]])
-    with pytest.raises(ValueError, match="room for 2 more tokens, not 3"):
-        speak(session, limit=3)
-    session.append([[65, 65]])
-    assert session.room.tolist() == [0]
+    lane = Lane(prompts=1, copies=1, prompt_tokens=64, suffix=10)
+    session = make_engine(lane, eos_ids=(200,)).session(PARAMS)
+    (stream,) = session.open("main", PROMPTS[0], [0])
+    session.speak(stream, [65], SAMPLING, 7)
+    finish(session)
+    assert session.room(stream) == 2
+    with pytest.raises(ValueError, match="room for 2 more tokens, not for 1 given and 2"):
+        session.speak(stream, [65], SAMPLING, 2)
+    session.speak(stream, [65], SAMPLING, 1)
+    assert session.room(stream) == 0
+
+
+def test_what_can_never_fit_is_refused_at_once():
+    session = ENGINE.session(PARAMS)
+    with pytest.raises(ValueError, match="65 tokens and 1 copies does not fit lane 'main' of 64"):
+        session.open("main", text_prompt("x" * (65 - len(text_prompt("").tokens))), [0])
+    with pytest.raises(ValueError, match="3 copies does not fit"):
+        session.open("main", PROMPTS[1], [0, 1, 2])
+
+
+def test_streams_are_used_in_order():
+    session = ENGINE.session(PARAMS)
+    (stream,) = session.open("main", PROMPTS[1], [0])
+    session.speak(stream, [], SAMPLING, 5)
+    with pytest.raises(ValueError, match="speaks already"):
+        session.speak(stream, [], SAMPLING, 5)
+    session.close(stream)
+    with pytest.raises(ValueError, match="closed"):
+        session.speak(stream, [], SAMPLING, 5)
+    assert session.speaking == 0 and session.visit() == []
+
+
+def test_a_lane_full_of_silent_streams_is_no_endless_wait():
+    session = make_engine(Lane(prompts=1, copies=1, prompt_tokens=64, suffix=9)).session(PARAMS)
+    (silent,) = session.open("main", PROMPTS[1], [0])
+    (waiting,) = session.open("main", PROMPTS[1], [1])
+    session.visit()
+    session.speak(waiting, [], SAMPLING, 5)
+    with pytest.raises(ValueError, match="close"):
+        session.visit()
+    session.close(silent)
+    assert waiting in finish(session)
 
 
 def test_cache_bytes_are_known_beforehand():
-    session = start(copies=2, suffix=32)
-    longest = max(len(prompt.tokens) for prompt in PROMPTS)
-    actual = sum(leaf.nbytes for leaf in jax.tree.leaves(session._state.cache))
-    assert ENGINE.cache_bytes(longest, suffix=32, rows=6) == actual
+    engine = make_engine()
+    said = engine.cache_bytes()
+    actual = [state.cache for state in engine.states.values()]
+    assert said == sum(leaf.nbytes for leaf in jax.tree.leaves(actual))
 
 
-@pytest.mark.parametrize(("copies", "batch"), [(0, None), (1, 2)])
-def test_start_refuses_impossible_batches(copies, batch):
-    with pytest.raises(ValueError, match="copies"):
-        start(copies=copies, batch=batch)
-
-
-def test_values_must_come_per_row():
-    session = start()
-    with pytest.raises(ValueError, match="2 values for 3 rows"):
-        session.append([[65], [65]])
+@pytest.mark.parametrize("field", ["prompts", "copies", "prompt_tokens", "suffix"])
+def test_lanes_of_nothing_are_refused(field):
+    with pytest.raises(ValueError, match=f"{field}=0"):
+        dataclasses.replace(LANE, **{field: 0})
 
 
 def test_buckets():
@@ -190,13 +315,13 @@ def test_buckets():
 
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2", "data:3"])
 def test_a_mesh_changes_no_sample(mesh):
-    alone = speak(start(copies=4))
+    lane = Lane(prompts=6, copies=2, prompt_tokens=64, suffix=64)
+    alone = sample_all(make_engine(lane), copies=2)
     count = 3 if mesh == "data:3" else 8
     with jax.set_mesh(make_mesh(parse_mesh(mesh, count), jax.devices()[:count])):
-        spread = speak(make_engine().start(PARAMS, PROMPTS, copies=4, suffix=64))
+        spread = sample_all(make_engine(lane), copies=2)
     for one, other in zip(alone, spread, strict=True):
-        np.testing.assert_array_equal(one.tokens, other.tokens)
-        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+        same(one, other)
 
 
 QWEN = Qwen3VLPolicy(
@@ -238,21 +363,25 @@ def test_qwen3_vl_log_probs_equal_the_learners(mesh):
         image_prompt("and here", frames=2, patches=16, seed=2, values=width),
     ]
     params = initialise(QWEN.table, jax.random.key(0))
-    engine = Engine(QWEN, eos_ids=(IM_END,), pad_id=PAD)
+    engine = Engine(QWEN, {"main": LANE}, eos_ids=(IM_END,), pad_id=PAD)
     with contextlib.ExitStack() as stack:
         live = params
         if mesh is not None:
             devices = make_mesh(parse_mesh(mesh, 8))
             stack.enter_context(jax.set_mesh(devices))
             live = jax.device_put(params, param_shardings(QWEN.table, devices))
-        session = engine.start(live, prompts, copies=2, suffix=64)
-        first = speak(session)
-        session.append([[65] * (3 * row) for row in range(4)])
-        second = speak(session)
-    for row, (one, two) in enumerate(zip(first, second, strict=True)):
-        stream = [*one.tokens, *[65] * (3 * row), *two.tokens]
-        table = full_log_probs(prompts[row // 2], stream, QWEN, params)
-        expected = np.take_along_axis(table, np.asarray(stream)[:, None], axis=1)[:, 0]
+        session = engine.session(live)
+        streams = [s for at, p in enumerate(prompts) for s in session.open("main", p, [at, 7])]
+        for stream in streams:
+            session.speak(stream, [], SAMPLING, 12)
+        first = finish(session)
+        for row, stream in enumerate(streams):
+            session.speak(stream, [65] * (3 * row), SAMPLING, 12)
+        second = finish(session)
+    for row, stream in enumerate(streams):
+        one, two = first[stream], second[stream]
+        tokens = [*one.tokens, *[65] * (3 * row), *two.tokens]
+        expected = chosen_log_probs(prompts[row // 2], tokens, policy=QWEN, params=params)
         np.testing.assert_allclose(one.log_probs, expected[: len(one.tokens)], atol=1e-4)
         np.testing.assert_allclose(two.log_probs, expected[-len(two.tokens) :], atol=1e-4)
         assert expected.std() > 0.1

@@ -1,0 +1,409 @@
+"""The host side of rollouts: requests in, streams out, under one set of weights.
+
+    main = session.open("main", prompt, seeds)         streams that share a prompt
+    session.speak(stream, given, sampling, limit)      append, then generate one turn
+    for stream, turn in session.visit(): ...           turns that ended
+    session.close(stream)                              its slot is free for who waits
+
+Waiting prompts enter as slots become free, beside rows that go on speaking. The cache of a row
+holds exactly the tokens of its stream, and nothing is ever read twice.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import jax
+import numpy as np
+
+from paravt_jax.interfaces import Params
+from paravt_jax.patches import largest, restride, stack_patches
+from paravt_jax.records import Prompt, StopReason, VisionFeatures
+from paravt_jax.rope_index import next_position
+from rollout.engine import Block, Draw, Drawn, Engine, Lane, LaneState
+from rollout.sampler import SamplingConfig
+
+T = TypeVar("T")
+
+NEVER = np.iinfo(np.int32).max
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Handle of one row."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What one row generated in one turn."""
+
+    tokens: np.ndarray
+    """int32 `[t]`, the end-of-turn token included if there was one."""
+    log_probs: np.ndarray
+    """float32 `[t]`, under the tempered, untruncated distribution."""
+    stop_reason: StopReason
+
+
+@dataclasses.dataclass(eq=False)
+class _Row:
+    """A stream as the host sees it."""
+
+    stream: Stream
+    seed: int
+    prompt: _Shared
+    number: int = -1
+    """Row of its lane; -1 while it waits."""
+    length: int = 0
+    """Tokens after the prompt."""
+    position: int = 0
+    """M-RoPE position of its next token."""
+    given: Prompt | None = None
+    """What is to be appended before it goes on speaking."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    left: int = 0
+    """Tokens that it may still draw in this turn; 0 while it is silent."""
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
+
+    def take_turn(self, ended: bool) -> Generated:
+        """The turn that just ended; the row is silent again."""
+        turn = Generated(
+            np.concatenate(self.tokens),
+            np.concatenate(self.log_probs),
+            StopReason.END if ended else StopReason.LENGTH,
+        )
+        self.tokens, self.log_probs, self.left = [], [], 0
+        return turn
+
+
+@dataclasses.dataclass(eq=False)
+class _Shared:
+    """A prompt and the rows that continue it."""
+
+    prompt: Prompt
+    rows: list[_Row] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    """Prompt slot of its lane; -1 while it waits."""
+
+
+class _Desk:
+    """The books of one lane."""
+
+    def __init__(self, name: str, lane: Lane, states: dict[str, LaneState]) -> None:
+        self.name, self.lane, self._states = name, lane, states
+        self.queue: collections.deque[_Shared] = collections.deque()
+        self.shared: list[_Shared | None] = [None] * lane.prompts
+        self.rows: list[_Row | None] = [None] * lane.rows
+
+    @property
+    def speaking(self) -> list[_Row]:
+        """Admitted rows in the midst of a turn."""
+        return [row for row in self.rows if row is not None and row.left]
+
+    @property
+    def state(self) -> LaneState:
+        """The caches. They outlive the session, hence belong to the engine."""
+        return self._states[self.name]
+
+    @state.setter
+    def state(self, state: LaneState) -> None:
+        self._states[self.name] = state
+
+    def current(self) -> LaneState:
+        """The state with the lengths of now."""
+        prompts = [0 if s is None else len(s.prompt.tokens) for s in self.shared]
+        rows = [0 if row is None else row.length for row in self.rows]
+        return self.state.with_lengths(np.array(prompts, np.int32), np.array(rows, np.int32))
+
+    def seat(self) -> list[_Shared]:
+        """Give waiting prompts the free slots."""
+        seated = []
+        for slot, holder in enumerate(self.shared):
+            if holder is None and self.queue:
+                shared = self.shared[slot] = self.queue.popleft()
+                shared.slot = slot
+                for copy, row in enumerate(shared.rows):
+                    row.number = slot * self.lane.copies + copy
+                    self.rows[row.number] = row
+                seated.append(shared)
+        return seated
+
+    def leave(self, row: _Row) -> None:
+        """A closed row's place is free; its prompt's when it was the last one."""
+        shared = row.prompt
+        shared.rows.remove(row)
+        if row.number >= 0:
+            self.rows[row.number] = None
+        if not shared.rows and shared.slot >= 0:
+            self.shared[shared.slot] = None
+        elif not shared.rows:
+            self.queue.remove(shared)
+
+
+class Session:
+    """Live streams under one set of weights."""
+
+    def __init__(self, engine: Engine, params: Params) -> None:
+        """Opened by `Engine.session`."""
+        self._engine, self._params = engine, params
+        states = engine.states
+        self._desks = {name: _Desk(name, lane, states) for name, lane in engine.lanes.items()}
+        self._rows: dict[Stream, tuple[_Desk, _Row]] = {}
+        self._opened = 0
+        self.decode_steps = self.row_steps = self.used_row_steps = 0
+        """Decode steps; those times rows; and rows that spoke in them."""
+
+    def open(self, lane: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
+        """Streams that share a prompt, one per seed. They wait while the lane is full.
+
+        `seeds` (uint32) decide a stream's draws together with its position, nothing else does.
+
+        Raises:
+          ValueError: it would not fit even an empty lane.
+        """
+        desk = self._desks[lane]
+        size = desk.lane
+        if len(prompt.tokens) > size.prompt_tokens or not 0 < len(seeds) <= size.copies:
+            raise ValueError(
+                f"a prompt of {len(prompt.tokens)} tokens and {len(seeds)} copies does not fit "
+                f"lane {lane!r} of {size.prompt_tokens} tokens and 1 to {size.copies} copies; "
+                "shorten it or widen the lane"
+            )
+        shared = _Shared(prompt)
+        for seed in seeds:
+            self._opened += 1
+            row = _Row(Stream(self._opened), seed, shared, position=next_position(prompt.positions))
+            shared.rows.append(row)
+            self._rows[row.stream] = desk, row
+        desk.queue.append(shared)
+        return [row.stream for row in shared.rows]
+
+    def room(self, stream: Stream) -> int:
+        """Tokens that the stream can still take."""
+        desk, row = self._find(stream)
+        waiting = 0 if row.given is None else len(row.given.tokens)
+        return desk.lane.suffix - row.length - waiting - row.left
+
+    def speak(
+        self, stream: Stream, given: Prompt | Sequence[int], sampling: SamplingConfig, limit: int
+    ) -> None:
+        """Append what is given, then let the stream generate one turn of at most `limit` tokens.
+
+        A `Prompt` brings frames of its own; its positions count from 0.
+
+        Raises:
+          ValueError: the stream is closed, speaks already, or has no room for that.
+        """
+        _, row = self._find(stream)
+        block = given if isinstance(given, Prompt) else _text(given)
+        if row.left:
+            raise ValueError(f"{stream} speaks already: wait for its turn to end")
+        if limit < 1 or len(block.tokens) + limit > self.room(stream):
+            raise ValueError(
+                f"{stream} has room for {self.room(stream)} more tokens, not for "
+                f"{len(block.tokens)} given and {limit} of its own; widen its lane's suffix"
+            )
+        row.given = block if len(block.tokens) else None
+        row.sampling, row.left = sampling, limit
+
+    def close(self, stream: Stream) -> None:
+        """Forget a stream; who waits may take its place."""
+        desk, row = self._find(stream)
+        del self._rows[stream]
+        desk.leave(row)
+
+    @property
+    def speaking(self) -> int:
+        """Streams that have been told to speak and have not ended their turn."""
+        return sum(row.left > 0 for _, row in self._rows.values())
+
+    @property
+    def slot_use(self) -> float:
+        """Share of rows that spoke, over all decode steps so far."""
+        return self.used_row_steps / max(self.row_steps, 1)
+
+    def visit(self) -> list[tuple[Stream, Generated]]:
+        """Admit who waits, append what was given, decode some tokens; the turns that ended.
+
+        Raises:
+          ValueError: all that shall speak waits for slots that silent streams hold.
+        """
+        for desk in self._desks.values():
+            self._admit(desk)
+            self._append(desk)
+        desks = [desk for desk in self._desks.values() if desk.speaking]
+        if not desks and self.speaking:
+            raise ValueError("all slots are held by silent streams: close some of them")
+        return self._decode(desks) if desks else []
+
+    def _find(self, stream: Stream) -> tuple[_Desk, _Row]:
+        if stream not in self._rows:
+            raise ValueError(f"{stream} is closed or of another session")
+        return self._rows[stream]
+
+    def _admit(self, desk: _Desk) -> None:
+        """Read the prompts that got a slot, those of one shape together."""
+        most = desk.lane.prompt_tokens
+        shapes = _grouped(desk.seat(), lambda shared: _shape(shared.prompt, 64, most))
+        for (tokens, frames), alike in shapes:
+            for batch in _batches(alike, desk.lane.prompts):
+                prompts = [shared.prompt for shared in batch]
+                features, index = self._see(prompts, frames)
+                block = _block(prompts, index, tokens, self._engine.pad_id)
+                slots = np.array([shared.slot for shared in batch], np.int32)
+                desk.state = self._engine.admit(
+                    self._params, desk.current(), block, features, slots
+                )
+
+    def _append(self, desk: _Desk) -> None:
+        """Append what rows were given, blocks of one shape together."""
+        told = [row for row in desk.rows if row is not None and row.given is not None]
+        for (tokens, frames), alike in _grouped(told, lambda row: _shape(row.given, 8)):
+            most = 2 * len(alike) >= desk.lane.rows
+            for batch in [alike] if most else _batches(alike, desk.lane.rows):
+                # With most rows it is cheaper to take all than to gather those that it concerns.
+                placed = desk.rows if most else batch
+                self._append_block(desk, set(batch), placed, tokens, frames)
+
+    def _append_block(
+        self,
+        desk: _Desk,
+        told: set[_Row],
+        placed: Sequence[_Row | None],
+        tokens: int,
+        frames: int,
+    ) -> None:
+        """One block with a row for each of `placed`, empty where it was told nothing."""
+        blank = _text([])
+        given = [row.given if row in told and row.given else blank for row in placed]
+        starts = [0 if row is None else row.position for row in placed]
+        features, index = self._see(given, frames)
+        block = _block(given, index, tokens, self._engine.pad_id, starts)
+        numbers = None
+        if placed is not desk.rows:
+            numbers = np.array([row.number for row in placed if row is not None], np.int32)
+        desk.state = self._engine.append(self._params, desk.current(), block, features, numbers)
+        for row in told:
+            assert row.given is not None
+            row.length += len(row.given.tokens)
+            row.position += next_position(row.given.positions)
+            row.given = None
+
+    def _see(
+        self, prompts: Sequence[Prompt], frames: int
+    ) -> tuple[VisionFeatures | None, list[np.ndarray]]:
+        """Vision features of a batch, and each prompt's `vision_index` into them."""
+        if not frames:
+            return None, [prompt.vision_index for prompt in prompts]
+        shown = [prompt.patches for prompt in prompts]
+        patches = max(largest(shown)[1], self._engine.frame_patches)
+        features = self._engine.encode(self._params, *stack_patches(shown, frames, patches))
+        return features, [restride(prompt, patches) for prompt in prompts]
+
+    def _decode(self, desks: Sequence[_Desk]) -> list[tuple[Stream, Generated]]:
+        rows = [row for desk in desks for row in desk.rows]
+        waits = any(desk.queue for desk in self._desks.values())
+        states, drawn = self._engine.decode(
+            self._params,
+            tuple(desk.current() for desk in desks),
+            _draw(rows),
+            self._engine.eos_ids,
+            # With somebody waiting, a free slot is worth a visit.
+            np.int32(1 if waits else NEVER),
+        )
+        for desk, state in zip(desks, states, strict=True):
+            desk.state = state
+        host = jax.device_get(drawn)
+        self.decode_steps += int(host.counts.max())
+        self.row_steps += int(host.counts.max()) * len(rows)
+        self.used_row_steps += int(host.counts.sum())
+        spoke = [(number, row) for number, row in enumerate(rows) if row is not None and row.left]
+        turns = [(row.stream, _hear(row, number, host)) for number, row in spoke]
+        return [(stream, turn) for stream, turn in turns if turn is not None]
+
+
+def _hear(row: _Row, number: int, drawn: Drawn) -> Generated | None:
+    """Note what a row said; its turn if that ended it."""
+    count = int(drawn.counts[number])
+    row.tokens.append(drawn.tokens[number, :count].copy())
+    row.log_probs.append(drawn.log_probs[number, :count].copy())
+    row.length, row.position, row.left = row.length + count, row.position + count, row.left - count
+    ended = bool(drawn.ended[number])
+    return row.take_turn(ended) if ended or not row.left else None
+
+
+def _draw(rows: Sequence[_Row | None]) -> Draw:
+    def each(value: Callable[[_Row], float], dtype: type) -> np.ndarray:
+        return np.array([0 if row is None else value(row) for row in rows], dtype)
+
+    return Draw(
+        positions=each(lambda row: row.position, np.int32),
+        seeds=each(lambda row: row.seed, np.uint32),
+        temperature=each(lambda row: row.sampling.temperature, np.float32),
+        top_p=each(lambda row: row.sampling.top_p, np.float32),
+        limits=each(lambda row: row.left, np.int32),
+    )
+
+
+def _text(tokens: Sequence[int]) -> Prompt:
+    """Given tokens as a block without frames, its positions counted from 0."""
+    ids = np.asarray(tokens, np.int32)
+    positions = np.repeat(np.arange(len(ids), dtype=np.int32)[:, None], 3, axis=1)
+    return Prompt(ids, positions, np.full(len(ids), -1, np.int32))
+
+
+def _block(
+    prompts: Sequence[Prompt],
+    index_P_T: Sequence[np.ndarray],
+    width: int,
+    pad_id: int,
+    starts: Sequence[int] | None = None,
+) -> Block:
+    """Prompts as one right-padded block; `starts` are added to their positions."""
+    rows = len(prompts)
+    tokens = np.full((rows, width), pad_id, np.int32)
+    positions = np.zeros((rows, width, 3), np.int32)
+    vision_index = np.full((rows, width), -1, np.int32)
+    for row, (prompt, index) in enumerate(zip(prompts, index_P_T, strict=True)):
+        tokens[row, : len(index)] = prompt.tokens
+        positions[row, : len(index)] = prompt.positions + (starts[row] if starts else 0)
+        vision_index[row, : len(index)] = index
+    lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
+    return Block(tokens, positions, vision_index, lengths)
+
+
+def _shape(prompt: Prompt | None, least: int, most: int = NEVER) -> tuple[int, int]:
+    """Static numbers of tokens and frames that hold a prompt."""
+    if prompt is None:
+        raise ValueError("no prompt: a shape is that of something to read")
+    frames = 0 if prompt.patches is None else _power(len(prompt.patches.grids), 1)
+    return min(_power(len(prompt.tokens), least), most), frames
+
+
+def _power(count: int, least: int) -> int:
+    """Smallest `least * 2**i` that is at least `count`."""
+    return least << max(0, (-(-count // least) - 1).bit_length())
+
+
+def _grouped(
+    items: Iterable[T], key: Callable[[T], tuple[int, int]]
+) -> list[tuple[tuple[int, int], list[T]]]:
+    """Items of each key, in the order in which the keys first occur."""
+    groups: dict[tuple[int, int], list[T]] = {}
+    for item in items:
+        groups.setdefault(key(item), []).append(item)
+    return list(groups.items())
+
+
+def _batches(items: Sequence[T], most: int) -> Iterator[list[T]]:
+    """Cut into 64s, 16s, 4s and 1s, so that few sizes occur and none is padded."""
+    start = 0
+    while left := len(items) - start:
+        size = next(size for size in (64, 16, 4, 1) if size <= min(left, most))
+        yield list(items[start : start + size])
+        start += size
