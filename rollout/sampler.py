@@ -146,8 +146,7 @@ def draw_tokens(
     scores = log_probs
     if seen is not None:
         scores = jax.nn.log_softmax(_penalised(logits, seen, draw.repetition_penalty) / scale)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    noise = jnp.where(greedy[:, None], 0.0, noise)
+    noise = _noise(keys, greedy, logits.shape[1])
     tokens = free = _pick(scores, noise, draw)
     if allowed is not None:
         tokens = jax.lax.cond(
@@ -192,14 +191,29 @@ def lowest_score(scores: Float[Array, "b vocab"], draw: Draw) -> Float[Array, " 
         scores: log-probabilities up to a constant per row; minus infinity excludes a token.
         draw: settings of each row.
     """
-    # Sorting the vocabulary costs more than the rest of the sampler: skip it when nobody asks.
-    lowest = jax.lax.cond(
-        jnp.any((draw.top_p < 1) | (draw.top_k > 0)),
-        lambda: _lowest_ranked(scores, draw),
-        lambda: jnp.full(scores.shape[0], -jnp.inf),
+    none = jnp.full(scores.shape[0], -jnp.inf)
+    by_count = jax.lax.cond(
+        jnp.any(draw.top_k > 0), lambda: _top_k(scores, draw.top_k), lambda: none
+    )
+    by_mass = jax.lax.cond(
+        jnp.any(draw.top_p < 1), lambda: _top_p(scores, by_count, draw.top_p), lambda: none
     )
     # A probability relative to the likeliest is a difference of scores: no normalisation.
-    return jnp.maximum(lowest, scores.max(axis=-1) + jnp.log(draw.min_p))
+    by_ratio = scores.max(axis=-1) + jnp.log(draw.min_p)
+    return jnp.maximum(jnp.maximum(by_count, by_mass), by_ratio)
+
+
+def _noise(
+    keys: Key[Array, " b"], greedy: Bool[Array, " b"], vocab: int
+) -> Float[Array, "b vocab"]:
+    """Gumbel noise of each row; none for greedy rows, and none is made if all are greedy."""
+
+    def drawn() -> Float[Array, "b vocab"]:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
+        return jnp.where(greedy[:, None], 0.0, noise)
+
+    # Behind the branch the noise is an array: fused into the argmax, XLA computes it repeatedly.
+    return jax.lax.cond(jnp.all(greedy), lambda: jnp.zeros((len(keys), vocab)), drawn)
 
 
 def _pick(
@@ -210,17 +224,42 @@ def _pick(
     return jnp.argmax(jnp.where(kept, scores + noise, -jnp.inf), axis=-1).astype(jnp.int32)
 
 
-def _lowest_ranked(scores: Float[Array, "b vocab"], draw: Draw) -> Float[Array, " b"]:
-    """Lowest score that top-k and then top-p leave."""
-    ordered = -jnp.sort(-scores, axis=-1)
-    vocab = scores.shape[1]
-    count = jnp.where(draw.top_k > 0, jnp.minimum(draw.top_k, vocab), vocab)
-    lowest = jnp.take_along_axis(ordered, count[:, None] - 1, axis=-1)
-    probs = jax.nn.softmax(jnp.where(ordered >= lowest, ordered, -jnp.inf), axis=-1)
-    mass_before = jnp.cumsum(probs, axis=-1) - probs
+def _top_k(scores: Float[Array, "b vocab"], top_k: Int[ArrayLike, " b"]) -> Float[Array, " b"]:
+    """Lowest score among the `top_k` highest."""
+    reached = _reached(scores, jnp.ones_like(scores), top_k.astype(jnp.float32))
+    return jnp.where(top_k > 0, reached, -jnp.inf)
+
+
+def _top_p(
+    scores: Float[Array, "b vocab"], floor: Float[Array, " b"], top_p: Float[ArrayLike, " b"]
+) -> Float[Array, " b"]:
+    """Lowest score in the nucleus of the tokens that score at least `floor`."""
+    probs = jax.nn.softmax(jnp.where(scores >= floor[:, None], scores, -jnp.inf), axis=-1)
     # Rounded, the mass may reach 1 before the last token: a row that keeps all says so.
-    inside = (mass_before < draw.top_p[:, None]) | (draw.top_p >= 1)[:, None]
-    return jnp.maximum(lowest[:, 0], jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1))
+    return jnp.where(top_p < 1, _reached(scores, probs, top_p), -jnp.inf)
+
+
+def _reached(
+    scores: Float[Array, "b vocab"], weights: Float[Array, "b vocab"], total: Float[ArrayLike, " b"]
+) -> Float[Array, " b"]:
+    """The highest score s such that the tokens that score s or more weigh `total` together.
+
+    Minus infinity if all together do not. A search over the 32 bits of s, exact because floats
+    are in the order of their bits; it reads the scores 32 times, which is several times faster
+    than sorting them.
+    """
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits < sign, bits | sign, ~bits)
+
+    def narrow(step: Int[Array, ""], found: UInt[Array, " b"]) -> UInt[Array, " b"]:
+        tried = found | (sign >> step.astype(jnp.uint32))
+        weight = jnp.where(order >= tried[:, None], weights, 0).sum(axis=-1)
+        return jnp.where(weight >= total, tried, found)
+
+    found = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(len(total), jnp.uint32))
+    value = jnp.where(found < sign, ~found, found ^ sign)
+    return jnp.where(found > 0, jax.lax.bitcast_convert_type(value, jnp.float32), -jnp.inf)
 
 
 def _penalised(

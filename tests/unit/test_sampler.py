@@ -115,10 +115,12 @@ def test_what_can_be_drawn_is_what_transformers_leaves():
         assert np.isfinite(np.array(theirs_)[np.arange(rows), tokens]).all()
 
 
-@pytest.mark.parametrize("vocab", [3, 4])
-def test_top_k_beyond_the_vocabulary_keeps_all(vocab):
-    draw = Draw.of([SamplingConfig(top_k=50)], [0], [1])
-    assert (LOGITS[:, :vocab] >= lowest_score(LOGITS[:, :vocab], draw)[:, None]).all()
+def test_ties_and_excluded_tokens_at_the_edge_of_a_truncation():
+    scores = jnp.array([[0.0, -0.0, -1.0, -jnp.inf, 2.0, 2.0]] * 6)
+    settings = [{"top_k": 1}, {"top_k": 3}, {"top_k": 5}, {"top_k": 99}, {"top_p": 0.3}, {}]
+    draw = Draw.of([SamplingConfig(**own) for own in settings], range(6), range(6))
+    kept = (scores >= lowest_score(scores, draw)[:, None]).sum(-1)
+    assert kept.tolist() == [2, 4, 5, 6, 2, 6]
 
 
 def test_a_row_that_keeps_all_is_not_cut_beside_one_that_does_not():
