@@ -1,33 +1,117 @@
 """Draw one token per row, so that a row's draw depends on nothing but that row.
 
 The randomness of a token is keyed by (seed of its row, position in its row's stream);
-neither the place in the batch nor its neighbours enter.
+neither the place in the batch nor its neighbours enter. All settings are arrays with one
+value per row, so that requests of any kind share one compiled step.
+
+The settings act in the order of transformers' logits processors: repetition penalty,
+structural constraint, temperature, top-k, top-p, min-p.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
+
+from paravt_jax.records import ArrayLike, pytree
 
 
 @dataclasses.dataclass(frozen=True)
 class SamplingConfig:
-    """How tokens are drawn. All of it is traced: changing a value never recompiles."""
+    """How the tokens of one request are drawn. Changing a value never recompiles."""
 
     temperature: float = 1.0
     """Divides the logits; 0 takes the most likely token."""
     top_p: float = 1.0
     """Draw only from the smallest set of likeliest tokens that holds this much probability."""
+    top_k: int = 0
+    """Draw only from this many likeliest tokens; 0 keeps every token."""
+    min_p: float = 0.0
+    """Draw only tokens at least this likely relative to the likeliest; 0 keeps every token."""
+    repetition_penalty: float = 1.0
+    """Makes tokens that the stream holds after its prompt, given ones included, less likely."""
+    stop: tuple[str, ...] = ()
+    """Texts that end a turn. The token that completes one still belongs to the turn."""
+    stop_ids: tuple[int, ...] = ()
+    """Token ids that end a turn, besides the model's own."""
+    constrain: str = ""
+    """Name of the grammar that the turn must follow; empty for free text."""
 
     def __post_init__(self) -> None:
         """Refuse impossible settings, naming field, value and remedy."""
-        if not self.temperature >= 0:
+        if not 0 <= self.temperature < np.inf:
             raise ValueError(f"temperature={self.temperature}: must be >= 0 (0 means greedy)")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: must be in (0, 1]; 1 keeps every token")
+        if self.top_k < 0:
+            raise ValueError(f"top_k={self.top_k}: must be >= 0; 0 keeps every token")
+        if not 0 <= self.min_p <= 1:
+            raise ValueError(f"min_p={self.min_p}: must be in [0, 1]; 0 keeps every token")
+        if not 0 < self.repetition_penalty < np.inf:
+            raise ValueError(
+                f"repetition_penalty={self.repetition_penalty}: must be above 0; 1 changes nothing"
+            )
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise ValueError(f"stop={self.stop!r}: pass a tuple of texts, none of them empty")
+        if any(index < 0 for index in self.stop_ids):
+            raise ValueError(f"stop_ids={self.stop_ids}: token ids are >= 0")
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """What decides the draws of each row of a batch, all of it traced."""
+
+    seeds: UInt[ArrayLike, " b"]
+    limits: Int[ArrayLike, " b"]
+    """Most tokens of the turn."""
+    temperature: Float[ArrayLike, " b"]
+    top_p: Float[ArrayLike, " b"]
+    top_k: Int[ArrayLike, " b"]
+    min_p: Float[ArrayLike, " b"]
+    repetition_penalty: Float[ArrayLike, " b"]
+
+    @classmethod
+    def of(
+        cls, sampling: Sequence[SamplingConfig], seeds: Sequence[int], limits: Sequence[int]
+    ) -> Draw:
+        """One row for each request, on the host.
+
+        Raises:
+            ValueError: the three sequences differ in length.
+        """
+        if not len(sampling) == len(seeds) == len(limits):
+            raise ValueError(
+                f"{len(sampling)} settings, {len(seeds)} seeds and {len(limits)} limits: "
+                "pass one of each per row"
+            )
+        return cls(
+            seeds=np.array(seeds, np.uint32),
+            limits=np.array(limits, np.int32),
+            temperature=np.array([own.temperature for own in sampling], np.float32),
+            top_p=np.array([own.top_p for own in sampling], np.float32),
+            top_k=np.array([own.top_k for own in sampling], np.int32),
+            min_p=np.array([own.min_p for own in sampling], np.float32),
+            repetition_penalty=np.array([own.repetition_penalty for own in sampling], np.float32),
+        )
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+    """One token per row."""
+
+    tokens: Int[Array, " b"]
+    log_probs: Float[Array, " b"]
+    """Under the tempered distribution: no penalty, no constraint, no truncation. It is the one
+    that the learner recomputes. Greedy rows report temperature 1."""
+    constrained: Bool[Array, " b"]
+    """Whether the structural constraint changed the token."""
 
 
 def row_keys(seeds: UInt[Array, " b"], positions: Int[Array, " b"]) -> Key[Array, " b"]:
@@ -35,31 +119,43 @@ def row_keys(seeds: UInt[Array, " b"], positions: Int[Array, " b"]) -> Key[Array
     return jax.vmap(lambda seed, at: jax.random.fold_in(jax.random.key(seed), at))(seeds, positions)
 
 
-def nucleus(
-    log_probs: Float[Array, "b vocab"], top_p: Float[Array, " b"]
-) -> Bool[Array, "b vocab"]:
-    """True for the smallest set of likeliest tokens whose mass reaches `top_p`.
+def draw_tokens(
+    logits: Float[Array, "b vocab"],
+    keys: Key[Array, " b"],
+    draw: Draw,
+    seen: Bool[Array, "b vocab"] | None = None,
+    allowed: Bool[Array, "b vocab"] | None = None,
+) -> Drawn:
+    """One token per row by the Gumbel-max trick.
 
-    The likeliest token is always in; tokens as likely as the last one that is in are in
-    too. Source: Holtzman et al. 2020 (arXiv:1904.09751), section 3.1.
+        token = argmax(log_softmax(logits / temperature) + gumbel)
+
+    Source of the trick: Maddison et al. 2014 (arXiv:1411.0030), section 2.
+
+    Args:
+        logits: of the next token, of any float type.
+        keys: see `row_keys`.
+        draw: settings of each row.
+        seen: tokens to which the repetition penalty applies, see `mark_seen`. None: no penalty.
+        allowed: tokens that the structural constraint permits, at least one per row. None: all.
     """
-    ordered = -jnp.sort(-log_probs, axis=-1)
-    mass_before = jnp.cumsum(jnp.exp(ordered), axis=-1) - jnp.exp(ordered)
-    inside = mass_before < top_p[:, None]
-    threshold = jnp.min(jnp.where(inside, ordered, jnp.inf), axis=-1, keepdims=True)
-    return log_probs >= threshold
-
-
-def _truncate(
-    log_probs: Float[Array, "b vocab"], top_p: Float[Array, " b"]
-) -> Float[Array, "b vocab"]:
-    """`log_probs` with everything outside the nucleus at minus infinity."""
-    # Sorting the vocabulary costs more than the rest of the sampler: skip it when nobody asks.
-    return jax.lax.cond(
-        jnp.any(top_p < 1),
-        lambda: jnp.where(nucleus(log_probs, top_p), log_probs, -jnp.inf),
-        lambda: log_probs,
-    )
+    greedy = draw.temperature == 0
+    scale = jnp.where(greedy, 1.0, draw.temperature)[:, None]
+    logits = logits.astype(jnp.float32)
+    log_probs = jax.nn.log_softmax(logits / scale, axis=-1)
+    scores = log_probs
+    if seen is not None:
+        scores = jax.nn.log_softmax(_penalised(logits, seen, draw.repetition_penalty) / scale)
+    noise = _noise(keys, greedy, logits.shape[1])
+    tokens = free = _pick(scores, noise, draw)
+    if allowed is not None:
+        tokens = jax.lax.cond(
+            jnp.all(allowed),
+            lambda: free,
+            lambda: _pick(jnp.where(allowed, scores, -jnp.inf), noise, draw),
+        )
+    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    return Drawn(tokens=tokens, log_probs=chosen, constrained=tokens != free)
 
 
 def sample(
@@ -68,19 +164,111 @@ def sample(
     temperature: Float[Array, " b"],
     top_p: Float[Array, " b"],
 ) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """One token per row by the Gumbel-max trick, and its log-probability.
+    """One token per row and its log-probability: `draw_tokens` with two settings alone."""
+    none = jnp.zeros(len(temperature), jnp.int32)
+    off = jnp.zeros_like(temperature)
+    drawn = draw_tokens(
+        logits, keys, Draw(none.astype("u4"), none, temperature, top_p, none, off, off)
+    )
+    return drawn.tokens, drawn.log_probs
 
-    The log-probability is that under the tempered, *untruncated* distribution, the one
-    that the learner recomputes; greedy rows (temperature 0) report temperature 1.
 
-        token = argmax(log_softmax(logits / temperature) + gumbel)
+def mark_seen(
+    seen: Bool[Array, "b vocab"], tokens: Int[Array, " b"], active: Bool[Array, " b"]
+) -> Bool[Array, "b vocab"]:
+    """`seen` with one more token in every active row."""
+    return seen.at[jnp.arange(len(tokens)), tokens].max(active)
 
-    Source of the trick: Maddison et al. 2014 (arXiv:1411.0030), section 2.
+
+def lowest_score(scores: Float[Array, "b vocab"], draw: Draw) -> Float[Array, " b"]:
+    """Tokens whose score is at least this stay in the draw; tokens that tie share their fate.
+
+    Each truncation acts on what the ones before it left: top-k (Fan et al. 2018,
+    arXiv:1805.04833), top-p (Holtzman et al. 2020, arXiv:1904.09751, section 3.1), min-p
+    (Nguyen et al. 2024, arXiv:2407.01082). The likeliest token always stays.
+
+    Args:
+        scores: log-probabilities up to a constant per row; minus infinity excludes a token.
+        draw: settings of each row.
     """
-    greedy = temperature == 0
-    scale = jnp.where(greedy, 1.0, temperature)[:, None]
-    log_probs = jax.nn.log_softmax(logits.astype(jnp.float32) / scale, axis=-1)
-    noise = jax.vmap(lambda key: jax.random.gumbel(key, logits.shape[1:]))(keys)
-    noise = jnp.where(greedy[:, None], 0.0, noise)
-    tokens = jnp.argmax(_truncate(log_probs, top_p) + noise, axis=-1).astype(jnp.int32)
-    return tokens, jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
+    none = jnp.full(scores.shape[0], -jnp.inf)
+    by_count = jax.lax.cond(
+        jnp.any(draw.top_k > 0), lambda: _top_k(scores, draw.top_k), lambda: none
+    )
+    by_mass = jax.lax.cond(
+        jnp.any(draw.top_p < 1), lambda: _top_p(scores, by_count, draw.top_p), lambda: none
+    )
+    # A probability relative to the likeliest is a difference of scores: no normalisation.
+    by_ratio = scores.max(axis=-1) + jnp.log(draw.min_p)
+    return jnp.maximum(jnp.maximum(by_count, by_mass), by_ratio)
+
+
+def _noise(
+    keys: Key[Array, " b"], greedy: Bool[Array, " b"], vocab: int
+) -> Float[Array, "b vocab"]:
+    """Gumbel noise of each row; none for greedy rows, and none is made if all are greedy."""
+
+    def drawn() -> Float[Array, "b vocab"]:
+        noise = jax.vmap(lambda key: jax.random.gumbel(key, (vocab,)))(keys)
+        return jnp.where(greedy[:, None], 0.0, noise)
+
+    # Behind the branch the noise is an array: fused into the argmax, XLA computes it repeatedly.
+    return jax.lax.cond(jnp.all(greedy), lambda: jnp.zeros((len(keys), vocab)), drawn)
+
+
+def _pick(
+    scores: Float[Array, "b vocab"], noise: Float[Array, "b vocab"], draw: Draw
+) -> Int[Array, " b"]:
+    """The token that wins after truncation."""
+    kept = scores >= lowest_score(scores, draw)[:, None]
+    return jnp.argmax(jnp.where(kept, scores + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+
+
+def _top_k(scores: Float[Array, "b vocab"], top_k: Int[ArrayLike, " b"]) -> Float[Array, " b"]:
+    """Lowest score among the `top_k` highest."""
+    reached = _reached(scores, jnp.ones_like(scores), top_k.astype(jnp.float32))
+    return jnp.where(top_k > 0, reached, -jnp.inf)
+
+
+def _top_p(
+    scores: Float[Array, "b vocab"], floor: Float[Array, " b"], top_p: Float[ArrayLike, " b"]
+) -> Float[Array, " b"]:
+    """Lowest score in the nucleus of the tokens that score at least `floor`."""
+    probs = jax.nn.softmax(jnp.where(scores >= floor[:, None], scores, -jnp.inf), axis=-1)
+    # Rounded, the mass may reach 1 before the last token: a row that keeps all says so.
+    return jnp.where(top_p < 1, _reached(scores, probs, top_p), -jnp.inf)
+
+
+def _reached(
+    scores: Float[Array, "b vocab"], weights: Float[Array, "b vocab"], total: Float[ArrayLike, " b"]
+) -> Float[Array, " b"]:
+    """The highest score s such that the tokens that score s or more weigh `total` together.
+
+    Minus infinity if all together do not. A search over the 32 bits of s, exact because floats
+    are in the order of their bits; it reads the scores 32 times, which is several times faster
+    than sorting them.
+    """
+    bits = jax.lax.bitcast_convert_type(scores, jnp.uint32)
+    sign = jnp.uint32(1 << 31)
+    order = jnp.where(bits < sign, bits | sign, ~bits)
+
+    def narrow(step: Int[Array, ""], found: UInt[Array, " b"]) -> UInt[Array, " b"]:
+        tried = found | (sign >> step.astype(jnp.uint32))
+        weight = jnp.where(order >= tried[:, None], weights, 0).sum(axis=-1)
+        return jnp.where(weight >= total, tried, found)
+
+    found = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(len(total), jnp.uint32))
+    value = jnp.where(found < sign, ~found, found ^ sign)
+    return jnp.where(found > 0, jax.lax.bitcast_convert_type(value, jnp.float32), -jnp.inf)
+
+
+def _penalised(
+    logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], penalty: Float[Array, " b"]
+) -> Float[Array, "b vocab"]:
+    """Logits of seen tokens moved towards less likely.
+
+    Source: Keskar et al. 2019 (arXiv:1909.05858), section 4.1, with transformers' multiplication
+    of negative logits, which a division would make likelier.
+    """
+    factor = penalty[:, None]
+    return jnp.where(seen, jnp.where(logits < 0, logits * factor, logits / factor), logits)
