@@ -29,6 +29,7 @@ from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, from_pretrained
 from paravt_jax.params import initialise
 from paravt_jax.records import Patches, Prompt
 from paravt_jax.rope_index import mrope_positions, vision_index
+from rollout.automaton import TokenAutomata
 from rollout.engine import Engine, Lane
 from rollout.sampler import SamplingConfig
 from rollout.session import Session
@@ -139,7 +140,8 @@ def run_all(session: Session, lane: str, prompts: list[Prompt], copies: int, lim
 
 def engine_of(policy: Qwen3VLPolicy, lanes: dict[str, Lane], **options) -> Engine:
     """No token ends a turn: every run generates as many."""
-    return Engine(policy, lanes, eos_ids=(-1,), pad_id=0, frame_patches=64, **options)
+    automata = TokenAutomata([b""] * policy.config.text.vocab_size, [], reserve=2)
+    return Engine(policy, lanes, automata=automata, pad_id=0, frame_patches=64, **options)
 
 
 def floor_seconds(policy: Qwen3VLPolicy, params: dict, prompt: int, copies: int) -> float:
@@ -255,7 +257,11 @@ def crops(size: str, length: int, repeats: int) -> None:
             run_all(engine.session(params), "crop", [prompt], 1, NEW)
 
     seconds = compare(
-        {"one crop": lambda: at_once(1), "four at once": lambda: at_once(4), "four in turn": in_turn},
+        {
+            "one crop": lambda: at_once(1),
+            "four at once": lambda: at_once(4),
+            "four in turn": in_turn,
+        },
         repeats,
     )
     ratio(seconds, "four at once", "one crop")

@@ -71,6 +71,16 @@ class TokenAutomata:
         }
 
     @property
+    def vocab(self) -> int:
+        """Number of token ids."""
+        return len(self._contents)
+
+    @property
+    def constrains(self) -> bool:
+        """Whether there is any grammar to obey."""
+        return bool(self._grammars)
+
+    @property
     def table(self) -> Any:
         """int16 `[state, vocab]` on the devices: state after a token, `DEAD` if not allowed.
 

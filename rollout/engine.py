@@ -14,18 +14,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.mesh import constrain
 from paravt_jax.records import ArrayLike, LaneCache, VisionFeatures, pytree
-from rollout.sampler import row_keys, sample
+from rollout.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
+from rollout.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 
 if TYPE_CHECKING:
     from rollout.session import Session
@@ -64,6 +64,8 @@ class LaneState:
     cache: LaneCache
     hidden: Float[Array, "n d"]
     """Hidden state of each row's last token."""
+    seen: Bool[Array, "n vocab"] | None = None
+    """Tokens of each row after its prompt; kept only for repetition penalties."""
 
     def with_lengths(self, prompts: Int[ArrayLike, " p"], rows: Int[ArrayLike, " n"]) -> LaneState:
         """The host keeps the books: lengths come with every call."""
@@ -84,26 +86,28 @@ class Block:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Draw:
-    """Where each row stands and how it draws, all traced."""
+class Speakers:
+    """Where each row stands in its turn, and how it draws; all of it traced."""
 
+    draw: Draw
+    """A limit of 0 keeps a row silent."""
     positions: Int[ArrayLike, " n"]
     """M-RoPE position of the next token; text has the same one in all components."""
-    seeds: UInt[ArrayLike, " n"]
-    temperature: Float[ArrayLike, " n"]
-    top_p: Float[ArrayLike, " n"]
-    limits: Int[ArrayLike, " n"]
-    """Tokens that may still be drawn; 0 for rows that do not speak."""
+    automata: Int[ArrayLike, "n 2"]
+    """States of the search for an end and of the grammar."""
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class Spoken:
     """What one visit to the device drew, rows of all lanes one after the other."""
 
     tokens: Int[ArrayLike, "n columns"]
     log_probs: Float[ArrayLike, "n columns"]
     counts: Int[ArrayLike, " n"]
+    constrained: Int[ArrayLike, " n"]
+    """Tokens that would have been others without the grammar."""
+    automata: Int[ArrayLike, "n 2"]
     ended: Bool[ArrayLike, " n"]
 
 
@@ -115,7 +119,7 @@ class _Loop:
     step: Int[Array, ""]
     states: tuple[LaneState, ...]
     running: Bool[Array, " n"]
-    drawn: Drawn
+    spoken: Spoken
 
 
 class Engine:
@@ -126,24 +130,24 @@ class Engine:
         policy: Policy,
         lanes: Mapping[str, Lane],
         *,
-        eos_ids: Sequence[int],
+        automata: TokenAutomata,
         pad_id: int,
         frame_patches: int = 0,
         visit: int = 16,
+        penalties: bool = False,
     ) -> None:
-        """`eos_ids` end a turn; `pad_id` fills rows that are shorter than their block.
+        """`automata` know what ends a turn; `pad_id` fills rows shorter than their block.
 
         Frames are padded to `frame_patches` patches, or to the largest of their batch if that is
         more: the most that a frame can have keeps frames of all shapes in one compiled tower.
-        Up to `visit` tokens are decoded before the host looks.
+        Up to `visit` tokens are decoded before the host looks. `penalties` keeps what each row
+        has seen, one byte per row and token of the vocabulary, for repetition penalties.
         """
-        if not eos_ids:
-            raise ValueError("eos_ids=(): name at least one token that ends a turn")
         if not lanes or visit < 1:
             raise ValueError(f"lanes={dict(lanes)}, visit={visit}: give a lane, and at least 1")
         self.policy, self.lanes = policy, dict(lanes)
-        self.eos_ids = np.asarray(eos_ids, np.int32)
-        self.pad_id, self.frame_patches, self.visit = pad_id, frame_patches, visit
+        self.automata, self.pad_id, self.frame_patches = automata, pad_id, frame_patches
+        self.visit, self.penalties = visit, penalties
         self.compilations = 0
         """How often a function was traced, hence compiled, so far."""
         self.encode = jax.jit(self._encode)
@@ -174,7 +178,8 @@ class Engine:
 
     def _empty(self, lane: Lane) -> LaneState:
         cache = self.policy.init_lane(lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix)
-        return LaneState(cache, _spread(jnp.zeros((lane.rows, self.policy.width))))
+        seen = jnp.zeros((lane.rows, self.automata.vocab), bool) if self.penalties else None
+        return LaneState(cache, *_spread((jnp.zeros((lane.rows, self.policy.width)), seen)))
 
     def _encode(
         self, params: Params, values: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
@@ -209,7 +214,8 @@ class Engine:
                 values.astype(cache.prompt_values.dtype)
             ),
         )
-        return LaneState(_spread_cache(cache), _spread(state.hidden.at[rows].set(last)))
+        seen = None if state.seen is None else state.seen.at[rows].set(False)
+        return LaneState(_spread_cache(cache), _spread(state.hidden.at[rows].set(last)), seen)
 
     def _append(
         self,
@@ -235,31 +241,22 @@ class Engine:
             moved = jnp.where((block.lengths > 0)[:, None], last, state.hidden)
         else:
             moved = state.hidden.at[rows].set(last)
-        return LaneState(_spread_cache(cache), _spread(moved))
+        seen = None if state.seen is None else _mark_block(state.seen, block, rows)
+        return LaneState(_spread_cache(cache), _spread(moved), seen)
 
     def _decode(
         self,
         params: Params,
         states: tuple[LaneState, ...],
-        draw: Draw,
-        eos_ids: Int[Array, " e"],
+        speakers: Speakers,
+        table: Int[Array, "states vocab"],
         patience: Int[Array, ""],
-    ) -> tuple[tuple[LaneState, ...], Drawn]:
+    ) -> tuple[tuple[LaneState, ...], Spoken]:
         """Sample up to `visit` tokens for every speaking row, or until `patience` rows have
         finished their turn."""
         self.compilations += 1
-        rows = draw.seeds.shape[0]
-        first = _Loop(
-            step=jnp.int32(0),
-            states=states,
-            running=draw.limits > 0,
-            drawn=Drawn(
-                tokens=jnp.full((rows, self.visit), self.pad_id, jnp.int32),
-                log_probs=jnp.zeros((rows, self.visit), jnp.float32),
-                counts=jnp.zeros(rows, jnp.int32),
-                ended=jnp.zeros(rows, bool),
-            ),
-        )
+        limits = jnp.asarray(speakers.draw.limits)
+        first = _Loop(jnp.int32(0), states, limits > 0, self._silence(speakers))
         speaking = jnp.sum(first.running)
 
         def goes_on(loop: _Loop) -> Bool[Array, ""]:
@@ -267,62 +264,103 @@ class Engine:
             return (loop.step < self.visit) & (still > 0) & (speaking - still < patience)
 
         loop = jax.lax.while_loop(
-            goes_on, lambda loop: self._decode_step(params, loop, draw, eos_ids), first
+            goes_on, lambda loop: self._decode_step(params, loop, speakers, table), first
         )
         # Every host reads these, so every device holds them.
-        drawn = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), loop.drawn)
-        return loop.states, drawn
+        spoken = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), loop.spoken)
+        return loop.states, spoken
+
+    def _silence(self, speakers: Speakers) -> Spoken:
+        """Nothing said yet."""
+        rows = len(speakers.positions)
+        return Spoken(
+            tokens=jnp.full((rows, self.visit), self.pad_id, jnp.int32),
+            log_probs=jnp.zeros((rows, self.visit), jnp.float32),
+            counts=jnp.zeros(rows, jnp.int32),
+            constrained=jnp.zeros(rows, jnp.int32),
+            automata=jnp.asarray(speakers.automata),
+            ended=jnp.zeros(rows, bool),
+        )
 
     def _decode_step(
-        self, params: Params, loop: _Loop, draw: Draw, eos_ids: Int[Array, " e"]
+        self, params: Params, loop: _Loop, speakers: Speakers, table: Int[Array, "states vocab"]
     ) -> _Loop:
         """One token for every running row, written to its cache even if it ends the turn."""
-        drawn, caches = loop.drawn, [state.cache for state in loop.states]
-        hidden = jnp.concatenate([state.hidden for state in loop.states])
-        totals = jnp.concatenate([cache.totals for cache in caches])
-        logits = self.policy.logits(params, hidden)
-        # A row's place in its own stream decides the draw, whatever else is in the batch.
-        keys = row_keys(draw.seeds, totals)
-        tokens, log_probs = sample(logits, keys, draw.temperature, draw.top_p)
-        tokens = jnp.where(loop.running, tokens, self.pad_id)
-        positions = jnp.broadcast_to(
-            (draw.positions + drawn.counts)[:, None, None], (len(tokens), 1, 3)
+        spoken, running = loop.spoken, loop.running
+        drawn = self._draw(params, loop, speakers, table)
+        tokens = jnp.where(running, drawn.tokens, self.pad_id)
+        after, grown = self._continue(params, loop, speakers.positions + spoken.counts, tokens)
+        automata = jnp.where(
+            running[:, None], advance(table, spoken.automata, tokens), spoken.automata
         )
-        text = jnp.full((len(tokens), 1), -1, jnp.int32)
-        after, grown = self.policy.extend(
-            params, tokens[:, None], positions, text, None, tuple(caches)
-        )
-        ended = loop.running & jnp.isin(tokens, eos_ids)
-        counts = drawn.counts + loop.running
+        ended = running & has_stopped(automata)
+        counts = spoken.counts + running
         return _Loop(
             step=loop.step + 1,
-            states=_advance(loop.states, grown, after[:, 0], loop.running),
-            running=loop.running & ~ended & (counts < draw.limits),
-            drawn=Drawn(
-                tokens=drawn.tokens.at[:, loop.step].set(tokens),
-                log_probs=drawn.log_probs.at[:, loop.step].set(log_probs),
+            states=_advance(loop.states, grown, after, tokens, running),
+            running=running & ~ended & (counts < speakers.draw.limits),
+            spoken=Spoken(
+                tokens=spoken.tokens.at[:, loop.step].set(tokens),
+                log_probs=spoken.log_probs.at[:, loop.step].set(drawn.log_probs),
                 counts=counts,
-                ended=drawn.ended | ended,
+                constrained=spoken.constrained + (running & drawn.constrained),
+                automata=automata,
+                ended=spoken.ended | ended,
             ),
         )
+
+    def _draw(
+        self, params: Params, loop: _Loop, speakers: Speakers, table: Int[Array, "states vocab"]
+    ) -> Drawn:
+        hidden = jnp.concatenate([state.hidden for state in loop.states])
+        # A row's place in its own stream decides the draw, whatever else is in the batch.
+        totals = jnp.concatenate([state.cache.totals for state in loop.states])
+        seen = [state.seen for state in loop.states if state.seen is not None]
+        return draw_tokens(
+            self.policy.logits(params, hidden),
+            row_keys(jnp.asarray(speakers.draw.seeds), totals),
+            speakers.draw,
+            jnp.concatenate(seen) if seen else None,
+            allowed_tokens(table, loop.spoken.automata) if self.automata.constrains else None,
+        )
+
+    def _continue(
+        self, params: Params, loop: _Loop, positions: Int[Array, " n"], tokens: Int[Array, " n"]
+    ) -> tuple[Float[Array, "n d"], tuple[LaneCache, ...]]:
+        """Hidden states after one more text token per row, and the caches that hold it."""
+        everywhere = jnp.broadcast_to(positions[:, None, None], (len(tokens), 1, 3))
+        text = jnp.full((len(tokens), 1), -1, jnp.int32)
+        caches = tuple(state.cache for state in loop.states)
+        hidden, grown = self.policy.extend(params, tokens[:, None], everywhere, text, None, caches)
+        return hidden[:, 0], grown
 
 
 def _advance(
     states: tuple[LaneState, ...],
     grown: tuple[LaneCache, ...],
     hidden: Float[Array, "n d"],
+    tokens: Int[Array, " n"],
     running: Bool[Array, " n"],
 ) -> tuple[LaneState, ...]:
     """Running rows move on to their new hidden state; the others stay where they are."""
     after, start = [], 0
     for state, cache in zip(states, grown, strict=True):
         part = slice(start, start := start + cache.lengths.shape[0])
-        moved = jnp.where(
-            running[part, None], hidden[part].astype(state.hidden.dtype), state.hidden
-        )
-        longer = dataclasses.replace(cache, lengths=cache.lengths + running[part])
-        after.append(LaneState(longer, moved))
+        on = running[part]
+        moved = jnp.where(on[:, None], hidden[part].astype(state.hidden.dtype), state.hidden)
+        longer = dataclasses.replace(cache, lengths=cache.lengths + on)
+        seen = None if state.seen is None else mark_seen(state.seen, tokens[part], on)
+        after.append(LaneState(longer, moved, seen))
     return tuple(after)
+
+
+def _mark_block(
+    seen: Bool[Array, "n vocab"], block: Block, rows: Int[Array, " m"] | None
+) -> Bool[Array, "n vocab"]:
+    """Given tokens count as seen."""
+    places = jnp.arange(len(seen)) if rows is None else rows
+    real = jnp.arange(block.tokens.shape[1]) < jnp.asarray(block.lengths)[:, None]
+    return seen.at[places[:, None], block.tokens].max(real)
 
 
 def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Array, "b d"]:

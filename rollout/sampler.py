@@ -158,21 +158,6 @@ def draw_tokens(
     return Drawn(tokens=tokens, log_probs=chosen, constrained=tokens != free)
 
 
-def sample(
-    logits: Float[Array, "b vocab"],
-    keys: Key[Array, " b"],
-    temperature: Float[Array, " b"],
-    top_p: Float[Array, " b"],
-) -> tuple[Int[Array, " b"], Float[Array, " b"]]:
-    """One token per row and its log-probability: `draw_tokens` with two settings alone."""
-    none = jnp.zeros(len(temperature), jnp.int32)
-    off = jnp.zeros_like(temperature)
-    drawn = draw_tokens(
-        logits, keys, Draw(none.astype("u4"), none, temperature, top_p, none, off, off)
-    )
-    return drawn.tokens, drawn.log_probs
-
-
 def mark_seen(
     seen: Bool[Array, "b vocab"], tokens: Int[Array, " b"], active: Bool[Array, " b"]
 ) -> Bool[Array, "b vocab"]:

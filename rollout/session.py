@@ -23,11 +23,12 @@ from paravt_jax.interfaces import Params
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import Prompt, StopReason, VisionFeatures
 from paravt_jax.rope_index import next_position
-from rollout.engine import Block, Draw, Drawn, Engine, Lane, LaneState
-from rollout.sampler import SamplingConfig
+from rollout.engine import Block, Engine, Lane, LaneState, Speakers, Spoken
+from rollout.sampler import Draw, SamplingConfig
 
 T = TypeVar("T")
 
+SILENT = SamplingConfig()
 NEVER = np.iinfo(np.int32).max
 
 
@@ -47,6 +48,8 @@ class Generated:
     log_probs: np.ndarray
     """float32 `[t]`, under the tempered, untruncated distribution."""
     stop_reason: StopReason
+    constrained: int = 0
+    """Tokens that would have been others without the grammar."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -67,6 +70,9 @@ class _Row:
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     left: int = 0
     """Tokens that it may still draw in this turn; 0 while it is silent."""
+    automata: Sequence[int] = (0, 0)
+    """States of its search for an end and of its grammar."""
+    constrained: int = 0
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
 
@@ -76,8 +82,9 @@ class _Row:
             np.concatenate(self.tokens),
             np.concatenate(self.log_probs),
             StopReason.END if ended else StopReason.LENGTH,
+            self.constrained,
         )
-        self.tokens, self.log_probs, self.left = [], [], 0
+        self.tokens, self.log_probs, self.left, self.constrained = [], [], 0, 0
         return turn
 
 
@@ -197,7 +204,8 @@ class Session:
         A `Prompt` brings frames of its own; its positions count from 0.
 
         Raises:
-          ValueError: the stream is closed, speaks already, or has no room for that.
+          ValueError: the stream is closed, speaks already, or has no room for that; or the
+            engine cannot draw like that.
         """
         _, row = self._find(stream)
         block = given if isinstance(given, Prompt) else _text(given)
@@ -208,6 +216,12 @@ class Session:
                 f"{stream} has room for {self.room(stream)} more tokens, not for "
                 f"{len(block.tokens)} given and {limit} of its own; widen its lane's suffix"
             )
+        if sampling.repetition_penalty != 1 and not self._engine.penalties:
+            raise ValueError(
+                f"repetition_penalty={sampling.repetition_penalty}: this engine does not keep what "
+                "rows have seen; make it with penalties=True"
+            )
+        row.automata = self._engine.automata.start(sampling, block.tokens.tolist())
         row.given = block if len(block.tokens) else None
         row.sampling, row.left = sampling, limit
 
@@ -308,17 +322,17 @@ class Session:
     def _decode(self, desks: Sequence[_Desk]) -> list[tuple[Stream, Generated]]:
         rows = [row for desk in desks for row in desk.rows]
         waits = any(desk.queue for desk in self._desks.values())
-        states, drawn = self._engine.decode(
+        states, spoken = self._engine.decode(
             self._params,
             tuple(desk.current() for desk in desks),
-            _draw(rows),
-            self._engine.eos_ids,
+            _speakers(rows),
+            self._engine.automata.table,
             # With somebody waiting, a free slot is worth a visit.
             np.int32(1 if waits else NEVER),
         )
         for desk, state in zip(desks, states, strict=True):
             desk.state = state
-        host = jax.device_get(drawn)
+        host = jax.device_get(spoken)
         self.decode_steps += int(host.counts.max())
         self.row_steps += int(host.counts.max()) * len(rows)
         self.used_row_steps += int(host.counts.sum())
@@ -327,26 +341,28 @@ class Session:
         return [(stream, turn) for stream, turn in turns if turn is not None]
 
 
-def _hear(row: _Row, number: int, drawn: Drawn) -> Generated | None:
+def _hear(row: _Row, number: int, spoken: Spoken) -> Generated | None:
     """Note what a row said; its turn if that ended it."""
-    count = int(drawn.counts[number])
-    row.tokens.append(drawn.tokens[number, :count].copy())
-    row.log_probs.append(drawn.log_probs[number, :count].copy())
+    count = int(spoken.counts[number])
+    row.tokens.append(spoken.tokens[number, :count].copy())
+    row.log_probs.append(spoken.log_probs[number, :count].copy())
     row.length, row.position, row.left = row.length + count, row.position + count, row.left - count
-    ended = bool(drawn.ended[number])
+    row.automata = spoken.automata[number].tolist()
+    row.constrained += int(spoken.constrained[number])
+    ended = bool(spoken.ended[number])
     return row.take_turn(ended) if ended or not row.left else None
 
 
-def _draw(rows: Sequence[_Row | None]) -> Draw:
-    def each(value: Callable[[_Row], float], dtype: type) -> np.ndarray:
-        return np.array([0 if row is None else value(row) for row in rows], dtype)
-
-    return Draw(
-        positions=each(lambda row: row.position, np.int32),
-        seeds=each(lambda row: row.seed, np.uint32),
-        temperature=each(lambda row: row.sampling.temperature, np.float32),
-        top_p=each(lambda row: row.sampling.top_p, np.float32),
-        limits=each(lambda row: row.left, np.int32),
+def _speakers(rows: Sequence[_Row | None]) -> Speakers:
+    """Free places are silent."""
+    return Speakers(
+        draw=Draw.of(
+            [SILENT if row is None else row.sampling for row in rows],
+            [0 if row is None else row.seed for row in rows],
+            [0 if row is None else row.left for row in rows],
+        ),
+        positions=np.array([0 if row is None else row.position for row in rows], np.int32),
+        automata=np.array([(0, 0) if row is None else row.automata for row in rows], np.int32),
     )
 
 

@@ -16,6 +16,7 @@ from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import Prompt, StopReason
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
+from rollout.automaton import TokenAutomata
 from rollout.engine import Engine, Lane
 from rollout.sampler import SamplingConfig
 from rollout.session import Generated, Session, Stream
@@ -30,12 +31,14 @@ PROMPTS = [
 ]
 SAMPLING = SamplingConfig(temperature=1.0)
 GREEDY = SamplingConfig(temperature=0.0)
+CONTENTS = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
 LANE = Lane(prompts=3, copies=2, prompt_tokens=64, suffix=64)
 
 
-def make_engine(lanes=LANE, eos_ids=(IM_END, PAD), visit=5) -> Engine:
+def make_engine(lanes=LANE, eos_ids=(IM_END, PAD), visit=5, **options) -> Engine:
     lanes = {"main": lanes} if isinstance(lanes, Lane) else lanes
-    return Engine(POLICY, lanes, eos_ids=eos_ids, pad_id=PAD, visit=visit)
+    automata = TokenAutomata(CONTENTS, eos_ids)
+    return Engine(POLICY, lanes, automata=automata, pad_id=PAD, visit=visit, **options)
 
 
 ENGINE = make_engine()
@@ -172,7 +175,7 @@ def test_silent_rows_stay_as_they_are():
 def test_crops_decode_beside_mains_and_take_free_slots():
     """Five crops on two slots, while a main agent speaks a long turn."""
     lanes = {"main": LANE, "crop": Lane(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
-    engine = make_engine(lanes, eos_ids=(200,))
+    engine = make_engine(lanes, eos_ids=())
     session = engine.session(PARAMS)
     (main,) = session.open("main", PROMPTS[0], [0])
     session.speak(main, [], SAMPLING, 30)
@@ -187,9 +190,9 @@ def test_crops_decode_beside_mains_and_take_free_slots():
             if stream in crops:
                 session.close(stream)
     assert order[:2] == crops[:2] and order[-1] == main
-    same(turns[main], sample_all(make_engine(eos_ids=(200,)), PROMPTS[:1], limit=30)[0])
+    same(turns[main], sample_all(make_engine(eos_ids=()), PROMPTS[:1], limit=30)[0])
     for number, stream in enumerate(crops):
-        alone = make_engine(eos_ids=(200,))
+        alone = make_engine(eos_ids=())
         same(turns[stream], sample_all(alone, [PROMPTS[1]], limit=6, seeds=[50 + number])[0])
 
 
@@ -248,9 +251,35 @@ def test_settings_lengths_and_weights_do_not_recompile():
     assert (before, engine.compilations) == (5, 5)
 
 
+def test_stop_strings_and_penalties_are_per_request():
+    engine = make_engine(eos_ids=(), penalties=True)
+    free, _ = sample_all(engine, PROMPTS[:2], sampling=GREEDY, limit=20)
+    text = "".join(chr(token) for token in free.tokens if token < 128)
+    stop = SamplingConfig(temperature=0.0, stop=(text[3:6],))
+    repeat = SamplingConfig(temperature=0.0, repetition_penalty=1e9)
+    session = engine.session(PARAMS)
+    streams = [session.open("main", PROMPTS[0], [i])[0] for i in range(3)]
+    for stream, sampling in zip(streams, (stop, repeat, GREEDY), strict=True):
+        session.speak(stream, [], sampling, 20)
+    turns = finish(session)
+    stopped, varied, plain = (turns[stream] for stream in streams)
+    assert stopped.stop_reason is StopReason.END
+    said = "".join(chr(token) for token in stopped.tokens if token < 128)
+    assert said.endswith(text[3:6]) and text.startswith(said)
+    assert len(set(varied.tokens.tolist())) == 20
+    same(plain, free)
+
+
+def test_penalties_need_an_engine_that_remembers():
+    session = ENGINE.session(PARAMS)
+    (stream,) = session.open("main", PROMPTS[1], [0])
+    with pytest.raises(ValueError, match=r"repetition_penalty=1\.1.*penalties=True"):
+        session.speak(stream, [], SamplingConfig(repetition_penalty=1.1), 5)
+
+
 def test_a_row_cannot_outgrow_its_cache():
     lane = Lane(prompts=1, copies=1, prompt_tokens=64, suffix=10)
-    session = make_engine(lane, eos_ids=(200,)).session(PARAMS)
+    session = make_engine(lane, eos_ids=()).session(PARAMS)
     (stream,) = session.open("main", PROMPTS[0], [0])
     session.speak(stream, [65], SAMPLING, 7)
     finish(session)
@@ -363,7 +392,7 @@ def test_qwen3_vl_log_probs_equal_the_learners(mesh):
         image_prompt("and here", frames=2, patches=16, seed=2, values=width),
     ]
     params = initialise(QWEN.table, jax.random.key(0))
-    engine = Engine(QWEN, {"main": LANE}, eos_ids=(IM_END,), pad_id=PAD)
+    engine = Engine(QWEN, {"main": LANE}, automata=TokenAutomata(CONTENTS, [IM_END]), pad_id=PAD)
     with contextlib.ExitStack() as stack:
         live = params
         if mesh is not None:
