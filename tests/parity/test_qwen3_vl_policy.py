@@ -14,6 +14,7 @@ from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.layers import lookup
 from models.qwen3_vl.vision import DctBasis
 from paravt_jax.params import initialise
+from paravt_jax.records import LaneCache
 from paravt_jax.rope_index import mrope_positions, vision_index
 
 pytestmark = pytest.mark.slow
@@ -85,30 +86,48 @@ def full_logits(params, tokens, positions, index, features):
 
 
 @jax.jit
-def cached_step(params, tokens, positions, index, features, cache, lengths):
-    hidden, cache = POLICY.hidden(params, tokens, positions, index, features, cache, lengths)
-    return POLICY.logits(params, hidden), cache
+def extend_step(params, tokens, positions, index, lane, lengths, rows):
+    lane = dataclasses.replace(lane, lengths=lengths)
+    hidden, (lane,) = POLICY.extend(params, tokens, positions, index, None, (lane,), rows)
+    return POLICY.logits(params, hidden), lane
 
 
-def test_prefill_and_decoding_equal_the_full_forward(params):
-    """Rows of different lengths, right-padded blocks, one row that pauses."""
+def read_into_lane(params, arrays, features, split) -> LaneCache:
+    """Two prompts of these lengths, each with two rows."""
+    _, keys, values = jax.jit(POLICY.read)(params, *arrays, features)
+    lane, most = POLICY.init_lane(2, 2, 24, 16), arrays[0].shape[1]
+    return dataclasses.replace(
+        lane,
+        prompt_keys=lane.prompt_keys.at[:, :, :, :most].set(keys),
+        prompt_values=lane.prompt_values.at[:, :, :, :most].set(values),
+        prompt_lengths=jnp.asarray(split, jnp.int32),
+    )
+
+
+@pytest.mark.parametrize("chosen", [None, [2, 1]])
+def test_reading_and_extending_equal_the_full_forward(params, chosen):
+    """Prompts of different lengths, blocks of several tokens, rows that pause, chosen rows."""
     arrays = [np.repeat(array, 2, axis=0) for array in prompt()]
     features = encode(params, np.repeat(random_patches(), 2, 0), np.repeat(GRIDS[None], 2, 0))
     expected = np.asarray(full_logits(params, *arrays, features))
-    first = np.array([9, 13], np.int32)
-    blocks = [array[:, :13] for array in arrays]
-    logits, cache = cached_step(params, *blocks, features, POLICY.init_cache(2, 24), first)
-    for row, length in enumerate(first):
-        np.testing.assert_allclose(logits[row, :length], expected[row, :length], atol=2e-5)
-    at = first.copy()
-    for step in range(3):
-        np.testing.assert_array_equal(cache.lengths, at)
-        ones = np.array([1, step % 2], np.int32)
-        block = [np.stack([array[row, at[row]][None] for row in range(2)]) for array in arrays]
-        logits, cache = cached_step(params, *block, features, cache, ones)
-        for row in range(2):
-            np.testing.assert_allclose(logits[row, 0], expected[row, at[row]], atol=2e-5)
-        at += ones
+    # Behind all vision tokens, so that what follows is text.
+    first = int(np.flatnonzero(arrays[2][0] >= 0)[-1]) + 1
+    split = np.array([first, first + 1])
+    lane = read_into_lane(params, [array[:, : first + 1] for array in arrays], features, split)
+    numbers = np.arange(4) if chosen is None else np.array(chosen)
+    done = np.zeros(4, np.int32)
+    for width in (2, 1):
+        at = split[numbers // 2] + done[numbers]
+        block = [
+            np.stack([array[n // 2, i : i + width] for n, i in zip(numbers, at, strict=True)])
+            for array in arrays
+        ]
+        rows = None if chosen is None else jnp.asarray(chosen)
+        logits, lane = extend_step(params, *block, lane, jnp.asarray(done), rows)
+        for place, (number, start) in enumerate(zip(numbers, at, strict=True)):
+            own = expected[number // 2, start : start + width]
+            np.testing.assert_allclose(logits[place], own, atol=2e-5)
+        done[numbers] += width
 
 
 def test_later_frames_do_not_change_earlier_ones(params):

@@ -110,7 +110,7 @@ def inputs(rows):
 
 def loss_and_gradients(policy, params, arguments):
     def loss(params):
-        hidden, _, router_logits = policy.hidden_and_router(params, *arguments)
+        hidden, router_logits = policy.hidden_and_router(params, *arguments)
         return jnp.mean(policy.logits(params, hidden) ** 2) + jnp.mean(router_logits**2)
 
     return jax.jit(jax.value_and_grad(loss))(params)
@@ -150,24 +150,30 @@ def test_layers_of_both_kinds_keep_their_order():
     assert table["text.layers.mlp.up.kernel"].layers == (0, 2, 3)
     assert table["text.sparse_layers.mlp.down"].layers == (1,)
     params = initialise(table, jax.random.key(0))
-    router_logits = jax.eval_shape(policy.hidden_and_router, params, *inputs(2))[2]
+    router_logits = jax.eval_shape(policy.hidden_and_router, params, *inputs(2))[1]
     assert router_logits.shape == (1, 2, 9, 4)
     dense = Qwen3VLPolicy(
         dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, experts=None))
     )
     assert (
-        dense.hidden_and_router(initialise(dense.table, jax.random.key(0)), *inputs(2))[2] is None
+        dense.hidden_and_router(initialise(dense.table, jax.random.key(0)), *inputs(2))[1] is None
     )
 
 
-def test_decoding_with_a_cache_equals_the_full_pass():
-    policy, (tokens, positions, index) = Qwen3VLPolicy(CONFIG), inputs(2)
+def test_extending_a_lane_equals_the_full_pass():
+    policy, arrays = Qwen3VLPolicy(CONFIG), inputs(2)
     params = initialise(policy.table, jax.random.key(0))
-    whole, _ = jax.jit(policy.hidden)(params, tokens, positions, index)
-    cache, parts = policy.init_cache(2, 9), []
-    for start, end in [(0, 6), (6, 7), (7, 9)]:
-        block = (tokens[:, start:end], positions[:, start:end], index[:, start:end])
-        part, cache = jax.jit(policy.hidden)(params, *block, cache=cache)
+    whole = jax.jit(policy.hidden)(params, *arrays)
+    head, keys, values = jax.jit(policy.read)(params, *(array[:, :6] for array in arrays))
+    lane = policy.init_lane(2, 1, 6, 4)
+    lane = dataclasses.replace(
+        lane, prompt_keys=keys, prompt_values=values, prompt_lengths=jnp.full(2, 6)
+    )
+    parts = [head]
+    for start, end in [(6, 7), (7, 9)]:
+        lane = dataclasses.replace(lane, lengths=jnp.full(2, start - 6))
+        block = [array[:, start:end] for array in arrays]
+        part, (lane,) = jax.jit(policy.extend)(params, *block, None, (lane,))
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)
 
