@@ -32,7 +32,6 @@ pytestmark = pytest.mark.slow
 LAYOUTS = [list(s) for n in range(4) for s in itertools.combinations(range(3), n)]
 SEEDS = range(12)
 """Every third has experts."""
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def has_experts(seed: int) -> bool:
@@ -145,7 +144,7 @@ def torch_gradients(model: torch.nn.Module, given: dict) -> dict[str, np.ndarray
     return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+compiled = functools.partial(jax.jit, static_argnums=0)
 
 
 def compute(policy, params, batch):
