@@ -26,7 +26,7 @@ ITEM = "params"
 MODEL_FILES = "model"
 """Folder with config.json, tokenizer and processor files."""
 CHUNK_BYTES = 32 * 2**20
-"""Most that is read or written at once of a checkpoint that `create_params` laid out."""
+"""Most that is stored, and so read, as one."""
 
 
 def save_params(path: str | os.PathLike, params: Mapping[str, Array | np.ndarray]) -> None:
@@ -44,6 +44,17 @@ def save_params(path: str | os.PathLike, params: Mapping[str, Array | np.ndarray
             checkpointer.save(item, args=ocp.args.StandardSave(dict(params)))
     except ValueError as error:  # what TensorStore makes of a full disk
         raise OSError(f"{item} could not be written: {error}") from error
+
+
+def save_args(table: Table) -> dict[str, ocp.SaveArgs]:
+    """What Orbax needs to know to lay out weights so that they can be read in parts: chunks hold
+    one layer, and one expert, at most."""
+
+    def chunked(spec: ParamSpec) -> ocp.SaveArgs:
+        cut = tuple(i for i, axis in enumerate(spec.axes) if axis in ("layers", "expert"))
+        return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=cut)
+
+    return {name: chunked(spec) for name, spec in table.items()}
 
 
 def restore_params(

@@ -121,6 +121,10 @@ class FrameSpec(abc.ABC):
     def group(self, frames: np.ndarray) -> np.ndarray:
         """Frames `[f, h, w, 3]` to the runs `[f', temporal, h, w, 3]` that patches span."""
 
+    @abc.abstractmethod
+    def group_count(self, frames: int) -> int:
+        """How many runs `group` makes of so many frames: what the vision tower sees as frames."""
+
     def resize(self, frames: np.ndarray) -> np.ndarray:
         """Resize the uint8 frames `[f, h, w, 3]` of one overview or crop to their target size.
 
@@ -164,6 +168,10 @@ class ImageSpec(FrameSpec):
     def group(self, frames: np.ndarray) -> np.ndarray:
         """Each frame, repeated as often as a patch is long."""
         return np.repeat(frames[:, None], self.temporal_patch_size, axis=1)
+
+    def group_count(self, frames: int) -> int:
+        """One for each frame."""
+        return frames
 
 
 @dataclasses.dataclass(frozen=True)
@@ -227,6 +235,10 @@ class VideoSpec(FrameSpec):
         size = self.temporal_patch_size
         padding = np.repeat(frames[-1:], -len(frames) % size, axis=0)
         return np.concatenate([frames, padding]).reshape(-1, size, *frames.shape[1:])
+
+    def group_count(self, frames: int) -> int:
+        """One for each `temporal_patch_size` frames or part thereof."""
+        return -(-frames // self.temporal_patch_size)
 
     def _budget(self, count: int) -> tuple[int, int]:
         """Fewest and most pixels of `count` frames together."""

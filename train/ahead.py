@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding
 
-from models.qwen3_vl import Qwen3VLConfig
+from models.qwen3_vl import Qwen3VLConfig, VisionConfig
 from paravt_jax.mesh import make_mesh, parse_mesh, partition
 from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
+from pipelines.preprocess import SPECS
 from train import setup
-from train.config import Config, Stage
+from train.config import Config, DataSettings, Stage
 from train.learner import generated_budget, rl_step
 from train.state import abstract_state, make_optimizer
 
@@ -52,39 +50,49 @@ def _devices(topology: str):
 
 def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerBatch:
     """Shapes of the largest learner batch of a configuration, laid out on the mesh."""
+
+    def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = ("batch", *(None,) * (leaf.ndim - 1))
+        home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+
+    return jax.tree.map(lay_out, jax.eval_shape(lambda: _largest_batch(config, model)))
+
+
+def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
     width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
-    rows = config.rl.prompts_per_step * config.rl.group_size
-    merged = (model.vision.patch_size * model.vision.spatial_merge_size) ** 2
-    frames = max(config.data.frame_budgets) * (config.data.max_pixels // merged)
-    agent = config.agent
+    seen, agent = most_vision_tokens(config.data, model.vision), config.agent
+    groups, rows = config.rl.prompts_per_step, config.rl.prompts_per_step * config.rl.group_size
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
-    length = -(-(frames * 5 // 4 + 256 + generated_budget(config) + responses) // 128) * 128
-
-    def spec(shape: tuple[int, ...], dtype: Any = np.float32) -> Any:
-        axes = ("batch", *(None,) * (len(shape) - 1))
-        home = NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=home)
-
-    groups = config.rl.prompts_per_step
+    length = -(-(seen * 5 // 4 + 256 + generated_budget(config) + responses) // 128) * 128
+    integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     dtype = jnp.dtype(config.model.compute_dtype)
-    values = {
-        name: spec((rows, length))
-        for name in ("loss_weights", "behaviour_log_probs", "reference_log_probs", "advantages")
-    }
     return LearnerBatch(
-        tokens=spec((rows, length), np.int32),
-        positions=spec((rows, length, 3), np.int32),
-        vision_index=spec((rows, length), np.int32),
-        lengths=spec((rows,), np.int32),
-        structural=spec((rows, length), bool),
+        tokens=integers,
+        positions=jnp.zeros((rows, length, 3), jnp.int32),
+        vision_index=integers,
+        lengths=jnp.zeros(rows, jnp.int32),
+        loss_weights=values,
+        behaviour_log_probs=values,
+        reference_log_probs=values,
+        advantages=values,
+        structural=values > 0,
         patches=None,
         grids=None,
         features=VisionFeatures(
-            tokens=spec((groups, frames, width), dtype),
-            deepstack=spec((groups, taps, frames, width), dtype),
+            tokens=jnp.zeros((groups, seen, width), dtype),
+            deepstack=jnp.zeros((groups, taps, seen, width), dtype),
         ),
-        **values,
     )
+
+
+def most_vision_tokens(data: DataSettings, vision: VisionConfig) -> int:
+    """Vision tokens of the largest prompt, frames padded as the learner pads them."""
+    spec = SPECS[data.frames_as](
+        vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    ).limited(data.min_pixels, data.max_pixels)
+    frames = spec.group_count(max(data.frame_budgets))
+    return frames * spec.max_patches // vision.spatial_merge_size**2
 
 
 def _report(topology: str, mesh: Mesh, compiled) -> str:

@@ -9,14 +9,16 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from paravt_jax.checkpoint import save_args
+from paravt_jax.params import Table
 from train.state import TrainState
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a workdir."""
+    """The `checkpoints/` folder of a workdir, for the parameters of a table."""
 
-    def __init__(self, folder: Path, every: int, keep: int):
-        self._every = every
+    def __init__(self, folder: Path, every: int, keep: int, table: Table):
+        self._every, self._save_args = every, save_args(table)
         self._manager = ocp.CheckpointManager(
             folder.absolute(),
             options=ocp.CheckpointManagerOptions(
@@ -39,7 +41,7 @@ class Checkpoints:
         if self.latest == step:
             return
         items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params),
+            params=ocp.args.StandardSave(state.params, self._save_args),
             optimizer=ocp.args.StandardSave(state.optimizer),
             meta=ocp.args.JsonSave({"step": step, "data": data_state}),
         )

@@ -15,6 +15,7 @@ from paravt_jax.advantages import anchored_advantages, rollout_advantages
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.structure import TagTable, structural_mask
+from pipelines.preprocess import FrameSpec
 from train.batch import learner_batch, streams_of_groups
 from train.config import Config
 from train.layout import to_mesh
@@ -57,10 +58,10 @@ class Learner:
         mesh: Mesh,
         tags: TagTable,
         pad_id: int,
-        frame_patches: int,
+        spec: FrameSpec,
     ):
         self._config, self._mesh, self._tags = config, mesh, tags
-        self._pad_id, self._frame_patches = pad_id, frame_patches
+        self._pad_id, self._spec = pad_id, spec
         step = rl_step(policy, optimizer, config)
         self.step = jax.jit(step, donate_argnums=0)
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
@@ -76,8 +77,8 @@ class Learner:
             length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
             pad_id=self._pad_id,
             group_size=len(groups[0].trajectories),
-            frames=max(self._config.data.frame_budgets),
-            frame_patches=self._frame_patches,
+            frames=self._spec.group_count(max(self._config.data.frame_budgets)),
+            frame_patches=self._spec.max_patches,
         )
         batch = to_mesh(host, self._mesh)
         generated = batch.loss_weights > 0

@@ -190,7 +190,10 @@ class Run:
         self.rows, self.held_out = setup.open_rows(config)
         self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
         self.checkpoints = Checkpoints(
-            workdir / "checkpoints", config.output.checkpoint_every, config.output.keep_checkpoints
+            workdir / "checkpoints",
+            config.output.checkpoint_every,
+            config.output.keep_checkpoints,
+            self.model.policy.table,
         )
         start = self.model.params(config, mesh)
         self.state, self.first_step, self.data_state = self._first_state(start)
@@ -244,7 +247,7 @@ class Run:
             self.mesh,
             self.model.tags(self.renderer),
             self.renderer.pad_id,
-            self.renderer.spec.max_patches,
+            self.renderer.spec,
         )
         parts = Parts(
             config=config,

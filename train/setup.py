@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from models.qwen3_vl import (
     Qwen3VLConfig,
     Qwen3VLPolicy,
-    carry_files,
+    copy_model_files,
     load_params,
     read_config,
 )
@@ -108,9 +108,7 @@ def _policy(architecture: Qwen3VLConfig, config: Config) -> Qwen3VLPolicy:
 def describe_checkpoints(model: Model, target: Path) -> None:
     """What a checkpoint needs to become a model folder again: configuration, tokenizer and
     processor files, and which adapters it holds. No weights."""
-    target.mkdir(exist_ok=True)
-    carry_files(model.base, target)
-    shutil.copy2(model.base / "config.json", target / "config.json")
+    copy_model_files(model.base, target)
     if model.policy.lora.rank:
         write_adapter_config(model.policy.lora, target / ADAPTER, model.base)
 

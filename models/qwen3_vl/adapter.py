@@ -15,6 +15,7 @@ from jax.experimental import multihost_utils
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
+from models.qwen3_vl.folder import ADAPTER_CONFIG as CONFIG
 from models.qwen3_vl.folder import whole_folder
 from models.qwen3_vl.safetensors_io import read_json
 from models.qwen3_vl.weights import load_params
@@ -24,7 +25,7 @@ from paravt_jax.params import Params, Table
 ADAPTER = "adapter"
 """Name of the folder with an adapter in a run's folder, and of the one in a checkpoint's `model/`
 that says which adapters the checkpoint holds."""
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 PLAIN = {
     "peft_type": "LORA",
     "task_type": "CAUSAL_LM",

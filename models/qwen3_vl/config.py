@@ -127,7 +127,8 @@ class VisionConfig:
             rope.get("rope_type"),
             "use 'axial'",
         )
-        raw = {**raw, "rope_theta": rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))}
+        theta = rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))
+        raw = {**raw, "rope_theta": float(theta)}
         for square in ("patch_size", "temporal_patch_size"):
             if isinstance(raw.get(square), list | tuple):
                 raw[square] = _single(f"vision_config.{square}", raw[square])
@@ -252,7 +253,7 @@ class TextConfig:
             cls,
             {
                 **raw,
-                "rope_theta": rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta)),
+                "rope_theta": float(rope.get("rope_theta", raw.get("rope_theta", cls.rope_theta))),
                 "mrope_section": rope.get("mrope_section", cls.mrope_section),
                 "num_key_value_heads": raw.get("num_key_value_heads")
                 or raw.get("num_attention_heads", cls.num_attention_heads),

@@ -14,7 +14,7 @@ from typing import Any
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.safetensors_io import PICKLED, read_json
 
-CONFIG = "config.json"
+CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
 OTHER_WEIGHTS = (*PICKLED, ".safetensors", ".msgpack", ".h5", ".gguf", ".onnx")
 TEMPLATES = "additional_chat_templates"
 """Folder with chat templates beside the default one, as transformers saves them."""
@@ -65,18 +65,20 @@ def write_config(config: Qwen3VLConfig, dtype: str, base: Path | None, folder: P
 
 
 def carry_files(base: Path | None, folder: Path) -> None:
-    """Copy what is neither weights nor config.json: tokenizer, processor, chat templates,
-    generation files."""
+    """Copy what belongs to no weights: tokenizer, processor, chat templates, generation files.
+
+    The description of an adapter stays behind too: transformers would look for its weights.
+    """
     for path in [] if base is None else sorted(base.iterdir()):
-        if path.is_file() and not _is_weights(path) and path.name != CONFIG:
+        if path.is_file() and not _is_weights(path) and path.name not in (CONFIG, ADAPTER_CONFIG):
             shutil.copy2(path, folder / path.name)
         elif path.is_dir() and path.name == TEMPLATES:
-            shutil.copytree(path, folder / path.name)
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
 
 
 def copy_model_files(base: Path, folder: Path) -> None:
-    """Make a folder with all of a model folder but its weights."""
-    folder.mkdir()
+    """Make a folder with all of a model folder but its weights, or bring it up to date."""
+    folder.mkdir(exist_ok=True)
     carry_files(base, folder)
     shutil.copy2(base / CONFIG, folder / CONFIG)
 

@@ -32,7 +32,6 @@ pytestmark = pytest.mark.slow
 LAYOUTS = [list(s) for n in range(4) for s in itertools.combinations(range(3), n)]
 SEEDS = range(12)
 """Every third has experts."""
-FAST_COMPILE = {"xla_backend_optimization_level": 0}
 
 
 def has_experts(seed: int) -> bool:
@@ -145,7 +144,7 @@ def torch_gradients(model: torch.nn.Module, given: dict) -> dict[str, np.ndarray
     return {name: p.grad.numpy() for name, p in model.named_parameters() if p.grad is not None}
 
 
-compiled = functools.partial(jax.jit, static_argnums=0, compiler_options=FAST_COMPILE)
+compiled = functools.partial(jax.jit, static_argnums=0)
 
 
 def compute(policy, params, batch):
@@ -191,13 +190,17 @@ def test_random_configuration(seed, tmp_path):
     language = {k: v for k, v in full.params.items() if k not in vision}
     gradients, logits = gradients_and_logits(full.policy, language, vision, batch)
     half_logits, _ = compiled(compute)(half.policy, half.params, batch)
-    print(f"seed {seed}: {gap(logits, expected):.1e}, bfloat16 {gap(half_logits, expected):.1e}")
-    assert gap(logits, expected) < 1e-5
-    assert 0 < gap(half_logits, expected) < 2e-2
-    check_gradients(full.policy.table, gradients, torch_gradients(reference, given))
+    slopes = gradient_gaps(full.policy.table, gradients, torch_gradients(reference, given))
+    gaps = gap(logits, expected), gap(half_logits, expected), max(slopes.values())
+    print("seed {}: float32 {:.1e}, bfloat16 {:.1e}, gradients {:.1e}".format(seed, *gaps))
+    assert gaps[0] < 1e-5
+    assert 0 < gaps[1] < 2e-2
+    assert gaps[2] < 1e-4, max(slopes, key=slopes.__getitem__)
 
 
-def check_gradients(table, gradients, theirs):
+def gradient_gaps(table, gradients, theirs) -> dict[str, float]:
+    """Of each tensor under its Hugging Face name."""
+    gaps = {}
     largest = max(np.abs(slope).max() for slope in theirs.values())
     for name, own in gradients.items():
         spec = table[name]
@@ -207,4 +210,5 @@ def check_gradients(table, gradients, theirs):
             expected = spec.from_hf(theirs[hf_name])
             # A gradient that is all rounding (an unused expert, a key's bias) has no scale.
             if np.abs(expected).max() > 1e-5 * largest:
-                assert gap(slope, expected) < 1e-4, hf_name
+                gaps[hf_name] = gap(slope, expected)
+    return gaps

@@ -129,9 +129,16 @@ def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh_text, rows):
     with jax.set_mesh(mesh):
         params = initialise(policy.table, jax.random.key(0), mesh)
         value, gradients = loss_and_gradients(policy, params, arguments)
+    expected, value, slopes, gradients = jax.device_get((expected, value, slopes, gradients))
+    # The vision tower has no part in this loss.
+    gaps = {
+        name: np.abs(gradients[name] - slope).max() / np.abs(slope).max()
+        for name, slope in slopes.items()
+        if not name.startswith("vision.")
+    }
+    print(f"{mesh_text}: loss {abs(value / expected - 1):.1e}, gradients {max(gaps.values()):.1e}")
     np.testing.assert_allclose(value, expected, rtol=1e-5)
-    for name, slope in slopes.items():
-        np.testing.assert_allclose(gradients[name], slope, rtol=1e-3, atol=1e-6, err_msg=name)
+    assert max(gaps.values()) < 1e-4, max(gaps, key=gaps.__getitem__)
 
 
 def test_experts_are_split_over_their_axis():

@@ -102,6 +102,12 @@ def test_video_pairs_frames_and_repeats_the_last():
     assert not np.array_equal(values[0, :, :, 0], values[0, :, :, 1])
 
 
+@pytest.mark.parametrize("count", [1, 2, 3, 8])
+def test_groups_are_counted_without_the_frames(count):
+    for spec in (TINY, TINY_VIDEO):
+        assert spec.group_count(count) == len(spec.group(random_frames(count, 8, 8)))
+
+
 def test_resize_is_skipped_when_nothing_changes():
     frame = random_frames(1, 32, 32)[0]
     assert resize(frame, (32, 32)) is frame

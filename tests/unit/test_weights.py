@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
@@ -31,7 +32,9 @@ from paravt_jax import checkpoint
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import create_params, open_params, restore_params
 from paravt_jax.mesh import make_mesh, parse_mesh
-from paravt_jax.params import HfLayout
+from paravt_jax.params import HfLayout, param_shardings
+from train.checkpoint import Checkpoints
+from train.state import TrainState
 
 CONFIG = Qwen3VLConfig(
     text=TextConfig(
@@ -261,6 +264,23 @@ def test_types_stay_what_they_are(tmp_path, model, capsys):
     assert json.loads((tmp_path / "back" / "config.json").read_text())["dtype"] == "bfloat16"
 
 
+def test_a_run_lays_out_its_checkpoints_in_parts(tmp_path, params, monkeypatch):
+    """One layer and one expert at most, whatever the chunk may hold; on a mesh too."""
+    monkeypatch.setattr(checkpoint, "CHUNK_BYTES", 2048)
+    names = ("text.embedding", "text.sparse_layers.mlp.gate_up", "text.layers.mlp.up.kernel")
+    table = {name: TABLE[name] for name in names}
+    homes = param_shardings(table, make_mesh(parse_mesh("fsdp:2,expert:2,tensor:2", 8)))
+    placed = {name: jax.device_put(params[name], home) for name, home in homes.items()}
+    step = jnp.zeros((), jnp.int32)
+    state = TrainState(trainable=placed, frozen={}, optimizer={"count": step}, step=step)
+    Checkpoints(tmp_path, every=0, keep=1, table=table).save(3, state)
+    for name, stored in open_params(tmp_path / "3", table).items():
+        pairs = zip(table[name].axes, stored.chunk, strict=True)
+        assert all(size == 1 for axis, size in pairs if axis in ("layers", "expert")), name
+        assert np.prod(stored.chunk) * 4 <= 2048, name
+        np.testing.assert_array_equal(stored, params[name])
+
+
 # Files beside the weights
 
 
@@ -268,7 +288,8 @@ def test_files_are_carried_and_weights_are_not(tmp_path, model, params):
     kept = ["tokenizer.json", "chat_template.jinja", "chat_template.json", "merges.txt",
             "preprocessor_config.json", "video_preprocessor_config.json",
             "generation_config.json"]  # fmt: skip
-    left = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5"]
+    left = ["pytorch_model.bin", "pytorch_model.bin.index.json", "tf_model.h5",
+            "adapter_config.json"]  # fmt: skip
     for name in kept + left:
         (model / name).write_text(name)
     (model / "additional_chat_templates").mkdir()

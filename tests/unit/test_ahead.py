@@ -1,0 +1,49 @@
+"""`--compile-only` short of the compiler: shapes of the largest batch, and a step traced with them.
+
+Compiling needs libtpu, which tests cannot count on.
+"""
+
+import dataclasses
+
+import jax
+import pytest
+
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.params import initialise
+from train import setup
+from train.ahead import abstract_batch
+from train.learner import rl_step
+from train.recipes import get_recipe
+from train.state import make_optimizer, make_state
+
+MESH = make_mesh(parse_mesh("fsdp:4,tensor:2", 8))
+
+
+def recipe(frames_as: str):
+    config = get_recipe("needle_rl")
+    data = dataclasses.replace(config.data, frames_as=frames_as, frame_budgets=(2, 7))
+    return dataclasses.replace(config, data=data)
+
+
+@pytest.mark.parametrize(("frames_as", "seen"), [("image", 7), ("video", 4)])
+def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
+    """Frames of 32 x 32 pixels are one token each; videos take them in pairs."""
+    config = recipe(frames_as)
+    batch = abstract_batch(config, setup.abstract_policy(config).config, MESH)
+    assert batch.features.tokens.shape == (16, seen, 128)
+    assert batch.features.deepstack.shape == (16, 1, seen, 128)
+    assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
+
+
+def test_the_step_takes_the_abstract_batch():
+    config = recipe("image")
+    policy = setup.abstract_policy(config)
+    optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
+    params = initialise(policy.table, jax.random.key(0), MESH)
+    with jax.set_mesh(MESH):
+        state = make_state(params, config, MESH, optimizer)
+        batch = abstract_batch(config, policy.config, MESH)
+        after, metrics = jax.eval_shape(rl_step(policy, optimizer, config), state, batch)
+    assert metrics["loss"].shape == ()
+    shapes = {name: value.shape for name, value in after.trainable.items()}
+    assert shapes == {name: value.shape for name, value in state.trainable.items()}
