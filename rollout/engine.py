@@ -41,6 +41,27 @@ from rollout.sampler import SamplingConfig, row_keys, sample
 
 
 @dataclasses.dataclass(frozen=True)
+class Lane:
+    """A class of requests with one static shape."""
+
+    prompts: int
+    """Prompts that can be live at a time."""
+    copies: int
+    """Rows that share one prompt."""
+    prompt_tokens: int
+    """Longest prompt."""
+    suffix: int
+    """Most tokens after the prompt, per row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Stream:
+    """Handle of one row."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
 class Generated:
     """What one row generated in one turn."""
 

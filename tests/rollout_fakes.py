@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paravt_jax.blocks import text_block
+from paravt_jax.patches import join_patches
 from paravt_jax.records import (
+    Clip,
     Frames,
     KVCache,
     Patches,
@@ -19,7 +23,7 @@ from paravt_jax.records import (
     VideoRef,
     VisionFeatures,
 )
-from rollout.engine import Engine, Generated
+from rollout.engine import Engine, Generated, Lane, Stream
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image|>")
 VOCAB = 128 + len(SPECIAL)
@@ -44,6 +48,21 @@ class ToyRenderer:
         body = "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in responses)
         return self.encode(f"\n<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
 
+    def clip(self, frames: Frames, start: float, end: float) -> Clip:
+        count = len(frames.times)
+        values = np.full((count, MERGE, 3), start, np.float32)
+        return Clip(start, end, frames.times, Patches(values, np.full((count, 2), 2, np.int32)))
+
+    def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
+        """A frame is one token between its words and the next."""
+        clips = [response for response in responses if isinstance(response, Clip)]
+        words = [r if isinstance(r, str) else "<|image|>" * len(r.times) for r in responses]
+        block = text_block(self.tool_turn(words))
+        seen = block.tokens == IMAGE
+        index = np.where(seen, np.cumsum(seen) - 1, -1).astype(np.int32)
+        patches = join_patches([clip.patches for clip in clips])
+        return dataclasses.replace(block, vision_index=index, patches=patches)
+
     def encode(self, text: str) -> list[int]:
         parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
         ids = [
@@ -58,9 +77,7 @@ class ToyRenderer:
 
 def text_prompt(text: str) -> Prompt:
     """A prompt without frames."""
-    tokens = np.asarray(ToyRenderer().encode(text), np.int32)
-    positions = np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], 3, axis=1)
-    return Prompt(tokens, positions, np.full(len(tokens), -1, np.int32))
+    return text_block(ToyRenderer().encode(text))
 
 
 def image_prompt(text: str, frames: int, patches: int, seed: int, values: int = 3) -> Prompt:
@@ -140,56 +157,147 @@ class ToyPolicy:
 
 
 class ScriptedEngine(Engine):
-    """An engine whose rows say what a script tells them; it keeps every stream it saw."""
+    """An engine whose streams say what a script tells them; its sessions keep all they saw."""
 
     def __init__(
-        self, turns_B: Sequence[Sequence[str]], report: Callable[[str], str] | None = None
+        self,
+        lanes: Mapping[str, Lane],
+        turns_B: Sequence[Sequence[str]],
+        report: Callable[[str], str] | None = None,
+        visit: int = 16,
     ) -> None:
-        """`turns_B`: texts of each main row, turn by turn; without `<|im_end|>` = cut off.
+        """`turns_B`: texts of each main stream, turn by turn; without `<|im_end|>` = cut off.
         `report`: what a sub-agent says to its prompt."""
-        self.turns_B = turns_B
+        self.lanes, self.turns_B, self.tokens_per_visit = lanes, turns_B, visit
         self.report = report or (lambda prompt: "seen.<|im_end|>")
         self.sessions: list[ScriptedSession] = []
 
-    def start(self, params, prompts, copies, suffix, batch=None) -> ScriptedSession:
-        texts = [ToyRenderer().decode(prompt.tokens) for prompt in prompts]
-        script = [[self.report(t)] for t in texts] if self.sessions else self.turns_B
-        streams = [list(prompt.tokens) for prompt in prompts for _ in range(copies)]
-        self.sessions.append(ScriptedSession(script, streams, suffix))
+    def session(self, params) -> ScriptedSession:
+        self.sessions.append(ScriptedSession(self))
         return self.sessions[-1]
 
 
+@dataclasses.dataclass
+class ScriptedStream:
+    """One row of a scripted session."""
+
+    lane: str
+    prompt: Prompt
+    seed: int
+    script: list[str]
+    group: int
+    tokens: list[int]
+    limits: list[int] = dataclasses.field(default_factory=list)
+    blocks: list[Prompt] = dataclasses.field(default_factory=list)
+    """What was given with positions, frames and all."""
+    given: Sequence[int] | Prompt | None = None
+    """Told to speak, nothing appended yet."""
+    saying: list[int] = dataclasses.field(default_factory=list)
+    said: int = 0
+    closed: bool = False
+
+    @property
+    def speaking(self) -> bool:
+        return self.given is not None or bool(self.saying)
+
+
 class ScriptedSession:
-    """One batch of scripted rows."""
+    """Slots, queues, room and visits as in the engine; words from a script."""
 
-    def __init__(self, script, streams, suffix) -> None:
-        self.script, self.streams = [list(turns) for turns in script], streams
-        self.prompt_lengths = [len(stream) for stream in streams]
-        self.suffix, self.limits, self.seeds = suffix, [], []
+    def __init__(self, engine: ScriptedEngine) -> None:
+        self.engine = engine
+        self.rows: list[ScriptedStream] = []
+        self.live: dict[str, list[int]] = {lane: [] for lane in engine.lanes}
+        """Groups that hold a prompt slot, by lane."""
+        self.queued: dict[str, list[int]] = {lane: [] for lane in engine.lanes}
+        self.most_live = {lane: 0 for lane in engine.lanes}
+        self.log: list[str] = []
+        self.groups = 0
 
-    def append(self, tokens_B) -> None:
-        for stream, tokens in zip(self.streams, tokens_B, strict=True):
-            stream.extend(tokens)
-        self._check()
+    def of(self, lane: str) -> list[ScriptedStream]:
+        """Streams of a lane in the order in which they were opened."""
+        return [row for row in self.rows if row.lane == lane]
 
-    def generate(self, active, sampling, limit, seeds) -> list[Generated | None]:
-        self.limits.append(limit)
-        self.seeds.append(list(seeds))
-        said = [self._speak(row, limit) if on else None for row, on in enumerate(active)]
-        self._check()
-        return said
+    def open(self, lane: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
+        shape = self.engine.lanes[lane]
+        if not 1 <= len(seeds) <= shape.copies or len(prompt.tokens) > shape.prompt_tokens:
+            raise ValueError(f"{len(prompt.tokens)} tokens x {len(seeds)} never fit {shape}")
+        self.queued[lane].append(self.groups)
+        streams = [self._open(lane, prompt, seed) for seed in seeds]
+        self.log.append(f"open {lane}")
+        self.groups += 1
+        return streams
 
-    def _speak(self, row: int, limit: int) -> Generated:
-        tokens = ToyRenderer().encode(self.script[row].pop(0))[:limit]
-        self.streams[row].extend(tokens)
+    def _open(self, lane: str, prompt: Prompt, seed: int) -> Stream:
+        if lane == "crop":
+            script = [self.engine.report(ToyRenderer().decode(prompt.tokens))]
+        else:
+            script = list(self.engine.turns_B[len(self.of(lane))])
+        row = ScriptedStream(lane, prompt, seed, script, self.groups, prompt.tokens.tolist())
+        self.rows.append(row)
+        return Stream(len(self.rows) - 1)
+
+    def room(self, stream: Stream) -> int:
+        row = self.rows[stream.number]
+        return self.engine.lanes[row.lane].suffix - (len(row.tokens) - len(row.prompt.tokens))
+
+    def speak(self, stream, given, sampling, limit) -> None:
+        row, count = self.rows[stream.number], _length(given)
+        if row.closed or row.speaking or count + limit > self.room(stream):
+            raise ValueError(f"stream {stream} cannot take {count} + {limit} tokens")
+        row.given = given
+        row.limits.append(limit)
+
+    def close(self, stream: Stream) -> None:
+        row = self.rows[stream.number]
+        assert not row.speaking and not row.closed
+        row.closed = True
+        if all(other.closed for other in self.rows if other.group == row.group):
+            self.live[row.lane].remove(row.group)
+
+    @property
+    def speaking(self) -> int:
+        return sum(row.speaking for row in self.rows)
+
+    def visit(self) -> list[tuple[Stream, Generated]]:
+        assert self.speaking, "the device has nothing to do"
+        self.log.append("visit")
+        for lane, shape in self.engine.lanes.items():
+            while self.queued[lane] and len(self.live[lane]) < shape.prompts:
+                self.live[lane].append(self.queued[lane].pop(0))
+            self.most_live[lane] = max(self.most_live[lane], len(self.live[lane]))
+        turns = [self._decode(number) for number in range(len(self.rows))]
+        return [turn for turn in turns if turn is not None]
+
+    def _decode(self, number: int) -> tuple[Stream, Generated] | None:
+        row = self.rows[number]
+        if row.group not in self.live[row.lane] or not row.speaking:
+            return None
+        if row.given is not None:
+            self._append(row)
+        step = self.engine.tokens_per_visit
+        row.tokens += row.saying[row.said : row.said + step]
+        row.said += step
+        if row.said < len(row.saying):
+            return None
+        tokens, row.saying = row.saying, []
         ended = tokens[-1] in ToyRenderer.eos_ids
         log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
         reason = StopReason.END if ended else StopReason.LENGTH
-        return Generated(np.asarray(tokens, np.int32), log_probs, reason)
+        return Stream(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
 
-    def _check(self) -> None:
-        for stream, start in zip(self.streams, self.prompt_lengths, strict=True):
-            assert len(stream) - start <= self.suffix, "the cache would overflow"
+    def _append(self, row: ScriptedStream) -> None:
+        """Take in what was given, and look up what the stream is going to say."""
+        given, row.given = row.given, None
+        if isinstance(given, Prompt):
+            row.blocks.append(given)
+        row.tokens += map(int, given.tokens if isinstance(given, Prompt) else given)
+        row.saying = ToyRenderer().encode(row.script.pop(0))[: row.limits[-1]]
+        row.said = 0
+
+
+def _length(given: Sequence[int] | Prompt) -> int:
+    return len(given.tokens if isinstance(given, Prompt) else given)
 
 
 class SentinelReader:
@@ -197,6 +305,7 @@ class SentinelReader:
 
     def __init__(self, broken_from: float = 1e9) -> None:
         self.opened: list[str] = []
+        self.clips: list[tuple[float, float]] = []
         self.broken_from = broken_from
 
     def overview(self, video: VideoRef, count: int) -> Frames:
@@ -205,6 +314,7 @@ class SentinelReader:
     def clip(self, video: VideoRef, start: float, end: float) -> Frames:
         if start >= self.broken_from:
             raise OSError(f"cannot decode {video.path}")
+        self.clips.append((start, end))
         return self._frames(video)
 
     def _frames(self, video: VideoRef) -> Frames:

@@ -14,6 +14,12 @@
 11. No file but the row's own video is ever opened, whatever a call names.
 12. A response contains no special token and no structural tag, whoever wrote it.
 13. Every rollout and every call has a seed of its own, which the batch does not change.
+14. Crops are decoded while the device decodes; equal calls in one run are one piece of work.
+15. Where calls are sequential, the first of a turn is run and the others get errors.
+16. Where frames are the evidence, they stand in the main stream and no sub-agent is asked.
+17. No episode is longer than its cap of tokens, and it still ends in an answer.
+18. A tool that takes too long, or fails, gets an error response; the others still run.
+19. How fast host threads are changes no record.
 """
 
 from __future__ import annotations
@@ -24,8 +30,12 @@ import numpy as np
 import pytest
 
 from paravt_jax.records import Row, StopReason, Trajectory, VideoRef
-from rollout.agent import Agent, AgentConfig, derive_seed, strip_markup
-from tests.rollout_fakes import ScriptedEngine, SentinelReader, ToyRenderer
+from rollout.agent import Agent
+from rollout.limits import AgentConfig, lanes, measure
+from rollout.record import derive_seed
+from rollout.responses import strip_markup
+from rollout.tools import TOOLS
+from tests.rollout_fakes import ScriptedEngine, ScriptedSession, SentinelReader, ToyRenderer
 
 END = "<|im_end|>"
 ANSWER = f"I know.\n</think>\n<answer>red</answer>{END}"
@@ -43,15 +53,29 @@ def calls_turn(*calls: str) -> str:
     return "I look.\n</think>\n" + "\n".join(calls) + END
 
 
+CROP_TOKENS = 300
+"""More than any crop of the toy renderer takes."""
+
+
+def scripted_engine(config: AgentConfig, turns_B, report=None, copies=1, visit=16):
+    """An engine with the lanes that the agent asks for, over a script."""
+    shape = {"prompts": len(turns_B), "copies": copies, "prompt_tokens": 200}
+    shapes = lanes(config, RENDERER, **shape, crop_tokens=CROP_TOKENS)
+    return ScriptedEngine(shapes, turns_B, report, visit)
+
+
 class Episode:
     """One rollout under a script, and everything around it."""
 
-    def __init__(self, *turns: str, reader=None, report=None, **config) -> None:
+    def __init__(self, *turns: str, reader=None, report=None, tools=None, **config) -> None:
         limits = {"turn_tokens": 1000, "answer_tokens": 80, "response_tokens": 150}
         self.config = AgentConfig(**(limits | config))
-        self.engine = ScriptedEngine([turns], report)
+        self.engine = scripted_engine(self.config, [turns], report)
         self.reader = reader or SentinelReader()
-        self.agent = Agent(self.engine, RENDERER, self.reader, config=self.config)
+        self.room = measure(self.config, RENDERER, CROP_TOKENS)
+        self.agent = Agent(
+            self.engine, RENDERER, self.reader, tools or TOOLS, self.config, CROP_TOKENS
+        )
         row = Row("row", VIDEO, "What colour?", "red")
         prompt = RENDERER.main_prompt(row, self.reader.overview(VIDEO, 4), tools=True)
         (group,) = self.agent.run({}, [(row, 4, prompt)], copies=1, seed=0, policy_version=3)
@@ -62,7 +86,7 @@ class Episode:
     def check(self) -> None:
         """Rules 1, 2 and 9 hold for every episode of this module."""
         t = self.trajectory
-        seen = self.engine.sessions[0].streams[0]
+        (seen,) = [row.tokens for row in self.session.of("main")]
         assert [*t.prompt.tokens.tolist(), *t.tokens.tolist()] == list(map(int, seen))
         assert len(t.tokens) == len(t.generated) == len(t.log_probs)
         assert t.generated[-1]
@@ -73,6 +97,11 @@ class Episode:
         assert t.scored_text == "".join(texts)
         assert all(text.startswith(self.config.think_prefix) for text in texts)
         assert t.full_text == RENDERER.decode(t.tokens.tolist())
+
+    @property
+    def session(self) -> ScriptedSession:
+        (session,) = self.engine.sessions
+        return session
 
     @property
     def responses(self) -> list[str]:
@@ -91,7 +120,7 @@ def test_no_tool():
     episode = Episode(ANSWER)
     assert episode.trajectory.scored_text == "<think>\n" + ANSWER
     assert (episode.trajectory.calls, episode.trajectory.executed) == (0, 0)
-    assert len(episode.engine.sessions) == 1
+    assert not episode.session.of("crop")
     assert episode.group.frame_budget == 4 and episode.trajectory.policy_version == 3
 
 
@@ -116,7 +145,7 @@ def test_parallel_calls_answer_in_order():
     assert episode.asked == ["0 8", "30 40"]
     assert episode.responses == ["saw 0 8", "saw 30 40"]
     assert episode.trajectory.executed == 2
-    assert [len(session.streams) for session in episode.engine.sessions] == [1, 2]
+    assert len(episode.session.of("crop")) == 2
     sub = episode.trajectory.subagents[1]
     assert sub.full_text == sub.scored_text == f"saw 30 40{END}"
     assert sub.generated.all() and (sub.log_probs < 0).all()
@@ -147,7 +176,7 @@ def test_each_bad_call_gets_its_own_error_and_the_others_run():
 
 def test_only_bad_calls_ask_no_subagent():
     episode = Episode(calls_turn("<tool_call>\nnonsense\n</tool_call>"), ANSWER)
-    assert len(episode.engine.sessions) == 1
+    assert not episode.session.of("crop")
     assert (episode.trajectory.calls, episode.trajectory.executed) == (1, 0)
 
 
@@ -179,7 +208,7 @@ def test_rounds_run_out_in_a_forced_answer():
     assert [turn.executed for turn in episode.trajectory.turns] == [1, 1, 0]
     assert episode.trajectory.calls == 3
     assert episode.asked == ["0 8", "8 16"]
-    assert episode.engine.sessions[0].limits == [1000, 1000, 200]
+    assert episode.session.of("main")[0].limits == [1000, 1000, 200]
 
 
 def test_an_answer_before_the_rounds_run_out_ends_the_episode():
@@ -192,7 +221,7 @@ def test_a_turn_that_is_cut_off_runs_no_calls():
     episode = Episode(cut, "never said", turn_tokens=len(cut))
     (turn,) = episode.trajectory.turns
     assert (turn.stop_reason, turn.calls) == (StopReason.LENGTH, ())
-    assert len(episode.engine.sessions) == 1
+    assert not episode.session.of("crop")
 
 
 def test_forbidden_tools():
@@ -200,7 +229,7 @@ def test_forbidden_tools():
     assert episode.responses == ["Error: tools are not available"] * 2
     assert len(episode.trajectory.turns) == 2
     assert (episode.trajectory.calls, episode.trajectory.executed) == (2, 0)
-    assert episode.engine.sessions[0].limits == [1000, 80]
+    assert episode.session.of("main")[0].limits == [1000, 80]
 
 
 def test_responses_are_cut_to_their_room():
@@ -217,7 +246,7 @@ def test_responses_are_cut_to_their_room():
     cut, kept = episode.responses
     assert cut.startswith("A long story. ") and kept == short
     assert len(cut) > 60, "responses share the room that others leave"
-    assert len(RENDERER.tool_turn([cut, kept])) <= episode.agent.response_room
+    assert len(RENDERER.tool_turn([cut, kept])) <= episode.room.response
 
 
 def test_only_the_rows_own_video_is_opened():
@@ -247,41 +276,48 @@ def test_no_prefix_when_none_is_asked_for():
     assert episode.trajectory.scored_text == ANSWER
 
 
-def run_batch(rows: list[str], turns: list[str], copies: int, **config) -> tuple:
-    """Seeds of main rows and sub-agents, and the trajectories, of a whole batch."""
-    engine = ScriptedEngine([turns for _ in rows for _ in range(copies)])
-    agent = Agent(engine, RENDERER, SentinelReader(), config=AgentConfig(turn_tokens=900, **config))
+def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **config) -> tuple:
+    """Groups and session of a whole batch, all of whose rollouts follow one script."""
+    limits = AgentConfig(turn_tokens=900, **config)
+    engine = scripted_engine(limits, [turns for _ in rows for _ in range(copies)], copies=copies)
+    agent = Agent(engine, RENDERER, reader or SentinelReader(), config=limits)
     frames = SentinelReader().overview(VIDEO, 1)
     items = []
     for name in rows:
         row = Row(name, VIDEO, name, "red")
         items.append((row, 4, RENDERER.main_prompt(row, frames, tools=True)))
     groups = agent.run({}, items, copies, seed=7)
-    main, *subs = engine.sessions
-    return main.seeds[0], [seed for sub in subs for seed in sub.seeds[0]], groups, subs
+    return groups, engine.sessions[0], agent.figures
+
+
+def seeds(session: ScriptedSession, lane: str) -> list[int]:
+    return [row.seed for row in session.of(lane)]
 
 
 def test_seeds_belong_to_rollout_and_call():
     turns = [calls_turn(call(0, 8), call(0, 8)), ANSWER]
-    main, subs, groups, _ = run_batch(["a", "b", "a"], turns, copies=2)
+    groups, session, _ = run_batch(["a", "b", "a"], turns, copies=2)
+    main, subs = seeds(session, "main"), seeds(session, "crop")
     assert len(set(main)) == 6 and len(set(subs)) == 12
-    other_main, other_subs, _, _ = run_batch(["b"], turns, copies=2)
-    assert (other_main, other_subs) == (main[2:4], subs[4:8])
+    _, alone, _ = run_batch(["b"], turns, copies=2)
+    assert seeds(alone, "main") == main[2:4]
+    assert set(seeds(alone, "crop")) < set(subs)
     assert [len(group.trajectories) for group in groups] == [2, 2, 2]
     assert derive_seed(7, "a", 0, 1) == main[1]
+    assert subs[0] == derive_seed(main[0], "subagent", 1, 0)
 
 
-def test_crops_of_all_rollouts_are_asked_in_batches_of_static_size():
+def test_crops_wait_for_a_free_place():
     turns = [calls_turn(call(0, 8), call(8, 16)), ANSWER]
-    _, _, groups, subs = run_batch(["a", "b", "c"], turns, copies=1, subagent_batch=4)
-    assert [len(sub.streams) for sub in subs] == [4, 2]
+    groups, session, _ = run_batch(["a", "b", "c"], turns, copies=1, subagent_batch=4)
+    assert session.most_live == {"main": 3, "crop": 4} and len(session.of("crop")) == 6
     assert all(group.trajectories[0].executed == 2 for group in groups)
 
 
 def test_the_batch_of_a_rollout_does_not_change_its_record():
     turns = [calls_turn(call(0, 8)), ANSWER]
-    both = run_batch(["a", "b"], turns, copies=1)[2]
-    (alone,) = run_batch(["b"], turns, copies=1)[2]
+    both = run_batch(["a", "b"], turns, copies=1)[0]
+    (alone,) = run_batch(["b"], turns, copies=1)[0]
     one, other = both[1].trajectories[0], alone.trajectories[0]
     assert isinstance(one, Trajectory)
     np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -289,7 +325,16 @@ def test_the_batch_of_a_rollout_does_not_change_its_record():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"max_tool_rounds": -1}, {"max_calls_per_turn": 0}, {"turn_tokens": 0}, {"subagent_batch": 0}],
+    [
+        {"max_tool_rounds": -1},
+        {"max_calls_per_turn": 0},
+        {"turn_tokens": 0},
+        {"subagent_batch": 0},
+        {"episode_tokens": -1},
+        {"tool_timeout": 0.0},
+        {"dispatch": "random"},
+        {"evidence": "video"},
+    ],
 )
 def test_impossible_limits_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):
