@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from paravt_jax.blocks import text_block
+from paravt_jax.interfaces import Renderer
 from paravt_jax.patches import join_patches
 from paravt_jax.records import (
     Clip,
@@ -165,10 +166,13 @@ class ScriptedEngine(Engine):
         turns_B: Sequence[Sequence[str]],
         report: Callable[[str], str] | None = None,
         visit: int = 16,
+        renderer: Renderer | None = None,
     ) -> None:
         """`turns_B`: texts of each main stream, turn by turn; without `<|im_end|>` = cut off.
         `report`: what a sub-agent says to its prompt."""
         self.lanes, self.turns_B, self.tokens_per_visit = lanes, turns_B, visit
+        self.renderer = renderer or ToyRenderer()
+        self.visits = 0
         self.report = report or (lambda prompt: "seen.<|im_end|>")
         self.sessions: list[ScriptedSession] = []
 
@@ -230,7 +234,7 @@ class ScriptedSession:
 
     def _open(self, lane: str, prompt: Prompt, seed: int) -> Stream:
         if lane == "crop":
-            script = [self.engine.report(ToyRenderer().decode(prompt.tokens))]
+            script = [self.engine.report(self.engine.renderer.decode(prompt.tokens))]
         else:
             script = list(self.engine.turns_B[len(self.of(lane))])
         row = ScriptedStream(lane, prompt, seed, script, self.groups, prompt.tokens.tolist())
@@ -262,6 +266,7 @@ class ScriptedSession:
     def visit(self) -> list[tuple[Stream, Generated]]:
         assert self.speaking, "the device has nothing to do"
         self.log.append("visit")
+        self.engine.visits += 1
         for lane, shape in self.engine.lanes.items():
             while self.queued[lane] and len(self.live[lane]) < shape.prompts:
                 self.live[lane].append(self.queued[lane].pop(0))
@@ -281,7 +286,7 @@ class ScriptedSession:
         if row.said < len(row.saying):
             return None
         tokens, row.saying = row.saying, []
-        ended = tokens[-1] in ToyRenderer.eos_ids
+        ended = tokens[-1] in self.engine.renderer.eos_ids
         log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
         reason = StopReason.END if ended else StopReason.LENGTH
         return Stream(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
@@ -292,7 +297,7 @@ class ScriptedSession:
         if isinstance(given, Prompt):
             row.blocks.append(given)
         row.tokens += map(int, given.tokens if isinstance(given, Prompt) else given)
-        row.saying = ToyRenderer().encode(row.script.pop(0))[: row.limits[-1]]
+        row.saying = self.engine.renderer.encode(row.script.pop(0))[: row.limits[-1]]
         row.said = 0
 
 

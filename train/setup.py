@@ -37,6 +37,7 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer, PromptTexts
 from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
+from train.agent import agent_tools
 from train.config import Config
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
@@ -82,7 +83,8 @@ class Model:
         """Prompts in the model's own chat template."""
         data = config.data
         texts, pixels = PROMPT_TEXTS[data.instructions], (data.min_pixels, data.max_pixels)
-        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels)
+        schemas = [dict(tool.schema) for tool in agent_tools(config).values()]
+        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
     def tags(self, renderer: ChatRenderer) -> TagTable:
         """Where anchored tags stand in token streams of this tokenizer."""

@@ -25,16 +25,22 @@
 from __future__ import annotations
 
 import json
+import random
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from paravt_jax.records import Row, StopReason, Trajectory, VideoRef
+from paravt_jax.blocks import whole_stream
+from paravt_jax.records import Row, StopReason, ToolCall, Trajectory, VideoRef
+from pipelines.render import ChatRenderer
 from rollout.agent import Agent
 from rollout.limits import AgentConfig, lanes, measure
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from rollout.tools import TOOLS
+from rollout.tools import TOOLS, OwnVideo, Tool, crop_video, registry
+from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import ScriptedEngine, ScriptedSession, SentinelReader, ToyRenderer
 
 END = "<|im_end|>"
@@ -292,6 +298,206 @@ def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **con
 
 def seeds(session: ScriptedSession, lane: str) -> list[int]:
     return [row.seed for row in session.of(lane)]
+
+
+class WaitingReader(SentinelReader):
+    """Decodes a crop only when the device has been visited often enough."""
+
+    engine: ScriptedEngine
+    visits: int
+
+    def clip(self, video, start, end):
+        deadline = time.monotonic() + 5
+        while self.engine.visits < self.visits:
+            assert time.monotonic() < deadline, "nothing was decoded on the device meanwhile"
+            time.sleep(0.001)
+        return super().clip(video, start, end)
+
+
+def test_crops_are_decoded_while_others_still_think():
+    script = [[calls_turn(call(0, 8)), ANSWER], ["I think. " * 100 + ANSWER]]
+    config = AgentConfig(turn_tokens=1100)
+    engine, reader = scripted_engine(config, script), WaitingReader()
+    asked = len(RENDERER.encode(script[0][0])) // 16 + 1
+    reader.engine, reader.visits = engine, asked + 1
+    agent = Agent(engine, RENDERER, reader, config=config)
+    prompt = RENDERER.main_prompt(Row("r", VIDEO, "q", "a"), None, tools=True)
+    items = [(Row(name, VIDEO, "q", "a"), 4, prompt) for name in "ab"]
+    groups = agent.run({}, items, copies=1, seed=0)
+    assert [group.trajectories[0].executed for group in groups] == [1, 0]
+    log = engine.sessions[0].log
+    assert log.index("open crop") == 2 + asked + 1, "one visit runs between a call and its crop"
+    assert len(log) == 3 + len(RENDERER.encode(script[1][0])) // 16 + 1
+
+
+def test_equal_calls_are_one_piece_of_work():
+    turns = [calls_turn(call(0, 8), call(0, 8)), ANSWER]
+    reader = SentinelReader()
+    groups, session, figures = run_batch(["a"], turns, copies=3, reader=reader)
+    assert reader.clips == [(0.0, 8.0)]
+    assert (figures["tool/jobs"], figures["tool/jobs_shared"]) == (1, 5)
+    assert figures["episode/turns"] == 2
+    assert len(set(seeds(session, "crop"))) == 6
+    assert [t.executed for t in groups[0].trajectories] == [2, 2, 2]
+
+
+def test_how_fast_threads_are_changes_nothing():
+    class RestlessReader(SentinelReader):
+        def clip(self, video, start, end):
+            time.sleep(random.random() * 0.01)
+            return super().clip(video, start, end)
+
+    turns = [calls_turn(*[call(i, i + 4) for i in range(4)]), calls_turn(call(9, 12)), ANSWER]
+    rows, limits = ["a", "b", "c"], {"copies": 2, "max_tool_rounds": 2, "subagent_batch": 5}
+    calm, calm_session, _ = run_batch(rows, turns, **limits)
+    for _ in range(3):
+        groups, session, _ = run_batch(rows, turns, reader=RestlessReader(), **limits)
+        assert session.log == calm_session.log
+        assert [row.tokens for row in session.rows] == [row.tokens for row in calm_session.rows]
+        assert seeds(session, "crop") == seeds(calm_session, "crop")
+        assert [[t.full_text for t in g.trajectories] for g in groups] == [
+            [t.full_text for t in g.trajectories] for g in calm
+        ]
+
+
+def test_sequential_calls_are_run_one_per_turn():
+    episode = Episode(
+        calls_turn(call(0, 8), call(8, 16)),
+        calls_turn(call(8, 16)),
+        ANSWER,
+        dispatch="sequential",
+        max_tool_rounds=3,
+    )
+    seen, refused, again = episode.responses
+    assert seen == again == "seen." and refused.startswith("Error: call one tool at a time")
+    assert episode.asked == ["0 8", "8 16"]
+    assert [turn.executed for turn in episode.trajectory.turns] == [1, 1, 0]
+
+
+def test_frames_are_shown_in_the_main_stream():
+    bad = call(9, 3)
+    episode = Episode(calls_turn(call(0, 8), bad, call(5, 8)), ANSWER, evidence="frames")
+    t = episode.trajectory
+    assert [row.lane for row in episode.session.rows] == ["main"] and not t.subagents
+    assert episode.responses[0] == episode.responses[2] == "<|image|>"
+    assert episode.responses[1].startswith("Error: start_time") and t.executed == 2
+    (shown,), (given,) = t.shown, episode.session.of("main")[0].blocks
+    length = len(shown.block.tokens)
+    np.testing.assert_array_equal(t.tokens[shown.at : shown.at + length], shown.block.tokens)
+    assert not t.generated[shown.at : shown.at + length].any()
+    assert RENDERER.decode(given.tokens) == RENDERER.decode(shown.block.tokens) + "<think>\n"
+    np.testing.assert_array_equal(given.patches.values[:, 0, 0], [0.0, 5.0])
+    whole = whole_stream(t)
+    assert whole.tokens.tolist() == [*t.prompt.tokens, *t.tokens]
+    start = len(t.prompt.tokens) + shown.at
+    np.testing.assert_array_equal(
+        whole.vision_index[start : start + length], shown.block.vision_index
+    )
+
+
+def test_turns_without_frames_are_given_as_tokens_where_frames_are_the_evidence():
+    episode = Episode(calls_turn(call(9, 3)), ANSWER, evidence="frames")
+    assert not episode.trajectory.shown and not episode.session.of("main")[0].blocks
+
+
+def test_frames_that_take_more_than_their_room_are_an_error():
+    for evidence, word in (("frames", "<|image|>"), ("text", "seen.")):
+        config = AgentConfig(evidence=evidence, turn_tokens=1000)
+        row = Row("row", VIDEO, "q", "red")
+        prompt = RENDERER.main_prompt(row, None, tools=True)
+        size = 1 if evidence == "frames" else len(RENDERER.subagent_prompt(None, 0, 8).tokens)
+        for room, expected in ((size, word), (size - 1, "Error: this part has too many frames")):
+            engine = scripted_engine(config, [[calls_turn(call(0, 8)), ANSWER]])
+            agent = Agent(engine, RENDERER, SentinelReader(), TOOLS, config, room)
+            (group,) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
+            assert f"<tool_response>\n{expected}" in group.trajectories[0].full_text
+    with pytest.raises(ValueError, match="crop_tokens"):
+        Agent(engine, RENDERER, SentinelReader(), TOOLS, AgentConfig(evidence="frames"))
+
+
+def test_a_cap_of_tokens_ends_in_a_forced_answer():
+    limits = {"turn_tokens": 200, "answer_tokens": 80, "response_tokens": 40}
+    room = measure(AgentConfig(**limits), RENDERER)
+    rounds = [calls_turn(call(0, 8)), calls_turn(call(8, 16)), calls_turn(call(16, 24))]
+    spent = len(RENDERER.encode(rounds[0])) + len(RENDERER.tool_turn(["seen."])) + room.prefix
+    for cap, turns in ((spent + room.suffix, [200, 200, 80]), (spent + room.suffix - 1, [200, 80])):
+        episode = Episode(*rounds, max_tool_rounds=3, episode_tokens=cap, **limits)
+        assert episode.session.of("main")[0].limits == turns
+        assert len(episode.trajectory.tokens) <= cap == episode.session.engine.lanes["main"].suffix
+    with pytest.raises(ValueError, match=f"raise it to {room.suffix} or more"):
+        measure(AgentConfig(**limits, episode_tokens=room.suffix - 1), RENDERER)
+
+
+def test_a_tool_that_hangs_or_fails_gets_an_error():
+    class HangingReader(SentinelReader):
+        free = threading.Event()
+
+        def clip(self, video, start, end):
+            if start == 50:
+                self.free.wait(5)
+            return super().clip(video, start, end)
+
+    episode = Episode(
+        calls_turn(call(50, 60), call(0, 8)),
+        calls_turn(call(50, 60), call(1, 8)),
+        ANSWER,
+        reader=HangingReader(),
+        tool_timeout=0.1,
+        decode_threads=1,
+        max_tool_rounds=2,
+    )
+    HangingReader.free.set()
+    assert episode.responses == ["Error: crop_video took too long", "seen."] * 2
+    assert episode.trajectory.executed == 2
+
+
+def video_length(call: ToolCall, video: OwnVideo) -> str:
+    if call.arguments.get("unit") == "nonsense":
+        raise RuntimeError(f"no such unit in {VIDEO.path}")
+    return f"{video.duration:g} seconds"
+
+
+LENGTH_TOOL = Tool(
+    {
+        "type": "function",
+        "function": {
+            "name": "video_length",
+            "description": "Length of the video.",
+            "parameters": {"type": "object", "properties": {"unit": {"type": "string"}}},
+        },
+    },
+    video_length,
+)
+
+
+def length_call(unit: str) -> str:
+    return (
+        call().replace("crop_video", "video_length").replace('"start_time": 0', f'"unit": "{unit}"')
+    )
+
+
+def test_a_new_tool_is_a_schema_and_a_function():
+    """Its schema reaches the prompt through the chat template, its answer reaches the stream."""
+    tools, config = registry(crop_video(), LENGTH_TOOL), AgentConfig()
+    schemas = [dict(tool.schema) for tool in tools.values()]
+    renderer = ChatRenderer.from_folder(processor_folder(), tools=schemas)
+    turn = calls_turn(length_call("seconds"), length_call("nonsense"))
+    shapes = lanes(config, renderer, prompts=1, copies=1, prompt_tokens=500, crop_tokens=500)
+    engine = ScriptedEngine(shapes, [[turn, ANSWER]], renderer=renderer)
+    row = Row("row", VIDEO, "How long?", "64")
+    prompt = renderer.main_prompt(row, None, tools=True)
+    assert "Tool: video_length(unit)" in renderer.decode(prompt.tokens)
+    agent = Agent(engine, renderer, SentinelReader(), tools, config)
+    ((group),) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
+    (t,) = group.trajectories
+    assert "<tool_response>\n64 seconds\n</tool_response>" in t.full_text
+    assert "<tool_response>\nError: video_length failed\n</tool_response>" in t.full_text
+    assert VIDEO.path not in t.full_text and t.executed == 1 and not t.subagents
+
+
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="occurs twice"):
+        registry(crop_video(), crop_video("frames"))
 
 
 def test_seeds_belong_to_rollout_and_call():

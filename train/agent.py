@@ -1,0 +1,96 @@
+"""The agent of a configuration: its tools, and an engine with room for its episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from models.qwen3_vl import Qwen3VLPolicy
+from paravt_jax.records import Frames, Prompt, Row
+from pipelines.preprocess import FrameSpec
+from pipelines.render import ChatRenderer
+from pipelines.video import VideoReader
+from rollout.agent import Agent
+from rollout.engine import Engine
+from rollout.limits import lanes
+from rollout.tools import Tools, crop_video, registry
+from train.config import Config
+
+LATE = 99999.9
+"""Seconds: a time that takes as many characters as the time of any frame."""
+LONG_WINDOW = (1.23456e-05, 1.23457e-05)
+"""Seconds: bounds that take as many characters as any."""
+
+
+def agent_tools(config: Config) -> Tools:
+    """The tools of the agent. Add yours here: schema and function reach prompts and episodes."""
+    return registry(crop_video(config.agent.evidence))
+
+
+def open_agent(
+    config: Config, engine: Engine, renderer: ChatRenderer, reader: VideoReader
+) -> Agent:
+    """The agent of a configuration, on an engine that has its lanes (`open_engine`)."""
+    room = crop_tokens(config, renderer)
+    return Agent(engine, renderer, reader, agent_tools(config), config.agent, room)
+
+
+def open_engine(
+    config: Config,
+    policy: Qwen3VLPolicy,
+    renderer: ChatRenderer,
+    *,
+    prompts: int,
+    copies: int,
+    prompt_tokens: int,
+) -> Engine:
+    """An engine with room for `prompts` prompts of at most `prompt_tokens`, `copies` rollouts of
+    each, and their crops.
+
+    Its `cache_bytes()` are known before anything is allocated.
+    """
+    shapes = lanes(
+        config.agent,
+        renderer,
+        prompts=prompts,
+        copies=copies,
+        prompt_tokens=prompt_tokens,
+        crop_tokens=crop_tokens(config, renderer),
+    )
+    return Engine(
+        policy,
+        shapes,
+        eos_ids=renderer.eos_ids,
+        pad_id=renderer.pad_id,
+        frame_patches=renderer.spec.max_patches,
+    )
+
+
+def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
+    """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
+    frames, (start, end) = smallest_frames(renderer.spec, config.data.crop_frames), LONG_WINDOW
+    if config.agent.evidence == "text":
+        prompt = renderer.subagent_prompt(frames, start, end)
+        return full_size(prompt, renderer.spec)
+    response = renderer.frames_turn([renderer.clip(frames, start, end)])
+    return full_size(response, renderer.spec) - len(renderer.tool_turn([""]))
+
+
+def prompt_tokens(renderer: ChatRenderer, rows: Iterable[Row], frames: int) -> int:
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames."""
+    longest = max(rows, key=lambda row: len(renderer.encode(row.question)))
+    prompt = renderer.main_prompt(longest, smallest_frames(renderer.spec, frames), tools=True)
+    return full_size(prompt, renderer.spec)
+
+
+def smallest_frames(spec: FrameSpec, count: int) -> Frames:
+    """Frames of one vision token each, at late times."""
+    pixels = np.zeros((count, spec.factor, spec.factor, 3), np.uint8)
+    return Frames(pixels, np.full(count, LATE))
+
+
+def full_size(prompt: Prompt, spec: FrameSpec) -> int:
+    """Tokens that a prompt of smallest frames has with frames of full size."""
+    seen = int((prompt.vision_index >= 0).sum())
+    return len(prompt.tokens) + seen * (spec.max_patches // spec.merge_size**2 - 1)
