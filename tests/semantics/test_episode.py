@@ -318,7 +318,7 @@ def test_crops_are_decoded_while_others_still_think():
     script = [[calls_turn(call(0, 8)), ANSWER], ["I think. " * 100 + ANSWER]]
     config = AgentConfig(turn_tokens=1100)
     engine, reader = scripted_engine(config, script), WaitingReader()
-    asked = len(RENDERER.encode(script[0][0])) // 16 + 1
+    asked = -(-len(RENDERER.encode(script[0][0])) // 16)
     reader.engine, reader.visits = engine, asked + 1
     agent = Agent(engine, RENDERER, reader, config=config)
     prompt = RENDERER.main_prompt(Row("r", VIDEO, "q", "a"), None, tools=True)
@@ -327,7 +327,7 @@ def test_crops_are_decoded_while_others_still_think():
     assert [group.trajectories[0].executed for group in groups] == [1, 0]
     log = engine.sessions[0].log
     assert log.index("open crop") == 2 + asked + 1, "one visit runs between a call and its crop"
-    assert len(log) == 3 + len(RENDERER.encode(script[1][0])) // 16 + 1
+    assert len(log) == 3 - (-len(RENDERER.encode(script[1][0])) // 16)
 
 
 def test_equal_calls_are_one_piece_of_work():
