@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paravt_jax.patches import join_patches, largest, merge_area, restride
-from paravt_jax.records import Prompt, Trajectory
+from paravt_jax.records import Prompt, Shown
 from paravt_jax.rope_index import next_position
 
 
@@ -32,14 +32,14 @@ def join_blocks(blocks: Sequence[Prompt]) -> Prompt:
     )
 
 
-def whole_stream(trajectory: Trajectory) -> Prompt:
-    """Everything that a rollout read and wrote, as one block: its prompt, then its own stream with
-    the frames that tool responses brought into it."""
-    blocks, at = [trajectory.prompt], 0
-    for shown in trajectory.shown:
-        blocks += [text_block(trajectory.tokens[at : shown.at]), shown.block]
-        at = shown.at + len(shown.block.tokens)
-    return join_blocks([*blocks, text_block(trajectory.tokens[at:])])
+def whole_stream(prompt: Prompt, tokens: np.ndarray, shown: Sequence[Shown] = ()) -> Prompt:
+    """Everything that a rollout read and wrote, as one block: its prompt, then its own `tokens`
+    with the frames that tool responses brought into them."""
+    blocks, at = [prompt], 0
+    for piece in shown:
+        blocks += [text_block(tokens[at : piece.at]), piece.block]
+        at = piece.at + len(piece.block.tokens)
+    return join_blocks([*blocks, text_block(tokens[at:])])
 
 
 def _joined_positions(blocks: Sequence[Prompt]) -> np.ndarray:

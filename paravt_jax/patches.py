@@ -63,8 +63,8 @@ def merge_area(prompt: Prompt) -> int:
 def join_patches(items: Sequence[Patches | None]) -> Patches | None:
     """Frames of all items one after the other, padded to the largest; None if there are none."""
     present = [item for item in items if item is not None]
-    if not present:
-        return None
+    if len(present) < 2:
+        return present[0] if present else None
     _, patches = largest(present)
     values = [_widen(item.values, patches) for item in present]
     return Patches(np.concatenate(values), np.concatenate([item.grids for item in present]))

@@ -387,7 +387,7 @@ def test_frames_are_shown_in_the_main_stream():
     assert not t.generated[shown.at : shown.at + length].any()
     assert RENDERER.decode(given.tokens) == RENDERER.decode(shown.block.tokens) + "<think>\n"
     np.testing.assert_array_equal(given.patches.values[:, 0, 0], [0.0, 5.0])
-    whole = whole_stream(t)
+    whole = whole_stream(t.prompt, t.tokens, t.shown)
     assert whole.tokens.tolist() == [*t.prompt.tokens, *t.tokens]
     start = len(t.prompt.tokens) + shown.at
     np.testing.assert_array_equal(
