@@ -38,6 +38,7 @@ from paravt_jax.records import (
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
 from rollout.sampler import SamplingConfig, row_keys, sample
+from rollout.session import Generated
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,24 +53,6 @@ class Lane:
     """Longest prompt."""
     suffix: int
     """Most tokens after the prompt, per row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Handle of one row."""
-
-    number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """What one row generated in one turn."""
-
-    tokens: np.ndarray
-    """int32 `[t]`, the end-of-turn token included if there was one."""
-    log_probs: np.ndarray
-    """float32 `[t]`, under the tempered, untruncated distribution."""
-    stop_reason: StopReason
 
 
 @pytree

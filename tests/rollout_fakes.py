@@ -24,7 +24,8 @@ from paravt_jax.records import (
     VideoRef,
     VisionFeatures,
 )
-from rollout.engine import Engine, Generated, Lane, Stream
+from rollout.engine import Engine, Lane
+from rollout.session import Generated, Stream
 
 SPECIAL = ("<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|image|>")
 VOCAB = 128 + len(SPECIAL)
