@@ -13,7 +13,7 @@ from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.engine import Engine
-from rollout.limits import lanes
+from rollout.limits import AgentConfig, lanes
 from rollout.tools import Tools, crop_video, registry
 from train.config import Config
 
@@ -29,11 +29,16 @@ def agent_tools(config: Config) -> Tools:
 
 
 def open_agent(
-    config: Config, engine: Engine, renderer: ChatRenderer, reader: VideoReader
+    config: Config,
+    engine: Engine,
+    renderer: ChatRenderer,
+    reader: VideoReader,
+    rules: AgentConfig | None = None,
 ) -> Agent:
-    """The agent of a configuration, on an engine that has its lanes (`open_engine`)."""
+    """The agent of a configuration, on an engine that has its lanes (`open_engine`); with other
+    rules, of the same room or less, on request."""
     room = crop_tokens(config, renderer)
-    return Agent(engine, renderer, reader, agent_tools(config), config.agent, room)
+    return Agent(engine, renderer, reader, agent_tools(config), rules or config.agent, room)
 
 
 def open_engine(

@@ -328,8 +328,7 @@ class Run:
             )
         if not crops:
             agent = dataclasses.replace(agent, max_tool_rounds=0)
-        config = dataclasses.replace(self.config, agent=agent)
-        return open_agent(config, engine, self.renderer, self.reader)
+        return open_agent(self.config, engine, self.renderer, self.reader, agent)
 
     def evaluate(self, params: FlatParams) -> Evaluation:
         """Held-out figures: sampled as in training, greedy, and greedy without crops."""
