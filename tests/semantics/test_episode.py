@@ -41,7 +41,8 @@ from rollout.record import derive_seed
 from rollout.responses import strip_markup
 from rollout.tools import TOOLS, OwnVideo, Tool, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
-from tests.rollout_fakes import ScriptedEngine, ScriptedSession, SentinelReader, ToyRenderer
+from tests.rollout_fakes import SentinelReader, ToyRenderer
+from tests.scripted_engine import ScriptedEngine, ScriptedSession
 
 END = "<|im_end|>"
 ANSWER = f"I know.\n</think>\n<answer>red</answer>{END}"
