@@ -12,10 +12,10 @@ Both sides of a ratio run in one process, in turns, on the same random weights; 
 import os.path
 import sys
 
-sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
-import dataclasses
 import statistics
 import tempfile
 import time
@@ -221,7 +221,7 @@ def prefix(size: str, length: int, repeats: int) -> None:
     prompt = make_prompt(length, 0, policy.config)
     shared = engine_of(policy, {"main": Lane(1, 8, length, NEW)}, visit=NEW)
     copied = engine_of(policy, {"main": Lane(8, 1, length, NEW)}, visit=NEW)
-    timed = {"read copied": 0.0}
+    timed: dict[str, list[float]] = {}
     for limit, what in ((1, "read"), (NEW, "read and decode")):
         runs = {
             f"{what} shared": lambda limit=limit: run_all(
@@ -299,7 +299,7 @@ def mix(size: str, repeats: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description="The rollout engine against its alternatives.")
     parser.add_argument("what", choices=("generate", "prefix", "crops", "mix"))
     parser.add_argument("--size", choices=SIZES, default="5M")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.records import Frames, LaneCache, Prompt, Row, VideoRef, VisionFeatures
+from paravt_jax.records import Clip, Frames, LaneCache, Prompt, Row, VideoRef, VisionFeatures
 
 Params = Any
 """A pytree of weights: `{parameter name: array}`."""
@@ -142,6 +142,14 @@ class Renderer(Protocol):
         """Tokens from the end of an assistant turn to the head of the next one: all tool
         responses of the turn, then the assistant header. Assumes that the assistant turn
         ended with its end-of-turn token."""
+        ...
+
+    def clip(self, frames: Frames, start: float, end: float) -> Clip:
+        """Frames of a window, prepared to be shown in a tool response."""
+        ...
+
+    def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
+        """As `tool_turn`, with frames for responses; positions count from 0."""
         ...
 
     def encode(self, text: str) -> list[int]:

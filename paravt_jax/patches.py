@@ -49,6 +49,26 @@ def restride(prompt: Prompt, patches: int) -> np.ndarray:
     index, own = prompt.vision_index, prompt.patches
     if own is None or own.values.shape[1] == patches:
         return index
-    merge_area = int(own.grids.prod(axis=1).sum()) // int((index >= 0).sum())
-    before, after = own.values.shape[1] // merge_area, patches // merge_area
+    area = merge_area(prompt)
+    before, after = own.values.shape[1] // area, patches // area
     return np.where(index >= 0, index // before * after + index % before, -1).astype(np.int32)
+
+
+def merge_area(prompt: Prompt) -> int:
+    """How many patches make one vision token, counted from a prompt that has frames."""
+    assert prompt.patches is not None
+    return int(prompt.patches.grids.prod(axis=1).sum()) // int((prompt.vision_index >= 0).sum())
+
+
+def join_patches(items: Sequence[Patches | None]) -> Patches | None:
+    """Frames of all items one after the other, padded to the largest; None if there are none."""
+    present = [item for item in items if item is not None]
+    if len(present) < 2:
+        return present[0] if present else None
+    _, patches = largest(present)
+    values = [_widen(item.values, patches) for item in present]
+    return Patches(np.concatenate(values), np.concatenate([item.grids for item in present]))
+
+
+def _widen(values: np.ndarray, patches: int) -> np.ndarray:
+    return np.pad(values, ((0, 0), (0, patches - values.shape[1]), (0, 0)))

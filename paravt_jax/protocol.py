@@ -28,7 +28,24 @@ STRUCTURAL_TAGS = (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE, ANSWER_OPEN, 
 """Tags whose tokens make up the structure of a rollout."""
 
 TOOL_NAME = "crop_video"
-"""The only tool."""
+"""The tool that looks at a part of the video."""
+
+CROP_VIDEO_TOOL: dict[str, Any] = {
+    "type": "function",
+    "function": {
+        "name": TOOL_NAME,
+        "description": "Watch one part of the video closely and get a description of it.",
+        "parameters": {
+            "type": "object",
+            "properties": {
+                "start_time": {"type": "number", "description": "Start of the part, in seconds."},
+                "end_time": {"type": "number", "description": "End of the part, in seconds."},
+            },
+            "required": ["start_time", "end_time"],
+        },
+    },
+}
+"""Schema of the crop tool, in the form that chat templates take."""
 
 Window = tuple[float, float]
 

@@ -116,6 +116,19 @@ class Patches:
 
 
 @dataclasses.dataclass(frozen=True)
+class Clip:
+    """Frames of one window of a video, ready to be shown in a tool response."""
+
+    start: float
+    """Start of the window in seconds."""
+    end: float
+    """End of the window in seconds."""
+    times: np.ndarray
+    """float64 `[f]`, seconds from the beginning of the whole video."""
+    patches: Patches
+
+
+@dataclasses.dataclass(frozen=True)
 class Prompt:
     """A rendered prompt: what the model reads before its first generated token."""
 
@@ -172,6 +185,16 @@ class Turn:
 
 
 @dataclasses.dataclass(frozen=True)
+class Shown:
+    """Tool responses with frames, as they stand in a token stream."""
+
+    at: int
+    """Where `block` begins in `Trajectory.tokens`."""
+    block: Prompt
+    """The same tokens, with their frames; positions count from 0."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Trajectory:
     """One rollout: the token stream exactly as the sampler saw it, and what came of it."""
 
@@ -189,6 +212,8 @@ class Trajectory:
     """Everything after the prompt as text, for people."""
     subagents: tuple["Trajectory", ...] = ()
     """Sub-agent rollouts, in call order."""
+    shown: tuple[Shown, ...] = ()
+    """Frames that tool responses put into this stream itself, in stream order."""
     policy_version: int = 0
     """Optimiser step of the weights that sampled this."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)

@@ -13,26 +13,11 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from paravt_jax.records import Frames, Patches, Prompt, Row
+from paravt_jax.patches import join_patches
+from paravt_jax.records import Clip, Frames, Patches, Prompt, Row
 from paravt_jax.rope_index import mrope_positions, vision_index
+from paravt_jax.structure import token_bytes
 from pipelines.preprocess import SPECS, FrameSpec, to_patches
-
-CROP_VIDEO_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": "crop_video",
-        "description": "Watch one part of the video closely and get a description of it.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "start_time": {"type": "number", "description": "Start of the part, in seconds."},
-                "end_time": {"type": "number", "description": "End of the part, in seconds."},
-            },
-            "required": ["start_time", "end_time"],
-        },
-    },
-}
-"""Schema of the crop tool, in the form that chat templates take."""
 
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
@@ -59,6 +44,8 @@ class PromptTexts:
         "only what the frames show."
     )
     """Request to a sub-agent; `{start}` and `{end}` are the window in seconds."""
+    clip: str = "{count} frames from {start:g} to {end:g} seconds:\n"
+    """Stands before frames in a tool response; `{count}` is their number."""
 
 
 class ChatRenderer:
@@ -75,6 +62,7 @@ class ChatRenderer:
         spec: how frames become patches, as images or as a video.
         texts: the words around frames and question.
         eos_ids: tokens that end a turn; default: the tokenizer's own.
+        tools: schemas of the tools that prompts offer, as chat templates take them.
     """
 
     def __init__(
@@ -83,9 +71,11 @@ class ChatRenderer:
         spec: FrameSpec,
         texts: PromptTexts | None = None,
         eos_ids: Sequence[int] = (),
+        tools: Sequence[dict[str, Any]] = (),
     ):
         self.tokenizer, self.spec, self.mode = tokenizer, spec, spec.mode
         self.texts = texts or PromptTexts()
+        self.tools = list(tools)
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or (tokenizer.eos_token_id,)
         self.pad_id: int = _first(tokenizer.pad_token_id, self.eos_ids[0])
         self._pad_text = f"<|{self.mode}_pad|>"
@@ -102,6 +92,7 @@ class ChatRenderer:
         mode: str = "image",
         texts: PromptTexts | None = None,
         pixels: tuple[int, int] | None = None,
+        tools: Sequence[dict[str, Any]] = (),
     ) -> ChatRenderer:
         """Load tokenizer, frame specification and end-of-turn tokens from a model folder.
 
@@ -111,6 +102,7 @@ class ChatRenderer:
             texts: the words around frames and question.
             pixels: fewest and most pixels of a frame (see `FrameSpec.limited`), instead of the
                 folder's own limits.
+            tools: schemas of the tools that prompts offer.
 
         Raises:
             ValueError: an unknown mode, or the folder lacks a tokenizer or the mode's processor.
@@ -123,14 +115,17 @@ class ChatRenderer:
             raise ValueError(f"{folder}: no tokenizer to load ({error})") from error
         spec = SPECS[mode].from_folder(folder)
         spec = spec.limited(*pixels) if pixels else spec
-        return cls(tokenizer, spec, texts, _eos_ids(folder))
+        return cls(tokenizer, spec, texts, _eos_ids(folder), tools)
 
     def main_prompt(self, row: Row, frames: Frames | None, tools: bool) -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
 
         Raises:
-            ValueError: the question spells out a control token of the tokenizer.
+            ValueError: the question spells out a control token of the tokenizer, or tools are to
+                be offered and the renderer knows none.
         """
+        if tools and not self.tools:
+            raise ValueError("tools=True, but the renderer has none: give it tools=[schema, ...]")
         if found := self._control.search(row.question):
             raise ValueError(
                 f"row {row.row_id}: the question contains the control token "
@@ -159,9 +154,8 @@ class ChatRenderer:
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        text = self._render(messages, [CROP_VIDEO_TOOL] if tools else None)
-        if frames is not None and self.mode == "video":
-            text = text.replace(self._pad_text, self._video_text(frames.times), 1)
+        text = self._render(messages, self.tools if tools else None)
+        text = self._with_times(text, [] if frames is None else [frames.times])
         tokens = self.encode(text)
         return _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
 
@@ -171,10 +165,37 @@ class ChatRenderer:
         Control tokens inside responses are dropped: a sub-agent's words must not open or
         close turns of the main agent.
         """
-        tools = [{"role": "tool", "content": self._control.sub("", text)} for text in responses]
+        return self.encode(self._tool_text(responses))
+
+    def clip(self, frames: Frames, start: float, end: float) -> Clip:
+        """Frames of a window, cut into patches.
+
+        Raises:
+            ValueError: the frames do not have the size that the model sees (see `to_patches`).
+        """
+        return Clip(start, end, frames.times, to_patches(frames.pixels, self.spec))
+
+    def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
+        """As `tool_turn`, for responses that are words or frames; positions count from 0."""
+        clips = [response for response in responses if isinstance(response, Clip)]
+        text = self._with_times(self._tool_text(responses), [clip.times for clip in clips])
+        patches = join_patches([clip.patches for clip in clips])
+        return _with_vision(self.encode(text), patches, self._vision_id, self.spec.merge_size)
+
+    def _tool_text(self, responses: Sequence[str | Clip]) -> str:
+        tools = [{"role": "tool", "content": self._response(response)} for response in responses]
         spoken = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         _, _, turn = self._render([*spoken, *tools]).partition("!" + self.tokenizer.eos_token)
-        return self.encode(turn)
+        return turn
+
+    def _response(self, response: str | Clip) -> str | list[dict[str, str]]:
+        """Content of a tool message."""
+        if isinstance(response, str):
+            return self._control.sub("", response)
+        count = len(response.times)
+        head = self.texts.clip.format(count=count, start=response.start, end=response.end)
+        words = [{"type": "text", "text": head}] if head else []
+        return [*words, *self._frame_parts(response.times)]
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text in which special tokens are written out.
@@ -192,6 +213,13 @@ class ChatRenderer:
             skip_special_tokens=False,
             clean_up_tokenization_spaces=False,
         )
+
+    def token_contents(self, size: int) -> list[bytes]:
+        """Bytes of each token id below `size`, the number of logits."""
+        added = {
+            index: token.content for index, token in self.tokenizer.added_tokens_decoder.items()
+        }
+        return token_bytes(self.tokenizer.get_vocab(), added, size)
 
     def _remembered(self) -> Callable[[str], tuple[int, ...]]:
         """Encoding of one piece, with a memory of its own per renderer."""
@@ -222,6 +250,14 @@ class ChatRenderer:
         for time in times:
             parts += [{"type": "text", "text": _stamp(time)}, {"type": "image"}]
         return parts
+
+    def _with_times(self, text: str, times: Sequence[np.ndarray]) -> str:
+        """The text with each video's one vision token written out, as the processor does it."""
+        if self.mode != "video":
+            return text
+        first, *rest = text.split(self._pad_text)
+        shown = zip(map(self._video_text, times), rest, strict=True)
+        return first + "".join(video + after for video, after in shown)
 
     def _video_text(self, times: np.ndarray) -> str:
         """What the processor puts in the place of a video's one vision token."""

@@ -7,6 +7,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import cv2
 import numpy as np
@@ -24,6 +25,10 @@ WHOLE_BYTES = 1 << 20
 
 Size = tuple[int, int]
 """Height and width in pixels."""
+Key = tuple[str, Size]
+"""What frames are kept by: the file and their size."""
+Decoded = dict[int, np.ndarray | None]
+"""Frames by index; None for one that the container announces but does not hold."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,7 +136,8 @@ class VideoReader:
         spec: the size that frames are resized to before they are cached, so that no
             full-resolution frame is held. Without it frames keep the size of the file.
 
-    Methods may be called from several threads; a copy sent to another process starts empty.
+    Methods may be called from several threads, which never decode the same frame twice at a time,
+    and do not change one another's results. A copy sent to another process starts empty.
     """
 
     def __init__(
@@ -152,9 +158,10 @@ class VideoReader:
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
-        self._frames: OrderedDict[tuple[str, Size], dict[int, np.ndarray]] = OrderedDict()
+        self._frames: OrderedDict[Key, Decoded] = OrderedDict()
+        self._coming: dict[Key, dict[int, Future[Decoded]]] = {}
         self._infos: dict[str, VideoInfo] = {}
-        self._held = 0
+        self._held = self._asked = self._decoded = 0
 
     def __getstate__(self) -> dict:
         kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec")
@@ -168,6 +175,15 @@ class VideoReader:
     def cached_bytes(self) -> int:
         """Bytes of decoded frames held now."""
         return self._held
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Frames asked for and frames decoded so far, and bytes held, for `metrics.jsonl`."""
+        return {
+            "frames/asked": float(self._asked),
+            "frames/decoded": float(self._decoded),
+            "frames/cache_bytes": float(self._held),
+        }
 
     def overview(self, video: VideoRef, count: int) -> Frames:
         """`count` frames spread over the whole video (all of them if it has fewer).
@@ -198,15 +214,70 @@ class VideoReader:
 
     def _read(self, path: str, info: VideoInfo, indices: np.ndarray) -> Frames:
         wanted = indices.tolist()
-        size = self._target_size(info, len(wanted))
-        found = self._lookup((path, size), wanted)
-        missing = [index for index in wanted if index not in found]
-        if missing:
-            small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
-            decoded = decode(path, range(info.frames) if small else missing, size)
-            self._store((path, size), decoded)
-            found |= decoded
-        return Frames(np.stack([found[index] for index in wanted]), indices / info.fps)
+        key = (path, self._target_size(info, len(wanted)))
+        small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
+        with self._lock:
+            self._asked += len(wanted)
+        found = None
+        while found is None:
+            found = self._gather(key, wanted, range(info.frames) if small else ())
+        frames = complete(path, found)
+        return Frames(np.stack([frames[index] for index in wanted]), indices / info.fps)
+
+    def _gather(self, key: Key, wanted: Sequence[int], others: Sequence[int]) -> Decoded | None:
+        """The frames wanted, from the cache, from this thread or from another one; None if another
+        one failed, whose request may have been at fault."""
+        found, awaited, mine, promise = self._claim(key, wanted, others)
+        if mine:
+            found |= self._decode(key, mine, promise)
+        for index, future in awaited.items():
+            if future.exception() is not None:
+                return None
+            found[index] = future.result()[index]
+        return {index: found[index] for index in wanted}
+
+    def _claim(
+        self, key: Key, wanted: Sequence[int], others: Sequence[int]
+    ) -> tuple[Decoded, dict[int, Future[Decoded]], list[int], Future[Decoded]]:
+        """What the cache holds, what is on its way, what this thread must decode, and where to.
+
+        If anything has to be decoded, so are `others`, unless they are held or on their way.
+        """
+        promise: Future[Decoded] = Future()
+        with self._lock:
+            held, coming = self._frames.get(key, {}), self._coming.setdefault(key, {})
+            if held:
+                self._frames.move_to_end(key)
+            missing = [index for index in wanted if index not in held and index not in coming]
+            if missing:
+                more = [index for index in others if index not in held and index not in coming]
+                missing = sorted({*missing, *more})
+            found = {index: held[index] for index in wanted if index in held}
+            awaited = {index: coming[index] for index in wanted if index in coming}
+            coming.update(dict.fromkeys(missing, promise))
+        return found, awaited, missing, promise
+
+    def _decode(self, key: Key, mine: list[int], promise: Future[Decoded]) -> Decoded:
+        """Decode what was claimed, for the cache and for everybody who waits for it."""
+        try:
+            present = decode_present(key[0], mine, key[1])
+        except BaseException as error:
+            with self._lock:
+                self._forget(key, mine)
+            promise.set_exception(error)
+            raise
+        decoded: Decoded = {index: present.get(index) for index in mine}
+        with self._lock:
+            self._forget(key, mine)
+            self._store(key, decoded)
+            self._decoded += len(mine)
+        promise.set_result(decoded)
+        return decoded
+
+    def _forget(self, key: Key, indices: Sequence[int]) -> None:
+        """These frames are no longer on their way."""
+        for index in indices:
+            del self._coming[key][index]
 
     def _target_size(self, info: VideoInfo, count: int) -> Size:
         """Of `count` frames shown together."""
@@ -214,24 +285,16 @@ class VideoReader:
             return info.height, info.width
         return self._spec.target_size(info.height, info.width, count)
 
-    def _lookup(self, key: tuple[str, Size], indices: Sequence[int]) -> dict[int, np.ndarray]:
-        with self._lock:
-            held = self._frames.get(key, {})
-            if held:
-                self._frames.move_to_end(key)
-            return {index: held[index] for index in indices if index in held}
-
-    def _store(self, key: tuple[str, Size], decoded: dict[int, np.ndarray]) -> None:
+    def _store(self, key: Key, decoded: Decoded) -> None:
         # A file's frames are kept apart by size: as video, few are shown larger than many.
-        with self._lock:
-            held = self._frames.setdefault(key, {})
-            self._frames.move_to_end(key)
-            self._held -= _size(held)
-            held.update(decoded)
-            self._held += _size(held)
-            while self._held > self._cache_bytes:
-                _, dropped = self._frames.popitem(last=False)
-                self._held -= _size(dropped)
+        held = self._frames.setdefault(key, {})
+        self._frames.move_to_end(key)
+        self._held -= _size(held)
+        held.update(decoded)
+        self._held += _size(held)
+        while self._held > self._cache_bytes:
+            _, dropped = self._frames.popitem(last=False)
+            self._held -= _size(dropped)
 
 
 def decode(path: str, indices: Sequence[int], size: Size | None = None) -> dict[int, np.ndarray]:
@@ -243,32 +306,55 @@ def decode(path: str, indices: Sequence[int], size: Size | None = None) -> dict[
     Raises:
         ValueError: fewer than half of the frames could be decoded.
     """
+    present = decode_present(path, indices, size)
+    return complete(path, {index: present.get(index) for index in indices})
+
+
+def complete(path: str, frames: Decoded) -> dict[int, np.ndarray]:
+    """Frames in ascending order, with copies of the last one present in the places of absent ones.
+
+    Raises:
+        ValueError: fewer than half of them are present.
+    """
+    present = [frame for frame in frames.values() if frame is not None]
+    if 2 * len(present) < len(frames) or not present:
+        raise ValueError(
+            f"video {path}: only {len(present)} of {len(frames)} frames can be decoded; {REMEDY}"
+        )
+    return {index: present[-1] if frame is None else frame for index, frame in frames.items()}
+
+
+def decode_present(
+    path: str, indices: Sequence[int], size: Size | None = None
+) -> dict[int, np.ndarray]:
+    """As `decode`, without the frames that cannot be decoded.
+
+    Raises:
+        ValueError: the file cannot be opened.
+    """
     capture = _open(path)
     frames: dict[int, np.ndarray] = {}
     for index in indices:
-        if not _advance(capture, index):
-            break
-        ok, image = capture.retrieve()
-        if not ok:
-            break
-        image = cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
-        frames[index] = image if size is None else resize(image, size)
+        # What lies between two frames may be damaged: a second attempt goes straight to the frame.
+        image = _grab(capture, index)
+        if image is None:
+            image = _grab(capture, index, seek=True)
+        if image is not None:
+            frames[index] = image if size is None else resize(image, size)
     capture.release()
-    if 2 * len(frames) < len(indices) or not frames:
-        raise ValueError(
-            f"video {path}: only {len(frames)} of {len(indices)} frames can be decoded; {REMEDY}"
-        )
-    last = next(reversed(frames.values()))
-    return {index: frames.get(index, last) for index in indices}
+    return frames
 
 
-def _advance(capture: cv2.VideoCapture, index: int) -> bool:
-    """Grab frame `index`, which lies at or after the capture's position."""
+def _grab(capture: cv2.VideoCapture, index: int, seek: bool = False) -> np.ndarray | None:
+    """Frame `index` as RGB, which lies at or after the capture's position unless `seek`."""
     position = int(capture.get(cv2.CAP_PROP_POS_FRAMES))
-    if index - position > SEEK_GAP:
+    if seek or index - position > SEEK_GAP:
         capture.set(cv2.CAP_PROP_POS_FRAMES, index)
         position = index
-    return all(capture.grab() for _ in range(index - position + 1))
+    if not all(capture.grab() for _ in range(index - position + 1)):
+        return None
+    ok, image = capture.retrieve()
+    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if ok else None
 
 
 def _open(path: str) -> cv2.VideoCapture:
@@ -282,5 +368,5 @@ def _open(path: str) -> cv2.VideoCapture:
     return capture
 
 
-def _size(frames: dict[int, np.ndarray]) -> int:
-    return sum(frame.nbytes for frame in frames.values())
+def _size(frames: Decoded) -> int:
+    return sum(frame.nbytes for frame in frames.values() if frame is not None)

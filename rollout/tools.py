@@ -1,28 +1,133 @@
-"""The tools that an agent may call.
+"""The tools that an agent may call: each a schema for the prompt and a function.
 
-A tool of this project looks at a window of the row's own video: it turns a parsed call
-into a window, or into words about what is wrong with the call. Whatever path a call
-names is never used. The schema that the model reads belongs to the renderer.
+    def video_length(call: ToolCall, video: OwnVideo) -> str:
+        return f"{video.duration:g} seconds"
+
+    tools = registry(crop_video(), Tool(schema, video_length))
+
+A function runs on a worker thread. It returns words, or a `View`: frames that a sub-agent
+reports on, or that are shown to the main agent, as the agent's `evidence` says. What is
+wrong with a call it raises as a `ToolError`, in words for the model; whatever else it raises
+becomes an error response too. The only file it is handed is the row's own video, whatever
+path a call names.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 from collections.abc import Callable, Mapping
+from typing import Any
 
-from paravt_jax.protocol import TOOL_NAME, Window, crop_window
-from paravt_jax.records import ToolCall
+from paravt_jax.interfaces import FrameReader
+from paravt_jax.protocol import CROP_VIDEO_TOOL, crop_window
+from paravt_jax.records import Frames, ToolCall, VideoRef
 
-Tool = Callable[[ToolCall, float], Window | str]
-"""From a call and the duration of the video in seconds to a window, or to an error text."""
-
-TOOLS: Mapping[str, Tool] = {TOOL_NAME: crop_window}
-"""The registry: every tool by name."""
+_LOG = logging.getLogger(__name__)
 
 
-def plan(tools: Mapping[str, Tool], call: ToolCall, duration: float) -> Window | str:
-    """The window that a call asks for, or the error that answers it. Never raises on bad calls."""
+class ToolError(Exception):
+    """Why a call has no result, in words for the model."""
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """Frames of a window that a tool found."""
+
+    frames: Frames
+    start: float
+    """Start of the window in seconds."""
+    end: float
+    """End of the window in seconds."""
+
+
+class OwnVideo:
+    """The row's own video, as a tool may see it."""
+
+    def __init__(self, reader: FrameReader, video: VideoRef) -> None:
+        self._reader, self._video = reader, video
+
+    @property
+    def duration(self) -> float:
+        """Length in seconds."""
+        return self._video.duration
+
+    def clip(self, start: float, end: float) -> View:
+        """Frames of the window [start, end) seconds.
+
+        Raises:
+            ToolError: they cannot be decoded.
+        """
+        try:
+            return View(self._reader.clip(self._video, start, end), start, end)
+        except Exception as error:  # whatever a decoder raises on a broken file
+            _LOG.warning("crop %g-%g of %s failed: %s", start, end, self._video.path, error)
+            raise ToolError("this window of the video could not be read") from error
+
+
+ToolFunction = Callable[[ToolCall, OwnVideo], str | View]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tool:
+    """What the model reads about a tool, and what happens when it is called."""
+
+    schema: Mapping[str, Any]
+    """In the form that chat templates take: `{"type": "function", "function": {...}}`."""
+    run: ToolFunction
+    timeout: float | None = None
+    """Seconds that a call may take; None: the agent's `tool_timeout`."""
+
+    @property
+    def name(self) -> str:
+        """The name that calls use."""
+        return self.schema["function"]["name"]
+
+
+Tools = Mapping[str, Tool]
+"""Tools by name."""
+
+
+def registry(*tools: Tool) -> Tools:
+    """Tools by name.
+
+    Raises:
+        ValueError: two have the same name.
+    """
+    named = {tool.name: tool for tool in tools}
+    if len(named) < len(tools):
+        raise ValueError(f"tools {', '.join(tool.name for tool in tools)}: a name occurs twice")
+    return named
+
+
+def crop_video(evidence: str = "text") -> Tool:
+    """The crop tool; its description says whether a call gives words or frames."""
+    schema = CROP_VIDEO_TOOL
+    if evidence == "frames":
+        words = "Watch one part of the video closely: get more frames of it."
+        schema = {**schema, "function": {**schema["function"], "description": words}}
+    return Tool(schema, _crop)
+
+
+def _crop(call: ToolCall, video: OwnVideo) -> View:
+    window = crop_window(call, video.duration)
+    if isinstance(window, str):
+        raise ToolError(window)
+    return video.clip(*window)
+
+
+TOOLS: Tools = registry(crop_video())
+"""What an agent has unless it is told otherwise."""
+
+
+def find(tools: Tools, call: ToolCall) -> Tool:
+    """The tool that a call names.
+
+    Raises:
+        ToolError: the call is malformed, or no tool has this name.
+    """
     if call.error is not None:
-        return call.error
+        raise ToolError(call.error)
     if call.name not in tools:
-        return f"unknown tool {call.name[:40]!a}; available: {', '.join(tools)}"
-    return tools[call.name](call, duration)
+        raise ToolError(f"unknown tool {call.name[:40]!a}; available: {', '.join(tools)}")
+    return tools[call.name]

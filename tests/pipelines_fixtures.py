@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import tempfile
 
+from paravt_jax.protocol import CROP_VIDEO_TOOL
 from pipelines.needle.questions import NeedleQuestion, ask
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import NEEDLE_TEXTS
@@ -31,7 +32,9 @@ def processor_folder() -> str:
 @functools.cache
 def renderer(mode: str = "image") -> ChatRenderer:
     """The needle world's renderer."""
-    return ChatRenderer.from_folder(processor_folder(), mode=mode, texts=NEEDLE_TEXTS)
+    return ChatRenderer.from_folder(
+        processor_folder(), mode=mode, texts=NEEDLE_TEXTS, tools=[CROP_VIDEO_TOOL]
+    )
 
 
 @functools.cache

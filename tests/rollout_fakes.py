@@ -10,7 +10,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from paravt_jax.blocks import text_block
+from paravt_jax.patches import join_patches
 from paravt_jax.records import (
+    Clip,
     Frames,
     LaneCache,
     Patches,
@@ -43,6 +46,21 @@ class ToyRenderer:
         body = "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in responses)
         return self.encode(f"\n<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
 
+    def clip(self, frames: Frames, start: float, end: float) -> Clip:
+        count = len(frames.times)
+        values = np.full((count, MERGE, 3), start, np.float32)
+        return Clip(start, end, frames.times, Patches(values, np.full((count, 2), 2, np.int32)))
+
+    def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
+        """A frame is one token between its words and the next."""
+        clips = [response for response in responses if isinstance(response, Clip)]
+        words = [r if isinstance(r, str) else "<|image|>" * len(r.times) for r in responses]
+        block = text_block(self.tool_turn(words))
+        seen = block.tokens == IMAGE
+        index = np.where(seen, np.cumsum(seen) - 1, -1).astype(np.int32)
+        patches = join_patches([clip.patches for clip in clips])
+        return dataclasses.replace(block, vision_index=index, patches=patches)
+
     def encode(self, text: str) -> list[int]:
         parts = re.split("(" + "|".join(map(re.escape, SPECIAL)) + ")", text)
         ids = [
@@ -57,9 +75,7 @@ class ToyRenderer:
 
 def text_prompt(text: str) -> Prompt:
     """A prompt without frames."""
-    tokens = np.asarray(ToyRenderer().encode(text), np.int32)
-    positions = np.repeat(np.arange(len(tokens), dtype=np.int32)[:, None], 3, axis=1)
-    return Prompt(tokens, positions, np.full(len(tokens), -1, np.int32))
+    return text_block(ToyRenderer().encode(text))
 
 
 def image_prompt(text: str, frames: int, patches: int, seed: int, values: int = 3) -> Prompt:
@@ -176,6 +192,7 @@ class SentinelReader:
 
     def __init__(self, broken_from: float = 1e9) -> None:
         self.opened: list[str] = []
+        self.clips: list[tuple[float, float]] = []
         self.broken_from = broken_from
 
     def overview(self, video: VideoRef, count: int) -> Frames:
@@ -184,6 +201,7 @@ class SentinelReader:
     def clip(self, video: VideoRef, start: float, end: float) -> Frames:
         if start >= self.broken_from:
             raise OSError(f"cannot decode {video.path}")
+        self.clips.append((start, end))
         return self._frames(video)
 
     def _frames(self, video: VideoRef) -> Frames:

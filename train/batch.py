@@ -7,9 +7,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paravt_jax.blocks import whole_stream
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup
-from paravt_jax.rope_index import next_position
+from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup, Shown
+from paravt_jax.shapes import bucket
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,6 +24,8 @@ class Stream:
     """float32 `[t]`."""
     log_probs: np.ndarray
     """float32 `[t]`, the sampler's; 0 where it did not sample."""
+    shown: tuple[Shown, ...] = ()
+    """Frames that came after the prompt."""
 
 
 def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
@@ -33,7 +36,7 @@ def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
 def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
     """Streams of all rollouts, group by group; what the policy generated is trained."""
     return [
-        Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs)
+        Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs, t.shown)
         for group in groups
         for t in group.trajectories
     ]
@@ -51,26 +54,30 @@ def learner_batch(
     """Pad streams to `[b, length]`; each group's prompt shows at least `frames` frames of at least
     `frame_patches` patches, padding included.
 
+    If tool responses brought frames into any stream, every row is a group of its own, with the
+    frames of its prompt and then its own; their number is padded to one of few.
+
     Raises:
       ValueError: a stream is longer than `length` (the caller chose the bucket wrongly).
     """
     longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
     if longest > length:
         raise ValueError(f"a stream of {longest} tokens does not fit the batch length {length}")
-    shown = [s.prompt.patches for s in streams[::group_size]]
-    most_frames, most_patches = largest(shown)
+    wholes = [whole_stream(s.prompt, s.tokens, s.shown) for s in streams]
+    alone = any(s.shown for s in streams)
+    seen = [whole.patches for whole in wholes[:: 1 if alone else group_size]]
+    most_frames, most_patches = largest(seen)
     patches, grids = None, None
     if most_frames:
+        most_frames = max(frames, bucket(most_frames) if alone else most_frames)
         most_patches = max(most_patches, frame_patches)
-        patches, grids = stack_patches(shown, max(frames, most_frames), most_patches)
+        patches, grids = stack_patches(seen, most_frames, most_patches)
     zeros = np.zeros((len(streams), length), np.float32)
     return LearnerBatch(
-        tokens=_rows(
-            [np.concatenate([s.prompt.tokens, s.tokens]) for s in streams], length, pad_id
-        ),
-        positions=_rows([_positions(s) for s in streams], length, 0),
-        vision_index=_rows([_vision_index(s, most_patches) for s in streams], length, -1),
-        lengths=np.array([len(s.prompt.tokens) + len(s.tokens) for s in streams], np.int32),
+        tokens=_rows([whole.tokens for whole in wholes], length, pad_id),
+        positions=_rows([whole.positions for whole in wholes], length, 0),
+        vision_index=_rows([restride(whole, most_patches) for whole in wholes], length, -1),
+        lengths=np.array([len(whole.tokens) for whole in wholes], np.int32),
         loss_weights=_values([s.loss_weights for s in streams], streams, length),
         behaviour_log_probs=_values([s.log_probs for s in streams], streams, length),
         reference_log_probs=zeros,
@@ -80,18 +87,6 @@ def learner_batch(
         grids=grids,
         features=None,
     )
-
-
-def _vision_index(stream: Stream, patches: int) -> np.ndarray:
-    index = restride(stream.prompt, patches)
-    return np.pad(index, (0, len(stream.tokens)), constant_values=-1)
-
-
-def _positions(stream: Stream) -> np.ndarray:
-    """Text after the prompt continues at the largest position so far plus one, on all axes."""
-    first = next_position(stream.prompt.positions)
-    text = np.arange(first, first + len(stream.tokens), dtype=np.int32)
-    return np.concatenate([stream.prompt.positions, np.repeat(text[:, None], 3, axis=1)])
 
 
 def _rows(rows: list[np.ndarray], length: int, fill: int) -> np.ndarray:

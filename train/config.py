@@ -18,7 +18,7 @@ from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
-from rollout.agent import AgentConfig
+from rollout.limits import AgentConfig
 
 
 class Stage(enum.StrEnum):

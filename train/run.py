@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from models.qwen3_vl import save_folder
 from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
-from paravt_jax.records import RolloutGroup
+from paravt_jax.records import RolloutGroup, Row
 from pipelines.datasets import folder_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
@@ -26,6 +27,7 @@ from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
 from train import setup
+from train.agent import open_agent, open_engine, prompt_tokens
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import Lessons, cold_start
@@ -200,12 +202,6 @@ class Run:
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
-        self.engine = Engine(
-            self.model.policy,
-            eos_ids=self.renderer.eos_ids,
-            pad_id=self.renderer.pad_id,
-            frame_patches=self.renderer.spec.max_patches,
-        )
 
     def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
@@ -252,7 +248,7 @@ class Run:
         parts = Parts(
             config=config,
             prompts=stream,
-            agent=self.agent(),
+            agent=self.agent(self._training_engine()),
             learner=learner,
             reference=self.reference,
             checkpoints=self.checkpoints,
@@ -293,7 +289,36 @@ class Run:
             stream.set_state(self.data_state)
         return stream
 
-    def agent(self, temperature: float | None = None, crops: bool = True) -> Agent:
+    def _training_engine(self) -> Engine:
+        """Room for the rollouts of one step."""
+        rows = (self.rows[index] for index in range(len(self.rows)))
+        frames = max(self.config.data.frame_budgets)
+        return self._engine(
+            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size
+        )
+
+    @functools.cached_property
+    def _evaluation_engine(self) -> Engine:
+        """Room for a batch of held-out questions, one rollout each."""
+        settings = self.config.evaluation
+        prompts = min(settings.batch, len(self.held_out))
+        return self._engine(self.held_out, settings.frame_budget, prompts, 1)
+
+    def _engine(self, rows: Iterable[Row], frames: int, prompts: int, copies: int) -> Engine:
+        """An engine for any of the questions; says what its cache takes before it is allocated."""
+        engine = open_engine(
+            self.config,
+            self.model.policy,
+            self.renderer,
+            prompts=prompts,
+            copies=copies,
+            prompt_tokens=prompt_tokens(self.renderer, rows, frames),
+        )
+        size = engine.cache_bytes() / 2**20
+        self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
+        return engine
+
+    def agent(self, engine: Engine, temperature: float | None = None, crops: bool = True) -> Agent:
         """The agent of the configuration; other temperature, or forbidden to crop, on request."""
         agent = self.config.agent
         if temperature is not None:
@@ -306,17 +331,22 @@ class Run:
             )
         if not crops:
             agent = dataclasses.replace(agent, max_tool_rounds=0)
-        return Agent(self.engine, self.renderer, self.reader, config=agent)
+        return open_agent(self.config, engine, self.renderer, self.reader, agent)
 
     def evaluate(self, params: FlatParams) -> Evaluation:
         """Held-out figures: sampled as in training, greedy, and greedy without crops."""
         if not self.held_out:
             return {}
+        engine = self._evaluation_engine
         with_tools = self._items(tools=True)
         modes = [
-            Mode("sampled", self._runner(self.agent()), with_tools),
-            Mode("greedy", self._runner(self.agent(0.0)), with_tools),
-            Mode("no crops", self._runner(self.agent(0.0, crops=False)), self._items(tools=False)),
+            Mode("sampled", self._runner(self.agent(engine)), with_tools),
+            Mode("greedy", self._runner(self.agent(engine, 0.0)), with_tools),
+            Mode(
+                "no crops",
+                self._runner(self.agent(engine, 0.0, crops=False)),
+                self._items(tools=False),
+            ),
         ]
         return evaluate(
             params, modes, _figures, batch=self.config.evaluation.batch, seed=EVALUATION_SEED

@@ -27,7 +27,7 @@ from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Row
-from paravt_jax.structure import ANCHOR_TAGS, TagTable, tag_table, token_bytes
+from paravt_jax.structure import ANCHOR_TAGS, TagTable, tag_table
 from pipelines.datasets import folder_rows, needle_questions
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
@@ -37,6 +37,7 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer, PromptTexts
 from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
+from train.agent import agent_tools
 from train.config import Config
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
@@ -82,15 +83,12 @@ class Model:
         """Prompts in the model's own chat template."""
         data = config.data
         texts, pixels = PROMPT_TEXTS[data.instructions], (data.min_pixels, data.max_pixels)
-        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels)
+        schemas = [dict(tool.schema) for tool in agent_tools(config).values()]
+        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
     def tags(self, renderer: ChatRenderer) -> TagTable:
         """Where anchored tags stand in token streams of this tokenizer."""
-        added = {
-            index: token.content for index, token in renderer.tokenizer.added_tokens_decoder.items()
-        }
-        size = self.policy.config.text.vocab_size
-        return tag_table(token_bytes(renderer.tokenizer.get_vocab(), added, size), ANCHOR_TAGS)
+        return tag_table(renderer.token_contents(self.policy.config.text.vocab_size), ANCHOR_TAGS)
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:

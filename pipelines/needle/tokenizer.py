@@ -17,10 +17,11 @@ from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalize
 from tokenizers import pre_tokenizers as splits
 from transformers import PreTrainedTokenizerFast
 
+from paravt_jax.protocol import CROP_VIDEO_TOOL
 from pipelines.needle import traces
 from pipelines.needle.world import COLOURS, SHAPES, Event, NeedleWorld
 from pipelines.preprocess import ImageSpec
-from pipelines.render import CROP_VIDEO_TOOL, PromptTexts
+from pipelines.render import PromptTexts
 
 VOCABULARY = 512
 CONTROL = (

@@ -14,18 +14,35 @@
 11. No file but the row's own video is ever opened, whatever a call names.
 12. A response contains no special token and no structural tag, whoever wrote it.
 13. Every rollout and every call has a seed of its own, which the batch does not change.
+14. Crops are decoded while the device decodes; equal calls in one run are one piece of work.
+15. Where calls are sequential, the first of a turn is run and the others get errors.
+16. Where frames are the evidence, they stand in the main stream and no sub-agent is asked.
+17. No episode is longer than its cap of tokens, and it still ends in an answer.
+18. A tool that takes too long, or fails, gets an error response; the others still run.
+19. How fast host threads are changes no record.
 """
 
 from __future__ import annotations
 
 import json
+import random
+import threading
+import time
 
 import numpy as np
 import pytest
 
-from paravt_jax.records import Row, StopReason, Trajectory, VideoRef
-from rollout.agent import Agent, AgentConfig, derive_seed, strip_markup
-from tests.rollout_fakes import ScriptedEngine, SentinelReader, ToyRenderer
+from paravt_jax.blocks import whole_stream
+from paravt_jax.records import Row, StopReason, ToolCall, Trajectory, VideoRef
+from pipelines.render import ChatRenderer
+from rollout.agent import Agent
+from rollout.limits import AgentConfig, lanes, measure
+from rollout.record import derive_seed
+from rollout.responses import strip_markup
+from rollout.tools import TOOLS, OwnVideo, Tool, crop_video, registry
+from tests.pipelines_fixtures import processor_folder
+from tests.rollout_fakes import SentinelReader, ToyRenderer
+from tests.scripted_engine import ScriptedEngine, ScriptedSession
 
 END = "<|im_end|>"
 ANSWER = f"I know.\n</think>\n<answer>red</answer>{END}"
@@ -43,15 +60,29 @@ def calls_turn(*calls: str) -> str:
     return "I look.\n</think>\n" + "\n".join(calls) + END
 
 
+CROP_TOKENS = 300
+"""More than any crop of the toy renderer takes."""
+
+
+def scripted_engine(config: AgentConfig, turns_B, report=None, copies=1, visit=16):
+    """An engine with the lanes that the agent asks for, over a script."""
+    shape = {"prompts": len(turns_B), "copies": copies, "prompt_tokens": 200}
+    shapes = lanes(config, RENDERER, **shape, crop_tokens=CROP_TOKENS)
+    return ScriptedEngine(shapes, turns_B, report, visit)
+
+
 class Episode:
     """One rollout under a script, and everything around it."""
 
-    def __init__(self, *turns: str, reader=None, report=None, **config) -> None:
+    def __init__(self, *turns: str, reader=None, report=None, tools=None, **config) -> None:
         limits = {"turn_tokens": 1000, "answer_tokens": 80, "response_tokens": 150}
         self.config = AgentConfig(**(limits | config))
-        self.engine = ScriptedEngine([turns], report)
+        self.engine = scripted_engine(self.config, [turns], report)
         self.reader = reader or SentinelReader()
-        self.agent = Agent(self.engine, RENDERER, self.reader, config=self.config)
+        self.room = measure(self.config, RENDERER, CROP_TOKENS)
+        self.agent = Agent(
+            self.engine, RENDERER, self.reader, tools or TOOLS, self.config, CROP_TOKENS
+        )
         row = Row("row", VIDEO, "What colour?", "red")
         prompt = RENDERER.main_prompt(row, self.reader.overview(VIDEO, 4), tools=True)
         (group,) = self.agent.run({}, [(row, 4, prompt)], copies=1, seed=0, policy_version=3)
@@ -62,7 +93,7 @@ class Episode:
     def check(self) -> None:
         """Rules 1, 2 and 9 hold for every episode of this module."""
         t = self.trajectory
-        seen = self.engine.sessions[0].streams[0]
+        (seen,) = [row.tokens for row in self.session.of("main")]
         assert [*t.prompt.tokens.tolist(), *t.tokens.tolist()] == list(map(int, seen))
         assert len(t.tokens) == len(t.generated) == len(t.log_probs)
         assert t.generated[-1]
@@ -73,6 +104,11 @@ class Episode:
         assert t.scored_text == "".join(texts)
         assert all(text.startswith(self.config.think_prefix) for text in texts)
         assert t.full_text == RENDERER.decode(t.tokens.tolist())
+
+    @property
+    def session(self) -> ScriptedSession:
+        (session,) = self.engine.sessions
+        return session
 
     @property
     def responses(self) -> list[str]:
@@ -91,7 +127,7 @@ def test_no_tool():
     episode = Episode(ANSWER)
     assert episode.trajectory.scored_text == "<think>\n" + ANSWER
     assert (episode.trajectory.calls, episode.trajectory.executed) == (0, 0)
-    assert len(episode.engine.sessions) == 1
+    assert not episode.session.of("crop")
     assert episode.group.frame_budget == 4 and episode.trajectory.policy_version == 3
 
 
@@ -116,7 +152,7 @@ def test_parallel_calls_answer_in_order():
     assert episode.asked == ["0 8", "30 40"]
     assert episode.responses == ["saw 0 8", "saw 30 40"]
     assert episode.trajectory.executed == 2
-    assert [len(session.streams) for session in episode.engine.sessions] == [1, 2]
+    assert len(episode.session.of("crop")) == 2
     sub = episode.trajectory.subagents[1]
     assert sub.full_text == sub.scored_text == f"saw 30 40{END}"
     assert sub.generated.all() and (sub.log_probs < 0).all()
@@ -147,7 +183,7 @@ def test_each_bad_call_gets_its_own_error_and_the_others_run():
 
 def test_only_bad_calls_ask_no_subagent():
     episode = Episode(calls_turn("<tool_call>\nnonsense\n</tool_call>"), ANSWER)
-    assert len(episode.engine.sessions) == 1
+    assert not episode.session.of("crop")
     assert (episode.trajectory.calls, episode.trajectory.executed) == (1, 0)
 
 
@@ -179,7 +215,7 @@ def test_rounds_run_out_in_a_forced_answer():
     assert [turn.executed for turn in episode.trajectory.turns] == [1, 1, 0]
     assert episode.trajectory.calls == 3
     assert episode.asked == ["0 8", "8 16"]
-    assert episode.engine.sessions[0].limits == [1000, 1000, 200]
+    assert episode.session.of("main")[0].limits == [1000, 1000, 200]
 
 
 def test_an_answer_before_the_rounds_run_out_ends_the_episode():
@@ -192,7 +228,7 @@ def test_a_turn_that_is_cut_off_runs_no_calls():
     episode = Episode(cut, "never said", turn_tokens=len(cut))
     (turn,) = episode.trajectory.turns
     assert (turn.stop_reason, turn.calls) == (StopReason.LENGTH, ())
-    assert len(episode.engine.sessions) == 1
+    assert not episode.session.of("crop")
 
 
 def test_forbidden_tools():
@@ -200,7 +236,7 @@ def test_forbidden_tools():
     assert episode.responses == ["Error: tools are not available"] * 2
     assert len(episode.trajectory.turns) == 2
     assert (episode.trajectory.calls, episode.trajectory.executed) == (2, 0)
-    assert episode.engine.sessions[0].limits == [1000, 80]
+    assert episode.session.of("main")[0].limits == [1000, 80]
 
 
 def test_responses_are_cut_to_their_room():
@@ -217,7 +253,7 @@ def test_responses_are_cut_to_their_room():
     cut, kept = episode.responses
     assert cut.startswith("A long story. ") and kept == short
     assert len(cut) > 60, "responses share the room that others leave"
-    assert len(RENDERER.tool_turn([cut, kept])) <= episode.agent.response_room
+    assert len(RENDERER.tool_turn([cut, kept])) <= episode.room.response
 
 
 def test_only_the_rows_own_video_is_opened():
@@ -247,41 +283,248 @@ def test_no_prefix_when_none_is_asked_for():
     assert episode.trajectory.scored_text == ANSWER
 
 
-def run_batch(rows: list[str], turns: list[str], copies: int, **config) -> tuple:
-    """Seeds of main rows and sub-agents, and the trajectories, of a whole batch."""
-    engine = ScriptedEngine([turns for _ in rows for _ in range(copies)])
-    agent = Agent(engine, RENDERER, SentinelReader(), config=AgentConfig(turn_tokens=900, **config))
+def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **config) -> tuple:
+    """Groups and session of a whole batch, all of whose rollouts follow one script."""
+    limits = AgentConfig(turn_tokens=900, **config)
+    engine = scripted_engine(limits, [turns for _ in rows for _ in range(copies)], copies=copies)
+    agent = Agent(engine, RENDERER, reader or SentinelReader(), config=limits)
     frames = SentinelReader().overview(VIDEO, 1)
     items = []
     for name in rows:
         row = Row(name, VIDEO, name, "red")
         items.append((row, 4, RENDERER.main_prompt(row, frames, tools=True)))
     groups = agent.run({}, items, copies, seed=7)
-    main, *subs = engine.sessions
-    return main.seeds[0], [seed for sub in subs for seed in sub.seeds[0]], groups, subs
+    return groups, engine.sessions[0], agent.figures
+
+
+def seeds(session: ScriptedSession, lane: str) -> list[int]:
+    return [row.seed for row in session.of(lane)]
+
+
+class WaitingReader(SentinelReader):
+    """Decodes a crop only when the device has been visited often enough."""
+
+    engine: ScriptedEngine
+    visits: int
+
+    def clip(self, video, start, end):
+        deadline = time.monotonic() + 5
+        while self.engine.visits < self.visits:
+            assert time.monotonic() < deadline, "nothing was decoded on the device meanwhile"
+            time.sleep(0.001)
+        return super().clip(video, start, end)
+
+
+def test_crops_are_decoded_while_others_still_think():
+    script = [[calls_turn(call(0, 8)), ANSWER], ["I think. " * 100 + ANSWER]]
+    config = AgentConfig(turn_tokens=1100)
+    engine, reader = scripted_engine(config, script), WaitingReader()
+    asked = -(-len(RENDERER.encode(script[0][0])) // 16)
+    reader.engine, reader.visits = engine, asked + 1
+    agent = Agent(engine, RENDERER, reader, config=config)
+    prompt = RENDERER.main_prompt(Row("r", VIDEO, "q", "a"), None, tools=True)
+    items = [(Row(name, VIDEO, "q", "a"), 4, prompt) for name in "ab"]
+    groups = agent.run({}, items, copies=1, seed=0)
+    assert [group.trajectories[0].executed for group in groups] == [1, 0]
+    log = engine.sessions[0].log
+    assert log.index("open crop") == 2 + asked + 1, "one visit runs between a call and its crop"
+    assert len(log) == 3 - (-len(RENDERER.encode(script[1][0])) // 16)
+
+
+def test_equal_calls_are_one_piece_of_work():
+    turns = [calls_turn(call(0, 8), call(0, 8)), ANSWER]
+    reader = SentinelReader()
+    groups, session, figures = run_batch(["a"], turns, copies=3, reader=reader)
+    assert reader.clips == [(0.0, 8.0)]
+    assert (figures["tool/jobs"], figures["tool/jobs_shared"]) == (1, 5)
+    assert figures["episode/turns"] == 2
+    assert len(set(seeds(session, "crop"))) == 6
+    assert [t.executed for t in groups[0].trajectories] == [2, 2, 2]
+
+
+def test_how_fast_threads_are_changes_nothing():
+    class RestlessReader(SentinelReader):
+        def clip(self, video, start, end):
+            time.sleep(random.random() * 0.01)
+            return super().clip(video, start, end)
+
+    turns = [calls_turn(*[call(i, i + 4) for i in range(4)]), calls_turn(call(9, 12)), ANSWER]
+    rows, limits = ["a", "b", "c"], {"copies": 2, "max_tool_rounds": 2, "subagent_batch": 5}
+    calm, calm_session, _ = run_batch(rows, turns, **limits)
+    for _ in range(3):
+        groups, session, _ = run_batch(rows, turns, reader=RestlessReader(), **limits)
+        assert session.log == calm_session.log
+        assert [row.tokens for row in session.rows] == [row.tokens for row in calm_session.rows]
+        assert seeds(session, "crop") == seeds(calm_session, "crop")
+        assert [[t.full_text for t in g.trajectories] for g in groups] == [
+            [t.full_text for t in g.trajectories] for g in calm
+        ]
+
+
+def test_sequential_calls_are_run_one_per_turn():
+    episode = Episode(
+        calls_turn(call(0, 8), call(8, 16)),
+        calls_turn(call(8, 16)),
+        ANSWER,
+        dispatch="sequential",
+        max_tool_rounds=3,
+    )
+    seen, refused, again = episode.responses
+    assert seen == again == "seen." and refused.startswith("Error: call one tool at a time")
+    assert episode.asked == ["0 8", "8 16"]
+    assert [turn.executed for turn in episode.trajectory.turns] == [1, 1, 0]
+
+
+def test_frames_are_shown_in_the_main_stream():
+    bad = call(9, 3)
+    episode = Episode(calls_turn(call(0, 8), bad, call(5, 8)), ANSWER, evidence="frames")
+    t = episode.trajectory
+    assert [row.lane for row in episode.session.rows] == ["main"] and not t.subagents
+    assert episode.responses[0] == episode.responses[2] == "<|image|>"
+    assert episode.responses[1].startswith("Error: start_time") and t.executed == 2
+    (shown,), (given,) = t.shown, episode.session.of("main")[0].blocks
+    length = len(shown.block.tokens)
+    np.testing.assert_array_equal(t.tokens[shown.at : shown.at + length], shown.block.tokens)
+    assert not t.generated[shown.at : shown.at + length].any()
+    assert RENDERER.decode(given.tokens) == RENDERER.decode(shown.block.tokens) + "<think>\n"
+    np.testing.assert_array_equal(given.patches.values[:, 0, 0], [0.0, 5.0])
+    whole = whole_stream(t.prompt, t.tokens, t.shown)
+    assert whole.tokens.tolist() == [*t.prompt.tokens, *t.tokens]
+    start = len(t.prompt.tokens) + shown.at
+    np.testing.assert_array_equal(
+        whole.vision_index[start : start + length], shown.block.vision_index
+    )
+
+
+def test_turns_without_frames_are_given_as_tokens_where_frames_are_the_evidence():
+    episode = Episode(calls_turn(call(9, 3)), ANSWER, evidence="frames")
+    assert not episode.trajectory.shown and not episode.session.of("main")[0].blocks
+
+
+def test_frames_that_take_more_than_their_room_are_an_error():
+    for evidence, word in (("frames", "<|image|>"), ("text", "seen.")):
+        config = AgentConfig(evidence=evidence, turn_tokens=1000)
+        row = Row("row", VIDEO, "q", "red")
+        prompt = RENDERER.main_prompt(row, None, tools=True)
+        size = 1 if evidence == "frames" else len(RENDERER.subagent_prompt(None, 0, 8).tokens)
+        for room, expected in ((size, word), (size - 1, "Error: this part has too many frames")):
+            engine = scripted_engine(config, [[calls_turn(call(0, 8)), ANSWER]])
+            agent = Agent(engine, RENDERER, SentinelReader(), TOOLS, config, room)
+            (group,) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
+            assert f"<tool_response>\n{expected}" in group.trajectories[0].full_text
+    with pytest.raises(ValueError, match="crop_tokens"):
+        Agent(engine, RENDERER, SentinelReader(), TOOLS, AgentConfig(evidence="frames"))
+
+
+def test_a_cap_of_tokens_ends_in_a_forced_answer():
+    limits = {"turn_tokens": 200, "answer_tokens": 80, "response_tokens": 40}
+    room = measure(AgentConfig(**limits), RENDERER)
+    rounds = [calls_turn(call(0, 8)), calls_turn(call(8, 16)), calls_turn(call(16, 24))]
+    spent = len(RENDERER.encode(rounds[0])) + len(RENDERER.tool_turn(["seen."])) + room.prefix
+    for cap, turns in ((spent + room.suffix, [200, 200, 80]), (spent + room.suffix - 1, [200, 80])):
+        episode = Episode(*rounds, max_tool_rounds=3, episode_tokens=cap, **limits)
+        assert episode.session.of("main")[0].limits == turns
+        assert len(episode.trajectory.tokens) <= cap == episode.session.engine.lanes["main"].suffix
+    with pytest.raises(ValueError, match=f"raise it to {room.suffix} or more"):
+        measure(AgentConfig(**limits, episode_tokens=room.suffix - 1), RENDERER)
+
+
+def test_a_tool_that_hangs_or_fails_gets_an_error():
+    class HangingReader(SentinelReader):
+        free = threading.Event()
+
+        def clip(self, video, start, end):
+            if start == 50:
+                self.free.wait(5)
+            return super().clip(video, start, end)
+
+    episode = Episode(
+        calls_turn(call(50, 60), call(0, 8)),
+        calls_turn(call(50, 60), call(1, 8)),
+        ANSWER,
+        reader=HangingReader(),
+        tool_timeout=0.1,
+        decode_threads=1,
+        max_tool_rounds=2,
+    )
+    HangingReader.free.set()
+    assert episode.responses == ["Error: crop_video took too long", "seen."] * 2
+    assert episode.trajectory.executed == 2
+
+
+def video_length(call: ToolCall, video: OwnVideo) -> str:
+    if call.arguments.get("unit") == "nonsense":
+        raise RuntimeError(f"no such unit in {VIDEO.path}")
+    return f"{video.duration:g} seconds"
+
+
+LENGTH_TOOL = Tool(
+    {
+        "type": "function",
+        "function": {
+            "name": "video_length",
+            "description": "Length of the video.",
+            "parameters": {"type": "object", "properties": {"unit": {"type": "string"}}},
+        },
+    },
+    video_length,
+)
+
+
+def length_call(unit: str) -> str:
+    return (
+        call().replace("crop_video", "video_length").replace('"start_time": 0', f'"unit": "{unit}"')
+    )
+
+
+def test_a_new_tool_is_a_schema_and_a_function():
+    """Its schema reaches the prompt through the chat template, its answer reaches the stream."""
+    tools, config = registry(crop_video(), LENGTH_TOOL), AgentConfig()
+    schemas = [dict(tool.schema) for tool in tools.values()]
+    renderer = ChatRenderer.from_folder(processor_folder(), tools=schemas)
+    turn = calls_turn(length_call("seconds"), length_call("nonsense"))
+    shapes = lanes(config, renderer, prompts=1, copies=1, prompt_tokens=500, crop_tokens=500)
+    engine = ScriptedEngine(shapes, [[turn, ANSWER]], renderer=renderer)
+    row = Row("row", VIDEO, "How long?", "64")
+    prompt = renderer.main_prompt(row, None, tools=True)
+    assert "Tool: video_length(unit)" in renderer.decode(prompt.tokens)
+    agent = Agent(engine, renderer, SentinelReader(), tools, config)
+    ((group),) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
+    (t,) = group.trajectories
+    assert "<tool_response>\n64 seconds\n</tool_response>" in t.full_text
+    assert "<tool_response>\nError: video_length failed\n</tool_response>" in t.full_text
+    assert VIDEO.path not in t.full_text and t.executed == 1 and not t.subagents
+
+
+def test_two_tools_of_one_name_are_refused():
+    with pytest.raises(ValueError, match="occurs twice"):
+        registry(crop_video(), crop_video("frames"))
 
 
 def test_seeds_belong_to_rollout_and_call():
     turns = [calls_turn(call(0, 8), call(0, 8)), ANSWER]
-    main, subs, groups, _ = run_batch(["a", "b", "a"], turns, copies=2)
+    groups, session, _ = run_batch(["a", "b", "a"], turns, copies=2)
+    main, subs = seeds(session, "main"), seeds(session, "crop")
     assert len(set(main)) == 6 and len(set(subs)) == 12
-    other_main, other_subs, _, _ = run_batch(["b"], turns, copies=2)
-    assert (other_main, other_subs) == (main[2:4], subs[4:8])
+    _, alone, _ = run_batch(["b"], turns, copies=2)
+    assert seeds(alone, "main") == main[2:4]
+    assert set(seeds(alone, "crop")) < set(subs)
     assert [len(group.trajectories) for group in groups] == [2, 2, 2]
     assert derive_seed(7, "a", 0, 1) == main[1]
+    assert subs[0] == derive_seed(main[0], "subagent", 1, 0)
 
 
-def test_crops_of_all_rollouts_are_asked_in_batches_of_static_size():
+def test_crops_wait_for_a_free_place():
     turns = [calls_turn(call(0, 8), call(8, 16)), ANSWER]
-    _, _, groups, subs = run_batch(["a", "b", "c"], turns, copies=1, subagent_batch=4)
-    assert [len(sub.streams) for sub in subs] == [4, 2]
+    groups, session, _ = run_batch(["a", "b", "c"], turns, copies=1, subagent_batch=4)
+    assert session.most_live == {"main": 3, "crop": 4} and len(session.of("crop")) == 6
     assert all(group.trajectories[0].executed == 2 for group in groups)
 
 
 def test_the_batch_of_a_rollout_does_not_change_its_record():
     turns = [calls_turn(call(0, 8)), ANSWER]
-    both = run_batch(["a", "b"], turns, copies=1)[2]
-    (alone,) = run_batch(["b"], turns, copies=1)[2]
+    both = run_batch(["a", "b"], turns, copies=1)[0]
+    (alone,) = run_batch(["b"], turns, copies=1)[0]
     one, other = both[1].trajectories[0], alone.trajectories[0]
     assert isinstance(one, Trajectory)
     np.testing.assert_array_equal(one.tokens, other.tokens)
@@ -289,7 +532,16 @@ def test_the_batch_of_a_rollout_does_not_change_its_record():
 
 @pytest.mark.parametrize(
     "bad",
-    [{"max_tool_rounds": -1}, {"max_calls_per_turn": 0}, {"turn_tokens": 0}, {"subagent_batch": 0}],
+    [
+        {"max_tool_rounds": -1},
+        {"max_calls_per_turn": 0},
+        {"turn_tokens": 0},
+        {"subagent_batch": 0},
+        {"episode_tokens": -1},
+        {"tool_timeout": 0.0},
+        {"dispatch": "random"},
+        {"evidence": "video"},
+    ],
 )
 def test_impossible_limits_are_refused_by_name(bad):
     with pytest.raises(ValueError, match=next(iter(bad))):

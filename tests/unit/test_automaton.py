@@ -9,11 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.protocol import parse_tool_calls
+from paravt_jax.protocol import CROP_VIDEO_TOOL, parse_tool_calls
 from paravt_jax.structure import token_bytes
 from pipelines.needle.tokenizer import train_tokenizer
 from pipelines.needle.world import NeedleWorld
-from pipelines.render import CROP_VIDEO_TOOL
 from rollout.automaton import (
     FREE,
     STOPPED,

@@ -1,10 +1,12 @@
 """Streams to learner batches: padding, positions after the prompt, vision index, groups."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from paravt_jax.patches import restride, stack_patches
-from paravt_jax.records import Example, Patches, Prompt
+from paravt_jax.records import Example, Patches, Prompt, Shown
 from train.batch import learner_batch, streams_of_examples
 
 
@@ -72,6 +74,28 @@ def test_vision_comes_once_per_group():
     streams = streams_of_examples([example(1)] * 4)
     batch = learner_batch(streams, length=8, pad_id=0, group_size=2, frames=5)
     assert batch.patches.shape == (2, 5, 4, 6)
+
+
+def test_rows_with_frames_of_their_own_are_groups_of_their_own():
+    """Two rollouts of a prompt of 2 frames: one was shown 3 larger frames, the other none."""
+    block = prompt(frames=3, patches=8, grid=(2, 4), text=1)
+    own = np.concatenate([[50, 51], block.tokens, [52]]).astype(np.int32)
+    plain = streams_of_examples([example(len(own))])[0]
+    shown = dataclasses.replace(plain, tokens=own, shown=(Shown(2, block),))
+    batch = learner_batch([plain, shown], length=20, pad_id=0, group_size=2, frames=2)
+    assert batch.patches.shape == (2, 6, 8, 6)
+    assert batch.grids[0].tolist() == [[2, 2]] * 2 + [[0, 0]] * 4
+    assert batch.grids[1].tolist() == [[2, 2]] * 2 + [[2, 4]] * 3 + [[0, 0]]
+    assert batch.tokens[1, :6].tolist() == shown.prompt.tokens.tolist()
+    assert batch.tokens[1, 6 : 6 + len(own)].tolist() == own.tolist()
+    assert batch.vision_index[1, 3:5].tolist() == [0, 2]
+    assert batch.vision_index[1, 8:17].tolist() == [-1, 4, 5, 6, 7, 8, 9, -1, -1]
+    # Positions of the block count on from the text before it (6 and 7 after a prompt that ends
+    # at 4 with next position 5), and the text after it from the block's largest.
+    after = 7 + block.positions
+    np.testing.assert_array_equal(batch.positions[1, 8:16], after)
+    assert batch.positions[1, 16].tolist() == [after.max() + 1] * 3
+    np.testing.assert_allclose(batch.loss_weights[1, 6 : 6 + len(own)], shown.loss_weights)
 
 
 def test_a_stream_that_does_not_fit_is_refused():

@@ -6,8 +6,11 @@ import pickle
 import numpy as np
 import pytest
 
+from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.interfaces import Renderer
+from paravt_jax.protocol import CROP_VIDEO_TOOL
 from paravt_jax.records import Frames, Row, VideoRef
+from paravt_jax.rope_index import mrope_positions
 from pipelines.render import ChatRenderer, PromptTexts
 from tests.pipelines_fixtures import processor_folder, renderer
 
@@ -46,7 +49,7 @@ def test_without_tools_no_tool_is_named():
 
 
 def test_default_texts_offer_the_tool_only_when_allowed():
-    plain = ChatRenderer.from_folder(processor_folder())
+    plain = ChatRenderer.from_folder(processor_folder(), tools=[CROP_VIDEO_TOOL])
     for tools in (True, False):
         text = plain.decode(plain.main_prompt(ROW, frames(1), tools).tokens)
         assert ("call crop_video" in text) is tools
@@ -145,6 +148,50 @@ def test_template_renders_structured_calls_like_written_ones():
         'Look.\n<tool_call>\n{"name": "crop_video", "arguments": '
         '{"start_time": 0, "end_time": 16}}\n</tool_call><|im_end|>\n'
     )
+
+
+@pytest.mark.parametrize("mode", ["image", "video"])
+def test_frames_stand_in_the_response_with_their_times(mode):
+    r = renderer(mode)
+    clip = r.clip(Frames(frames(2).pixels, np.array([16.0, 18.0])), 16.0, 20.0)
+    block = r.frames_turn(["Error: no", clip, clip])
+    pad = f"<|vision_start|><|{mode}_pad|><|vision_end|>"
+    shown = {
+        "image": f"<16.0 seconds>{pad}<18.0 seconds>{pad}",
+        "video": f"<|vision_start|><17.0 seconds>{pad}<|vision_end|>",
+    }[mode]
+    response = f"<tool_response>\n2 frames from 16 to 20 seconds:\n{shown}\n</tool_response>"
+    assert r.decode(block.tokens) == (
+        "\n<|im_start|>user\n<tool_response>\nError: no\n</tool_response>\n"
+        f"{response}\n{response}<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert block.vision_index.max() + 1 == len(block.patches.grids) == (4 if mode == "image" else 2)
+    np.testing.assert_array_equal(block.patches.values[-1], clip.patches.values[-1])
+
+
+def test_frames_in_a_response_are_placed_as_in_the_whole_conversation():
+    """Positions and tokens of a stream joined from blocks equal those of one rendered at once."""
+    r = big_renderer()
+    first, second = frames(1, (64, 96)), frames(2, (96, 64))
+    head = r.prompt(first, "Q")
+    said = text_block(r.encode("Let me look.<|im_end|>"))
+    joined = join_blocks([head, said, r.frames_turn([r.clip(second, 0.0, 21.0)])])
+    visual = joined.vision_index >= 0
+    expected = mrope_positions(visual, joined.patches.grids, 2)
+    np.testing.assert_array_equal(joined.positions, expected)
+    assert joined.vision_index[visual].tolist() == list(range(18))
+    assert joined.patches.values.shape[0] == 3
+
+
+def test_every_schema_reaches_the_prompt():
+    other = {"type": "function", "function": {"name": "length", "parameters": {"properties": {}}}}
+    tools = [CROP_VIDEO_TOOL, other]
+    both = ChatRenderer.from_folder(processor_folder(), tools=tools)
+    text = both.decode(both.main_prompt(ROW, frames(1), tools=True).tokens)
+    assert "Tool: crop_video(start_time, end_time)Tool: length()" in text
+    none = ChatRenderer.from_folder(processor_folder())
+    with pytest.raises(ValueError, match="tools=True"):
+        none.main_prompt(ROW, frames(1), tools=True)
 
 
 def test_responses_cannot_open_turns_or_frames():

@@ -1,6 +1,9 @@
 """Frames of real mp4 files: which, at what times, and what happens when a file is broken."""
 
 import pickle
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -143,6 +146,78 @@ def test_a_lone_frame_of_a_video_is_shown(clip_file):
     """A crop of a moment: transformers' processor refuses one frame, a crop must not."""
     reader = VideoReader(spec=VideoSpec(patch_size=8))
     assert reader.clip(clip_file, 2.0, 2.01).pixels.shape == (1, 48, 48, 3)
+
+
+def test_threads_that_ask_at_once_decode_every_frame_once(clip_file, monkeypatch):
+    """Overlapping requests of four threads: each frame is decoded once, all get their frames."""
+    monkeypatch.setattr(video, "WHOLE_BYTES", 0)
+    calls: list[list[int]] = []
+    together = threading.Barrier(4)
+
+    def slow(path, indices, size):
+        calls.append(list(indices))
+        time.sleep(0.05)
+        return original(path, indices, size)
+
+    original = video.decode_present
+    monkeypatch.setattr(video, "decode_present", slow)
+    reader = VideoReader(crop_fps=2.0)
+
+    def ask(start: float):
+        together.wait()
+        return reader.clip(clip_file, start, start + 6.0)
+
+    with ThreadPoolExecutor(4) as pool:
+        shown = list(pool.map(ask, (0.0, 0.0, 3.0, 3.0)))
+    assert sorted(index for asked in calls for index in asked) == list(range(0, 90, 5))
+    for frames, start in zip(shown, (0, 0, 30, 30), strict=True):
+        np.testing.assert_allclose(
+            levels(frames), [grey(start + i) for i in range(0, 60, 5)], atol=8
+        )
+    figures = reader.figures
+    assert (figures["frames/asked"], figures["frames/decoded"]) == (48, 18)
+    assert figures["frames/cache_bytes"] == reader.cached_bytes == 18 * SIDE * SIDE * 3
+
+
+def test_a_thread_whose_decoding_fails_does_not_fail_another(clip_file, monkeypatch):
+    monkeypatch.setattr(video, "WHOLE_BYTES", 0)
+    began, fail = threading.Event(), threading.Event()
+    original = video.decode_present
+
+    def once(path, indices, size):
+        monkeypatch.setattr(video, "decode_present", original)
+        began.set()
+        fail.wait()
+        raise OSError("the disk hiccups")
+
+    monkeypatch.setattr(video, "decode_present", once)
+    reader = VideoReader(crop_fps=2.0)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(reader.clip, clip_file, 0.0, 4.0)
+        began.wait()
+        second = pool.submit(reader.clip, clip_file, 2.0, 4.0)
+        time.sleep(0.05)
+        fail.set()
+        with pytest.raises(OSError, match="hiccups"):
+            first.result()
+        np.testing.assert_allclose(
+            levels(second.result()), [grey(i) for i in (20, 25, 30, 35)], atol=8
+        )
+
+
+def test_absent_frames_are_copies_within_each_request(clip_file):
+    """What stands for a frame that a container announces but lacks does not depend on who asked
+    for it first."""
+    shown = []
+    for first in (148, 100):
+        reader = VideoReader()
+        info = reader.info(clip_file)
+        for index in (first, 248 - first):
+            frames = reader._read(clip_file.path, info, np.array([index, 155]))
+            np.testing.assert_array_equal(frames.pixels[0], frames.pixels[1])
+            shown.append((index, frames.pixels[1]))
+    np.testing.assert_array_equal(shown[0][1], shown[3][1])
+    np.testing.assert_array_equal(shown[1][1], shown[2][1])
 
 
 def test_reader_goes_to_another_process(clip_file):

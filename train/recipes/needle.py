@@ -10,7 +10,7 @@ from typing import Any
 
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
-from rollout.agent import AgentConfig
+from rollout.limits import AgentConfig
 from rollout.sampler import SamplingConfig
 from train.config import (
     Config,

@@ -12,7 +12,7 @@ import dataclasses
 
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
-from rollout.agent import AgentConfig
+from rollout.limits import AgentConfig
 from rollout.sampler import SamplingConfig
 from train.config import (
     Config,

@@ -1,0 +1,99 @@
+"""One episode, from top to bottom as the protocol goes: think, call, read, answer.
+
+Streams grow by concatenation only: no token is ever rendered or tokenised twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Generator, Sequence
+from typing import Any
+
+from paravt_jax.blocks import join_blocks, text_block
+from paravt_jax.protocol import parse_tool_calls
+from paravt_jax.records import Prompt, Row, Trajectory, Turn
+from rollout.evidence import Answer, Ask, Kit, Toolbox
+from rollout.record import Record, derive_seed, spoken_turn, was_cut_off
+from rollout.responses import response_turn
+from rollout.session import Generated, Stream
+from rollout.tasks import DecodeSession, Given, Need, Speak, Together
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One attempt at a question."""
+
+    row: Row
+    prompt: Prompt
+    seed: int
+    stream: Stream
+
+
+class Episodes:
+    """Programs of rollouts that share an agent and a session."""
+
+    def __init__(
+        self, kit: Kit, session: DecodeSession, toolbox: Toolbox, policy_version: int
+    ) -> None:
+        self._kit, self._session, self._toolbox = kit, session, toolbox
+        self._policy_version = policy_version
+        self._prefix = kit.renderer.encode(kit.config.think_prefix)
+
+    def program(self, rollout: Rollout) -> Generator[Need, Any, Trajectory]:
+        """The program of one rollout; it ends with its record."""
+        config, record = self._kit.config, Record(rollout.prompt)
+        record.give(self._prefix)
+        given: Given = self._prefix
+        for number in itertools.count():
+            final = number == config.rounds or not self._another_round_fits(record)
+            limit = config.answer_tokens if final else config.turn_tokens
+            generated = yield Speak(rollout.stream, given, config.sampling, limit)
+            turn = self._turn(generated)
+            if final or not turn.calls:
+                record.speak(turn)
+                break
+            asks = self._asks(rollout, turn, number + 1)
+            answers = yield Together([self._toolbox.answer(ask) for ask in asks])
+            executed = sum(answer.executed for answer in answers)
+            record.speak(dataclasses.replace(turn, executed=executed))
+            given = self._respond(record, answers)
+        self._session.close(rollout.stream)
+        return record.finish(self._kit.renderer, self._policy_version)
+
+    def _another_round_fits(self, record: Record) -> bool:
+        """Whether a turn with calls, its responses and the forced answer fit what is left. The
+        prefix of the turn is on the record already."""
+        room = self._kit.room
+        return len(record) - room.prefix + room.turn + room.answer <= room.suffix
+
+    def _turn(self, generated: Generated) -> Turn:
+        turn = spoken_turn(generated, self._prefix, self._kit.renderer)
+        if was_cut_off(turn):
+            return turn
+        return dataclasses.replace(turn, calls=parse_tool_calls(turn.text))
+
+    def _asks(self, rollout: Rollout, turn: Turn, turns: int) -> list[Ask]:
+        """The calls of the rollout's `turns`-th turn, each with a seed of its own."""
+        return [
+            Ask(
+                call=call,
+                number=number,
+                video=rollout.row.video,
+                seed=derive_seed(rollout.seed, "subagent", turns, number),
+            )
+            for number, call in enumerate(turn.calls)
+        ]
+
+    def _respond(self, record: Record, answers: Sequence[Answer]) -> Given:
+        """Put responses and the next turn's prefix on record; what the stream must be given."""
+        record.subagents += [answer.subagent for answer in answers if answer.subagent]
+        responses = [answer.response for answer in answers]
+        most, room = self._kit.config.calls_run, self._kit.room.response
+        turn = response_turn(self._kit.renderer, responses, room, most)
+        if isinstance(turn, Prompt):
+            record.show(turn)
+            record.give(self._prefix)
+            return join_blocks([turn, text_block(self._prefix)])
+        record.give([*turn, *self._prefix])
+        return [*turn, *self._prefix]

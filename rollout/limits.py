@@ -1,0 +1,149 @@
+"""The rules and limits of an episode, and the room that they come to."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from paravt_jax.interfaces import Renderer
+from rollout.engine import Lane
+from rollout.sampler import SamplingConfig
+
+MAIN, CROP = "main", "crop"
+"""Lanes of main agents and of sub-agents. Each has slots of its own, so that main agents which
+wait for crops cannot keep sub-agents from running."""
+
+CHOICES = {"dispatch": ("parallel", "sequential"), "evidence": ("text", "frames")}
+
+
+@dataclasses.dataclass(frozen=True)
+class AgentConfig:
+    """Rules and limits of an episode."""
+
+    max_tool_rounds: int = 1
+    """Rounds of tool calls; the turn after the last one is the forced answer. 0 forbids tools."""
+    dispatch: str = "parallel"
+    """`parallel` runs the calls of a turn side by side, as in ParaVT; `sequential` runs the first
+    call of a turn and answers the others with an error, as agents of one call per turn need it."""
+    max_calls_per_turn: int = 5
+    """Calls of one turn that are run; each one beyond gets an error response."""
+    evidence: str = "text"
+    """What a crop gives the main agent: `text` is the report of a sub-agent, as in ParaVT;
+    `frames` are the frames themselves, as in LongVT and in the evaluation of ParaVT."""
+    think_prefix: str = "<think>\n"
+    """Text that we put at the head of every turn; part of the scored text. May be empty."""
+    turn_tokens: int = 192
+    """Longest turn that may call tools, in generated tokens."""
+    answer_tokens: int = 96
+    """Longest forced answer, in generated tokens."""
+    response_tokens: int = 64
+    """Room for words of tool responses, per allowed call; the responses of a turn share it."""
+    episode_tokens: int = 0
+    """Most tokens after the prompt, tool responses included: a turn that may call tools begins
+    only while it, its responses and the forced answer still fit. 0: the other limits decide."""
+    tool_timeout: float = 60.0
+    """Seconds that a call may take before it is answered with an error."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """How the main agent draws tokens."""
+    subagent_tokens: int = 64
+    """Longest report of a sub-agent, in generated tokens."""
+    subagent_sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    """How sub-agents draw tokens."""
+    subagent_batch: int = 128
+    """Sub-agents that work at a time; others wait for a free place."""
+    decode_threads: int = 4
+    """Threads that decode crops."""
+
+    def __post_init__(self) -> None:
+        """Refuse impossible limits, naming field, value and remedy."""
+        may_be_0 = {
+            "max_tool_rounds": "no tools",
+            "episode_tokens": "as many as the other limits allow",
+        }
+        for name, meaning in may_be_0.items():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: must be >= 0 (0 = {meaning})")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, int) and field.name not in may_be_0 and value < 1:
+                raise ValueError(f"{field.name}={value}: must be at least 1")
+        if not self.tool_timeout > 0:
+            raise ValueError(f"tool_timeout={self.tool_timeout}: must be above 0 seconds")
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(known)}")
+
+    @property
+    def rounds(self) -> int:
+        """How often responses can be appended. Forbidden calls are answered too, once."""
+        return max(self.max_tool_rounds, 1)
+
+    @property
+    def calls_run(self) -> int:
+        """Most calls of one turn that are run."""
+        return 1 if self.dispatch == "sequential" else self.max_calls_per_turn
+
+
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """What the limits come to in tokens of a tokenizer."""
+
+    prefix: int
+    """Forced head of a turn."""
+    response: int
+    """From the end of a turn to its forced head, at most."""
+    turn: int
+    """A turn that may call tools, with its responses: from forced head to forced head, at most."""
+    answer: int
+    """The forced answer with its head."""
+    suffix: int
+    """Everything after the prompt, at most: decides the size of the cache."""
+
+
+def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Room:
+    """The room that episodes need.
+
+    Args:
+        crop_tokens: most tokens of the frames of one crop in a tool response; counts where
+            frames are the evidence.
+
+    Raises:
+        ValueError: `episode_tokens` leaves no room for one round of calls and an answer.
+    """
+    prefix = len(renderer.encode(config.think_prefix))
+    # One response for each allowed call, and one that all surplus calls can share.
+    markup = renderer.tool_turn(["x"] * (config.calls_run + 1))
+    shown = crop_tokens if config.evidence == "frames" else 0
+    response = len(markup) + config.calls_run * (config.response_tokens + shown)
+    turn, answer = prefix + config.turn_tokens + response, prefix + config.answer_tokens
+    most, cap = config.rounds * turn + answer, config.episode_tokens
+    if 0 < cap < turn + answer:
+        raise ValueError(
+            f"episode_tokens={cap}: one turn with its responses ({turn}) and the forced answer "
+            f"({answer}) do not fit; raise it to {turn + answer} or more, or set it to 0"
+        )
+    return Room(prefix, response, turn, answer, min(cap, most) if cap else most)
+
+
+def lanes(
+    config: AgentConfig,
+    renderer: Renderer,
+    *,
+    prompts: int,
+    copies: int,
+    prompt_tokens: int,
+    crop_tokens: int,
+) -> dict[str, Lane]:
+    """The lanes that an engine needs to run this agent.
+
+    Args:
+        prompts: prompts that are rolled out at a time; more wait for a free place.
+        copies: rollouts of each prompt.
+        prompt_tokens: the longest prompt of a main agent.
+        crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
+            response where frames are the evidence.
+    """
+    room = measure(config, renderer, crop_tokens)
+    main = Lane(prompts, copies, prompt_tokens, room.suffix)
+    if config.evidence == "frames":
+        return {MAIN: main}
+    return {MAIN: main, CROP: Lane(config.subagent_batch, 1, crop_tokens, config.subagent_tokens)}

@@ -1,0 +1,80 @@
+"""A stream while it grows, and the record that remains of it."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from paravt_jax.interfaces import Renderer
+from paravt_jax.records import Prompt, Shown, StopReason, Trajectory, Turn
+from rollout.session import Generated
+
+
+def derive_seed(*parts: object) -> int:
+    """A uint32 that depends on all parts and on nothing else (no salted `hash`)."""
+    text = "\x1f".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
+
+
+class Record:
+    """Everything that is appended to one stream, in order."""
+
+    def __init__(self, prompt: Prompt) -> None:
+        self.prompt = prompt
+        self.turns: list[Turn] = []
+        self.shown: list[Shown] = []
+        self.subagents: list[Trajectory] = []
+        self._parts: list[tuple[np.ndarray, bool, np.ndarray]] = []
+
+    def __len__(self) -> int:
+        """Tokens after the prompt."""
+        return sum(len(tokens) for tokens, _, _ in self._parts)
+
+    def give(self, tokens: Sequence[int] | np.ndarray) -> None:
+        """Append tokens that the policy did not generate."""
+        given = np.asarray(tokens, np.int32)
+        self._parts.append((given, False, np.zeros(len(given), np.float32)))
+
+    def show(self, block: Prompt) -> None:
+        """Append tool responses with frames."""
+        self.shown.append(Shown(len(self), block))
+        self.give(block.tokens)
+
+    def speak(self, turn: Turn) -> None:
+        """Append a generated turn (its prefix was given before)."""
+        self.turns.append(turn)
+        self._parts.append((turn.tokens, True, turn.log_probs))
+
+    def finish(self, renderer: Renderer, policy_version: int) -> Trajectory:
+        """The record of the whole stream."""
+        tokens = np.concatenate([part for part, _, _ in self._parts])
+        return Trajectory(
+            prompt=self.prompt,
+            tokens=tokens,
+            generated=np.concatenate([np.full(len(part), own) for part, own, _ in self._parts]),
+            log_probs=np.concatenate([log_probs for _, _, log_probs in self._parts]),
+            turns=tuple(self.turns),
+            scored_text="".join(turn.text for turn in self.turns),
+            full_text=renderer.decode(tokens.tolist()),
+            subagents=tuple(self.subagents),
+            shown=tuple(self.shown),
+            policy_version=policy_version,
+        )
+
+
+def spoken_turn(generated: Generated, prefix: Sequence[int], renderer: Renderer) -> Turn:
+    """A generated turn after its forced prefix; its calls are not parsed yet."""
+    return Turn(
+        prefix=np.asarray(prefix, np.int32),
+        tokens=generated.tokens,
+        log_probs=generated.log_probs,
+        stop_reason=generated.stop_reason,
+        text=renderer.decode([*prefix, *generated.tokens.tolist()]),
+    )
+
+
+def was_cut_off(turn: Turn) -> bool:
+    """Whether the turn has no end-of-turn token that responses could follow."""
+    return turn.stop_reason is not StopReason.END

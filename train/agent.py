@@ -1,0 +1,126 @@
+"""The agent of a configuration: its tools, and an engine with room for its episodes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from models.qwen3_vl import Qwen3VLPolicy
+from paravt_jax.mesh import constrain
+from paravt_jax.records import Frames, Prompt, Row
+from pipelines.preprocess import FrameSpec
+from pipelines.render import ChatRenderer
+from pipelines.video import VideoReader
+from rollout.agent import Agent
+from rollout.automaton import TokenAutomata
+from rollout.engine import Engine
+from rollout.grammar import response_grammar
+from rollout.limits import AgentConfig, lanes
+from rollout.tools import Tools, crop_video, registry
+from train.config import Config
+
+CALLS = "calls"
+"""Name of the grammar that lets a turn hold valid calls only."""
+LATE = 99999.9
+"""Seconds: a time that takes as many characters as the time of any frame."""
+LONG_WINDOW = (1.23456e-05, 1.23457e-05)
+"""Seconds: bounds that take as many characters as any."""
+
+
+def agent_tools(config: Config) -> Tools:
+    """The tools of the agent. Add yours here: schema and function reach prompts and episodes."""
+    return registry(crop_video(config.agent.evidence))
+
+
+def open_agent(
+    config: Config,
+    engine: Engine,
+    renderer: ChatRenderer,
+    reader: VideoReader,
+    rules: AgentConfig | None = None,
+) -> Agent:
+    """The agent of a configuration, on an engine that has its lanes (`open_engine`); with other
+    rules, of the same room or less, on request."""
+    room = crop_tokens(config, renderer)
+    return Agent(engine, renderer, reader, agent_tools(config), rules or config.agent, room)
+
+
+def open_engine(
+    config: Config,
+    policy: Qwen3VLPolicy,
+    renderer: ChatRenderer,
+    *,
+    prompts: int,
+    copies: int,
+    prompt_tokens: int,
+) -> Engine:
+    """An engine with room for `prompts` prompts of at most `prompt_tokens`, `copies` rollouts of
+    each, and their crops.
+
+    Its `cache_bytes()` are known before anything is allocated.
+    """
+    shapes = lanes(
+        config.agent,
+        renderer,
+        prompts=prompts,
+        copies=copies,
+        prompt_tokens=prompt_tokens,
+        crop_tokens=crop_tokens(config, renderer),
+    )
+    sampling = config.agent.sampling, config.agent.subagent_sampling
+    return Engine(
+        policy,
+        shapes,
+        automata=open_automata(config, renderer, policy.config.text.vocab_size),
+        pad_id=renderer.pad_id,
+        frame_patches=renderer.spec.max_patches,
+        penalties=any(own.repetition_penalty != 1 for own in sampling),
+    )
+
+
+def open_automata(config: Config, renderer: ChatRenderer, vocab: int) -> TokenAutomata:
+    """What ends a turn, and the grammar of calls where the configuration asks for it."""
+    wanted = {config.agent.sampling.constrain, config.agent.subagent_sampling.constrain} - {""}
+    if wanted - {CALLS}:
+        raise ValueError(
+            f"agent.sampling.constrain={', '.join(sorted(wanted))}: choose {CALLS!r}, the grammar "
+            "of the agent's tools, or leave it empty"
+        )
+    schemas = [tool.schema for tool in agent_tools(config).values()]
+    return TokenAutomata(
+        renderer.token_contents(vocab),
+        renderer.eos_ids,
+        {CALLS: response_grammar(schemas)} if wanted else None,
+        place=jax.jit(lambda table: constrain(table, None, None)),
+    )
+
+
+def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
+    """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
+    frames, (start, end) = smallest_frames(renderer.spec, config.data.crop_frames), LONG_WINDOW
+    if config.agent.evidence == "text":
+        prompt = renderer.subagent_prompt(frames, start, end)
+        return full_size(prompt, renderer.spec)
+    response = renderer.frames_turn([renderer.clip(frames, start, end)])
+    return full_size(response, renderer.spec) - len(renderer.tool_turn([""]))
+
+
+def prompt_tokens(renderer: ChatRenderer, rows: Iterable[Row], frames: int) -> int:
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames."""
+    longest = max(rows, key=lambda row: len(renderer.encode(row.question)))
+    prompt = renderer.main_prompt(longest, smallest_frames(renderer.spec, frames), tools=True)
+    return full_size(prompt, renderer.spec)
+
+
+def smallest_frames(spec: FrameSpec, count: int) -> Frames:
+    """Frames of one vision token each, at late times."""
+    pixels = np.zeros((count, spec.factor, spec.factor, 3), np.uint8)
+    return Frames(pixels, np.full(count, LATE))
+
+
+def full_size(prompt: Prompt, spec: FrameSpec) -> int:
+    """Tokens that a prompt of smallest frames has with frames of full size."""
+    seen = int((prompt.vision_index >= 0).sum())
+    return len(prompt.tokens) + seen * (spec.max_patches // spec.merge_size**2 - 1)
