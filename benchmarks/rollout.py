@@ -2,8 +2,8 @@
 
     python benchmarks/rollout.py generate [--size 5M|240M] [--prompt 1024] [--frames 0]
     python benchmarks/rollout.py prefix   one cache per prompt against one per rollout
-    python benchmarks/rollout.py crops    four crops in one turn against one, and against four turns
-    python benchmarks/rollout.py mix      requests of many lengths on few slots against fixed batches
+    python benchmarks/rollout.py crops    four crops in one turn against one and four turns
+    python benchmarks/rollout.py mix      mixed lengths on few slots against fixed batches
 
 Both sides of a ratio run in one process, in turns, on the same random weights; median and spread
 (smallest to largest) of `--repeats` runs. `generate` needs torch.
