@@ -274,7 +274,7 @@ def mix(size: str, repeats: int) -> None:
     policy, params = random_model(size)
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / 60, 64), 512)
     prompt = make_prompt(64, 0, policy.config)
-    engine = engine_of(policy, {"main": Lane(16, 1, 64, 512)})
+    engine = engine_of(policy, {"main": Lane(16, 1, 64, 512, compact=(2, 4, 8))})
     use = {}
 
     def run(batches: list[np.ndarray]) -> Session:
