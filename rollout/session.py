@@ -19,6 +19,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from paravt_jax.blocks import text_block
 from paravt_jax.interfaces import Params
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import Prompt, StopReason, VisionFeatures
@@ -226,7 +227,7 @@ class Session:
             engine cannot draw like that.
         """
         _, row = self._find(stream)
-        block = given if isinstance(given, Prompt) else _text(given)
+        block = given if isinstance(given, Prompt) else text_block(given)
         if row.left:
             raise ValueError(f"{stream} speaks already: wait for its turn to end")
         if limit < 1 or len(block.tokens) + limit > self.room(stream):
@@ -314,7 +315,7 @@ class Session:
         frames: int,
     ) -> None:
         """One block with a row for each of `placed`, empty where it was told nothing."""
-        blank = _text([])
+        blank = text_block([])
         given = [row.given if row in told and row.given else blank for row in placed]
         starts = [0 if row is None else row.position for row in placed]
         features, index = self._see(given, frames)
@@ -389,13 +390,6 @@ def _speakers(rows: Sequence[_Row | None]) -> Speakers:
         positions=np.array([0 if row is None else row.position for row in rows], np.int32),
         automata=np.array([(0, 0) if row is None else row.automata for row in rows], np.int32),
     )
-
-
-def _text(tokens: Sequence[int]) -> Prompt:
-    """Given tokens as a block without frames, its positions counted from 0."""
-    ids = np.asarray(tokens, np.int32)
-    positions = np.repeat(np.arange(len(ids), dtype=np.int32)[:, None], 3, axis=1)
-    return Prompt(ids, positions, np.full(len(ids), -1, np.int32))
 
 
 def _block(
