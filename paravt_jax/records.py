@@ -8,7 +8,7 @@ Axis legend, used in every shape of the project:
     n query heads         k key/value heads     h head width
     f frames              p patches of a frame  c values of a flattened patch
     v vision tokens       s, u cache slots      l layers
-    g rollouts of a group
+    g rollouts of a group e experts, or levels of DeepStack
 """
 
 from __future__ import annotations

@@ -37,8 +37,8 @@ class ModelSettings:
     folder: str | None = None
     """Hugging Face folder to start from; None starts the needle model from random weights."""
     compute_dtype: str = "float32"
-    """Precision of matrix products: `float32` or `bfloat16`. Norms, softmax and logits stay
-    float32."""
+    """Precision of matrix products: `float32` or `bfloat16`. `models/qwen3_vl/README.md` lists what
+    stays float32."""
     train_vision: bool = False
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     remat: bool = False

@@ -11,14 +11,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 from jaxtyping import Array
 from safetensors.numpy import save_file
 
 from models.qwen3_vl.folder import ADAPTER_CONFIG as CONFIG
 from models.qwen3_vl.folder import whole_folder
 from models.qwen3_vl.safetensors_io import read_json
-from models.qwen3_vl.weights import load_params
+from models.qwen3_vl.weights import load_params, to_host
 from paravt_jax.lora import NO_LORA, TARGETS, LoraConfig, adapter_table
 from paravt_jax.params import Params, Table
 
@@ -77,7 +76,7 @@ def save_adapter(
     tensors = {
         hf_name: np.ascontiguousarray(spec.to_hf(layer))
         for name, spec in adapter_table(table).items()
-        for hf_name, layer in zip(spec.hf_names, _to_host(params[name]), strict=True)
+        for hf_name, layer in zip(spec.hf_names, to_host(params[name]), strict=True)
     }
     if jax.process_index() > 0:
         return
@@ -182,9 +181,3 @@ def _check_replaceable(target: Path) -> None:
     names = {path.name for path in target.iterdir()} if target.is_dir() else set()
     if names - {CONFIG, WEIGHTS, "README.md"} or target.is_file():
         raise ValueError(f"{target} holds more than an adapter: give a new folder")
-
-
-def _to_host(value: Array) -> np.ndarray:
-    if not value.is_fully_addressable:
-        return multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value)

@@ -1,8 +1,7 @@
 """Building blocks of both towers. Modules are abstract (see `paravt_jax.params`).
 
-Matrix products run in the compute dtype of the module; norms, softmax and rotary embeddings
-in float32. Every product is taken over 2-D operands: XLA's CPU backend computes the weight
-gradient of a 3-D product several times more slowly.
+README.md says what runs in which precision. Every product is taken over 2-D operands: XLA's CPU
+backend computes the weight gradient of a 3-D product several times more slowly.
 """
 
 from __future__ import annotations

@@ -37,6 +37,7 @@ from models.qwen3_vl.safetensors_io import (
 )
 from paravt_jax.array_store import StoredArray, boxes
 from paravt_jax.params import Box, Params, ParamSpec, Table, param_shardings
+from paravt_jax.records import ArrayLike
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5 * 2**30
@@ -238,6 +239,11 @@ def _to_host(value: jax.Array | StoredArray, box: Box) -> np.ndarray:
     if box[0].stop - box[0].start < value.shape[0]:
         # A traced index: all layers of a parameter share one compiled slice.
         value = jax.lax.dynamic_index_in_dim(value, np.int32(box[0].start))
+    return to_host(value)
+
+
+def to_host(value: ArrayLike) -> np.ndarray:
+    """A whole array. Of one that is split over several hosts, all of them must ask."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         return multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)

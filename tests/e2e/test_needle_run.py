@@ -45,12 +45,12 @@ TIMED = ("time/", "tokens_per_second")
 QUICK = ("output.export_hf=false",)
 
 
-def start(workdir, cache, *arguments, settings=()):
+def start(workdir, cache, *arguments, settings=(), xla_flags=""):
     """Run the command from another directory; compiled functions are shared between the runs."""
     shared = {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "XLA_FLAGS": "",
+        "XLA_FLAGS": xla_flags,
     }
     sets = [
         part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)

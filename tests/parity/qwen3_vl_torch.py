@@ -57,6 +57,13 @@ def torch_logits(model: Qwen3VLForConditionalGeneration, inputs: dict) -> np.nda
         return model(**arguments, mm_token_type_ids=torch.tensor(kinds)).logits.numpy()
 
 
+def gap(ours, theirs) -> float:
+    """Largest difference as a share of the largest value."""
+    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs, np.float32)
+    assert ours.shape == theirs.shape
+    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
+
+
 def image_tokens(grid: tuple[int, int], token: int = IMAGE) -> list[int]:
     """Tokens of one image or one video frame between its markers (merge blocks of 2 x 2)."""
     return [START, *[token] * (grid[0] * grid[1] // 4), END]

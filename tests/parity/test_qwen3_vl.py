@@ -9,6 +9,7 @@ from flax import nnx
 from qwen3_vl_torch import (
     IMAGE,
     VIDEO,
+    gap,
     image_inputs,
     image_tokens,
     mixed_inputs,
@@ -61,12 +62,6 @@ def load_pair(folder, **variant):
     reference = torch_model(**variant)
     reference.save_pretrained(folder)
     return reference, from_pretrained(folder)
-
-
-def gap(ours, theirs) -> float:
-    ours, theirs = np.asarray(ours), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 def where_seen(logits, inputs):

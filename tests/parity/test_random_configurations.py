@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from qwen3_vl_torch import IMAGE, START, VIDEO, torch_logits
+from qwen3_vl_torch import IMAGE, START, VIDEO, gap, torch_logits
 from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -170,12 +170,6 @@ def gradients_and_logits(policy, language, vision, batch):
         budget=batch["tokens"].shape[1],
     )
     return jnp.sum(log_probs), logits
-
-
-def gap(ours: np.ndarray, theirs: np.ndarray) -> float:
-    ours, theirs = np.asarray(ours, np.float32), np.asarray(theirs)
-    assert ours.shape == theirs.shape
-    return float(np.abs(ours - theirs).max() / np.abs(theirs).max())
 
 
 @pytest.mark.parametrize("seed", SEEDS)

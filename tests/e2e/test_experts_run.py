@@ -1,0 +1,72 @@
+"""A model with experts through the real command, on a mesh that splits them."""
+
+import dataclasses
+import os
+
+import jax
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+from transformers import Qwen3VLMoeForConditionalGeneration  # noqa: E402
+
+from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config, save_folder  # noqa: E402
+from models.qwen3_vl.config import ExpertsConfig  # noqa: E402
+from paravt_jax.params import initialise  # noqa: E402
+from tests.e2e.test_needle_run import metrics, start  # noqa: E402
+from train.recipes.needle import COLD_START  # noqa: E402
+
+pytestmark = pytest.mark.slow
+
+EXPERTS = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
+SETTINGS = [
+    "model.router_balance=0.01",
+    "evaluation.rows=0",
+    "rl.prompts_per_step=1",
+    "rl.group_size=4",
+    "agent.turn_tokens=24",
+    "agent.answer_tokens=8",
+    "agent.max_tool_rounds=0",
+    "data.frame_budgets=2",
+    "data.train_videos=4",
+]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """Two RL steps from random weights, beside the needle world's tokenizer and processor."""
+    root = tmp_path_factory.mktemp("experts")
+    dense = read_config(COLD_START)
+    text = dataclasses.replace(dense.text, num_hidden_layers=2, experts=EXPERTS)
+    config = dataclasses.replace(dense, text=text)
+    params = initialise(Qwen3VLPolicy(config).table, jax.random.key(0))
+    save_folder(params, config, root / "model", base=COLD_START)
+    arguments = ["--model", str(root / "model"), "--steps", "2"]
+    mesh = ["--mesh", "fsdp:2,expert:2,tensor:2"]
+    flags = os.environ["XLA_FLAGS"]
+    done = start(root / "run", root, *arguments, *mesh, settings=SETTINGS, xla_flags=flags)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return root / "run"
+
+
+def test_sampler_learner_and_reference_agree(run):
+    first, second = metrics(run)
+    assert max(first["logprob/gap_max"], second["logprob/gap_max"]) < 1e-4
+    assert abs(first["kl"]) < 1e-6 and second["kl"] > 1e-6
+
+
+def test_the_balance_of_the_experts_is_watched(run):
+    """1 where all experts are used alike, 4 / 2 where two of them serve every token."""
+    assert all(1 <= record["router/balance"] < 2 for record in metrics(run))
+
+
+def test_the_exported_folder_loads_in_transformers(run):
+    theirs, report = Qwen3VLMoeForConditionalGeneration.from_pretrained(
+        run / "hf", output_loading_info=True
+    )
+    assert not any(report.values())
+    ids = np.arange(5, 45)[None]
+    with torch.no_grad():
+        want = theirs.eval()(input_ids=torch.tensor(ids)).logits.numpy()
+    got = from_pretrained(run / "hf").logits(ids)
+    assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
