@@ -39,6 +39,8 @@ class ModelSettings:
     compute_dtype: str = "float32"
     """Precision of matrix products: `float32` or `bfloat16`. Norms, softmax and logits stay
     float32."""
+    cache_dtype: str = "compute"
+    """What rollouts keep keys and values in: `compute` (the type above) or `int8`."""
     train_vision: bool = False
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     remat: bool = False
@@ -232,6 +234,7 @@ def _check_ranges(config: Config) -> None:
 def _check_choices(config: Config) -> None:
     choices = {
         "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
+        "model.cache_dtype": (config.model.cache_dtype, ("compute", "int8")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
         "data.instructions": (config.data.instructions, ("full", "terse")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
