@@ -16,6 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import dataclasses
 import statistics
 import tempfile
 import time
@@ -274,10 +275,12 @@ def mix(size: str, repeats: int) -> None:
     policy, params = random_model(size)
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / 60, 64), 512)
     prompt = make_prompt(64, 0, policy.config)
-    engine = engine_of(policy, {"main": Lane(16, 1, 64, 512)})
+    lane = Lane(16, 1, 64, 512)
+    fixed = engine_of(policy, {"main": lane})
+    engine = engine_of(policy, {"main": dataclasses.replace(lane, compact=(2, 4, 8))})
     use = {}
 
-    def run(batches: list[np.ndarray]) -> Session:
+    def run(engine: Engine, batches: list[np.ndarray]) -> Session:
         session = engine.session(params)
         for batch in batches:
             for number, limit in enumerate(batch):
@@ -289,10 +292,11 @@ def mix(size: str, repeats: int) -> None:
         return session
 
     def continuous() -> None:
-        use["slots"] = run([lengths]).slot_use
+        use["slots"] = run(engine, [lengths]).slot_use
 
     seconds = compare(
-        {"fixed batches": lambda: run(np.split(lengths, 4)), "continuous": continuous}, repeats
+        {"fixed batches": lambda: run(fixed, np.split(lengths, 4)), "continuous": continuous},
+        repeats,
     )
     ratio(seconds, "fixed batches", "continuous")
     print(f"{lengths.sum()} tokens, slot use {100 * use['slots']:.1f} %")

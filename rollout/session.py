@@ -19,6 +19,7 @@ from typing import TypeVar
 import jax
 import numpy as np
 
+from paravt_jax.blocks import text_block
 from paravt_jax.interfaces import Params
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import Prompt, StopReason, VisionFeatures
@@ -29,6 +30,8 @@ from rollout.sampler import Draw, SamplingConfig
 T = TypeVar("T")
 
 SILENT = SamplingConfig()
+BATCH = 16
+"""Prompts, or blocks for live rows, that are read together."""
 NEVER = np.iinfo(np.int32).max
 
 
@@ -127,6 +130,22 @@ class _Desk:
         rows = [0 if row is None else row.length for row in self.rows]
         return self.state.with_lengths(np.array(prompts, np.int32), np.array(rows, np.int32))
 
+    def live(self) -> np.ndarray | None:
+        """Places of prompts to decode: those with a speaking row and some others, as many as a
+        compact size of the lane holds; None for all."""
+        speaking = {row.prompt.slot for row in self.speaking}
+        sizes = [size for size in sorted(self.lane.compact) if size >= len(speaking)]
+        if not sizes:
+            return None
+        others = [slot for slot in range(self.lane.prompts) if slot not in speaking]
+        return np.array([*sorted(speaking), *others][: sizes[0]], np.int32)
+
+    def rows_at(self, live: np.ndarray | None) -> list[_Row | None]:
+        """Rows of these prompts."""
+        slots = range(self.lane.prompts) if live is None else live.tolist()
+        copies = self.lane.copies
+        return [row for slot in slots for row in self.rows[slot * copies : (slot + 1) * copies]]
+
     def seat(self) -> list[_Shared]:
         """Give waiting prompts the free slots."""
         seated = []
@@ -208,7 +227,7 @@ class Session:
             engine cannot draw like that.
         """
         _, row = self._find(stream)
-        block = given if isinstance(given, Prompt) else _text(given)
+        block = given if isinstance(given, Prompt) else text_block(given)
         if row.left:
             raise ValueError(f"{stream} speaks already: wait for its turn to end")
         if limit < 1 or len(block.tokens) + limit > self.room(stream):
@@ -263,11 +282,14 @@ class Session:
         most = desk.lane.prompt_tokens
         shapes = _grouped(desk.seat(), lambda shared: _shape(shared.prompt, 64, most))
         for (tokens, frames), alike in shapes:
-            for batch in _batches(alike, desk.lane.prompts):
-                prompts = [shared.prompt for shared in batch]
+            for batch, size in _batches(alike, desk.lane.prompts):
+                # Repetitions fill up the batch; their slot does not exist, so they leave no trace.
+                spare = size - len(batch)
+                prompts = [shared.prompt for shared in [*batch, *[batch[0]] * spare]]
                 features, index = self._see(prompts, frames)
                 block = _block(prompts, index, tokens, self._engine.pad_id)
-                slots = np.array([shared.slot for shared in batch], np.int32)
+                own = [shared.slot for shared in batch]
+                slots = np.array([*own, *[desk.lane.prompts] * spare], np.int32)
                 desk.state = self._engine.admit(
                     self._params, desk.current(), block, features, slots
                 )
@@ -276,10 +298,12 @@ class Session:
         """Append what rows were given, blocks of one shape together."""
         told = [row for row in desk.rows if row is not None and row.given is not None]
         for (tokens, frames), alike in _grouped(told, lambda row: _shape(row.given, 8)):
-            most = 2 * len(alike) >= desk.lane.rows
-            for batch in [alike] if most else _batches(alike, desk.lane.rows):
-                # With most rows it is cheaper to take all than to gather those that it concerns.
-                placed = desk.rows if most else batch
+            if 2 * len(alike) >= desk.lane.rows:
+                # It is cheaper to take all rows than to gather those that it concerns.
+                self._append_block(desk, set(alike), desk.rows, tokens, frames)
+                continue
+            for batch, size in _batches(alike, desk.lane.rows):
+                placed = [*batch, *[None] * (size - len(batch))]
                 self._append_block(desk, set(batch), placed, tokens, frames)
 
     def _append_block(
@@ -291,14 +315,16 @@ class Session:
         frames: int,
     ) -> None:
         """One block with a row for each of `placed`, empty where it was told nothing."""
-        blank = _text([])
+        blank = text_block([])
         given = [row.given if row in told and row.given else blank for row in placed]
         starts = [0 if row is None else row.position for row in placed]
         features, index = self._see(given, frames)
         block = _block(given, index, tokens, self._engine.pad_id, starts)
         numbers = None
         if placed is not desk.rows:
-            numbers = np.array([row.number for row in placed if row is not None], np.int32)
+            nowhere = desk.lane.rows
+            numbers = [nowhere if row is None else row.number for row in placed]
+            numbers = np.array(numbers, np.int32)
         desk.state = self._engine.append(self._params, desk.current(), block, features, numbers)
         for row in told:
             assert row.given is not None
@@ -318,11 +344,13 @@ class Session:
         return features, [restride(prompt, patches) for prompt in prompts]
 
     def _decode(self, desks: Sequence[_Desk]) -> list[tuple[Stream, Generated]]:
-        rows = [row for desk in desks for row in desk.rows]
+        live = [desk.live() for desk in desks]
+        rows = [row for desk, own in zip(desks, live, strict=True) for row in desk.rows_at(own)]
         waits = any(desk.queue for desk in self._desks.values())
         states, spoken = self._engine.decode(
             self._params,
             tuple(desk.current() for desk in desks),
+            tuple(live),
             _speakers(rows),
             self._engine.automata.table,
             # With somebody waiting, a free slot is worth a visit.
@@ -362,13 +390,6 @@ def _speakers(rows: Sequence[_Row | None]) -> Speakers:
         positions=np.array([0 if row is None else row.position for row in rows], np.int32),
         automata=np.array([(0, 0) if row is None else row.automata for row in rows], np.int32),
     )
-
-
-def _text(tokens: Sequence[int]) -> Prompt:
-    """Given tokens as a block without frames, its positions counted from 0."""
-    ids = np.asarray(tokens, np.int32)
-    positions = np.repeat(np.arange(len(ids), dtype=np.int32)[:, None], 3, axis=1)
-    return Prompt(ids, positions, np.full(len(ids), -1, np.int32))
 
 
 def _block(
@@ -414,10 +435,13 @@ def _grouped(
     return list(groups.items())
 
 
-def _batches(items: Sequence[T], most: int) -> Iterator[list[T]]:
-    """Cut into 64s, 16s, 4s and 1s, so that few sizes occur and none is padded."""
-    start = 0
-    while left := len(items) - start:
-        size = next(size for size in (64, 16, 4, 1) if size <= min(left, most))
-        yield list(items[start : start + size])
-        start += size
+def _batches(items: Sequence[T], most: int) -> Iterator[tuple[list[T], int]]:
+    """Cut into batches, each with the size that it is to be padded to: `BATCH` or 1, so that few
+    shapes occur."""
+    size = min(BATCH, most)
+    for start in range(0, len(items), size):
+        batch = list(items[start : start + size])
+        if len(batch) > size // 4:
+            yield batch, size
+        else:
+            yield from (([item], 1) for item in batch)
