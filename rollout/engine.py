@@ -359,11 +359,11 @@ def _take(state: LaneState, live: Int[Array, " q"] | None) -> LaneState:
         return state
     cache, rows = state.cache, _rows_of(live, state.cache.copies)
     part = LaneCache(
-        prompt_keys=cache.prompt_keys[:, live],
-        prompt_values=cache.prompt_values[:, live],
+        prompt_keys=cache.prompt_keys.take(live),
+        prompt_values=cache.prompt_values.take(live),
         prompt_lengths=jnp.asarray(cache.prompt_lengths)[live],
-        keys=cache.keys[:, rows],
-        values=cache.values[:, rows],
+        keys=cache.keys.take(rows),
+        values=cache.values.take(rows),
         lengths=jnp.asarray(cache.lengths)[rows],
     )
     seen = None if state.seen is None else state.seen[rows]
@@ -377,8 +377,8 @@ def _put_back(whole: LaneState, part: LaneState, live: Int[Array, " q"] | None) 
     cache, rows = whole.cache, _rows_of(live, whole.cache.copies)
     cache = dataclasses.replace(
         cache,
-        keys=cache.keys.at[:, rows].set(part.cache.keys),
-        values=cache.values.at[:, rows].set(part.cache.values),
+        keys=cache.keys.put(rows, part.cache.keys),
+        values=cache.values.put(rows, part.cache.values),
     )
     seen = None
     if whole.seen is not None and part.seen is not None:
