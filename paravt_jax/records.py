@@ -263,10 +263,10 @@ LARGEST_INT8 = 127
 class Slots:
     """Keys or values of tokens, as they are or as int8.
 
-    In int8, each token of each key head has its own scale, its largest magnitude / 127, so that a
-    slot is written once and never scaled again. This is the symmetric per-token scheme of
-    ZeroQuant (arXiv 2206.01861) applied to the cache, with one group per head as in FlexGen
-    (arXiv 2303.06865) and KIVI (arXiv 2402.02750), whose offsets int8 can spare.
+    In int8, each token of each key head has its own scale, its largest magnitude / 127: symmetric
+    and token-wise, as ZeroQuant (arXiv 2206.01861) does activations, so that a slot is written once
+    and never scaled again. Fewer bits would need scales per channel for keys (KIVI, arXiv
+    2402.02750). What 8 bits change is measured in `docs/log.md`.
     """
 
     stored: Float[Array, "l b k s h"] | Int8[Array, "l b k s h"]
