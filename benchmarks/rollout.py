@@ -4,6 +4,7 @@
     python benchmarks/rollout.py prefix   one cache per prompt against one per rollout
     python benchmarks/rollout.py crops    four crops in one turn against one and four turns
     python benchmarks/rollout.py mix      mixed lengths on few slots against fixed batches
+    python benchmarks/rollout.py int8     keys and values in int8: memory, time, log-probs
 
 Both sides of a ratio run in one process, in turns, on the same random weights; median and spread
 (smallest to largest) of `--repeats` runs. `generate` needs torch.
@@ -302,9 +303,58 @@ def mix(size: str, repeats: int) -> None:
     print(f"{lengths.sum()} tokens, slot use {100 * use['slots']:.1f} %")
 
 
+def int8(size: str, length: int, repeats: int) -> None:
+    """Eight rollouts of one prompt on a cache in int8 and in the compute dtype: bytes, seconds, and
+    how far their log-probs are from those of the learner's forward pass without a cache."""
+    full, params = random_model(size)
+    prompt = make_prompt(length, 0, full.config)
+    engines = {
+        kept: engine_of(
+            dataclasses.replace(full, cache_dtype=kept),
+            {"main": Lane(1, 8, length, NEW)},
+            visit=NEW,
+        )
+        for kept in ("compute", "int8")
+    }
+    for kept, engine in engines.items():
+        gaps = log_prob_gaps(engine, full, params, prompt)
+        print(
+            f"{kept}: {engine.cache_bytes() / 2**20:.2f} MiB, log-probs differ by "
+            f"{gaps.mean():.2e} on average, {gaps.max():.2e} at most ({gaps.size} tokens)",
+            flush=True,
+        )
+    runs = {
+        kept: lambda engine=engine: run_all(engine.session(params), "main", [prompt], 8, NEW)
+        for kept, engine in engines.items()
+    }
+    ratio(compare(runs, repeats), "int8", "compute")
+
+
+def log_prob_gaps(
+    engine: Engine, policy: Qwen3VLPolicy, params: dict, prompt: Prompt
+) -> np.ndarray:
+    """`[8, NEW]`: |sampler's - learner's log-prob| of each token of eight rollouts."""
+    session = engine.session(params)
+    streams = session.open("main", prompt, range(8))
+    for stream in streams:
+        session.speak(stream, [], SamplingConfig(), NEW)
+    turns = dict(session.visit())
+    said, sampled = (
+        np.stack([getattr(turns[stream], name) for stream in streams])
+        for name in ("tokens", "log_probs")
+    )
+    tokens = np.concatenate([np.tile(prompt.tokens, (8, 1)), said], axis=1)
+    at = np.arange(tokens.shape[1], dtype=np.int32)
+    positions = np.broadcast_to(at[:, None], (*tokens.shape, 3))
+    hidden = jax.jit(policy.hidden)(params, tokens, positions, np.full_like(tokens, -1))
+    logits = policy.logits(params, hidden[:, -NEW - 1 : -1])
+    learned = jnp.take_along_axis(jax.nn.log_softmax(logits), said[..., None], axis=-1)[..., 0]
+    return np.abs(sampled - np.asarray(learned))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description="The rollout engine against its alternatives.")
-    parser.add_argument("what", choices=("generate", "prefix", "crops", "mix"))
+    parser.add_argument("what", choices=("generate", "prefix", "crops", "mix", "int8"))
     parser.add_argument("--size", choices=SIZES, default="5M")
     parser.add_argument("--prompt", type=int, help="tokens of a prompt")
     parser.add_argument("--frames", type=int, default=0)
@@ -316,6 +366,8 @@ def main() -> None:
         prefix(a.size, a.prompt or 4096, a.repeats)
     elif a.what == "crops":
         crops(a.size, a.prompt or 256, a.repeats)
+    elif a.what == "int8":
+        int8(a.size, a.prompt or 512, a.repeats)
     else:
         mix(a.size, a.repeats)
 

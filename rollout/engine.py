@@ -207,20 +207,12 @@ class Engine:
         hidden, keys, values = self.policy.read(
             params, block.tokens, block.positions, block.vision_index, features
         )
-        cache, t = state.cache, block.tokens.shape[1]
-        copies = cache.copies
+        copies = state.cache.copies
         rows = slots[:, None] * copies + jnp.arange(copies)
         last = _last(hidden, block.lengths)[:, None].astype(state.hidden.dtype)
-        where = (slice(None), slots, slice(None), slice(0, t))
-        cache = dataclasses.replace(
-            cache,
-            prompt_keys=cache.prompt_keys.at[where].set(keys.astype(cache.prompt_keys.dtype)),
-            prompt_values=cache.prompt_values.at[where].set(
-                values.astype(cache.prompt_values.dtype)
-            ),
-        )
+        cache = state.cache.with_prompts(slots, keys, values).spread()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
-        return LaneState(_spread_cache(cache), _spread(state.hidden.at[rows].set(last)), seen)
+        return LaneState(cache, _spread(state.hidden.at[rows].set(last)), seen)
 
     def _append(
         self,
@@ -247,7 +239,7 @@ class Engine:
         else:
             moved = state.hidden.at[rows].set(last)
         seen = None if state.seen is None else _mark_block(state.seen, block, rows)
-        return LaneState(_spread_cache(cache), _spread(moved), seen)
+        return LaneState(cache.spread(), _spread(moved), seen)
 
     def _decode(
         self,
@@ -367,11 +359,11 @@ def _take(state: LaneState, live: Int[Array, " q"] | None) -> LaneState:
         return state
     cache, rows = state.cache, _rows_of(live, state.cache.copies)
     part = LaneCache(
-        prompt_keys=cache.prompt_keys[:, live],
-        prompt_values=cache.prompt_values[:, live],
+        prompt_keys=cache.prompt_keys.take(live),
+        prompt_values=cache.prompt_values.take(live),
         prompt_lengths=jnp.asarray(cache.prompt_lengths)[live],
-        keys=cache.keys[:, rows],
-        values=cache.values[:, rows],
+        keys=cache.keys.take(rows),
+        values=cache.values.take(rows),
         lengths=jnp.asarray(cache.lengths)[rows],
     )
     seen = None if state.seen is None else state.seen[rows]
@@ -385,8 +377,8 @@ def _put_back(whole: LaneState, part: LaneState, live: Int[Array, " q"] | None) 
     cache, rows = whole.cache, _rows_of(live, whole.cache.copies)
     cache = dataclasses.replace(
         cache,
-        keys=cache.keys.at[:, rows].set(part.cache.keys),
-        values=cache.values.at[:, rows].set(part.cache.values),
+        keys=cache.keys.put(rows, part.cache.keys),
+        values=cache.values.put(rows, part.cache.values),
     )
     seen = None
     if whole.seen is not None and part.seen is not None:
@@ -416,11 +408,3 @@ def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Arr
 def _spread(tree: Any) -> Any:
     """Rows over the data axes of the mesh, as far as they divide."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch", *[None] * (leaf.ndim - 1)), tree)
-
-
-def _spread_cache(cache: LaneCache) -> LaneCache:
-    """Rows over the data axes of the mesh, heads over the tensor axis."""
-    axes = ("layers", "batch", "kv", None, None)
-    names = ("prompt_keys", "prompt_values", "keys", "values")
-    spread = {name: constrain(getattr(cache, name), *axes) for name in names}
-    return dataclasses.replace(cache, **spread)

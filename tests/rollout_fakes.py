@@ -19,6 +19,7 @@ from paravt_jax.records import (
     Patches,
     Prompt,
     Row,
+    Slots,
     VideoRef,
     VisionFeatures,
 )
@@ -117,7 +118,7 @@ class ToyPolicy:
     def init_lane(self, prompts, copies, prompt_slots, own_slots) -> LaneCache:
         rows = prompts * copies
         shared, own = (
-            jnp.zeros((1, count, 1, slots, self.width))
+            Slots.empty((1, count, 1, slots, self.width), jnp.float32)
             for count, slots in ((prompts, prompt_slots), (rows, own_slots))
         )
         lengths = (jnp.zeros(count, jnp.int32) for count in (prompts, rows))
@@ -151,18 +152,16 @@ class ToyPolicy:
         where = (0, rows[:, None], 0, at)
         lane = dataclasses.replace(
             lane,
-            keys=lane.keys.at[where].set(x @ params["k"], mode="drop"),
-            values=lane.values.at[where].set(x @ params["v"], mode="drop"),
+            keys=lane.keys.write(where, x @ params["k"]),
+            values=lane.values.write(where, x @ params["v"]),
         )
         prompts = rows // lane.copies
         keys, values = (
-            jnp.concatenate([shared[0, prompts, 0], own[0, rows, 0]], axis=1)
+            jnp.concatenate([shared.stored[0, prompts, 0], own.stored[0, rows, 0]], axis=1)
             for shared, own in ((lane.prompt_keys, lane.keys), (lane.prompt_values, lane.values))
         )
-        in_prompt = (
-            jnp.arange(lane.prompt_keys.shape[3]) < lane.prompt_lengths[prompts][:, None, None]
-        )
-        in_own = jnp.arange(lane.keys.shape[3]) <= at[..., None]
+        in_prompt = jnp.arange(lane.prompt_keys.count) < lane.prompt_lengths[prompts][:, None, None]
+        in_own = jnp.arange(lane.keys.count) <= at[..., None]
         in_prompt = jnp.broadcast_to(in_prompt, (*at.shape, in_prompt.shape[-1]))
         visible = jnp.concatenate([in_prompt, in_own], axis=2)
         return self._attend(x @ params["q"], keys, values, visible), lane

@@ -99,8 +99,8 @@ def abstract_policy(config: Config) -> Qwen3VLPolicy:
 
 
 def _policy(architecture: Qwen3VLConfig, config: Config) -> Qwen3VLPolicy:
-    settings = config.model
-    return Qwen3VLPolicy(architecture, settings.compute_dtype, settings.remat, settings.lora)
+    own = config.model
+    return Qwen3VLPolicy(architecture, own.compute_dtype, own.remat, own.lora, own.cache_dtype)
 
 
 def describe_checkpoints(model: Model, target: Path) -> None:

@@ -60,8 +60,8 @@ def append(
     where = (layer, rows[:, None], slice(None), slots)
     return dataclasses.replace(
         lane,
-        keys=lane.keys.at[where].set(key.astype(lane.keys.dtype), mode="drop"),
-        values=lane.values.at[where].set(value.astype(lane.values.dtype), mode="drop"),
+        keys=lane.keys.write(where, key),
+        values=lane.values.write(where, value),
     )
 
 
@@ -73,7 +73,7 @@ def attend_lane(
 ) -> Float[Array, "m t n h"]:
     """Attention of a block that was just appended."""
     m, t, n, h = query.shape
-    k = lane.keys.shape[2]
+    k = lane.keys.stored.shape[2]
     grouped = query.reshape(m, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(m, k, -1, h)
     mixed = merge(_to_prompt(lane, rows, layer, grouped), _to_own(lane, rows, layer, grouped, t))
     mixed = mixed.reshape(m, k, t, n // k, h).transpose(0, 2, 1, 3, 4)
@@ -95,17 +95,16 @@ def _to_prompt(
     query = query.reshape(m // together, k, together * q, h)
 
     def read(slots: int) -> Partial:
-        keys, values = (
-            x[layer, prompts, :, :slots] for x in (lane.prompt_keys, lane.prompt_values)
-        )
+        where = (layer, prompts, slice(None), slice(0, slots))
+        keys, values = (x.read(where, query.dtype) for x in (lane.prompt_keys, lane.prompt_values))
         visible = (jnp.arange(slots) < lengths[:, None])[:, None]
-        return partial(query, keys.astype(query.dtype), values.astype(query.dtype), visible)
+        return partial(query, keys, values, visible)
 
     def per_row(x: Array) -> Array:
         x = x.reshape(m // together, k, together, q, *x.shape[3:])
         return x.swapaxes(1, 2).reshape(m, k, q, *x.shape[4:])
 
-    parts = _read_what_is_filled(read, lane.prompt_keys.shape[3], jnp.max(lengths))
+    parts = _read_what_is_filled(read, lane.prompt_keys.count, jnp.max(lengths))
     return per_row(parts[0]), per_row(parts[1]), per_row(parts[2])
 
 
@@ -122,11 +121,12 @@ def _to_own(
     last = before[:, None] + jnp.repeat(jnp.arange(t), query.shape[2] // t)
 
     def read(slots: int) -> Partial:
-        keys, values = (x[layer, chosen, :, :slots] for x in (lane.keys, lane.values))
+        where = (layer, chosen, slice(None), slice(0, slots))
+        keys, values = (x.read(where, query.dtype) for x in (lane.keys, lane.values))
         visible = jnp.arange(slots) <= last[..., None]
-        return partial(query, keys.astype(query.dtype), values.astype(query.dtype), visible)
+        return partial(query, keys, values, visible)
 
-    return _read_what_is_filled(read, lane.keys.shape[3], jnp.max(before) + t)
+    return _read_what_is_filled(read, lane.keys.count, jnp.max(before) + t)
 
 
 def _read_what_is_filled(

@@ -17,9 +17,8 @@ from models.qwen3_vl.text import Memory, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
-from paravt_jax.mesh import constrain
 from paravt_jax.params import Blueprint, Normal, Params, Table
-from paravt_jax.records import LaneCache, VisionFeatures
+from paravt_jax.records import LaneCache, Slots, VisionFeatures
 
 
 class Qwen3VL(nnx.Module):
@@ -66,15 +65,17 @@ class Qwen3VL(nnx.Module):
 class Qwen3VLPolicy:
     """Implements `paravt_jax.interfaces.Policy`. Hashable, cheap to close over.
 
-    `compute_dtype` is the type of matrix products and of the cache; weights are cast when used.
-    With `remat`, the backward pass computes each layer's activations again. With `lora`, the
-    language model has adapters, whose weights stand in the table beside the others.
+    `compute_dtype` is the type of matrix products; weights are cast when used. With `remat`, the
+    backward pass computes each layer's activations again. With `lora`, the language model has
+    adapters, whose weights stand in the table beside the others. `cache_dtype` is the type that
+    `init_lane` keeps keys and values in: `compute`, the type of products, or `int8`.
     """
 
     config: Qwen3VLConfig
     compute_dtype: str = "float32"
     remat: bool = False
     lora: LoraConfig = NO_LORA
+    cache_dtype: str = "compute"
 
     @property
     def width(self) -> int:
@@ -176,7 +177,7 @@ class Qwen3VLPolicy:
             return self._bind(params).logits(hidden)
 
     def init_lane(self, prompts: int, copies: int, prompt_slots: int, own_slots: int) -> LaneCache:
-        """An empty cache in the compute dtype."""
+        """An empty cache of `cache_dtype`."""
         rows = prompts * copies
         return LaneCache(
             prompt_keys=self._slots(prompts, prompt_slots),
@@ -187,11 +188,11 @@ class Qwen3VLPolicy:
             lengths=jnp.zeros(rows, jnp.int32),
         )
 
-    def _slots(self, rows: int, slots: int) -> Float[Array, "l b k s h"]:
+    def _slots(self, rows: int, slots: int) -> Slots:
         text = self.config.text
         shape = (text.num_hidden_layers, rows, text.num_key_value_heads, slots, text.head_dim)
-        empty = jnp.zeros(shape, self.compute_dtype)
-        return constrain(empty, "layers", "batch", "kv", None, None)
+        kept = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
+        return Slots.empty(shape, kept)
 
     def _bind(self, params: Params) -> Qwen3VL:
         return _blueprint(self).bind(params)

@@ -44,6 +44,7 @@ def test_override_parses_by_type():
         ("steps", "key=value"),
         ("steps.more=1", "no keys"),
         ("data.frames_as=gif", "image, video"),
+        ("model.cache_dtype=int4", "compute, int8"),
         ("rl.group_size=1", "2 or more"),
         ("rl.micro_groups=3", "divisor"),
         ("model.train_vision=true", "rl stage"),

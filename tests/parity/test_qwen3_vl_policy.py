@@ -65,7 +65,7 @@ def prompt():
     visual = []
     for rows, cols in GRIDS:
         visual += [False, False, *[True] * (rows * cols // 4)]
-    visual = np.array([*visual, False, False])
+    visual = np.array([*visual, *[False] * 4])
     tokens = np.where(visual, 61, np.arange(len(visual)) % 50).astype(np.int32)
     return (
         tokens[None],
@@ -95,13 +95,8 @@ def extend_step(params, tokens, positions, index, lane, lengths, rows):
 def read_into_lane(params, arrays, features, split) -> LaneCache:
     """Two prompts of these lengths, each with two rows."""
     _, keys, values = jax.jit(POLICY.read)(params, *arrays, features)
-    lane, most = POLICY.init_lane(2, 2, 24, 16), arrays[0].shape[1]
-    return dataclasses.replace(
-        lane,
-        prompt_keys=lane.prompt_keys.at[:, :, :, :most].set(keys),
-        prompt_values=lane.prompt_values.at[:, :, :, :most].set(values),
-        prompt_lengths=jnp.asarray(split, jnp.int32),
-    )
+    lane = POLICY.init_lane(2, 2, 24, 16).with_prompts(jnp.arange(2), keys, values)
+    return dataclasses.replace(lane, prompt_lengths=jnp.asarray(split, jnp.int32))
 
 
 @pytest.mark.parametrize("chosen", [None, [2, 1]])
