@@ -138,7 +138,7 @@ def test_a_mesh_changes_no_sample_of_qwen3_vl():
         check_same(groups, world.roll_out(world.engine(few), items[::-1], params=spread))
 
 
-@pytest.mark.parametrize("evidence", EVIDENCE)
+@pytest.mark.parametrize("evidence", ["text", pytest.param("frames", marks=pytest.mark.slow)])
 def test_nothing_compiles_once_shapes_are_known(evidence):
     """Fifty batches of all sizes, lengths, budgets and crops, each under other weights."""
     world = toy(evidence, copies=2)
