@@ -288,11 +288,6 @@ class World:
             )
 
 
-def main_streams(groups: Sequence[RolloutGroup]) -> list[Stream]:
-    """What the learner gets."""
-    return streams_of_groups(groups)
-
-
 def crop_streams(groups: Sequence[RolloutGroup]) -> list[Stream]:
     """Sub-agents as the learner would get them."""
     return [
@@ -351,14 +346,14 @@ def warm_up(world: World, engine: Engine) -> None:
     for name, lane in engine.lanes.items():
         for prompt in [*prompts, *longer] if name == "main" else prompts[1:]:
             for count in range(1, lane.prompts + 1):
-                _say(session, [(name, prompt)] * count, [])
+                _say(engine, session, [(name, prompt)] * count, [])
     if "crop" in engine.lanes:
-        _say(session, [("main", prompts[0]), ("crop", prompts[1])], [])
+        _say(engine, session, [("main", prompts[0]), ("crop", prompts[1])], [])
     lane, shown = engine.lanes["main"], [0, 3, 6] if frames else [0]
     for size, count in itertools.product([8, 16, 32, 64], shown):
         given = _given(world, size, count)
         for rows in range(1, lane.rows + 1):
-            _say(session, [("main", prompts[0])] * lane.prompts, given, rows)
+            _say(engine, session, [("main", prompts[0])] * lane.prompts, given, rows)
 
 
 def _given(world: World, size: int, frames: int) -> Prompt:
@@ -369,11 +364,11 @@ def _given(world: World, size: int, frames: int) -> Prompt:
     return join_blocks([block, text_block([65] * max(size - len(block.tokens), 0))])
 
 
-def _say(session, opened, given, rows: int | None = None) -> None:
+def _say(engine, session, opened, given, rows: int | None = None) -> None:
     """Open prompts, let the first `rows` of their streams say a token, close all."""
     streams = []
     for lane, prompt in opened:
-        copies = session._engine.lanes[lane].copies
+        copies = engine.lanes[lane].copies
         streams += session.open(lane, prompt, list(range(copies)))
     for stream in streams[:rows]:
         session.speak(stream, given, SamplingConfig(), 1)

@@ -24,11 +24,11 @@ from tests.rollout_law import (
     calls_of,
     crop_streams,
     learner_rows,
-    main_streams,
     warm_up,
     what_happened,
 )
 from tests.unit.test_engine import QWEN
+from train.batch import streams_of_groups
 
 EVIDENCE = ["text", "frames"]
 MESH = "data:2,fsdp:2,tensor:2"
@@ -53,7 +53,7 @@ def check_learner(world: World, groups, tape, rows: int) -> None:
     """Laws 1 and 2, of main agents and of sub-agents."""
     sampling = world.config.sampling, world.config.subagent_sampling
     kinds = zip(
-        ("main", "crop"), (main_streams(groups), crop_streams(groups)), sampling, strict=True
+        ("main", "crop"), (streams_of_groups(groups), crop_streams(groups)), sampling, strict=True
     )
     for lane, streams, drawn in kinds:
         copies = world.copies if lane == "main" else 1
@@ -97,6 +97,7 @@ def test_learner_and_engine_agree_about_every_token(evidence):
     check_same(groups, world.roll_out(engine, items[8:3:-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_slots_and_visits_change_no_sample(evidence):
     world = toy(evidence, copies=2)
@@ -138,7 +139,8 @@ def test_a_mesh_changes_no_sample_of_qwen3_vl():
         check_same(groups, world.roll_out(world.engine(few), items[::-1], params=spread))
 
 
-@pytest.mark.parametrize("evidence", ["text", pytest.param("frames", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("evidence", EVIDENCE)
 def test_nothing_compiles_once_shapes_are_known(evidence):
     """Fifty batches of all sizes, lengths, budgets and crops, each under other weights."""
     world = toy(evidence, copies=2)
