@@ -1,7 +1,7 @@
 """Eight CPU devices for every test, so that sharding is exercised, not skipped.
 
 Tests compile far longer than they compute, so XLA optimises as little as it can, which halves
-their time. Those that run the real command leave its own settings to it.
+their time. `e2e/test_needle_run.py` leaves the command its own settings.
 """
 
 import os

@@ -43,7 +43,8 @@ def cache(tmp_path_factory):
 def workdir(cache, tmp_path_factory):
     """Two RL steps with adapters on the committed cold start."""
     workdir = tmp_path_factory.mktemp("run") / "lora"
-    done = start(workdir, cache, "--steps", "2", settings=SETTINGS)
+    quick = "--xla_backend_optimization_level=0"
+    done = start(workdir, cache, "--steps", "2", settings=SETTINGS, xla_flags=quick)
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
 

@@ -45,7 +45,7 @@ TIMED = ("time/", "tokens_per_second")
 QUICK = ("output.export_hf=false",)
 
 
-def start(workdir, cache, *arguments, settings=(), xla_flags="--xla_backend_optimization_level=1"):
+def start(workdir, cache, *arguments, settings=(), xla_flags=""):
     """Run the command from another directory; compiled functions are shared between the runs."""
     shared = {
         "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),

@@ -38,7 +38,8 @@ def command(workdir, cache):
 
 
 def environment(devices: int, **extra: str) -> dict[str, str]:
-    flags = f"--xla_force_host_platform_device_count={devices}"
+    count = f"--xla_force_host_platform_device_count={devices}"
+    flags = f"{count} --xla_backend_optimization_level=0"  # Compiling is most of the time.
     return {**os.environ, "XLA_FLAGS": flags, **extra}
 
 
