@@ -153,7 +153,7 @@ class TextTower(nnx.Module):
     ) -> tuple[
         Float[Array, "b t d"],
         Memory,
-        Float[Array, "l b t e"] | None,
+        Float[Array, "sparse b t e"] | None,
         tuple[Float[Array, "l b t k h"], Float[Array, "l b t k h"]] | None,
     ]:
         """Hidden states after the last norm; grown memory, its lengths untouched; the router's

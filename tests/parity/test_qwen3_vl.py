@@ -24,7 +24,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from models.qwen3_vl import from_pretrained, pretrained, save_folder
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import _blueprint
-from models.qwen3_vl.text import add_deepstack, mrope
+from models.qwen3_vl.text import Memory, add_deepstack, mrope
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import Blueprint
 
@@ -186,9 +186,10 @@ def decoder_layers(model, tokens, positions, index, patches, grids):
     x, rope = tower.embed(tokens, index, features), mrope(positions, model.config.text)
     outputs = {}
     for number in range(model.config.text.num_hidden_layers):
-        x, *_ = layer_of(tower.layers, number)(x, rope)
+        layer = jnp.int32(number)
+        x, *_ = layer_of(tower.layers, number)(x, rope, Memory(), layer)
         outputs[f"layers.{number}"] = x
-        x = add_deepstack(x, index, features, jnp.int32(number))
+        x = add_deepstack(x, index, features, layer)
     outputs["norm"] = tower.norm(x)
     return outputs
 

@@ -12,6 +12,7 @@ from models.qwen3_vl.config import ExpertsConfig
 from models.qwen3_vl.experts import BLOCK, _blocked_matmul, mix, permute
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.records import Slots
 
 SIZES = {
     "even": [40, 40, 40],
@@ -174,7 +175,10 @@ def test_extending_a_lane_equals_the_full_pass():
     head, keys, values = jax.jit(policy.read)(params, *(array[:, :6] for array in arrays))
     lane = policy.init_lane(2, 1, 6, 4)
     lane = dataclasses.replace(
-        lane, prompt_keys=keys, prompt_values=values, prompt_lengths=jnp.full(2, 6)
+        lane,
+        prompt_keys=Slots(keys),
+        prompt_values=Slots(values),
+        prompt_lengths=jnp.full(2, 6),
     )
     parts = [head]
     for start, end in [(6, 7), (7, 9)]:
