@@ -24,17 +24,16 @@ def attend(
     value: Float[Array, "b s k h"],
     *,
     causal: bool = False,
-    offset: Int[Array, " b"] | None = None,
     key_lengths: Int[Array, " b"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`.
 
-    Query i of row b sees key j if `j < key_lengths[b]` (when given) and, when `causal`,
-    `j <= offset[b] + i` (offset 0 when not given). Query head `n` reads key head `n // (n/k)`.
+    Query i of row b sees key j if `j < key_lengths[b]` (when given) and, when `causal`, `j <= i`.
+    Query head `n` reads key head `n // (n/k)`.
     """
-    if causal and offset is None and key_lengths is None and query.shape[1] > QUERY_CHUNK:
+    if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value)
-    visible = visibility(query.shape[1], key.shape[1], causal, offset, key_lengths)
+    visible = visibility(query.shape[1], key.shape[1], causal, key_lengths=key_lengths)
     return reference(query, key, value, visible)
 
 
@@ -42,18 +41,18 @@ def visibility(
     queries: int,
     keys: int,
     causal: bool,
-    offset: Int[Array, " b"] | None = None,
+    first: int = 0,
     key_lengths: Int[Array, " b"] | None = None,
 ) -> Bool[Array, "#b #t s"] | None:
-    """Which keys each query sees (see `attend`); None when all are visible."""
+    """Which keys each query sees (see `attend`), the first query being number `first`; None when
+    all are visible."""
     slots = jnp.arange(keys, dtype=jnp.int32)
     visible = None
     if key_lengths is not None:
         visible = slots[None, None, :] < key_lengths[:, None, None]
     if causal:
-        last = jnp.arange(queries, dtype=jnp.int32)[None, :]
-        last = last if offset is None else last + offset[:, None]
-        before = slots[None, None, :] <= last[:, :, None]
+        last = first + jnp.arange(queries, dtype=jnp.int32)
+        before = (slots <= last[:, None])[None]
         visible = before if visible is None else visible & before
     return visible
 
@@ -95,8 +94,7 @@ def _causal_chunks(query: Array, key: Array, value: Array) -> Array:
     chunks = []
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
-        offset = jnp.full(1, start, jnp.int32)
-        visible = visibility(end - start, end, True, offset)
+        visible = visibility(end - start, end, causal=True, first=start)
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
 

@@ -51,7 +51,9 @@ def run(tmp_path_factory):
 
 def test_sampler_learner_and_reference_agree(run):
     first, second = metrics(run)
-    assert max(first["logprob/gap_max"], second["logprob/gap_max"]) < 1e-4
+    gap = max(first["logprob/gap_max"], second["logprob/gap_max"])
+    print(f"sampler and learner differ by {gap:.1e}")
+    assert gap < 1e-4
     assert abs(first["kl"]) < 1e-6 and second["kl"] > 1e-6
 
 
