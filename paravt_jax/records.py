@@ -95,6 +95,9 @@ class Row:
     answer: str
     """Ground truth: words, an option letter, or `start, end` in seconds."""
     question_type: str = QuestionType.OPEN
+    evidence: tuple[tuple[float, float], ...] = ()
+    """Windows `(start, end)` in seconds where the answer can be seen; empty if nobody marked them.
+    Rewards that judge where a tool looked compare with these."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -52,6 +52,9 @@ class QuestionRows(tfds.core.GeneratorBasedBuilder):
                 "question": text(),
                 "answer": text(),
                 "question_type": text(doc="oe, mcq or tvg."),
+                "evidence": tfds.features.Tensor(
+                    shape=(None, 2), dtype=np.float64, doc="Windows in seconds."
+                ),
             }
         )
         # Grain shuffles, anew in every epoch; the files keep the order of the rows.
@@ -62,7 +65,8 @@ class QuestionRows(tfds.core.GeneratorBasedBuilder):
 
     def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
         for index, row in enumerate(self._rows):
-            yield index, _flat(row)
+            flat = _flat(row)
+            yield index, flat | {"evidence": np.array(flat["evidence"], np.float64).reshape(-1, 2)}
 
 
 class RowSource:
@@ -90,7 +94,8 @@ class RowSource:
             for name, value in self._source[index].items()
         }
         video = VideoRef(values.pop("video"), float(values.pop("duration")))
-        return Row(video=video, **values)
+        evidence = tuple((float(start), float(end)) for start, end in values.pop("evidence"))
+        return Row(video=video, evidence=evidence, **values)
 
     def __repr__(self) -> str:
         return f"RowSource({len(self)} rows)"
@@ -125,4 +130,9 @@ def fingerprint(rows: Sequence[Row]) -> str:
 def _flat(row: Row) -> dict[str, Any]:
     values = dataclasses.asdict(row)
     values["question_type"] = str(row.question_type)
-    return values | {"video": row.video.path, "duration": row.video.duration}
+    evidence = [list(window) for window in row.evidence]
+    return values | {
+        "video": row.video.path,
+        "duration": row.video.duration,
+        "evidence": evidence,
+    }

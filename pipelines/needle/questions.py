@@ -90,5 +90,6 @@ def _question(
     kind: QuestionType,
     vocabulary: tuple[str, ...],
 ) -> NeedleQuestion:
-    row = Row(row_id, video.video, text, answer, kind.value)
+    evidence = ((float(event.start), float(event.end)),)
+    row = Row(row_id, video.video, text, answer, kind.value, evidence)
     return NeedleQuestion(row, video.events, event, vocabulary)
