@@ -9,9 +9,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from paravt_jax.records import QuestionType, Row, VideoRef
+from pipelines.decode import video_ref
 from pipelines.needle.questions import NeedleQuestion, ask
 from pipelines.needle.world import NeedleWorld, videos
-from pipelines.video import video_ref
 
 COLUMNS = ("video", "question", "answer", "question_type")
 FILES = ("questions.csv", "questions.jsonl")
