@@ -183,7 +183,9 @@ class ChatRenderer:
         return dataclasses.replace(prompt, times=times)
 
     def _patches(self, frames: Frames | Clip) -> Patches:
-        return to_patches(frames.pixels, self.spec) if isinstance(frames, Frames) else frames.patches
+        return (
+            to_patches(frames.pixels, self.spec) if isinstance(frames, Frames) else frames.patches
+        )
 
     def tool_turn(self, responses: Sequence[str]) -> list[int]:
         """Tokens from the end of an assistant turn to the head of the next one.
