@@ -404,3 +404,6 @@ class LearnerBatch:
     patches: Float[ArrayLike, "groups f p c"] | None
     grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
+    segments: Int[ArrayLike, "b t"] | None = None
+    """Which of several packed streams a token belongs to, counted from 1, and 0 for padding: no
+    token sees another stream's. None where each row is one stream."""

@@ -42,6 +42,7 @@ def batch_log_probs(
         batch.positions,
         batch.vision_index,
         _row_features(policy, params, batch),
+        batch.segments,
     )
     log_probs, entropy = gathered_log_probs(
         hidden,
