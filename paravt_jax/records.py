@@ -219,6 +219,8 @@ class Trajectory:
     """Sub-agent rollouts, in call order."""
     shown: tuple[Shown, ...] = ()
     """Frames that tool responses put into this stream itself, in stream order."""
+    call_syntax: str = "tool_call"
+    """How its calls are written, a name of `paravt_jax.protocol.SYNTAXES`."""
     policy_version: int = 0
     """Optimiser step of the weights that sampled this."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -233,6 +235,12 @@ class Trajectory:
     def executed(self) -> int:
         """Tool calls that ran to a result."""
         return sum(turn.executed for turn in self.turns)
+
+    @property
+    def over_turn(self) -> bool:
+        """Whether even the last turn calls: the rollout used up its rounds, or its room, and
+        then did not answer when it had to."""
+        return bool(self.turns and self.turns[-1].calls)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -196,15 +196,23 @@ class VideoReader:
         info = self.info(video)
         return self._read(video.path, info, overview_indices(info.frames, count))
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         """Frames of the window [start, end) seconds at the crop rate, at most the cap.
 
+        With `tokens`, as many of them as fit that many vision tokens at their least size, and
+        then as large as they fit.
+
         Raises:
-            ValueError: the file cannot be read, or the window is empty (see `clip_indices`).
+            ValueError: the file cannot be read, the window is empty (see `clip_indices`), or
+                `tokens` is given to a reader without a `spec`, which knows no vision tokens.
         """
-        info = self.info(video)
-        indices = clip_indices(info, start, end, self._crop_fps, self._crop_cap)
-        return self._read(video.path, info, indices)
+        info, cap = self.info(video), self._crop_cap
+        if tokens is not None:
+            if self._spec is None:
+                raise ValueError(f"tokens={tokens}: give the reader the spec that they are of")
+            cap = min(cap, self._spec.frames_within(tokens))
+        indices = clip_indices(info, start, end, self._crop_fps, cap)
+        return self._read(video.path, info, indices, tokens)
 
     def info(self, video: VideoRef) -> VideoInfo:
         """Stream properties of the file, probed once."""
@@ -212,9 +220,11 @@ class VideoReader:
             self._infos[video.path] = probe(video.path)
         return self._infos[video.path]
 
-    def _read(self, path: str, info: VideoInfo, indices: np.ndarray) -> Frames:
+    def _read(
+        self, path: str, info: VideoInfo, indices: np.ndarray, tokens: int | None = None
+    ) -> Frames:
         wanted = indices.tolist()
-        key = (path, self._target_size(info, len(wanted)))
+        key = (path, self._target_size(info, len(wanted), tokens))
         small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
         with self._lock:
             self._asked += len(wanted)
@@ -279,10 +289,12 @@ class VideoReader:
         for index in indices:
             del self._coming[key][index]
 
-    def _target_size(self, info: VideoInfo, count: int) -> Size:
-        """Of `count` frames shown together."""
+    def _target_size(self, info: VideoInfo, count: int, tokens: int | None) -> Size:
+        """Of `count` frames shown together, within `tokens` vision tokens if given."""
         if self._spec is None:
             return info.height, info.width
+        if tokens is not None:
+            return self._spec.size_within(info.height, info.width, count, tokens)
         return self._spec.target_size(info.height, info.width, count)
 
     def _store(self, key: Key, decoded: Decoded) -> None:

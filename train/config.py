@@ -19,6 +19,7 @@ from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
+from rollout.tools import agent_tools
 
 
 class Stage(enum.StrEnum):
@@ -258,6 +259,7 @@ def _check_cross(config: Config) -> None:
         )
     if config.rewards.mode == "llm":
         raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+    agent_tools(config.agent)  # refuses names that no tool has
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 

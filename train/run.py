@@ -241,7 +241,7 @@ class Run:
             self.optimizer,
             config,
             self.mesh,
-            self.model.tags(self.renderer),
+            self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
         )

@@ -307,7 +307,7 @@ class WaitingReader(SentinelReader):
     engine: ScriptedEngine
     visits: int
 
-    def clip(self, video, start, end):
+    def clip(self, video, start, end, tokens=None):
         deadline = time.monotonic() + 5
         while self.engine.visits < self.visits:
             assert time.monotonic() < deadline, "nothing was decoded on the device meanwhile"
@@ -344,7 +344,7 @@ def test_equal_calls_are_one_piece_of_work():
 
 def test_how_fast_threads_are_changes_nothing():
     class RestlessReader(SentinelReader):
-        def clip(self, video, start, end):
+        def clip(self, video, start, end, tokens=None):
             time.sleep(random.random() * 0.01)
             return super().clip(video, start, end)
 
@@ -433,7 +433,7 @@ def test_a_tool_that_hangs_or_fails_gets_an_error():
     class HangingReader(SentinelReader):
         free = threading.Event()
 
-        def clip(self, video, start, end):
+        def clip(self, video, start, end, tokens=None):
             if start == 50:
                 self.free.wait(5)
             return super().clip(video, start, end)
