@@ -33,9 +33,7 @@ PREFIX = f"{THINK_OPEN}\n"
 
 NEEDLE_TEXTS = PromptTexts(system="", tools="", subagent="Report {start:g} to {end:g} seconds.")
 """The words around frames and questions: next to none."""
-GROUNDING_TEXTS = dataclasses.replace(
-    NEEDLE_TEXTS, tools="Tool: <grounding>", describe_tools=True
-)
+GROUNDING_TEXTS = dataclasses.replace(NEEDLE_TEXTS, tools="Tool: <grounding>", describe_tools=True)
 """Those of an agent that calls by `<grounding>`, which chat templates do not know."""
 
 FRAME_REQUEST = "Name it."
