@@ -12,10 +12,8 @@ from typing import Any
 
 from paravt_jax.protocol import (
     GROUNDING_TOOL,
-    TOOL_NAME,
     Window,
     call_times,
-    crop_window,
     parse_seconds,
 )
 from paravt_jax.records import ToolCall
@@ -128,23 +126,6 @@ def grounding_strategy(call: ToolCall) -> int | str:
         names = ", ".join(STRATEGIES)
         return f'"sampling_strategy" must be one of {names}, not {_shown(strategy)}'
     return STRATEGIES.index(strategy)
-
-
-def call_window(call: ToolCall, duration: float) -> Window | None:
-    """The part of the video that a call of any of the tools asks to see, in seconds; None if it
-    asks for none that there is. For rewards, which judge where an agent looked."""
-    reader = _READERS.get(call.name)
-    if call.error is not None or reader is None:
-        return None
-    window = reader(call, duration)
-    return None if isinstance(window, str) else window
-
-
-_READERS = {
-    TOOL_NAME: crop_window,
-    CLIP_FRAME_TOOL: clip_frame_window,
-    GROUNDING_TOOL: grounding_window,
-}
 
 
 def _shown(value: Any) -> str:

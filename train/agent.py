@@ -95,7 +95,7 @@ def open_automata(config: Config, renderer: ChatRenderer, vocab: int) -> TokenAu
 
 def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
     """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
-    spec, quota = renderer.spec, max(config.agent.clip_tokens, default=0)
+    spec, quota = renderer.spec, max(config.agent.clip_tokens, default=None)
     most = spec.frames_within(quota) if quota else config.data.crop_frames
     frames = smallest_frames(spec, min(config.data.crop_frames, most))
     start, end = LONG_WINDOW
@@ -106,11 +106,14 @@ def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
     return full_size(response, spec, quota) - len(renderer.tool_turn([""]))
 
 
-def prompt_tokens(renderer: ChatRenderer, rows: Iterable[Row], frames: int) -> int:
-    """Tokens of the longest prompt that any of the questions makes with `frames` frames."""
+def prompt_tokens(
+    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
+) -> int:
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames, which
+    share `quota` vision tokens if given."""
     longest = max(rows, key=lambda row: len(renderer.encode(row.question)))
     prompt = renderer.main_prompt(longest, smallest_frames(renderer.spec, frames), tools=True)
-    return full_size(prompt, renderer.spec)
+    return full_size(prompt, renderer.spec, quota)
 
 
 def smallest_frames(spec: FrameSpec, count: int) -> Frames:
@@ -119,9 +122,9 @@ def smallest_frames(spec: FrameSpec, count: int) -> Frames:
     return Frames(pixels, np.full(count, LATE))
 
 
-def full_size(prompt: Prompt, spec: FrameSpec, quota: int = 0) -> int:
+def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:
     """Tokens that a prompt of smallest frames has with frames of full size, or, if that is less,
-    of `quota` vision tokens (0: no quota)."""
+    with `quota` vision tokens."""
     seen = int((prompt.vision_index >= 0).sum())
     full = seen * (spec.max_patches // spec.merge_size**2)
     return len(prompt.tokens) - seen + (min(full, quota) if quota else full)

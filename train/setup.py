@@ -173,7 +173,10 @@ def needle_world(config: Config) -> NeedleWorld:
 
 def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
     """Decodes overviews and crops; frames are kept at the size that the model sees."""
-    return VideoReader(config.data.crop_fps, config.data.crop_frames, spec=spec)
+    own = config.data
+    return VideoReader(
+        own.crop_fps, own.crop_frames, spec=spec, overview_tokens=own.overview_tokens
+    )
 
 
 def open_rows(config: Config) -> tuple[RowSource, list[Row]]:

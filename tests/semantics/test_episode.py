@@ -39,7 +39,7 @@ from rollout.agent import Agent
 from rollout.limits import AgentConfig, lanes, measure
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from rollout.tools import OwnVideo, Tool, agent_tools, crop_video, registry
+from rollout.tools import TOOLS, OwnVideo, Tool, agent_tools, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader, ToyRenderer
 from tests.scripted_engine import ScriptedEngine, ScriptedSession

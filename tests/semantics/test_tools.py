@@ -9,7 +9,6 @@ from paravt_jax.protocol import parse_tool_calls, parses_strictly
 from paravt_jax.records import ToolCall
 from paravt_jax.structure import anchor_tags
 from paravt_jax.windows import (
-    call_window,
     clip_frame_window,
     grounding_strategy,
     grounding_window,
@@ -101,15 +100,6 @@ def test_strategies_are_three_words():
     assert [grounding_strategy(segment([0, 9], name)) for name in names] == [0, 1, 2]
     for wrong in ("Fine", None, ["fine"], 1):
         assert "sampling_strategy" in grounding_strategy(segment([0, 9], wrong))
-
-
-def test_rewards_learn_the_window_of_any_call():
-    assert call_window(ToolCall("crop_video", {"start": 1, "end": 3}), 64.0) == (1, 3)
-    assert call_window(clip_call(1, 3), 64.0) == (1, 3)
-    assert call_window(segment([1, 3]), 64.0) == (1, 3)
-    assert call_window(clip_call(1, 90), 64.0) is None
-    assert call_window(ToolCall("zoom", {}), 64.0) is None
-    assert call_window(ToolCall("crop_video", {"start": 1, "end": 3}, error="no"), 64.0) is None
 
 
 def test_each_syntax_reads_its_own_tag_alone():

@@ -276,3 +276,7 @@ def test_a_larger_quota_shows_more_and_larger_frames(clip_file):
     assert reader.clip(clip_file, 0.0, 6.0).pixels.shape[:3] == (12, 64, 64)
     with pytest.raises(ValueError, match="spec"):
         VideoReader().clip(clip_file, 0.0, 6.0, tokens=4)
+    shared = VideoReader(spec=ImageSpec(min_pixels=32 * 32, max_pixels=64 * 64), overview_tokens=8)
+    copy = pickle.loads(pickle.dumps(shared))
+    assert copy.overview(clip_file, 8).pixels.shape[:3] == (8, 32, 32)
+    assert copy.overview(clip_file, 2).pixels.shape[:3] == (2, 64, 64)
