@@ -159,6 +159,8 @@ class Example:
     """int32 `[t]`: everything after the prompt, tool responses included."""
     weights: np.ndarray
     """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
+    shown: tuple[Shown, ...] = ()
+    """Frames that tool responses put into this stream, in stream order."""
 
 
 @dataclasses.dataclass(frozen=True)

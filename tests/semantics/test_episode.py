@@ -74,7 +74,7 @@ def scripted_engine(config: AgentConfig, turns_B, report=None, copies=1, visit=1
 class Episode:
     """One rollout under a script, and everything around it."""
 
-    def __init__(self, *turns: str, reader=None, report=None, tools=None, **config) -> None:
+    def __init__(self, *turns: str, reader=None, report=None, **config) -> None:
         limits = {"turn_tokens": 1000, "answer_tokens": 80, "response_tokens": 150}
         self.config = AgentConfig(**(limits | config))
         self.engine = scripted_engine(self.config, [turns], report)
@@ -84,7 +84,7 @@ class Episode:
             self.engine,
             RENDERER,
             self.reader,
-            tools or agent_tools(self.config),
+            agent_tools(self.config),
             self.config,
             CROP_TOKENS,
         )

@@ -167,13 +167,12 @@ def test_vital_episode_shows_frames_and_refuses_short_clips():
         call(*window).replace("crop_video", "get_video_clip_frame") for window in ((3, 9), (3, 4))
     ]
     config = {"tools": ("get_video_clip_frame",), "evidence": "frames", "dispatch": "sequential"}
-    tools = agent_tools(AgentConfig(**config))
     for written, executed in zip(named, (1, 0), strict=True):
-        episode = Episode(calls_turn(written), ANSWER, reader=reader, tools=tools, **config)
+        episode = Episode(calls_turn(written), ANSWER, reader=reader, **config)
         assert episode.trajectory.executed == executed == len(episode.trajectory.shown)
     assert "Error: end_time 4 must be more than 1 second after 3" in episode.responses
     assert reader.clips == [(3, 9)] and reader.quotas == [None]
-    other = Episode(calls_turn(call(3, 9)), ANSWER, tools=tools, **config)
+    other = Episode(calls_turn(call(3, 9)), ANSWER, **config)
     assert "available: get_video_clip_frame" in other.responses[0]
 
 
