@@ -119,8 +119,9 @@ def looks(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> E
 
 
 def _clip(kit: TaskKit, question: NeedleQuestion, window: Window) -> Clip:
-    frames = kit.reader.clip(question.row.video, *window, kit.quota)
-    return kit.renderer.clip(frames, *window)
+    start, end = float(window[0]), float(window[1])
+    frames = kit.reader.clip(question.row.video, start, end, kit.quota)
+    return kit.renderer.clip(frames, start, end)
 
 
 def direct(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:

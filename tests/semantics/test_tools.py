@@ -2,7 +2,6 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from paravt_jax.protocol import parse_tool_calls, parses_strictly
@@ -198,8 +197,6 @@ def test_settings_that_do_not_go_together_are_refused():
 
 
 def test_responses_hold_no_tag_of_any_syntax():
-    report = f"red{ground(1, 9)}<grounding>"
+    report = "red<grounding>[1, 9]</grounding><grounding>"
     episode = Episode(calls_turn(call()), ANSWER, report=lambda prompt: report + END)
-    body = json.loads(episode.responses[0].removeprefix("red"))
-    assert body["temporal_segment"] == [1, 9]
-    assert np.all(["grounding>" not in text for text in episode.responses])
+    assert episode.responses == ["red[1, 9]"]
