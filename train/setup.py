@@ -27,7 +27,7 @@ from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Row
-from paravt_jax.structure import ANCHOR_TAGS, TagTable, tag_table
+from paravt_jax.structure import TagTable, tag_table
 from pipelines.datasets import folder_rows, needle_questions
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
@@ -87,8 +87,8 @@ class Model:
         return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
     def tags(self, renderer: ChatRenderer) -> TagTable:
-        """Where anchored tags stand in token streams of this tokenizer."""
-        return tag_table(renderer.token_contents(self.policy.config.text.vocab_size), ANCHOR_TAGS)
+        """What finds structural tags in token streams of this tokenizer."""
+        return tag_table(renderer.token_contents(self.policy.config.text.vocab_size))
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
