@@ -85,11 +85,12 @@ class VideoRef:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One question about one video."""
+    """One question about one video, or about several that are shown together."""
 
     row_id: str
     """Unique within its data set; seeds of this row are derived from it."""
     video: VideoRef
+    """The video that tools open."""
     question: str
     """The text put to the agent, options included."""
     answer: str
@@ -98,6 +99,46 @@ class Row:
     evidence: tuple[tuple[float, float], ...] = ()
     """Windows `(start, end)` in seconds where the answer can be seen; empty if nobody marked them.
     Rewards that judge where a tool looked compare with these."""
+    more_videos: tuple[VideoRef, ...] = ()
+    """Further videos that the prompt shows after `video`; tools do not open them."""
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """All videos, in the order in which the prompt shows them."""
+        return (self.video, *self.more_videos)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """An image file that a row owns."""
+
+    path: str
+    """Absolute path on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message of a conversation, as a chat template takes it."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: tuple[str | ImageRef | VideoRef, ...]
+    """Words, images and videos in the order in which they are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """One supervised row: messages, those of the assistant to be learned."""
+
+    row_id: str
+    """Unique within its data set."""
+    messages: tuple[Message, ...]
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """The videos of all messages, in the order in which they are shown."""
+        parts = (part for message in self.messages for part in message.content)
+        return tuple(part for part in parts if isinstance(part, VideoRef))
 
 
 @dataclasses.dataclass(frozen=True)
