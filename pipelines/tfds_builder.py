@@ -69,9 +69,7 @@ class RowBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, Generic[T], skip_regi
 
     def _info(self) -> tfds.core.DatasetInfo:
         # Grain shuffles, anew in every epoch; the files keep the order of the rows.
-        return tfds.core.DatasetInfo(
-            builder=self, features=self.features(), disable_shuffling=True
-        )
+        return tfds.core.DatasetInfo(builder=self, features=self.features(), disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         return {SPLIT: self._generate_examples()}

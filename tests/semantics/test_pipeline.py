@@ -237,14 +237,14 @@ def test_types_can_be_chosen(folder):
 def test_faulty_csv_names_line_and_remedy(folder, text, message):
     (folder / "questions.csv").write_text(text)
     with pytest.raises(ValueError, match=message):
-        question_rows(str(folder)).rows
+        question_rows(str(folder))
 
 
 @pytest.mark.parametrize("text", ["{broken", "[1, 2]"])
 def test_faulty_jsonl_names_the_line(folder, text):
     (folder / "questions.jsonl").write_text(f"\n{text}\n")
     with pytest.raises(ValueError, match=r"questions\.jsonl, line 2: not "):
-        question_rows(str(folder)).rows
+        question_rows(str(folder))
 
 
 def test_a_folder_without_questions_says_what_it_needs(tmp_path):
