@@ -202,9 +202,11 @@ def own_row(fields: dict[str, Any], row_id: str, media: Media) -> Row:
     own_id = fields.get("row_id")
     return Row(
         row_id=row_id if own_id in (None, "") else str(own_id),
-        video=media.video(values.pop("video")),
+        video=media.video(values["video"]),
+        question=values["question"],
+        answer=values["answer"],
+        question_type=values["question_type"],
         evidence=_windows(fields.get("evidence")),
-        **values,
     )
 
 
