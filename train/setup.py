@@ -26,8 +26,9 @@ from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Row
-from paravt_jax.structure import TagTable, anchor_tags, tag_table
+from paravt_jax.structure import TagTable, tag_table
 from pipelines.datasets import needle_questions, question_rows
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
@@ -93,9 +94,9 @@ class Model:
         return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
-        """Where anchored tags stand in token streams of this tokenizer."""
+        """What finds structural tags in token streams of this tokenizer."""
         contents = renderer.token_contents(self.policy.config.text.vocab_size)
-        return tag_table(contents, anchor_tags(config.agent.call_syntax))
+        return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
