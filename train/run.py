@@ -243,7 +243,7 @@ class Run:
             self.optimizer,
             config,
             self.mesh,
-            self.model.tags(self.renderer),
+            self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
         )
@@ -314,7 +314,9 @@ class Run:
             self.renderer,
             prompts=prompts,
             copies=copies,
-            prompt_tokens=prompt_tokens(self.renderer, rows, frames),
+            prompt_tokens=prompt_tokens(
+                self.renderer, rows, frames, self.config.data.overview_tokens
+            ),
         )
         size = engine.cache_bytes() / 2**20
         self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
