@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paravt_jax.advantages import has_spread
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, Trajectory
 from paravt_jax.rewards import RewardRules, score
@@ -50,7 +51,8 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     totals = np.array([[t.rewards["total"] for t in g.trajectories] for g in groups])
     terms = {
         f"reward/{name}": _mean(t.rewards[name] for t in rollouts)
-        for name in ("total", "accuracy", "format", "tool")
+        for name in ("total", "accuracy", "format", "tool", "length")
+        if name in rollouts[0].rewards
     }
     return terms | {
         "format/compliance": _mean(complies(t) for t in rollouts),
@@ -63,7 +65,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         ),
         "tool/success_rate": sum(t.executed for t in rollouts) / max(calls, 1),
         "frames/budget_mean": _mean(group.frame_budget for group in groups),
-        "group/zero_std": _mean(totals.std(axis=1) < 1e-9),
+        "group/zero_std": _mean(~has_spread(totals)),
         "length/generated": _mean(t.generated.sum() for t in rollouts),
     }
 

@@ -24,7 +24,7 @@ def trained(*settings, texts=(CLOSED, UNCLOSED), prefix=PREFIX, **options):
         [group(*(rollout(text, prefix=prefix, **options) for text in texts))], config.rewards
     )
     teacher = learner(config)
-    batch = teacher.batch(Learnable().init(), groups)
+    batch = teacher.with_advantages(groups, teacher.batch(Learnable().init(), groups))
 
     def mean_loss(log_probs):
         total, count, _ = policy_loss(
@@ -75,11 +75,12 @@ def test_position_moves_tags_alone_where_only_the_anchor_differs():
     both = rollout(CLOSED, prefix=PREFIX), rollout(UNCLOSED, prefix=PREFIX)
     config = configured("objective.anchor=position", "objective.kl_weight=0")
     scored = score_groups([group(*both)], config.rewards)[0]
-    same = scored.trajectories[0].rewards["task"]
+    task = scored.trajectories[0].rewards["task"]
     even = [
-        dataclasses.replace(t, rewards={**t.rewards, "task": same}) for t in scored.trajectories
+        dataclasses.replace(t, rewards={**t.rewards, "task": task}) for t in scored.trajectories
     ]
-    batch = learner(config).batch(Learnable().init(), [group(*even)])
+    teacher, same = learner(config), [group(*even)]
+    batch = teacher.with_advantages(same, teacher.batch(Learnable().init(), same))
     moved = np.asarray(batch.advantages) != 0
     np.testing.assert_array_equal(moved, batch.structural)
     assert moved.any(axis=1).all()
