@@ -8,7 +8,8 @@ import pytest
 
 from paravt_jax.objectives import policy_loss
 from paravt_jax.rewards import RewardRules, score
-from tests.scripted_rollouts import RENDERER, Learnable, configured, group, learner, rollout
+from tests.rollout_law import Learnable
+from tests.scripted_rollouts import RENDERER, configured, group, learner, rollout
 from train.scoring import score_groups
 
 THOUGHT = "I look at all of it."
