@@ -12,36 +12,16 @@ queries times keys is stored, and attention needs a single `&` per pair.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from paravt_jax.protocol import ANSWER_CLOSE, ANSWER_OPEN, GROUNDING_CLOSE, GROUNDING_OPEN
-from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.records import ArrayLike, HiddenKeys
 from paravt_jax.structure import TagTable, structural_tokens
 
 FIRST_VIDEO, LATER_VIDEOS = 1, 2
 """Bits: a vision token of the overview, and one of a clip that a tool showed."""
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
-class HiddenKeys:
-    """Tokens that some of the later ones may not see: key j is hidden from query i if
-    `blind[i] & kinds[j]`."""
-
-    blind: Int[ArrayLike, "b t"]
-    """Bits of the kinds that a token may not see."""
-    kinds: Int[ArrayLike, "b t"]
-    """Bits of the kinds that a token is of."""
-
-    def visible(self, queries: int, keys: int, first: int = 0) -> Bool[Array, "b q s"]:
-        """Which of the first `keys` tokens are not hidden from `queries` tokens, from number
-        `first` on."""
-        blind = jnp.asarray(self.blind)[:, first : first + queries, None]
-        return blind & jnp.asarray(self.kinds)[:, None, :keys] == 0
 
 
 def task_masks(

@@ -58,6 +58,8 @@ def batch_hidden(
         batch.positions,
         batch.vision_index,
         _row_features(policy, params, batch),
+        batch.segments,
+        batch.hidden_keys,
     )
 
 
