@@ -149,6 +149,9 @@ class SftSettings:
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
     micro_rows: int = 8
     """Examples per gradient micro-batch."""
+    task_masks: float = 0.0
+    """Share of rows whose last answer does not see the overview and whose later calls do not see
+    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -293,6 +296,13 @@ def _check_sft(config: Config) -> None:
         raise ValueError(
             f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
             "learns the needle world's own; leave --data out"
+        )
+    if not 0 <= config.sft.task_masks <= 1:
+        raise ValueError(f"sft.task_masks={config.sft.task_masks}: give a share from 0 to 1")
+    if config.sft.task_masks and config.agent.call_syntax != "grounding":
+        raise ValueError(
+            f"sft.task_masks={config.sft.task_masks} masks the calls of "
+            "agent.call_syntax=grounding and has no effect with another; set it to 0"
         )
     for phase in config.sft.phases:
         for task, rows in phase.rows.items():

@@ -34,6 +34,7 @@ from train.cold_start import Lessons, cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
+from train.masking import TaskMasking, grounding_tags
 from train.output import TABLE, RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
 from train.state import (
@@ -271,9 +272,18 @@ class Run:
             pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
+            masking=self._masking(),
         )
         self.state = cold_start(lessons, self.state, self.first_step)
         self._finish({}, None)
+
+    def _masking(self) -> TaskMasking | None:
+        """What hides tokens from supervised rows, if the run asks for it."""
+        share = self.config.sft.task_masks
+        if not share:
+            return None
+        contents = self.renderer.token_contents(self.model.policy.config.text.vocab_size)
+        return TaskMasking(share, self.config.seed, grounding_tags(contents))
 
     def _prompts(self) -> PromptStream:
         config = self.config
