@@ -232,6 +232,15 @@ class Trajectory:
     """Reward by term; `total` is the one that trains."""
 
     @property
+    def spoken(self) -> np.ndarray:
+        """bool `[t]`: what the assistant says: generated tokens and the forced heads of turns."""
+        spoken = self.generated.copy()
+        starts = np.flatnonzero(np.diff(spoken, prepend=False) & spoken)
+        for start, turn in zip(starts, self.turns, strict=False):
+            spoken[start - len(turn.prefix) : start] = True
+        return spoken
+
+    @property
     def calls(self) -> int:
         """Tool calls made, malformed ones included."""
         return sum(len(turn.calls) for turn in self.turns)

@@ -58,7 +58,8 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         metrics = figures(learned)
         clock.lap("time/learn")
 
-        record = rollout_metrics(groups) | parts.agent.figures | metrics | clock.figures()
+        record = rollout_metrics(groups) | parts.agent.figures | parts.learner.figures
+        record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)
