@@ -32,11 +32,8 @@ from paravt_jax.protocol import (
     ANSWER_OPEN,
     STRUCTURAL_TAGS,
     THINK_CLOSE,
-<<<<<<< HEAD
     THINK_OPEN,
-=======
     call_syntax,
->>>>>>> main
 )
 from paravt_jax.records import ArrayLike, pytree
 

@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 from paravt_jax.advantages import anchored_advantages, rollout_advantages
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
-from paravt_jax.structure import ANCHOR_TAGS, TagTable, structural_tokens, tag_mask
+from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_mask
 from pipelines.preprocess import FrameSpec
 from train.batch import Stream, learner_batch, spoken_mask, streams_of_groups
 from train.config import Config
@@ -68,7 +68,7 @@ class Learner:
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
         self._encode = jax.jit(policy.encode)
         self._log_probs = jax.jit(step.log_probs)
-        self._find_tags = jax.jit(find_tags, static_argnames="only_paired")
+        self._find_tags = jax.jit(find_tags, static_argnames=("anchors", "only_paired"))
         self.figures: dict[str, float] = {}
         """What the tags of the last batch looked like, for `metrics.jsonl`."""
 
@@ -81,6 +81,7 @@ class Learner:
             to_mesh(spoken_mask(groups, batch.tokens.shape[1]), self._mesh),
             generated,
             self._tags,
+            anchors=anchor_tags(self._config.agent.call_syntax),
             only_paired=self._config.objective.anchor_paired_only,
         )
         self.figures = figures({"format/tag_validity": validity})
@@ -136,6 +137,7 @@ def find_tags(
     spoken: Bool[Array, "b t"],
     generated: Bool[Array, "b t"],
     table: TagTable,
+    anchors: tuple[str, ...],
     only_paired: bool,
 ) -> tuple[Bool[Array, "b t"], Float[Array, ""]]:
     """Where the anchor may act, and which share of all spoken tags belongs to a pair.
@@ -143,7 +145,7 @@ def find_tags(
     A forced tag pairs with a generated one, but nothing acts on it: the policy did not choose it.
     """
     found = structural_tokens(tokens, table, spoken)
-    anchored = tag_mask(found, table, ANCHOR_TAGS, only_paired) & generated
+    anchored = tag_mask(found, table, anchors, only_paired) & generated
     return anchored, found.paired.sum() / jnp.maximum(found.counts.sum(), 1)
 
 

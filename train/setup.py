@@ -26,12 +26,9 @@ from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Row
-<<<<<<< HEAD
 from paravt_jax.structure import TagTable, tag_table
-=======
-from paravt_jax.structure import TagTable, anchor_tags, tag_table
->>>>>>> main
 from pipelines.datasets import folder_rows, needle_questions
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
@@ -96,16 +93,10 @@ class Model:
         texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
         return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
-<<<<<<< HEAD
-    def tags(self, renderer: ChatRenderer) -> TagTable:
-        """What finds structural tags in token streams of this tokenizer."""
-        return tag_table(renderer.token_contents(self.policy.config.text.vocab_size))
-=======
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
-        """Where anchored tags stand in token streams of this tokenizer."""
+        """What finds structural tags in token streams of this tokenizer."""
         contents = renderer.token_contents(self.policy.config.text.vocab_size)
-        return tag_table(contents, anchor_tags(config.agent.call_syntax))
->>>>>>> main
+        return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
