@@ -9,9 +9,8 @@ from collections.abc import Sequence
 import jax
 import numpy as np
 
-from paravt_jax.protocol import SYNTAXES
 from paravt_jax.records import LearnerBatch
-from paravt_jax.structure import TagTable, tag_table
+from paravt_jax.structure import TagTable
 from paravt_jax.task_masks import FIRST_VIDEO, LATER_VIDEOS, task_masks
 from train.batch import Stream
 
@@ -24,7 +23,7 @@ class TaskMasking:
     """Probability that a row is masked."""
     seed: int
     tags: TagTable
-    """Where answers and calls stand, see `grounding_tags`."""
+    """What finds answers and calls."""
 
     def __call__(
         self, batch: LearnerBatch, streams: Sequence[Stream], place: Sequence[int]
@@ -46,8 +45,3 @@ class TaskMasking:
 def prompt_lengths(streams: Sequence[Stream]) -> np.ndarray:
     """int64 `[b]`: tokens before what the agent says and is told."""
     return np.array([len(stream.prompt.tokens) for stream in streams])
-
-
-def grounding_tags(contents: Sequence[bytes]) -> TagTable:
-    """The tags that the masks look for, for a tokenizer with these bytes."""
-    return tag_table(contents, SYNTAXES["grounding"].tags)

@@ -34,7 +34,7 @@ from train.cold_start import Lessons, cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
-from train.masking import TaskMasking, grounding_tags
+from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
 from train.state import (
@@ -282,8 +282,8 @@ class Run:
         share = self.config.sft.task_masks
         if not share:
             return None
-        contents = self.renderer.token_contents(self.model.policy.config.text.vocab_size)
-        return TaskMasking(share, self.config.seed, grounding_tags(contents))
+        tags = self.model.tags(self.config, self.renderer)
+        return TaskMasking(share, self.config.seed, tags)
 
     def _prompts(self) -> PromptStream:
         config = self.config

@@ -26,18 +26,20 @@ VIDEO = IDS["a"]
 
 
 def oracle_spans(row, written, name):
-    """Spans `(first, last)` of content tokens, read from bytes: text between two tags."""
-    marks = []  # (place of the first token with bytes of the tag, of the last one, opens)
+    """Content of each closed span: the tokens between two tags that follow each other. What was
+    not written ends everything; tags within thoughts are only spoken of."""
     text, owner = "", []
     for place, token in enumerate(row):
         piece = PIECES[token] if written[place] else "\x00"
         text, owner = text + piece, owner + [place] * len(piece)
+    marks, thinking = [("", 0, 0)], False
     for at in range(len(text)):
-        for tag, opens in ((f"<{name}>", True), (f"</{name}>", False)):
-            if text.startswith(tag, at):
-                marks.append((owner[at], owner[at + len(tag) - 1], opens))
+        tag = next((tag for tag in (*TAGS, "\x00") if text.startswith(tag, at)), None)
+        if tag in ("<think>", "</think>", "\x00") or (tag and not thinking):
+            thinking = tag == "<think>" or (thinking and tag not in ("</think>", "\x00"))
+            marks.append((tag, owner[at], owner[at + len(tag) - 1]))
     pairs = itertools.pairwise(marks)
-    return [range(a[1] + 1, b[0]) for a, b in pairs if a[2] and not b[2]]
+    return [range(a[2] + 1, b[1]) for a, b in pairs if (a[0], b[0]) == (f"<{name}>", f"</{name}>")]
 
 
 def oracle(row, written, videos, active):
