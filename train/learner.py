@@ -112,7 +112,7 @@ class Learner:
     ) -> Array:
         """Advantage per token. With the anchor at positions, its share acts on tags only."""
         positional = self._config.objective.anchor == "position"
-        weight = self._config.rewards.anchor_weight * self._config.rewards.format_weight
+        weight = self._config.rewards.anchor_share
         return anchored_advantages(
             self._normalised(groups, "task" if positional else "total"),
             self._normalised(groups, "anchor"),
