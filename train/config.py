@@ -260,6 +260,10 @@ def _check_choices(config: Config) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
+SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding"}
+"""The call syntax that a scheme of rewards asks for; others take any, or know no calls."""
+
+
 def _check_cross(config: Config) -> None:
     budgets, kinds = config.data.frame_budgets, config.data.question_types
     if not budgets or min(budgets) < 1:
@@ -272,6 +276,12 @@ def _check_cross(config: Config) -> None:
     if config.rewards.mode == "llm":
         config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
+    syntax, scheme = config.agent.call_syntax, config.rewards.scheme
+    if SYNTAX_OF.get(scheme, syntax) != syntax:
+        raise ValueError(
+            f"rewards.scheme={scheme} judges calls in agent.call_syntax={SYNTAX_OF[scheme]}, and "
+            f"the agent writes {syntax}; set one of them to fit"
+        )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 
