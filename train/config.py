@@ -266,7 +266,7 @@ def _check_cross(config: Config) -> None:
             f"data.question_types={','.join(kinds)}: choose from {', '.join(QuestionType)}"
         )
     if config.rewards.mode == "llm":
-        raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+        config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
@@ -309,16 +309,7 @@ def _check_rl(config: Config) -> None:
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
             "above 0"
         )
-    if objective.anchor == "position" and not config.rewards.anchor_weight:
-        raise ValueError(
-            "objective.anchor=position has no effect with rewards.anchor_weight=0; "
-            "set objective.anchor=sequence"
-        )
-    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
-        raise ValueError(
-            f"objective.anchor={objective.anchor} with objective.anchor_weight="
-            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
-        )
+    _check_anchor(config)
     if config.model.train_vision:
         raise ValueError(
             "model.train_vision=true has no effect in the rl stage, where vision features are "
@@ -326,6 +317,32 @@ def _check_rl(config: Config) -> None:
         )
     check_updates(rl, objective)
     check_lengths(rl, generated_budget(config))
+
+
+def _check_anchor(config: Config) -> None:
+    """The readings of the anchor exclude one another, and each has a weight of its own."""
+    objective, rewards = config.objective, config.rewards
+    if objective.anchor == "position" and not rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=position has no effect with rewards.anchor_weight=0, "
+            f"rewards.format_weight=0 or another scheme than paravt (rewards.scheme="
+            f"{rewards.scheme}); set objective.anchor=sequence"
+        )
+    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
+        raise ValueError(
+            f"objective.anchor={objective.anchor} with objective.anchor_weight="
+            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
+        )
+    if objective.anchor == "logprob" and rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=logprob takes the place of the anchor in the reward; set "
+            f"rewards.anchor_weight={rewards.anchor_weight} to 0"
+        )
+    if objective.anchor == "sequence" and objective.anchor_paired_only:
+        raise ValueError(
+            "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
+            "knows no positions; leave it out"
+        )
 
 
 Assignment = tuple[str, list[str], str]

@@ -19,7 +19,7 @@ from train.config import Config
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
 from train.sampling import draw_groups, with_length_penalty
-from train.scoring import rollout_metrics, score_groups
+from train.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
 
 
@@ -31,6 +31,7 @@ class Parts:
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
     agent: Agent
+    scorer: Scorer
     learner: Learner
     reference: FlatParams
     """The trainable weights at step 0, for the KL term; the frozen ones never change."""
@@ -55,6 +56,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         clock.lap("time/learn")
 
         record = rollout_metrics(drawn.everything) | drawn.figures() | parts.agent.figures
+        record |= parts.learner.figures | parts.scorer.figures
         record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
@@ -75,7 +77,7 @@ def roll_out(
 
     seed = rollout_seed(config.seed, step, number)
     groups = parts.agent.run(params, items, config.rl.group_size, seed, policy_version=step)
-    groups = score_groups(groups, config.rewards)
+    groups = parts.scorer(groups, progress=step / config.steps)
     groups = with_length_penalty(groups, config.rl)
     clock.lap("time/rollout")
     return groups
