@@ -77,15 +77,16 @@ class Learner:
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, structure, and vision features seen once."""
         batch = self.padded(streams_of_groups(groups), len(groups[0].trajectories))
+        generated = batch.loss_weights > 0
         structural, validity = self._find_tags(
             batch.tokens,
             to_mesh(spoken_mask(groups, batch.tokens.shape[1]), self._mesh),
-            batch.loss_weights > 0,
+            generated,
             self._tags,
             anchors=anchor_tags(self._config.agent.call_syntax),
             only_paired=self._config.objective.anchor_paired_only,
         )
-        self.figures = {"format/tag_validity": float(validity)}
+        self.figures = figures([{"format/tag_validity": validity}])
         return dataclasses.replace(
             batch,
             structural=structural,

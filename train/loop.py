@@ -56,7 +56,8 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         clock.lap("time/learn")
 
         record = rollout_metrics(drawn.everything) | drawn.figures() | parts.agent.figures
-        record |= parts.learner.figures | parts.scorer.figures | metrics | clock.figures()
+        record |= parts.learner.figures | parts.scorer.figures
+        record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)

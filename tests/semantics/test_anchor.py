@@ -8,8 +8,7 @@ import pytest
 
 from paravt_jax.objectives import policy_loss
 from paravt_jax.rewards import RewardRules, score
-from tests.rollout_law import Learnable
-from tests.scripted_rollouts import RENDERER, configured, group, learner, rollout
+from tests.scripted_rollouts import RENDERER, Learnable, configured, group, learner, rollout
 from train.scoring import score_groups
 
 THOUGHT = "I look at all of it."
@@ -76,12 +75,12 @@ def test_position_moves_tags_alone_where_only_the_anchor_differs():
     both = rollout(CLOSED, prefix=PREFIX), rollout(UNCLOSED, prefix=PREFIX)
     config = configured("objective.anchor=position", "objective.kl_weight=0")
     scored = score_groups([group(*both)], config.rewards)[0]
-    task = scored.trajectories[0].rewards["task"]
+    same = scored.trajectories[0].rewards["task"]
     even = [
-        dataclasses.replace(t, rewards={**t.rewards, "task": task}) for t in scored.trajectories
+        dataclasses.replace(t, rewards={**t.rewards, "task": same}) for t in scored.trajectories
     ]
-    teacher, same = learner(config), [group(*even)]
-    batch = teacher.with_advantages(same, teacher.batch(Learnable().init(), same))
+    groups, teacher = [group(*even)], learner(config)
+    batch = teacher.with_advantages(groups, teacher.batch(Learnable().init(), groups))
     moved = np.asarray(batch.advantages) != 0
     np.testing.assert_array_equal(moved, batch.structural)
     assert moved.any(axis=1).all()
