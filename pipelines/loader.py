@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import time
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -13,6 +15,9 @@ from absl import flags
 from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
+from pipelines.decode import UnreadableVideo
+
+_LOG = logging.getLogger(__name__)
 
 Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
 """Random access to rows: a list, or `tfds_builder.RowSource`."""
@@ -24,6 +29,48 @@ class PromptItem(NamedTuple):
     row: Row
     frame_budget: int
     prompt: Prompt
+    seconds: float = 0.0
+    """Spent on decoding and rendering, beside other work."""
+
+
+class BadRow(NamedTuple):
+    """A row whose video cannot be read."""
+
+    row_id: str
+    reason: str
+
+
+class BadRows:
+    """Leaves out rows that cannot be read: counts them, tells each once, and refuses too many.
+
+    Args:
+        rows: how many rows there are.
+        limit: largest share of them that may be bad.
+    """
+
+    def __init__(self, rows: int, limit: float):
+        self._rows, self._limit = rows, limit
+        self.ids: set[str] = set()
+        """The bad rows so far."""
+
+    def is_good(self, item: PromptItem | BadRow) -> bool:
+        """Whether there is a prompt; if not, take note of why.
+
+        Raises:
+            ValueError: the share of bad rows is above the limit, or all are bad.
+        """
+        if isinstance(item, PromptItem):
+            return True
+        if item.row_id not in self.ids:
+            self.ids.add(item.row_id)
+            _LOG.warning("row %s is left out: %s", item.row_id, item.reason)
+        if len(self.ids) > self._limit * self._rows or len(self.ids) == self._rows:
+            raise ValueError(
+                f"{len(self.ids)} of {self._rows} rows cannot be read, more than data.max_bad_rows="
+                f"{self._limit:g} allows; mend or remove them, or raise it. The last one is "
+                f"{item.row_id}: {item.reason}"
+            )
+        return False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,25 +96,29 @@ class PromptMaker:
         self._reader, self._renderer = reader, renderer
         self._budgets, self._seed, self._tools = tuple(budgets), seed, tools
 
-    def __call__(self, draw: Draw) -> PromptItem:
-        """Draw K for the row, decode K frames, render.
+    def __call__(self, draw: Draw) -> PromptItem | BadRow:
+        """Draw K for the row, decode K frames, render; or say why a video cannot be read.
 
         Raises:
-            ValueError: a video cannot be read (the message names the file), or there are more
-                videos than frames.
+            ValueError: there are more videos than frames.
         """
-        row = draw.row
+        row, began = draw.row, time.perf_counter()
         budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
         each = zip(row.videos, shares(budget, len(row.videos)), strict=True)
-        frames = [self._reader.overview(video, count) for video, count in each]
-        return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
+        try:
+            frames = [self._reader.overview(video, count) for video, count in each]
+        except UnreadableVideo as error:
+            return BadRow(row.row_id, str(error))
+        prompt = self._renderer.main_prompt(row, frames, self._tools)
+        return PromptItem(row, budget, prompt, time.perf_counter() - began)
 
 
 class PromptStream:
     """Endless iterator of steps, each a list of `PromptItem`s; its position can be saved."""
 
-    def __init__(self, steps: grain.IterDataset):
-        self._iterator = iter(steps)
+    def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
+        self._iterator, self._bad_rows = iter(steps), bad_rows
+        self._seconds = 0.0
         # Threads and workers that outlive the interpreter's modules die noisily.
         self.close = weakref.finalize(self, self._iterator.close)
         """Stop decoding ahead; done by itself when the stream goes out of use."""
@@ -76,15 +127,28 @@ class PromptStream:
         return self
 
     def __next__(self) -> list[PromptItem]:
-        return next(self._iterator)
+        items = next(self._iterator)
+        self._seconds = sum(item.seconds for item in items)
+        return items
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Bad rows so far, and the seconds that all threads together spent on the last step, for
+        `metrics.jsonl`."""
+        return {
+            "data/bad_rows": float(len(self._bad_rows.ids)),
+            "data/prompt_seconds": self._seconds,
+        }
 
     def get_state(self) -> dict[str, Any]:
-        """Position after the last step that was taken, as JSON values."""
-        return self._iterator.get_state()
+        """Position after the last step that was taken, and the bad rows, as JSON values."""
+        state = self._iterator.get_state()
+        return {"position": state, "bad_rows": sorted(self._bad_rows.ids)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; the arguments of the stream must be the same."""
-        self._iterator.set_state(state)
+        self._iterator.set_state(state["position"])
+        self._bad_rows.ids = set(state["bad_rows"])
 
 
 def prompt_stream(
@@ -99,8 +163,10 @@ def prompt_stream(
     process_count: int = 1,
     threads: int = 4,
     workers: int = 0,
+    max_bad_rows: float = 0.0,
 ) -> PromptStream:
-    """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, batch.
+    """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, leave
+    out what cannot be read, batch. Batches are always full.
 
     Args:
         rows: the questions.
@@ -112,9 +178,10 @@ def prompt_stream(
         threads: rows decoded side by side, ahead of their use.
         workers: decode in this many worker processes instead, each with `threads` threads. The
             order stays the same; a saved position fits the same number of workers only.
+        max_bad_rows: share of the rows that may turn out to be unreadable and are left out.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range. Taking a step raises it if too many rows are bad.
     """
     _check(rows, groups_per_step, process_index, process_count)
     length = len(rows)
@@ -130,19 +197,32 @@ def prompt_stream(
         # Grain reads absl flags when it starts workers, and insists that they were parsed.
         flags.FLAGS.mark_as_parsed()
         prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return PromptStream(prompts.batch(groups_per_step, batch_fn=list))
+    # Behind the worker processes, so that one place sees every row that is left out.
+    bad_rows = BadRows(length, max_bad_rows)
+    prompts = prompts.filter(bad_rows.is_good)
+    return PromptStream(prompts.batch(groups_per_step, batch_fn=list), bad_rows)
 
 
 def prompt_list(
-    rows: Rows, reader: FrameReader, renderer: Renderer, budget: int, tools: bool = True
+    rows: Rows,
+    reader: FrameReader,
+    renderer: Renderer,
+    budget: int,
+    tools: bool = True,
+    max_bad_rows: float = 0.0,
 ) -> list[PromptItem]:
     """One prompt of K = `budget` frames for every row, in their order: what an evaluation takes.
 
     Raises:
-        ValueError: `budget` is not positive, or a video cannot be read.
+        ValueError: `budget` is not positive, or more than a share of `max_bad_rows` of the rows
+            cannot be read.
     """
     make = PromptMaker(reader, renderer, (budget,), seed=0, tools=tools)
-    return [make(Draw(rows[index], epoch=0)) for index in range(len(rows))]
+    bad_rows = BadRows(len(rows), max_bad_rows)
+    every: Iterable[PromptItem | BadRow] = (
+        make(Draw(rows[index], epoch=0)) for index in range(len(rows))
+    )
+    return [item for item in every if isinstance(item, PromptItem) or bad_rows.is_good(item)]
 
 
 def _check(rows: Rows, groups_per_step: int, process_index: int, process_count: int) -> None:

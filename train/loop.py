@@ -12,6 +12,7 @@ import numpy as np
 
 from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptStream
+from pipelines.video import VideoReader
 from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.cluster import is_first
@@ -30,6 +31,8 @@ class Parts:
     config: Config
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
+    reader: VideoReader
+    """Decodes the frames of prompts and crops."""
     agent: Agent
     scorer: Scorer
     learner: Learner
@@ -57,6 +60,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
 
         record = rollout_metrics(drawn.everything) | drawn.figures() | parts.agent.figures
         record |= parts.learner.figures | parts.scorer.figures
+        record |= parts.prompts.figures | parts.reader.take_figures()
         record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
@@ -97,8 +101,10 @@ class Clock:
         self._last = now
 
     def figures(self) -> dict[str, float]:
-        """All laps, and their sum as `time/step`."""
-        return self._laps | {"time/step": time.perf_counter() - self._began}
+        """All laps, their sum as `time/step`, and the share of it that data was waited for."""
+        step = time.perf_counter() - self._began
+        waited = self._laps.get("time/data", 0.0) / step
+        return self._laps | {"time/step": step, "data/wait": waited}
 
 
 def rollout_seed(seed: int, step: int, number: int = 0) -> int:

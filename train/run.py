@@ -158,6 +158,7 @@ def train(config: Config, workdir: Path, resume: str) -> None:
 MAY_CHANGE = (
     "steps",
     "mesh",
+    "data.max_bad_rows",
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
@@ -262,6 +263,7 @@ class Run:
         parts = Parts(
             config=config,
             prompts=stream,
+            reader=self.reader,
             agent=self.agent(self._training_engine()),
             scorer=self.scorer,
             learner=learner,
@@ -308,6 +310,7 @@ class Run:
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            max_bad_rows=config.data.max_bad_rows,
         )
         if self.data_state is not None:
             stream.set_state(self.data_state)
@@ -380,7 +383,8 @@ class Run:
 
     def _items(self, tools: bool) -> Sequence[Item]:
         budget = self.config.evaluation.frame_budget
-        return prompt_list(self.held_out, self.reader, self.renderer, budget, tools)
+        bad = self.config.data.max_bad_rows
+        return prompt_list(self.held_out, self.reader, self.renderer, budget, tools, bad)
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
