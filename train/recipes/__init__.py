@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from train.config import Config
-from train.recipes import needle, paravt
+from train.recipes import longvt, needle, paravt, video_o3, vital
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "needle_rl": needle.needle_rl,
@@ -11,6 +11,13 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "needle_sft": needle.needle_sft,
     "paravt_rl": paravt.paravt_rl,
     "paravt_grpo": paravt.paravt_grpo,
+    "longvt_rl": longvt.longvt_rl,
+    "needle_longvt": longvt.needle_longvt,
+    "vital_rl": vital.vital_rl,
+    "needle_vital": vital.needle_vital,
+    "video_o3_rl": video_o3.video_o3_rl,
+    "needle_video_o3": video_o3.needle_video_o3,
+    "needle_video_o3_sft": video_o3.needle_video_o3_sft,
 }
 
 
