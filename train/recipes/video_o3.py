@@ -117,14 +117,13 @@ def needle_video_o3_sft() -> Config:
     return dataclasses.replace(
         base,
         stage=Stage.SFT,
-        steps=150,
+        steps=300,
         model=dataclasses.replace(base.model, train_vision=True),
         rewards=RewardRules(scheme="video_o3"),
         optimizer=dataclasses.replace(sft.optimizer, learning_rate=1e-3, warmup_steps=10),
         sft=SftSettings(
-            phases=(SftPhase(0, {"frame": 8, "clip": 16, "looks": 32}),),
+            phases=(SftPhase(0, {"clip": 8, "looks": 16}),),
             tasks={
-                "frame": sft.sft.tasks["frame"],
                 "clip": sft.sft.tasks["clip"],
                 "looks": TaskShape(length=512, learned=192, frames=8),
             },
