@@ -19,6 +19,7 @@ from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
+from train.variants import DifficultySettings, TeacherSettings
 
 
 class Stage(enum.StrEnum):
@@ -193,6 +194,8 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     rl: RlSettings = RlSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    difficulty: DifficultySettings = DifficultySettings()
     sft: SftSettings = SftSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     output: OutputSettings = OutputSettings()
@@ -278,6 +281,11 @@ def _check_lora(model: ModelSettings) -> None:
 def _check_sft(config: Config) -> None:
     if not config.sft.phases:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    if config.teacher != TeacherSettings() or config.difficulty != DifficultySettings():
+        raise ValueError(
+            "teacher and difficulty have no effect in the sft stage, which has no rollouts; leave "
+            "their settings out"
+        )
     if config.data.path:
         raise ValueError(
             f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
@@ -325,17 +333,21 @@ def _check_rl(config: Config) -> None:
             "computed once per prompt; set it to false"
         )
     _check_clip(objective)
+    _check_variants(config)
 
 
-def _check_clip(objective: ObjectiveConfig) -> None:
-    """One optimiser step per batch: the ratio to the proximal policy is always 1."""
-    default = ObjectiveConfig()
-    for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
-        if getattr(objective, name) != getattr(default, name):
-            raise ValueError(
-                f"objective.{name} has no effect while a batch gets one optimiser step, because "
-                "the ratio that it clips is always 1; leave it out"
-            )
+def _check_variants(config: Config) -> None:
+    own = config.difficulty
+    if own.window and own.traces > config.rl.group_size:
+        raise ValueError(
+            f"difficulty.traces={own.traces} is above rl.group_size={config.rl.group_size}, the "
+            "rollouts of a prompt that there is room for; lower it"
+        )
+    if own.window and config.teacher.strength:
+        raise ValueError(
+            "difficulty.window and teacher.strength: a teacher reads the plain question with its "
+            "own hint, not prompts that were hinted already; set one of them to 0"
+        )
 
 
 Assignment = tuple[str, list[str], str]

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -15,10 +16,12 @@ from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.cluster import is_first
 from train.config import Config
+from train.difficulty import Difficulty
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
 from train.scoring import rollout_metrics, score_groups
 from train.state import FlatParams, TrainState
+from train.teacher import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +32,29 @@ class Parts:
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
     agent: Agent
+    difficulty: Difficulty
+    """Changes hard and easy prompts, where the configuration says so."""
     learner: Learner
+    teacher: Teacher
+    """Scales advantages token by token, where the configuration says so."""
     reference: FlatParams
     """The trainable weights at step 0, for the KL term; the frozen ones never change."""
     checkpoints: Checkpoints
     log: RunLog
     workdir: Path
+
+    def figures(self) -> dict[str, float]:
+        """What the parts say of the last step."""
+        return self.agent.figures | self.difficulty.figures | self.teacher.figures
+
+    def get_state(self) -> dict[str, Any]:
+        """What the parts must remember besides the `TrainState`, as JSON values."""
+        return {"prompts": self.prompts.get_state(), "difficulty": self.difficulty.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what was remembered."""
+        self.prompts.set_state(state["prompts"])
+        self.difficulty.set_state(state["difficulty"])
 
 
 def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
@@ -50,21 +70,24 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
             state.params, items, config.rl.group_size, seed, policy_version=step
         )
         groups = score_groups(groups, config.rewards)
+        groups = parts.difficulty.revise(state.params, items, groups, step)
         clock.lap("time/rollout")
 
         batch = parts.learner.batch(state.params, groups)
         batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
+        batch = parts.teacher.reweight(state, groups, batch, step)
         state, learned = parts.learner.step(state, batch)
+        state = parts.teacher.follow(state, step)
         metrics = figures(learned)
         clock.lap("time/learn")
 
-        record = rollout_metrics(groups) | parts.agent.figures | metrics | clock.figures()
+        record = rollout_metrics(groups) | parts.figures() | metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)
         if config.output.rollouts and is_first():
             write_rollouts(parts.workdir / "rollouts", step, groups)
-        parts.checkpoints.maybe_save(step + 1, state, parts.prompts.get_state())
+        parts.checkpoints.maybe_save(step + 1, state, parts.get_state())
     return state
 
 

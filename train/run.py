@@ -32,6 +32,7 @@ from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import Lessons, cold_start
 from train.config import Config, Stage, to_dict
+from train.difficulty import Difficulty, hint_room
 from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
@@ -44,6 +45,7 @@ from train.state import (
     make_optimizer,
     make_state,
 )
+from train.teacher import Teacher
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
@@ -233,11 +235,21 @@ class Run:
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
-        config = self.config
         before = self.evaluate({**self.state.frozen, **self.reference})
-        stream = self._prompts()
+        parts = self._parts()
+        if self.data_state is not None:
+            parts.set_state(self.data_state)
+        self.state = reinforce(parts, self.state, self.first_step)
+        position = parts.get_state()
+        parts.prompts.close()
+        self._finish(before, position)
+
+    def _parts(self) -> Parts:
+        """What the loop works with."""
+        config, policy = self.config, self.model.policy
+        agent = self.agent(self._training_engine())
         learner = Learner(
-            self.model.policy,
+            policy,
             self.optimizer,
             config,
             self.mesh,
@@ -245,20 +257,18 @@ class Run:
             self.renderer.pad_id,
             self.renderer.spec,
         )
-        parts = Parts(
+        return Parts(
             config=config,
-            prompts=stream,
-            agent=self.agent(self._training_engine()),
+            prompts=self._prompts(),
+            agent=agent,
+            difficulty=Difficulty(config, agent, self.renderer, self.reader),
             learner=learner,
+            teacher=Teacher(config, policy, learner, self.renderer),
             reference=self.reference,
             checkpoints=self.checkpoints,
             log=self.log,
             workdir=self.workdir,
         )
-        self.state = reinforce(parts, self.state, self.first_step)
-        position = stream.get_state()
-        stream.close()
-        self._finish(before, position)
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
@@ -277,17 +287,15 @@ class Run:
 
     def _prompts(self) -> PromptStream:
         config = self.config
-        stream = prompt_stream(
+        return prompt_stream(
             self.rows,
             self.reader,
             self.renderer,
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            tools=config.agent.offers_tools,
         )
-        if self.data_state is not None:
-            stream.set_state(self.data_state)
-        return stream
 
     def _training_engine(self) -> Engine:
         """Room for the rollouts of one step."""
@@ -312,7 +320,8 @@ class Run:
             self.renderer,
             prompts=prompts,
             copies=copies,
-            prompt_tokens=prompt_tokens(self.renderer, rows, frames),
+            prompt_tokens=prompt_tokens(self.renderer, rows, frames)
+            + hint_room(self.config.difficulty, self.renderer),
         )
         size = engine.cache_bytes() / 2**20
         self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
@@ -338,7 +347,7 @@ class Run:
         if not self.held_out:
             return {}
         engine = self._evaluation_engine
-        with_tools = self._items(tools=True)
+        with_tools = self._items(tools=self.config.agent.offers_tools)
         modes = [
             Mode("sampled", self._runner(self.agent(engine)), with_tools),
             Mode("greedy", self._runner(self.agent(engine, 0.0)), with_tools),
