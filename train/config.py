@@ -336,6 +336,17 @@ def _check_rl(config: Config) -> None:
     _check_variants(config)
 
 
+def _check_clip(objective: ObjectiveConfig) -> None:
+    """One optimiser step per batch: the ratio to the proximal policy is always 1."""
+    default = ObjectiveConfig()
+    for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
+        if getattr(objective, name) != getattr(default, name):
+            raise ValueError(
+                f"objective.{name} has no effect while a batch gets one optimiser step, because "
+                "the ratio that it clips is always 1; leave it out"
+            )
+
+
 def _check_variants(config: Config) -> None:
     own = config.difficulty
     if own.window and own.traces > config.rl.group_size:
