@@ -136,7 +136,7 @@ def _split(params: dict, config: Config) -> tuple[dict, dict]:
 
 
 def moment_shardings(
-    optimizer: optax.GradientTransformation, trainable: FlatParams, mesh: Mesh
+    optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: Mesh
 ) -> optax.OptState:
     """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise.
 
