@@ -118,8 +118,9 @@ class FrameReader(Protocol):
         """`count` frames spread over the whole video."""
         ...
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
-        """Frames of the window [start, end] seconds, at the crop rate and cap of the config."""
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
+        """Frames of the window [start, end] seconds, at the crop rate and cap of the config.
+        With `tokens`, so few and so small that they come to that many vision tokens at most."""
         ...
 
 

@@ -159,6 +159,8 @@ class Example:
     """int32 `[t]`: everything after the prompt, tool responses included."""
     weights: np.ndarray
     """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
+    shown: tuple[Shown, ...] = ()
+    """Frames that tool responses put into this stream, in stream order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,6 +224,8 @@ class Trajectory:
     """Sub-agent rollouts, in call order."""
     shown: tuple[Shown, ...] = ()
     """Frames that tool responses put into this stream itself, in stream order."""
+    call_syntax: str = "tool_call"
+    """How its calls are written, a name of `paravt_jax.protocol.SYNTAXES`."""
     policy_version: int = 0
     """Optimiser step of the weights that sampled this."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
@@ -236,6 +240,12 @@ class Trajectory:
     def executed(self) -> int:
         """Tool calls that ran to a result."""
         return sum(turn.executed for turn in self.turns)
+
+    @property
+    def over_turn(self) -> bool:
+        """Whether even the last turn calls: the rollout used up its rounds, or its room, and
+        then did not answer when it had to."""
+        return bool(self.turns and self.turns[-1].calls)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,14 +24,24 @@ from jaxtyping import Array, Bool, Int, Shaped
 from paravt_jax.protocol import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
-    CALL_CLOSE,
     STRUCTURAL_TAGS,
     THINK_CLOSE,
+    call_syntax,
 )
 from paravt_jax.records import ArrayLike, pytree
 
-ANCHOR_TAGS = (THINK_CLOSE, CALL_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
-"""Tags at which the format anchor acts: the ones that collapse under temperature sampling."""
+
+def anchor_tags(syntax: str = "tool_call") -> tuple[str, ...]:
+    """Tags at which the format anchor acts: the ones that collapse under temperature sampling.
+
+    Args:
+        syntax: how calls are written, see `paravt_jax.protocol.SYNTAXES`.
+    """
+    return (THINK_CLOSE, call_syntax(syntax).close, ANSWER_OPEN, ANSWER_CLOSE)
+
+
+ANCHOR_TAGS = anchor_tags()
+"""Those of the syntax `tool_call`."""
 
 
 @functools.partial(

@@ -23,6 +23,16 @@ from pipelines.preprocess import SPECS, FrameSpec, to_patches
 PIECES_KEPT = 1 << 14
 
 
+CALL_MANY = (
+    " If the frames do not show enough, call {tools} before answering, once for each "
+    "part that you need to see; you may call it several times in one turn."
+)
+CALL_ONE = (
+    " If the frames do not show enough, call {tools} before answering: one call in a turn, for "
+    "the part that you need to see next."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTexts:
     """The words around frames and question. An empty text is left out."""
@@ -33,10 +43,7 @@ class PromptTexts:
         "else, between <answer> and </answer>."
     )
     """System text of the main agent."""
-    tools: str = (
-        " If the frames do not show enough, call crop_video before answering, once for each "
-        "part that you need to see; you may call it several times in one turn."
-    )
+    tools: str = CALL_MANY.format(tools="crop_video")
     """Added to the system text when the main agent may call the tool."""
     subagent: str = (
         "These frames show seconds {start:g} to {end:g} of a longer video. Report what can be "
@@ -46,6 +53,30 @@ class PromptTexts:
     """Request to a sub-agent; `{start}` and `{end}` are the window in seconds."""
     clip: str = "{count} frames from {start:g} to {end:g} seconds:\n"
     """Stands before frames in a tool response; `{count}` is their number."""
+    clip_end: str = ""
+    """Stands after frames in a tool response."""
+    describe_tools: bool = False
+    """Whether `tools` says all that there is to say; if not, the chat template describes them."""
+
+    def about(self, tools: Sequence[str], parallel: bool) -> PromptTexts:
+        """The same texts for an agent with tools of these names; `parallel`: it may call several
+        times in one turn."""
+        words = CALL_MANY if parallel else CALL_ONE
+        return dataclasses.replace(self, tools=words.format(tools=" or ".join(tools)))
+
+
+VIDEO_O3_TEXTS = PromptTexts(
+    tools=(
+        " If the frames do not show enough, end your turn, after the reasoning, not with an answer "
+        'but with <grounding>{"temporal_segment": [START, END], "sampling_strategy": "medium"}'
+        "</grounding>, where START and END are seconds: you are then shown this part again, more "
+        'closely with "fine" and less so with "coarse".'
+    ),
+    clip="Seconds {start:g} to {end:g} once more, in {count} frames:\n",
+    clip_end="\nReason on from here: look again, or answer.",
+    describe_tools=True,
+)
+"""For agents that call by `<grounding>`, which chat templates do not know."""
 
 
 class ChatRenderer:
@@ -176,7 +207,8 @@ class ChatRenderer:
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        text = self._render(messages, self.tools if tools else None)
+        described = tools and not self.texts.describe_tools
+        text = self._render(messages, self.tools if described else None)
         text = self._with_times(text, [] if times is None else [times])
         tokens = self.encode(text)
         prompt = _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
@@ -222,8 +254,7 @@ class ChatRenderer:
             return self._without_control(response)
         count = len(response.times)
         head = self.texts.clip.format(count=count, start=response.start, end=response.end)
-        words = [{"type": "text", "text": head}] if head else []
-        return [*words, *self._frame_parts(response.times)]
+        return [*_words(head), *self._frame_parts(response.times), *_words(self.texts.clip_end)]
 
     def _without_control(self, text: str) -> str:
         while (plain := self._control.sub("", text)) != text:  # removal may join a new one
@@ -296,6 +327,11 @@ class ChatRenderer:
         """What the processor puts in the place of a video's one vision token."""
         means = _mean_times(times, self.spec.temporal_patch_size)
         return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
+
+
+def _words(text: str) -> list[dict[str, str]]:
+    """A text as content of a message; an empty one is left out."""
+    return [{"type": "text", "text": text}] if text else []
 
 
 def _stamp(time: float) -> str:

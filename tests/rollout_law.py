@@ -125,7 +125,7 @@ class WindowReader:
     def overview(self, video: VideoRef, count: int) -> Frames:
         return Frames(np.zeros((count, 4, 4, 3), np.uint8), np.arange(float(count)))
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         if start >= BROKEN_FROM:
             raise OSError(f"cannot decode {video.path}")
         return self.overview(video, 3 + (end - start > 32))

@@ -18,7 +18,7 @@ from rollout.automaton import TokenAutomata
 from rollout.engine import Engine
 from rollout.grammar import response_grammar
 from rollout.limits import AgentConfig, lanes
-from rollout.tools import Tools, crop_video, registry
+from rollout.tools import agent_tools
 from train.config import Config
 
 CALLS = "calls"
@@ -27,11 +27,6 @@ LATE = 99999.9
 """Seconds: a time that takes as many characters as the time of any frame."""
 LONG_WINDOW = (1.23456e-05, 1.23457e-05)
 """Seconds: bounds that take as many characters as any."""
-
-
-def agent_tools(config: Config) -> Tools:
-    """The tools of the agent. Add yours here: schema and function reach prompts and episodes."""
-    return registry(crop_video(config.agent.evidence))
 
 
 def open_agent(
@@ -44,7 +39,8 @@ def open_agent(
     """The agent of a configuration, on an engine that has its lanes (`open_engine`); with other
     rules, of the same room or less, on request."""
     room = crop_tokens(config, renderer)
-    return Agent(engine, renderer, reader, agent_tools(config), rules or config.agent, room)
+    tools = agent_tools(config.agent)
+    return Agent(engine, renderer, reader, tools, rules or config.agent, room)
 
 
 def open_engine(
@@ -88,30 +84,36 @@ def open_automata(config: Config, renderer: ChatRenderer, vocab: int) -> TokenAu
             f"agent.sampling.constrain={', '.join(sorted(wanted))}: choose {CALLS!r}, the grammar "
             "of the agent's tools, or leave it empty"
         )
-    schemas = [tool.schema for tool in agent_tools(config).values()]
+    schemas = [tool.schema for tool in agent_tools(config.agent).values()]
     return TokenAutomata(
         renderer.token_contents(vocab),
         renderer.eos_ids,
-        {CALLS: response_grammar(schemas)} if wanted else None,
+        {CALLS: response_grammar(schemas, config.agent.call_syntax)} if wanted else None,
         place=jax.jit(lambda table: constrain(table, None, None)),
     )
 
 
 def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
     """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
-    frames, (start, end) = smallest_frames(renderer.spec, config.data.crop_frames), LONG_WINDOW
+    spec, quota = renderer.spec, max(config.agent.clip_tokens, default=None)
+    most = spec.frames_within(quota) if quota else config.data.crop_frames
+    frames = smallest_frames(spec, min(config.data.crop_frames, most))
+    start, end = LONG_WINDOW
     if config.agent.evidence == "text":
         prompt = renderer.subagent_prompt(frames, start, end)
-        return full_size(prompt, renderer.spec)
+        return full_size(prompt, spec, quota)
     response = renderer.frames_turn([renderer.clip(frames, start, end)])
-    return full_size(response, renderer.spec) - len(renderer.tool_turn([""]))
+    return full_size(response, spec, quota) - len(renderer.tool_turn([""]))
 
 
-def prompt_tokens(renderer: ChatRenderer, rows: Iterable[Row], frames: int) -> int:
-    """Tokens of the longest prompt that any of the questions makes with `frames` frames."""
+def prompt_tokens(
+    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
+) -> int:
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames, which
+    share `quota` vision tokens if given."""
     longest = max(rows, key=lambda row: len(renderer.encode(row.question)))
     prompt = renderer.main_prompt(longest, smallest_frames(renderer.spec, frames), tools=True)
-    return full_size(prompt, renderer.spec)
+    return full_size(prompt, renderer.spec, quota)
 
 
 def smallest_frames(spec: FrameSpec, count: int) -> Frames:
@@ -120,7 +122,9 @@ def smallest_frames(spec: FrameSpec, count: int) -> Frames:
     return Frames(pixels, np.full(count, LATE))
 
 
-def full_size(prompt: Prompt, spec: FrameSpec) -> int:
-    """Tokens that a prompt of smallest frames has with frames of full size."""
+def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:
+    """Tokens that a prompt of smallest frames has with frames of full size, or, if that is less,
+    with `quota` vision tokens."""
     seen = int((prompt.vision_index >= 0).sum())
-    return len(prompt.tokens) + seen * (spec.max_patches // spec.merge_size**2 - 1)
+    full = seen * (spec.max_patches // spec.merge_size**2)
+    return len(prompt.tokens) - seen + (min(full, quota) if quota else full)

@@ -30,7 +30,9 @@ class Stream:
 
 def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
     """Supervised streams: no sampler."""
-    return [Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights)) for e in examples]
+    return [
+        Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights), e.shown) for e in examples
+    ]
 
 
 def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:

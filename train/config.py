@@ -19,6 +19,7 @@ from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
+from rollout.tools import agent_tools
 from train.variants import DifficultySettings, TeacherSettings
 
 
@@ -76,6 +77,9 @@ class DataSettings:
     min_pixels: int = 784
     max_pixels: int = 50176
     """Least and most pixels of a frame after resizing."""
+    overview_tokens: int | None = None
+    """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
+    until they fit. None: pixels alone decide."""
     question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
     """Which kinds of question to train and evaluate on."""
     train_videos: int = 2000
@@ -225,6 +229,12 @@ def _check_ranges(config: Config) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+    shared = config.data.overview_tokens
+    if shared is not None and shared < max(config.data.frame_budgets, default=0):
+        raise ValueError(
+            f"data.overview_tokens={shared} is less than one for each of "
+            f"{max(config.data.frame_budgets)} frames; raise it or lower data.frame_budgets"
+        )
     if config.data.min_pixels > config.data.max_pixels:
         raise ValueError(
             f"data.min_pixels={config.data.min_pixels} is above "
@@ -261,6 +271,7 @@ def _check_cross(config: Config) -> None:
         )
     if config.rewards.mode == "llm":
         raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+    agent_tools(config.agent)  # refuses names that no tool has
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 

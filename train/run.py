@@ -253,7 +253,7 @@ class Run:
             self.optimizer,
             config,
             self.mesh,
-            self.model.tags(self.renderer),
+            self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
         )
@@ -301,8 +301,9 @@ class Run:
         """Room for the rollouts of one step."""
         rows = (self.rows[index] for index in range(len(self.rows)))
         frames = max(self.config.data.frame_budgets)
+        hints = hint_room(self.config.difficulty, self.renderer)
         return self._engine(
-            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size
+            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size, hints
         )
 
     @functools.cached_property
@@ -312,16 +313,20 @@ class Run:
         prompts = min(settings.batch, len(self.held_out))
         return self._engine(self.held_out, settings.frame_budget, prompts, 1)
 
-    def _engine(self, rows: Iterable[Row], frames: int, prompts: int, copies: int) -> Engine:
-        """An engine for any of the questions; says what its cache takes before it is allocated."""
+    def _engine(
+        self, rows: Iterable[Row], frames: int, prompts: int, copies: int, hints: int = 0
+    ) -> Engine:
+        """An engine for any of the questions, with so many tokens of hints; says what its cache
+        takes before it is allocated."""
+        seen = self.config.data.overview_tokens
+        longest = prompt_tokens(self.renderer, rows, frames, seen) + hints
         engine = open_engine(
             self.config,
             self.model.policy,
             self.renderer,
             prompts=prompts,
             copies=copies,
-            prompt_tokens=prompt_tokens(self.renderer, rows, frames)
-            + hint_room(self.config.difficulty, self.renderer),
+            prompt_tokens=longest,
         )
         size = engine.cache_bytes() / 2**20
         self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")

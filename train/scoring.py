@@ -38,7 +38,8 @@ def score_trajectory(row: Row, trajectory: Trajectory, rules: RewardRules) -> Tr
 
 def complies(trajectory: Trajectory) -> bool:
     """Whether every turn of the rollout parses strictly."""
-    return all(parses_strictly(turn.text) for turn in trajectory.turns)
+    syntax = trajectory.call_syntax
+    return all(parses_strictly(turn.text, syntax=syntax) for turn in trajectory.turns)
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
