@@ -270,7 +270,7 @@ def _check_cross(config: Config) -> None:
             f"data.question_types={','.join(kinds)}: choose from {', '.join(QuestionType)}"
         )
     if config.rewards.mode == "llm":
-        raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+        config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
@@ -328,10 +328,11 @@ def _check_rl(config: Config) -> None:
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
             "above 0"
         )
-    if objective.anchor == "position" and not config.rewards.anchor_weight:
+    rewards = config.rewards
+    if objective.anchor == "position" and not (rewards.anchor_weight and rewards.has_anchor):
         raise ValueError(
-            "objective.anchor=position has no effect with rewards.anchor_weight=0; "
-            "set objective.anchor=sequence"
+            f"objective.anchor=position has no effect with rewards.scheme={rewards.scheme} and "
+            f"rewards.anchor_weight={rewards.anchor_weight}; set objective.anchor=sequence"
         )
     if (objective.anchor == "logprob") != bool(objective.anchor_weight):
         raise ValueError(

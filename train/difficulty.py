@@ -30,7 +30,7 @@ from rollout.agent import Agent
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
 from train.config import Config
-from train.scoring import score_groups
+from train.scoring import Scorer
 from train.state import FlatParams
 from train.variants import DifficultySettings
 
@@ -54,10 +54,16 @@ class Difficulty:
     all as they are."""
 
     def __init__(
-        self, config: Config, agent: Agent, renderer: ChatRenderer, reader: FrameReader
+        self,
+        config: Config,
+        agent: Agent,
+        scorer: Scorer,
+        renderer: ChatRenderer,
+        reader: FrameReader,
     ) -> None:
         self._config, self._own = config, config.difficulty
-        self._agent, self._renderer, self._reader = agent, renderer, reader
+        self._agent, self._scorer = agent, scorer
+        self._renderer, self._reader = renderer, reader
         self._window = collections.deque[float](maxlen=self._own.window)
         self.figures: dict[str, float] = {}
         """What the last step did, for `metrics.jsonl`."""
@@ -162,7 +168,7 @@ class Difficulty:
             return []
         seed = derive_seed(self._config.seed, step, purpose)
         groups = self._agent.run(params, items, copies, seed, policy_version=step)
-        return score_groups(groups, self._config.rewards)
+        return self._scorer(groups, progress=step / self._config.steps)
 
 
 def mean_reward(group: RolloutGroup) -> float:

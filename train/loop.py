@@ -19,7 +19,7 @@ from train.config import Config
 from train.difficulty import Difficulty
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
-from train.scoring import rollout_metrics, score_groups
+from train.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
 from train.teacher import Teacher
 
@@ -32,6 +32,7 @@ class Parts:
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
     agent: Agent
+    scorer: Scorer
     difficulty: Difficulty
     """Changes hard and easy prompts, where the configuration says so."""
     learner: Learner
@@ -45,7 +46,8 @@ class Parts:
 
     def figures(self) -> dict[str, float]:
         """What the parts say of the last step."""
-        return self.agent.figures | self.difficulty.figures | self.teacher.figures
+        own = self.agent.figures | self.scorer.figures
+        return own | self.difficulty.figures | self.teacher.figures
 
     def get_state(self) -> dict[str, Any]:
         """What the parts must remember besides the `TrainState`, as JSON values."""
@@ -69,7 +71,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         groups = parts.agent.run(
             state.params, items, config.rl.group_size, seed, policy_version=step
         )
-        groups = score_groups(groups, config.rewards)
+        groups = parts.scorer(groups, progress=step / config.steps)
         groups = parts.difficulty.revise(state.params, items, groups, step)
         clock.lap("time/rollout")
 

@@ -20,6 +20,7 @@ from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup, Row
+from paravt_jax.rewards.judge import WAY_TO_JUDGE
 from pipelines.datasets import folder_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
@@ -36,7 +37,7 @@ from train.difficulty import Difficulty, hint_room
 from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
-from train.scoring import accuracy_by_type, rollout_metrics, score_groups
+from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
     TrainState,
@@ -69,6 +70,8 @@ def check(config: Config, here: bool = True) -> None:
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     check_model(config, here)
+    if here:
+        Scorer(config.rewards)  # refuses a judge whose key is not in the environment
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
@@ -153,7 +156,14 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
 
 
-MAY_CHANGE = ("steps", "mesh", "output.", "evaluation.batch", "evaluation.frame_budget")
+MAY_CHANGE = (
+    "steps",
+    "mesh",
+    "output.",
+    "evaluation.batch",
+    "evaluation.frame_budget",
+    *(f"rewards.judge.{name}" for name in WAY_TO_JUDGE),
+)
 """Settings (or beginnings of their names) that a resumed run may give anew."""
 
 
@@ -189,6 +199,7 @@ class Run:
     def __init__(self, config: Config, workdir: Path, mesh: Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.model = setup.Model.open(config)
+        self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = setup.open_rows(config)
@@ -261,7 +272,8 @@ class Run:
             config=config,
             prompts=self._prompts(),
             agent=agent,
-            difficulty=Difficulty(config, agent, self.renderer, self.reader),
+            scorer=self.scorer,
+            difficulty=Difficulty(config, agent, self.scorer, self.renderer, self.reader),
             learner=learner,
             teacher=Teacher(config, policy, learner, self.renderer),
             reference=self.reference,
@@ -372,7 +384,7 @@ class Run:
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
-            return score_groups(agent.run(params, items, 1, seed), self.config.rewards)
+            return self.scorer(agent.run(params, items, 1, seed))
 
         return run
 
