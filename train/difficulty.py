@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
@@ -33,6 +34,9 @@ from train.config import Config
 from train.scoring import Scorer
 from train.state import FlatParams
 from train.variants import DifficultySettings
+
+Sample = Callable[[Iterable[PromptItem], int, str], list[RolloutGroup]]
+"""Prompts, rollouts of each and the purpose, to scored groups."""
 
 _ANSWER_HINT = "The answer is {words}. Show how to find it."
 _TRACE_HINT = "A good solution begins like this: {words}"
@@ -81,16 +85,21 @@ class Difficulty:
         params: FlatParams,
         items: Sequence[PromptItem],
         groups: Sequence[RolloutGroup],
+        seed: int,
         step: int,
     ) -> list[RolloutGroup]:
-        """Scored groups, those of hard and easy prompts sampled anew; `items` are their prompts."""
+        """Scored groups, those of hard and easy prompts sampled anew; `items` are their prompts.
+
+        `seed` is that of the groups: all that is drawn here follows from it.
+        """
         if not self._own.window:
             return list(groups)
         means = [mean_reward(group) for group in groups]
         deltas = [self.delta(mean) for mean in means]
         self._window.extend(means)
-        helped = self._helped(params, items, means, deltas, step)
-        disturbed = self._disturbed(items, deltas, step)
+        sample = functools.partial(self._sample, params, seed=seed, step=step)
+        helped = self._helped(sample, items, means, deltas)
+        disturbed = self._disturbed(items, deltas, seed)
         self.figures = {
             "difficulty/delta": float(np.mean(np.abs(deltas))),
             "difficulty/helped": len(helped) / len(groups),
@@ -98,7 +107,7 @@ class Difficulty:
             "difficulty/reward_before": float(np.mean(means)),
         }
         changed = helped | disturbed
-        again = self._sample(params, changed.values(), self._config.rl.group_size, step, "again")
+        again = sample(changed.values(), self._config.rl.group_size, "again")
         revised = dict(enumerate(groups)) | dict(zip(changed, again, strict=True))
         return list(revised.values())
 
@@ -111,17 +120,16 @@ class Difficulty:
 
     def _helped(
         self,
-        params: FlatParams,
+        sample: Sample,
         items: Sequence[PromptItem],
         means: Sequence[float],
         deltas: Sequence[float],
-        step: int,
     ) -> dict[int, PromptItem]:
         """Hard prompts with the beginning of a good solution, where one was found."""
         hard = [at for at, delta in enumerate(deltas) if delta > self._own.tolerance]
         told = [self._hinted(items[at], _ANSWER_HINT, items[at].row.answer) for at in hard]
         helped = {}
-        groups = self._sample(params, told, self._own.traces, step, "traces")
+        groups = sample(told, self._own.traces, "traces")
         for at, group in zip(hard, groups, strict=True):
             best = max(group.trajectories, key=lambda t: t.rewards["total"])
             words = self.beginning(best, deltas[at])
@@ -143,31 +151,38 @@ class Difficulty:
         return item._replace(prompt=self._renderer.with_hint(item.row, item.prompt, tools, text))
 
     def _disturbed(
-        self, items: Sequence[PromptItem], deltas: Sequence[float], step: int
+        self, items: Sequence[PromptItem], deltas: Sequence[float], seed: int
     ) -> dict[int, PromptItem]:
         """Easy prompts with noise in their frames."""
         return {
-            at: self._with_noise(items[at], delta, step)
+            at: self._with_noise(items[at], delta, seed)
             for at, delta in enumerate(deltas)
             if delta < -self._own.tolerance
         }
 
-    def _with_noise(self, item: PromptItem, delta: float, step: int) -> PromptItem:
+    def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
         frames = self._reader.overview(item.row.video, item.frame_budget)
-        seed = derive_seed(self._config.seed, step, item.row.row_id, "noise")
-        noisy = with_noise(frames, self._own.noise * self._share(delta), seed)
+        own_seed = derive_seed(seed, item.row.row_id, "noise")
+        noisy = with_noise(frames, self._own.noise * self._share(delta), own_seed)
         tools = self._config.agent.offers_tools
         return item._replace(prompt=self._renderer.main_prompt(item.row, noisy, tools))
 
     def _sample(
-        self, params: FlatParams, items: Iterable[PromptItem], copies: int, step: int, purpose: str
+        self,
+        params: FlatParams,
+        items: Iterable[PromptItem],
+        copies: int,
+        purpose: str,
+        *,
+        seed: int,
+        step: int,
     ) -> list[RolloutGroup]:
         """Scored rollouts of prompts, with seeds of their own for each purpose."""
-        items = list(items)
-        if not items:
+        prompts = list(items)
+        if not prompts:
             return []
-        seed = derive_seed(self._config.seed, step, purpose)
-        groups = self._agent.run(params, items, copies, seed, policy_version=step)
+        own_seed = derive_seed(seed, purpose)
+        groups = self._agent.run(params, prompts, copies, own_seed, policy_version=step)
         return self._scorer(groups, progress=step / self._config.steps)
 
 

@@ -72,7 +72,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
             state.params, items, config.rl.group_size, seed, policy_version=step
         )
         groups = parts.scorer(groups, progress=step / config.steps)
-        groups = parts.difficulty.revise(state.params, items, groups, step)
+        groups = parts.difficulty.revise(state.params, items, groups, seed, step)
         clock.lap("time/rollout")
 
         batch = parts.learner.batch(state.params, groups)
