@@ -69,7 +69,8 @@ class DataSettings:
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
     instructions: str = "full"
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
-    next to nothing, for a model that learned its protocol in a cold start."""
+    next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
+    the reasoning is to say when, as VISD's rewards read it."""
     crop_fps: float = 1.0
     """Frames per second of a crop."""
     crop_frames: int = 16
@@ -251,7 +252,7 @@ def _check_choices(config: Config) -> None:
         "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
         "model.cache_dtype": (config.model.cache_dtype, ("compute", "int8")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
-        "data.instructions": (config.data.instructions, ("full", "terse")),
+        "data.instructions": (config.data.instructions, ("full", "terse", "timed")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
     }

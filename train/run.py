@@ -34,6 +34,7 @@ from train.cluster import is_first
 from train.cold_start import Lessons, cold_start
 from train.config import Config, Stage, to_dict
 from train.difficulty import Difficulty, hint_room
+from train.hindsight import open_feedback
 from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
@@ -71,7 +72,9 @@ def check(config: Config, here: bool = True) -> None:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     check_model(config, here)
     if here:
-        Scorer(config.rewards)  # refuses a judge whose key is not in the environment
+        # These refuse a judge whose key is not in the environment.
+        Scorer(config.rewards)
+        open_feedback(config.teacher.judge)
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
@@ -162,7 +165,7 @@ MAY_CHANGE = (
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
-    *(f"rewards.judge.{name}" for name in WAY_TO_JUDGE),
+    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
 )
 """Settings (or beginnings of their names) that a resumed run may give anew."""
 

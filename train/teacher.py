@@ -28,7 +28,7 @@ from paravt_jax.records import LearnerBatch, RolloutGroup
 from pipelines.render import ChatRenderer
 from train.batch import Stream, streams_of_groups
 from train.config import Config
-from train.hindsight import Feedback, feedback_from_rewards, hindsight
+from train.hindsight import hindsight, open_feedback
 from train.learner import Learner, generated_budget
 from train.state import FlatParams, TrainState
 from train.step import batch_hidden, join_micro, split_micro, vision_groups
@@ -44,10 +44,10 @@ class Teacher:
         policy: TrainablePolicy,
         learner: Learner,
         renderer: ChatRenderer,
-        feedback: Feedback = feedback_from_rewards,
     ) -> None:
         self._config, self._own, self._policy = config, config.teacher, policy
-        self._learner, self._renderer, self._feedback = learner, renderer, feedback
+        self._learner, self._renderer = learner, renderer
+        self._feedback = open_feedback(config.teacher.judge)
         self._gaps = jax.jit(self._compare)
         self._average = jax.jit(
             functools.partial(optax.incremental_update, step_size=self._own.rate),

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
+
+from paravt_jax.rewards import JudgeSettings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +30,11 @@ class TeacherSettings:
     """Least weight of a token ..."""
     weight_high: float = 1.2
     """... and the largest."""
+    judge: JudgeSettings = dataclasses.field(
+        default_factory=functools.partial(JudgeSettings, max_tokens=512)
+    )
+    """Who tells the teacher what went right and wrong in a rollout: with a `url`, a language model
+    as in VISD; without one, a sentence is made from the rewards."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning or no effect."""
@@ -47,6 +55,8 @@ class TeacherSettings:
                 f"teacher.weight_low={self.weight_low}, teacher.weight_high={self.weight_high}: "
                 "weights lie around 1, and above 0 so that no advantage changes its sign"
             )
+        if self.judge != _default("judge", TeacherSettings):
+            self.judge.check()
         if self.full_weight == 1 and self.support != TeacherSettings.support:
             raise ValueError(
                 f"teacher.support={self.support} has no effect with teacher.full_weight=1, which "
@@ -97,6 +107,14 @@ class DifficultySettings:
             )
 
 
+def _default(name: str, kind: type) -> Any:
+    """What a setting of a section is, unless it is set."""
+    field = kind.__dataclass_fields__[name]
+    return (
+        field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+    )
+
+
 def _refuse_changes(name: str, section: Any, reason: str) -> None:
     """Settings of a section that is switched off have no effect.
 
@@ -105,7 +123,7 @@ def _refuse_changes(name: str, section: Any, reason: str) -> None:
     """
     for field in dataclasses.fields(section):
         value = getattr(section, field.name)
-        if value != field.default:
+        if value != _default(field.name, type(section)):
             raise ValueError(
                 f"{name}.{field.name}={value} has no effect, because {reason}; leave it out"
             )
