@@ -417,3 +417,6 @@ class LearnerBatch:
     patches: Float[ArrayLike, "groups f p c"] | None
     grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
+    proximal_log_probs: Float[ArrayLike, "b t"] | None = None
+    """Log-probability of the token when the learner first saw the batch. None where it learns from
+    it once: then that is the current policy's own."""

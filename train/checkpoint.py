@@ -43,7 +43,9 @@ class Checkpoints:
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params, self._save_args),
             "optimizer": ocp.args.StandardSave(state.optimizer),
-            "meta": ocp.args.JsonSave({"step": step, "data": data_state}),
+            "meta": ocp.args.JsonSave(
+                {"step": step, "updates": int(state.step), "data": data_state}
+            ),
         }
         if state.teacher:
             items["teacher"] = ocp.args.StandardSave(state.teacher)
@@ -65,7 +67,7 @@ class Checkpoints:
             trainable={name: saved.params[name] for name in like.trainable},
             frozen={name: saved.params[name] for name in like.frozen},
             optimizer=saved.optimizer,
-            step=jax.device_put(np.int32(step), like.step.sharding),
+            step=jax.device_put(np.int32(saved.meta["updates"]), like.step.sharding),
             teacher=saved.teacher if like.teacher else {},
         )
         return state, saved.meta["step"], saved.meta["data"]

@@ -28,6 +28,7 @@ class TrainState:
     frozen: FlatParams
     optimizer: optax.OptState
     step: Int[Array, ""]
+    """Optimiser steps so far."""
     teacher: FlatParams = dataclasses.field(default_factory=dict)
     """A moving average of `trainable`, see `train.teacher`; empty in a run without a teacher."""
 

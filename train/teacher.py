@@ -27,9 +27,9 @@ from paravt_jax.log_probs import View, teacher_gap
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from pipelines.render import ChatRenderer
 from train.batch import Stream, streams_of_groups
-from train.config import Config
+from train.config import Config, generated_budget
 from train.hindsight import hindsight, open_feedback
-from train.learner import Learner, generated_budget
+from train.learner import Learner
 from train.state import FlatParams, TrainState
 from train.step import batch_hidden, join_micro, split_micro, vision_groups
 
