@@ -66,7 +66,7 @@ def rollout(number: int, shows: bool = False) -> Trajectory:
         scored_text=text,
         full_text=text,
         shown=(Shown(len(spoken[0]), block),) if shows else (),
-        rewards={"total": float(number), "task": 0.0, "accuracy": number % 2, "format": 1.0}
+        rewards={"total": 1.0 * number, "task": 1.0 * number, "accuracy": number % 2, "format": 1.0}
         | {"anchor": 0.0},
     )
 
