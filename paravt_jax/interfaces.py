@@ -100,9 +100,10 @@ class TrainablePolicy(Protocol):
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
+        segments: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """Final hidden states of right-padded rows, and the router's logits of each layer with
-        experts; None if none has."""
+        experts; None if none has. With `segments`, a token sees only those of its own."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:

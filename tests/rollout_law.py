@@ -95,7 +95,9 @@ class Learnable(ToyPolicy):
 
     experts_per_token = 0
 
-    def hidden_and_router(self, params, tokens, positions, vision_index, features=None):
+    def hidden_and_router(
+        self, params, tokens, positions, vision_index, features=None, segments=None
+    ):
         return self.hidden(params, tokens, positions, vision_index, features), None
 
 
