@@ -17,13 +17,13 @@ from paravt_jax.records import Frames, RolloutGroup, Row, Shown, Trajectory, Vid
 from paravt_jax.structure import ANCHOR_TAGS, tag_table
 from tests.pipelines_fixtures import renderer
 from train import teacher as teacher_module
-from train.batch import learner_batch
 from train.checkpoint import Checkpoints
 from train.config import override
 from train.learner import Learner
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import TrainState, make_optimizer, make_state
+from train.step import batch_hidden
 from train.teacher import Teacher
 
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
@@ -102,47 +102,39 @@ def test_the_teacher_reads_the_students_tokens_after_a_prompt_with_the_outcome(k
     assert "purple" not in renderer().decode(np.concatenate([t.tokens for t in students]))
 
 
-def plain_gaps(params, teacher, student, stream, support=16):
-    """The formula on whole streams and the whole table of logits, in numpy."""
-
-    def table(weights, prompt):
-        batch = jax.tree.map(jnp.asarray, batch_of(dataclasses.replace(stream, prompt=prompt)))
-        features = POLICY.encode(weights, batch.patches, batch.grids)
-        places = batch.tokens, batch.positions, batch.vision_index, features
-        hidden, _ = POLICY.hidden_and_router(weights, *places)
-        logits = np.asarray(POLICY.logits(weights, hidden)[0], np.float64)
-        return logits[len(prompt.tokens) - 1 :]
-
-    theirs, ours = table(teacher, stream.prompt), table(params, student.prompt)
-    gaps = np.zeros(len(student.tokens))
-    for at in np.flatnonzero(student.generated):
-        token, other, own = student.tokens[at], theirs[at], ours[at]
-        support_ids = list({*np.argsort(-other)[:support].tolist(), int(token)})
-        gain = [z[token] - np.log(np.exp(z[support_ids]).sum()) for z in (other, own)]
-        gaps[at] = gain[0] - gain[1]
-    return gaps
-
-
-def batch_of(stream):
-    return learner_batch([stream], length=len(stream.prompt.tokens) + len(stream.tokens), pad_id=0)
+def plain_gap(theirs, ours, token: int, support: int = 16) -> float:
+    """The formula on whole rows of logits, in float64."""
+    chosen = list({*np.argsort(-theirs)[:support].tolist(), token})
+    gain = [z[token] - np.log(np.exp(z[chosen]).sum()) for z in (theirs, ours)]
+    return gain[0] - gain[1]
 
 
 @pytest.mark.parametrize("shows", [False, True])
 def test_gaps_are_those_of_the_plain_formula_at_generated_tokens(kit, shows):
+    """Each generated token under both policies, wherever it stands in their streams."""
     groups = groups_of(shows)
     other = initialise(POLICY.table, jax.random.key(1), kit.mesh)
-    state = dataclasses.replace(
-        kit.state, teacher={name: other[name] for name in kit.state.trainable}
-    )
+    told = {name: other[name] for name in kit.state.trainable}
+    state = dataclasses.replace(kit.state, teacher=told)
     batch = kit.learner.batch(state.params, groups)
     gaps = np.asarray(kit.teacher.gaps(state, groups, batch))
-    students = [t for group in groups for t in group.trajectories]
-    streams = kit.teacher.streams(groups)
-    for row, student, stream in list(zip(range(4), students, streams, strict=True))[1:3]:
-        want = plain_gaps(state.params, {**state.frozen, **state.teacher}, student, stream)
-        start = len(student.prompt.tokens)
-        np.testing.assert_allclose(gaps[row, start : start + len(want)], want, atol=2e-5)
-        assert np.abs(want).max() > 1e-2 and not gaps[row, :start].any()
+
+    @jax.jit
+    def table(params, batch):
+        return POLICY.logits(params, batch_hidden(POLICY, params, batch)[0])
+
+    hinted = kit.learner.padded(kit.teacher.streams(groups), 2)
+    theirs = np.asarray(table({**state.frozen, **told}, hinted), np.float64)
+    ours = np.asarray(table(state.params, batch), np.float64)
+    places = [np.argwhere(np.asarray(b.loss_weights) > 0) for b in (batch, hinted)]
+    assert len(places[0]) == len(places[1]) and (places[0] != places[1]).any()
+    want = np.zeros_like(gaps)
+    for (row, own), (same, at) in zip(*places, strict=True):
+        token = int(batch.tokens[row, own])
+        assert row == same and token == hinted.tokens[row, at]
+        want[row, own] = plain_gap(theirs[row, at - 1], ours[row, own - 1], token)
+    np.testing.assert_allclose(gaps, want, atol=2e-5)
+    assert np.abs(want).max() > 1e-2
 
 
 def test_a_teacher_that_is_the_student_and_knows_no_more_changes_nothing(kit, monkeypatch):
