@@ -91,6 +91,16 @@ def learner_batch(
     )
 
 
+def spoken_mask(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
+    """bool `[b, length]`: where the assistant speaks in the rows of `streams_of_groups`."""
+    rollouts = [t for group in groups for t in group.trajectories]
+    mask = np.zeros((len(rollouts), length), bool)
+    for row, rollout in zip(mask, rollouts, strict=True):
+        start = len(rollout.prompt.tokens)
+        row[start : start + len(rollout.tokens)] = rollout.spoken
+    return mask
+
+
 def _rows(rows: list[np.ndarray], length: int, fill: int) -> np.ndarray:
     out = np.full((len(rows), length, *rows[0].shape[1:]), fill, np.int32)
     for target, row in zip(out, rows, strict=True):

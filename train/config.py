@@ -318,17 +318,7 @@ def _check_rl(config: Config) -> None:
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
             "above 0"
         )
-    rewards = config.rewards
-    if objective.anchor == "position" and not (rewards.anchor_weight and rewards.has_anchor):
-        raise ValueError(
-            f"objective.anchor=position has no effect with rewards.scheme={rewards.scheme} and "
-            f"rewards.anchor_weight={rewards.anchor_weight}; set objective.anchor=sequence"
-        )
-    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
-        raise ValueError(
-            f"objective.anchor={objective.anchor} with objective.anchor_weight="
-            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
-        )
+    _check_anchor(config)
     if config.model.train_vision:
         raise ValueError(
             "model.train_vision=true has no effect in the rl stage, where vision features are "
@@ -350,6 +340,32 @@ def _check_variants(config: Config) -> None:
         raise ValueError(
             "difficulty.window and teacher.strength: a teacher reads the plain question with its "
             "own hint, not prompts that were hinted already; set one of them to 0"
+        )
+
+
+def _check_anchor(config: Config) -> None:
+    """The readings of the anchor exclude one another, and each has a weight of its own."""
+    objective, rewards = config.objective, config.rewards
+    if objective.anchor == "position" and not rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=position has no effect with rewards.anchor_weight=0, "
+            f"rewards.format_weight=0 or another scheme than paravt (rewards.scheme="
+            f"{rewards.scheme}); set objective.anchor=sequence"
+        )
+    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
+        raise ValueError(
+            f"objective.anchor={objective.anchor} with objective.anchor_weight="
+            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
+        )
+    if objective.anchor == "logprob" and rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=logprob takes the place of the anchor in the reward; set "
+            f"rewards.anchor_weight={rewards.anchor_weight} to 0"
+        )
+    if objective.anchor == "sequence" and objective.anchor_paired_only:
+        raise ValueError(
+            "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
+            "knows no positions; leave it out"
         )
 
 

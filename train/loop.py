@@ -48,8 +48,8 @@ class Parts:
 
     def figures(self) -> dict[str, float]:
         """What the parts say of the last step."""
-        own = self.agent.figures | self.scorer.figures
-        return own | self.difficulty.figures | self.teacher.figures
+        parts = self.agent, self.scorer, self.difficulty, self.learner, self.teacher
+        return {name: value for part in parts for name, value in part.figures.items()}
 
     def get_state(self) -> dict[str, Any]:
         """What the parts must remember besides the `TrainState`, as JSON values."""

@@ -21,7 +21,7 @@ from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup, Row
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from pipelines.datasets import folder_rows
+from pipelines.datasets import question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -141,7 +141,7 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.data.path is not None:
-        rows = folder_rows(config.data.path, config.data.question_types)
+        rows = question_rows(config.data.path, None, config.data.question_types).rows
         print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
 
 

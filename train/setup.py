@@ -26,9 +26,10 @@ from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Row
-from paravt_jax.structure import TagTable, anchor_tags, tag_table
-from pipelines.datasets import folder_rows, needle_questions
+from paravt_jax.structure import TagTable, tag_table
+from pipelines.datasets import needle_questions, question_rows
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
@@ -94,9 +95,9 @@ class Model:
         return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
-        """Where anchored tags stand in token streams of this tokenizer."""
+        """What finds structural tags in token streams of this tokenizer."""
         contents = renderer.token_contents(self.policy.config.text.vocab_size)
-        return tag_table(contents, anchor_tags(config.agent.call_syntax))
+        return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
@@ -187,7 +188,7 @@ def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
       ValueError: a question or a video that cannot be read, or too few questions.
     """
     if config.data.path:
-        rows = folder_rows(config.data.path, config.data.question_types)
+        rows = question_rows(config.data.path, None, config.data.question_types).rows
         training, held_out = split_rows(rows, config.evaluation.rows)
     else:
         training, held_out = (_needle_rows(config, split) for split in ("train", "held_out"))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.metrics import interval
+from paravt_jax.rewards.overlap import overlap
 from paravt_jax.rewards.rules import (
     UNIT,
     Ranges,
@@ -23,7 +24,6 @@ from paravt_jax.rewards.rules import (
     total_range,
 )
 from paravt_jax.rewards.tag_blocks import names
-from paravt_jax.rewards.windows import overlap
 
 
 def ranges(rules: RewardRules) -> Ranges:

@@ -24,6 +24,7 @@ import re
 
 from paravt_jax import protocol
 from paravt_jax.rewards.attempt import Attempt
+from paravt_jax.rewards.overlap import asked_window, overlap
 from paravt_jax.rewards.rules import (
     UNIT,
     Ranges,
@@ -33,7 +34,6 @@ from paravt_jax.rewards.rules import (
     total_range,
 )
 from paravt_jax.rewards.tag_blocks import names
-from paravt_jax.rewards.windows import asked_window, overlap
 
 _LONGEST_ANSWER = 1000
 _OPENINGS = re.compile(r"<(think|tool_call|answer)>")

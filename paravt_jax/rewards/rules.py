@@ -83,9 +83,10 @@ class RewardRules:
         self._check_use()
 
     @property
-    def has_anchor(self) -> bool:
-        """Whether the scheme has an anchor at all."""
-        return self.scheme in _READERS["anchor_weight"]
+    def anchor_share(self) -> float:
+        """Weight of the anchor in the total; 0 for schemes that have none."""
+        own = self.scheme in _READERS["anchor_weight"]
+        return self.anchor_weight * self.format_weight if own else 0.0
 
     def _check_use(self) -> None:
         """Refuse settings that the scheme does not read."""

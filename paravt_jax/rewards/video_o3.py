@@ -38,6 +38,7 @@ from typing import Any
 
 from paravt_jax.protocol import TURN_END, Window
 from paravt_jax.rewards.attempt import Attempt
+from paravt_jax.rewards.overlap import Overlap, overlap, proper
 from paravt_jax.rewards.rules import (
     UNIT,
     Ranges,
@@ -47,7 +48,7 @@ from paravt_jax.rewards.rules import (
     total_range,
 )
 from paravt_jax.rewards.tag_blocks import blocks
-from paravt_jax.rewards.windows import Overlap, overlap, proper
+from paravt_jax.windows import STRATEGIES
 
 KINDS = (
     "clue_single_w_tool",
@@ -59,9 +60,6 @@ KINDS = (
     "free_form",
 )
 """Kinds of question, by the names of the source's data."""
-
-STRATEGIES = ("coarse", "medium", "fine")
-"""Values of `sampling_strategy`."""
 
 _DECAY = 0.05
 _LETTER = re.compile(r"\A(?:([A-Z])(?:\.|\Z)|\(([A-Z])\))")

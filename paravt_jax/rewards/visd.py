@@ -30,6 +30,7 @@ from paravt_jax import protocol
 from paravt_jax.protocol import Window
 from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.metrics import interval
+from paravt_jax.rewards.overlap import distance, overlap
 from paravt_jax.rewards.rouge import rouge_mean
 from paravt_jax.rewards.rules import (
     UNIT,
@@ -39,7 +40,6 @@ from paravt_jax.rewards.rules import (
     breakdown,
     total_range,
 )
-from paravt_jax.rewards.windows import distance, overlap
 
 _TIME_TAG = re.compile(r"</?t>")
 _STAMP = re.compile(r"<t>([\d.]{1,20})</t>s")

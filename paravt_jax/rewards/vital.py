@@ -24,6 +24,7 @@ import itertools
 from paravt_jax.protocol import Window
 from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.metrics import interval, intervals
+from paravt_jax.rewards.overlap import length, overlap
 from paravt_jax.rewards.rouge import rouge_mean
 from paravt_jax.rewards.rules import (
     UNIT,
@@ -34,7 +35,6 @@ from paravt_jax.rewards.rules import (
     total_range,
 )
 from paravt_jax.rewards.tag_blocks import names
-from paravt_jax.rewards.windows import length, overlap
 
 _IOU_EPS = 1e-4
 _MOST_CALLS = 2

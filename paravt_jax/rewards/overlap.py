@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable, Sequence
 
-from paravt_jax.protocol import Window, parse_seconds
+from paravt_jax.protocol import Window, call_times
 from paravt_jax.records import ToolCall
 
 LATEST = 1e7
@@ -17,11 +17,8 @@ def asked_window(call: ToolCall) -> Window | None:
     """The window that a call asks for, as asked: a negative start becomes 0, an end beyond the
     video stays. None if it asks for none. Reads `start_time` and `end_time` or `start` and `end`.
     """
-    times = []
-    for name in ("start", "end"):
-        value = call.arguments.get(f"{name}_time", call.arguments.get(name))
-        times.append(parse_seconds(value))
-    return proper(times[0], times[1])
+    times = call_times(call)
+    return None if isinstance(times, str) else proper(*times)
 
 
 def proper(start: float | None, end: float | None) -> Window | None:
