@@ -37,6 +37,7 @@ from train.difficulty import Difficulty, hint_room
 from train.hindsight import open_feedback
 from train.learner import Learner
 from train.loop import Parts, reinforce
+from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
@@ -298,9 +299,18 @@ class Run:
             pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
+            masking=self._masking(),
         )
         self.state = cold_start(lessons, self.state, self.first_step)
         self._finish({}, None)
+
+    def _masking(self) -> TaskMasking | None:
+        """What hides tokens from supervised rows, if the run asks for it."""
+        share = self.config.sft.task_masks
+        if not share:
+            return None
+        tags = self.model.tags(self.config, self.renderer)
+        return TaskMasking(share, self.config.seed, tags)
 
     def _prompts(self) -> PromptStream:
         config = self.config
