@@ -38,9 +38,7 @@ class Bigram:
     def encode(self, params, patches, grids):
         raise AssertionError("these batches show no frames")
 
-    def hidden_and_router(
-        self, params, tokens, positions, vision_index, features=None, segments=None
-    ):
+    def hidden_and_router(self, params, tokens, *context):
         return params["table"][tokens], None
 
     def logits(self, params, hidden):

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from train.config import Config
-from train.recipes import longvt, needle, paravt, video_o3, vital
+from train.recipes import deepvideo_r1, longvt, needle, paravt, video_o3, visd, vital
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "needle_rl": needle.needle_rl,
@@ -18,6 +18,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "video_o3_rl": video_o3.video_o3_rl,
     "needle_video_o3": video_o3.needle_video_o3,
     "needle_video_o3_sft": video_o3.needle_video_o3_sft,
+    "visd_rl": visd.visd_rl,
+    "needle_visd": visd.needle_visd,
+    "deepvideo_r1_rl": deepvideo_r1.deepvideo_r1_rl,
+    "needle_deepvideo_r1": deepvideo_r1.needle_deepvideo_r1,
 }
 
 
