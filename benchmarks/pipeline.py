@@ -5,7 +5,7 @@
 
 `read` makes its file with ffmpeg (two minutes) unless one is given. Both sides run in one process,
 in turns; median and spread (smallest to largest) of `--repeats` runs. Plain OpenCV knows nothing of
-the file: it is given the times, takes whatever frame it lands on, and is the fastest of several ways
+the file: it is given the times, takes what it lands on, and is the fastest of several ways
 to use it. Ours lists the packets, checks the end of the file and the time of every frame.
 """
 
