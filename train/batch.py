@@ -9,7 +9,7 @@ import numpy as np
 
 from paravt_jax.blocks import whole_stream
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup, Shown
+from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup, Shown, Trajectory
 from paravt_jax.shapes import bucket
 
 
@@ -37,11 +37,12 @@ def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
 
 def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
     """Streams of all rollouts, group by group; what the policy generated is trained."""
-    return [
-        Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs, t.shown)
-        for group in groups
-        for t in group.trajectories
-    ]
+    return [stream_of(t) for group in groups for t in group.trajectories]
+
+
+def stream_of(t: Trajectory) -> Stream:
+    """One rollout, of a main agent or a sub-agent."""
+    return Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs, t.shown)
 
 
 def learner_batch(
