@@ -35,14 +35,20 @@ def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
     ]
 
 
-def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
-    """Streams of all rollouts, group by group; what the policy generated is trained."""
-    return [stream_of(t) for group in groups for t in group.trajectories]
+def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = False) -> list[Stream]:
+    """Streams of all rollouts, group by group; what the policy generated is trained, of
+    `over_turn` rollouts nothing if so wished."""
+    return [
+        stream_of(t, not (mask_over_turn and t.over_turn))
+        for group in groups
+        for t in group.trajectories
+    ]
 
 
-def stream_of(t: Trajectory) -> Stream:
-    """One rollout, of a main agent or a sub-agent."""
-    return Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs, t.shown)
+def stream_of(rollout: Trajectory, learned: bool = True) -> Stream:
+    """One rollout, of a main agent or a sub-agent; what the policy generated is trained."""
+    weights = (rollout.generated & learned).astype(np.float32)
+    return Stream(rollout.prompt, rollout.tokens, weights, rollout.log_probs, rollout.shown)
 
 
 def learner_batch(

@@ -86,7 +86,9 @@ class Learner:
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, structure, and vision features seen once."""
-        batch = self.padded(streams_of_groups(groups), len(groups[0].trajectories))
+        batch = self.padded(
+            streams_of_groups(groups, self._config.rl.mask_over_turn), len(groups[0].trajectories)
+        )
         generated = batch.loss_weights > 0
         structural, validity = self._find_tags(
             batch.tokens,
@@ -112,7 +114,7 @@ class Learner:
         self.figures["subagents/rows"] = float(rows * len(groups))
         if not rows:
             return None
-        streams = subagent_streams(groups, rows)
+        streams = subagent_streams(groups, rows, self._config.rl.mask_over_turn)
         frames = self._spec.group_count(self._config.data.crop_frames)
         batch = self.padded(streams, 1, frames, self._subagent_length)
         features = self._encode_parts(params, batch)

@@ -32,6 +32,10 @@ class RlSettings:
     """Whether sub-agents train too: `none` of them does, each gets the `full` advantage of its
     episode, or a `share` of it, divided by the sub-agents of the episode. Their tokens count in the
     mean like all others; with aggregation by sequence each of them is a row."""
+    mask_over_turn: bool = False
+    """Learn nothing from a rollout that still calls a tool in its last turn, where it had to
+    answer (Video-o3, arXiv 2601.23224), and do not count it in `filter_groups`. Its reward stays in
+    the mean of its group."""
     overlong_limit: int | None = None
     """Generated tokens of a rollout from which on its reward falls by all of `overlong_weight`
     (DAPO's soft over-long punishment); None punishes no length."""

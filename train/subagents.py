@@ -35,15 +35,21 @@ def most_crops(groups: Sequence[RolloutGroup]) -> int:
     return max(len(_crops(group)) for group in groups)
 
 
-def subagent_streams(groups: Sequence[RolloutGroup], rows: int) -> list[Stream]:
-    """`rows` streams for each group: its sub-agents in call order, then copies of the first
-    sub-agent of the batch that are not trained."""
+def subagent_streams(
+    groups: Sequence[RolloutGroup], rows: int, mask_over_turn: bool = False
+) -> list[Stream]:
+    """`rows` streams for each group: its sub-agents in call order, trained like their rollouts
+    (see `streams_of_groups`), then copies of the first of the batch that are not trained."""
     first = next(stream_of(crop) for group in groups for crop in _crops(group))
     nothing = np.zeros_like(first.log_probs)
     idle = dataclasses.replace(first, loss_weights=nothing, log_probs=nothing)
     streams: list[Stream] = []
     for group in groups:
-        own = [stream_of(crop) for crop in _crops(group)]
+        own = [
+            stream_of(crop, not (mask_over_turn and rollout.over_turn))
+            for rollout in group.trajectories
+            for crop in rollout.subagents
+        ]
         streams += own + [idle] * (rows - len(own))
     return streams
 
