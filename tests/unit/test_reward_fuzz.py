@@ -11,7 +11,7 @@ import random
 
 import pytest
 
-from paravt_jax.protocol import STRUCTURAL_TAGS
+from paravt_jax.protocol import STRUCTURAL_TAGS, SYNTAXES
 from paravt_jax.rewards import SCHEMES, RewardRules, ranges, score
 
 THINK = "<think>At <t>5</t>s the <obj>door</obj><box>[1,2,3,4]</box> opens.</think>"
@@ -89,6 +89,7 @@ def check(scheme, count, seed):
             draw.choice(KINDS),
             variants[which],
             executed_calls=draw.choice((None, 0, 1, 3)),
+            call_syntax=draw.choice(tuple(SYNTAXES)),
             evidence=draw.choice(SPANS),
             progress=draw.random(),
         ).as_dict()
