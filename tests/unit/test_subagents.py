@@ -81,15 +81,13 @@ def as_one_batch(batch: LearnerBatch) -> LearnerBatch:
     streams = [*streams_of_groups(groups()), *map(stream_of, crops)]
     one = learner_batch(streams, length=128, pad_id=PAD, frames=4, frame_patches=SPEC.max_patches)
     trained = np.asarray(batch.subagents.loss_weights).any(axis=1)
-    values = {
-        name: np.concatenate(
-            [getattr(batch, name), np.asarray(getattr(batch.subagents, name))[trained]]
-        )
-        for name in ("advantages", "reference_log_probs", "structural")
-    }
-    length = len(values["advantages"][0])
-    wide = {n: np.pad(x, [(0, 0), (0, 128 - length)]) for n, x in values.items()}
-    return jax.tree.map(jax.numpy.asarray, dataclasses.replace(one, **wide))
+
+    def both(name: str) -> np.ndarray:
+        rows = np.asarray(getattr(batch, name)), np.asarray(getattr(batch.subagents, name))[trained]
+        return np.concatenate([np.pad(x, [(0, 0), (0, 128 - x.shape[1])]) for x in rows])
+
+    values = {name: both(name) for name in ("advantages", "reference_log_probs", "structural")}
+    return jax.tree.map(jax.numpy.asarray, dataclasses.replace(one, **values))
 
 
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
@@ -124,17 +122,16 @@ def test_idle_rows_change_nothing():
         frames=6,
         frame_patches=SPEC.max_patches,
     )
-    credit = subagent_advantages(groups(), np.array([1, -1, -1, 1]) * 0.5**0.5, rows, "full")
-    wider = dataclasses.replace(host, advantages=credit[:, None] * host.loss_weights)
-    wider = to_mesh(wider, make_mesh(parse_mesh("data:1", 1), jax.devices()[:1]))
+    wider = to_mesh(host, make_mesh(parse_mesh("data:1", 1), jax.devices()[:1]))
     wide = teacher.with_reference(POLICY.init(seed=7), dataclasses.replace(batch, subagents=wider))
+    wide = teacher.with_advantages(groups(), wide)
     assert wide.subagents.tokens.shape == (2 * rows, 192)
     assert_same(moved(teacher, params, wide), moved(teacher, params, batch), rtol=1e-4)
 
 
 def test_mesh_gives_the_one_device_step():
     many = ("rl.micro_groups=2",)
-    spread = moved(*made_batch(*many, mesh="data:4,fsdp:2"), mesh="data:4,fsdp:2")
+    spread = moved(*made_batch(*many, mesh="data:2,fsdp:2,tensor:2"), mesh="data:2,fsdp:2,tensor:2")
     assert_same(spread, moved(*made_batch(*many)), rtol=1e-4)
 
 
