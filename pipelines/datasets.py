@@ -52,6 +52,11 @@ class Found(Generic[T]):
     buckets: dict[str, Bucket] = dataclasses.field(default_factory=dict)
     """Media files that were looked for, by first path component below the root."""
 
+    @property
+    def share_rejected(self) -> float:
+        """Share of the rows that cannot be used."""
+        return len(self.rejected) / max(len(self.rows) + len(self.rejected), 1)
+
     def report(self) -> list[str]:
         """What is missing, in lines for people; none if nothing is."""
         if not self.rejected:
@@ -69,7 +74,10 @@ class Found(Generic[T]):
 
 
 def question_rows(
-    path: str, root: str | None = None, question_types: Sequence[str] = ()
+    path: str,
+    root: str | None = None,
+    question_types: Sequence[str] = (),
+    most_videos: int | None = None,
 ) -> Found[Row]:
     """Questions about videos on this machine.
 
@@ -82,6 +90,7 @@ def question_rows(
         root: what video paths are relative to, and may not leave; default: the folder of the
             data, which absolute paths of a CSV or JSONL file may leave.
         question_types: keep only rows of these types; empty keeps all.
+        most_videos: reject rows of more videos, which cannot share a frame budget of so many.
 
     Raises:
         ValueError: a file or a column is missing, a value of a CSV or JSONL file is wrong, or no
@@ -91,13 +100,24 @@ def question_rows(
     make, paths = paravt.rl_row, paravt.rl_videos
     if not files[0].endswith(".parquet"):
         make, paths = own_row, _own_videos
-    found = _read(path, files, root, make, paths)
+    found = _at_most(_read(path, files, root, make, paths), most_videos)
     kept = [r for r in found.rows if not question_types or r.question_type in question_types]
     if not kept:
         wanted = ", ".join(question_types) or "any type"
         why = " ".join(found.report()) or "add rows or allow other types"
         raise ValueError(f"{path}: no questions ({wanted}); {why}")
     return dataclasses.replace(found, rows=kept)
+
+
+def _at_most(found: Found[Row], videos: int | None) -> Found[Row]:
+    """Without rows of more videos."""
+    many = [row for row in found.rows if videos is not None and len(row.videos) > videos]
+    if not many:
+        return found
+    reason = "{} videos are more than the least frame budget; raise data.frame_budgets"
+    rejected = [Rejected(row.row_id, reason.format(len(row.videos))) for row in many]
+    kept = [row for row in found.rows if len(row.videos) <= (videos or 0)]
+    return dataclasses.replace(found, rows=kept, rejected=(*found.rejected, *rejected))
 
 
 def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
