@@ -160,6 +160,9 @@ class SftSettings:
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
     micro_rows: int = 8
     """Examples per gradient micro-batch."""
+    task_masks: float = 0.0
+    """Share of rows whose last answer does not see the overview and whose later calls do not see
+    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,6 +272,10 @@ def _check_choices(config: Config) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
+SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding"}
+"""The call syntax that a scheme of rewards asks for; others take any, or know no calls."""
+
+
 def _check_cross(config: Config) -> None:
     budgets, kinds = config.data.frame_budgets, config.data.question_types
     if not budgets or min(budgets) < 1:
@@ -282,6 +289,12 @@ def _check_cross(config: Config) -> None:
         config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
     _check_data(config.data)
+    syntax, scheme = config.agent.call_syntax, config.rewards.scheme
+    if SYNTAX_OF.get(scheme, syntax) != syntax:
+        raise ValueError(
+            f"rewards.scheme={scheme} judges calls in agent.call_syntax={SYNTAX_OF[scheme]}, and "
+            f"the agent writes {syntax}; set one of them to fit"
+        )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 
@@ -320,6 +333,13 @@ def _check_sft(config: Config) -> None:
         raise ValueError(
             f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
             "learns the needle world's own; leave --data out"
+        )
+    if not 0 <= config.sft.task_masks <= 1:
+        raise ValueError(f"sft.task_masks={config.sft.task_masks}: give a share from 0 to 1")
+    if config.sft.task_masks and config.agent.call_syntax != "grounding":
+        raise ValueError(
+            f"sft.task_masks={config.sft.task_masks} masks the calls of "
+            "agent.call_syntax=grounding and has no effect with another; set it to 0"
         )
     for phase in config.sft.phases:
         for task, rows in phase.rows.items():

@@ -35,6 +35,7 @@ from train.cold_start import Lessons, cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
+from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
 from train.questions import open_rows, read_questions
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
@@ -286,9 +287,18 @@ class Run:
             pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
+            masking=self._masking(),
         )
         self.state = cold_start(lessons, self.state, self.first_step)
         self._finish({}, None)
+
+    def _masking(self) -> TaskMasking | None:
+        """What hides tokens from supervised rows, if the run asks for it."""
+        share = self.config.sft.task_masks
+        if not share:
+            return None
+        tags = self.model.tags(self.config, self.renderer)
+        return TaskMasking(share, self.config.seed, tags)
 
     def _prompts(self) -> PromptStream:
         config = self.config

@@ -79,6 +79,7 @@ def rewards_of(
         turns=[turn.text for turn in trajectory.turns],
         executed_calls=trajectory.executed,
         calls=[call for turn in trajectory.turns for call in _executed(turn)],
+        call_syntax=trajectory.call_syntax,
         evidence=row.evidence,
         progress=progress,
         question=row.question,
