@@ -73,6 +73,25 @@ class Found(Generic[T]):
         return [*lines, f"  for example {first.where}: {first.reason}"]
 
 
+def contents(path: str) -> tuple[str, ...]:
+    """What a data set holds: `questions`, `conversations`, or both.
+
+    Raises:
+        ValueError: there is no such data set, or it holds neither.
+    """
+    files = data_files(path)
+    if not files[0].endswith(".parquet"):
+        first = next(records(files[0], os.path.dirname(files[0])), None)
+        chats = first is not None and "messages" in first.fields
+        return ("conversations",) if chats else ("questions",)
+    names = [set(columns(file)) for file in files]
+    kinds = {"questions": paravt.RL_COLUMNS, "conversations": paravt.SFT_COLUMNS}
+    held = tuple(kind for kind, wanted in kinds.items() if any(wanted <= own for own in names))
+    if not held:
+        raise ValueError(f"{path}: no file has the columns of ParaVT-Parquet, {kinds}")
+    return held
+
+
 def question_rows(
     path: str,
     root: str | None = None,
