@@ -102,7 +102,7 @@ def cold_start(lessons: Lessons, state: TrainState, first_step: int) -> TrainSta
             clock.lap("time/data")
             following = pool.submit(lessons.batches, step + 1)
             state, learned = compiled(state, batches)
-            metrics = figures(learned)
+            metrics = figures([learned])
             clock.lap("time/learn")
             record = metrics | clock.figures()
             lessons.log.step(step, record)

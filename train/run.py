@@ -205,7 +205,9 @@ class Run:
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = open_rows(config, print if is_first() else lambda line: None)
-        self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
+        self.optimizer = make_optimizer(
+            config.optimizer, config.optimizer_steps, self.model.policy.table
+        )
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             config.output.checkpoint_every,
