@@ -51,18 +51,24 @@ class Found(Generic[T]):
     rejected: tuple[Rejected, ...] = ()
     buckets: dict[str, Bucket] = dataclasses.field(default_factory=dict)
     """Media files that were looked for, by first path component below the root."""
+    left_out: int = 0
+    """Rows that can be used and were not asked for."""
+
+    @property
+    def total(self) -> int:
+        """Rows that were read."""
+        return len(self.rows) + len(self.rejected) + self.left_out
 
     @property
     def share_rejected(self) -> float:
         """Share of the rows that cannot be used."""
-        return len(self.rejected) / max(len(self.rows) + len(self.rejected), 1)
+        return len(self.rejected) / max(self.total, 1)
 
     def report(self) -> list[str]:
         """What is missing, in lines for people; none if nothing is."""
         if not self.rejected:
             return []
-        total = len(self.rows) + len(self.rejected)
-        lines = [f"{len(self.rejected)} of {total} rows cannot be used:"]
+        lines = [f"{len(self.rejected)} of {self.total} rows cannot be used:"]
         for name, bucket in self.buckets.items():
             if bucket.missing or bucket.unreadable:
                 lines.append(
@@ -71,6 +77,10 @@ class Found(Generic[T]):
                 )
         first = self.rejected[0]
         return [*lines, f"  for example {first.where}: {first.reason}"]
+
+    def summary(self) -> str:
+        """The report in one line."""
+        return "; ".join(line.strip().rstrip(":") for line in self.report())
 
 
 def contents(path: str) -> tuple[str, ...]:
@@ -123,9 +133,9 @@ def question_rows(
     kept = [r for r in found.rows if not question_types or r.question_type in question_types]
     if not kept:
         wanted = ", ".join(question_types) or "any type"
-        why = " ".join(found.report()) or "add rows or allow other types"
+        why = found.summary() or "add rows or allow other types"
         raise ValueError(f"{path}: no questions ({wanted}); {why}")
-    return dataclasses.replace(found, rows=kept)
+    return dataclasses.replace(found, rows=kept, left_out=len(found.rows) - len(kept))
 
 
 def _at_most(found: Found[Row], videos: int | None) -> Found[Row]:
@@ -154,7 +164,7 @@ def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
     files = _files(path, paravt.SFT_COLUMNS)
     found = _read(path, files, root, paravt.sft_row, paravt.sft_videos)
     if not found.rows:
-        raise ValueError(f"{path}: no conversations; {' '.join(found.report()) or 'add some'}")
+        raise ValueError(f"{path}: no conversations; {found.summary() or 'add some'}")
     return found
 
 

@@ -120,8 +120,8 @@ def about_questions(
     found: Found[Row], spec: FrameSpec, budgets: Sequence[int], renderer: Any
 ) -> Iterator[str]:
     """Counts, lengths, tokens, an example."""
-    rows, total = found.rows, len(found.rows) + len(found.rejected)
-    yield f"questions: {len(rows)} of {total} rows can be used"
+    rows = found.rows
+    yield f"questions: {len(rows)} of {found.total} rows can be used"
     yield f"  types: {_counts(row.question_type for row in rows)}"
     yield f"  with evidence windows: {sum(bool(row.evidence) for row in rows)}"
     yield from _about_videos([row.videos for row in rows])
@@ -183,12 +183,12 @@ def about_conversations(
     found: Found[Conversation], spec: FrameSpec, renderer: Any
 ) -> Iterator[str]:
     """Counts, lengths, an example."""
-    rows, total = found.rows, len(found.rows) + len(found.rejected)
+    rows = found.rows
     messages = [message for row in rows for message in row.messages]
     words = [
         [len(p) for m in row.messages for p in m.content if isinstance(p, str)] for row in rows
     ]
-    yield f"conversations: {len(rows)} of {total} rows can be used"
+    yield f"conversations: {len(rows)} of {found.total} rows can be used"
     yield f"  messages: {_counts(message.role for message in messages)}"
     yield f"  characters of a conversation: {_range([sum(row) for row in words], '{:,.0f}')}"
     yield from _about_videos([row.videos for row in rows])

@@ -41,7 +41,7 @@ def read_questions(config: Config) -> list[Found[Row]]:
 def _check_rejected(found: Found[Row], path: str, limit: float) -> None:
     if found.share_rejected > limit:
         raise ValueError(
-            f"{path}: {' '.join(line.strip() for line in found.report())}. This is more than "
+            f"{path}: {found.summary()}. This is more than "
             f"data.max_rejected={limit:g} allows: `python pipelines/describe.py {path}` tells "
             "more; get the files, set data.video_root, or raise the limit"
         )

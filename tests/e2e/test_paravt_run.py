@@ -16,6 +16,7 @@ SETTINGS = [
     "output.export_hf=false",
     "data.max_rejected=0.5",
     "data.frame_budgets=4,8",
+    "data.question_types=oe,tvg,mcq",
     "data.workers=1",
     "agent.turn_tokens=32",
     "agent.max_tool_rounds=1",
@@ -28,8 +29,8 @@ def folder(tmp_path_factory):
 
 
 def configure(tmp_path, *settings):
-    base = override(get_recipe("needle_rl"), ["data.train_videos=3", "data.held_out_videos=2"])
-    return override(base, [f"data.cache_dir={tmp_path}", *settings])
+    base = ["data.train_videos=3", "data.held_out_videos=2", "data.question_types=oe,tvg,mcq"]
+    return override(get_recipe("needle_rl"), [*base, f"data.cache_dir={tmp_path}", *settings])
 
 
 @pytest.mark.slow
