@@ -77,9 +77,9 @@ def check(config: Config, here: bool = True) -> None:
         # These refuse a judge whose key is not in the environment.
         Scorer(config.rewards)
         open_feedback(config.teacher.judge)
-    paths = {"--data": (config.data.path,), "data.mixture": config.data.mixture}
-    for name, path in ((name, path) for name, given in paths.items() for path in given if path):
-        if not Path(path).exists():
+    mixed = [("data.mixture", path) for path in config.data.mixture]
+    for name, path in [("--data", config.data.path), *mixed]:
+        if path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
         check_rows_fit(config, setup.open_mesh(config))
