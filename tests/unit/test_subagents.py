@@ -61,8 +61,11 @@ def moved(teacher, params, batch, mesh="data:1"):
     count = 1 if mesh == "data:1" else 8
     with jax.set_mesh(make_mesh(parse_mesh(mesh, count), jax.devices()[:count])):
         fresh = jax.tree.map(lambda x: x + 0, params)
+        # Like the vision tower of a run, whose features the learner computes beforehand.
+        frozen = {"see": fresh.pop("see")}
         moments = optax.sgd(0.1).init(fresh)
-        state, metrics = teacher.step(TrainState(fresh, {}, moments, jax.numpy.int32(0)), batch)
+        state = TrainState(fresh, frozen, moments, jax.numpy.int32(0))
+        state, metrics = teacher.step(state, batch)
     figures = {name: float(x) for name, x in metrics["objective"].means().items()}
     return float(metrics["loss"]), figures, jax.device_get(state.trainable)
 
