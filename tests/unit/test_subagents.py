@@ -21,6 +21,8 @@ from train.step import minibatch
 from train.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
 
 POLICY = Learnable()
+REFERENCE = POLICY.init(seed=7) | {"see": POLICY.init()["see"]}
+"""Other words, the same eyes: the vision tower is frozen."""
 SETTINGS = (
     "rl.subagent_credit=full",
     "rl.prompts_per_step=2",
@@ -52,7 +54,7 @@ def groups():
 def made_batch(*settings, mesh="data:1") -> tuple:
     """A learner, its parameters and its batch of `groups`, advantages and reference included."""
     teacher, params = learner(configured(*SETTINGS, *settings), POLICY, mesh), POLICY.init()
-    batch = teacher.with_reference(POLICY.init(seed=7), teacher.batch(params, groups()))
+    batch = teacher.with_reference(REFERENCE, teacher.batch(params, groups()))
     return teacher, params, teacher.with_advantages(groups(), batch)
 
 
@@ -126,7 +128,7 @@ def test_idle_rows_change_nothing():
         frame_patches=SPEC.max_patches,
     )
     wider = to_mesh(host, make_mesh(parse_mesh("data:1", 1), jax.devices()[:1]))
-    wide = teacher.with_reference(POLICY.init(seed=7), dataclasses.replace(batch, subagents=wider))
+    wide = teacher.with_reference(REFERENCE, dataclasses.replace(batch, subagents=wider))
     wide = teacher.with_advantages(groups(), wide)
     assert wide.subagents.tokens.shape == (2 * rows, 192)
     assert_same(moved(teacher, params, wide), moved(teacher, params, batch), rtol=1e-4)
