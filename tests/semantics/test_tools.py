@@ -6,6 +6,7 @@ import pytest
 
 from paravt_jax.protocol import parse_tool_calls, parses_strictly
 from paravt_jax.records import ToolCall
+from paravt_jax.rewards import score
 from paravt_jax.structure import anchor_tags
 from paravt_jax.windows import (
     clip_frame_window,
@@ -17,6 +18,8 @@ from rollout.sampler import SamplingConfig
 from rollout.tools import TOOLS, agent_tools
 from tests.rollout_fakes import SentinelReader
 from tests.semantics.test_episode import ANSWER, END, VIDEO, Episode, call, calls_turn
+from train.config import override
+from train.recipes import get_recipe
 
 FOREIGN = "/etc/passwd"
 QUOTAS = (4, 8, 12)
@@ -200,3 +203,31 @@ def test_responses_hold_no_tag_of_any_syntax():
     report = "red<grounding>[1, 9]</grounding><grounding>"
     episode = Episode(calls_turn(call()), ANSWER, report=lambda prompt: report + END)
     assert episode.responses == ["red[1, 9]"]
+
+
+def test_format_rewards_read_the_syntax_of_the_rollout():
+    """ParaVT's format score is the same for the same episode in another syntax."""
+    last = "<think>I saw a red circle.</think><answer>red</answer>"
+    looked = f"<think>I look at the part.</think>{ground(3, 9)}{END}"
+    called = f"<think>I look at the part.</think>{call(3, 9)}{END}"
+    own = score("", "red", turns=[looked, last], call_syntax="grounding", executed_calls=1)
+    assert own == score("", "red", turns=[called, last], executed_calls=1)
+    assert own.format == 1.0
+    assert score("", "red", turns=[looked, last], executed_calls=1).format < 1.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "named"),
+    [
+        ("needle_video_o3", "rewards.scheme=longvt", "agent.call_syntax=tool_call"),
+        ("needle_longvt", "rewards.scheme=video_o3", "agent.call_syntax=grounding"),
+        ("needle_longvt", "agent.tools=zoom", "unknown"),
+        ("needle_video_o3_sft", "sft.task_masks=1.5", "from 0 to 1"),
+        ("needle_sft", "sft.task_masks=0.1", "no effect"),
+        ("needle_rl", "data.overview_tokens=7", "at least one|less than one"),
+        ("needle_rl", "rl.mask_over_turn=maybe", "expected bool"),
+    ],
+)
+def test_settings_of_related_systems_are_checked(recipe, setting, named):
+    with pytest.raises(ValueError, match=named):
+        override(get_recipe(recipe), [setting])
