@@ -112,9 +112,11 @@ def test_gradient_is_that_of_the_same_rows_trained_as_main_rows(aggregation):
     assert moved(teacher, params, without)[0] != pytest.approx(together[0], rel=1e-3)
 
 
-@pytest.mark.parametrize("change", ["rl.micro_groups=2", "agent.subagent_tokens=200"])
-def test_neither_micro_batches_nor_room_change_the_loss(change):
-    assert_same(moved(*made_batch(change)), moved(*made_batch()))
+def test_micro_batches_and_the_mesh_change_nothing():
+    whole = "rl.micro_groups=2"
+    alone, mesh = moved(*made_batch(whole)), "data:2,fsdp:2,tensor:2"
+    assert_same(moved(*made_batch()), alone)
+    assert_same(moved(*made_batch(whole, mesh=mesh), mesh=mesh), alone, rtol=1e-4)
 
 
 def test_idle_rows_change_nothing():
@@ -132,12 +134,6 @@ def test_idle_rows_change_nothing():
     wide = teacher.with_advantages(groups(), wide)
     assert wide.subagents.tokens.shape == (2 * rows, 192)
     assert_same(moved(teacher, params, wide), moved(teacher, params, batch), rtol=1e-4)
-
-
-def test_mesh_gives_the_one_device_step():
-    many = ("rl.micro_groups=2",)
-    spread = moved(*made_batch(*many, mesh="data:2,fsdp:2,tensor:2"), mesh="data:2,fsdp:2,tensor:2")
-    assert_same(spread, moved(*made_batch(*many)), rtol=1e-4)
 
 
 def test_advantages_by_hand():
