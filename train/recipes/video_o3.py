@@ -111,13 +111,14 @@ def needle_video_o3_sft() -> Config:
     `python train/main.py --recipe needle_video_o3_sft --workdir runs/looks`.
 
     From the committed cold start, which knows the world but neither this syntax nor frames in a
-    response.
+    response. On two x86-64 cores beside other jobs a step takes 1.4 s, and the loss of episodes
+    falls from 9.4 to 0.07 in 100 steps.
     """
     base, sft = _needle_base("needle_video_o3_sft"), needle_sft()
     return dataclasses.replace(
         base,
         stage=Stage.SFT,
-        steps=300,
+        steps=150,
         model=dataclasses.replace(base.model, train_vision=True),
         rewards=RewardRules(scheme="video_o3"),
         optimizer=dataclasses.replace(sft.optimizer, learning_rate=1e-3, warmup_steps=10),
