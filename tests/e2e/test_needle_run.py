@@ -37,9 +37,17 @@ CONTRACT = set(
     """step loss grad_norm kl reward/total reward/accuracy reward/format reward/tool
     format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call
     tool/parallel_max tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max
-    clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second""".split()  # noqa: SIM905
+    clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second
+    data/wait data/bad_rows data/prompt_seconds frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
 )
-TIMED = ("time/", "tokens_per_second")
+TIMED = (
+    "time/",
+    "tokens_per_second",
+    "data/",
+    "frames/asked",
+    "frames/cache_hits",
+    "frames/decode",
+)
 
 
 QUICK = ("output.export_hf=false",)
