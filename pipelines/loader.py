@@ -223,7 +223,7 @@ def prompt_stream(
         flags.FLAGS.mark_as_parsed()
         prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     # Behind the worker processes, so that one place sees every row that is left out.
-    bad_rows = BadRows(length, max_bad_rows)
+    bad_rows = BadRows(len(rows), max_bad_rows)
     prompts = prompts.filter(bad_rows.is_good)
     return PromptStream(prompts.batch(groups_per_step, batch_fn=list), bad_rows)
 

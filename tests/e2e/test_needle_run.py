@@ -40,7 +40,7 @@ CONTRACT = set(
     clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second
     data/wait data/bad_rows data/prompt_seconds frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
 )
-TIMED = (
+TIMED = ("time/", "tokens_per_second", "data/", "frames/asked", "frames/cache", "frames/decode")
     "time/",
     "tokens_per_second",
     "data/",
