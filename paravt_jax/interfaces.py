@@ -132,8 +132,9 @@ class Renderer(Protocol):
     eos_ids: tuple[int, ...]
     pad_id: int
 
-    def main_prompt(self, row: Row, frames: Frames, tools: bool) -> Prompt:
-        """System and user turn of the main agent, up to and including the assistant header."""
+    def main_prompt(self, row: Row, frames: Frames | Sequence[Frames], tools: bool) -> Prompt:
+        """System and user turn of the main agent, up to and including the assistant header; with
+        frames of each of the row's videos."""
         ...
 
     def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:

@@ -85,11 +85,12 @@ class VideoRef:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One question about one video."""
+    """One question about one video, or about several that are shown together."""
 
     row_id: str
     """Unique within its data set; seeds of this row are derived from it."""
     video: VideoRef
+    """The video that tools open."""
     question: str
     """The text put to the agent, options included."""
     answer: str
@@ -98,6 +99,46 @@ class Row:
     evidence: tuple[tuple[float, float], ...] = ()
     """Windows `(start, end)` in seconds where the answer can be seen; empty if nobody marked them.
     Rewards that judge where a tool looked compare with these."""
+    more_videos: tuple[VideoRef, ...] = ()
+    """Further videos that the prompt shows after `video`; tools do not open them."""
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """All videos, in the order in which the prompt shows them."""
+        return (self.video, *self.more_videos)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """An image file that a row owns."""
+
+    path: str
+    """Absolute path on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message of a conversation, as a chat template takes it."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: tuple[str | ImageRef | VideoRef, ...]
+    """Words, images and videos in the order in which they are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """One supervised row: messages, those of the assistant to be learned."""
+
+    row_id: str
+    """Unique within its data set."""
+    messages: tuple[Message, ...]
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """The videos of all messages, in the order in which they are shown."""
+        parts = (part for message in self.messages for part in message.content)
+        return tuple(part for part in parts if isinstance(part, VideoRef))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +186,9 @@ class Prompt:
     """int32 `[t]`: which vision token stands here (frame-major, counted over the padded
     `f * p / merge**2` tokens of `patches`), or -1 for text."""
     patches: Patches | None = None
-    times: np.ndarray | None = None
-    """float64, seconds of the decoded frames that `patches` show, where the prompt was rendered
-    with them: what it takes to render it once more with other words."""
+    times: tuple[np.ndarray, ...] = ()
+    """Of each video, float64 seconds of the decoded frames that `patches` show, where the prompt
+    was rendered with them: what it takes to render it once more with other words."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from paravt_jax.patches import join_patches
+from paravt_jax.patches import join_patches, split_patches
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
@@ -21,6 +21,9 @@ from pipelines.preprocess import SPECS, FrameSpec, to_patches
 
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
+
+Overview = Frames | Clip | Sequence[Frames | Clip] | None
+"""Frames of one video or of several, decoded or already cut into patches."""
 
 
 CALL_MANY = (
@@ -51,6 +54,8 @@ class PromptTexts:
         "only what the frames show."
     )
     """Request to a sub-agent; `{start}` and `{end}` are the window in seconds."""
+    video: str = "Video {number}:\n"
+    """Stands before the frames of each video where several are shown, `{number}` from 1."""
     clip: str = "{count} frames from {start:g} to {end:g} seconds:\n"
     """Stands before frames in a tool response; `{count}` is their number."""
     clip_end: str = ""
@@ -148,14 +153,13 @@ class ChatRenderer:
         spec = spec.limited(*pixels) if pixels else spec
         return cls(tokenizer, spec, texts, _eos_ids(folder), tools)
 
-    def main_prompt(
-        self, row: Row, frames: Frames | Clip | None, tools: bool, hint: str = ""
-    ) -> Prompt:
+    def main_prompt(self, row: Row, frames: Overview, tools: bool, hint: str = "") -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
 
         Args:
             row: the question.
-            frames: the overview, decoded or already cut into patches.
+            frames: the overview, decoded or already cut into patches; of each of the row's
+                videos, if there are several.
             tools: whether the tools are offered.
             hint: words after the question, the last before the assistant header. Control tokens
                 in them are dropped.
@@ -181,10 +185,12 @@ class ChatRenderer:
         Raises:
             ValueError: see `main_prompt`.
         """
-        shown = None
+        shown: list[Clip] = []
         if prompt.patches is not None:
-            assert prompt.times is not None, "a main prompt with frames knows their times"
-            shown = Clip(0.0, row.video.duration, prompt.times, prompt.patches)
+            assert prompt.times, "a main prompt with frames knows their times"
+            counts = [self.spec.group_count(len(times)) for times in prompt.times]
+            parts = zip(prompt.times, split_patches(prompt.patches, counts), strict=True)
+            shown = [Clip(times[0], times[-1], times, patches) for times, patches in parts]
         return self.main_prompt(row, shown, tools, hint)
 
     def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:
@@ -192,27 +198,34 @@ class ChatRenderer:
         return self.prompt(frames, self.texts.subagent.format(start=start, end=end))
 
     def prompt(
-        self, frames: Frames | Clip | None, request: str, system: str = "", tools: bool = False
+        self, frames: Overview, request: str, system: str = "", tools: bool = False
     ) -> Prompt:
         """One user turn of frames and a request, up to and including the assistant header.
 
         Raises:
             ValueError: the frames do not have the size that the model sees (see `to_patches`).
         """
-        patches, times = None, None
-        content: list[dict[str, str]] = []
-        if frames is not None:
-            patches, times = self._patches(frames), frames.times
-            content = self._frame_parts(times)
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
+        shown = _listed(frames)
+        content = [*self._video_parts(shown), {"type": "text", "text": request}]
+        messages = [{"role": "user", "content": content}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         described = tools and not self.texts.describe_tools
         text = self._render(messages, self.tools if described else None)
-        text = self._with_times(text, [] if times is None else [times])
-        tokens = self.encode(text)
+        times = tuple(video.times for video in shown)
+        tokens = self.encode(self._with_times(text, times))
+        patches = join_patches([self._patches(video) for video in shown])
         prompt = _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
         return dataclasses.replace(prompt, times=times)
+
+    def _video_parts(self, shown: Sequence[Frames | Clip]) -> list[dict[str, str]]:
+        """Videos as content of a message; several are numbered."""
+        parts: list[dict[str, str]] = []
+        for number, video in enumerate(shown, start=1):
+            if len(shown) > 1:
+                parts.append({"type": "text", "text": self.texts.video.format(number=number)})
+            parts += self._frame_parts(video.times)
+        return parts
 
     def _patches(self, frames: Frames | Clip) -> Patches:
         return (
@@ -332,6 +345,12 @@ class ChatRenderer:
 def _words(text: str) -> list[dict[str, str]]:
     """A text as content of a message; an empty one is left out."""
     return [{"type": "text", "text": text}] if text else []
+
+
+def _listed(frames: Overview) -> list[Frames | Clip]:
+    if frames is None:
+        return []
+    return [frames] if isinstance(frames, Frames | Clip) else list(frames)
 
 
 def _stamp(time: float) -> str:

@@ -10,6 +10,7 @@ import numpy as np
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import constrain
 from paravt_jax.records import Frames, Prompt, Row
+from pipelines.budget import shares
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -109,11 +110,21 @@ def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
 def prompt_tokens(
     renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
 ) -> int:
-    """Tokens of the longest prompt that any of the questions makes with `frames` frames, which
-    share `quota` vision tokens if given."""
-    longest = max(rows, key=lambda row: len(renderer.encode(row.question)))
-    prompt = renderer.main_prompt(longest, smallest_frames(renderer.spec, frames), tools=True)
-    return full_size(prompt, renderer.spec, quota)
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames; those of
+    each video share `quota` vision tokens if given."""
+    longest: dict[int, tuple[int, Row]] = {}
+    for row in rows:
+        videos, length = len(row.videos), len(renderer.encode(row.question))
+        if videos not in longest or length > longest[videos][0]:
+            longest[videos] = length, row
+    return max(_full_prompt(renderer, row, frames, quota) for _, row in longest.values())
+
+
+def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | None) -> int:
+    """Tokens of a row's prompt with frames of full size."""
+    shown = [smallest_frames(renderer.spec, share) for share in shares(frames, len(row.videos))]
+    prompt = renderer.main_prompt(row, shown, tools=True)
+    return full_size(prompt, renderer.spec, quota and quota * len(shown))
 
 
 def smallest_frames(spec: FrameSpec, count: int) -> Frames:

@@ -20,7 +20,7 @@ from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup, Row
-from pipelines.datasets import folder_rows
+from pipelines.datasets import question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -133,7 +133,7 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.data.path is not None:
-        rows = folder_rows(config.data.path, config.data.question_types)
+        rows = question_rows(config.data.path, None, config.data.question_types).rows
         print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
 
 

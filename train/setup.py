@@ -28,7 +28,7 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Row
 from paravt_jax.structure import TagTable, anchor_tags, tag_table
-from pipelines.datasets import folder_rows, needle_questions
+from pipelines.datasets import needle_questions, question_rows
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
@@ -186,7 +186,7 @@ def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
       ValueError: a question or a video that cannot be read, or too few questions.
     """
     if config.data.path:
-        rows = folder_rows(config.data.path, config.data.question_types)
+        rows = question_rows(config.data.path, None, config.data.question_types).rows
         training, held_out = split_rows(rows, config.evaluation.rows)
     else:
         training, held_out = (_needle_rows(config, split) for split in ("train", "held_out"))
