@@ -205,6 +205,18 @@ class Example:
 
 
 @dataclasses.dataclass(frozen=True)
+class Pack:
+    """Streams to learn from that share one row of a batch; one stream is a pack of one."""
+
+    stream: Prompt
+    """All tokens and frames, stream after stream; positions begin anew with each."""
+    weights: np.ndarray
+    """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
+    segments: np.ndarray
+    """int32 `[t]`: which stream a token belongs to, counted from 1."""
+
+
+@dataclasses.dataclass(frozen=True)
 class ToolCall:
     """One call as parsed from a turn. A call that could not be parsed carries `error`."""
 

@@ -18,6 +18,8 @@ from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
+from pipelines.conversation import LEARN
+from pipelines.packing import FITS
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
 
@@ -61,7 +63,8 @@ class DataSettings:
     """Which questions, and how their videos are shown."""
 
     path: str | None = None
-    """Folder or CSV/JSONL file of questions about videos; None makes the needle world."""
+    """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
+    the needle world."""
     frame_budgets: tuple[int, ...] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: str = "image"
@@ -69,6 +72,8 @@ class DataSettings:
     instructions: str = "full"
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
     next to nothing, for a model that learned its protocol in a cold start."""
+    subtitles: bool = False
+    """Show the subtitles beside each video (`NAME.srt` for `NAME.mp4`), with their times."""
     crop_fps: float = 1.0
     """Frames per second of a crop."""
     crop_frames: int = 16
@@ -142,13 +147,40 @@ class TaskShape:
 
 
 @dataclasses.dataclass(frozen=True)
+class PackSettings:
+    """How conversations of `--data` are shown, learned and put into rows."""
+
+    tokens: int = 8192
+    """Tokens of a row; longer conversations are skipped."""
+    frames: int = 160
+    """Most frames of a row (pairs of them as a video): what the vision tower has room for."""
+    rows: int = 32
+    """Rows of one step."""
+    fit: str = "first"
+    """Which open row a conversation goes to: the `first` that has room, or the `best` filled."""
+    bins: int = 64
+    """Rows open at a time: more are filled better, and hold more frames in memory."""
+    skip: float = 0.05
+    """A run ends when a larger share of the conversations cannot be used."""
+    fps: float = 1.0
+    """Frames shown per second of a video."""
+    max_frames: int = 64
+    """Most frames shown of a video."""
+    learn: str = "assistant"
+    """`assistant`: its text and end-of-turn tokens. `special`: every special token of all turns
+    besides, as in ParaVT's release."""
+
+
+@dataclasses.dataclass(frozen=True)
 class SftSettings:
-    """The supervised cold start."""
+    """The supervised cold start: tasks of the needle world by a schedule, or packed conversations
+    of `--data`."""
 
     phases: tuple[SftPhase, ...] = ()
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
+    packing: PackSettings = PackSettings()
     micro_rows: int = 8
-    """Examples per gradient micro-batch."""
+    """Rows per gradient micro-batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -201,6 +233,11 @@ class Config:
     evaluation: EvaluationSettings = EvaluationSettings()
     output: OutputSettings = OutputSettings()
 
+    @property
+    def packs_conversations(self) -> bool:
+        """Whether the run learns packed conversations of `--data`."""
+        return self.stage is Stage.SFT and not self.sft.phases
+
     def __post_init__(self) -> None:
         for check in (_check_ranges, _check_choices, _check_cross):
             check(self)
@@ -214,6 +251,11 @@ def _check_ranges(config: Config) -> None:
         "evaluation.batch": config.evaluation.batch,
         "data.crop_frames": config.data.crop_frames,
         "sft.micro_rows": config.sft.micro_rows,
+        "sft.packing.tokens": config.sft.packing.tokens,
+        "sft.packing.frames": config.sft.packing.frames,
+        "sft.packing.rows": config.sft.packing.rows,
+        "sft.packing.bins": config.sft.packing.bins,
+        "sft.packing.max_frames": config.sft.packing.max_frames,
     }
     for name, value in positive.items():
         if value < 1:
@@ -251,6 +293,8 @@ def _check_choices(config: Config) -> None:
         "data.instructions": (config.data.instructions, ("full", "terse")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
+        "sft.packing.fit": (config.sft.packing.fit, tuple(FITS)),
+        "sft.packing.learn": (config.sft.packing.learn, LEARN),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -258,6 +302,11 @@ def _check_choices(config: Config) -> None:
 
 
 def _check_cross(config: Config) -> None:
+    if config.data.subtitles and config.data.path is None and "--data" not in config.needs:
+        raise ValueError(
+            "data.subtitles=true has no effect on the needle world, whose videos have none; set it "
+            "to false or give --data"
+        )
     budgets, kinds = config.data.frame_budgets, config.data.question_types
     if not budgets or min(budgets) < 1:
         raise ValueError(f"data.frame_budgets must list positive frame counts, got {budgets}")
@@ -287,12 +336,44 @@ def _check_lora(model: ModelSettings) -> None:
 
 
 def _check_sft(config: Config) -> None:
-    if not config.sft.phases:
+    packing = config.sft.packing
+    if config.sft.phases:
+        _check_tasks(config)
+        return
+    if config.data.path is None and "--data" not in config.needs:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    if not packing.fps > 0:
+        raise ValueError(f"sft.packing.fps must be above 0, got {packing.fps}")
+    if not 0 <= packing.skip < 1:
+        raise ValueError(f"sft.packing.skip={packing.skip} is a share: at least 0, below 1")
+    if packing.rows % config.sft.micro_rows:
+        raise ValueError(
+            f"sft.micro_rows={config.sft.micro_rows} does not divide the {packing.rows} rows of "
+            "sft.packing.rows; choose a divisor"
+        )
+    if config.evaluation.rows:
+        raise ValueError(
+            f"evaluation.rows={config.evaluation.rows} has no effect on conversations, which hold "
+            "no questions to evaluate; set it to 0"
+        )
+    if config.model.router_balance:
+        raise ValueError(
+            f"model.router_balance={config.model.router_balance} balances the experts of one "
+            "stream, and a packed row holds several; set it to 0"
+        )
+
+
+def _check_tasks(config: Config) -> None:
+    """A schedule of tasks, which come from the needle world."""
     if config.data.path:
         raise ValueError(
-            f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
-            "learns the needle world's own; leave --data out"
+            f"--data {config.data.path}: {config.recipe} learns tasks of the needle world and "
+            "reads no conversations; take --recipe paravt_sft, or leave --data out"
+        )
+    if config.sft.packing != PackSettings():
+        raise ValueError(
+            "sft.packing has no effect on the tasks of sft.phases, whose rows hold one example "
+            "each; leave it out, or take --recipe paravt_sft"
         )
     for phase in config.sft.phases:
         for task, rows in phase.rows.items():

@@ -19,8 +19,8 @@ from models.qwen3_vl import save_folder
 from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
-from paravt_jax.records import RolloutGroup, Row
-from pipelines.datasets import question_rows
+from paravt_jax.records import Conversation, RolloutGroup, Row
+from pipelines.datasets import Found, question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -30,9 +30,10 @@ from train import setup
 from train.agent import open_agent, open_engine, prompt_tokens
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
-from train.cold_start import Lessons, cold_start
+from train.cold_start import School, cold_start
 from train.config import Config, Stage, to_dict
 from train.learner import Learner
+from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
 from train.scoring import accuracy_by_type, rollout_metrics, score_groups
@@ -103,11 +104,19 @@ def check_rows_fit(config: Config, mesh: Mesh) -> None:
       ValueError: they do not.
     """
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    rows = config.rl.micro_groups * config.rl.group_size
-    if config.stage is Stage.RL and rows % ways:
+    rl = config.rl
+    rows, named = (
+        rl.micro_groups * rl.group_size,
+        (f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"),
+    )
+    if config.packs_conversations:
+        rows, named = config.sft.micro_rows, "sft.micro_rows"
+    elif config.stage is Stage.SFT:
+        return  # tasks of the needle world have too few rows for many devices
+    if rows % ways:
         raise ValueError(
-            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} (rl.micro_groups="
-            f"{config.rl.micro_groups} x rl.group_size={config.rl.group_size}); make it a multiple"
+            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
+            "multiple"
         )
 
 
@@ -132,9 +141,18 @@ def describe(config: Config) -> None:
     print(format_table(table, mesh))
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
-    if config.data.path is not None:
+    if config.packs_conversations:
+        print(describe_conversations(setup.open_conversations(config)))
+    elif config.data.path is not None:
         rows = question_rows(config.data.path, None, config.data.question_types).rows
         print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
+
+
+def describe_conversations(found: Found[Conversation]) -> str:
+    """How many conversations there are, and which cannot be used."""
+    videos = {video.path for row in found.rows for video in row.videos}
+    first = f"{len(found.rows)} conversations, {len(videos)} videos"
+    return "\n".join([first, *found.report()])
 
 
 def train(config: Config, workdir: Path, resume: str) -> None:
@@ -189,7 +207,9 @@ class Run:
         self.model = setup.Model.open(config)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
-        self.rows, self.held_out = setup.open_rows(config)
+        self.rows, self.held_out = (
+            ([], []) if config.packs_conversations else setup.open_rows(config)
+        )
         self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
@@ -262,18 +282,33 @@ class Run:
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
-        lessons = Lessons(
+        packs = self.config.packs_conversations
+        school = School(
             config=self.config,
-            sources=setup.needle_sources(self.config, self.renderer, self.reader),
+            lessons=self._packed_lessons() if packs else self._task_lessons(),
             policy=self.model.policy,
             optimizer=self.optimizer,
             mesh=self.mesh,
-            pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
         )
-        self.state = cold_start(lessons, self.state, self.first_step)
-        self._finish({}, None)
+        self.state, position = cold_start(school, self.state, self.first_step)
+        self._finish({}, position)
+
+    def _task_lessons(self) -> TaskLessons:
+        """Tasks of the needle world."""
+        sources = setup.needle_sources(self.config, self.renderer, self.reader)
+        return TaskLessons(self.config.sft, sources, self.renderer.pad_id)
+
+    def _packed_lessons(self) -> PackedLessons:
+        """Conversations of `--data`, from where the last checkpoint left them."""
+        found = setup.open_conversations(self.config)
+        for line in found.report():
+            self.log.console.print(line)
+        lessons = setup.packed_lessons(self.config, found.rows, self.renderer, self.reader)
+        if self.data_state is not None:
+            lessons.stream.set_state(self.data_state)
+        return lessons
 
     def _prompts(self) -> PromptStream:
         config = self.config

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,19 +26,23 @@ from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
-from paravt_jax.records import Row
+from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.structure import TagTable, anchor_tags, tag_table
-from pipelines.datasets import needle_questions, question_rows
+from pipelines.conversation import ConversationRenderer, FrameRate
+from pipelines.datasets import Found, needle_questions, question_rows, sft_rows
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
 from pipelines.needle.world import NeedleWorld
+from pipelines.packing import PackShape, Skips, pack_stream
 from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
+from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
 from rollout.tools import agent_tools
 from train.config import Config
+from train.lessons import PackedLessons
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
 
@@ -90,7 +94,9 @@ class Model:
         data = config.data
         schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
         texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
-        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
+        return ChatRenderer.from_folder(
+            str(self.base), data.frames_as, texts, pixels, schemas, data.subtitles
+        )
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
         """Where anchored tags stand in token streams of this tokenizer."""
@@ -187,11 +193,61 @@ def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
     """
     if config.data.path:
         rows = question_rows(config.data.path, None, config.data.question_types).rows
+        check_subtitles(config, (video for row in rows for video in row.videos))
         training, held_out = split_rows(rows, config.evaluation.rows)
     else:
         training, held_out = (_needle_rows(config, split) for split in ("train", "held_out"))
     cache = str(Path(config.data.cache_dir).absolute() / "rows")
     return row_source(training, cache), held_out[: config.evaluation.rows]
+
+
+def open_conversations(config: Config) -> Found[Conversation]:
+    """The conversations of `--data`.
+
+    Raises:
+      ValueError: none can be used, or subtitles are asked for and no video has any.
+    """
+    assert config.data.path is not None
+    found = sft_rows(config.data.path)
+    check_subtitles(config, (video for row in found.rows for video in row.videos))
+    return found
+
+
+def check_subtitles(config: Config, videos: Iterable[VideoRef]) -> None:
+    """Refuse to show subtitles that nobody has.
+
+    Raises:
+      ValueError: no video has any.
+    """
+    if config.data.subtitles and not any(map(has_subtitles, videos)):
+        raise ValueError(
+            "data.subtitles=true, but no video of --data has subtitles: put NAME.srt beside "
+            "NAME.mp4, or set it to false"
+        )
+
+
+def packed_lessons(
+    config: Config,
+    conversations: Sequence[Conversation],
+    renderer: ChatRenderer,
+    reader: VideoReader,
+) -> PackedLessons:
+    """The stream of packed conversations, written to the data cache first."""
+    own, skips = config.sft.packing, Skips(config.sft.packing.skip)
+    rate = FrameRate(own.fps, most=own.max_frames)
+    render = ConversationRenderer(renderer, reader, rate, own.learn)
+    stream = pack_stream(
+        row_source(conversations, str(Path(config.data.cache_dir).absolute() / "rows")),
+        render,
+        PackShape(own.tokens, own.frames),
+        own.rows,
+        config.seed,
+        skips,
+        fit=own.fit,
+        bins=own.bins,
+    )
+    patches = max(renderer.spec.max_patches, render.image_spec.max_patches)
+    return PackedLessons(own, stream, skips, renderer.pad_id, patches)
 
 
 def _needle_rows(config: Config, split: str) -> list[Row]:

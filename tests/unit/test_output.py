@@ -2,8 +2,8 @@
 
 import json
 
-from train.cold_start import examples_before, phase_at
 from train.config import SftPhase
+from train.lessons import examples_before, phase_at
 from train.output import RunLog, comparison_table
 
 
