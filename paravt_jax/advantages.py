@@ -308,7 +308,7 @@ def anchored_advantages(
     Args:
         task: group-normalised rewards without the anchor (`RewardBreakdown.task`).
         anchor: group-normalised anchors (`RewardBreakdown.anchor`).
-        structural: where a token belongs to an anchored tag (`structure.structural_tokens`).
+        structural: where a token belongs to an anchored tag (`structure.tag_mask`).
         mask: nonzero where the token was generated.
         weight: lambda, `RewardRules.anchor_weight`.
     """

@@ -72,6 +72,9 @@ class ObjectiveConfig:
     structural tokens. "logprob": as their likelihood in the loss, which alone is done here."""
     anchor_weight: float | int = 0.0
     """Weight of the "logprob" anchor."""
+    anchor_paired_only: bool = False
+    """Let the anchors at "position" and "logprob" act only on tags that are opened and closed as
+    they should be (`structure`), instead of on every tag that was written."""
     aggregation: str = "token"
     """Mean over all tokens of the batch ("token", DAPO), over rows of each row's mean ("sequence",
     GRPO), or over rows of each row's sum divided by `constant_length` ("constant", Dr. GRPO)."""

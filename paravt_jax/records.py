@@ -1,7 +1,7 @@
 """The words of the project as typed, frozen records.
 
 Host-side records hold numpy arrays. Device-side records (`VisionFeatures`, `Slots`,
-`LaneCache`, `LearnerBatch`) are pytrees of jax arrays.
+`LaneCache`, `HiddenKeys`, `LearnerBatch`) are pytrees of jax arrays.
 
 Axis legend, used in every shape of the project:
     b rows of a batch     t tokens              d model width
@@ -285,6 +285,15 @@ class Trajectory:
     """Reward by term; `total` is the one that trains."""
 
     @property
+    def spoken(self) -> np.ndarray:
+        """bool `[t]`: what the assistant says: generated tokens and the forced heads of turns."""
+        spoken = self.generated.copy()
+        starts = np.flatnonzero(np.diff(spoken, prepend=False) & spoken)
+        for start, turn in zip(starts, self.turns, strict=False):
+            spoken[start - len(turn.prefix) : start] = True
+        return spoken
+
+    @property
     def calls(self) -> int:
         """Tool calls made, malformed ones included."""
         return sum(len(turn.calls) for turn in self.turns)
@@ -447,6 +456,24 @@ class LaneCache:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
+class HiddenKeys:
+    """Tokens that some of the later ones may not see: key j is hidden from query i if
+    `blind[i] & kinds[j]`."""
+
+    blind: Int[ArrayLike, "b t"]
+    """Bits of the kinds that a token may not see."""
+    kinds: Int[ArrayLike, "b t"]
+    """Bits of the kinds that a token is of."""
+
+    def visible(self, queries: int, keys: int, first: int = 0) -> Bool[Array, "b q s"]:
+        """Which of the first `keys` tokens are not hidden from `queries` tokens, from number
+        `first` on."""
+        blind = jnp.asarray(self.blind)[:, first : first + queries, None]
+        return blind & jnp.asarray(self.kinds)[:, None, :keys] == 0
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class LearnerBatch:
     """Token streams as the learner takes them: `b` rows in `b / g` groups of `g` neighbours.
 
@@ -473,3 +500,5 @@ class LearnerBatch:
     segments: Int[ArrayLike, "b t"] | None = None
     """Which of several packed streams a token belongs to, counted from 1, and 0 for padding: no
     token sees another stream's. None where each row is one stream."""
+    hidden_keys: HiddenKeys | None = None
+    """What some tokens may not see although it stands before them; None: they see it all."""

@@ -372,15 +372,15 @@ class ChatRenderer:
         return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
 
 
-def _words(text: str) -> list[dict[str, str]]:
-    """A text as content of a message; an empty one is left out."""
-    return [{"type": "text", "text": text}] if text else []
-
-
 def _listed(frames: Overview) -> list[Frames | Clip]:
     if frames is None:
         return []
     return [frames] if isinstance(frames, Frames | Clip) else list(frames)
+
+
+def _words(text: str) -> list[dict[str, str]]:
+    """A text as content of a message; an empty one is left out."""
+    return [{"type": "text", "text": text}] if text else []
 
 
 def _stamp(time: float) -> str:

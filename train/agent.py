@@ -110,8 +110,8 @@ def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
 def prompt_tokens(
     renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
 ) -> int:
-    """Tokens of the longest prompt that any of the questions makes with `frames` frames; those of
-    each video share `quota` vision tokens if given."""
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames, those of
+    each video within `quota` vision tokens if given."""
     longest: dict[int, tuple[int, Row]] = {}
     for row in rows:
         videos, length = len(row.videos), len(renderer.encode(renderer.request(row)))
@@ -122,9 +122,10 @@ def prompt_tokens(
 
 def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | None) -> int:
     """Tokens of a row's prompt with frames of full size."""
-    shown = [smallest_frames(renderer.spec, share) for share in shares(frames, len(row.videos))]
+    videos, spec = len(row.videos), renderer.spec
+    shown = [smallest_frames(spec, share) for share in shares(frames, videos)]
     prompt = renderer.main_prompt(row, shown, tools=True)
-    return full_size(prompt, renderer.spec, quota and quota * len(shown))
+    return full_size(prompt, spec, quota and quota * videos)
 
 
 def smallest_frames(spec: FrameSpec, count: int) -> Frames:

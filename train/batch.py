@@ -119,6 +119,16 @@ def packed_batch(
     )
 
 
+def spoken_mask(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
+    """bool `[b, length]`: where the assistant speaks in the rows of `streams_of_groups`."""
+    rollouts = [t for group in groups for t in group.trajectories]
+    mask = np.zeros((len(rollouts), length), bool)
+    for row, rollout in zip(mask, rollouts, strict=True):
+        start = len(rollout.prompt.tokens)
+        row[start : start + len(rollout.tokens)] = rollout.spoken
+    return mask
+
+
 def _rows(
     rows: list[np.ndarray], length: int, fill: int, dtype: type[np.number] = np.int32
 ) -> np.ndarray:

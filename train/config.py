@@ -181,6 +181,9 @@ class SftSettings:
     packing: PackSettings = PackSettings()
     micro_rows: int = 8
     """Rows per gradient micro-batch."""
+    task_masks: float = 0.0
+    """Share of rows whose last answer does not see the overview and whose later calls do not see
+    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,6 +304,10 @@ def _check_choices(config: Config) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
+SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding"}
+"""The call syntax that a scheme of rewards asks for; others take any, or know no calls."""
+
+
 def _check_cross(config: Config) -> None:
     if config.data.subtitles and config.data.path is None and "--data" not in config.needs:
         raise ValueError(
@@ -316,8 +323,14 @@ def _check_cross(config: Config) -> None:
             f"data.question_types={','.join(kinds)}: choose from {', '.join(QuestionType)}"
         )
     if config.rewards.mode == "llm":
-        raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+        config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
+    syntax, scheme = config.agent.call_syntax, config.rewards.scheme
+    if SYNTAX_OF.get(scheme, syntax) != syntax:
+        raise ValueError(
+            f"rewards.scheme={scheme} judges calls in agent.call_syntax={SYNTAX_OF[scheme]}, and "
+            f"the agent writes {syntax}; set one of them to fit"
+        )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 
@@ -336,12 +349,14 @@ def _check_lora(model: ModelSettings) -> None:
 
 
 def _check_sft(config: Config) -> None:
-    packing = config.sft.packing
-    if config.sft.phases:
-        _check_tasks(config)
-        return
-    if config.data.path is None and "--data" not in config.needs:
+    if not config.sft.phases and config.data.path is None and "--data" not in config.needs:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    (_check_packs if config.packs_conversations else _check_tasks)(config)
+
+
+def _check_packs(config: Config) -> None:
+    """Packed conversations."""
+    packing = config.sft.packing
     if not packing.fps > 0:
         raise ValueError(f"sft.packing.fps must be above 0, got {packing.fps}")
     if not 0 <= packing.skip < 1:
@@ -361,6 +376,11 @@ def _check_sft(config: Config) -> None:
             f"model.router_balance={config.model.router_balance} balances the experts of one "
             "stream, and a packed row holds several; set it to 0"
         )
+    if config.sft.task_masks:
+        raise ValueError(
+            f"sft.task_masks={config.sft.task_masks} masks tasks of the needle world and has no "
+            "effect on conversations; set it to 0"
+        )
 
 
 def _check_tasks(config: Config) -> None:
@@ -374,6 +394,13 @@ def _check_tasks(config: Config) -> None:
         raise ValueError(
             "sft.packing has no effect on the tasks of sft.phases, whose rows hold one example "
             "each; leave it out, or take --recipe paravt_sft"
+        )
+    if not 0 <= config.sft.task_masks <= 1:
+        raise ValueError(f"sft.task_masks={config.sft.task_masks}: give a share from 0 to 1")
+    if config.sft.task_masks and config.agent.call_syntax != "grounding":
+        raise ValueError(
+            f"sft.task_masks={config.sft.task_masks} masks the calls of "
+            "agent.call_syntax=grounding and has no effect with another; set it to 0"
         )
     for phase in config.sft.phases:
         for task, rows in phase.rows.items():
@@ -401,22 +428,39 @@ def _check_rl(config: Config) -> None:
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
             "above 0"
         )
-    if objective.anchor == "position" and not config.rewards.anchor_weight:
-        raise ValueError(
-            "objective.anchor=position has no effect with rewards.anchor_weight=0; "
-            "set objective.anchor=sequence"
-        )
-    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
-        raise ValueError(
-            f"objective.anchor={objective.anchor} with objective.anchor_weight="
-            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
-        )
+    _check_anchor(config)
     if config.model.train_vision:
         raise ValueError(
             "model.train_vision=true has no effect in the rl stage, where vision features are "
             "computed once per prompt; set it to false"
         )
     _check_clip(objective)
+
+
+def _check_anchor(config: Config) -> None:
+    """The readings of the anchor exclude one another, and each has a weight of its own."""
+    objective, rewards = config.objective, config.rewards
+    if objective.anchor == "position" and not rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=position has no effect with rewards.anchor_weight=0, "
+            f"rewards.format_weight=0 or another scheme than paravt (rewards.scheme="
+            f"{rewards.scheme}); set objective.anchor=sequence"
+        )
+    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
+        raise ValueError(
+            f"objective.anchor={objective.anchor} with objective.anchor_weight="
+            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
+        )
+    if objective.anchor == "logprob" and rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=logprob takes the place of the anchor in the reward; set "
+            f"rewards.anchor_weight={rewards.anchor_weight} to 0"
+        )
+    if objective.anchor == "sequence" and objective.anchor_paired_only:
+        raise ValueError(
+            "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
+            "knows no positions; leave it out"
+        )
 
 
 def _check_clip(objective: ObjectiveConfig) -> None:

@@ -11,6 +11,7 @@ from pipelines.loader import StepStream
 from pipelines.packing import Skips, conversations_in, fill
 from train.batch import learner_batch, packed_batch, streams_of_examples
 from train.config import PackSettings, SftPhase, SftSettings
+from train.masking import TaskMasking
 
 PACKS = "packs"
 """Name of the only task of a run on conversations."""
@@ -55,6 +56,8 @@ class TaskLessons:
     sources: Mapping[str, Examples]
     """Examples by task."""
     pad_id: int
+    masking: TaskMasking | None = None
+    """Hides from some rows what their task does not need."""
 
     @property
     def budgets(self) -> dict[str, int]:
@@ -79,12 +82,11 @@ class TaskLessons:
                 f"an example of task {task} has {learned} learned tokens, above the "
                 f"{shape.learned} of sft.tasks; raise it"
             )
-        return learner_batch(
-            streams_of_examples(examples),
-            length=shape.length,
-            pad_id=self.pad_id,
-            frames=shape.frames,
-        )
+        streams = streams_of_examples(examples)
+        batch = learner_batch(streams, length=shape.length, pad_id=self.pad_id, frames=shape.frames)
+        if self.masking is None:
+            return batch
+        return self.masking(batch, streams, (sorted(self.sources).index(task), start))
 
 
 @dataclasses.dataclass(frozen=True)

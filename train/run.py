@@ -20,6 +20,7 @@ from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import Conversation, RolloutGroup, Row
+from paravt_jax.rewards.judge import WAY_TO_JUDGE
 from pipelines.datasets import Found, question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
@@ -35,8 +36,9 @@ from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
+from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.scoring import accuracy_by_type, rollout_metrics, score_groups
+from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
     TrainState,
@@ -68,6 +70,8 @@ def check(config: Config, here: bool = True) -> None:
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     check_model(config, here)
+    if here:
+        Scorer(config.rewards)  # refuses a judge whose key is not in the environment
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
@@ -169,7 +173,14 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
 
 
-MAY_CHANGE = ("steps", "mesh", "output.", "evaluation.batch", "evaluation.frame_budget")
+MAY_CHANGE = (
+    "steps",
+    "mesh",
+    "output.",
+    "evaluation.batch",
+    "evaluation.frame_budget",
+    *(f"rewards.judge.{name}" for name in WAY_TO_JUDGE),
+)
 """Settings (or beginnings of their names) that a resumed run may give anew."""
 
 
@@ -205,6 +216,7 @@ class Run:
     def __init__(self, config: Config, workdir: Path, mesh: Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.model = setup.Model.open(config)
+        self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = (
@@ -269,6 +281,7 @@ class Run:
             config=config,
             prompts=stream,
             agent=self.agent(self._training_engine()),
+            scorer=self.scorer,
             learner=learner,
             reference=self.reference,
             checkpoints=self.checkpoints,
@@ -298,7 +311,7 @@ class Run:
     def _task_lessons(self) -> TaskLessons:
         """Tasks of the needle world."""
         sources = setup.needle_sources(self.config, self.renderer, self.reader)
-        return TaskLessons(self.config.sft, sources, self.renderer.pad_id)
+        return TaskLessons(self.config.sft, sources, self.renderer.pad_id, self._masking())
 
     def _packed_lessons(self) -> PackedLessons:
         """Conversations of `--data`, from where the last checkpoint left them."""
@@ -309,6 +322,14 @@ class Run:
         if self.data_state is not None:
             lessons.stream.set_state(self.data_state)
         return lessons
+
+    def _masking(self) -> TaskMasking | None:
+        """What hides tokens from supervised rows, if the run asks for it."""
+        share = self.config.sft.task_masks
+        if not share:
+            return None
+        tags = self.model.tags(self.config, self.renderer)
+        return TaskMasking(share, self.config.seed, tags)
 
     def _prompts(self) -> PromptStream:
         config = self.config
@@ -395,7 +416,7 @@ class Run:
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
-            return score_groups(agent.run(params, items, 1, seed), self.config.rewards)
+            return self.scorer(agent.run(params, items, 1, seed))
 
         return run
 

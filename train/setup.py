@@ -26,8 +26,9 @@ from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Conversation, Row, VideoRef
-from paravt_jax.structure import TagTable, anchor_tags, tag_table
+from paravt_jax.structure import TagTable, tag_table
 from pipelines.conversation import ConversationRenderer, FrameRate
 from pipelines.datasets import Found, needle_questions, question_rows, sft_rows
 from pipelines.needle.tasks import TaskKit, needle_examples
@@ -99,9 +100,9 @@ class Model:
         )
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
-        """Where anchored tags stand in token streams of this tokenizer."""
+        """What finds structural tags in token streams of this tokenizer."""
         contents = renderer.token_contents(self.policy.config.text.vocab_size)
-        return tag_table(contents, anchor_tags(config.agent.call_syntax))
+        return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
@@ -129,7 +130,18 @@ def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) 
     questions = needle_questions(
         needle_world(config), _world_folder(config), "train", config.data.question_types
     )
-    kit = TaskKit(needle_world(config), questions, reader, renderer, config.data.frame_budgets)
+    agent = config.agent
+    kit = TaskKit(
+        needle_world(config),
+        questions,
+        reader,
+        renderer,
+        config.data.frame_budgets,
+        tool=agent.tools[0],
+        syntax=agent.call_syntax,
+        quota=agent.clip_tokens[1] if agent.clip_tokens else None,
+        most_looks=agent.max_tool_rounds,
+    )
     return {task: needle_examples(kit, task, config.seed) for task in config.sft.tasks}
 
 

@@ -59,6 +59,7 @@ def batch_hidden(
         batch.vision_index,
         _row_features(policy, params, batch),
         batch.segments,
+        batch.hidden_keys,
     )
 
 
