@@ -18,10 +18,9 @@ from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
-from pipelines.conversation import LEARN
-from pipelines.packing import FITS
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
+from train.sft_settings import SftSettings
 
 
 class Stage(enum.StrEnum):
@@ -125,68 +124,6 @@ class RlSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class SftPhase:
-    """A stretch of supervised steps with one mix of tasks; the next phase ends it."""
-
-    start: int
-    """First step of the phase."""
-    rows: dict[str, int]
-    """Examples of each task in one step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskShape:
-    """The static shape of one task's batches: a longer example is refused."""
-
-    length: int
-    """Tokens of a row."""
-    learned: int
-    """Most learned tokens of a row."""
-    frames: int = 0
-    """Frames of a row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class PackSettings:
-    """How conversations of `--data` are shown, learned and put into rows."""
-
-    tokens: int = 8192
-    """Tokens of a row; longer conversations are skipped."""
-    frames: int = 160
-    """Most frames of a row (pairs of them as a video): what the vision tower has room for."""
-    rows: int = 32
-    """Rows of one step."""
-    fit: str = "first"
-    """Which open row a conversation goes to: the `first` that has room, or the `best` filled."""
-    bins: int = 64
-    """Rows open at a time: more are filled better, and hold more frames in memory."""
-    skip: float = 0.05
-    """A run ends when a larger share of the conversations cannot be used."""
-    fps: float = 1.0
-    """Frames shown per second of a video."""
-    max_frames: int = 64
-    """Most frames shown of a video."""
-    learn: str = "assistant"
-    """`assistant`: its text and end-of-turn tokens. `special`: every special token of all turns
-    besides, as in ParaVT's release."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SftSettings:
-    """The supervised cold start: tasks of the needle world by a schedule, or packed conversations
-    of `--data`."""
-
-    phases: tuple[SftPhase, ...] = ()
-    tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
-    packing: PackSettings = PackSettings()
-    micro_rows: int = 8
-    """Rows per gradient micro-batch."""
-    task_masks: float = 0.0
-    """Share of rows whose last answer does not see the overview and whose later calls do not see
-    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
-
-
-@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """The before/after table."""
 
@@ -253,12 +190,6 @@ def _check_ranges(config: Config) -> None:
         "rl.micro_groups": config.rl.micro_groups,
         "evaluation.batch": config.evaluation.batch,
         "data.crop_frames": config.data.crop_frames,
-        "sft.micro_rows": config.sft.micro_rows,
-        "sft.packing.tokens": config.sft.packing.tokens,
-        "sft.packing.frames": config.sft.packing.frames,
-        "sft.packing.rows": config.sft.packing.rows,
-        "sft.packing.bins": config.sft.packing.bins,
-        "sft.packing.max_frames": config.sft.packing.max_frames,
     }
     for name, value in positive.items():
         if value < 1:
@@ -296,8 +227,6 @@ def _check_choices(config: Config) -> None:
         "data.instructions": (config.data.instructions, ("full", "terse")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
-        "sft.packing.fit": (config.sft.packing.fit, tuple(FITS)),
-        "sft.packing.learn": (config.sft.packing.learn, LEARN),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
@@ -351,21 +280,12 @@ def _check_lora(model: ModelSettings) -> None:
 def _check_sft(config: Config) -> None:
     if not config.sft.phases and config.data.path is None and "--data" not in config.needs:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    config.sft.check()
     (_check_packs if config.packs_conversations else _check_tasks)(config)
 
 
 def _check_packs(config: Config) -> None:
     """Packed conversations."""
-    packing = config.sft.packing
-    if not packing.fps > 0:
-        raise ValueError(f"sft.packing.fps must be above 0, got {packing.fps}")
-    if not 0 <= packing.skip < 1:
-        raise ValueError(f"sft.packing.skip={packing.skip} is a share: at least 0, below 1")
-    if packing.rows % config.sft.micro_rows:
-        raise ValueError(
-            f"sft.micro_rows={config.sft.micro_rows} does not divide the {packing.rows} rows of "
-            "sft.packing.rows; choose a divisor"
-        )
     if config.evaluation.rows:
         raise ValueError(
             f"evaluation.rows={config.evaluation.rows} has no effect on conversations, which hold "
@@ -376,11 +296,6 @@ def _check_packs(config: Config) -> None:
             f"model.router_balance={config.model.router_balance} balances the experts of one "
             "stream, and a packed row holds several; set it to 0"
         )
-    if config.sft.task_masks:
-        raise ValueError(
-            f"sft.task_masks={config.sft.task_masks} masks tasks of the needle world and has no "
-            "effect on conversations; set it to 0"
-        )
 
 
 def _check_tasks(config: Config) -> None:
@@ -390,25 +305,11 @@ def _check_tasks(config: Config) -> None:
             f"--data {config.data.path}: {config.recipe} learns tasks of the needle world and "
             "reads no conversations; take --recipe paravt_sft, or leave --data out"
         )
-    if config.sft.packing != PackSettings():
-        raise ValueError(
-            "sft.packing has no effect on the tasks of sft.phases, whose rows hold one example "
-            "each; leave it out, or take --recipe paravt_sft"
-        )
-    if not 0 <= config.sft.task_masks <= 1:
-        raise ValueError(f"sft.task_masks={config.sft.task_masks}: give a share from 0 to 1")
     if config.sft.task_masks and config.agent.call_syntax != "grounding":
         raise ValueError(
             f"sft.task_masks={config.sft.task_masks} masks the calls of "
             "agent.call_syntax=grounding and has no effect with another; set it to 0"
         )
-    for phase in config.sft.phases:
-        for task, rows in phase.rows.items():
-            if rows > config.sft.micro_rows and rows % config.sft.micro_rows:
-                raise ValueError(
-                    f"sft.micro_rows={config.sft.micro_rows} does not divide the {rows} rows of "
-                    f"task {task}; choose a divisor"
-                )
 
 
 def _check_rl(config: Config) -> None:

@@ -10,8 +10,8 @@ from paravt_jax.records import Example, LearnerBatch, Pack
 from pipelines.loader import StepStream
 from pipelines.packing import Skips, conversations_in, fill
 from train.batch import learner_batch, packed_batch, streams_of_examples
-from train.config import PackSettings, SftPhase, SftSettings
 from train.masking import TaskMasking
+from train.sft_settings import PackSettings, SftPhase, SftSettings
 
 PACKS = "packs"
 """Name of the only task of a run on conversations."""

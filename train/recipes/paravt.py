@@ -20,11 +20,10 @@ from train.config import (
     ModelSettings,
     OptimizerSettings,
     OutputSettings,
-    PackSettings,
     RlSettings,
-    SftSettings,
     Stage,
 )
+from train.sft_settings import PackSettings, SftSettings
 
 
 def paravt_rl() -> Config:
