@@ -497,6 +497,9 @@ class LearnerBatch:
     patches: Float[ArrayLike, "groups f p c"] | None
     grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
+    proximal_log_probs: Float[ArrayLike, "b t"] | None = None
+    """Log-probability of the token when the learner first saw the batch. None where it learns from
+    it once: then that is the current policy's own."""
     segments: Int[ArrayLike, "b t"] | None = None
     """Which of several packed streams a token belongs to, counted from 1, and 0 for padding: no
     token sees another stream's. None where each row is one stream."""

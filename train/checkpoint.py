@@ -43,7 +43,7 @@ class Checkpoints:
         items = ocp.args.Composite(
             params=ocp.args.StandardSave(state.params, self._save_args),
             optimizer=ocp.args.StandardSave(state.optimizer),
-            meta=ocp.args.JsonSave({"step": step, "data": data_state}),
+            meta=ocp.args.JsonSave({"step": step, "updates": int(state.step), "data": data_state}),
         )
         self._manager.save(step, args=items)
 
@@ -61,7 +61,7 @@ class Checkpoints:
             trainable={name: saved.params[name] for name in like.trainable},
             frozen={name: saved.params[name] for name in like.frozen},
             optimizer=saved.optimizer,
-            step=jax.device_put(np.int32(step), like.step.sharding),
+            step=jax.device_put(np.int32(saved.meta["updates"]), like.step.sharding),
         )
         return state, saved.meta["step"], saved.meta["data"]
 

@@ -59,7 +59,7 @@ def cold_start(school: School, state: TrainState, first_step: int) -> tuple[Trai
             clock.lap("time/data")
             following = pool.submit(lessons.take, step + 1)
             state, learned = compiled(state, batches)
-            metrics = figures(learned)
+            metrics = figures([learned])
             clock.lap("time/learn")
             record = metrics | lesson.figures | clock.figures()
             school.log.step(step, record)

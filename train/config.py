@@ -20,7 +20,8 @@ from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
-from train.sft_settings import SftSettings
+from train.rl import RlSettings, check_lengths, check_updates
+from train.sft import SftSettings
 
 
 class Stage(enum.StrEnum):
@@ -101,6 +102,7 @@ class OptimizerSettings:
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
     learning_rate: float = 2e-6
     warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
     decay: str = "constant"
     """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
     final_fraction: float = 0.0
@@ -109,18 +111,6 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RlSettings:
-    """Size of one RL step."""
-
-    prompts_per_step: int = 7
-    """Prompts of one optimiser step."""
-    group_size: int = 8
-    """Rollouts per prompt (G)."""
-    micro_groups: int = 1
-    """Groups per gradient micro-batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,7 +145,7 @@ class Config:
     recipe: str
     stage: Stage
     steps: int
-    """Optimiser steps."""
+    """Batches to learn from. In the rl stage each gets `rl.updates` optimiser steps."""
     needs: tuple[str, ...] = ()
     """Flags without which the recipe cannot run."""
     seed: int = 0
@@ -182,12 +172,21 @@ class Config:
         for check in (_check_ranges, _check_choices, _check_cross):
             check(self)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run, which the learning rate's schedule counts."""
+        return self.steps * (self.rl.updates if self.stage is Stage.RL else 1)
+
+
+def generated_budget(config: Config) -> int:
+    """Most tokens that one rollout can generate."""
+    agent = config.agent
+    return agent.rounds * agent.turn_tokens + agent.answer_tokens
+
 
 def _check_ranges(config: Config) -> None:
     positive = {
         "--steps": config.steps,
-        "rl.prompts_per_step": config.rl.prompts_per_step,
-        "rl.micro_groups": config.rl.micro_groups,
         "evaluation.batch": config.evaluation.batch,
         "data.crop_frames": config.data.crop_frames,
     }
@@ -314,16 +313,6 @@ def _check_tasks(config: Config) -> None:
 
 def _check_rl(config: Config) -> None:
     rl, objective = config.rl, config.objective
-    if rl.group_size < 2:
-        raise ValueError(
-            f"rl.group_size={rl.group_size} gives every rollout a zero advantage; "
-            "set it to 2 or more"
-        )
-    if rl.prompts_per_step % rl.micro_groups:
-        raise ValueError(
-            f"rl.prompts_per_step={rl.prompts_per_step} is not a multiple of "
-            f"rl.micro_groups={rl.micro_groups}; choose a divisor"
-        )
     if config.agent.sampling.temperature <= 0:
         raise ValueError(
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
@@ -335,7 +324,8 @@ def _check_rl(config: Config) -> None:
             "model.train_vision=true has no effect in the rl stage, where vision features are "
             "computed once per prompt; set it to false"
         )
-    _check_clip(objective)
+    check_updates(rl, objective)
+    check_lengths(rl, generated_budget(config))
 
 
 def _check_anchor(config: Config) -> None:
@@ -362,17 +352,6 @@ def _check_anchor(config: Config) -> None:
             "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
             "knows no positions; leave it out"
         )
-
-
-def _check_clip(objective: ObjectiveConfig) -> None:
-    """One optimiser step per batch: the ratio to the proximal policy is always 1."""
-    default = ObjectiveConfig()
-    for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
-        if getattr(objective, name) != getattr(default, name):
-            raise ValueError(
-                f"objective.{name} has no effect while a batch gets one optimiser step, because "
-                "the ratio that it clips is always 1; leave it out"
-            )
 
 
 Assignment = tuple[str, list[str], str]

@@ -11,7 +11,7 @@ from pipelines.loader import StepStream
 from pipelines.packing import Skips, conversations_in, fill
 from train.batch import learner_batch, packed_batch, streams_of_examples
 from train.masking import TaskMasking
-from train.sft_settings import PackSettings, SftPhase, SftSettings
+from train.sft import PackSettings, SftPhase, SftSettings
 
 PACKS = "packs"
 """Name of the only task of a run on conversations."""

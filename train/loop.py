@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ from train.cluster import is_first
 from train.config import Config
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
+from train.sampling import draw_groups, with_length_penalty
 from train.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
 
@@ -43,32 +45,42 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
     config = parts.config
     for step in range(first_step, config.steps):
         clock = Clock()
-        items = next(parts.prompts)
-        clock.lap("time/data")
+        draw = functools.partial(roll_out, parts, state.params, step, clock)
+        drawn = draw_groups(draw, config.rl)
 
-        seed = rollout_seed(config.seed, step)
-        groups = parts.agent.run(
-            state.params, items, config.rl.group_size, seed, policy_version=step
-        )
-        groups = parts.scorer(groups, progress=step / config.steps)
-        clock.lap("time/rollout")
-
-        batch = parts.learner.batch(state.params, groups)
+        batch = parts.learner.batch(state.params, drawn.groups)
         batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
-        state, learned = parts.learner.step(state, batch)
+        batch = parts.learner.with_advantages(drawn.groups, batch)
+        state, learned = parts.learner.update(state, batch)
         metrics = figures(learned)
         clock.lap("time/learn")
 
-        record = rollout_metrics(groups) | parts.agent.figures | parts.learner.figures
-        record |= parts.scorer.figures
+        record = rollout_metrics(drawn.everything) | drawn.figures() | parts.agent.figures
+        record |= parts.learner.figures | parts.scorer.figures
         record |= metrics | clock.figures()
-        record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
+        record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)
         if config.output.rollouts and is_first():
-            write_rollouts(parts.workdir / "rollouts", step, groups)
+            write_rollouts(parts.workdir / "rollouts", step, drawn.everything)
         parts.checkpoints.maybe_save(step + 1, state, parts.prompts.get_state())
     return state
+
+
+def roll_out(
+    parts: Parts, params: FlatParams, step: int, clock: Clock, number: int
+) -> Sequence[RolloutGroup]:
+    """The `number`-th batch of prompts of a step, rolled out and scored."""
+    config = parts.config
+    items = next(parts.prompts)
+    clock.lap("time/data")
+
+    seed = rollout_seed(config.seed, step, number)
+    groups = parts.agent.run(params, items, config.rl.group_size, seed, policy_version=step)
+    groups = parts.scorer(groups, progress=step / config.steps)
+    groups = with_length_penalty(groups, config.rl)
+    clock.lap("time/rollout")
+    return groups
 
 
 class Clock:
@@ -79,9 +91,9 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """End the stretch that began at the last lap."""
+        """End the stretch that began at the last lap; stretches of one name are added up."""
         now = time.perf_counter()
-        self._laps[name] = now - self._last
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def figures(self) -> dict[str, float]:
@@ -89,9 +101,9 @@ class Clock:
         return self._laps | {"time/step": time.perf_counter() - self._began}
 
 
-def rollout_seed(seed: int, step: int) -> int:
-    """A seed of its own for the rollouts of each step, the same after a resume."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def rollout_seed(seed: int, step: int, number: int = 0) -> int:
+    """A seed of its own for each batch of prompts of each step, the same after a resume."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
 
 
 def tokens_generated(groups: Sequence[RolloutGroup]) -> int:

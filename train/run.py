@@ -222,7 +222,9 @@ class Run:
         self.rows, self.held_out = (
             ([], []) if config.packs_conversations else setup.open_rows(config)
         )
-        self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
+        self.optimizer = make_optimizer(
+            config.optimizer, config.optimizer_steps, self.model.policy.table
+        )
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             config.output.checkpoint_every,

@@ -28,6 +28,7 @@ class TrainState:
     frozen: FlatParams
     optimizer: optax.OptState
     step: Int[Array, ""]
+    """Optimiser steps so far."""
 
     @property
     def params(self) -> FlatParams:

@@ -37,7 +37,7 @@ def test_a_token_attends_to_its_own_segment_alone(length):
 
 
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
-LENGTH, FRAMES = 320, 12
+LENGTH, FRAMES = 512, 16
 ROOM = PackShape(8192, 16)
 
 

@@ -4,7 +4,7 @@ import json
 
 from train.lessons import examples_before, phase_at
 from train.output import RunLog, comparison_table
-from train.sft_settings import SftPhase
+from train.sft import SftPhase
 
 
 def test_resume_drops_the_steps_that_are_run_again(tmp_path):

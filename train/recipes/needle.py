@@ -22,7 +22,7 @@ from train.config import (
     RlSettings,
     Stage,
 )
-from train.sft_settings import SftPhase, SftSettings, TaskShape
+from train.sft import SftPhase, SftSettings, TaskShape
 
 COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
 """Weights of `needle_sft`, committed so that the demo starts where RL begins."""

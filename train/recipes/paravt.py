@@ -23,7 +23,7 @@ from train.config import (
     RlSettings,
     Stage,
 )
-from train.sft_settings import PackSettings, SftSettings
+from train.sft import PackSettings, SftSettings
 
 
 def paravt_rl() -> Config:
