@@ -22,6 +22,7 @@ from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
 from train.rl import RlSettings, check_lengths, check_updates
 from train.sft import SftSettings
+from train.variants import DifficultySettings, TeacherSettings
 
 
 class Stage(enum.StrEnum):
@@ -71,7 +72,8 @@ class DataSettings:
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
     instructions: str = "full"
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
-    next to nothing, for a model that learned its protocol in a cold start."""
+    next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
+    the reasoning is to say when, as VISD's rewards read it."""
     subtitles: bool = False
     """Show the subtitles beside each video (`NAME.srt` for `NAME.mp4`), with their times."""
     crop_fps: float = 1.0
@@ -159,6 +161,8 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     rl: RlSettings = RlSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    difficulty: DifficultySettings = DifficultySettings()
     sft: SftSettings = SftSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     output: OutputSettings = OutputSettings()
@@ -223,7 +227,7 @@ def _check_choices(config: Config) -> None:
         "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
         "model.cache_dtype": (config.model.cache_dtype, ("compute", "int8")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
-        "data.instructions": (config.data.instructions, ("full", "terse")),
+        "data.instructions": (config.data.instructions, ("full", "terse", "timed")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
     }
@@ -279,6 +283,11 @@ def _check_lora(model: ModelSettings) -> None:
 def _check_sft(config: Config) -> None:
     if not config.sft.phases and config.data.path is None and "--data" not in config.needs:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    if config.teacher != TeacherSettings() or config.difficulty != DifficultySettings():
+        raise ValueError(
+            "teacher and difficulty have no effect in the sft stage, which has no rollouts; leave "
+            "their settings out"
+        )
     config.sft.check()
     (_check_packs if config.packs_conversations else _check_tasks)(config)
 
@@ -326,6 +335,21 @@ def _check_rl(config: Config) -> None:
         )
     check_updates(rl, objective)
     check_lengths(rl, generated_budget(config))
+    _check_variants(config)
+
+
+def _check_variants(config: Config) -> None:
+    own = config.difficulty
+    if own.window and own.traces > config.rl.group_size:
+        raise ValueError(
+            f"difficulty.traces={own.traces} is above rl.group_size={config.rl.group_size}, the "
+            "rollouts of a prompt that there is room for; lower it"
+        )
+    if own.window and config.teacher.strength:
+        raise ValueError(
+            "difficulty.window and teacher.strength: a teacher reads the plain question with its "
+            "own hint, not prompts that were hinted already; set one of them to 0"
+        )
 
 
 def _check_anchor(config: Config) -> None:

@@ -7,6 +7,7 @@ import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -16,11 +17,13 @@ from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.cluster import is_first
 from train.config import Config
+from train.difficulty import Difficulty
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
 from train.sampling import draw_groups, with_length_penalty
 from train.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
+from train.teacher import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +35,30 @@ class Parts:
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
     agent: Agent
     scorer: Scorer
+    difficulty: Difficulty
+    """Changes hard and easy prompts, where the configuration says so."""
     learner: Learner
+    teacher: Teacher
+    """Scales advantages token by token, where the configuration says so."""
     reference: FlatParams
     """The trainable weights at step 0, for the KL term; the frozen ones never change."""
     checkpoints: Checkpoints
     log: RunLog
     workdir: Path
+
+    def figures(self) -> dict[str, float]:
+        """What the parts say of the last step."""
+        parts = self.agent, self.scorer, self.difficulty, self.learner, self.teacher
+        return {name: value for part in parts for name, value in part.figures.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """What the parts must remember besides the `TrainState`, as JSON values."""
+        return {"prompts": self.prompts.get_state(), "difficulty": self.difficulty.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what was remembered."""
+        self.prompts.set_state(state["prompts"])
+        self.difficulty.set_state(state["difficulty"])
 
 
 def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
@@ -51,19 +72,20 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         batch = parts.learner.batch(state.params, drawn.groups)
         batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
         batch = parts.learner.with_advantages(drawn.groups, batch)
+        batch = parts.teacher.reweight(state, drawn.groups, batch, step)
         state, learned = parts.learner.update(state, batch)
+        state = parts.teacher.follow(state, step)
         metrics = figures(learned)
         clock.lap("time/learn")
 
-        record = rollout_metrics(drawn.everything) | drawn.figures() | parts.agent.figures
-        record |= parts.learner.figures | parts.scorer.figures
+        record = rollout_metrics(drawn.everything) | drawn.figures() | parts.figures()
         record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)
         if config.output.rollouts and is_first():
             write_rollouts(parts.workdir / "rollouts", step, drawn.everything)
-        parts.checkpoints.maybe_save(step + 1, state, parts.prompts.get_state())
+        parts.checkpoints.maybe_save(step + 1, state, parts.get_state())
     return state
 
 
@@ -78,6 +100,7 @@ def roll_out(
     seed = rollout_seed(config.seed, step, number)
     groups = parts.agent.run(params, items, config.rl.group_size, seed, policy_version=step)
     groups = parts.scorer(groups, progress=step / config.steps)
+    groups = parts.difficulty.revise(params, items, groups, seed, step)
     groups = with_length_penalty(groups, config.rl)
     clock.lap("time/rollout")
     return groups

@@ -33,6 +33,8 @@ from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import School, cold_start
 from train.config import Config, Stage, to_dict
+from train.difficulty import Difficulty, hint_room
+from train.hindsight import open_feedback
 from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
@@ -47,6 +49,7 @@ from train.state import (
     make_optimizer,
     make_state,
 )
+from train.teacher import Teacher
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
@@ -71,7 +74,9 @@ def check(config: Config, here: bool = True) -> None:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     check_model(config, here)
     if here:
-        Scorer(config.rewards)  # refuses a judge whose key is not in the environment
+        # These refuse a judge whose key is not in the environment.
+        Scorer(config.rewards)
+        open_feedback(config.teacher.judge)
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
@@ -179,7 +184,7 @@ MAY_CHANGE = (
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
-    *(f"rewards.judge.{name}" for name in WAY_TO_JUDGE),
+    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
 )
 """Settings (or beginnings of their names) that a resumed run may give anew."""
 
@@ -267,11 +272,21 @@ class Run:
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
-        config = self.config
         before = self.evaluate({**self.state.frozen, **self.reference})
-        stream = self._prompts()
+        parts = self._parts()
+        if self.data_state is not None:
+            parts.set_state(self.data_state)
+        self.state = reinforce(parts, self.state, self.first_step)
+        position = parts.get_state()
+        parts.prompts.close()
+        self._finish(before, position)
+
+    def _parts(self) -> Parts:
+        """What the loop works with."""
+        config, policy = self.config, self.model.policy
+        agent = self.agent(self._training_engine())
         learner = Learner(
-            self.model.policy,
+            policy,
             self.optimizer,
             config,
             self.mesh,
@@ -279,21 +294,19 @@ class Run:
             self.renderer.pad_id,
             self.renderer.spec,
         )
-        parts = Parts(
+        return Parts(
             config=config,
-            prompts=stream,
-            agent=self.agent(self._training_engine()),
+            prompts=self._prompts(),
+            agent=agent,
             scorer=self.scorer,
+            difficulty=Difficulty(config, agent, self.scorer, self.renderer, self.reader),
             learner=learner,
+            teacher=Teacher(config, policy, learner, self.renderer),
             reference=self.reference,
             checkpoints=self.checkpoints,
             log=self.log,
             workdir=self.workdir,
         )
-        self.state = reinforce(parts, self.state, self.first_step)
-        position = stream.get_state()
-        stream.close()
-        self._finish(before, position)
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
@@ -335,24 +348,23 @@ class Run:
 
     def _prompts(self) -> PromptStream:
         config = self.config
-        stream = prompt_stream(
+        return prompt_stream(
             self.rows,
             self.reader,
             self.renderer,
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            tools=config.agent.offers_tools,
         )
-        if self.data_state is not None:
-            stream.set_state(self.data_state)
-        return stream
 
     def _training_engine(self) -> Engine:
         """Room for the rollouts of one step."""
         rows = (self.rows[index] for index in range(len(self.rows)))
         frames = max(self.config.data.frame_budgets)
+        hints = hint_room(self.config.difficulty, self.renderer)
         return self._engine(
-            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size
+            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size, hints
         )
 
     @functools.cached_property
@@ -362,17 +374,20 @@ class Run:
         prompts = min(settings.batch, len(self.held_out))
         return self._engine(self.held_out, settings.frame_budget, prompts, 1)
 
-    def _engine(self, rows: Iterable[Row], frames: int, prompts: int, copies: int) -> Engine:
-        """An engine for any of the questions; says what its cache takes before it is allocated."""
+    def _engine(
+        self, rows: Iterable[Row], frames: int, prompts: int, copies: int, hints: int = 0
+    ) -> Engine:
+        """An engine for any of the questions, with so many tokens of hints; says what its cache
+        takes before it is allocated."""
+        seen = self.config.data.overview_tokens
+        longest = prompt_tokens(self.renderer, rows, frames, seen) + hints
         engine = open_engine(
             self.config,
             self.model.policy,
             self.renderer,
             prompts=prompts,
             copies=copies,
-            prompt_tokens=prompt_tokens(
-                self.renderer, rows, frames, self.config.data.overview_tokens
-            ),
+            prompt_tokens=longest,
         )
         size = engine.cache_bytes() / 2**20
         self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
@@ -398,7 +413,7 @@ class Run:
         if not self.held_out:
             return {}
         engine = self._evaluation_engine
-        with_tools = self._items(tools=True)
+        with_tools = self._items(tools=self.config.agent.offers_tools)
         modes = [
             Mode("sampled", self._runner(self.agent(engine)), with_tools),
             Mode("greedy", self._runner(self.agent(engine, 0.0)), with_tools),

@@ -64,7 +64,8 @@ def prompt_texts(config: Config) -> PromptTexts:
         return GROUNDING_TEXTS if terse else VIDEO_O3_TEXTS
     if terse:
         return NEEDLE_TEXTS
-    return PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
+    texts = PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
+    return texts.with_times() if config.data.instructions == "timed" else texts
 
 
 @dataclasses.dataclass(frozen=True)
