@@ -124,6 +124,8 @@ class Message:
     """system, user, assistant or tool."""
     content: tuple[str | ImageRef | VideoRef, ...]
     """Words, images and videos in the order in which they are shown."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls of the assistant that the chat template writes after its words."""
 
 
 @dataclasses.dataclass(frozen=True)

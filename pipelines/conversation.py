@@ -10,6 +10,7 @@ text than it reads later.
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -121,7 +122,7 @@ class ConversationRenderer:
         try:
             parts = [self._parts(message) for message in conversation.messages]
             messages = [
-                {"role": message.role, "content": content}
+                {"role": message.role, "content": content} | self._calls(message)
                 for message, (content, _) in zip(conversation.messages, parts, strict=True)
             ]
             pieces = list(turns(self._renderer.tokenizer, messages))
@@ -143,6 +144,14 @@ class ConversationRenderer:
             content += more
             shown.append(timed)
         return content, shown
+
+    def _calls(self, message: Message) -> dict[str, Any]:
+        """Calls of a message as templates take them."""
+        if not message.calls:
+            return {}
+        calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
+        self._checked(json.dumps(calls, ensure_ascii=False))
+        return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
     def _checked(self, text: str) -> str:
         """Text of a data set must not open or close turns, or stand for frames."""
@@ -230,7 +239,9 @@ def _said(tokenizer: Any, turn: str, head: str, message: dict[str, Any]) -> str:
     end = tokenizer.eos_token
     said, closed, _ = turn.removeprefix(head).partition(end)
     words = "".join(part["text"] for part in message["content"])
-    if not turn.startswith(head) or not closed or not _squeezed(said).startswith(_squeezed(words)):
+    written = _squeezed(said).startswith(_squeezed(words))
+    called = all(call["function"]["name"] in said for call in message.get("tool_calls", ()))
+    if not turn.startswith(head) or not (closed and written and called):
         raise ValueError(
             f"the chat template does not write {words[:40]!r} as {head[-24:]!r}, the message, "
             f"{end!r}, so that what the assistant said cannot be told; use another template"

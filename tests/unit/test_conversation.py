@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paravt_jax.records import Conversation, Frames, ImageRef, Message, VideoRef
+from paravt_jax.records import Conversation, Frames, ImageRef, Message, ToolCall, VideoRef
 from paravt_jax.rope_index import mrope_positions
 from pipelines.conversation import ConversationRenderer, FrameRate, pack, still_spec
 from pipelines.preprocess import VideoSpec
@@ -106,6 +106,19 @@ def test_the_same_is_learned_in_plain_chatml():
     draft = conversations(own)(TRACE)
     assert runs(own, draft) == SAID
     assert own.decode(draft.tokens).count("<|im_start|>tool\n") == 2
+
+
+def test_calls_in_a_field_are_written_by_the_template():
+    calls = (ToolCall("crop_video", {"start_time": 0, "end_time": 16}), ToolCall("look", {}))
+    for words in ((), ("I look.",)):
+        talk = Conversation("c", (message("user", "Q"), Message("assistant", words, calls)))
+        (said,) = runs(renderer(), conversations()(talk))
+        assert said == ("".join(words) + "\n" if words else "") + (
+            '<tool_call>\n{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 16}}\n'
+            '</tool_call>\n<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call><|im_end|>'
+        )
+    with pytest.raises(ValueError, match="cannot be told"):
+        conversations(with_template(CHATML))(talk)
 
 
 def test_what_the_release_learns():
