@@ -28,6 +28,7 @@ class Lesson(NamedTuple):
     """Where the data stands after this step, as JSON; None if the step's number says it."""
 
 
+@runtime_checkable
 class Lessons(Protocol):
     """Where lessons come from."""
 
