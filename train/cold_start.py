@@ -57,7 +57,8 @@ def cold_start(school: School, state: TrainState, first_step: int) -> tuple[Trai
             lesson = following.result()
             batches, position = to_mesh(lesson.batches, school.mesh), lesson.position
             clock.lap("time/data")
-            following = pool.submit(lessons.take, step + 1)
+            if step + 1 < config.steps:
+                following = pool.submit(lessons.take, step + 1)
             state, learned = compiled(state, batches)
             metrics = figures([learned])
             clock.lap("time/learn")
