@@ -58,7 +58,7 @@ class Skips:
             if reason is not None and self.skipped > most:
                 raise ValueError(
                     f"{self.skipped} of {self.seen} conversations cannot be used, above the share "
-                    f"of {self._limit:g} that sft.packing.skip allows; the last one: {reason}"
+                    f"of {self._limit:g} that data.max_rejected allows; the last one: {reason}"
                 )
 
 

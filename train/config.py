@@ -66,6 +66,16 @@ class DataSettings:
     path: str | None = None
     """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
     the needle world."""
+    video_root: str | None = None
+    """Folder below which all videos lie; None takes that of the data."""
+    mixture: tuple[str, ...] = ()
+    """Further data sets that are mixed with `path`, or with the needle world."""
+    weights: tuple[float, ...] = ()
+    """How often each data set is drawn from, `path` first; empty goes by their sizes."""
+    max_rejected: float = 0.05
+    """Largest share of rows of a data set whose files are missing or that cannot be used."""
+    workers: int = 0
+    """Processes that decode and render prompts; 0 uses threads of this one."""
     frame_budgets: tuple[int, ...] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: str = "image"
@@ -200,6 +210,7 @@ def _check_ranges(config: Config) -> None:
     not_negative = {
         "--seed": config.seed,
         "evaluation.rows": config.evaluation.rows,
+        "data.workers": config.data.workers,
         "model.router_balance": config.model.router_balance,
     }
     for name, value in not_negative.items():
@@ -241,11 +252,6 @@ SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding
 
 
 def _check_cross(config: Config) -> None:
-    if config.data.subtitles and config.data.path is None and "--data" not in config.needs:
-        raise ValueError(
-            "data.subtitles=true has no effect on the needle world, whose videos have none; set it "
-            "to false or give --data"
-        )
     budgets, kinds = config.data.frame_budgets, config.data.question_types
     if not budgets or min(budgets) < 1:
         raise ValueError(f"data.frame_budgets must list positive frame counts, got {budgets}")
@@ -257,6 +263,7 @@ def _check_cross(config: Config) -> None:
     if config.rewards.mode == "llm":
         config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
+    _check_data(config.data)
     syntax, scheme = config.agent.call_syntax, config.rewards.scheme
     if SYNTAX_OF.get(scheme, syntax) != syntax:
         raise ValueError(
@@ -265,6 +272,20 @@ def _check_cross(config: Config) -> None:
         )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
+
+
+def _check_data(data: DataSettings) -> None:
+    if data.weights and (len(data.weights) != 1 + len(data.mixture) or min(data.weights) <= 0):
+        raise ValueError(
+            f"data.weights={data.weights}: give one positive weight for --data (or the needle "
+            f"world) and one for each of the {len(data.mixture)} data sets of data.mixture"
+        )
+    if data.weights and not data.mixture:
+        raise ValueError("data.weights has no effect without data.mixture; leave it out")
+    if data.video_root and not (data.path or data.mixture):
+        raise ValueError("data.video_root has no effect without --data; leave it out")
+    if not 0 <= data.max_rejected <= 1:
+        raise ValueError(f"data.max_rejected={data.max_rejected} is a share: choose 0 to 1")
 
 
 def _check_lora(model: ModelSettings) -> None:
@@ -287,6 +308,11 @@ def _check_sft(config: Config) -> None:
         raise ValueError(
             "teacher and difficulty have no effect in the sft stage, which has no rollouts; leave "
             "their settings out"
+        )
+    if config.data.mixture or config.data.workers:
+        raise ValueError(
+            "data.mixture and data.workers have no effect in the sft stage, which reads one data "
+            "set by threads; leave them out"
         )
     config.sft.check()
     (_check_packs if config.packs_conversations else _check_tasks)(config)

@@ -21,18 +21,20 @@ from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import Conversation, RolloutGroup, Row
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from pipelines.datasets import Found, question_rows
+from pipelines.datasets import Found
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
+from pipelines.sizes import prompt_tokens
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
 from train import setup
-from train.agent import open_agent, open_engine, prompt_tokens
+from train.agent import open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import School, cold_start
 from train.config import Config, Stage, to_dict
+from train.conversations import open_conversations, packed_lessons
 from train.difficulty import Difficulty, hint_room
 from train.hindsight import open_feedback
 from train.learner import Learner
@@ -40,6 +42,7 @@ from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
+from train.questions import open_rows, read_questions
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -77,8 +80,10 @@ def check(config: Config, here: bool = True) -> None:
         # These refuse a judge whose key is not in the environment.
         Scorer(config.rewards)
         open_feedback(config.teacher.judge)
-    if config.data.path is not None and not Path(config.data.path).exists():
-        raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
+    mixed = [("data.mixture", path) for path in config.data.mixture]
+    for name, path in [("--data", config.data.path), *mixed]:
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
         check_rows_fit(config, setup.open_mesh(config))
 
@@ -151,10 +156,11 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.packs_conversations:
-        print(describe_conversations(setup.open_conversations(config)))
-    elif config.data.path is not None:
-        rows = question_rows(config.data.path, None, config.data.question_types).rows
-        print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
+        print(describe_conversations(open_conversations(config)))
+        return
+    for found in read_questions(config):
+        paths = {video.path for row in found.rows for video in row.videos}
+        print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
 
 
 def describe_conversations(found: Found[Conversation]) -> str:
@@ -224,9 +230,7 @@ class Run:
         self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
-        self.rows, self.held_out = (
-            ([], []) if config.packs_conversations else setup.open_rows(config)
-        )
+        self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         self.optimizer = make_optimizer(
             config.optimizer, config.optimizer_steps, self.model.policy.table
         )
@@ -241,6 +245,10 @@ class Run:
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
+
+    def _questions(self) -> tuple[Questions, list[Row]]:
+        """Questions to train on and held-out ones; the first process tells what is missing."""
+        return open_rows(self.config, print if is_first() else lambda line: None)
 
     def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
@@ -330,10 +338,10 @@ class Run:
 
     def _packed_lessons(self) -> PackedLessons:
         """Conversations of `--data`, from where the last checkpoint left them."""
-        found = setup.open_conversations(self.config)
+        found = open_conversations(self.config)
         for line in found.report():
             self.log.console.print(line)
-        lessons = setup.packed_lessons(self.config, found.rows, self.renderer, self.reader)
+        lessons = packed_lessons(self.config, found.rows, self.renderer, self.reader)
         if self.data_state is not None:
             lessons.stream.set_state(self.data_state)
         return lessons
@@ -355,6 +363,7 @@ class Run:
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            workers=config.data.workers,
             tools=config.agent.offers_tools,
         )
 

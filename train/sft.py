@@ -44,8 +44,6 @@ class PackSettings:
     """Which open row a conversation goes to: the `first` that has room, or the `best` filled."""
     bins: int = 64
     """Rows open at a time: more are filled better, and hold more frames in memory."""
-    skip: float = 0.05
-    """A run ends when a larger share of the conversations cannot be used."""
     fps: float = 1.0
     """Frames shown per second of a video."""
     max_frames: int = 64
@@ -65,8 +63,6 @@ class PackSettings:
                 raise ValueError(f"sft.packing.{name} must be at least 1")
         if not self.fps > 0:
             raise ValueError(f"sft.packing.fps must be above 0, got {self.fps}")
-        if not 0 <= self.skip < 1:
-            raise ValueError(f"sft.packing.skip={self.skip} is a share: at least 0, below 1")
         for name, allowed in (("fit", FITS), ("learn", LEARN)):
             if getattr(self, name) not in allowed:
                 raise ValueError(

@@ -12,9 +12,9 @@ import pytest
 
 from tests.paravt_fixture import VIDEOS, write_paravt
 from train.config import override
+from train.conversations import open_conversations
 from train.recipes import get_recipe
 from train.run import describe_conversations
-from train.setup import open_conversations
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "train" / "assets" / "needle_sft"
@@ -33,6 +33,7 @@ SMALL = (
     "data.max_pixels=1024",
     "optimizer.warmup_steps=1",
     "output.checkpoint_every=1",
+    "data.max_rejected=0.5",
 )
 
 
@@ -90,10 +91,13 @@ def test_own_conversations_from_jsonl_are_described(tmp_path):
 
 
 def test_subtitles_that_no_video_has_are_refused(data):
-    with pytest.raises(ValueError, match="no video of --data has subtitles"):
-        open_conversations(recipe(data, "data.subtitles=true"))
+    with pytest.raises(ValueError, match="no video has subtitles"):
+        open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5"))
     (data / VIDEOS[0]).with_suffix(".srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
-    assert len(open_conversations(recipe(data, "data.subtitles=true")).rows) == 3
+    assert (
+        len(open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5")).rows)
+        == 3
+    )
 
 
 @pytest.mark.parametrize(
@@ -104,9 +108,9 @@ def test_subtitles_that_no_video_has_are_refused(data):
         ("sft.packing.fit=worst", "first, best"),
         ("sft.packing.fps=0", "above 0"),
         ("sft.packing.rows=0", "at least 1"),
-        ("sft.packing.skip=1", "share"),
         ("sft.micro_rows=3", "does not divide"),
         ("sft.task_masks=0.1", "no effect"),
+        ("data.workers=2", "no effect"),
         ("model.router_balance=0.1", "several"),
     ],
 )

@@ -6,6 +6,7 @@ Compiling needs libtpu, which tests cannot count on.
 import dataclasses
 
 import jax
+import optax
 import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
@@ -33,6 +34,16 @@ def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
     assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
+
+
+def test_a_minibatch_is_what_is_compiled():
+    """A share of the prompts, with the log-probabilities of the policy before the first step."""
+    base = recipe("image")
+    config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
+    batch = abstract_batch(config, setup.abstract_policy(config).config, MESH)
+    assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
+    assert batch.proximal_log_probs.shape == batch.tokens.shape
+    assert rl_step(setup.abstract_policy(config), optax.sgd(0.1), config).micro_batches == 2
 
 
 def test_the_step_takes_the_abstract_batch():
