@@ -20,7 +20,7 @@ from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
-from train.rl import RlSettings, check_lengths, check_updates
+from train.rl import RlSettings, check_lengths, check_subagents, check_updates
 from train.sft import SftSettings
 from train.variants import DifficultySettings, TeacherSettings
 
@@ -360,6 +360,7 @@ def _check_rl(config: Config) -> None:
             "computed once per prompt; set it to false"
         )
     check_updates(rl, objective)
+    check_subagents(rl, config.agent, objective)
     check_lengths(rl, generated_budget(config))
     _check_variants(config)
 

@@ -29,7 +29,7 @@ from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
 from train import setup
-from train.agent import open_agent, open_engine
+from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import School, cold_start
@@ -52,6 +52,7 @@ from train.state import (
     make_optimizer,
     make_state,
 )
+from train.subagents import possible_rows
 from train.teacher import Teacher
 
 Evaluation = dict[str, dict[str, float]]
@@ -301,6 +302,7 @@ class Run:
             self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
+            self._subagent_length(),
         )
         return Parts(
             config=config,
@@ -353,6 +355,17 @@ class Run:
             return None
         tags = self.model.tags(self.config, self.renderer)
         return TaskMasking(share, self.config.seed, tags)
+
+    def _subagent_length(self) -> int:
+        """Most tokens of a sub-agent's stream; says for which shapes the learner compiles."""
+        config = self.config
+        if not config.rl.trains_subagents:
+            return 0
+        length = crop_tokens(config, self.renderer) + config.agent.subagent_tokens
+        calls = config.agent.rounds * config.agent.calls_run
+        rows = possible_rows(calls, config.rl.group_size)
+        self.log.console.print(f"learner: sub-agents of {length} tokens, {rows} rows per prompt")
+        return length
 
     def _prompts(self) -> PromptStream:
         config = self.config
