@@ -42,7 +42,7 @@ from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.questions import open_rows, read_questions
+from train.questions import Questions, open_rows, read_questions
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
