@@ -13,6 +13,7 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from train import setup
 from train.ahead import abstract_batch
+from train.config import override
 from train.learner import rl_step
 from train.recipes import get_recipe
 from train.state import make_optimizer, make_state
@@ -46,8 +47,10 @@ def test_a_minibatch_is_what_is_compiled():
     assert rl_step(setup.abstract_policy(config), optax.sgd(0.1), config).micro_batches == 2
 
 
-def test_the_step_takes_the_abstract_batch():
-    config = recipe("image")
+@pytest.mark.parametrize("credit", ["none", "share"])
+def test_the_step_takes_the_abstract_batch(credit):
+    sampled = ["agent.subagent_sampling.temperature=1", f"rl.subagent_credit={credit}"]
+    config = override(recipe("image"), sampled)
     policy = setup.abstract_policy(config)
     optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
     params = initialise(policy.table, jax.random.key(0), MESH)
@@ -56,5 +59,8 @@ def test_the_step_takes_the_abstract_batch():
         batch = abstract_batch(config, policy.config, MESH)
         after, metrics = jax.eval_shape(rl_step(policy, optimizer, config), state, batch)
     assert metrics["loss"].shape == ()
+    if credit == "share":
+        # Four crops in the one round of each of 128 rollouts, of 16 frames of one token.
+        assert batch.subagents.features.tokens.shape == (4 * 128, 16, 128)
     shapes = {name: value.shape for name, value in after.trainable.items()}
     assert shapes == {name: value.shape for name, value in state.trainable.items()}
