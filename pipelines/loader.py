@@ -7,7 +7,7 @@ import logging
 import time
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 from absl import flags
@@ -18,6 +18,8 @@ from pipelines.budget import check_budgets, frame_budget, shares
 from pipelines.decode import UnreadableVideo
 
 _LOG = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
 """Random access to rows: a list, or `tfds_builder.RowSource`."""
@@ -135,21 +137,39 @@ class PromptMaker:
         return PromptItem(row, budget, prompt, time.perf_counter() - began)
 
 
-class PromptStream:
-    """Endless iterator of steps, each a list of `PromptItem`s; its position can be saved."""
+class StepStream(Generic[T]):
+    """Endless iterator of steps, each a list of items; its position can be saved."""
 
-    def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
-        self._iterator, self._bad_rows = iter(steps), bad_rows
-        self._seconds = 0.0
+    def __init__(self, steps: grain.IterDataset):
+        self._iterator = iter(steps)
         # Threads and workers that outlive the interpreter's modules die noisily.
         self.close = weakref.finalize(self, self._iterator.close)
         """Stop decoding ahead; done by itself when the stream goes out of use."""
 
-    def __iter__(self) -> PromptStream:
+    def __iter__(self) -> StepStream[T]:
         return self
 
+    def __next__(self) -> list[T]:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """Position after the last step that was taken, as JSON values."""
+        return self._iterator.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position; the arguments of the stream must be the same."""
+        self._iterator.set_state(state)
+
+
+class PromptStream(StepStream[PromptItem]):
+    """Steps of prompts, without the rows that cannot be read."""
+
+    def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
+        super().__init__(steps)
+        self._bad_rows, self._seconds = bad_rows, 0.0
+
     def __next__(self) -> list[PromptItem]:
-        items = next(self._iterator)
+        items = super().__next__()
         self._seconds = sum(item.seconds for item in items)
         return items
 
@@ -164,12 +184,11 @@ class PromptStream:
 
     def get_state(self) -> dict[str, Any]:
         """Position after the last step that was taken, and the bad rows, as JSON values."""
-        state = self._iterator.get_state()
-        return {"position": state, "bad_rows": sorted(self._bad_rows.ids)}
+        return {"position": super().get_state(), "bad_rows": sorted(self._bad_rows.ids)}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; the arguments of the stream must be the same."""
-        self._iterator.set_state(state["position"])
+        super().set_state(state["position"])
         self._bad_rows.ids = set(state["bad_rows"])
 
 

@@ -41,13 +41,6 @@ CONTRACT = set(
     data/wait data/bad_rows data/prompt_seconds frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
 )
 TIMED = ("time/", "tokens_per_second", "data/", "frames/asked", "frames/cache", "frames/decode")
-    "time/",
-    "tokens_per_second",
-    "data/",
-    "frames/asked",
-    "frames/cache_hits",
-    "frames/decode",
-)
 
 
 QUICK = ("output.export_hf=false",)
