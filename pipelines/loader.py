@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import time
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -53,8 +52,6 @@ class PromptItem(NamedTuple):
     row: Row
     frame_budget: int
     prompt: Prompt
-    seconds: float = 0.0
-    """Spent on decoding and rendering, beside other work."""
 
 
 class BadRow(NamedTuple):
@@ -126,15 +123,14 @@ class PromptMaker:
         Raises:
             ValueError: there are more videos than frames.
         """
-        row, began = draw.row, time.perf_counter()
+        row = draw.row
         budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
         each = zip(row.videos, shares(budget, len(row.videos)), strict=True)
         try:
             frames = [self._reader.overview(video, count) for video, count in each]
         except UnreadableVideo as error:
             return BadRow(row.row_id, str(error))
-        prompt = self._renderer.main_prompt(row, frames, self._tools)
-        return PromptItem(row, budget, prompt, time.perf_counter() - began)
+        return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
 
 
 class StepStream(Generic[T]):
@@ -166,21 +162,12 @@ class PromptStream(StepStream[PromptItem]):
 
     def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
         super().__init__(steps)
-        self._bad_rows, self._seconds = bad_rows, 0.0
-
-    def __next__(self) -> list[PromptItem]:
-        items = super().__next__()
-        self._seconds = sum(item.seconds for item in items)
-        return items
+        self._bad_rows = bad_rows
 
     @property
     def figures(self) -> dict[str, float]:
-        """Bad rows so far, and the seconds that all threads together spent on the last step, for
-        `metrics.jsonl`."""
-        return {
-            "data/bad_rows": float(len(self._bad_rows.ids)),
-            "data/prompt_seconds": self._seconds,
-        }
+        """Bad rows so far, for `metrics.jsonl`."""
+        return {"data/bad_rows": float(len(self._bad_rows.ids))}
 
     def get_state(self) -> dict[str, Any]:
         """Position after the last step that was taken, and the bad rows, as JSON values."""

@@ -38,7 +38,7 @@ CONTRACT = set(
     format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call
     tool/parallel_max tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max
     clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second
-    data/wait data/bad_rows data/prompt_seconds frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
+    data/wait data/bad_rows frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
 )
 TIMED = ("time/", "tokens_per_second", "data/", "frames/asked", "frames/cache", "frames/decode")
 

@@ -163,7 +163,6 @@ def test_bad_rows_are_left_out_and_told_once(tmp_path, caplog):
     prompts = stream(source, groups_per_step=len(good), max_bad_rows=0.5)
     for _ in range(2):
         assert sorted(item.row.row_id for item in next(prompts)) == good
-        assert prompts.figures["data/prompt_seconds"] > 0
     assert prompts.figures["data/bad_rows"] == bad
     assert len(caplog.messages) == bad and all("broken.mp4" in m for m in caplog.messages)
 
