@@ -17,14 +17,17 @@ from rollout.agent import Agent
 from rollout.automaton import TokenAutomata
 from rollout.engine import Engine
 from rollout.grammar import response_grammar
-from rollout.limits import AgentConfig, lanes
+from rollout.limits import CROP, MAIN, AgentConfig, lanes, measure
 from rollout.tools import Tools, crop_video, registry
+from rollout.warm_up import Extent, Reads
 from train.config import Config
 
 CALLS = "calls"
 """Name of the grammar that lets a turn hold valid calls only."""
 LATE = 99999.9
 """Seconds: a time that takes as many characters as the time of any frame."""
+EARLY = 0.0
+"""Seconds: a time that takes as few."""
 LONG_WINDOW = (1.23456e-05, 1.23457e-05)
 """Seconds: bounds that take as many characters as any."""
 
@@ -114,10 +117,56 @@ def prompt_tokens(renderer: ChatRenderer, rows: Iterable[Row], frames: int) -> i
     return full_size(prompt, renderer.spec)
 
 
-def smallest_frames(spec: FrameSpec, count: int) -> Frames:
-    """Frames of one vision token each, at late times."""
+def agent_reads(
+    config: Config, renderer: ChatRenderer, rows: Iterable[Row], budgets: Iterable[int]
+) -> dict[str, Reads]:
+    """All that the lanes of `open_engine` can be given to read, for any of the questions shown
+    with any of the frame budgets. (A video of fewer frames than its budget is not foreseen.)"""
+    agent, spec = config.agent, renderer.spec
+    questions = sorted(rows, key=lambda row: len(renderer.encode(row.question)))
+    ends = questions[0], questions[-1]
+
+    def prompts(frames: int) -> list[Prompt]:
+        shown = smallest_frames(spec, frames, EARLY), smallest_frames(spec, frames)
+        return [renderer.main_prompt(q, f, tools=True) for q, f in zip(ends, shown, strict=True)]
+
+    main = Reads(
+        tuple(_extent(*prompts(frames), spec) for frames in sorted(set(budgets))),
+        _given(config, renderer),
+        agent.sampling,
+    )
+    if agent.evidence == "frames":
+        return {MAIN: main}
+    sizes = range(1, config.data.crop_frames + 1)
+    crops = tuple(_extent(*_crop_prompts(renderer, frames), spec) for frames in sizes)
+    return {MAIN: main, CROP: Reads(crops, sampling=agent.subagent_sampling)}
+
+
+def _crop_prompts(renderer: ChatRenderer, frames: int) -> tuple[Prompt, Prompt]:
+    """The shortest and the longest that a sub-agent reads about so many smallest frames."""
+    early, late = (smallest_frames(renderer.spec, frames, time) for time in (EARLY, LATE))
+    return renderer.subagent_prompt(early, 0.0, 1.0), renderer.subagent_prompt(late, *LONG_WINDOW)
+
+
+def _given(config: Config, renderer: ChatRenderer) -> tuple[Extent, ...]:
+    """What comes before a turn: its forced prefix, after responses from the second turn on."""
+    room = measure(config.agent, renderer, crop_tokens(config, renderer))
+    least, most = max(room.prefix, 1), room.prefix + room.response
+    if config.agent.evidence == "text":
+        return (Extent(0, least, most),)
+    shown = range(config.agent.calls_run * config.data.crop_frames + 1)
+    return tuple(Extent(frames, max(frames, least), most) for frames in shown)
+
+
+def _extent(shortest: Prompt, longest: Prompt, spec: FrameSpec) -> Extent:
+    frames = 0 if longest.patches is None else len(longest.patches.grids)
+    return Extent(frames, len(shortest.tokens), full_size(longest, spec))
+
+
+def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
+    """Frames of one vision token each, all at one time."""
     pixels = np.zeros((count, spec.factor, spec.factor, 3), np.uint8)
-    return Frames(pixels, np.full(count, LATE))
+    return Frames(pixels, np.full(count, time))
 
 
 def full_size(prompt: Prompt, spec: FrameSpec) -> int:
