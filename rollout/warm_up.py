@@ -71,6 +71,11 @@ def _distinct(extents: Iterable[Extent], unit: int, cap: int) -> list[Size]:
     return [found[key] for key in sorted(found)]
 
 
+def _few(most: int) -> int:
+    """The fewest that are read as a batch, not one by one."""
+    return min(BATCH, most) // 4 + 1
+
+
 def warm_up(
     engine: Engine, params: Params, reads: Mapping[str, Reads], patch_values: int = 0
 ) -> int:
@@ -111,14 +116,14 @@ class _Rehearsal:
         """Read each size of prompt, alone and in a batch."""
         lane = self._engine.lanes[name]
         for size in self._reads[name].prompt_sizes(lane):
-            for count in sorted({1, min(BATCH, lane.prompts)}):
+            for count in sorted({1, _few(lane.prompts)}):
                 self._say([(name, size)] * count)
 
     def given(self, name: str) -> None:
         """Give each size of block to one row, to a batch of rows and to all of them."""
         lane = self._engine.lanes[name]
         for size in self._reads[name].given_sizes():
-            for rows in sorted({1, min(BATCH, lane.rows), lane.rows}):
+            for rows in sorted({1, _few(lane.rows), lane.rows}):
                 self._say([(name, self._shortest[name])] * lane.prompts, size, rows)
 
     def mixtures(self) -> None:
