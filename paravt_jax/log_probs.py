@@ -7,6 +7,7 @@ the backward pass. Peak memory of the head is `b * chunk * vocab`.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -42,11 +43,8 @@ def gathered_log_probs(
     Returns:
       log-probabilities and entropies (no gradient), both 0 where not chosen.
     """
-    chosen = chosen.at[:, 0].set(False)
-    budget = -(-budget // chunk) * chunk if budget > chunk else budget
-    chunk = min(chunk, budget)
-    index = jax.vmap(lambda row: jnp.nonzero(row, size=budget, fill_value=0)[0])(chosen)
-    inputs = jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
+    budget, chunk = _whole_chunks(budget, chunk)
+    index, inputs = _before_chosen(hidden, chosen, budget)
     targets = jnp.take_along_axis(tokens, index, axis=1)
 
     @jax.checkpoint
@@ -55,13 +53,108 @@ def gathered_log_probs(
 
     pieces = (_chunks(inputs, chunk), _chunks(targets, chunk))
     _, (log_probs, entropies) = jax.lax.scan(one_chunk, None, pieces)
+    shape = tokens.shape
+    entropies = jax.lax.stop_gradient(_scatter(index, entropies, shape))
+    return _scatter(index, log_probs, shape), entropies
+
+
+@dataclasses.dataclass(frozen=True)
+class View:
+    """What one policy makes of streams: those of the other policy, after prompts of its own."""
+
+    hidden: Float[Array, "b t d"]
+    """Final hidden states of the whole streams."""
+    chosen: Bool[Array, "b t"]
+    """Where the tokens stand that both compare: as many in each row, in the same order."""
+    head: Head
+
+
+def teacher_gap(
+    teacher: View,
+    student: View,
+    tokens: Int[Array, "b t"],
+    *,
+    support: int,
+    full_weight: float = 0.0,
+    temperature: Float[Array, ""] | float,
+    budget: int,
+    chunk: int = 128,
+) -> Float[Array, "b t"]:
+    """By how much a teacher finds each chosen token of the student likelier than the student does.
+
+        delta_t = log p_T(y_t | S) - log p_S(y_t | S)
+
+    where S holds the teacher's `support` likeliest tokens and y_t itself, and both policies are
+    renormalised on it (VISD, arXiv 2605.06094): the tail of the vocabulary, where two policies
+    differ by noise, has no say. No gradient.
+
+    Args:
+      tokens: the student's streams.
+      support: likeliest tokens of the teacher.
+      full_weight: share of the gap on the whole vocabulary in the result; 1 leaves nothing of S.
+      temperature, budget, chunk: see `gathered_log_probs`.
+
+    Returns:
+      the gap at the student's chosen tokens, 0 elsewhere.
+    """
+    budget, chunk = _whole_chunks(budget, chunk)
+    index, ours = _before_chosen(student.hidden, student.chosen, budget)
+    _, theirs = _before_chosen(teacher.hidden, teacher.chosen, budget)
+    targets = jnp.take_along_axis(tokens, index, axis=1)
+
+    def one_chunk(_, piece):
+        own, other, target = piece
+        views = teacher.head(other) / temperature, student.head(own) / temperature
+        return None, _gap(*views, target, support, full_weight)
+
+    pieces = (_chunks(ours, chunk), _chunks(theirs, chunk), _chunks(targets, chunk))
+    _, gaps = jax.lax.scan(one_chunk, None, pieces)
+    return jax.lax.stop_gradient(_scatter(index, gaps, tokens.shape))
+
+
+def _gap(
+    teacher: Float[Array, "b c vocab"],
+    student: Float[Array, "b c vocab"],
+    targets: Int[Array, "b c"],
+    support: int,
+    full_weight: float,
+) -> Float[Array, "b c"]:
+    _, likeliest = jax.lax.top_k(teacher, min(support, teacher.shape[-1]))
+    among = jnp.any(likeliest == targets[..., None], axis=-1)
+
+    def gain(logits: Float[Array, "b c vocab"]) -> Float[Array, "b c"]:
+        """Log-probability of the token on S, mixed with that on the vocabulary."""
+        own = jnp.take_along_axis(logits, targets[..., None], axis=-1)
+        # The token counts once: alone only where it is not among the likeliest.
+        once = jnp.where(among[..., None], -jnp.inf, own)
+        on_support = jnp.concatenate([jnp.take_along_axis(logits, likeliest, axis=-1), once], -1)
+        small, full = (jax.nn.logsumexp(z, axis=-1) for z in (on_support, logits))
+        return own[..., 0] - (1 - full_weight) * small - full_weight * full
+
+    return gain(teacher) - gain(student)
+
+
+def _whole_chunks(budget: int, chunk: int) -> tuple[int, int]:
+    """Budget and chunk such that the budget is a number of chunks."""
+    budget = -(-budget // chunk) * chunk if budget > chunk else budget
+    return budget, min(chunk, budget)
+
+
+def _before_chosen(
+    hidden: Float[Array, "b t d"], chosen: Bool[Array, "b t"], budget: int
+) -> tuple[Int[Array, "b c"], Float[Array, "b c d"]]:
+    """Where the chosen tokens stand (0: nowhere), and the hidden states that predict them."""
+    chosen = chosen.at[:, 0].set(False)
+    index = jax.vmap(lambda row: jnp.nonzero(row, size=budget, fill_value=0)[0])(chosen)
+    return index, jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
+
+
+def _scatter(
+    index: Int[Array, "b c"], chunks: Float[Array, "n b s"], shape: tuple[int, ...]
+) -> Float[Array, "b t"]:
+    """Values of chosen tokens, in chunks, back to where the tokens stand."""
     back = jax.vmap(lambda place, value, size: size.at[place].add(value))
-    zeros = jnp.zeros(tokens.shape, jnp.float32)
-    valid = index > 0
-    scattered = [
-        back(index, jnp.where(valid, _unchunk(x), 0.0), zeros) for x in (log_probs, entropies)
-    ]
-    return scattered[0], jax.lax.stop_gradient(scattered[1])
+    return back(index, jnp.where(index > 0, _unchunk(chunks), 0.0), jnp.zeros(shape, jnp.float32))
 
 
 def _token_statistics(

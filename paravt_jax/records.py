@@ -145,6 +145,9 @@ class Prompt:
     """int32 `[t]`: which vision token stands here (frame-major, counted over the padded
     `f * p / merge**2` tokens of `patches`), or -1 for text."""
     patches: Patches | None = None
+    times: np.ndarray | None = None
+    """float64, seconds of the decoded frames that `patches` show, where the prompt was rendered
+    with them: what it takes to render it once more with other words."""
 
 
 @dataclasses.dataclass(frozen=True)

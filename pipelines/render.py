@@ -117,8 +117,17 @@ class ChatRenderer:
         spec = spec.limited(*pixels) if pixels else spec
         return cls(tokenizer, spec, texts, _eos_ids(folder), tools)
 
-    def main_prompt(self, row: Row, frames: Frames | None, tools: bool) -> Prompt:
+    def main_prompt(
+        self, row: Row, frames: Frames | Clip | None, tools: bool, hint: str = ""
+    ) -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
+
+        Args:
+            row: the question.
+            frames: the overview, decoded or already cut into patches.
+            tools: whether the tools are offered.
+            hint: words after the question, the last before the assistant header. Control tokens
+                in them are dropped.
 
         Raises:
             ValueError: the question spells out a control token of the tokenizer, or tools are to
@@ -132,32 +141,51 @@ class ChatRenderer:
                 f"{found.group()!r}; rephrase it"
             )
         system = self.texts.system + (self.texts.tools if tools else "")
-        return self.prompt(frames, row.question, system, tools)
+        request = f"{row.question}\n\n{self._without_control(hint)}" if hint else row.question
+        return self.prompt(frames, request, system, tools)
+
+    def with_hint(self, row: Row, prompt: Prompt, tools: bool, hint: str) -> Prompt:
+        """The main prompt of a row once more, of the same frames, with a hint after the question.
+
+        Raises:
+            ValueError: see `main_prompt`.
+        """
+        shown = None
+        if prompt.patches is not None:
+            assert prompt.times is not None, "a main prompt with frames knows their times"
+            shown = Clip(0.0, row.video.duration, prompt.times, prompt.patches)
+        return self.main_prompt(row, shown, tools, hint)
 
     def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:
         """What a sub-agent reads about one crop, up to and including the assistant header."""
         return self.prompt(frames, self.texts.subagent.format(start=start, end=end))
 
     def prompt(
-        self, frames: Frames | None, request: str, system: str = "", tools: bool = False
+        self, frames: Frames | Clip | None, request: str, system: str = "", tools: bool = False
     ) -> Prompt:
         """One user turn of frames and a request, up to and including the assistant header.
 
         Raises:
             ValueError: the frames do not have the size that the model sees (see `to_patches`).
         """
-        patches = None
+        patches, times = None, None
         content: list[dict[str, str]] = []
         if frames is not None:
-            patches = to_patches(frames.pixels, self.spec)
-            content = self._frame_parts(frames.times)
+            patches, times = self._patches(frames), frames.times
+            content = self._frame_parts(times)
         messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
         text = self._render(messages, self.tools if tools else None)
-        text = self._with_times(text, [] if frames is None else [frames.times])
+        text = self._with_times(text, [] if times is None else [times])
         tokens = self.encode(text)
-        return _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
+        prompt = _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
+        return dataclasses.replace(prompt, times=times)
+
+    def _patches(self, frames: Frames | Clip) -> Patches:
+        return (
+            to_patches(frames.pixels, self.spec) if isinstance(frames, Frames) else frames.patches
+        )
 
     def tool_turn(self, responses: Sequence[str]) -> list[int]:
         """Tokens from the end of an assistant turn to the head of the next one.
@@ -191,11 +219,16 @@ class ChatRenderer:
     def _response(self, response: str | Clip) -> str | list[dict[str, str]]:
         """Content of a tool message."""
         if isinstance(response, str):
-            return self._control.sub("", response)
+            return self._without_control(response)
         count = len(response.times)
         head = self.texts.clip.format(count=count, start=response.start, end=response.end)
         words = [{"type": "text", "text": head}] if head else []
         return [*words, *self._frame_parts(response.times)]
+
+    def _without_control(self, text: str) -> str:
+        while (plain := self._control.sub("", text)) != text:  # removal may join a new one
+            text = plain
+        return text
 
     def encode(self, text: str) -> list[int]:
         """Token ids of text in which special tokens are written out.

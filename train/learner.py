@@ -16,7 +16,7 @@ from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.structure import TagTable, structural_mask
 from pipelines.preprocess import FrameSpec
-from train.batch import learner_batch, streams_of_groups
+from train.batch import Stream, learner_batch, streams_of_groups
 from train.config import Config
 from train.layout import to_mesh
 from train.state import FlatParams
@@ -70,17 +70,7 @@ class Learner:
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, advantages, and vision features seen once."""
-        streams = streams_of_groups(groups)
-        longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
-        host = learner_batch(
-            streams,
-            length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
-            pad_id=self._pad_id,
-            group_size=len(groups[0].trajectories),
-            frames=self._spec.group_count(max(self._config.data.frame_budgets)),
-            frame_patches=self._spec.max_patches,
-        )
-        batch = to_mesh(host, self._mesh)
+        batch = self.padded(streams_of_groups(groups), len(groups[0].trajectories))
         generated = batch.loss_weights > 0
         structural = structural_mask(batch.tokens, self._tags) & generated
         return dataclasses.replace(
@@ -91,6 +81,19 @@ class Learner:
             patches=None,
             grids=None,
         )
+
+    def padded(self, streams: Sequence[Stream], group_size: int) -> LearnerBatch:
+        """Streams on the mesh, their frames as patches, in one of few lengths."""
+        longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
+        host = learner_batch(
+            streams,
+            length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
+            pad_id=self._pad_id,
+            group_size=group_size,
+            frames=self._spec.group_count(max(self._config.data.frame_budgets)),
+            frame_patches=self._spec.max_patches,
+        )
+        return to_mesh(host, self._mesh)
 
     def _advantages(
         self, groups: Sequence[RolloutGroup], structural: Array, generated: Array

@@ -36,13 +36,7 @@ def batch_log_probs(
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
     """Log-probability and entropy of every token with a loss weight, by a full forward; and how
     evenly each row used the experts, 0 in a dense model (see `load_balance`)."""
-    hidden, router_logits = policy.hidden_and_router(
-        params,
-        batch.tokens,
-        batch.positions,
-        batch.vision_index,
-        _row_features(policy, params, batch),
-    )
+    hidden, router_logits = batch_hidden(policy, params, batch)
     log_probs, entropy = gathered_log_probs(
         hidden,
         batch.tokens,
@@ -52,6 +46,19 @@ def batch_log_probs(
         budget=budget,
     )
     return log_probs, entropy, _balance(policy, router_logits, batch)
+
+
+def batch_hidden(
+    policy: TrainablePolicy, params: FlatParams, batch: LearnerBatch
+) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
+    """Final hidden states of all streams, and what the routers said, see `hidden_and_router`."""
+    return policy.hidden_and_router(
+        params,
+        batch.tokens,
+        batch.positions,
+        batch.vision_index,
+        _row_features(policy, params, batch),
+    )
 
 
 def _balance(policy: TrainablePolicy, router_logits: Array | None, batch: LearnerBatch) -> Array:
@@ -80,7 +87,7 @@ def split_micro(batch: LearnerBatch, count: int) -> LearnerBatch:
     Micro-batch i takes every count-th group: where a device holds several groups, it works on
     its own in each micro-batch.
     """
-    groups = _groups(batch)
+    groups = vision_groups(batch)
 
     def split(x: Array) -> Array:
         rows = x.shape[0] // groups
@@ -97,7 +104,8 @@ def join_micro(pieces: Array, groups: int) -> Array:
     return jnp.moveaxis(pieces, 0, 1).reshape(groups * rows, *pieces.shape[3:])
 
 
-def _groups(batch: LearnerBatch) -> int:
+def vision_groups(batch: LearnerBatch) -> int:
+    """Groups of neighbouring rows that share frames; every row is one where nothing is shown."""
     vision = batch.patches if batch.features is None else batch.features.tokens
     return batch.tokens.shape[0] if vision is None else vision.shape[0]
 
@@ -233,7 +241,7 @@ class RlStep:
             )[0],
             split_micro(batch, self.micro_batches),
         )
-        return join_micro(pieces, _groups(batch))
+        return join_micro(pieces, vision_groups(batch))
 
     def _loss(
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams

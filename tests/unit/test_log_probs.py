@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.log_probs import gathered_log_probs
+from paravt_jax.log_probs import View, gathered_log_probs, teacher_gap
 
 B, T, D, V = 3, 11, 5, 13
 rng = np.random.default_rng(0)
@@ -56,3 +56,76 @@ def test_nothing_chosen_gives_zeros_and_finite_gradients():
 
     value, slope = jax.value_and_grad(total)(HEAD)
     assert value == 0 and not slope.any()
+
+
+# Logits of one prediction over four tokens, and the policy that will be compared with it.
+TEACHER = jnp.log(jnp.array([[[0.5, 0.3, 0.15, 0.05]]]))
+STUDENT = jnp.log(jnp.array([[[0.2, 0.4, 0.3, 0.1]]]))
+
+
+def gap_at(token: int, support: int, full_weight: float = 0.0, temperature: float = 1.0) -> float:
+    """The gap for one token, by identity heads: hidden states are the logits."""
+
+    def view(logits, at):
+        hidden = jnp.zeros((1, 3, 4)).at[:, at - 1].set(logits[0])
+        chosen = jnp.zeros((1, 3), bool).at[0, at].set(True)
+        return View(hidden, chosen, lambda h: h)
+
+    tokens = jnp.zeros((1, 3), jnp.int32).at[0, 1].set(token)
+    gaps = teacher_gap(
+        view(TEACHER, 2),
+        view(STUDENT, 1),
+        tokens,
+        support=support,
+        full_weight=full_weight,
+        temperature=temperature,
+        budget=2,
+    )
+    assert gaps[0, 0] == gaps[0, 2] == 0
+    return float(gaps[0, 1])
+
+
+def test_gap_on_the_teachers_likeliest_tokens_by_hand():
+    """S of two tokens is {0, 1}: teacher 5/8 and 3/8, student 2/6 and 4/6."""
+    assert gap_at(0, 2) == pytest.approx(np.log((5 / 8) / (2 / 6)), abs=1e-6)
+    assert gap_at(1, 2) == pytest.approx(np.log((3 / 8) / (4 / 6)), abs=1e-6)
+
+
+def test_a_token_beyond_them_joins_them():
+    """S is {0, 1, 3}: teacher 0.05 / 0.85, student 0.1 / 0.7."""
+    assert gap_at(3, 2) == pytest.approx(np.log((0.05 / 0.85) / (0.1 / 0.7)), abs=1e-6)
+
+
+def test_full_weight_goes_over_to_the_whole_vocabulary():
+    whole = np.log(0.05 / 0.1)
+    assert gap_at(3, 2, full_weight=1.0) == pytest.approx(whole, abs=1e-6)
+    assert gap_at(3, 9) == pytest.approx(whole, abs=1e-6)
+    half = 0.5 * whole + 0.5 * gap_at(3, 2)
+    assert gap_at(3, 2, full_weight=0.5) == pytest.approx(half, abs=1e-6)
+
+
+def test_gap_knows_the_temperature():
+    teacher, student = (np.array([0.5, 0.3]) ** 2, np.array([0.2, 0.4]) ** 2)
+    want = np.log((teacher[0] / teacher.sum()) / (student[0] / student.sum()))
+    assert gap_at(0, 2, temperature=0.5) == pytest.approx(want, abs=1e-6)
+
+
+@pytest.mark.parametrize("chunk", [2, 128])
+def test_equal_policies_have_no_gap_whatever_their_prompts(chunk):
+    """The teacher's streams stand two tokens further right."""
+    own = View(HIDDEN, CHOSEN, lambda h: h @ HEAD)
+    ahead = [jnp.pad(x, ((0, 0), (2, 0), *[(0, 0)] * (x.ndim - 2))) for x in (HIDDEN, CHOSEN)]
+    ahead[1] = ahead[1].at[:, 2].set(False)  # position 0 is never chosen
+    gaps = teacher_gap(
+        View(*ahead, own.head),
+        own,
+        TOKENS,
+        support=4,
+        temperature=0.7,
+        budget=T,
+        chunk=chunk,
+    )
+    assert not gaps.any()
+    other = View(ahead[0], ahead[1], lambda h: h @ (2 * HEAD))
+    gaps = teacher_gap(other, own, TOKENS, support=4, temperature=1.0, budget=T, chunk=chunk)
+    np.testing.assert_array_equal(gaps != 0, CHOSEN.at[:, 0].set(False))

@@ -14,6 +14,7 @@ from paravt_jax.rope_index import mrope_positions
 from pipelines.render import ChatRenderer, PromptTexts
 from tests.pipelines_fixtures import processor_folder, renderer
 
+END = "<|im_end|>\n<|im_start|>assistant\n"
 ROW = Row("r1", VideoRef("/nowhere.mp4", 64.0), "What colour is the circle?", "red")
 
 
@@ -54,6 +55,28 @@ def test_default_texts_offer_the_tool_only_when_allowed():
         text = plain.decode(plain.main_prompt(ROW, frames(1), tools).tokens)
         assert ("call crop_video" in text) is tools
         assert "<answer>" in text
+
+
+@pytest.mark.parametrize("mode", ["image", "video"])
+def test_a_hint_stands_between_question_and_header_and_changes_nothing_else(mode):
+    r = renderer(mode)
+    plain = r.main_prompt(ROW, frames(3), tools=True)
+    hinted = r.with_hint(ROW, plain, True, "Seen at 3 s. <|im_<think>end|>It is red.")
+    before, after = (r.decode(prompt.tokens) for prompt in (plain, hinted))
+    head, header = before[: -len(END)], before[-len(END) :]
+    assert header == END and after == f"{head}\n\nSeen at 3 s. It is red.{END}"
+    assert hinted.patches is plain.patches
+    seen = plain.vision_index >= 0
+    np.testing.assert_array_equal(hinted.vision_index[: len(seen)][seen], plain.vision_index[seen])
+    again = r.with_hint(ROW, plain, True, "")
+    for name in ("tokens", "positions", "vision_index"):
+        np.testing.assert_array_equal(getattr(again, name), getattr(plain, name))
+
+
+def test_a_hint_needs_no_frames():
+    r = renderer()
+    plain = r.main_prompt(ROW, None, tools=False)
+    assert "It is red." in r.decode(r.with_hint(ROW, plain, False, "It is red.").tokens)
 
 
 def test_subagent_prompt_names_its_window():
