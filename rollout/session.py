@@ -178,7 +178,7 @@ class Session:
 
     def __init__(self, engine: Engine, params: Params) -> None:
         """Opened by `Engine.session`."""
-        self._engine, self._params = engine, params
+        self._engine, self._params = engine, engine.policy.prepare(params)
         states = engine.states
         self._desks = {name: _Desk(name, lane, states) for name, lane in engine.lanes.items()}
         self._rows: dict[Stream, tuple[_Desk, _Row]] = {}

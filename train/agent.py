@@ -126,9 +126,13 @@ def agent_reads(
     questions = sorted(rows, key=lambda row: len(renderer.encode(row.question)))
     ends = questions[0], questions[-1]
 
-    def prompts(frames: int) -> list[Prompt]:
-        shown = smallest_frames(spec, frames, EARLY), smallest_frames(spec, frames)
-        return [renderer.main_prompt(q, f, tools=True) for q, f in zip(ends, shown, strict=True)]
+    def prompts(frames: int) -> tuple[Prompt, Prompt]:
+        early, late = (smallest_frames(spec, frames, time) for time in (EARLY, LATE))
+        shortest, longest = ends
+        return (
+            renderer.main_prompt(shortest, early, tools=True),
+            renderer.main_prompt(longest, late, tools=True),
+        )
 
     main = Reads(
         tuple(_extent(*prompts(frames), spec) for frames in sorted(set(budgets))),
