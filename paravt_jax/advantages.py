@@ -15,15 +15,16 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from paravt_jax.objectives import divergence
+from paravt_jax.objectives import KL_ESTIMATORS, divergence
 from paravt_jax.records import ArrayLike
 
 
 @dataclasses.dataclass(frozen=True)
 class AdvantageConfig:
-    """How rewards become one advantage per rollout. The defaults are GRPO's.
+    """How rewards become advantages. The defaults are GRPO's.
 
-    The released recipe is `reward_scale=10, reward_bias=-0.2, reward_clip=20`.
+    The released recipe is `reward_scale=10, reward_bias=-0.2, reward_clip=20, kl_weight=0.01,
+    whiten_tokens=True`.
     """
 
     normalise: str = "group"
@@ -42,6 +43,14 @@ class AdvantageConfig:
     """See `reward_scale`."""
     reward_clip: float | int | None = None
     """See `reward_scale`; None clips nothing."""
+    difficulty_weighted: bool = False
+    """Weigh each group by how hard it is; VITAL's DGRPO, see `difficulty_weights`."""
+    kl_weight: float | int = 0.0
+    """Weight of the divergence from the reference inside the reward, see `kl_to_go`."""
+    kl_estimator: str = "k1"
+    """Its estimator, see `objectives.divergence`."""
+    whiten_tokens: bool = False
+    """Normalise advantages over all generated tokens of the batch at the end, see `whiten`."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning or no effect."""
@@ -54,14 +63,32 @@ class AdvantageConfig:
             raise ValueError(f"eps={self.eps}, reward_clip={self.reward_clip}: must be above 0")
         if self.normalise == "none" and self.leave_one_out:
             raise ValueError("leave_one_out has no effect with normalise='none'; switch one off")
+        if self.kl_weight < 0 or self.kl_estimator not in KL_ESTIMATORS:
+            raise ValueError(
+                f"kl_weight={self.kl_weight}, kl_estimator={self.kl_estimator!r}: use a weight of "
+                f"0 or more, and one of {', '.join(KL_ESTIMATORS)}"
+            )
+        if not self.kl_weight and self.kl_estimator != AdvantageConfig.kl_estimator:
+            raise ValueError(
+                f"kl_estimator={self.kl_estimator!r} has no effect in the reward with kl_weight=0; "
+                "set kl_weight above 0, or leave the estimator out"
+            )
 
 
 def rollout_advantages(
-    rewards: Float[np.ndarray, "p g"], config: AdvantageConfig
+    rewards: Float[np.ndarray, "p g"],
+    config: AdvantageConfig,
+    difficulty: Float[np.ndarray, "p g"] | None = None,
 ) -> Float[np.ndarray, "p g"]:
-    """Shape the rewards, then `group_advantages`, as `config` says."""
+    """Shape the rewards, then `group_advantages`, then `difficulty_weights`, as `config` says.
+
+    Args:
+        rewards: what is normalised: the reward of each rollout, or one term of it.
+        config: how.
+        difficulty: what tells how hard a group is: the whole reward. None takes `rewards`.
+    """
     shaped = shape_rewards(rewards, config.reward_scale, config.reward_bias, config.reward_clip)
-    return group_advantages(
+    advantages = group_advantages(
         shaped,
         normalise=config.normalise,
         ddof=config.ddof,
@@ -69,6 +96,9 @@ def rollout_advantages(
         leave_one_out=config.leave_one_out,
         scale_by_std=config.scale_by_std,
     )
+    if not config.difficulty_weighted:
+        return advantages
+    return advantages * difficulty_weights(rewards if difficulty is None else difficulty)
 
 
 def shape_rewards(
@@ -134,6 +164,40 @@ def group_advantages(
     return centred.reshape(rewards.shape)
 
 
+def difficulty_weights(rewards: Float[np.ndarray, "p g"]) -> Float[np.ndarray, "p 1"]:
+    """w = (clamp(2 - mean of the group, 0, 1) + 1) / 2, the difficulty weight of VITAL's DGRPO.
+
+    Hard groups, of mean reward 1 at most, weigh 1; groups of mean 2 and more weigh 1/2 (arXiv
+    2508.04416). It multiplies advantages, as in VITAL's code. On rewards, as its paper writes it,
+    the standard deviation would divide it out again.
+    """
+    mean = np.asarray(rewards, np.float64).mean(axis=1, keepdims=True)
+    return (np.clip(2.0 - mean, 0.0, 1.0) + 1.0) / 2.0
+
+
+def has_spread(rewards: Float[np.ndarray, "p g"]) -> Bool[np.ndarray, " p"]:
+    """Which groups teach anything: their rewards differ by more than rounding.
+
+    Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) trains on these groups alone.
+    """
+    return np.ptp(np.asarray(rewards, np.float64), axis=1) > 1e-9
+
+
+def overlong_penalty(
+    lengths: Shaped[np.ndarray, "*b"], limit: int, margin: int
+) -> Float[np.ndarray, "*b"]:
+    """Soft over-long punishment of DAPO (arXiv 2503.14476, equation 13), in [-1, 0].
+
+    0 up to `limit - margin` tokens, then falling linearly to -1 at `limit`, and -1 beyond.
+
+    Raises:
+        ValueError: the margin is not within (0, limit].
+    """
+    if not 0 < margin <= limit:
+        raise ValueError(f"margin={margin}: must be above 0 and at most limit={limit}")
+    return -np.clip((np.asarray(lengths, np.float64) - (limit - margin)) / margin, 0.0, 1.0)
+
+
 def token_advantages(
     rewards: Float[ArrayLike, " b"],
     mask: Shaped[ArrayLike, "b t"],
@@ -177,16 +241,36 @@ def token_advantages(
     """
     generated = jnp.asarray(mask) > 0
     chex.assert_rank([rewards, generated], [1, 2])
+    decay = discount * gae_lambda
     token_rewards = _last_token(generated, lengths) * jnp.asarray(rewards, jnp.float32)[:, None]
+    advantages = _discounted_sum(token_rewards, generated, decay)
     if kl_weight:
         if behaviour is None or reference is None:
             raise ValueError(f"kl_weight={kl_weight} needs behaviour and reference log-probs")
-        kl = divergence(jnp.asarray(behaviour), jnp.asarray(reference), kl_estimator)
-        token_rewards -= kl_weight * jnp.where(generated, kl, 0.0)
-    advantages = _discounted_sum(token_rewards, generated, discount * gae_lambda)
+        advantages -= kl_weight * kl_to_go(generated, behaviour, reference, kl_estimator, decay)
     if whiten_tokens:
         advantages = whiten(advantages, generated, eps)
     return jnp.where(generated, advantages, 0.0)
+
+
+def kl_to_go(
+    mask: Shaped[ArrayLike, "b t"],
+    behaviour: Float[ArrayLike, "b t"],
+    reference: Float[ArrayLike, "b t"],
+    estimator: str = "k1",
+    decay: float | int = 1.0,
+) -> Float[Array, "b t"]:
+    """Divergence from the reference that each generated token is charged with: its own and that
+    of all later ones, 0 where `mask` is 0.
+
+    As a reward that every token pays, -kl_weight * KL_t, it enters the advantages of all tokens
+    before it (InstructGPT, arXiv 2203.02155; equations 3-6 of the ParaVT release).
+    """
+    generated = jnp.asarray(mask) > 0
+    # Whatever stands outside of the mask must not reach the sum, not even as NaN.
+    policy, frozen = (jnp.where(generated, jnp.asarray(x), 0.0) for x in (behaviour, reference))
+    paid = _discounted_sum(divergence(policy, frozen, estimator), generated, float(decay))
+    return jnp.where(generated, paid, 0.0)
 
 
 def whiten(
@@ -224,7 +308,7 @@ def anchored_advantages(
     Args:
         task: group-normalised rewards without the anchor (`RewardBreakdown.task`).
         anchor: group-normalised anchors (`RewardBreakdown.anchor`).
-        structural: where a token belongs to an anchored tag (`structure.structural_tokens`).
+        structural: where a token belongs to an anchored tag (`structure.tag_mask`).
         mask: nonzero where the token was generated.
         weight: lambda, `RewardRules.anchor_weight`.
     """
@@ -232,6 +316,39 @@ def anchored_advantages(
     chex.assert_rank([task, anchor, structural, mask], [1, 1, 2, 2])
     advantages = task[:, None] + weight * jnp.asarray(structural) * anchor[:, None]
     return jnp.where(jnp.asarray(mask) > 0, advantages, 0.0)
+
+
+def reweighted_advantages(
+    advantages: Float[ArrayLike, "b t"],
+    teacher_gap: Float[ArrayLike, "b t"],
+    strength: float | int | Float[Array, ""] = 0.5,
+    lowest: float | int = 0.8,
+    highest: float | int = 1.2,
+) -> Float[Array, "b t"]:
+    """VISD's direction-magnitude decoupling (arXiv 2605.06094): A_t = A ((1 - s) + s w_t).
+
+        w_t = clip(exp(sign(A) * teacher_gap_t), lowest, highest)
+
+    The reward decides the direction, and a teacher that knows the answer decides how much each
+    token matters: with A > 0 those that it finds likelier than the student does, with A < 0 those
+    that it finds less likely. No advantage changes its sign while `lowest` is above 0.
+
+    Args:
+        advantages: per token; where they are 0 the gap is never looked at.
+        teacher_gap: log-probability of the student's token under the teacher, minus that under
+            the student.
+        strength: s in [0, 1]; 0 leaves advantages as they are. See `annealed`.
+        lowest, highest: bounds of the weight.
+    """
+    advantages = jnp.asarray(advantages, jnp.float32)
+    gap = jnp.where(advantages == 0, 0.0, jnp.asarray(teacher_gap, jnp.float32))
+    weight = jnp.clip(jnp.exp(jnp.sign(advantages) * gap), lowest, highest)
+    return advantages * ((1.0 - strength) + strength * weight)
+
+
+def annealed(start: float | int, step: int, steps: int) -> float:
+    """`start` at step 0, falling linearly to 0 at `steps`, and 0 from there on."""
+    return float(start) * max(0.0, 1.0 - step / steps)
 
 
 def _baseline(groups: np.ndarray, leave_one_out: bool) -> np.ndarray:

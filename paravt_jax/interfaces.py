@@ -105,9 +105,10 @@ class TrainablePolicy(Protocol):
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
+        segments: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """Final hidden states of right-padded rows, and the router's logits of each layer with
-        experts; None if none has."""
+        experts; None if none has. With `segments`, a token sees only those of its own."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
@@ -123,8 +124,9 @@ class FrameReader(Protocol):
         """`count` frames spread over the whole video."""
         ...
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
-        """Frames of the window [start, end] seconds, at the crop rate and cap of the config."""
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
+        """Frames of the window [start, end] seconds, at the crop rate and cap of the config.
+        With `tokens`, so few and so small that they come to that many vision tokens at most."""
         ...
 
 
@@ -135,8 +137,9 @@ class Renderer(Protocol):
     eos_ids: tuple[int, ...]
     pad_id: int
 
-    def main_prompt(self, row: Row, frames: Frames, tools: bool) -> Prompt:
-        """System and user turn of the main agent, up to and including the assistant header."""
+    def main_prompt(self, row: Row, frames: Frames | Sequence[Frames], tools: bool) -> Prompt:
+        """System and user turn of the main agent, up to and including the assistant header; with
+        frames of each of the row's videos."""
         ...
 
     def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:

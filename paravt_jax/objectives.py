@@ -17,10 +17,25 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 
 from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.surrogates import (
+    LEVELS,
+    clipped,
+    log_ratios,
+    regressed,
+    row_mean,
+    safe_exp,
+    soft_gated,
+)
 
-_LARGEST_LOG_RATIO = 20.0
-"""exp(20) = 5e8: far beyond any clip range, far below the overflow of float32."""
+KL_ESTIMATORS = ("k1", "k2", "k3")
+"""See `divergence`."""
 _LARGEST_KL = 10.0
+_OF_SURROGATE = {
+    "clip": ("clip_low", "clip_high", "dual_clip"),
+    "soft": ("soft_positive", "soft_negative"),
+    "regression": ("regression_eps", "regression_detached"),
+}
+"""Settings that act with one surrogate only."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,14 +51,18 @@ class ObjectiveConfig:
     behaviour_cap: float | int | None = 5.0
     """Drop tokens whose weight exp(proximal - behaviour) is above this; None keeps all."""
     ratio: str = "token"
-    """One ratio per "token", or one per row ("sequence"), the geometric mean of its tokens' (GSPO,
-    arXiv 2507.18071)."""
+    """One ratio per "token", or one per row: the geometric mean of its tokens' ("sequence", GSPO),
+    or their product ("trajectory", RLOO). See `surrogates.log_ratios`."""
     surrogate: str = "clip"
-    """PPO's "clip", or the smooth gate of SAPO, "soft" (arXiv 2511.20347)."""
+    """PPO's "clip", the smooth gate of SAPO ("soft"), or the "regression" of DeepVideo-R1."""
     soft_positive: float | int = 1.0
     """Temperature of the soft gate where the advantage is positive."""
     soft_negative: float | int = 1.05
     """Temperature of the soft gate where the advantage is not positive."""
+    regression_eps: float | int = 1e-2
+    """Added to the standard deviation of log-ratios, see `surrogates.regressed`."""
+    regression_detached: bool = True
+    """Whether mean and standard deviation of log-ratios are constants to the gradient."""
     kl_weight: float | int = 0.0
     """Weight of the divergence from the reference inside the loss."""
     kl_estimator: str = "k3"
@@ -53,23 +72,31 @@ class ObjectiveConfig:
     structural tokens. "logprob": as their likelihood in the loss, which alone is done here."""
     anchor_weight: float | int = 0.0
     """Weight of the "logprob" anchor."""
+    anchor_paired_only: bool = False
+    """Let the anchors at "position" and "logprob" act only on tags that are opened and closed as
+    they should be (`structure`), instead of on every tag that was written."""
     aggregation: str = "token"
-    """Mean over all tokens of the batch ("token"), or over rows of each row's mean ("sequence")."""
+    """Mean over all tokens of the batch ("token", DAPO), over rows of each row's mean ("sequence",
+    GRPO), or over rows of each row's sum divided by `constant_length` ("constant", Dr. GRPO)."""
+    constant_length: int | None = None
+    """Tokens that stand for the length of every row (Dr. GRPO: the most that one may have)."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning."""
         _check_range("clip_low", self.clip_low, 0.0, 1.0)
         for name in ("clip_high", "kl_weight", "anchor_weight"):
             _check_range(name, getattr(self, name), 0.0)
-        for name in ("soft_positive", "soft_negative"):
+        for name in ("soft_positive", "soft_negative", "regression_eps"):
             _check_range(name, getattr(self, name), 1e-6)
+        _check_range("constant_length", self.constant_length, 1.0)
         _check_range("dual_clip", self.dual_clip, 1.0)
         _check_range("behaviour_cap", self.behaviour_cap, 1e-6)
-        _check_choice("ratio", self.ratio, ("token", "sequence"))
-        _check_choice("surrogate", self.surrogate, ("clip", "soft"))
-        _check_choice("kl_estimator", self.kl_estimator, ("k1", "k2", "k3"))
+        _check_choice("ratio", self.ratio, LEVELS)
+        _check_choice("surrogate", self.surrogate, tuple(_OF_SURROGATE))
+        _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
         _check_choice("anchor", self.anchor, ("sequence", "position", "logprob"))
-        _check_choice("aggregation", self.aggregation, ("token", "sequence"))
+        _check_choice("aggregation", self.aggregation, ("token", "sequence", "constant"))
+        _check_together(self)
 
 
 @pytree
@@ -89,6 +116,8 @@ class ObjectiveMetrics:
     """Tokens dropped by the behaviour cap."""
     kl: Float[Array, ""]
     """Sum of the estimated divergence from the reference; 0 without a reference."""
+    entropy: Float[Array, ""]
+    """Sum of the policy's entropy where each token was chosen; 0 where it is not given."""
     gap: Float[Array, ""]
     """Sum of |proximal - behaviour|: how far sampler and learner disagree."""
     gap_max: Float[Array, ""]
@@ -108,6 +137,7 @@ class ObjectiveMetrics:
             "dual_clip_fraction": self.dual_clipped / count,
             "dropped_fraction": self.dropped / count,
             "kl": self.kl / count,
+            "entropy": self.entropy / count,
             "logprob/gap_mean": self.gap / count,
             "logprob/gap_max": self.gap_max,
         }
@@ -122,6 +152,8 @@ def policy_loss(
     config: ObjectiveConfig,
     reference: Float[ArrayLike, "b t"] | None = None,
     structure: Shaped[ArrayLike, "b t"] | None = None,
+    entropy: Float[ArrayLike, "b t"] | None = None,
+    group_size: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], ObjectiveMetrics]:
     """Decoupled PPO loss (arXiv 2110.00641; AReaL, arXiv 2505.24298), as a sum and its count.
 
@@ -130,41 +162,44 @@ def policy_loss(
               + kl_weight * KL_t(pi, reference) - anchor_weight * s_t * log pi
         loss = sum_t m_t l_t / sum_t m_t                      (aggregation="token")
 
-    Equations 10-12 of the ParaVT release. Dropped tokens stay in the count.
+    Equations 10-12 of the ParaVT release. Dropped tokens stay in the count. Other settings put
+    another surrogate for the maximum (`paravt_jax.surrogates`) or another mean (`aggregate`).
 
     Args:
         log_probs: of the policy that is trained; the only argument with a gradient.
         proximal: of the policy at the beginning of the step.
         behaviour: of the sampler.
-        advantages: per token; averaged over a row's tokens if `config.ratio == "sequence"`.
+        advantages: per token; averaged over a row's tokens unless `config.ratio == "token"`.
         mask: weight of each token, 0 where not trained. What stands there is never looked at,
             not even if it is NaN.
         config: which objective.
         reference: of the frozen policy; needed if `config.kl_weight` is not 0.
         structure: nonzero on structural tokens; needed for anchor="logprob".
+        entropy: of the policy where each token was chosen, for the metrics alone.
+        group_size: neighbouring rows that answer one prompt; needed for surrogate="regression",
+            and must then divide the rows.
 
     Returns:
-        `(loss_sum, count, metrics)`: divide the sum of sums by the sum of counts. The count is
-        the sum of the mask, or with aggregation="sequence" the number of rows with any token.
+        `(loss_sum, count, metrics)`: divide the sum of sums by the sum of counts, see `aggregate`.
         An empty mask gives a sum of 0, a count of 0 and gradients of 0.
 
     Raises:
-        ValueError: `config` needs an argument that is None.
+        ValueError: `config` needs an argument that is None, or groups do not fill the rows.
     """
     arrays = [log_probs, proximal, behaviour, advantages, mask]
     chex.assert_rank(arrays, 2)
     chex.assert_equal_shape(arrays)
-    _require(config, reference, structure)
+    _require(config, reference, structure, group_size, len(log_probs))
     weight = jnp.asarray(mask, jnp.float32)
     trained = weight > 0
     log_probs = _within(trained, log_probs)
     proximal, behaviour, advantages = (
         stop_gradient(_within(trained, x)) for x in (proximal, behaviour, advantages)
     )
-    if config.ratio == "sequence":
-        advantages = _row_mean(advantages, weight)
-    log_ratio = _log_ratio(log_probs, proximal, weight, config.ratio)
-    surrogate, clipped, dual_clipped = _surrogate(log_ratio, advantages, config)
+    if config.ratio != "token":
+        advantages = row_mean(advantages, weight)
+    log_ratio = log_ratios(log_probs, proximal, weight, config.ratio)
+    surrogate, clip, dual_clip = _surrogate(log_ratio, advantages, weight, config, group_size)
     importance, kept = behaviour_weights(proximal, behaviour, config.behaviour_cap)
     loss = surrogate * importance
     kl = jnp.zeros_like(loss)
@@ -175,23 +210,41 @@ def policy_loss(
     if config.anchor == "logprob" and structure is not None:
         loss -= config.anchor_weight * (jnp.asarray(structure) > 0) * log_probs
     metrics = _metrics(
-        trained, jnp.exp(log_ratio), clipped, dual_clipped, ~kept, kl, proximal - behaviour
+        trained,
+        ratio=safe_exp(log_ratio),
+        clipped=clip,
+        dual_clipped=dual_clip,
+        dropped=~kept,
+        kl=kl,
+        entropy=jnp.zeros_like(loss) if entropy is None else jnp.asarray(entropy),
+        gap=jnp.abs(proximal - behaviour),
     )
-    return *aggregate(loss, weight, config.aggregation), metrics
+    return *aggregate(loss, weight, config.aggregation, config.constant_length), metrics
 
 
 def aggregate(
     values: Float[Array, "b t"],
     weight: Float[Array, "b t"],
     aggregation: str = "token",
+    constant_length: int | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """Sum and count of a weighted mean over tokens, or over rows of the mean of each row."""
+    """Sum and count of a mean over the tokens of a batch, so that parts of it can be added up.
+
+    * "token": sum of w_t l_t over all tokens; the count is the sum of w_t (DAPO, arXiv 2503.14476).
+    * "sequence": sum over rows of each row's weighted mean; the count is the number of rows with
+      any token (GRPO, arXiv 2402.03300).
+    * "constant": sum of w_t l_t over all tokens / `constant_length`; the count is that number of
+      rows. Long rows weigh neither more nor less per token (Dr. GRPO, arXiv 2503.20783).
+    """
     values = jnp.where(weight > 0, values * weight, 0.0)
     if aggregation == "token":
         return values.sum(), weight.sum()
     row_weight = weight.sum(axis=1)
-    rows = values.sum(axis=1) / jnp.where(row_weight > 0, row_weight, 1.0)
-    return rows.sum(), (row_weight > 0).sum().astype(jnp.float32)
+    rows = (row_weight > 0).sum().astype(jnp.float32)
+    if aggregation == "constant":
+        return values.sum() / (constant_length or 1), rows
+    means = values.sum(axis=1) / jnp.where(row_weight > 0, row_weight, 1.0)
+    return means.sum(), rows
 
 
 def behaviour_weights(
@@ -201,7 +254,7 @@ def behaviour_weights(
 
     Equation 10 of the ParaVT release: dropped, not truncated, and without a lower bound.
     """
-    weights = _safe_exp(proximal - behaviour)
+    weights = safe_exp(proximal - behaviour)
     kept = jnp.ones(weights.shape, bool) if cap is None else weights <= cap
     return jnp.where(kept, weights, 0.0), kept
 
@@ -216,21 +269,32 @@ def divergence(
     With d = log pi - log reference: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d
     (J. Schulman, "Approximating KL divergence", 2020). Clamped to [-10, 10].
     """
-    _check_choice("kl_estimator", estimator, ("k1", "k2", "k3"))
+    _check_choice("kl_estimator", estimator, KL_ESTIMATORS)
     chex.assert_equal_shape([log_probs, reference])
     difference = log_probs - reference
     if estimator == "k2":
         difference = jnp.square(difference) / 2
     if estimator == "k3":
-        difference = _safe_exp(-difference) - 1 + difference
+        difference = safe_exp(-difference) - 1 + difference
     return jnp.clip(difference, -_LARGEST_KL, _LARGEST_KL)
 
 
-def _require(config: ObjectiveConfig, reference: object, structure: object) -> None:
+def _require(
+    config: ObjectiveConfig,
+    reference: object,
+    structure: object,
+    group_size: int | None,
+    rows: int,
+) -> None:
     if config.kl_weight and reference is None:
         raise ValueError(f"kl_weight={config.kl_weight} needs reference log-probs; pass reference")
     if config.anchor == "logprob" and structure is None:
         raise ValueError("anchor='logprob' needs the structural positions; pass structure")
+    if config.surrogate == "regression" and (not group_size or rows % group_size):
+        raise ValueError(
+            f"surrogate='regression' compares the rollouts of a prompt: group_size={group_size} "
+            f"must divide the {rows} rows"
+        )
 
 
 def _within(trained: Shaped[Array, "b t"], values: ArrayLike) -> Float[Array, "b t"]:
@@ -238,78 +302,61 @@ def _within(trained: Shaped[Array, "b t"], values: ArrayLike) -> Float[Array, "b
     return jnp.where(trained, jnp.asarray(values, jnp.float32), 0.0)
 
 
-def _row_mean(values: Float[Array, "b t"], weight: Float[Array, "b t"]) -> Float[Array, "b t"]:
-    """Weighted mean of each row, at each of its tokens."""
-    count = weight.sum(axis=1, keepdims=True)
-    mean = (values * weight).sum(axis=1, keepdims=True) / jnp.where(count > 0, count, 1.0)
-    return jnp.broadcast_to(mean, values.shape)
-
-
-def _log_ratio(
-    log_probs: Float[Array, "b t"],
-    proximal: Float[Array, "b t"],
-    weight: Float[Array, "b t"],
-    level: str,
-) -> Float[Array, "b t"]:
-    """log q per token, or its mean over the row (GSPO), bounded so that exp cannot overflow."""
-    log_ratio = log_probs - proximal
-    if level == "sequence":
-        log_ratio = _row_mean(log_ratio, weight)
-    return jnp.clip(log_ratio, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO)
-
-
 def _surrogate(
-    log_ratio: Float[Array, "b t"], advantages: Float[Array, "b t"], config: ObjectiveConfig
+    log_ratio: Float[Array, "b t"],
+    advantages: Float[Array, "b t"],
+    weight: Float[Array, "b t"],
+    config: ObjectiveConfig,
+    group_size: int | None,
 ) -> tuple[Float[Array, "b t"], Shaped[Array, "b t"], Shaped[Array, "b t"]]:
     """Loss per token, where the clip binds, and where the dual clip binds."""
-    ratio = jnp.exp(log_ratio)
-    never = jnp.zeros(ratio.shape, bool)
+    if config.surrogate == "clip":
+        return clipped(log_ratio, advantages, config.clip_low, config.clip_high, config.dual_clip)
     if config.surrogate == "soft":
-        return _soft_gate(ratio, advantages, config), never, never
-    free = -advantages * ratio
-    bound = -advantages * jnp.clip(ratio, 1 - config.clip_low, 1 + config.clip_high)
-    loss = jnp.maximum(free, bound)
-    if config.dual_clip is None:
-        return loss, free < bound, never
-    ceiling = config.dual_clip * jnp.abs(advantages)
-    return jnp.minimum(loss, ceiling), free < bound, ceiling < loss
-
-
-def _soft_gate(
-    ratio: Float[Array, "b t"], advantages: Float[Array, "b t"], config: ObjectiveConfig
-) -> Float[Array, "b t"]:
-    """-A * (4 / tau) * sigmoid(tau * (q - 1)); tau depends on the sign of A (SAPO)."""
-    tau = jnp.where(advantages > 0, config.soft_positive, config.soft_negative)
-    return -advantages * 4.0 / tau * jax.nn.sigmoid(tau * (ratio - 1.0))
+        loss = soft_gated(log_ratio, advantages, config.soft_positive, config.soft_negative)
+    else:
+        eps, detached = config.regression_eps, config.regression_detached
+        loss = regressed(log_ratio, advantages, weight, group_size or 1, eps, detached)
+    never = jnp.zeros(loss.shape, bool)
+    return loss, never, never
 
 
 def _metrics(
-    trained: Shaped[Array, "b t"],
-    ratio: Float[Array, "b t"],
-    clipped: Shaped[Array, "b t"],
-    dual_clipped: Shaped[Array, "b t"],
-    dropped: Shaped[Array, "b t"],
-    kl: Float[Array, "b t"],
-    gap: Float[Array, "b t"],
+    trained: Shaped[Array, "b t"], *, gap: Float[Array, "b t"], **values: Shaped[Array, "b t"]
 ) -> ObjectiveMetrics:
-    def total(values: Shaped[Array, "b t"]) -> Float[Array, ""]:
-        return jnp.where(trained, stop_gradient(values), 0.0).sum().astype(jnp.float32)
+    """Sums over trained tokens of what `ObjectiveMetrics` names."""
 
-    gap = stop_gradient(jnp.abs(gap))
+    def within(x: Shaped[Array, "b t"]) -> Float[Array, "b t"]:
+        return jnp.where(trained, stop_gradient(x), 0.0).astype(jnp.float32)
+
     return ObjectiveMetrics(
-        tokens=total(jnp.ones_like(ratio)),
-        ratio=total(ratio),
-        clipped=total(clipped),
-        dual_clipped=total(dual_clipped),
-        dropped=total(dropped),
-        kl=total(kl),
-        gap=total(gap),
-        gap_max=jnp.where(trained, gap, 0.0).max(initial=0.0),
+        tokens=trained.sum().astype(jnp.float32),
+        gap=within(gap).sum(),
+        gap_max=within(gap).max(initial=0.0),
+        **{name: within(x).sum() for name, x in values.items()},
     )
 
 
-def _safe_exp(x: Float[Array, "*b"]) -> Float[Array, "*b"]:
-    return jnp.exp(jnp.clip(x, -_LARGEST_LOG_RATIO, _LARGEST_LOG_RATIO))
+def _check_together(config: ObjectiveConfig) -> None:
+    """Refuse settings of another surrogate or another mean than the one that is chosen."""
+    for surrogate, names in _OF_SURROGATE.items():
+        for name in names if surrogate != config.surrogate else ():
+            value = getattr(config, name)
+            if value != getattr(ObjectiveConfig, name):
+                raise ValueError(
+                    f"{name}={value} has no effect with surrogate={config.surrogate!r}; leave it "
+                    f"out, or set surrogate={surrogate!r}"
+                )
+    if config.surrogate == "regression" and config.ratio == "token":
+        raise ValueError(
+            "surrogate='regression' compares whole rollouts, and ratio='token' has none; set "
+            "ratio='trajectory', or 'sequence' for a mean over tokens"
+        )
+    if (config.aggregation == "constant") != (config.constant_length is not None):
+        raise ValueError(
+            f"constant_length={config.constant_length} with aggregation={config.aggregation!r}: "
+            "aggregation='constant' and a length go together"
+        )
 
 
 def _check_range(

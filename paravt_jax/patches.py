@@ -70,5 +70,14 @@ def join_patches(items: Sequence[Patches | None]) -> Patches | None:
     return Patches(np.concatenate(values), np.concatenate([item.grids for item in present]))
 
 
+def split_patches(patches: Patches, counts: Sequence[int]) -> list[Patches]:
+    """The reverse of `join_patches`: items of this many frames each, padded as they are."""
+    if len(counts) == 1:
+        return [patches]
+    ends = np.cumsum(counts)[:-1]
+    values, grids = np.split(patches.values, ends), np.split(patches.grids, ends)
+    return [Patches(*pair) for pair in zip(values, grids, strict=True)]
+
+
 def _widen(values: np.ndarray, patches: int) -> np.ndarray:
     return np.pad(values, ((0, 0), (0, patches - values.shape[1]), (0, 0)))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import functools
 import json
 import math
 import re
@@ -21,14 +22,43 @@ THINK_OPEN, THINK_CLOSE = "<think>", "</think>"
 CALL_OPEN, CALL_CLOSE = "<tool_call>", "</tool_call>"
 CODE_OPEN, CODE_CLOSE = "<tool_code>", "</tool_code>"
 RESPONSE_OPEN, RESPONSE_CLOSE = "<tool_response>", "</tool_response>"
+GROUNDING_OPEN, GROUNDING_CLOSE = "<grounding>", "</grounding>"
 ANSWER_OPEN, ANSWER_CLOSE = "<answer>", "</answer>"
 TURN_START, TURN_END = "<|im_start|>", "<|im_end|>"
 
-STRUCTURAL_TAGS = (THINK_OPEN, THINK_CLOSE, CALL_OPEN, CALL_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
-"""Tags whose tokens make up the structure of a rollout."""
-
 TOOL_NAME = "crop_video"
 """The tool that looks at a part of the video."""
+GROUNDING_TOOL = "grounding"
+"""The tool that Video-o3's `<grounding>` tag calls."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CallSyntax:
+    """How an agent writes its tool calls."""
+
+    open: str
+    """Tag before a call."""
+    close: str
+    """Tag after a call."""
+    tool: str | None = None
+    """The one tool that such a call can mean: its arguments, a JSON object, stand between the tags.
+    None: a JSON object of "name" and "arguments" stands there."""
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Tags whose tokens make up the structure of a rollout."""
+        return (THINK_OPEN, THINK_CLOSE, self.open, self.close, ANSWER_OPEN, ANSWER_CLOSE)
+
+
+SYNTAXES = {
+    "tool_call": CallSyntax(CALL_OPEN, CALL_CLOSE),
+    "grounding": CallSyntax(GROUNDING_OPEN, GROUNDING_CLOSE, GROUNDING_TOOL),
+}
+"""Call syntaxes by name: `tool_call` is Qwen's own, as in ParaVT, LongVT and VITAL; `grounding` is
+Video-o3's (arXiv 2601.23224)."""
+
+STRUCTURAL_TAGS = SYNTAXES["tool_call"].tags
+"""Tags whose tokens make up the structure of a rollout in the syntax `tool_call`."""
 
 CROP_VIDEO_TOOL: dict[str, Any] = {
     "type": "function",
@@ -75,18 +105,26 @@ class ReferenceParse:
 
 @overload
 def parse_tool_calls(
-    text: str, compat: Literal["fixed"] = "fixed", *, mode: str = "strict"
+    text: str,
+    compat: Literal["fixed"] = "fixed",
+    *,
+    mode: str = "strict",
+    syntax: str = "tool_call",
 ) -> tuple[ToolCall, ...]: ...
 
 
 @overload
 def parse_tool_calls(
-    text: str, compat: Literal["reference"], *, mode: str = "strict"
+    text: str,
+    compat: Literal["reference"],
+    *,
+    mode: str = "strict",
+    syntax: str = "tool_call",
 ) -> ReferenceParse: ...
 
 
 def parse_tool_calls(
-    text: str, compat: str = "fixed", *, mode: str = "strict"
+    text: str, compat: str = "fixed", *, mode: str = "strict", syntax: str = "tool_call"
 ) -> tuple[ToolCall, ...] | ReferenceParse:
     """Tool calls of one assistant turn, in text order. Never raises on any text.
 
@@ -97,17 +135,33 @@ def parse_tool_calls(
             `error` set. "reference" reproduces the released parser.
         mode: "strict" repairs nothing. "repair" also reads `crop_video(...)` lines with literal
             arguments inside `<tool_code>`. Only for compat="fixed".
+        syntax: how calls are written, a name of `SYNTAXES`; others than "tool_call" only for
+            compat="fixed" and mode="strict".
 
     Raises:
-        ValueError: unknown `compat` or `mode`.
+        ValueError: unknown `compat`, `mode` or `syntax`, or a combination that does not exist.
     """
     if compat not in ("fixed", "reference"):
         raise ValueError(f"compat={compat!r} is unknown; use 'fixed' or 'reference'")
     if mode not in ("strict", "repair"):
         raise ValueError(f"mode={mode!r} is unknown; use 'strict' or 'repair'")
+    own = call_syntax(syntax)
+    if own.tool and (compat, mode) != ("fixed", "strict"):
+        raise ValueError(f"syntax={syntax!r} is read with compat='fixed' and mode='strict' only")
     if compat == "reference":
         return _reference_parse(text)
-    return tuple(_calls(after_thinking(text), repair=mode == "repair"))
+    return tuple(_calls(after_thinking(text), own, repair=mode == "repair"))
+
+
+def call_syntax(name: str) -> CallSyntax:
+    """The syntax of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in SYNTAXES:
+        raise ValueError(f"call_syntax={name!r} is unknown; choose one of {', '.join(SYNTAXES)}")
+    return SYNTAXES[name]
 
 
 def after_thinking(text: str) -> str:
@@ -115,23 +169,24 @@ def after_thinking(text: str) -> str:
     return text.rpartition(THINK_CLOSE)[2]
 
 
-def parses_strictly(turn: str, prefix: str = "") -> bool:
+def parses_strictly(turn: str, prefix: str = "", *, syntax: str = "tool_call") -> bool:
     """Whether one assistant turn is well formed to the letter.
 
-    That is `<think>...</think>`, then either valid `<tool_call>` blocks with only white space
-    between them or exactly one `<answer>` with something in it, then at most one `<|im_end|>`.
-    A rollout counts for `format/compliance` if all of its turns parse.
+    That is `<think>...</think>`, then either valid calls with only white space between them or
+    exactly one `<answer>` with something in it, then at most one `<|im_end|>`. A rollout counts
+    for `format/compliance` if all of its turns parse.
 
     Args:
         turn: text of the turn.
         prefix: forced text that stands before `turn` but is not part of it.
+        syntax: how calls are written, a name of `SYNTAXES`.
     """
     text = (prefix + turn).strip().removesuffix(TURN_END).rstrip()
     think, closed, action = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
     if not (text.startswith(THINK_OPEN) and closed) or THINK_OPEN in think or THINK_CLOSE in action:
         return False
     action = action.strip()
-    return _only_calls(action) or _only_answer(action)
+    return _only_calls(action, syntax) or _only_answer(action)
 
 
 def crop_window(call: ToolCall, duration: float | int) -> Window | str:
@@ -157,11 +212,21 @@ def crop_window(call: ToolCall, duration: float | int) -> Window | str:
         return call.error
     if call.name != TOOL_NAME:
         return f"unknown tool {_quoted(call.name)}; the only tool is {TOOL_NAME}"
-    times = [_argument(call.arguments, name) for name in ("start", "end")]
+    times = call_times(call)
+    return times if isinstance(times, str) else _clamped(*times, duration)
+
+
+def call_times(call: ToolCall) -> Window | str:
+    """The start and end in seconds that a call names, in whatever order and however far out.
+
+    Times are numbers, number texts, or "mm:ss", under `start_time` and `end_time`, or `start` and
+    `end` for short. An error text for the model if one is missing or no time.
+    """
+    times = [_argument(call, name) for name in ("start", "end")]
     for time in times:
         if isinstance(time, str):
             return time
-    return _clamped(float(times[0]), float(times[1]), duration)
+    return float(times[0]), float(times[1])
 
 
 def parse_seconds(value: Any) -> float | None:
@@ -184,14 +249,13 @@ def parse_seconds(value: Any) -> float | None:
 _TIME = re.compile(
     r"(?P<sign>-?)(?P<clock>(?:\d{1,4}:){0,2}\d{1,9}(?:\.\d{0,9})?)\s?(?:s|secs?|seconds?)?", re.I
 )
-_BLOCK = re.compile(r"<(?P<tag>tool_call|tool_code)>|</tool_call>")
 
 
-def _only_calls(action: str) -> bool:
-    """Whether the text is valid `<tool_call>` blocks and white space, nothing else."""
-    calls = parse_tool_calls(action)
-    blocks = action.split(CALL_CLOSE)
-    apart = all(block.lstrip().startswith(CALL_OPEN) for block in blocks[:-1])
+def _only_calls(action: str, syntax: str) -> bool:
+    """Whether the text is valid calls and white space, nothing else."""
+    calls, own = parse_tool_calls(action, syntax=syntax), call_syntax(syntax)
+    blocks = action.split(own.close)
+    apart = all(block.lstrip().startswith(own.open) for block in blocks[:-1])
     whole = len(blocks) > 1 and not blocks[-1].strip()
     return apart and whole and all(call.error is None for call in calls)
 
@@ -201,33 +265,40 @@ def _only_answer(action: str) -> bool:
     if not (action.startswith(ANSWER_OPEN) and action.endswith(ANSWER_CLOSE)):
         return False
     body = action[len(ANSWER_OPEN) : -len(ANSWER_CLOSE)]
-    tags = (*STRUCTURAL_TAGS, TURN_START, TURN_END)
+    tags = {TURN_START, TURN_END}.union(*(syntax.tags for syntax in SYNTAXES.values()))
     return bool(body.strip()) and not any(tag in body for tag in tags)
 
 
-def _calls(text: str, repair: bool) -> Iterator[ToolCall]:
+def _calls(text: str, syntax: CallSyntax, repair: bool) -> Iterator[ToolCall]:
     """Walk over the call blocks of a turn; a block ends at its closing tag or the next opening."""
-    marks = [mark for mark in _BLOCK.finditer(text) if repair or mark["tag"] != "tool_code"]
+    tags = (syntax.open, syntax.close, *([CODE_OPEN] if repair else []))
+    marks = list(_any_of(tags).finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     opened = False
     for mark, end in zip(marks, ends, strict=False):
-        body = text[mark.end() : end]
-        if mark["tag"] == "tool_code":
+        tag, body = mark.group(), text[mark.end() : end]
+        if tag == CODE_OPEN:
             yield from _code_calls(body.partition(CODE_CLOSE)[0])
-        elif mark["tag"] is None and not opened:
+        elif tag == syntax.close and not opened:
             yield _broken("a tool call ends that was never opened")
-        elif mark["tag"] == "tool_call":
-            closed = text.startswith(CALL_CLOSE, end)
-            yield _json_call(body) if closed else _broken("the tool call is never closed")
-        opened = mark["tag"] == "tool_call"
+        elif tag == syntax.open:
+            closed = text.startswith(syntax.close, end)
+            yield _json_call(body, syntax) if closed else _broken("the tool call is never closed")
+        opened = tag == syntax.open
+
+
+@functools.cache
+def _any_of(tags: tuple[str, ...]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, tags)))
 
 
 def _broken(error: str, name: str = "") -> ToolCall:
     return ToolCall(name=name, arguments={}, error=error)
 
 
-def _json_call(body: str) -> ToolCall:
-    """One `<tool_call>` body: a JSON object with a string "name" and an object "arguments"."""
+def _json_call(body: str, syntax: CallSyntax) -> ToolCall:
+    """What stands between the tags: a JSON object with a string "name" and an object "arguments",
+    or the arguments alone where the syntax knows one tool only."""
     try:
         call = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError:
@@ -236,6 +307,8 @@ def _json_call(body: str) -> ToolCall:
         return _broken(f"the call is not valid JSON: {error}"[:200])
     if not isinstance(call, dict):
         return _broken(f"the call must be one JSON object, not {_kind(call)}")
+    if syntax.tool:
+        return ToolCall(name=syntax.tool, arguments=call)
     name, arguments = call.get("name"), call.get("arguments")
     if not isinstance(name, str) or not name:
         return _broken('the call needs a "name" that is a text')
@@ -259,14 +332,14 @@ def _quoted(text: str) -> str:
     return ascii(text[:_LONGEST_QUOTE])
 
 
-def _argument(arguments: dict[str, Any], name: str) -> float | str:
+def _argument(call: ToolCall, name: str) -> float | str:
     """Time under `<name>_time` or `<name>`, or an error text."""
-    key = f"{name}_time" if f"{name}_time" in arguments else name
-    if key not in arguments:
-        return f'{TOOL_NAME} needs "{name}_time"'
-    seconds = parse_seconds(arguments[key])
+    key = f"{name}_time" if f"{name}_time" in call.arguments else name
+    if key not in call.arguments:
+        return f'{call.name} needs "{name}_time"'
+    seconds = parse_seconds(call.arguments[key])
     if seconds is None:
-        return f'"{key}" must be a number of seconds, not {_quoted(repr(arguments[key]))}'
+        return f'"{key}" must be a number of seconds, not {_quoted(repr(call.arguments[key]))}'
     return seconds
 
 

@@ -85,11 +85,12 @@ class VideoRef:
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One question about one video."""
+    """One question about one video, or about several that are shown together."""
 
     row_id: str
     """Unique within its data set; seeds of this row are derived from it."""
     video: VideoRef
+    """The video that tools open."""
     question: str
     """The text put to the agent, options included."""
     answer: str
@@ -98,6 +99,46 @@ class Row:
     evidence: tuple[tuple[float, float], ...] = ()
     """Windows `(start, end)` in seconds where the answer can be seen; empty if nobody marked them.
     Rewards that judge where a tool looked compare with these."""
+    more_videos: tuple[VideoRef, ...] = ()
+    """Further videos that the prompt shows after `video`; tools do not open them."""
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """All videos, in the order in which the prompt shows them."""
+        return (self.video, *self.more_videos)
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageRef:
+    """An image file that a row owns."""
+
+    path: str
+    """Absolute path on this machine."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Message:
+    """One message of a conversation, as a chat template takes it."""
+
+    role: str
+    """system, user, assistant or tool."""
+    content: tuple[str | ImageRef | VideoRef, ...]
+    """Words, images and videos in the order in which they are shown."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Conversation:
+    """One supervised row: messages, those of the assistant to be learned."""
+
+    row_id: str
+    """Unique within its data set."""
+    messages: tuple[Message, ...]
+
+    @property
+    def videos(self) -> tuple[VideoRef, ...]:
+        """The videos of all messages, in the order in which they are shown."""
+        parts = (part for message in self.messages for part in message.content)
+        return tuple(part for part in parts if isinstance(part, VideoRef))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,9 +186,9 @@ class Prompt:
     """int32 `[t]`: which vision token stands here (frame-major, counted over the padded
     `f * p / merge**2` tokens of `patches`), or -1 for text."""
     patches: Patches | None = None
-    times: np.ndarray | None = None
-    """float64, seconds of the decoded frames that `patches` show, where the prompt was rendered
-    with them: what it takes to render it once more with other words."""
+    times: tuple[np.ndarray, ...] = ()
+    """Of each video, float64 seconds of the decoded frames that `patches` show, where the prompt
+    was rendered with them: what it takes to render it once more with other words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,6 +200,8 @@ class Example:
     """int32 `[t]`: everything after the prompt, tool responses included."""
     weights: np.ndarray
     """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
+    shown: tuple[Shown, ...] = ()
+    """Frames that tool responses put into this stream, in stream order."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -222,10 +265,21 @@ class Trajectory:
     """Sub-agent rollouts, in call order."""
     shown: tuple[Shown, ...] = ()
     """Frames that tool responses put into this stream itself, in stream order."""
+    call_syntax: str = "tool_call"
+    """How its calls are written, a name of `paravt_jax.protocol.SYNTAXES`."""
     policy_version: int = 0
     """Optimiser step of the weights that sampled this."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
     """Reward by term; `total` is the one that trains."""
+
+    @property
+    def spoken(self) -> np.ndarray:
+        """bool `[t]`: what the assistant says: generated tokens and the forced heads of turns."""
+        spoken = self.generated.copy()
+        starts = np.flatnonzero(np.diff(spoken, prepend=False) & spoken)
+        for start, turn in zip(starts, self.turns, strict=False):
+            spoken[start - len(turn.prefix) : start] = True
+        return spoken
 
     @property
     def calls(self) -> int:
@@ -236,6 +290,12 @@ class Trajectory:
     def executed(self) -> int:
         """Tool calls that ran to a result."""
         return sum(turn.executed for turn in self.turns)
+
+    @property
+    def over_turn(self) -> bool:
+        """Whether even the last turn calls: the rollout used up its rounds, or its room, and
+        then did not answer when it had to."""
+        return bool(self.turns and self.turns[-1].calls)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -407,3 +467,6 @@ class LearnerBatch:
     patches: Float[ArrayLike, "groups f p c"] | None
     grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
+    segments: Int[ArrayLike, "b t"] | None = None
+    """Which of several packed streams a token belongs to, counted from 1, and 0 for padding: no
+    token sees another stream's. None where each row is one stream."""

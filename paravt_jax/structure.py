@@ -6,7 +6,13 @@ bytes, and a token acts on it as a function from state to state, tabulated once 
 
 On the device no state has to be carried along the row. A tag has at most 12 bytes and a token at
 least one, so the state before a token depends on the few tokens before it alone, and a fixed
-number of vectorised look-ups gives every state of every row at once.
+number of vectorised look-ups gives every state of every row at once. Which tags belong together is
+then a question of neighbours, answered by running maxima.
+
+Blocks do not nest. A closing tag belongs to the tag before it if that is its opening tag; a tag
+whose neighbour does not fit is opened or closed in vain. Between `<think>` and `</think>` other
+tags are only spoken of, as in `parse_tool_calls`: they belong to nothing and disturb nothing. What
+nobody of the policy's side said (prompts, tool responses) holds no tags and ends every block.
 """
 
 from __future__ import annotations
@@ -24,38 +30,49 @@ from jaxtyping import Array, Bool, Int, Shaped
 from paravt_jax.protocol import (
     ANSWER_CLOSE,
     ANSWER_OPEN,
-    CALL_CLOSE,
     STRUCTURAL_TAGS,
     THINK_CLOSE,
+    THINK_OPEN,
+    call_syntax,
 )
 from paravt_jax.records import ArrayLike, pytree
 
-ANCHOR_TAGS = (THINK_CLOSE, CALL_CLOSE, ANSWER_OPEN, ANSWER_CLOSE)
-"""Tags at which the format anchor acts: the ones that collapse under temperature sampling."""
+
+def anchor_tags(syntax: str = "tool_call") -> tuple[str, ...]:
+    """Tags at which the format anchor acts: the ones that collapse under temperature sampling.
+
+    Args:
+        syntax: how calls are written, see `paravt_jax.protocol.SYNTAXES`.
+    """
+    return (THINK_CLOSE, call_syntax(syntax).close, ANSWER_OPEN, ANSWER_CLOSE)
+
+
+ANCHOR_TAGS = anchor_tags()
+"""Those of the syntax `tool_call`."""
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("kinds", "exits", "completes", "continues", "holds", "counts"),
+    data_fields=("kinds", "blank", "exits", "completes", "continues", "within"),
     meta_fields=("tags",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
 class TagTable:
     """How each token moves the automaton. Axes: `state` (how much of a tag has been read), `kind`
-    (tokens that move it alike share one), `tag`."""
+    (tokens that move it alike share one), `m` (tags within one token)."""
 
     kinds: Int[ArrayLike, " vocab"]
     """Kind of each token id."""
+    blank: Int[ArrayLike, ""]
+    """Kind of a token without bytes, which breaks a tag."""
     exits: Int[ArrayLike, "kind state"]
     """State after a token, by the state before it; 0 where no tag is begun."""
     completes: Int[ArrayLike, "kind state"]
     """Tag, begun in an earlier token, that this token completes; -1 if none."""
     continues: Bool[ArrayLike, "kind state"]
     """Whether the tag begun in an earlier token is still incomplete after this one."""
-    holds: Int[ArrayLike, " kind"]
-    """First tag that lies within the token; -1 if none."""
-    counts: Int[ArrayLike, "kind tag"]
-    """How often each tag lies within the token."""
+    within: Int[ArrayLike, "kind m"]
+    """Tags that lie within the token, in order; -1 fills up."""
     tags: tuple[str, ...]
     """The tags, in the order of their ids."""
 
@@ -63,17 +80,21 @@ class TagTable:
 @pytree
 @dataclasses.dataclass(frozen=True)
 class StructuralTokens:
-    """The structural tags of a batch of token streams."""
+    """The structural tags of a batch of token streams.
 
-    ids: Int[Array, "b t"]
-    """Index in `TagTable.tags` of the first tag that a token has bytes of; -1 if none."""
+    One token may have bytes of several tags: the end of one, whole ones, the head of the next.
+    Axis `k` lists them in stream order, -1 filling up.
+    """
+
+    tags: Int[Array, "b t k"]
+    """Indices in `TagTable.tags` of the tags that a token has bytes of."""
+    partners: Int[Array, "b t k"]
+    """For an opening tag the first token of its closing tag, for a closing tag the last token of
+    its opening tag: what they enclose lies strictly between. -1 where a tag belongs to no pair."""
     counts: Int[Array, "b tag"]
     """How often each tag occurs in each row."""
-
-    @property
-    def mask(self) -> Bool[Array, "b t"]:
-        """Where a token has bytes of a tag."""
-        return self.ids >= 0
+    paired: Int[Array, "b tag"]
+    """How many of them belong to a pair."""
 
 
 def token_bytes(
@@ -118,63 +139,127 @@ def tag_table(contents: Sequence[bytes], tags: Sequence[str] = STRUCTURAL_TAGS) 
             tag.isascii() and tag[:1] + tag[-1:] == "<>" and tag.count("<") == 1 == tag.count(">")
         ):
             raise ValueError(f"tag {tag!r} must be of the form <...> without further brackets")
-    rows = _read_tokens(contents, *_automaton(tags), [len(tag) for tag in tags])
+    rows = _read_tokens([*contents, b""], *_automaton(tags), [len(tag) for tag in tags])
     _, first, kinds = np.unique(
         np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1),
         axis=0,
         return_index=True,
         return_inverse=True,
     )
-    exits, completes, continues, holds, counts = (row[first] for row in rows)
+    kinds = kinds.reshape(-1).astype(np.int32)
+    exits, completes, continues, within = (row[first] for row in rows)
     return TagTable(
-        kinds=kinds.reshape(-1).astype(np.int32),
+        kinds=kinds[:-1],
+        blank=np.asarray(kinds[-1]),
         exits=exits.astype(np.int32),
         completes=completes.astype(np.int32),
         continues=continues.astype(bool),
-        holds=holds.astype(np.int32),
-        counts=counts.astype(np.int32),
+        within=within.astype(np.int32),
         tags=tuple(tags),
     )
 
 
 @jax.jit
-def structural_tokens(tokens: Int[ArrayLike, "b t"], table: TagTable) -> StructuralTokens:
-    """Find every tag in every row, tags in pieces and several tags in one token included.
+def structural_tokens(
+    tokens: Int[ArrayLike, "b t"],
+    table: TagTable,
+    spoken: Bool[ArrayLike, "b t"] | None = None,
+) -> StructuralTokens:
+    """Find every tag in every row, tags in pieces and several tags in one token included, and
+    which of them belong together.
 
     Args:
-        tokens: token ids. Padding is read like any other token; mask it afterwards.
+        tokens: token ids.
         table: see `tag_table`.
+        spoken: where the assistant speaks: what the policy generated, and prefixes that were forced
+            upon its turns. Elsewhere (prompts, tool responses, padding) tags do not count, and no
+            tag or block runs across. None: everywhere.
     """
     chex.assert_rank(tokens, 2)
-    kinds = jnp.asarray(table.kinds)[tokens]
+    spoken = jnp.ones(tokens.shape, bool) if spoken is None else jnp.asarray(spoken)
+    kinds = jnp.where(spoken, jnp.asarray(table.kinds)[tokens], table.blank)
+    completed, first = _completed(kinds, table)
+    within = jnp.asarray(table.within)[kinds]
+    tags = jnp.concatenate([completed[..., None], within], axis=2)
+    slots = tags.shape[2]
+    partners = _partners(tags, spoken, table.tags)
+    place = jnp.arange(tokens.shape[1])
+    begins = jnp.concatenate([first[..., None], jnp.broadcast_to(place[:, None], within.shape)], 2)
+    opened = jnp.take_along_axis(begins.reshape(len(begins), -1), jnp.maximum(partners, 0), axis=1)
+    # The partner of an opening tag comes later and matters by its first token, else by its last.
+    own = jnp.arange(partners.shape[1])
+    partners = jnp.where(partners > own, opened, partners // slots).reshape(tags.shape)
+    present = tags[..., None] == jnp.arange(len(table.tags))
+    return StructuralTokens(
+        tags=_with_next(tags, completed, first),
+        partners=_with_next(partners, completed, first),
+        counts=present.sum(axis=(1, 2)),
+        paired=(present & (partners >= 0)[..., None]).sum(axis=(1, 2)),
+    )
+
+
+def tag_mask(
+    found: StructuralTokens,
+    table: TagTable,
+    tags: Sequence[str] = STRUCTURAL_TAGS,
+    only_paired: bool = False,
+) -> Bool[Array, "b t"]:
+    """Where a token has bytes of one of these tags; with `only_paired`, of one that belongs to a
+    pair."""
+    wanted = jnp.array([*(tag in tags for tag in table.tags), False])[found.tags]
+    return (wanted & (found.partners >= 0) if only_paired else wanted).any(axis=2)
+
+
+def _completed(
+    kinds: Int[Array, "b t"], table: TagTable
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
+    """Tag that each token completes after others began it, or -1; and the first of those others."""
     exits, completes, continues = map(jnp.asarray, (table.exits, table.completes, table.continues))
-    longest = max(len(tag) for tag in table.tags)
 
     def forward(_, state):
         return exits[kinds, _from_left(state, 0)]
 
+    longest = max(len(tag) for tag in table.tags)
     before = _from_left(jax.lax.fori_loop(0, longest, forward, jnp.zeros_like(kinds)), 0)
-    completed, unfinished = completes[kinds, before], continues[kinds, before]
-    begun = exits[kinds, before] > 0
+    begins = (exits[kinds, before] > 0) & ~continues[kinds, before]
+    return completes[kinds, before], _last_before(begins)
 
-    def backward(_, pending):
-        carried = jnp.where(_from_right(unfinished, False), _from_right(pending, -1), -1)
-        next_completed = _from_right(completed, -1)
-        return jnp.where(begun, jnp.where(next_completed >= 0, next_completed, carried), -1)
 
-    pending = jax.lax.fori_loop(0, longest, backward, jnp.full_like(kinds, -1))
-    held = jnp.asarray(table.holds)[kinds]
-    inside = jnp.asarray(table.counts)[kinds].sum(axis=1)
-    across = (completed[..., None] == jnp.arange(len(table.tags))).sum(axis=1)
-    return StructuralTokens(
-        ids=jnp.where(completed >= 0, completed, jnp.where(held >= 0, held, pending)),
-        counts=inside + across,
+def _partners(
+    tags: Int[Array, "b t m"], spoken: Bool[Array, "b t"], names: Sequence[str]
+) -> Int[Array, "b e"]:
+    """Where among the `e = t * m` places the partner of each tag stands; -1 if it has none."""
+    opening = jnp.array(
+        [names.index(n.replace("/", "")) if _closes(n, names) else -1 for n in names]
     )
+    thought = jnp.array([*(name in (THINK_OPEN, THINK_CLOSE) for name in names), False])
+    think_open = names.index(THINK_OPEN) if THINK_OPEN in names else len(names)
+    flat = tags.reshape(len(tags), -1)
+    silent = jnp.repeat(~spoken, tags.shape[2], axis=1)
+    bounds = thought[flat] | silent
+    thinking = _at(flat, _last_before(bounds)) == think_open
+    live = bounds | ((flat >= 0) & ~thinking)
+    before = _last_before(live)
+    closes = live & (flat >= 0) & (_at(flat, before) >= 0) & (opening[flat] == _at(flat, before))
+    after = _next_after(live)
+    opens = live & (flat >= 0) & _at(closes, after, False)
+    return jnp.where(closes, before, jnp.where(opens, after, -1))
 
 
-def structural_mask(tokens: Int[ArrayLike, "b t"], table: TagTable) -> Bool[Array, "b t"]:
-    """Where a token has bytes of one of the table's tags."""
-    return structural_tokens(tokens, table).mask
+def _closes(name: str, names: Sequence[str]) -> bool:
+    return name.startswith("</") and name.replace("/", "") in names
+
+
+def _with_next(
+    values: Int[Array, "b t m"], completed: Int[Array, "b t"], first: Int[Array, "b t"]
+) -> Int[Array, "b t k"]:
+    """Values of the tags that end in a token, and of the one that later tokens complete after it
+    or earlier ones began it."""
+    later = _next_after(completed >= 0)
+    place = jnp.arange(completed.shape[1])
+    begun = (later >= 0) & (_at(first, later) <= place)
+    following = jnp.where(begun, _at(values[..., 0], later), -1)
+    return jnp.concatenate([values, following[..., None]], axis=2)
 
 
 def _automaton(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -202,27 +287,28 @@ def _read_tokens(
     depths: np.ndarray,
     tag_lengths: Sequence[int],
 ) -> tuple[np.ndarray, ...]:
-    """Let every token act on every state: exits, completes, continues, holds, counts.
+    """Let every token act on every state: exits, completes, continues, within.
 
     All tokens that have an nth byte take their nth step at once.
     """
     lengths = np.array([len(content) for content in contents])
+    longest = lengths.max(initial=0)
     states = np.tile(np.arange(len(moves), dtype=np.int16), (len(contents), 1))
     completes = np.full_like(states, -1)
-    holds = np.full(len(contents), -1, np.int16)
-    counts = np.zeros((len(contents), len(tag_lengths)), np.int16)
-    for step in range(lengths.max(initial=0)):
+    within = np.full((len(contents), longest // min(tag_lengths)), -1, np.int16)
+    held = np.zeros(len(contents), np.int64)
+    for step in range(longest):
         rows = np.flatnonzero(lengths > step)
         byte = np.array([contents[int(row)][step] for row in rows])[:, None]
         found = hits[states[rows], byte]
         states[rows] = moves[states[rows], byte]
         begun_before = np.array(tag_lengths)[found] > step + 1
         completes[rows] = np.where((found >= 0) & begun_before, found, completes[rows])
-        within = np.where(begun_before[:, 0], -1, found[:, 0])
-        holds[rows] = np.where(holds[rows] < 0, within, holds[rows])
-        counts[rows] += within[:, None] == np.arange(len(tag_lengths))
+        whole = (found[:, 0] >= 0) & ~begun_before[:, 0]
+        within[rows[whole], held[rows[whole]]] = found[whole, 0]
+        held[rows[whole]] += 1
     states[lengths == 0] = 0
-    return states, completes, depths[states] > lengths[:, None], holds, counts
+    return states, completes, depths[states] > lengths[:, None], within[:, : held.max(initial=0)]
 
 
 def _from_left(values: Shaped[Array, "b t"], edge: int | bool) -> Shaped[Array, "b t"]:
@@ -230,9 +316,25 @@ def _from_left(values: Shaped[Array, "b t"], edge: int | bool) -> Shaped[Array, 
     return jnp.roll(values, 1, axis=1).at[:, 0].set(edge)
 
 
-def _from_right(values: Shaped[Array, "b t"], edge: int | bool) -> Shaped[Array, "b t"]:
-    """Each token's right neighbour."""
-    return jnp.roll(values, -1, axis=1).at[:, -1].set(edge)
+def _last_before(chosen: Bool[Array, "b t"]) -> Int[Array, "b t"]:
+    """Place of the last chosen one strictly before each place; -1 if none."""
+    place = jnp.where(chosen, jnp.arange(chosen.shape[1]), -1)
+    return _from_left(jax.lax.cummax(place, axis=1), -1)
+
+
+def _next_after(chosen: Bool[Array, "b t"]) -> Int[Array, "b t"]:
+    """Place of the first chosen one strictly after each place; -1 if none."""
+    last = chosen.shape[1] - 1
+    mirrored = _last_before(chosen[:, ::-1])[:, ::-1]
+    return jnp.where(mirrored >= 0, last - mirrored, -1)
+
+
+def _at(
+    values: Shaped[Array, "b t"], places: Int[Array, "b t"], missing: int | bool = -1
+) -> Shaped[Array, "b t"]:
+    """Values at places of their row; `missing` where the place is -1."""
+    found = jnp.take_along_axis(values, jnp.maximum(places, 0), axis=1)
+    return jnp.where(places >= 0, found, missing)
 
 
 @functools.cache

@@ -32,3 +32,22 @@ def frame_budget(seed: int, epoch: int, row_id: str, choices: Sequence[int]) -> 
     number = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "big")
     # 64 bits over a handful of choices: the bias of the remainder is below 1e-17.
     return int(choices[number % len(choices)])
+
+
+def shares(budget: int, videos: int) -> list[int]:
+    """Frames of each of `videos` videos that share a budget, the first ones get what is left over.
+
+    Even numbers where there are enough frames, so that videos shown in pairs of frames need no
+    padding.
+
+    Raises:
+        ValueError: there are more videos than frames.
+    """
+    if videos > budget:
+        raise ValueError(
+            f"{videos} videos cannot share a frame budget of {budget}; raise the least of "
+            "data.frame_budgets, or leave out such rows"
+        )
+    size = 2 if budget >= 2 * videos and budget % 2 == 0 else 1
+    least, more = divmod(budget // size, videos)
+    return [size * (least + (number < more)) for number in range(videos)]

@@ -1,20 +1,26 @@
-"""Where question rows come from: a user's own file, or the needle world."""
+"""Where rows come from: a user's own questions, ParaVT-Parquet, or the needle world."""
 
 from __future__ import annotations
 
-import csv
+import dataclasses
+import itertools
 import json
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
 
-from paravt_jax.records import QuestionType, Row, VideoRef
+from paravt_jax.records import Conversation, QuestionType, Row
+from pipelines import paravt
+from pipelines.media import Bucket, Media
 from pipelines.needle.questions import NeedleQuestion, ask
 from pipelines.needle.world import NeedleWorld, videos
-from pipelines.video import video_ref
+from pipelines.tables import Record, columns, data_files, records
+
+T = TypeVar("T")
 
 COLUMNS = ("video", "question", "answer", "question_type")
-FILES = ("questions.csv", "questions.jsonl")
+PROBED_TOGETHER = 1024
+"""Records whose videos are opened side by side."""
 
 
 def needle_questions(
@@ -28,87 +34,193 @@ def needle_questions(
     return ask(videos(world, cache_dir, split), question_types)
 
 
-def folder_rows(path: str, question_types: Sequence[str] = ()) -> list[Row]:
-    """Questions about a user's own videos.
+@dataclasses.dataclass(frozen=True)
+class Rejected:
+    """A record that cannot be used."""
+
+    where: str
+    """File, and line or row."""
+    reason: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Found(Generic[T]):
+    """What reading a data set gave."""
+
+    rows: list[T]
+    rejected: tuple[Rejected, ...] = ()
+    buckets: dict[str, Bucket] = dataclasses.field(default_factory=dict)
+    """Media files that were looked for, by first path component below the root."""
+
+    def report(self) -> list[str]:
+        """What is missing, in lines for people; none if nothing is."""
+        if not self.rejected:
+            return []
+        total = len(self.rows) + len(self.rejected)
+        lines = [f"{len(self.rejected)} of {total} rows cannot be used:"]
+        for name, bucket in self.buckets.items():
+            if bucket.missing or bucket.unreadable:
+                lines.append(
+                    f"  {name}: {bucket.missing} of {bucket.files} files missing, "
+                    f"{bucket.unreadable} unreadable"
+                )
+        first = self.rejected[0]
+        return [*lines, f"  for example {first.where}: {first.reason}"]
+
+
+def question_rows(
+    path: str, root: str | None = None, question_types: Sequence[str] = ()
+) -> Found[Row]:
+    """Questions about videos on this machine.
 
     Args:
         path: a CSV file with a header or a JSONL file, with columns `video`, `question`,
             `answer`, `question_type` (oe, mcq or tvg; a tvg answer is `start, end` in seconds)
-            and, optionally, `row_id`; or a folder that holds `questions.csv` or
-            `questions.jsonl`. Videos are paths relative to the file, or absolute ones.
+            and, optionally, `row_id` and `evidence` (windows in seconds, `[[start, end], ...]`);
+            or a parquet file of ParaVT-Parquet's `rl` configuration; or a folder that holds
+            `questions.csv`, `questions.jsonl` or such parquet files.
+        root: what video paths are relative to, and may not leave; default: the folder of the
+            data, which absolute paths of a CSV or JSONL file may leave.
         question_types: keep only rows of these types; empty keeps all.
 
     Raises:
-        ValueError: a file or a column is missing, a value is wrong, or a video cannot be read.
-            The message names file, line and remedy.
+        ValueError: a file or a column is missing, a value of a CSV or JSONL file is wrong, or no
+            row can be used. The message names file, line and remedy.
     """
-    file = _question_file(path)
-    refs: dict[str, VideoRef] = {}
-    rows = [_row(record, file, line, refs) for line, record in _records(file)]
-    kept = [row for row in rows if not question_types or row.question_type in question_types]
+    files = _files(path, paravt.RL_COLUMNS)
+    make, paths = paravt.rl_row, paravt.rl_videos
+    if not files[0].endswith(".parquet"):
+        make, paths = own_row, _own_videos
+    found = _read(path, files, root, make, paths)
+    kept = [r for r in found.rows if not question_types or r.question_type in question_types]
     if not kept:
         wanted = ", ".join(question_types) or "any type"
-        raise ValueError(f"{file}: no questions ({wanted}); add rows or allow other types")
-    return kept
+        why = " ".join(found.report()) or "add rows or allow other types"
+        raise ValueError(f"{path}: no questions ({wanted}); {why}")
+    return dataclasses.replace(found, rows=kept)
 
 
-def _question_file(path: str) -> str:
-    candidates = [path] if os.path.isfile(path) else [os.path.join(path, f) for f in FILES]
-    for candidate in candidates:
-        if os.path.isfile(candidate):
-            return os.path.abspath(candidate)
-    raise ValueError(f"{path}: give a CSV or JSONL file, or a folder with {' or '.join(FILES)}")
+def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
+    """Conversations to learn from.
+
+    Args:
+        path: a parquet file of ParaVT-Parquet's `sft` configuration, a folder of them, or a JSONL
+            file with a `messages` list per line.
+        root: what paths of videos and images are relative to, and may not leave; default: the
+            folder of the data.
+
+    Raises:
+        ValueError: there is no such file, or no row can be used.
+    """
+    files = _files(path, paravt.SFT_COLUMNS)
+    found = _read(path, files, root, paravt.sft_row, paravt.sft_videos)
+    if not found.rows:
+        raise ValueError(f"{path}: no conversations; {' '.join(found.report()) or 'add some'}")
+    return found
 
 
-def _records(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Line number and fields of each question."""
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        if file.endswith(".csv"):
-            table = csv.DictReader(stream)
-            for record in table:
-                yield table.line_num, record
-            return
-        for line, text in enumerate(stream, start=1):
-            if text.strip():
-                yield line, _json_object(text, file, line)
+def _files(path: str, wanted: set[str]) -> list[str]:
+    """The files of a data set that have the wanted columns: both configurations may lie together.
+
+    Raises:
+        ValueError: there are none.
+    """
+    files = data_files(path)
+    if not files[0].endswith(".parquet"):
+        return files
+    fitting = [file for file in files if wanted <= set(columns(file))]
+    if not fitting:
+        raise ValueError(
+            f"{path}: no parquet file has the columns {', '.join(sorted(wanted))}; questions "
+            "(`rl`) and conversations (`sft`) are different configurations"
+        )
+    return fitting
 
 
-def _json_object(text: str, file: str, line: int) -> dict[str, Any]:
+Make = Callable[[dict[str, Any], str, Media], T]
+"""A typed row from the fields of a record, its id and the files it may show."""
+Paths = Callable[[dict[str, Any]], list[str]]
+"""Paths of the videos of a record, as written."""
+
+
+def _read(
+    path: str, files: Sequence[str], root: str | None, make: Make[T], paths: Paths
+) -> Found[T]:
+    folder = path if os.path.isdir(path) else os.path.dirname(files[0])
+    media = _media(folder, root, own=not files[0].endswith(".parquet"))
+    rows: list[T] = []
+    rejected: list[Rejected] = []
+    everything = itertools.chain.from_iterable(records(file, folder) for file in files)
+    while some := list(itertools.islice(everything, PROBED_TOGETHER)):
+        media.probe(written for record in some for written in _attempted(paths, record))
+        for record in some:
+            try:
+                rows.append(make(record.fields, record.row_id, media))
+            except BadLine as error:
+                raise ValueError(f"{record.where}: {error}") from error
+            except ValueError as error:
+                rejected.append(Rejected(record.where, str(error)))
+    return Found(rows, tuple(rejected), media.buckets)
+
+
+def _media(folder: str, root: str | None, own: bool) -> Media:
+    """The files that a data set may show.
+
+    Args:
+        own: the user wrote the data set, which may then name any file absolutely.
+    """
+    if root is not None and not os.path.isdir(root):
+        raise ValueError(f"video root {root}: no such folder; check the path")
+    return Media(root or folder, anywhere=own and root is None)
+
+
+def _attempted(paths: Paths, record: Record) -> list[str]:
+    """Paths of a record; none of one that will be rejected for its fields."""
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {line}: not JSON ({error}); write one object") from error
-    if not isinstance(record, dict):
-        raise ValueError(f"{file}, line {line}: not a JSON object; write {{...}} per line")
-    return record
+        return paths(record.fields)
+    except ValueError:
+        return []
 
 
-def _row(record: dict[str, Any], file: str, line: int, refs: dict[str, VideoRef]) -> Row:
-    where = f"{file}, line {line}"
-    missing = [name for name in COLUMNS if record.get(name) in (None, "")]
+class BadLine(ValueError):
+    """A line that its author should correct: it ends the reading."""
+
+
+def own_row(fields: dict[str, Any], row_id: str, media: Media) -> Row:
+    """A question of a CSV or JSONL file.
+
+    Raises:
+        BadLine: a value is missing or wrong.
+        ValueError: the video is missing or cannot be read.
+    """
+    missing = [name for name in COLUMNS if fields.get(name) in (None, "")]
     if missing:
-        raise ValueError(
-            f"{where}: {', '.join(missing)} missing; each question needs {', '.join(COLUMNS)}"
-        )
-    values = {name: str(record[name]).strip() for name in COLUMNS}
+        raise BadLine(f"{', '.join(missing)} missing; each question needs {', '.join(COLUMNS)}")
+    values = {name: str(fields[name]).strip() for name in COLUMNS}
     if values["question_type"] not in tuple(QuestionType):
-        raise ValueError(
-            f"{where}: question_type={values['question_type']!r}; use {', '.join(QuestionType)}"
-        )
-    path = os.path.join(os.path.dirname(file), values.pop("video"))
-    row_id = record.get("row_id")
+        raise BadLine(f"question_type={values['question_type']!r}; use {', '.join(QuestionType)}")
+    own_id = fields.get("row_id")
     return Row(
-        row_id=f"{os.path.basename(file)}:{line}" if row_id in (None, "") else str(row_id),
-        video=_reference(path, where, refs),
-        **values,
+        row_id=row_id if own_id in (None, "") else str(own_id),
+        video=media.video(values["video"]),
+        question=values["question"],
+        answer=values["answer"],
+        question_type=values["question_type"],
+        evidence=_windows(fields.get("evidence")),
     )
 
 
-def _reference(path: str, where: str, refs: dict[str, VideoRef]) -> VideoRef:
-    """Probe each video once, however many questions ask about it."""
-    if path not in refs:
-        try:
-            refs[path] = video_ref(path)
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
-    return refs[path]
+def _own_videos(fields: dict[str, Any]) -> list[str]:
+    return [str(fields["video"]).strip()] if fields.get("video") else []
+
+
+def _windows(value: Any) -> tuple[tuple[float, float], ...]:
+    """Windows of an `evidence` column, from JSON if it is a string."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value or ()
+        windows = tuple((float(start), float(end)) for start, end in value)
+    except (TypeError, ValueError) as error:
+        raise BadLine(f"evidence={value!r}; write [[start, end], ...] in seconds") from error
+    if not all(0 <= start < end for start, end in windows):
+        raise BadLine(f"evidence={value!r}; each window needs 0 <= start < end")
+    return windows

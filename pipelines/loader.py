@@ -12,7 +12,7 @@ from absl import flags
 
 from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Prompt, Row
-from pipelines.budget import check_budgets, frame_budget
+from pipelines.budget import check_budgets, frame_budget, shares
 
 Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
 """Random access to rows: a list, or `tfds_builder.RowSource`."""
@@ -53,11 +53,13 @@ class PromptMaker:
         """Draw K for the row, decode K frames, render.
 
         Raises:
-            ValueError: the video cannot be read; the message names the file.
+            ValueError: a video cannot be read (the message names the file), or there are more
+                videos than frames.
         """
         row = draw.row
         budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
-        frames = self._reader.overview(row.video, budget)
+        each = zip(row.videos, shares(budget, len(row.videos)), strict=True)
+        frames = [self._reader.overview(video, count) for video, count in each]
         return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
 
 

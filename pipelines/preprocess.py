@@ -125,6 +125,30 @@ class FrameSpec(abc.ABC):
     def group_count(self, frames: int) -> int:
         """How many runs `group` makes of so many frames: what the vision tower sees as frames."""
 
+    @abc.abstractmethod
+    def _least_frame_pixels(self) -> int:
+        """Fewest pixels of one resized frame."""
+
+    def frames_within(self, tokens: int) -> int:
+        """Most frames that `tokens` vision tokens can show, each of them at its least size."""
+        least = max(-(-self._least_frame_pixels() // self.factor**2), 1)
+        runs = max(tokens // least, 1)
+        return runs * max(n for n in (1, self.temporal_patch_size) if self.group_count(n) == 1)
+
+    def size_within(self, height: int, width: int, count: int, tokens: int) -> tuple[int, int]:
+        """As `target_size`, for `count` frames that share a quota of `tokens` vision tokens.
+
+        Each frame, or run of frames that patches span, gets the same share. Slivers may exceed
+        theirs by the rounding of their sides. As in Video-o3's crops (arXiv 2601.23224).
+
+        Raises:
+            ValueError: one side is more than 200 times the other.
+        """
+        _check_aspect(height, width)
+        share = max(tokens // self.group_count(count), 1) * self.factor**2
+        most = min(share, self._most_frame_pixels())
+        return _fit(height, width, self.factor, (min(self._least_frame_pixels(), most), most))
+
     def resize(self, frames: np.ndarray) -> np.ndarray:
         """Resize the uint8 frames `[f, h, w, 3]` of one overview or crop to their target size.
 
@@ -155,6 +179,9 @@ class ImageSpec(FrameSpec):
 
     def _most_frame_pixels(self) -> int:
         return self.max_pixels
+
+    def _least_frame_pixels(self) -> int:
+        return self.min_pixels
 
     def limited(self, min_pixels: int, max_pixels: int) -> Self:
         """Other limits for the pixels of a frame."""
@@ -213,6 +240,9 @@ class VideoSpec(FrameSpec):
         # `_depth` falls short of the count, most at 5 frames counted as 4.
         counts = range(self.temporal_patch_size, 4 * self.temporal_patch_size)
         return max(self._budget(count)[1] // self._depth(count) for count in counts)
+
+    def _least_frame_pixels(self) -> int:
+        return self.min_frame_pixels
 
     def limited(self, min_pixels: int, max_pixels: int) -> Self:
         """Limits for the pixels of a frame: `min_pixels` instead of the processor's fewest pixels

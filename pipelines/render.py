@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
-from paravt_jax.patches import join_patches
+from paravt_jax.patches import join_patches, split_patches
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
@@ -21,6 +21,19 @@ from pipelines.preprocess import SPECS, FrameSpec, to_patches
 
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
+
+Overview = Frames | Clip | Sequence[Frames | Clip] | None
+"""Frames of one video or of several, decoded or already cut into patches."""
+
+
+CALL_MANY = (
+    " If the frames do not show enough, call {tools} before answering, once for each "
+    "part that you need to see; you may call it several times in one turn."
+)
+CALL_ONE = (
+    " If the frames do not show enough, call {tools} before answering: one call in a turn, for "
+    "the part that you need to see next."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,10 +46,7 @@ class PromptTexts:
         "else, between <answer> and </answer>."
     )
     """System text of the main agent."""
-    tools: str = (
-        " If the frames do not show enough, call crop_video before answering, once for each "
-        "part that you need to see; you may call it several times in one turn."
-    )
+    tools: str = CALL_MANY.format(tools="crop_video")
     """Added to the system text when the main agent may call the tool."""
     subagent: str = (
         "These frames show seconds {start:g} to {end:g} of a longer video. Report what can be "
@@ -44,8 +54,34 @@ class PromptTexts:
         "only what the frames show."
     )
     """Request to a sub-agent; `{start}` and `{end}` are the window in seconds."""
+    video: str = "Video {number}:\n"
+    """Stands before the frames of each video where several are shown, `{number}` from 1."""
     clip: str = "{count} frames from {start:g} to {end:g} seconds:\n"
     """Stands before frames in a tool response; `{count}` is their number."""
+    clip_end: str = ""
+    """Stands after frames in a tool response."""
+    describe_tools: bool = False
+    """Whether `tools` says all that there is to say; if not, the chat template describes them."""
+
+    def about(self, tools: Sequence[str], parallel: bool) -> PromptTexts:
+        """The same texts for an agent with tools of these names; `parallel`: it may call several
+        times in one turn."""
+        words = CALL_MANY if parallel else CALL_ONE
+        return dataclasses.replace(self, tools=words.format(tools=" or ".join(tools)))
+
+
+VIDEO_O3_TEXTS = PromptTexts(
+    tools=(
+        " If the frames do not show enough, end your turn, after the reasoning, not with an answer "
+        'but with <grounding>{"temporal_segment": [START, END], "sampling_strategy": "medium"}'
+        "</grounding>, where START and END are seconds: you are then shown this part again, more "
+        'closely with "fine" and less so with "coarse".'
+    ),
+    clip="Seconds {start:g} to {end:g} once more, in {count} frames:\n",
+    clip_end="\nReason on from here: look again, or answer.",
+    describe_tools=True,
+)
+"""For agents that call by `<grounding>`, which chat templates do not know."""
 
 
 class ChatRenderer:
@@ -117,14 +153,13 @@ class ChatRenderer:
         spec = spec.limited(*pixels) if pixels else spec
         return cls(tokenizer, spec, texts, _eos_ids(folder), tools)
 
-    def main_prompt(
-        self, row: Row, frames: Frames | Clip | None, tools: bool, hint: str = ""
-    ) -> Prompt:
+    def main_prompt(self, row: Row, frames: Overview, tools: bool, hint: str = "") -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
 
         Args:
             row: the question.
-            frames: the overview, decoded or already cut into patches.
+            frames: the overview, decoded or already cut into patches; of each of the row's
+                videos, if there are several.
             tools: whether the tools are offered.
             hint: words after the question, the last before the assistant header. Control tokens
                 in them are dropped.
@@ -150,10 +185,12 @@ class ChatRenderer:
         Raises:
             ValueError: see `main_prompt`.
         """
-        shown = None
+        shown: list[Clip] = []
         if prompt.patches is not None:
-            assert prompt.times is not None, "a main prompt with frames knows their times"
-            shown = Clip(0.0, row.video.duration, prompt.times, prompt.patches)
+            assert prompt.times, "a main prompt with frames knows their times"
+            counts = [self.spec.group_count(len(times)) for times in prompt.times]
+            parts = zip(prompt.times, split_patches(prompt.patches, counts), strict=True)
+            shown = [Clip(times[0], times[-1], times, patches) for times, patches in parts]
         return self.main_prompt(row, shown, tools, hint)
 
     def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:
@@ -161,26 +198,34 @@ class ChatRenderer:
         return self.prompt(frames, self.texts.subagent.format(start=start, end=end))
 
     def prompt(
-        self, frames: Frames | Clip | None, request: str, system: str = "", tools: bool = False
+        self, frames: Overview, request: str, system: str = "", tools: bool = False
     ) -> Prompt:
         """One user turn of frames and a request, up to and including the assistant header.
 
         Raises:
             ValueError: the frames do not have the size that the model sees (see `to_patches`).
         """
-        patches, times = None, None
-        content: list[dict[str, str]] = []
-        if frames is not None:
-            patches, times = self._patches(frames), frames.times
-            content = self._frame_parts(times)
-        messages = [{"role": "user", "content": [*content, {"type": "text", "text": request}]}]
+        shown = _listed(frames)
+        content = [*self._video_parts(shown), {"type": "text", "text": request}]
+        messages = [{"role": "user", "content": content}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        text = self._render(messages, self.tools if tools else None)
-        text = self._with_times(text, [] if times is None else [times])
-        tokens = self.encode(text)
+        described = tools and not self.texts.describe_tools
+        text = self._render(messages, self.tools if described else None)
+        times = tuple(video.times for video in shown)
+        tokens = self.encode(self._with_times(text, times))
+        patches = join_patches([self._patches(video) for video in shown])
         prompt = _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
         return dataclasses.replace(prompt, times=times)
+
+    def _video_parts(self, shown: Sequence[Frames | Clip]) -> list[dict[str, str]]:
+        """Videos as content of a message; several are numbered."""
+        parts: list[dict[str, str]] = []
+        for number, video in enumerate(shown, start=1):
+            if len(shown) > 1:
+                parts.append({"type": "text", "text": self.texts.video.format(number=number)})
+            parts += self._frame_parts(video.times)
+        return parts
 
     def _patches(self, frames: Frames | Clip) -> Patches:
         return (
@@ -222,8 +267,7 @@ class ChatRenderer:
             return self._without_control(response)
         count = len(response.times)
         head = self.texts.clip.format(count=count, start=response.start, end=response.end)
-        words = [{"type": "text", "text": head}] if head else []
-        return [*words, *self._frame_parts(response.times)]
+        return [*_words(head), *self._frame_parts(response.times), *_words(self.texts.clip_end)]
 
     def _without_control(self, text: str) -> str:
         while (plain := self._control.sub("", text)) != text:  # removal may join a new one
@@ -296,6 +340,17 @@ class ChatRenderer:
         """What the processor puts in the place of a video's one vision token."""
         means = _mean_times(times, self.spec.temporal_patch_size)
         return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
+
+
+def _listed(frames: Overview) -> list[Frames | Clip]:
+    if frames is None:
+        return []
+    return [frames] if isinstance(frames, Frames | Clip) else list(frames)
+
+
+def _words(text: str) -> list[dict[str, str]]:
+    """A text as content of a message; an empty one is left out."""
+    return [{"type": "text", "text": text}] if text else []
 
 
 def _stamp(time: float) -> str:

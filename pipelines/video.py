@@ -135,6 +135,7 @@ class VideoReader:
         cache_bytes: bound on the decoded frames kept; the least recently used videos go first.
         spec: the size that frames are resized to before they are cached, so that no
             full-resolution frame is held. Without it frames keep the size of the file.
+        overview_tokens: most vision tokens of an overview; None leaves that to the spec.
 
     Methods may be called from several threads, which never decode the same frame twice at a time,
     and do not change one another's results. A copy sent to another process starts empty.
@@ -146,6 +147,7 @@ class VideoReader:
         crop_cap: int = 16,
         cache_bytes: int = 1 << 29,
         spec: FrameSpec | None = None,
+        overview_tokens: int | None = None,
     ):
         if not crop_fps > 0 or crop_cap < 1:
             raise ValueError(
@@ -154,6 +156,7 @@ class VideoReader:
             )
         self._crop_fps, self._crop_cap = crop_fps, crop_cap
         self._cache_bytes, self._spec = cache_bytes, spec
+        self._overview_tokens = overview_tokens
         self._clear()
 
     def _clear(self) -> None:
@@ -164,7 +167,7 @@ class VideoReader:
         self._held = self._asked = self._decoded = 0
 
     def __getstate__(self) -> dict:
-        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec")
+        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec", "_overview_tokens")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -194,17 +197,24 @@ class VideoReader:
         if count < 1:
             raise ValueError(f"count={count}: an overview needs at least one frame")
         info = self.info(video)
-        return self._read(video.path, info, overview_indices(info.frames, count))
+        indices = overview_indices(info.frames, count)
+        return self._read(video.path, info, indices, self._overview_tokens)
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         """Frames of the window [start, end) seconds at the crop rate, at most the cap.
 
+        With `tokens`, as many of them as fit that many vision tokens at their least size, and
+        then as large as they fit.
+
         Raises:
-            ValueError: the file cannot be read, or the window is empty (see `clip_indices`).
+            ValueError: the file cannot be read, the window is empty (see `clip_indices`), or
+                `tokens` is given to a reader without a `spec`, which knows no vision tokens.
         """
-        info = self.info(video)
-        indices = clip_indices(info, start, end, self._crop_fps, self._crop_cap)
-        return self._read(video.path, info, indices)
+        info, cap = self.info(video), self._crop_cap
+        if tokens is not None and self._spec is not None:
+            cap = min(cap, self._spec.frames_within(tokens))
+        indices = clip_indices(info, start, end, self._crop_fps, cap)
+        return self._read(video.path, info, indices, tokens)
 
     def info(self, video: VideoRef) -> VideoInfo:
         """Stream properties of the file, probed once."""
@@ -212,9 +222,11 @@ class VideoReader:
             self._infos[video.path] = probe(video.path)
         return self._infos[video.path]
 
-    def _read(self, path: str, info: VideoInfo, indices: np.ndarray) -> Frames:
+    def _read(
+        self, path: str, info: VideoInfo, indices: np.ndarray, tokens: int | None = None
+    ) -> Frames:
         wanted = indices.tolist()
-        key = (path, self._target_size(info, len(wanted)))
+        key = (path, self._target_size(info, len(wanted), tokens))
         small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
         with self._lock:
             self._asked += len(wanted)
@@ -279,8 +291,16 @@ class VideoReader:
         for index in indices:
             del self._coming[key][index]
 
-    def _target_size(self, info: VideoInfo, count: int) -> Size:
-        """Of `count` frames shown together."""
+    def _target_size(self, info: VideoInfo, count: int, tokens: int | None) -> Size:
+        """Of `count` frames shown together, within `tokens` vision tokens if given.
+
+        Raises:
+            ValueError: tokens are given, and there is no `spec` to say what they are.
+        """
+        if tokens is not None:
+            if self._spec is None:
+                raise ValueError(f"tokens={tokens}: give the reader the spec that they are of")
+            return self._spec.size_within(info.height, info.width, count, tokens)
         if self._spec is None:
             return info.height, info.width
         return self._spec.target_size(info.height, info.width, count)

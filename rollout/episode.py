@@ -59,7 +59,8 @@ class Episodes:
             record.speak(dataclasses.replace(turn, executed=executed))
             given = self._respond(record, answers)
         self._session.close(rollout.stream)
-        return record.finish(self._kit.renderer, self._policy_version)
+        done = record.finish(self._kit.renderer, self._policy_version)
+        return dataclasses.replace(done, call_syntax=config.call_syntax)
 
     def _another_round_fits(self, record: Record) -> bool:
         """Whether a turn with calls, its responses and the forced answer fit what is left. The
@@ -71,7 +72,8 @@ class Episodes:
         turn = spoken_turn(generated, self._prefix, self._kit.renderer)
         if was_cut_off(turn):
             return turn
-        return dataclasses.replace(turn, calls=parse_tool_calls(turn.text))
+        syntax = self._kit.config.call_syntax
+        return dataclasses.replace(turn, calls=parse_tool_calls(turn.text, syntax=syntax))
 
     def _asks(self, rollout: Rollout, turn: Turn, turns: int) -> list[Ask]:
         """The calls of the rollout's `turns`-th turn, each with a seed of its own."""

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Int
 
-from paravt_jax.protocol import CALL_CLOSE, CALL_OPEN, THINK_OPEN
+from paravt_jax.protocol import THINK_OPEN, CallSyntax, call_syntax
 from paravt_jax.records import ArrayLike
 
 DEAD = -1
@@ -62,7 +62,9 @@ def finder(strings: Sequence[str]) -> ByteAutomaton:
     return ByteAutomaton(moves, ends)
 
 
-def response_grammar(tools: Sequence[Mapping[str, Any]]) -> ByteAutomaton:
+def response_grammar(
+    tools: Sequence[Mapping[str, Any]], syntax: str = "tool_call"
+) -> ByteAutomaton:
     """An assistant turn: `<think>`, then free text and calls of the `tools`, in any mix.
 
     Free text holds neither tag of a call; a call is one JSON object with the tool's name and
@@ -71,19 +73,21 @@ def response_grammar(tools: Sequence[Mapping[str, Any]]) -> ByteAutomaton:
 
     Args:
         tools: function schemas in the form that chat templates take.
+        syntax: how calls are written (`paravt_jax.protocol.SYNTAXES`). Where it means one tool
+            alone, the JSON object is that tool's arguments.
 
     Raises:
         ValueError: no tools, or a schema says what this grammar cannot promise.
     """
     if not tools:
         raise ValueError("tools=(): a grammar of tool calls needs at least one schema")
-    nodes = _Nodes()
+    nodes, own = _Nodes(), call_syntax(syntax)
     think = _text(THINK_OPEN)(nodes, 0)
     call = nodes.new()
-    free = _free_text(nodes, call)
+    free = _free_text(nodes, call, own)
     nodes.skip(think, free[0])
-    calls = _either(*(_call(tool.get("function", tool)) for tool in tools))
-    nodes.skip(_chain(calls, _text(CALL_CLOSE))(nodes, call), free[0])
+    calls = _either(*(_call(tool.get("function", tool), own) for tool in tools))
+    nodes.skip(_chain(calls, _text(own.close))(nodes, call), free[0])
     return nodes.determinise(ends=free)
 
 
@@ -229,12 +233,12 @@ def _listed(parts: Sequence[Part]) -> Part:
     return _chain(*parts[:1], *commas)
 
 
-def _free_text(nodes: _Nodes, call: int) -> list[int]:
+def _free_text(nodes: _Nodes, call: int, syntax: CallSyntax) -> list[int]:
     """Nodes of text without tags of calls, the first of them its start.
 
-    `<tool_call>` leads to `call`, `</tool_call>` nowhere.
+    The opening tag leads to `call`, the closing one nowhere.
     """
-    moves, found = _search([CALL_OPEN, CALL_CLOSE])
+    moves, found = _search([syntax.open, syntax.close])
     states = [call if tag == 0 else nodes.new() for tag in found]
     for state in np.flatnonzero(found < 0):
         for target in np.unique(moves[state]):
@@ -279,10 +283,12 @@ _SIMPLE: dict[str, Part] = {
 """The JSON values (RFC 8259) that have no parts."""
 
 
-def _call(function: Mapping[str, Any]) -> Part:
+def _call(function: Mapping[str, Any], syntax: CallSyntax) -> Part:
     """What stands between the tags of a call."""
     parameters = function.get("parameters") or {"type": "object", "properties": {}}
     name, arguments = _constant(function["name"]), _value(parameters, function["name"])
+    if syntax.tool:
+        return _chain(_GAP, arguments, _GAP)
     fields = [_field("name", name), _field("arguments", arguments)]
     return _chain(_GAP, _braced("{", _listed(fields), "}"), _GAP)
 
@@ -304,7 +310,7 @@ def _value(schema: Mapping[str, Any], where: str) -> Part:
     kinds = schema.get("type", [])
     known = {"type", "enum", "const"} if "enum" in schema or "const" in schema else {"type"}
     known |= {"properties", "required", "additionalProperties"} if "object" in kinds else set()
-    known |= {"items"} if "array" in kinds else set()
+    known |= {"items", "minItems", "maxItems"} if "array" in kinds else set()
     if unknown := sorted(set(schema) - known - _ANNOTATIONS):
         raise ValueError(f"tool schema {where}: {unknown} cannot be promised; take it out")
     if "const" in schema or "enum" in schema:
@@ -321,11 +327,21 @@ def _of_kind(kind: str, schema: Mapping[str, Any], where: str) -> Part:
     if kind == "array":
         if "items" not in schema:
             raise ValueError(f'tool schema {where}: an array needs "items"')
-        item = _value(schema["items"], f"{where}[]")
-        return _braced("[", _optional(_chain(item, _repeat(_chain(_COMMA, item), 0))), "]")
+        return _braced("[", _items(schema, where), "]")
     if kind not in _SIMPLE:
         raise ValueError(f"tool schema {where}: type {kind!r} is none of JSON's")
     return _SIMPLE[kind]
+
+
+def _items(schema: Mapping[str, Any], where: str) -> Part:
+    """Values of one schema with commas between, as few and as many as it allows."""
+    item = _value(schema["items"], f"{where}[]")
+    least, most = schema.get("minItems", 0), schema.get("maxItems")
+    if most is not None and not most >= max(least, 1):
+        raise ValueError(f"tool schema {where}: maxItems={most} must be at least 1 and minItems")
+    more = _repeat(_chain(_COMMA, item), max(least - 1, 0), None if most is None else most - 1)
+    some = _chain(item, more)
+    return some if least else _optional(some)
 
 
 def _fields(schema: Mapping[str, Any], where: str) -> Part:

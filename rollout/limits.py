@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from paravt_jax.interfaces import Renderer
+from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, call_syntax
+from paravt_jax.windows import STRATEGIES
 from rollout.engine import Lane
 from rollout.sampler import SamplingConfig
 
@@ -19,6 +21,15 @@ CHOICES = {"dispatch": ("parallel", "sequential"), "evidence": ("text", "frames"
 class AgentConfig:
     """Rules and limits of an episode."""
 
+    tools: tuple[str, ...] = ("crop_video",)
+    """What the agent may call: `crop_video` (ParaVT, LongVT), `get_video_clip_frame` (VITAL) and
+    `grounding` (Video-o3), or a tool of your own in `rollout/tools.py`."""
+    call_syntax: str = "tool_call"
+    """How it writes calls: `tool_call`, Qwen's tag around name and arguments; `grounding`,
+    Video-o3's tag around the arguments of the tool `grounding`, its only one."""
+    clip_tokens: tuple[int, ...] = ()
+    """Most vision tokens of a clip of `grounding`, one number for each of its strategies coarse,
+    medium and fine. Given exactly where that tool is offered."""
     max_tool_rounds: int = 1
     """Rounds of tool calls; the turn after the last one is the forced answer. 0 forbids tools."""
     dispatch: str = "parallel"
@@ -71,6 +82,36 @@ class AgentConfig:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(known)}")
+        self._check_tools()
+
+    def _check_tools(self) -> None:
+        """Raises ValueError for tools, syntax and quotas that do not go together."""
+        own = call_syntax(self.call_syntax)
+        if not self.tools or len(set(self.tools)) < len(self.tools):
+            raise ValueError(f"tools={','.join(self.tools)}: name at least one, and each once")
+        if own.tool and self.tools != (own.tool,):
+            raise ValueError(
+                f"call_syntax={self.call_syntax} can call {own.tool} alone, not "
+                f"{','.join(self.tools)}; set tools={own.tool}"
+            )
+        if (GROUNDING_TOOL in self.tools) != bool(self.clip_tokens):
+            raise ValueError(
+                f"clip_tokens={self.clip_tokens} with tools={','.join(self.tools)}: the tool "
+                f"{GROUNDING_TOOL} and its quotas of vision tokens go together"
+            )
+        if self.clip_tokens and (
+            len(self.clip_tokens) != len(STRATEGIES) or min(self.clip_tokens) < 1
+        ):
+            raise ValueError(
+                f"clip_tokens={self.clip_tokens}: give a number of at least 1 for each of "
+                f"{', '.join(STRATEGIES)}"
+            )
+        for name, other in SYNTAXES.items():
+            if other is not own and {other.open, other.close} & set(self.sampling.stop):
+                raise ValueError(
+                    f"sampling.stop={self.sampling.stop}: calls are not written with the tags of "
+                    f"{name}; stop at {own.close}"
+                )
 
     @property
     def rounds(self) -> int:

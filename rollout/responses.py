@@ -11,7 +11,9 @@ from paravt_jax.records import Clip, Prompt
 Response = str | Clip
 """Words, or frames to be shown."""
 
-_MARKUP = re.compile(r"<\|[^<>|]*\|>|</?(?:tool_call|tool_code|tool_response|think|answer)>")
+_MARKUP = re.compile(
+    r"<\|[^<>|]*\|>|</?(?:tool_call|tool_code|tool_response|think|answer|grounding)>"
+)
 """Special tokens and structural tags: a tool response must not contain any."""
 
 

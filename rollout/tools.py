@@ -3,7 +3,7 @@
     def video_length(call: ToolCall, video: OwnVideo) -> str:
         return f"{video.duration:g} seconds"
 
-    tools = registry(crop_video(), Tool(schema, video_length))
+    tools = registry(crop_video(config), Tool(schema, video_length))
 
 A function runs on a worker thread. It returns words, or a `View`: frames that a sub-agent
 reports on, or that are shown to the main agent, as the agent's `evidence` says. What is
@@ -20,8 +20,16 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from paravt_jax.interfaces import FrameReader
-from paravt_jax.protocol import CROP_VIDEO_TOOL, crop_window
+from paravt_jax.protocol import CROP_VIDEO_TOOL, Window, crop_window
 from paravt_jax.records import Frames, ToolCall, VideoRef
+from paravt_jax.windows import (
+    GET_VIDEO_CLIP_FRAME_TOOL,
+    GROUNDING_SCHEMA,
+    clip_frame_window,
+    grounding_strategy,
+    grounding_window,
+)
+from rollout.limits import AgentConfig
 
 _LOG = logging.getLogger(__name__)
 
@@ -52,14 +60,14 @@ class OwnVideo:
         """Length in seconds."""
         return self._video.duration
 
-    def clip(self, start: float, end: float) -> View:
-        """Frames of the window [start, end) seconds.
+    def clip(self, start: float, end: float, tokens: int | None = None) -> View:
+        """Frames of the window [start, end) seconds, which share `tokens` vision tokens if given.
 
         Raises:
             ToolError: they cannot be decoded.
         """
         try:
-            return View(self._reader.clip(self._video, start, end), start, end)
+            return View(self._reader.clip(self._video, start, end, tokens), start, end)
         except Exception as error:  # whatever a decoder raises on a broken file
             _LOG.warning("crop %g-%g of %s failed: %s", start, end, self._video.path, error)
             raise ToolError("this window of the video could not be read") from error
@@ -100,23 +108,63 @@ def registry(*tools: Tool) -> Tools:
     return named
 
 
-def crop_video(evidence: str = "text") -> Tool:
-    """The crop tool; its description says whether a call gives words or frames."""
+def crop_video(config: AgentConfig) -> Tool:
+    """The tool of ParaVT and LongVT; its description says whether a call gives words or frames."""
     schema = CROP_VIDEO_TOOL
-    if evidence == "frames":
+    if config.evidence == "frames":
         words = "Watch one part of the video closely: get more frames of it."
         schema = {**schema, "function": {**schema["function"], "description": words}}
-    return Tool(schema, _crop)
+    return Tool(schema, lambda call, video: video.clip(*_found(crop_window(call, video.duration))))
 
 
-def _crop(call: ToolCall, video: OwnVideo) -> View:
-    window = crop_window(call, video.duration)
+def get_video_clip_frame(config: AgentConfig) -> Tool:
+    """VITAL's tool. It refuses windows that leave the video or last a second or less."""
+
+    def run(call: ToolCall, video: OwnVideo) -> View:
+        return video.clip(*_found(clip_frame_window(call, video.duration)))
+
+    return Tool(GET_VIDEO_CLIP_FRAME_TOOL, run)
+
+
+def grounding(config: AgentConfig) -> Tool:
+    """Video-o3's tool: the strategy that a call names decides the clip's vision tokens."""
+
+    def run(call: ToolCall, video: OwnVideo) -> View:
+        window = _found(grounding_window(call, video.duration))
+        strategy = grounding_strategy(call)
+        if isinstance(strategy, str):
+            raise ToolError(strategy)
+        return video.clip(*window, config.clip_tokens[strategy])
+
+    return Tool(GROUNDING_SCHEMA, run)
+
+
+def _found(window: Window | str) -> Window:
     if isinstance(window, str):
         raise ToolError(window)
-    return video.clip(*window)
+    return window
 
 
-TOOLS: Tools = registry(crop_video())
+MAKERS: dict[str, Callable[[AgentConfig], Tool]] = {
+    maker.__name__: maker for maker in (crop_video, get_video_clip_frame, grounding)
+}
+"""How each tool that `agent.tools` may name is made."""
+
+
+def agent_tools(config: AgentConfig) -> Tools:
+    """The tools of an agent. Add yours to `MAKERS`: schema and function reach prompts, grammar and
+    episodes.
+
+    Raises:
+        ValueError: a name that no tool has, or one that occurs twice.
+    """
+    if unknown := sorted(set(config.tools) - set(MAKERS)):
+        known = ", ".join(MAKERS)
+        raise ValueError(f"agent.tools={','.join(config.tools)}: {unknown} unknown; known: {known}")
+    return registry(*(MAKERS[name](config) for name in config.tools))
+
+
+TOOLS: Tools = agent_tools(AgentConfig())
 """What an agent has unless it is told otherwise."""
 
 

@@ -200,7 +200,7 @@ class SentinelReader:
     def overview(self, video: VideoRef, count: int) -> Frames:
         return self._frames(video)
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         if start >= self.broken_from:
             raise OSError(f"cannot decode {video.path}")
         self.clips.append((start, end))

@@ -95,7 +95,9 @@ class Learnable(ToyPolicy):
 
     experts_per_token = 0
 
-    def hidden_and_router(self, params, tokens, positions, vision_index, features=None):
+    def hidden_and_router(
+        self, params, tokens, positions, vision_index, features=None, segments=None
+    ):
         return self.hidden(params, tokens, positions, vision_index, features), None
 
 
@@ -125,7 +127,7 @@ class WindowReader:
     def overview(self, video: VideoRef, count: int) -> Frames:
         return Frames(np.zeros((count, 4, 4, 3), np.uint8), np.arange(float(count)))
 
-    def clip(self, video: VideoRef, start: float, end: float) -> Frames:
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         if start >= BROKEN_FROM:
             raise OSError(f"cannot decode {video.path}")
         return self.overview(video, 3 + (end - start > 32))

@@ -10,6 +10,7 @@ import numpy as np
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import constrain
 from paravt_jax.records import Frames, Prompt, Row
+from pipelines.budget import shares
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -17,9 +18,8 @@ from rollout.agent import Agent
 from rollout.automaton import TokenAutomata
 from rollout.engine import Engine
 from rollout.grammar import response_grammar
-from rollout.limits import CROP, MAIN, AgentConfig, lanes, measure
-from rollout.tools import Tools, crop_video, registry
-from rollout.warm_up import Extent, Reads
+from rollout.limits import AgentConfig, lanes
+from rollout.tools import agent_tools
 from train.config import Config
 
 CALLS = "calls"
@@ -32,11 +32,6 @@ LONG_WINDOW = (1.23456e-05, 1.23457e-05)
 """Seconds: bounds that take as many characters as any."""
 
 
-def agent_tools(config: Config) -> Tools:
-    """The tools of the agent. Add yours here: schema and function reach prompts and episodes."""
-    return registry(crop_video(config.agent.evidence))
-
-
 def open_agent(
     config: Config,
     engine: Engine,
@@ -47,7 +42,8 @@ def open_agent(
     """The agent of a configuration, on an engine that has its lanes (`open_engine`); with other
     rules, of the same room or less, on request."""
     room = crop_tokens(config, renderer)
-    return Agent(engine, renderer, reader, agent_tools(config), rules or config.agent, room)
+    tools = agent_tools(config.agent)
+    return Agent(engine, renderer, reader, tools, rules or config.agent, room)
 
 
 def open_engine(
@@ -91,80 +87,54 @@ def open_automata(config: Config, renderer: ChatRenderer, vocab: int) -> TokenAu
             f"agent.sampling.constrain={', '.join(sorted(wanted))}: choose {CALLS!r}, the grammar "
             "of the agent's tools, or leave it empty"
         )
-    schemas = [tool.schema for tool in agent_tools(config).values()]
+    schemas = [tool.schema for tool in agent_tools(config.agent).values()]
     return TokenAutomata(
         renderer.token_contents(vocab),
         renderer.eos_ids,
-        {CALLS: response_grammar(schemas)} if wanted else None,
+        {CALLS: response_grammar(schemas, config.agent.call_syntax)} if wanted else None,
         place=jax.jit(lambda table: constrain(table, None, None)),
     )
 
 
+def crop_frames(config: Config, spec: FrameSpec) -> tuple[int, int | None]:
+    """Most frames of a crop, and the quota of vision tokens that they share, if there is one."""
+    quota = max(config.agent.clip_tokens, default=None)
+    most = spec.frames_within(quota) if quota else config.data.crop_frames
+    return min(config.data.crop_frames, most), quota
+
+
 def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
     """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
-    frames, (start, end) = smallest_frames(renderer.spec, config.data.crop_frames), LONG_WINDOW
+    spec = renderer.spec
+    most, quota = crop_frames(config, spec)
+    frames = smallest_frames(spec, most)
+    start, end = LONG_WINDOW
     if config.agent.evidence == "text":
         prompt = renderer.subagent_prompt(frames, start, end)
-        return full_size(prompt, renderer.spec)
+        return full_size(prompt, spec, quota)
     response = renderer.frames_turn([renderer.clip(frames, start, end)])
-    return full_size(response, renderer.spec) - len(renderer.tool_turn([""]))
+    return full_size(response, spec, quota) - len(renderer.tool_turn([""]))
 
 
-def prompt_tokens(renderer: ChatRenderer, rows: Iterable[Row], frames: int) -> int:
-    """Tokens of the longest prompt that any of the questions makes with `frames` frames."""
-    longest = max(rows, key=lambda row: len(renderer.encode(row.question)))
-    prompt = renderer.main_prompt(longest, smallest_frames(renderer.spec, frames), tools=True)
-    return full_size(prompt, renderer.spec)
+def prompt_tokens(
+    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
+) -> int:
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames, those of
+    each video within `quota` vision tokens if given."""
+    longest: dict[int, tuple[int, Row]] = {}
+    for row in rows:
+        videos, length = len(row.videos), len(renderer.encode(row.question))
+        if videos not in longest or length > longest[videos][0]:
+            longest[videos] = length, row
+    return max(_full_prompt(renderer, row, frames, quota) for _, row in longest.values())
 
 
-def agent_reads(
-    config: Config, renderer: ChatRenderer, rows: Iterable[Row], budgets: Iterable[int]
-) -> dict[str, Reads]:
-    """All that the lanes of `open_engine` can be given to read, for any of the questions shown
-    with any of the frame budgets. (A video of fewer frames than its budget is not foreseen.)"""
-    agent, spec = config.agent, renderer.spec
-    questions = sorted(rows, key=lambda row: len(renderer.encode(row.question)))
-    ends = questions[0], questions[-1]
-
-    def prompts(frames: int) -> tuple[Prompt, Prompt]:
-        early, late = (smallest_frames(spec, frames, time) for time in (EARLY, LATE))
-        shortest, longest = ends
-        return (
-            renderer.main_prompt(shortest, early, tools=True),
-            renderer.main_prompt(longest, late, tools=True),
-        )
-
-    main = Reads(
-        tuple(_extent(*prompts(frames), spec) for frames in sorted(set(budgets))),
-        _given(config, renderer),
-        agent.sampling,
-    )
-    if agent.evidence == "frames":
-        return {MAIN: main}
-    sizes = range(1, config.data.crop_frames + 1)
-    crops = tuple(_extent(*_crop_prompts(renderer, frames), spec) for frames in sizes)
-    return {MAIN: main, CROP: Reads(crops, sampling=agent.subagent_sampling)}
-
-
-def _crop_prompts(renderer: ChatRenderer, frames: int) -> tuple[Prompt, Prompt]:
-    """The shortest and the longest that a sub-agent reads about so many smallest frames."""
-    early, late = (smallest_frames(renderer.spec, frames, time) for time in (EARLY, LATE))
-    return renderer.subagent_prompt(early, 0.0, 1.0), renderer.subagent_prompt(late, *LONG_WINDOW)
-
-
-def _given(config: Config, renderer: ChatRenderer) -> tuple[Extent, ...]:
-    """What comes before a turn: its forced prefix, after responses from the second turn on."""
-    room = measure(config.agent, renderer, crop_tokens(config, renderer))
-    least, most = max(room.prefix, 1), room.prefix + room.response
-    if config.agent.evidence == "text":
-        return (Extent(0, least, most),)
-    shown = range(config.agent.calls_run * config.data.crop_frames + 1)
-    return tuple(Extent(frames, max(frames, least), most) for frames in shown)
-
-
-def _extent(shortest: Prompt, longest: Prompt, spec: FrameSpec) -> Extent:
-    frames = 0 if longest.patches is None else len(longest.patches.grids)
-    return Extent(frames, len(shortest.tokens), full_size(longest, spec))
+def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | None) -> int:
+    """Tokens of a row's prompt with frames of full size."""
+    videos, spec = len(row.videos), renderer.spec
+    shown = [smallest_frames(spec, share) for share in shares(frames, videos)]
+    prompt = renderer.main_prompt(row, shown, tools=True)
+    return full_size(prompt, spec, quota and quota * videos)
 
 
 def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
@@ -173,7 +143,9 @@ def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
     return Frames(pixels, np.full(count, time))
 
 
-def full_size(prompt: Prompt, spec: FrameSpec) -> int:
-    """Tokens that a prompt of smallest frames has with frames of full size."""
+def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:
+    """Tokens that a prompt of smallest frames has with frames of full size, or, if that is less,
+    with `quota` vision tokens."""
     seen = int((prompt.vision_index >= 0).sum())
-    return len(prompt.tokens) + seen * (spec.max_patches // spec.merge_size**2 - 1)
+    full = seen * (spec.max_patches // spec.merge_size**2)
+    return len(prompt.tokens) - seen + (min(full, quota) if quota else full)

@@ -30,7 +30,9 @@ class Stream:
 
 def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
     """Supervised streams: no sampler."""
-    return [Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights)) for e in examples]
+    return [
+        Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights), e.shown) for e in examples
+    ]
 
 
 def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
@@ -87,6 +89,16 @@ def learner_batch(
         grids=grids,
         features=None,
     )
+
+
+def spoken_mask(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
+    """bool `[b, length]`: where the assistant speaks in the rows of `streams_of_groups`."""
+    rollouts = [t for group in groups for t in group.trajectories]
+    mask = np.zeros((len(rollouts), length), bool)
+    for row, rollout in zip(mask, rollouts, strict=True):
+        start = len(rollout.prompt.tokens)
+        row[start : start + len(rollout.tokens)] = rollout.spoken
+    return mask
 
 
 def _rows(rows: list[np.ndarray], length: int, fill: int) -> np.ndarray:

@@ -9,6 +9,8 @@ from __future__ import annotations
 import os
 
 import jax
+import numpy as np
+from jax.experimental import multihost_utils
 
 
 def start() -> None:
@@ -43,3 +45,10 @@ def _several_hosts() -> bool:
 def is_first() -> bool:
     """Whether this host writes the files of which there is one."""
     return jax.process_index() == 0
+
+
+def from_first(values: np.ndarray) -> np.ndarray:
+    """The first host's numbers, on every host; in float32 where there are several hosts."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.float32)))

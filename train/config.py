@@ -19,6 +19,7 @@ from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
+from rollout.tools import agent_tools
 
 
 class Stage(enum.StrEnum):
@@ -75,6 +76,9 @@ class DataSettings:
     min_pixels: int = 784
     max_pixels: int = 50176
     """Least and most pixels of a frame after resizing."""
+    overview_tokens: int | None = None
+    """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
+    until they fit. None: pixels alone decide."""
     question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
     """Which kinds of question to train and evaluate on."""
     train_videos: int = 2000
@@ -222,6 +226,12 @@ def _check_ranges(config: Config) -> None:
     for name, value in not_negative.items():
         if value < 0:
             raise ValueError(f"{name} must not be negative, got {value}")
+    shared = config.data.overview_tokens
+    if shared is not None and shared < max(config.data.frame_budgets, default=0):
+        raise ValueError(
+            f"data.overview_tokens={shared} is less than one for each of "
+            f"{max(config.data.frame_budgets)} frames; raise it or lower data.frame_budgets"
+        )
     if config.data.min_pixels > config.data.max_pixels:
         raise ValueError(
             f"data.min_pixels={config.data.min_pixels} is above "
@@ -257,7 +267,8 @@ def _check_cross(config: Config) -> None:
             f"data.question_types={','.join(kinds)}: choose from {', '.join(QuestionType)}"
         )
     if config.rewards.mode == "llm":
-        raise ValueError("rewards.mode=llm needs a judge, which a run cannot have yet; use f1")
+        config.rewards.judge.check()
+    agent_tools(config.agent)  # refuses names that no tool has
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 
@@ -309,22 +320,39 @@ def _check_rl(config: Config) -> None:
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
             "above 0"
         )
-    if objective.anchor == "position" and not config.rewards.anchor_weight:
-        raise ValueError(
-            "objective.anchor=position has no effect with rewards.anchor_weight=0; "
-            "set objective.anchor=sequence"
-        )
-    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
-        raise ValueError(
-            f"objective.anchor={objective.anchor} with objective.anchor_weight="
-            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
-        )
+    _check_anchor(config)
     if config.model.train_vision:
         raise ValueError(
             "model.train_vision=true has no effect in the rl stage, where vision features are "
             "computed once per prompt; set it to false"
         )
     _check_clip(objective)
+
+
+def _check_anchor(config: Config) -> None:
+    """The readings of the anchor exclude one another, and each has a weight of its own."""
+    objective, rewards = config.objective, config.rewards
+    if objective.anchor == "position" and not rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=position has no effect with rewards.anchor_weight=0, "
+            f"rewards.format_weight=0 or another scheme than paravt (rewards.scheme="
+            f"{rewards.scheme}); set objective.anchor=sequence"
+        )
+    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
+        raise ValueError(
+            f"objective.anchor={objective.anchor} with objective.anchor_weight="
+            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
+        )
+    if objective.anchor == "logprob" and rewards.anchor_share:
+        raise ValueError(
+            "objective.anchor=logprob takes the place of the anchor in the reward; set "
+            f"rewards.anchor_weight={rewards.anchor_weight} to 0"
+        )
+    if objective.anchor == "sequence" and objective.anchor_paired_only:
+        raise ValueError(
+            "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
+            "knows no positions; leave it out"
+        )
 
 
 def _check_clip(objective: ObjectiveConfig) -> None:

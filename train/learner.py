@@ -6,17 +6,18 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array
+from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.advantages import anchored_advantages, rollout_advantages
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
-from paravt_jax.structure import TagTable, structural_mask
+from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_mask
 from pipelines.preprocess import FrameSpec
-from train.batch import Stream, learner_batch, streams_of_groups
+from train.batch import Stream, learner_batch, spoken_mask, streams_of_groups
 from train.config import Config
 from train.layout import to_mesh
 from train.state import FlatParams
@@ -67,12 +68,23 @@ class Learner:
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
         self._encode = jax.jit(policy.encode)
         self._log_probs = jax.jit(step.log_probs)
+        self._find_tags = jax.jit(find_tags, static_argnames=("anchors", "only_paired"))
+        self.figures: dict[str, float] = {}
+        """What the tags of the last batch looked like, for `metrics.jsonl`."""
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, advantages, and vision features seen once."""
         batch = self.padded(streams_of_groups(groups), len(groups[0].trajectories))
         generated = batch.loss_weights > 0
-        structural = structural_mask(batch.tokens, self._tags) & generated
+        structural, validity = self._find_tags(
+            batch.tokens,
+            to_mesh(spoken_mask(groups, batch.tokens.shape[1]), self._mesh),
+            generated,
+            self._tags,
+            anchors=anchor_tags(self._config.agent.call_syntax),
+            only_paired=self._config.objective.anchor_paired_only,
+        )
+        self.figures = figures({"format/tag_validity": validity})
         return dataclasses.replace(
             batch,
             structural=structural,
@@ -100,7 +112,7 @@ class Learner:
     ) -> Array:
         """Advantage per token. With the anchor at positions, its share acts on tags only."""
         positional = self._config.objective.anchor == "position"
-        weight = self._config.rewards.anchor_weight * self._config.rewards.format_weight
+        weight = self._config.rewards.anchor_share
         return anchored_advantages(
             self._normalised(groups, "task" if positional else "total"),
             self._normalised(groups, "anchor"),
@@ -118,6 +130,23 @@ class Learner:
     def with_reference(self, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch with the log-probabilities of the reference policy filled in."""
         return dataclasses.replace(batch, reference_log_probs=self._log_probs(params, batch))
+
+
+def find_tags(
+    tokens: Int[Array, "b t"],
+    spoken: Bool[Array, "b t"],
+    generated: Bool[Array, "b t"],
+    table: TagTable,
+    anchors: tuple[str, ...],
+    only_paired: bool,
+) -> tuple[Bool[Array, "b t"], Float[Array, ""]]:
+    """Where the anchor may act, and which share of all spoken tags belongs to a pair.
+
+    A forced tag pairs with a generated one, but nothing acts on it: the policy did not choose it.
+    """
+    found = structural_tokens(tokens, table, spoken)
+    anchored = tag_mask(found, table, anchors, only_paired) & generated
+    return anchored, found.paired.sum() / jnp.maximum(found.counts.sum(), 1)
 
 
 def figures(metrics: Mapping[str, Array]) -> dict[str, float]:

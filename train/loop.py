@@ -17,7 +17,7 @@ from train.cluster import is_first
 from train.config import Config
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
-from train.scoring import rollout_metrics, score_groups
+from train.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
 
 
@@ -29,6 +29,7 @@ class Parts:
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
     agent: Agent
+    scorer: Scorer
     learner: Learner
     reference: FlatParams
     """The trainable weights at step 0, for the KL term; the frozen ones never change."""
@@ -49,7 +50,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         groups = parts.agent.run(
             state.params, items, config.rl.group_size, seed, policy_version=step
         )
-        groups = score_groups(groups, config.rewards)
+        groups = parts.scorer(groups, progress=step / config.steps)
         clock.lap("time/rollout")
 
         batch = parts.learner.batch(state.params, groups)
@@ -58,7 +59,9 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         metrics = figures(learned)
         clock.lap("time/learn")
 
-        record = rollout_metrics(groups) | parts.agent.figures | metrics | clock.figures()
+        record = rollout_metrics(groups) | parts.agent.figures | parts.learner.figures
+        record |= parts.scorer.figures
+        record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)

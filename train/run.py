@@ -20,7 +20,8 @@ from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup, Row
-from pipelines.datasets import folder_rows
+from paravt_jax.rewards.judge import WAY_TO_JUDGE
+from pipelines.datasets import question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
@@ -35,7 +36,7 @@ from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
-from train.scoring import accuracy_by_type, rollout_metrics, score_groups
+from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
     TrainState,
@@ -67,6 +68,8 @@ def check(config: Config, here: bool = True) -> None:
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     check_model(config, here)
+    if here:
+        Scorer(config.rewards)  # refuses a judge whose key is not in the environment
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
@@ -133,7 +136,7 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.data.path is not None:
-        rows = folder_rows(config.data.path, config.data.question_types)
+        rows = question_rows(config.data.path, None, config.data.question_types).rows
         print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
 
 
@@ -151,7 +154,14 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
 
 
-MAY_CHANGE = ("steps", "mesh", "output.", "evaluation.batch", "evaluation.frame_budget")
+MAY_CHANGE = (
+    "steps",
+    "mesh",
+    "output.",
+    "evaluation.batch",
+    "evaluation.frame_budget",
+    *(f"rewards.judge.{name}" for name in WAY_TO_JUDGE),
+)
 """Settings (or beginnings of their names) that a resumed run may give anew."""
 
 
@@ -187,6 +197,7 @@ class Run:
     def __init__(self, config: Config, workdir: Path, mesh: Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.model = setup.Model.open(config)
+        self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = setup.open_rows(config)
@@ -241,7 +252,7 @@ class Run:
             self.optimizer,
             config,
             self.mesh,
-            self.model.tags(self.renderer),
+            self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
         )
@@ -249,6 +260,7 @@ class Run:
             config=config,
             prompts=stream,
             agent=self.agent(self._training_engine()),
+            scorer=self.scorer,
             learner=learner,
             reference=self.reference,
             checkpoints=self.checkpoints,
@@ -312,7 +324,9 @@ class Run:
             self.renderer,
             prompts=prompts,
             copies=copies,
-            prompt_tokens=prompt_tokens(self.renderer, rows, frames),
+            prompt_tokens=prompt_tokens(
+                self.renderer, rows, frames, self.config.data.overview_tokens
+            ),
         )
         size = engine.cache_bytes() / 2**20
         self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
@@ -358,7 +372,7 @@ class Run:
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
-            return score_groups(agent.run(params, items, 1, seed), self.config.rewards)
+            return self.scorer(agent.run(params, items, 1, seed))
 
         return run
 

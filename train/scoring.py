@@ -3,42 +3,123 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
 from paravt_jax.protocol import parses_strictly
-from paravt_jax.records import RolloutGroup, Row, Trajectory
-from paravt_jax.rewards import RewardRules, score
+from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
+from paravt_jax.rewards import Judge, RewardRules, open_judge, score
+from train.cluster import from_first, is_first
+
+_LOG = logging.getLogger(__name__)
 
 
-def score_groups(groups: Sequence[RolloutGroup], rules: RewardRules) -> list[RolloutGroup]:
-    """The same groups with `rewards` filled in, term by term."""
-    return [
-        dataclasses.replace(
-            group,
-            trajectories=tuple(score_trajectory(group.row, t, rules) for t in group.trajectories),
-        )
-        for group in groups
-    ]
+class Scorer:
+    """Gives rollouts their rewards by the rules of a run; asks its judge, if they need one."""
+
+    def __init__(self, rules: RewardRules) -> None:
+        """Raises ValueError where the rules need a judge and its settings are no use."""
+        self._rules = rules
+        self._judge = open_judge(rules.judge) if rules.mode == "llm" else None
+        self.figures: dict[str, float] = {}
+        """Of the judge during the last call, for `metrics.jsonl`; empty without one."""
+
+    def __call__(self, groups: Sequence[RolloutGroup], progress: float = 1.0) -> list[RolloutGroup]:
+        """The same groups with `rewards` filled in.
+
+        Args:
+          progress: share of the training that is done.
+        """
+        if self._judge is None:
+            return score_groups(groups, self._rules, progress=progress)
+        # Several hosts could get several verdicts: one asks, the others take its figures.
+        judge = self._judge if is_first() else _silent
+        scored = _agree(score_groups(groups, self._rules, judge, progress))
+        self.figures = self._judge.figures()
+        if self.figures["judge/failures"]:
+            failures, reason = int(self.figures["judge/failures"]), self._judge.last_failure
+            _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
+        return scored
 
 
-def score_trajectory(row: Row, trajectory: Trajectory, rules: RewardRules) -> Trajectory:
-    """Score one rollout from its own text; executed calls are counted, not read from text."""
-    breakdown = score(
+def score_groups(
+    groups: Sequence[RolloutGroup],
+    rules: RewardRules,
+    judge: Judge | None = None,
+    progress: float = 1.0,
+) -> list[RolloutGroup]:
+    """The same groups with `rewards` filled in, term by term; a judge is asked side by side."""
+    rollouts = [(group.row, t) for group in groups for t in group.trajectories]
+
+    def scored(rollout: tuple[Row, Trajectory]) -> dict[str, float]:
+        return rewards_of(*rollout, rules, judge, progress)
+
+    if judge is None:
+        return _with_rewards(groups, map(scored, rollouts))
+    with ThreadPoolExecutor(rules.judge.concurrency) as threads:
+        return _with_rewards(groups, threads.map(scored, rollouts))
+
+
+def rewards_of(
+    row: Row,
+    trajectory: Trajectory,
+    rules: RewardRules,
+    judge: Judge | None = None,
+    progress: float = 1.0,
+) -> dict[str, float]:
+    """Rewards of one rollout from its own text; executed calls are counted, not read from text."""
+    return score(
         trajectory.scored_text,
         row.answer,
         row.question_type,
         rules,
         turns=[turn.text for turn in trajectory.turns],
         executed_calls=trajectory.executed,
-    )
-    return dataclasses.replace(trajectory, rewards=dataclasses.asdict(breakdown))
+        calls=[call for turn in trajectory.turns for call in _executed(turn)],
+        evidence=row.evidence,
+        progress=progress,
+        question=row.question,
+        judge=judge,
+    ).as_dict()
+
+
+def _executed(turn: Turn) -> list[ToolCall]:
+    """The calls of a turn that ran: as many as did, of the well-formed ones. Those beyond the
+    limit of a turn come last, so this errs only where a tool refused an earlier call."""
+    return [call for call in turn.calls if call.error is None][: turn.executed]
+
+
+def _with_rewards(
+    groups: Sequence[RolloutGroup], rewards: Iterable[dict[str, float]]
+) -> list[RolloutGroup]:
+    """The groups, their rollouts with these rewards in their order."""
+    left, replace = iter(rewards), dataclasses.replace
+    return [
+        replace(g, trajectories=tuple(replace(t, rewards=next(left)) for t in g.trajectories))
+        for g in groups
+    ]
+
+
+def _agree(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups with the rewards that the first host gave them."""
+    rewards = [t.rewards for group in groups for t in group.trajectories]
+    values = from_first(np.array([list(terms.values()) for terms in rewards], np.float64))
+    named = (dict(zip(rewards[0], map(float, row), strict=True)) for row in values)
+    return _with_rewards(groups, named)
+
+
+def _silent(message: str) -> str:
+    """The judge of a host that does not ask."""
+    return ""
 
 
 def complies(trajectory: Trajectory) -> bool:
     """Whether every turn of the rollout parses strictly."""
-    return all(parses_strictly(turn.text) for turn in trajectory.turns)
+    syntax = trajectory.call_syntax
+    return all(parses_strictly(turn.text, syntax=syntax) for turn in trajectory.turns)
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
@@ -48,8 +129,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     calls = sum(t.calls for t in rollouts)
     totals = np.array([[t.rewards["total"] for t in g.trajectories] for g in groups])
     terms = {
-        f"reward/{name}": _mean(t.rewards[name] for t in rollouts)
-        for name in ("total", "accuracy", "format", "tool")
+        f"reward/{name}": _mean(t.rewards[name] for t in rollouts) for name in rollouts[0].rewards
     }
     return terms | {
         "format/compliance": _mean(complies(t) for t in rollouts),

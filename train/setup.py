@@ -26,18 +26,19 @@ from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Row
-from paravt_jax.structure import ANCHOR_TAGS, TagTable, tag_table
-from pipelines.datasets import folder_rows, needle_questions
+from paravt_jax.structure import TagTable, tag_table
+from pipelines.datasets import needle_questions, question_rows
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
-from pipelines.needle.traces import NEEDLE_TEXTS
+from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
 from pipelines.needle.world import NeedleWorld
 from pipelines.preprocess import FrameSpec
-from pipelines.render import ChatRenderer, PromptTexts
+from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
-from train.agent import agent_tools
+from rollout.tools import agent_tools
 from train.config import Config
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
@@ -52,8 +53,14 @@ def open_mesh(config: Config) -> Mesh:
     return make_mesh(parse_mesh(config.mesh, jax.device_count()))
 
 
-PROMPT_TEXTS = {"full": PromptTexts(), "terse": NEEDLE_TEXTS}
-"""What `data.instructions` chooses from."""
+def prompt_texts(config: Config) -> PromptTexts:
+    """The words of prompts: `data.instructions`, about the tools of the agent."""
+    agent, terse = config.agent, config.data.instructions == "terse"
+    if agent.call_syntax == "grounding":
+        return GROUNDING_TEXTS if terse else VIDEO_O3_TEXTS
+    if terse:
+        return NEEDLE_TEXTS
+    return PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,13 +89,14 @@ class Model:
     def renderer(self, config: Config) -> ChatRenderer:
         """Prompts in the model's own chat template."""
         data = config.data
-        texts, pixels = PROMPT_TEXTS[data.instructions], (data.min_pixels, data.max_pixels)
-        schemas = [dict(tool.schema) for tool in agent_tools(config).values()]
+        schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
+        texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
         return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
 
-    def tags(self, renderer: ChatRenderer) -> TagTable:
-        """Where anchored tags stand in token streams of this tokenizer."""
-        return tag_table(renderer.token_contents(self.policy.config.text.vocab_size), ANCHOR_TAGS)
+    def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
+        """What finds structural tags in token streams of this tokenizer."""
+        contents = renderer.token_contents(self.policy.config.text.vocab_size)
+        return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
@@ -166,7 +174,10 @@ def needle_world(config: Config) -> NeedleWorld:
 
 def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
     """Decodes overviews and crops; frames are kept at the size that the model sees."""
-    return VideoReader(config.data.crop_fps, config.data.crop_frames, spec=spec)
+    own = config.data
+    return VideoReader(
+        own.crop_fps, own.crop_frames, spec=spec, overview_tokens=own.overview_tokens
+    )
 
 
 def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
@@ -176,7 +187,7 @@ def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
       ValueError: a question or a video that cannot be read, or too few questions.
     """
     if config.data.path:
-        rows = folder_rows(config.data.path, config.data.question_types)
+        rows = question_rows(config.data.path, None, config.data.question_types).rows
         training, held_out = split_rows(rows, config.evaluation.rows)
     else:
         training, held_out = (_needle_rows(config, split) for split in ("train", "held_out"))

@@ -58,6 +58,7 @@ def batch_hidden(
         batch.positions,
         batch.vision_index,
         _row_features(policy, params, batch),
+        batch.segments,
     )
 
 

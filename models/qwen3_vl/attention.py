@@ -25,15 +25,19 @@ def attend(
     *,
     causal: bool = False,
     key_lengths: Int[Array, " b"] | None = None,
+    segments: Int[Array, "b s"] | None = None,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`.
 
-    Query i of row b sees key j if `j < key_lengths[b]` (when given) and, when `causal`, `j <= i`.
-    Query head `n` reads key head `n // (n/k)`.
+    Query i of row b sees key j if `j < key_lengths[b]` (when given), when `causal`, `j <= i`, and
+    when there are `segments`, both are of the same one (queries and keys then being the same
+    tokens). Query head `n` reads key head `n // (n/k)`.
     """
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
-        return _causal_chunks(query, key, value)
-    visible = visibility(query.shape[1], key.shape[1], causal, key_lengths=key_lengths)
+        return _causal_chunks(query, key, value, segments)
+    visible = visibility(
+        query.shape[1], key.shape[1], causal, key_lengths=key_lengths, segments=segments
+    )
     return reference(query, key, value, visible)
 
 
@@ -43,9 +47,11 @@ def visibility(
     causal: bool,
     first: int = 0,
     key_lengths: Int[Array, " b"] | None = None,
+    segments: Int[Array, "b tokens"] | None = None,
 ) -> Bool[Array, "#b #t s"] | None:
     """Which keys each query sees (see `attend`), the first query being number `first`; None when
-    all are visible."""
+    all are visible. This is the only place that decides it: kernels that take segment ids
+    (splash, cuDNN) get them as they are."""
     slots = jnp.arange(keys, dtype=jnp.int32)
     visible = None
     if key_lengths is not None:
@@ -54,6 +60,9 @@ def visibility(
         last = first + jnp.arange(queries, dtype=jnp.int32)
         before = (slots <= last[:, None])[None]
         visible = before if visible is None else visible & before
+    if segments is not None:
+        own = segments[:, first : first + queries, None] == segments[:, None, :keys]
+        visible = own if visible is None else visible & own
     return visible
 
 
@@ -90,11 +99,11 @@ def _unnormalised(
     return jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
 
 
-def _causal_chunks(query: Array, key: Array, value: Array) -> Array:
+def _causal_chunks(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
     chunks = []
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
-        visible = visibility(end - start, end, causal=True, first=start)
+        visible = visibility(end - start, end, causal=True, first=start, segments=segments)
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
 

@@ -125,9 +125,13 @@ class Qwen3VLPolicy:
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
+        segments: Int[Array, "b t"] | None = None,
     ) -> Float[Array, "b t d"]:
-        """Final hidden states of right-padded rows; each token sees those before it."""
-        return self.hidden_and_router(params, tokens, positions, vision_index, features)[0]
+        """Final hidden states of right-padded rows; each token sees those before it, of its own
+        segment if there are several."""
+        return self.hidden_and_router(params, tokens, positions, vision_index, features, segments)[
+            0
+        ]
 
     def hidden_and_router(
         self,
@@ -136,11 +140,13 @@ class Qwen3VLPolicy:
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
+        segments: Int[Array, "b t"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of the sparse layers; None for a dense model."""
         tower = self._bind(params).text
+        memory = Memory(segments=segments)
         with jax.named_scope("language_model"):
-            hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features)
+            hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features, memory)
         return hidden, router_logits
 
     def read(

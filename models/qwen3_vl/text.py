@@ -32,7 +32,8 @@ Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a layer does with keys and values besides attending to its own block."""
+    """What a layer does with keys and values besides letting each token attend to those before it
+    in its block."""
 
     keep: bool = False
     """Return the keys and values of the block: reading a prompt."""
@@ -40,6 +41,8 @@ class Memory:
     """Append the block to these caches and attend to them: continuing streams."""
     rows: Int[Array, " m"] | None = None
     """The rows of the only lane that the block continues; None for all rows of all lanes."""
+    segments: Int[Array, "b t"] | None = None
+    """Which of several streams in one row each token belongs to: it attends to its own alone."""
 
 
 KeysAndValues = tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]
@@ -73,7 +76,7 @@ class Attention(nnx.Module):
             mixed, lanes = append_and_attend(memory.lanes, memory.rows, layer, query, key, value)
             memory = dataclasses.replace(memory, lanes=lanes)
         else:
-            mixed = attend(query, key, value, causal=True)
+            mixed = attend(query, key, value, causal=True, segments=memory.segments)
         kept = (key, value) if memory.keep else None
         return self.out(mixed.reshape(*x.shape[:2], -1)), memory, kept
 

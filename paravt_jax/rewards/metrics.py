@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections import Counter
+from collections.abc import Iterator
 
 from paravt_jax.protocol import parse_seconds
 from paravt_jax.rewards.rules import f1, interval_iou
@@ -60,7 +61,12 @@ def choice_accuracy(prediction: str, answer: str) -> float:
 
 
 def interval(text: str) -> tuple[float, float] | None:
-    """First interval `(start, end)` in seconds with start < end that a text names, or None.
+    """First interval that a text names, or None; see `intervals`."""
+    return next(intervals(text), None)
+
+
+def intervals(text: str) -> Iterator[tuple[float, float]]:
+    """The intervals `(start, end)` in seconds with start < end that a text names, in its order.
 
     Times are numbers or clock times, with or without a unit of seconds or minutes; between them
     stands a comma, a dash, a tilde, "to", "and", "until" or "through".
@@ -69,8 +75,7 @@ def interval(text: str) -> tuple[float, float] | None:
         shared = match["unit_b"] if match["unit_a"] is None else match["unit_a"]
         start, end = _seconds(match["a"], shared), _seconds(match["b"], match["unit_b"])
         if start is not None and end is not None and start < end:
-            return start, end
-    return None
+            yield start, end
 
 
 def temporal_iou(prediction: str, answer: str) -> float:

@@ -11,15 +11,18 @@ import re
 
 from paravt_jax import protocol
 from paravt_jax.rewards.rules import (
+    ANCHOR,
     THINK_MIN_CHARS,
-    Judge,
+    UNIT,
+    Ranges,
     RewardBreakdown,
     RewardRules,
     anchor_term,
     f1,
     interval_iou,
-    judge_message,
+    total_range,
 )
+from paravt_jax.rewards.verdicts import Judge, judge_message
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _CALL_BODY = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)
@@ -38,6 +41,15 @@ _CHOICES = tuple(
     )
 )
 _PAIRED_TAGS = ("think", "tool_call", "tool_code", "answer")
+
+
+def ranges(rules: RewardRules) -> Ranges:
+    """Least and greatest value of each term. The format can be negative, and a response that the
+    policy made up itself lifts the tool term from 0.6 to 0.8."""
+    lowest = -0.3 * max(rules.anchor_weight, 0.0)
+    parts = {"accuracy": UNIT, "format": (lowest, 1.0), "tool": (0.0, 0.8)}
+    bare = total_range(rules, {**parts, "format": UNIT})
+    return total_range(rules, parts) | {"anchor": ANCHOR, "task": bare["task"]}
 
 
 def score(

@@ -1,16 +1,43 @@
-"""What both readings of the rewards share: their rules, their result, the judge's message."""
+"""What all rewards share: their rules, their result and its ranges."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
 
-Judge = Callable[[str], str]
-"""Takes a user message, returns the reply of a language model."""
+from paravt_jax.rewards.judge import JudgeSettings
 
 THINK_MIN_CHARS = 10
 """Shortest stripped thought that counts as one."""
+
+
+SCHEMES = ("paravt", "longvt", "vital", "deepvideo_r1", "video_o3", "visd")
+"""Systems whose rewards are known."""
+
+_CHOICES = {
+    "scheme": SCHEMES,
+    "compat": ("fixed", "reference"),
+    "mode": ("f1", "exact", "llm"),
+    "window_term": ("iou", "recall", "tool", "none"),
+}
+_READERS = {
+    "compat": ("paravt", "longvt", "vital", "video_o3"),
+    "answer_suffix": ("paravt",),
+    "anchor_weight": ("paravt",),
+    "mode": ("paravt", "longvt", "video_o3"),
+    "tool_base": ("paravt",),
+    "tool_bonus": ("paravt",),
+    "window_term": ("longvt",),
+    "iou_scale": ("vital",),
+    "grounded": ("vital", "deepvideo_r1", "visd"),
+}
+"""Schemes that read a setting; all of them where it is not listed."""
+
+
+def _any_of(names: tuple[str, ...]) -> str:
+    *others, last = names
+    return f"{', '.join(others)} or {last}" if others else last
 
 
 @dataclasses.dataclass(frozen=True)
@@ -19,6 +46,8 @@ class RewardRules:
 
     compat: str = "fixed"
     """The corrected rewards, "fixed", or those of the release, "reference"."""
+    scheme: str = "paravt"
+    """Whose rewards: one of `SCHEMES`. Each is a module of this package and says what it reads."""
     answer_suffix: bool = True
     """Whether the answer carries more of the format score than the thinking."""
     anchor_weight: float | int = 0.5
@@ -27,19 +56,49 @@ class RewardRules:
     """Weight of the format score in the total."""
     mode: str = "f1"
     """How an open answer that differs from the ground truth is judged: "f1", "exact" or "llm"."""
+    judge: JudgeSettings = dataclasses.field(default_factory=JudgeSettings)
+    """The judge of mode="llm"."""
     tool_base: float | int = 0.1
     """Credit for at least one executed call. Only for compat="fixed"."""
     tool_bonus: float | int = 0.5
     """Further credit, times accuracy, if a call was executed. Only for compat="fixed"."""
+    window_term: str = "iou"
+    """What scheme="longvt" gives for its last crop: "iou" with the evidence, "recall" of it, "tool"
+    for having used it and being right, or "none"."""
+    iou_scale: tuple[float, float] = (0.2, 0.8)
+    """IoU at which scheme="vital" begins to give credit, and at which it gives all of it."""
+    grounded: bool = False
+    """Whether answers in words or options also name the window, judged against the evidence. For
+    scheme="vital", "deepvideo_r1" and "visd"."""
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning."""
-        if self.compat not in ("fixed", "reference"):
-            raise ValueError(f"compat={self.compat!r} is unknown; use 'fixed' or 'reference'")
-        if self.mode not in ("f1", "exact", "llm"):
-            raise ValueError(f"mode={self.mode!r} is unknown; use 'f1', 'exact' or 'llm'")
+        for name, known in _CHOICES.items():
+            if getattr(self, name) not in known:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_any_of(known)}")
         for name in ("anchor_weight", "format_weight", "tool_base", "tool_bonus"):
             self._check_weight(name)
+        if not (len(self.iou_scale) == 2 and 0 <= self.iou_scale[0] < self.iou_scale[1] <= 1):
+            raise ValueError(f"iou_scale={self.iou_scale}: give two rising numbers in [0, 1]")
+        self._check_use()
+
+    @property
+    def anchor_share(self) -> float:
+        """Weight of the anchor in the total; 0 for schemes that have none."""
+        own = self.scheme in _READERS["anchor_weight"]
+        return self.anchor_weight * self.format_weight if own else 0.0
+
+    def _check_use(self) -> None:
+        """Refuse settings that the scheme does not read."""
+        for field in dataclasses.fields(self):
+            readers, value = _READERS.get(field.name, SCHEMES), getattr(self, field.name)
+            if self.scheme not in readers and value != field.default:
+                raise ValueError(
+                    f"{field.name}={value} has no effect with scheme={self.scheme}, only with "
+                    f"{_any_of(readers)}; leave it out"
+                )
+        if self.mode != "llm" and self.judge != JudgeSettings():
+            raise ValueError(f"a judge has no effect with mode={self.mode}; set mode=llm")
 
     def _check_weight(self, name: str) -> None:
         value = getattr(self, name)
@@ -53,7 +112,7 @@ class RewardBreakdown:
     """Reward of one rollout by term."""
 
     total: float
-    """accuracy + format_weight * format + tool."""
+    """accuracy + format_weight * format + tool, and what the scheme adds."""
     accuracy: float
     """How right the answer is, in [0, 1]."""
     format: float
@@ -65,6 +124,47 @@ class RewardBreakdown:
     task: float = 0.0
     """The total with the anchor left out of the format term. Where the anchor is applied at
     structural positions only, this is what all the other tokens are given."""
+    terms: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """What else the scheme computes, by name; its module says what is part of the total."""
+
+    def as_dict(self) -> dict[str, float]:
+        """All terms by name, the further ones beside the others."""
+        fields = dataclasses.asdict(self)
+        return fields | fields.pop("terms")
+
+
+Ranges = dict[str, tuple[float, float]]
+"""Least and greatest value of each term of a breakdown, by the names of `as_dict`."""
+
+UNIT = (0.0, 1.0)
+"""The range of a share."""
+ANCHOR = (-0.3, 0.7)
+"""The range of `anchor_term`."""
+
+
+def breakdown(
+    rules: RewardRules,
+    *,
+    accuracy: float,
+    format: float,
+    tool: float = 0.0,
+    added: Mapping[str, float] | None = None,
+    shown: Mapping[str, float] | None = None,
+) -> RewardBreakdown:
+    """A reward without an anchor: accuracy + format_weight * format + tool + all of `added`."""
+    added = added or {}
+    total = accuracy + rules.format_weight * format + tool + sum(added.values())
+    terms = {**added, **(shown or {})}
+    return RewardBreakdown(total, accuracy, format, tool, task=total, terms=terms)
+
+
+def total_range(rules: RewardRules, added: Mapping[str, tuple[float, float]]) -> Ranges:
+    """The ranges of a reward without an anchor, from those of the parts of its total, among them
+    accuracy, format and tool."""
+    weight = {"format": rules.format_weight}
+    scaled = [sorted(weight.get(name, 1.0) * end for end in ends) for name, ends in added.items()]
+    total = (sum(low for low, _ in scaled), sum(high for _, high in scaled))
+    return {"total": total, "task": total, "anchor": (0.0, 0.0), **added}
 
 
 def anchor_term(opened: bool, closed: bool, thinks: bool, acts: bool) -> float:
@@ -74,17 +174,6 @@ def anchor_term(opened: bool, closed: bool, thinks: bool, acts: bool) -> float:
     """
     rise = 0.4 * (closed and thinks) + 0.3 * (closed and thinks and acts)
     return rise - 0.3 * (opened and not closed)
-
-
-def judge_message(question: str, prediction: str, answer: str) -> str:
-    """The user message with which a language model is asked for a verdict."""
-    return (
-        f"Question: {question}\n"
-        f"Ground truth answer: {answer}\n"
-        f"Model prediction: {prediction}\n\n"
-        "Is the prediction semantically equivalent to the ground truth? "
-        "Reply with a single number: 1.0 if correct, 0.5 if partially correct, 0.0 if wrong."
-    )
 
 
 def f1(common: int, predicted: int, expected: int) -> float:

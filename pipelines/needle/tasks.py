@@ -14,7 +14,8 @@ import grain
 import numpy as np
 
 from paravt_jax.interfaces import FrameReader
-from paravt_jax.records import Example, Prompt
+from paravt_jax.protocol import TOOL_NAME
+from paravt_jax.records import Clip, Example, Prompt
 from pipelines.needle import traces
 from pipelines.needle.questions import NeedleQuestion
 from pipelines.needle.world import NeedleWorld
@@ -37,6 +38,12 @@ class TaskKit:
     """Probability of cropping 0, 1, 2, ... windows in a trace."""
     event_share: float = 0.5
     """Share of examples of `clip` that show an event; `frame` shows one in 3 of 4."""
+    tool: str = TOOL_NAME
+    """What `looks` calls."""
+    syntax: str = "tool_call"
+    """How it writes calls."""
+    quota: int | None = None
+    """Most vision tokens of a clip of `looks`."""
 
     def __post_init__(self) -> None:
         if not np.isclose(sum(self.plan), 1.0) or min(self.plan) < 0:
@@ -95,6 +102,28 @@ def trace(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> E
     return _episode(kit, question, prompt, times, windows, rng)
 
 
+def looks(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:
+    """A whole episode that looks at one window a turn, sees its frames, and answers once it has
+    seen what the question is about; the plan draws how often it looks at most."""
+    prompt, times = _overview(kit, question, rng, tools=True)
+    windows = _choose(kit, int(rng.choice(len(kit.plan), p=kit.plan)), rng)
+    needed = _window_of(kit, question)
+    if needed in windows:
+        windows = windows[: windows.index(needed) + 1]
+    calls = [traces.look(kit.tool, kit.syntax, *window) for window in windows]
+    clips = [_clip(kit, question, window) for window in windows]
+    answer = traces.decide(question, kit.world, times, windows, rng)
+    episode = traces.looks(kit.renderer, calls, clips, answer)
+    weights = (episode.turns >= 0).astype(np.float32)
+    return Example(prompt, episode.tokens, weights, episode.shown)
+
+
+def _clip(kit: TaskKit, question: NeedleQuestion, window: Window) -> Clip:
+    start, end = float(window[0]), float(window[1])
+    frames = kit.reader.clip(question.row.video, start, end, kit.quota)
+    return kit.renderer.clip(frames, start, end)
+
+
 def direct(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:
     """Answer from the overview when no tool is offered."""
     prompt, times = _overview(kit, question, rng, tools=False)
@@ -106,6 +135,7 @@ TASKS: dict[str, Task] = {
     "clip": clip,
     "qa": qa,
     "trace": trace,
+    "looks": looks,
     "direct": direct,
 }
 """Tasks by name."""

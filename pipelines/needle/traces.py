@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +19,14 @@ from paravt_jax.protocol import (
     ANSWER_OPEN,
     CALL_CLOSE,
     CALL_OPEN,
+    GROUNDING_TOOL,
     THINK_CLOSE,
     THINK_OPEN,
     TOOL_NAME,
     TURN_END,
+    call_syntax,
 )
-from paravt_jax.records import QuestionType
+from paravt_jax.records import Clip, QuestionType, Shown
 from pipelines.needle.questions import NeedleQuestion
 from pipelines.needle.world import Event, NeedleWorld
 from pipelines.render import ChatRenderer, PromptTexts
@@ -33,6 +36,8 @@ PREFIX = f"{THINK_OPEN}\n"
 
 NEEDLE_TEXTS = PromptTexts(system="", tools="", subagent="Report {start:g} to {end:g} seconds.")
 """The words around frames and questions: next to none."""
+GROUNDING_TEXTS = dataclasses.replace(NEEDLE_TEXTS, tools="Tool: <grounding>", describe_tools=True)
+"""Those of an agent that calls by `<grounding>`, which chat templates do not know."""
 
 FRAME_REQUEST = "Name it."
 """Request of the single-frame task."""
@@ -63,6 +68,22 @@ def call(start: float, end: float) -> str:
     arguments = {"start_time": start, "end_time": end}
     body = json.dumps({"name": TOOL_NAME, "arguments": arguments})
     return f"{CALL_OPEN}\n{body}\n{CALL_CLOSE}"
+
+
+def look(tool: str, syntax: str, start: float, end: float) -> str:
+    """One call of any tool that looks at a window, as the model writes it."""
+    own = call_syntax(syntax)
+    body: dict[str, Any] = {"start_time": start, "end_time": end}
+    if tool == GROUNDING_TOOL:
+        body = {"temporal_segment": [start, end], "sampling_strategy": "medium"}
+    if not own.tool:
+        body = {"name": tool, "arguments": body}
+    return f"{own.open}{json.dumps(body)}{own.close}"
+
+
+def look_turn(call: str) -> str:
+    """The turn that looks once, after its forced prefix."""
+    return f"I look closer.\n{THINK_CLOSE}\n{call}{TURN_END}"
 
 
 def call_turn(windows: Sequence[tuple[int, int]]) -> str:
@@ -125,6 +146,34 @@ def trace(
     responses = [report(question.events, start, end) for start, end in windows]
     told = renderer.tool_turn(responses)
     return _join([(prefix, -1), (calls, 0), (told, -1), (prefix, -1), (answer, 1)])
+
+
+@dataclasses.dataclass(frozen=True)
+class Looks:
+    """An ideal episode that looks at one window after the other and sees their frames itself."""
+
+    tokens: np.ndarray
+    """int32 `[t]`, everything after the prompt."""
+    turns: np.ndarray
+    """int32 `[t]`, see `trace`."""
+    shown: tuple[Shown, ...]
+    """The frames of each look."""
+
+
+def looks(
+    renderer: ChatRenderer, calls: Sequence[str], clips: Sequence[Clip], answer: Answer
+) -> Looks:
+    """The episode that makes these calls, one a turn, is shown these clips, and answers."""
+    prefix = renderer.encode(PREFIX)
+    parts: list[tuple[list[int], int]] = [(prefix, -1)]
+    shown = []
+    for number, (call, clip) in enumerate(zip(calls, clips, strict=True)):
+        parts.append((renderer.encode(look_turn(call)), number))
+        block = renderer.frames_turn([clip])
+        shown.append(Shown(sum(len(ids) for ids, _ in parts), block))
+        parts += [(block.tokens.tolist(), -1), (prefix, -1)]
+    parts.append((renderer.encode(answer_turn(answer)), len(calls)))
+    return Looks(*_join(parts), tuple(shown))
 
 
 def _join(parts: Sequence[tuple[list[int], int]]) -> tuple[np.ndarray, np.ndarray]:

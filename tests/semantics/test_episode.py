@@ -39,7 +39,7 @@ from rollout.agent import Agent
 from rollout.limits import AgentConfig, lanes, measure
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from rollout.tools import TOOLS, OwnVideo, Tool, crop_video, registry
+from rollout.tools import TOOLS, OwnVideo, Tool, agent_tools, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader, ToyRenderer
 from tests.scripted_engine import ScriptedEngine, ScriptedSession
@@ -74,14 +74,19 @@ def scripted_engine(config: AgentConfig, turns_B, report=None, copies=1, visit=1
 class Episode:
     """One rollout under a script, and everything around it."""
 
-    def __init__(self, *turns: str, reader=None, report=None, tools=None, **config) -> None:
+    def __init__(self, *turns: str, reader=None, report=None, **config) -> None:
         limits = {"turn_tokens": 1000, "answer_tokens": 80, "response_tokens": 150}
         self.config = AgentConfig(**(limits | config))
         self.engine = scripted_engine(self.config, [turns], report)
         self.reader = reader or SentinelReader()
         self.room = measure(self.config, RENDERER, CROP_TOKENS)
         self.agent = Agent(
-            self.engine, RENDERER, self.reader, tools or TOOLS, self.config, CROP_TOKENS
+            self.engine,
+            RENDERER,
+            self.reader,
+            agent_tools(self.config),
+            self.config,
+            CROP_TOKENS,
         )
         row = Row("row", VIDEO, "What colour?", "red")
         prompt = RENDERER.main_prompt(row, self.reader.overview(VIDEO, 4), tools=True)
@@ -307,7 +312,7 @@ class WaitingReader(SentinelReader):
     engine: ScriptedEngine
     visits: int
 
-    def clip(self, video, start, end):
+    def clip(self, video, start, end, tokens=None):
         deadline = time.monotonic() + 5
         while self.engine.visits < self.visits:
             assert time.monotonic() < deadline, "nothing was decoded on the device meanwhile"
@@ -344,7 +349,7 @@ def test_equal_calls_are_one_piece_of_work():
 
 def test_how_fast_threads_are_changes_nothing():
     class RestlessReader(SentinelReader):
-        def clip(self, video, start, end):
+        def clip(self, video, start, end, tokens=None):
             time.sleep(random.random() * 0.01)
             return super().clip(video, start, end)
 
@@ -433,7 +438,7 @@ def test_a_tool_that_hangs_or_fails_gets_an_error():
     class HangingReader(SentinelReader):
         free = threading.Event()
 
-        def clip(self, video, start, end):
+        def clip(self, video, start, end, tokens=None):
             if start == 50:
                 self.free.wait(5)
             return super().clip(video, start, end)
@@ -479,7 +484,7 @@ def length_call(unit: str) -> str:
 
 def test_a_new_tool_is_a_schema_and_a_function():
     """Its schema reaches the prompt through the chat template, its answer reaches the stream."""
-    tools, config = registry(crop_video(), LENGTH_TOOL), AgentConfig()
+    tools, config = registry(crop_video(AgentConfig()), LENGTH_TOOL), AgentConfig()
     schemas = [dict(tool.schema) for tool in tools.values()]
     renderer = ChatRenderer.from_folder(processor_folder(), tools=schemas)
     turn = calls_turn(length_call("seconds"), length_call("nonsense"))
@@ -498,7 +503,7 @@ def test_a_new_tool_is_a_schema_and_a_function():
 
 def test_two_tools_of_one_name_are_refused():
     with pytest.raises(ValueError, match="occurs twice"):
-        registry(crop_video(), crop_video("frames"))
+        registry(crop_video(AgentConfig()), crop_video(AgentConfig(evidence="frames")))
 
 
 def test_seeds_belong_to_rollout_and_call():
@@ -541,6 +546,11 @@ def test_the_batch_of_a_rollout_does_not_change_its_record():
         {"tool_timeout": 0.0},
         {"dispatch": "random"},
         {"evidence": "video"},
+        {"tools": ()},
+        {"tools": ("crop_video", "crop_video")},
+        {"call_syntax": "xml"},
+        {"call_syntax": "grounding"},
+        {"clip_tokens": (1, 2, 3)},
     ],
 )
 def test_impossible_limits_are_refused_by_name(bad):

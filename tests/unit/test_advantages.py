@@ -9,7 +9,13 @@ from hypothesis.extra import numpy as hnp
 from paravt_jax.advantages import (
     AdvantageConfig,
     anchored_advantages,
+    annealed,
+    difficulty_weights,
     group_advantages,
+    has_spread,
+    kl_to_go,
+    overlong_penalty,
+    reweighted_advantages,
     rollout_advantages,
     shape_rewards,
     token_advantages,
@@ -87,9 +93,68 @@ def test_settings_reach_the_result():
         AdvantageConfig(reward_scale=10, eps=0.5),
         AdvantageConfig(reward_bias=-0.2, normalise="none"),
         AdvantageConfig(reward_clip=2.0),
+        AdvantageConfig(difficulty_weighted=True),
     ):
         seen.add(rollout_advantages(rewards, config).tobytes())
-    assert len(seen) == 10
+    assert len(seen) == 11
+
+
+# --- Groups: VITAL, RLOO, DAPO --------------------------------------------------------------------
+
+
+def test_difficulty_weights_by_hand():
+    """Mean 0.5 and 1: full weight. 1.5: 3/4. 2 and above: half."""
+    means = np.array([[0.0, 1.0], [1.0, 1.0], [1.0, 2.0], [2.0, 2.0], [2.5, 3.0]])
+    np.testing.assert_allclose(difficulty_weights(means)[:, 0], [1.0, 1.0, 0.75, 0.5, 0.5])
+
+
+def test_difficulty_weighs_advantages_and_would_cancel_on_rewards():
+    """VITAL: the paper's form, R * w before the normalisation, changes nothing at all."""
+    rewards = np.array([[1.0, 2.0, 3.0, 1.0], [0.0, 1.0, 0.0, 0.0]])
+    plain, config = AdvantageConfig(eps=1e-12), AdvantageConfig(eps=1e-12, difficulty_weighted=True)
+    weights = difficulty_weights(rewards)
+    assert weights[0] < 1 == weights[1]
+    on_rewards = rollout_advantages(rewards * weights, plain)
+    np.testing.assert_allclose(on_rewards, rollout_advantages(rewards, plain), rtol=1e-9)
+    on_advantages = rollout_advantages(rewards, config)
+    np.testing.assert_allclose(on_advantages, weights * rollout_advantages(rewards, plain))
+
+
+def test_difficulty_may_be_told_by_another_reward():
+    """A term of the reward is weighed by how hard the group is as a whole."""
+    config, term = AdvantageConfig(difficulty_weighted=True), np.array([[0.0, 0.3]])
+    easy = rollout_advantages(term, config, difficulty=term + 2.0)
+    np.testing.assert_allclose(easy, 0.5 * rollout_advantages(term, config))
+
+
+@settings(deadline=None)
+@given(rewards=rewards_P_G)
+def test_leave_one_out_is_a_multiple_of_no_std(rewards):
+    """RLOO's advantage is Dr. GRPO's times g / (g - 1)."""
+    rloo = group_advantages(rewards, leave_one_out=True, scale_by_std=False)
+    np.testing.assert_allclose(
+        rloo, group_advantages(rewards, scale_by_std=False) * 4 / 3, atol=1e-9
+    )
+
+
+def test_spread_of_groups():
+    rewards = np.array([[0.1 + 0.2, 0.3], [0.0, 1e-3], [1.0, 1.0]])
+    assert has_spread(rewards).tolist() == [False, True, False]
+
+
+def test_overlong_penalty_by_hand():
+    """Limit 100, margin 20: free up to 80, half at 90, full from 100 on."""
+    result = overlong_penalty(np.array([0, 80, 85, 90, 100, 500]), limit=100, margin=20)
+    np.testing.assert_allclose(result, [0, 0, -0.25, -0.5, -1, -1])
+
+
+@pytest.mark.parametrize("margin", [0, 101])
+def test_overlong_margin_must_fit(margin):
+    with pytest.raises(ValueError, match=f"margin={margin}"):
+        overlong_penalty(np.array([1]), limit=100, margin=margin)
+
+
+# --- Settings -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -97,6 +162,7 @@ def test_settings_reach_the_result():
     [
         *({"normalise": "rows"}, {"ddof": 2}, {"eps": 0.0}, {"reward_clip": -1.0}),
         {"leave_one_out": True, "normalise": "none"},
+        *({"kl_weight": -1.0}, {"kl_estimator": "k4"}, {"kl_estimator": "k2"}),
     ],
 )
 def test_settings_without_meaning_are_refused(settings_):
@@ -140,6 +206,17 @@ def test_kl_is_charged_to_the_past():
     np.testing.assert_allclose(result[0], [0, 1.8, 1.8, 0, 2, 0], rtol=1e-6)
 
 
+@pytest.mark.parametrize(("estimator", "paid"), [("k1", 2.0), ("k2", 2.0), ("k3", np.exp(-2) + 1)])
+def test_kl_to_go_by_hand(estimator, paid):
+    """Tokens 1, 2 and 4 were generated; at 2 the policy is 2 above the reference."""
+    policy = np.full(MASK.shape, -1.0, np.float32)
+    reference = policy.copy()
+    reference[0, 2], policy[:, 0], policy[:, 3] = -3.0, np.nan, np.inf
+    result = kl_to_go(MASK, policy, reference, estimator)
+    np.testing.assert_allclose(result[0], [0, paid, paid, 0, 0, 0], rtol=1e-6)
+    assert not result[1:].any()
+
+
 def test_kl_without_its_log_probs_is_refused():
     with pytest.raises(ValueError, match=r"kl_weight=0\.1"):
         token_advantages(REWARDS, MASK, kl_weight=0.1)
@@ -174,3 +251,33 @@ def test_anchor_acts_on_structural_generated_tokens_only():
     np.testing.assert_allclose(result[0], [0, 2, 2.5, 0, 2, 0])
     np.testing.assert_allclose(result[1], [0, -1, 0, 0, 0, 0])
     np.testing.assert_allclose(result[2], 0)
+
+
+# --- VISD -----------------------------------------------------------------------------------------
+
+
+def test_reweighted_advantages_by_hand():
+    """Weights e^0.1, the lower and the upper bound, and e^0.1 where both signs turn."""
+    advantages = np.array([[2.0, 2.0, 2.0, -2.0, 0.0]], np.float32)
+    gap = np.array([[0.1, -3.0, 3.0, -0.1, np.nan]], np.float32)
+    result = reweighted_advantages(advantages, gap, strength=0.5)
+    inner = 0.5 + 0.5 * np.exp(0.1)
+    np.testing.assert_allclose(result, [[2 * inner, 2 * 0.9, 2 * 1.1, -2 * inner, 0.0]], rtol=1e-6)
+
+
+def test_reweighting_keeps_sign_and_bounds():
+    advantages, gap = np.random.default_rng(0).normal(0, [[[3.0]], [[200.0]]], (2, 40, 50))
+    ratio = np.asarray(reweighted_advantages(advantages, gap, strength=1.0)) / advantages
+    assert ratio.min() == pytest.approx(0.8, rel=1e-6)
+    assert ratio.max() == pytest.approx(1.2, rel=1e-6)
+
+
+def test_no_strength_or_no_gap_changes_nothing():
+    advantages = np.array([[1.5, -0.5]], np.float32)
+    gap = np.array([[0.7, 0.7]], np.float32)
+    np.testing.assert_array_equal(reweighted_advantages(advantages, gap, 0.0), advantages)
+    np.testing.assert_array_equal(reweighted_advantages(advantages, gap * 0, 0.7), advantages)
+
+
+def test_strength_falls_linearly_to_nothing():
+    assert [annealed(0.5, step, 600) for step in (0, 300, 600, 900)] == [0.5, 0.25, 0.0, 0.0]

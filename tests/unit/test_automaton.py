@@ -11,6 +11,7 @@ import pytest
 
 from paravt_jax.protocol import CROP_VIDEO_TOOL, parse_tool_calls
 from paravt_jax.structure import token_bytes
+from paravt_jax.windows import GROUNDING_SCHEMA
 from pipelines.needle.tokenizer import train_tokenizer
 from pipelines.needle.world import NeedleWorld
 from rollout.automaton import (
@@ -312,11 +313,39 @@ def schema(**parameters):
         ([schema(properties={"a": {}})], 'f.a: say its "type"'),
         ([schema(properties={"a": {"type": "array"}})], 'f.a: an array needs "items"'),
         ([schema(required=["b"])], r"\['b'\] are not among"),
+        (
+            [schema(properties={"a": {"type": "array", "items": {"type": "null"}, "maxItems": 0}})],
+            "maxItems=0",
+        ),
     ],
 )
 def test_schemas_that_cannot_be_promised_are_refused(tools, named):
     with pytest.raises(ValueError, match=named):
         response_grammar(tools)
+
+
+PAIR = '"temporal_segment": [%s], "sampling_strategy": "%s"'
+
+
+@pytest.mark.parametrize(
+    ("body", "complete"),
+    [
+        (PAIR % ("1, 2.5", "fine"), True),
+        (PAIR % ("1", "fine"), False),
+        (PAIR % ("", "fine"), False),
+        (PAIR % ("1, 2, 3", "fine"), False),
+        (PAIR % ("1, 2", "finest"), False),
+        ('"name": "grounding", "arguments": {}', False),
+    ],
+)
+def test_a_grounding_call_is_its_arguments_alone(body, complete):
+    grammar = response_grammar([GROUNDING_SCHEMA], "grounding")
+    text = f"<think>I look. <tool_call></think><grounding>{{{body}}}</grounding>"
+    state = grammar.read(text.encode())
+    assert (state != DEAD and bool(grammar.ends[state])) == complete
+    if complete:
+        (call,) = parse_tool_calls(text, syntax="grounding")
+        assert call.error is None and call.arguments == json.loads(f"{{{body}}}")
 
 
 def test_impossible_requests_are_refused(automata, contents):

@@ -11,12 +11,16 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from paravt_jax.protocol import STRUCTURAL_TAGS
 from paravt_jax.structure import (
     ANCHOR_TAGS,
-    structural_mask,
     structural_tokens,
+    tag_mask,
     tag_table,
     token_bytes,
 )
+from pipelines.needle.tokenizer import write_processor_folder
+from pipelines.needle.world import NeedleWorld
 
+COUNT = 20_000
+"""Sequences that are read by hand."""
 ADDED = ["<|im_end|>", "<tool_call>", "</tool_call>"]
 SNIPPETS = [
     *STRUCTURAL_TAGS,
@@ -32,6 +36,7 @@ SNIPPETS = [
         "\n",
     ),
     *(" a", "B", "36 to 40", '{"name"', "<tool_code>", "<|im_end|>", "<<think>>", "</</think>"),
+    *("<tool_call>{}</tool_call>", "<tool_call>[1]</tool_call>", "<answer>36</answer>"),
 ]
 
 
@@ -52,11 +57,15 @@ def tokenizer():
     return tokenizer
 
 
-@pytest.fixture(scope="module")
-def contents(tokenizer):
+def contents_of(tokenizer):
     """Bytes of each id; three ids more than the tokenizer has, as in a padded embedding."""
     added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
     return token_bytes(tokenizer.get_vocab(), added, size=tokenizer.get_vocab_size() + 3)
+
+
+@pytest.fixture(scope="module")
+def contents(tokenizer):
+    return contents_of(tokenizer)
 
 
 @pytest.fixture(scope="module")
@@ -64,22 +73,75 @@ def table(contents):
     return tag_table(contents)
 
 
-def oracle(ids, contents, tags):
-    """Join the bytes, search the tags, and ask of each token which occurrences it touches.
+def read_by_hand(ids, spoken, contents, tags):
+    """What stands in one row, by joining bytes and reading tags one after the other.
 
-    An id without bytes is written as a zero byte, which no tag holds.
+    An id without bytes, or one that nobody spoke, is written as a zero byte, which no tag holds.
+
+    Returns occurrences `[tag, first token, last token, place of the partner in this list]`.
     """
-    pieces = [contents[i] or b"\0" for i in ids]
-    starts = np.cumsum([0, *(len(piece) for piece in pieces)])
-    found = np.full(len(ids), -1)
-    counts = np.zeros(len(tags), int)
+    pieces = [(contents[i] if own else b"") or b"\0" for i, own in zip(ids, spoken, strict=True)]
+    token_of = [number for number, piece in enumerate(pieces) for _ in piece]
     pattern = b"|".join(re.escape(tag.encode()) for tag in tags)
-    for match in reversed(list(re.finditer(pattern, b"".join(pieces)))):
+    found = []
+    for match in re.finditer(pattern, b"".join(pieces)):
         tag = tags.index(match.group().decode())
+        found.append([tag, token_of[match.start()], token_of[match.end() - 1], None])
+    block, opened, seen = None, None, 0
+    for number, (tag, first, last, _) in enumerate(found):
+        if not all(spoken[seen : first + 1]):
+            block = None
+        seen = last
+        kind, closing = tags[tag].strip("</>"), tags[tag].startswith("</")
+        if block == "think" and kind != "think":
+            continue
+        if closing and block == kind:
+            found[number][3], found[opened][3] = opened, number
+        block, opened = (None, None) if closing else (kind, number)
+    return found
+
+
+def as_columns(found, length, tags, width):
+    """`tags`, `partners`, `counts` and `paired` of one row, as `structural_tokens` gives them."""
+    names, partners = np.full((2, length, width), -1)
+    counts, paired = np.zeros((2, len(tags)), int)
+    at = [[] for _ in range(length)]
+    for number, (tag, first, last, partner) in enumerate(found):
+        where = -1
+        if partner is not None:
+            where = found[partner][1] if partner > number else found[partner][2]
+        for token in range(first, last + 1):
+            at[token].append((tag, where))
         counts[tag] += 1
-        touched = (starts[:-1] < match.end()) & (starts[1:] > match.start())
-        found[touched] = tag
-    return found, counts
+        paired[tag] += partner is not None
+    for token, touched in enumerate(at):
+        for place, (tag, where) in enumerate(touched):
+            names[token, place], partners[token, place] = tag, where
+    return names, partners, counts, paired
+
+
+def in_order(result):
+    """Tags and partners of each token without the gaps between them."""
+    order = np.argsort(np.asarray(result.tags) < 0, axis=2, kind="stable")
+    return [
+        np.take_along_axis(np.asarray(x), order, axis=2) for x in (result.tags, result.partners)
+    ]
+
+
+def agrees(batch, spoken, contents, table):
+    """Compare every position of every row with the reading by hand."""
+    result = structural_tokens(batch, table, spoken)
+    width = result.tags.shape[2]
+    rows = [
+        as_columns(read_by_hand(ids, own, contents, table.tags), len(ids), table.tags, width)
+        for ids, own in zip(batch.tolist(), spoken.tolist(), strict=True)
+    ]
+    names, partners, counts, paired = (np.array(column) for column in zip(*rows, strict=True))
+    for got, expected in zip(in_order(result), (names, partners), strict=True):
+        np.testing.assert_array_equal(got, expected)
+    np.testing.assert_array_equal(result.counts, counts)
+    np.testing.assert_array_equal(result.paired, paired)
+    return result
 
 
 def sequences(tokenizer, contents, count, length):
@@ -100,23 +162,101 @@ def sequences(tokenizer, contents, count, length):
         yield (ids[start : start + length] + [0] * length)[:length]
 
 
+def partly_spoken(count, length):
+    """Masks of all kinds: everything, prompts, tool responses in between, single tokens."""
+    rng = np.random.default_rng(0)
+    spoken = np.ones((count, length), bool)
+    for row in spoken[1::2]:
+        start, stop = np.sort(rng.integers(0, length, 2))
+        row[start:stop] = False
+    spoken[3::4] &= rng.random(spoken[3::4].shape) < 0.9
+    return spoken
+
+
 def test_every_position_agrees_with_a_search_in_the_bytes(tokenizer, contents, table):
-    batch = np.array(list(sequences(tokenizer, contents, count=2000, length=40)), np.int32)
-    result = structural_tokens(batch, table)
-    expected = [oracle(ids, contents, table.tags) for ids in batch]
-    np.testing.assert_array_equal(result.ids, [found for found, _ in expected])
-    np.testing.assert_array_equal(result.counts, [counts for _, counts in expected])
-    assert np.asarray(result.counts).sum(axis=0).min() > 100
-    assert np.asarray(result.mask).mean() > 0.1
+    batch = np.array(list(sequences(tokenizer, contents, COUNT, length=40)), np.int32)
+    result = agrees(batch, partly_spoken(*batch.shape), contents, table)
+    counts, paired = np.asarray(result.counts).sum(axis=0), np.asarray(result.paired).sum(axis=0)
+    assert paired.min() > COUNT / 40 and (counts - paired).min() > COUNT / 40
+    assert (np.asarray(result.tags) >= 0).any(axis=2).mean() > 0.1
 
 
-def test_anchor_tags_alone_leave_out_the_others(tokenizer, contents):
-    table = tag_table(contents, ANCHOR_TAGS)
+def test_every_position_of_the_needle_tokenizer_agrees(tmp_path):
+    write_processor_folder(str(tmp_path), NeedleWorld())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    contents = contents_of(tokenizer)
+    batch = np.array(list(sequences(tokenizer, contents, COUNT // 4, length=40)), np.int32)
+    agrees(batch, partly_spoken(*batch.shape), contents, tag_table(contents))
+
+
+def read(tokenizer, table, text, silent=()):
+    """The result of one row, and the text of each of its tokens; some texts nobody spoke."""
+    parts = re.split("(" + "|".join(map(re.escape, silent)) + ")", text) if silent else [text]
+    ids = [tokenizer.encode(part).ids for part in parts]
+    spoken = np.concatenate([[p not in silent] * len(i) for p, i in zip(parts, ids, strict=True)])
+    tokens = np.array([[i for part in ids for i in part]], np.int32)
+    return structural_tokens(tokens, table, spoken.astype(bool)[None]), tokens[0]
+
+
+@pytest.mark.parametrize(
+    ("text", "paired", "unpaired"),
+    [
+        ("<think>a</think><answer>B</answer>", 4, 0),
+        ("<think>a</think><tool_call>{}</tool_call>\n<tool_call>{}</tool_call>", 6, 0),
+        ("<think>never closed<answer>B</answer>", 0, 3),
+        ("a</think><answer>B</answer>", 2, 1),
+        ("<answer>B", 0, 1),
+        ("</answer>B<answer>", 0, 2),
+        ("<think><think>twice</think>", 2, 1),
+        ("<think>maybe <tool_call>?</think><answer>B</answer>", 4, 1),
+        ("<answer><think>a</think>B</answer>", 2, 2),
+        ("<tool_call>{<answer>}</tool_call></answer>", 0, 4),
+        ("<tool_call>{<tool_call>{}</tool_call>", 2, 1),
+    ],
+)
+def test_which_tags_belong_together(tokenizer, table, text, paired, unpaired):
+    result, _ = read(tokenizer, table, text)
+    assert int(result.paired.sum()) == paired
+    assert int((result.counts - result.paired).sum()) == unpaired
+
+
+RESPONSE = "<tool_response>so </think><answer>red</answer></tool_response>"
+
+
+def test_tags_of_tool_responses_do_not_count_and_end_a_block(tokenizer, table):
+    text = f"<think>never closed{RESPONSE}closed here?</think><answer>B</answer>"
+    alone, _ = read(tokenizer, table, text, silent=[RESPONSE])
+    assert np.asarray(alone.counts)[0].tolist() == [1, 1, 0, 0, 1, 1]
+    assert np.asarray(alone.paired)[0].tolist() == [0, 0, 0, 0, 1, 1]
+    naive, _ = read(tokenizer, table, text)
+    assert np.asarray(naive.paired)[0].tolist() == [1, 1, 0, 0, 2, 2]
+
+
+def test_partners_enclose_what_the_tags_enclose(tokenizer, table):
+    result, tokens = read(tokenizer, table, "x<think>a b</think>\n<answer>36 to 40</answer>y")
+    tags, partners = np.asarray(result.tags[0]), np.asarray(result.partners[0])
+    last_of_opening = np.flatnonzero((tags == table.tags.index("<answer>")).any(axis=1))[-1]
+    first_of_closing = partners[last_of_opening][tags[last_of_opening] >= 0][-1]
+    inner = tokens[last_of_opening + 1 : first_of_closing].tolist()
+    assert "6 to 4" in tokenizer.decode(inner) and "<" not in tokenizer.decode(inner)
+
+
+def test_anchor_tags_alone_leave_out_the_others(tokenizer, contents, table):
     text = "<think>a</think>\n<tool_call>{}</tool_call><answer>B</answer>"
-    ids = np.array([tokenizer.encode(text).ids], np.int32)
-    found, counts = oracle(ids[0], contents, ANCHOR_TAGS)
-    np.testing.assert_array_equal(structural_mask(ids, table)[0], found >= 0)
-    assert counts.tolist() == [1, 1, 1, 1]
+    result, tokens = read(tokenizer, table, text)
+    anchors = tag_table(contents, ANCHOR_TAGS)
+    alone = tag_mask(structural_tokens(tokens[None], anchors), anchors)
+    np.testing.assert_array_equal(tag_mask(result, table, ANCHOR_TAGS), alone)
+    assert alone.sum() < tag_mask(result, table).sum()
+
+
+def test_only_paired_tags_on_request(tokenizer, table):
+    result, tokens = read(tokenizer, table, "</think>a<answer>B</answer>")
+    every = np.asarray(tag_mask(result, table, ANCHOR_TAGS))[0]
+    paired = np.asarray(tag_mask(result, table, ANCHOR_TAGS, only_paired=True))[0]
+    assert "</think>" in tokenizer.decode(tokens[every].tolist())
+    assert "think" not in tokenizer.decode(tokens[paired].tolist())
+    assert (every & ~paired).any() and paired.any() and not (paired & ~every).any()
 
 
 def test_merges_do_cross_the_edges_of_tags(contents):
@@ -130,15 +270,16 @@ def test_a_tag_does_not_run_over_rows_or_their_ends(contents, table):
     byte_ids = {content: i for i, content in enumerate(contents) if len(content) == 1}
     ids = np.array([[byte_ids[b"x"]] * 4 + [byte_ids[bytes([b])] for b in b"</thi"]] * 2)
     ids[1] = [byte_ids[bytes([b])] for b in b"nk>xxxxxx"]
-    assert not np.asarray(structural_mask(ids, table)).any()
+    assert not np.asarray(tag_mask(structural_tokens(ids, table), table)).any()
 
 
 def test_columns_before_and_after_change_nothing(tokenizer, contents, table):
     ids = np.array([tokenizer.encode("<think>a</think><answer>B</answer>").ids], np.int32)
     padded = np.pad(ids, [(0, 0), (5, 7)], constant_values=tokenizer.encode("a").ids[0])
-    np.testing.assert_array_equal(
-        structural_tokens(padded, table).ids[:, 5:-7], structural_tokens(ids, table).ids
-    )
+    inner, alone = structural_tokens(padded, table), structural_tokens(ids, table)
+    np.testing.assert_array_equal(inner.tags[:, 5:-7], alone.tags)
+    moved = np.where(np.asarray(alone.partners) >= 0, np.asarray(alone.partners) + 5, -1)
+    np.testing.assert_array_equal(inner.partners[:, 5:-7], moved)
 
 
 def test_the_table_is_an_argument_not_a_constant(table):

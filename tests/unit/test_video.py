@@ -255,3 +255,28 @@ def test_reader_refuses_options_that_show_nothing(options):
 def test_overview_refuses_no_frames(clip_file):
     with pytest.raises(ValueError, match="count=0"):
         VideoReader().overview(clip_file, 0)
+
+
+@pytest.mark.parametrize("kind", [ImageSpec, VideoSpec])
+@pytest.mark.parametrize("tokens", [1, 4, 7, 16, 64])
+@pytest.mark.parametrize("size", [(48, 48), (360, 640), (640, 360)])
+def test_a_clip_keeps_to_its_quota_of_vision_tokens(kind, tokens, size):
+    spec = kind().limited(32 * 32, 128 * 128)
+    for count in range(1, spec.frames_within(tokens) + 1):
+        height, width = spec.size_within(*size, count, tokens)
+        each = (height // spec.factor) * (width // spec.factor)
+        assert each >= 1 and each * spec.group_count(count) <= tokens
+        assert height * width <= 128 * 128
+
+
+def test_a_larger_quota_shows_more_and_larger_frames(clip_file):
+    reader = VideoReader(2.0, 16, spec=ImageSpec(min_pixels=32 * 32, max_pixels=64 * 64))
+    shapes = [reader.clip(clip_file, 0.0, 6.0, tokens).pixels.shape[:3] for tokens in (4, 12, 48)]
+    assert shapes == [(4, 32, 32), (12, 32, 32), (12, 64, 64)]
+    assert reader.clip(clip_file, 0.0, 6.0).pixels.shape[:3] == (12, 64, 64)
+    with pytest.raises(ValueError, match="spec"):
+        VideoReader().clip(clip_file, 0.0, 6.0, tokens=4)
+    shared = VideoReader(spec=ImageSpec(min_pixels=32 * 32, max_pixels=64 * 64), overview_tokens=8)
+    copy = pickle.loads(pickle.dumps(shared))
+    assert copy.overview(clip_file, 8).pixels.shape[:3] == (8, 32, 32)
+    assert copy.overview(clip_file, 2).pixels.shape[:3] == (2, 64, 64)

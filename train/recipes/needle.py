@@ -140,6 +140,25 @@ def needle_grpo() -> Config:
     )
 
 
+def needle_frames(recipe: str) -> Config:
+    """What the related systems share on the needle world: one call a turn, whose frames the agent
+    sees itself, no anchor, no gating. The name is that of the recipe which is built on it."""
+    base = needle_rl()
+    return dataclasses.replace(
+        base,
+        recipe=recipe,
+        data=dataclasses.replace(base.data, frame_budgets=(8,)),
+        agent=dataclasses.replace(
+            base.agent,
+            dispatch="sequential",
+            evidence="frames",
+            max_tool_rounds=2,
+            turn_tokens=64,
+        ),
+        objective=ObjectiveConfig(),
+    )
+
+
 def needle_sft() -> Config:
     """The cold start, from random weights: `python train/main.py --recipe needle_sft`.
 

@@ -1,0 +1,68 @@
+"""What a rollout answers, and how right that is."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from paravt_jax import protocol
+from paravt_jax.rewards.metrics import choice_accuracy, normalise, temporal_iou, token_f1
+from paravt_jax.rewards.verdicts import Judge, judge_message, verdict
+
+_ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
+_TOOL_BLOCK = re.compile(r"<(tool_call|tool_code|tool_response)>.*?(?:</\1>|\Z)", re.DOTALL)
+ANY_TAG = re.compile(r"</?(?:think|answer|tool_call|tool_code|tool_response)>|<\|im_\w+\|>")
+
+
+def answer_bodies(turn: str) -> list[str]:
+    """What stands in the `<answer>` pairs after the last `</think>` of a turn."""
+    return _ANSWER.findall(protocol.after_thinking(turn))
+
+
+def extract_answer(turns: Sequence[str]) -> str:
+    """What the last turn answers, or "".
+
+    After the last `</think>` (in all of the turn if there is none): the last `<answer>`; else,
+    without calls, all that is said after the thinking; else, without thinking, the last line.
+    """
+    if not turns:
+        return ""
+    answers = answer_bodies(turns[-1])
+    if answers:
+        return answers[-1].strip()
+    said = protocol.after_thinking(turns[-1])
+    words = ANY_TAG.sub("\n", _TOOL_BLOCK.sub("\n", said)).strip()
+    if protocol.THINK_CLOSE in turns[-1] or not words:
+        return words
+    return words.splitlines()[-1].strip()
+
+
+def accuracy_score(found: str, answer: str, question_type: str, mode: str) -> float:
+    """Accuracy in [0, 1] of an extracted answer; 0 if it or the ground truth is empty."""
+    if not found.strip() or not answer.strip():
+        return 0.0
+    if question_type == "mcq":
+        return choice_accuracy(found, answer)
+    if question_type == "tvg":
+        return temporal_iou(found, answer)
+    if found.strip() == answer.strip() or (
+        normalise(found) and normalise(found) == normalise(answer)
+    ):
+        return 1.0
+    return 0.0 if mode == "exact" else token_f1(found, answer)
+
+
+def judged_accuracy(judge: Judge | None, question: str, found: str, answer: str) -> float:
+    """1 for equal words, else the judge's verdict, else F1.
+
+    F1 also decides if the judge raises, or if its reply holds no number in [0, 1].
+    """
+    fallback = accuracy_score(found, answer, "oe", "f1")
+    equal = accuracy_score(found, answer, "oe", "exact") == 1.0
+    if judge is None or equal or not found.strip() or not answer.strip():
+        return fallback
+    try:
+        decided = verdict(judge(judge_message(question, found, answer)))
+    except Exception:  # A judge is somebody else's service; its failure must not stop a run.
+        return fallback
+    return fallback if decided is None else decided

@@ -1,0 +1,51 @@
+"""One rollout as rewards see it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from paravt_jax.protocol import TURN_END, Window
+from paravt_jax.records import ToolCall
+from paravt_jax.rewards.answers import accuracy_score, extract_answer, judged_accuracy
+from paravt_jax.rewards.verdicts import Judge
+
+
+@dataclasses.dataclass(frozen=True)
+class Attempt:
+    """What a rollout said and did, and what it should have found."""
+
+    turns: tuple[str, ...]
+    """Assistant turns, forced prefixes included."""
+    answer: str
+    """Ground truth: words, an option letter, or an interval in seconds."""
+    question_type: str = "oe"
+    """"oe", "mcq" or "tvg"; a scheme may know more."""
+    question: str = ""
+    """Put to the judge."""
+    evidence: tuple[Window, ...] = ()
+    """Windows in seconds where the answer can be seen."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls that ran, in order."""
+    executed_calls: int = 0
+    """Tool calls that ran to a result, counted by the workflow."""
+    progress: float = 1.0
+    """Share of the training that is done, in [0, 1]."""
+    judge: Judge | None = None
+    """Asked about open answers if the mode is "llm"."""
+
+    @property
+    def said(self) -> str:
+        """All turns as one text, without their ends."""
+        return "".join(turn.replace(TURN_END, "") for turn in self.turns)
+
+    @property
+    def found(self) -> str:
+        """The answer of the last turn, or ""."""
+        return extract_answer(self.turns)
+
+    def accuracy(self, mode: str, question_type: str | None = None) -> float:
+        """How right the answer is, in [0, 1]; open answers by `mode`: "f1", "exact" or "llm"."""
+        kind = self.question_type if question_type is None else question_type
+        if mode == "llm" and kind not in ("mcq", "tvg"):
+            return judged_accuracy(self.judge, self.question, self.found, self.answer)
+        return accuracy_score(self.found, self.answer, kind, mode)

@@ -1,0 +1,67 @@
+"""Rollouts that say what a test wants, and the learner that trains a toy policy on them.
+
+Each character of the toy tokenizer is a token, so every tag is several tokens.
+"""
+
+from __future__ import annotations
+
+import jax
+import numpy as np
+import optax
+
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.records import RolloutGroup, Row, StopReason, Trajectory, Turn, VideoRef
+from paravt_jax.structure import tag_table
+from pipelines.preprocess import ImageSpec
+from rollout.record import Record
+from tests.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
+from train.config import Config, override
+from train.learner import Learner
+from train.recipes import get_recipe
+
+RENDERER = ToyRenderer()
+SPEC = ImageSpec().limited(32 * 32, 32 * 32)
+"""Four patches to a frame, as the toy prompts have them."""
+ROW = Row("0", VideoRef("/v.mp4", 64.0), "What colour?", "red", "oe")
+TAGS = tag_table([bytes([index]) if index < 128 else b"" for index in range(VOCAB)])
+
+
+class Learnable(ToyPolicy):
+    """The toy policy as the trainer sees it."""
+
+    experts_per_token = 0
+
+    def hidden_and_router(self, params, tokens, positions, vision_index, features=None):
+        return self.hidden(params, tokens, positions, vision_index, features), None
+
+
+def rollout(*turns: str, prefix: str = "", responses: tuple[str, ...] = (), seed: int = 0):
+    """One turn per text, each but the last answered with a response; random log-probs."""
+    dice, record = np.random.default_rng(seed), Record(image_prompt("q", 2, 4, seed=0))
+    head = RENDERER.encode(prefix)
+    for number, text in enumerate(turns):
+        tokens = np.array(RENDERER.encode(text), np.int32)
+        record.give(head)
+        log_probs = -dice.gamma(2.0, 1.0, len(tokens)).astype(np.float32)
+        said = Turn(np.array(head, np.int32), tokens, log_probs, StopReason.END, prefix + text)
+        record.speak(said)
+        if number < len(responses):
+            record.give(RENDERER.tool_turn([responses[number]]))
+    return record.finish(RENDERER, 0)
+
+
+def group(*rollouts: Trajectory, row: Row = ROW) -> RolloutGroup:
+    return RolloutGroup(row, 2, rollouts)
+
+
+def configured(*settings: str) -> Config:
+    """The needle recipe at toy size."""
+    small = ["data.frame_budgets=2", "rl.group_size=2", "rl.prompts_per_step=1"]
+    return override(get_recipe("needle_rl"), [*small, "rl.micro_groups=1", *settings])
+
+
+def learner(config: Config, policy: ToyPolicy | None = None, mesh: str = "data:1") -> Learner:
+    """A learner on as many devices as the mesh has."""
+    count = 1 if mesh == "data:1" else 8
+    devices = make_mesh(parse_mesh(mesh, count), jax.devices()[:count])
+    return Learner(policy or Learnable(), optax.sgd(0.1), config, devices, TAGS, PAD, SPEC)
