@@ -117,6 +117,9 @@ class RlSettings:
     """Rollouts per prompt (G)."""
     micro_groups: int = 1
     """Groups per gradient micro-batch."""
+    warm_up: bool = False
+    """Compile every shape that rollouts can take before the first step, not when it first occurs:
+    a run that waits for nobody, for a later start."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -27,6 +27,7 @@ from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
+from rollout.warm_up import warm_up
 from train import setup
 from train.agent import open_agent, open_engine, prompt_tokens
 from train.checkpoint import Checkpoints, check_resume
@@ -36,6 +37,7 @@ from train.config import Config, Stage, to_dict
 from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.output import TABLE, RunLog, comparison_table
+from train.reads import agent_reads
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -305,9 +307,21 @@ class Run:
         """Room for the rollouts of one step."""
         rows = (self.rows[index] for index in range(len(self.rows)))
         frames = max(self.config.data.frame_budgets)
-        return self._engine(
+        engine = self._engine(
             rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size
         )
+        if self.config.rl.warm_up:
+            self._warm_up(engine)
+        return engine
+
+    def _warm_up(self, engine: Engine) -> None:
+        """Compile all that rollouts of the questions can need."""
+        began, data = time.perf_counter(), self.config.data
+        rows = (self.rows[index] for index in range(len(self.rows)))
+        reads = agent_reads(self.config, self.renderer, rows, data.frame_budgets)
+        count = warm_up(engine, self.state.params, reads, self.renderer.spec.patch_values)
+        seconds = time.perf_counter() - began
+        self.log.console.print(f"warm-up: {count} shapes of rollouts compiled in {seconds:.0f} s")
 
     @functools.cached_property
     def _evaluation_engine(self) -> Engine:
