@@ -195,7 +195,7 @@ def overlong_penalty(
     """
     if not 0 < margin <= limit:
         raise ValueError(f"margin={margin}: must be above 0 and at most limit={limit}")
-    return -np.clip((np.asarray(lengths, np.float64) - (limit - margin)) / margin, 0.0, 1.0)
+    return np.clip((limit - margin - np.asarray(lengths, np.float64)) / margin, -1.0, 0.0)
 
 
 def token_advantages(

@@ -11,7 +11,16 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.records import Clip, Frames, LaneCache, Prompt, Row, VideoRef, VisionFeatures
+from paravt_jax.records import (
+    Clip,
+    Frames,
+    HiddenKeys,
+    LaneCache,
+    Prompt,
+    Row,
+    VideoRef,
+    VisionFeatures,
+)
 
 Params = Any
 """A pytree of weights: `{parameter name: array}`."""
@@ -106,9 +115,11 @@ class TrainablePolicy(Protocol):
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
         segments: Int[Array, "b t"] | None = None,
+        hidden_keys: HiddenKeys | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """Final hidden states of right-padded rows, and the router's logits of each layer with
-        experts; None if none has. With `segments`, a token sees only those of its own."""
+        experts; None if none has. With `segments`, a token sees only those of its own; with
+        `hidden_keys`, none that are hidden from it."""
         ...
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:

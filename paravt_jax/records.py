@@ -1,7 +1,7 @@
 """The words of the project as typed, frozen records.
 
 Host-side records hold numpy arrays. Device-side records (`VisionFeatures`, `Slots`,
-`LaneCache`, `LearnerBatch`) are pytrees of jax arrays.
+`LaneCache`, `HiddenKeys`, `LearnerBatch`) are pytrees of jax arrays.
 
 Axis legend, used in every shape of the project:
     b rows of a batch     t tokens              d model width
@@ -444,6 +444,24 @@ class LaneCache:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
+class HiddenKeys:
+    """Tokens that some of the later ones may not see: key j is hidden from query i if
+    `blind[i] & kinds[j]`."""
+
+    blind: Int[ArrayLike, "b t"]
+    """Bits of the kinds that a token may not see."""
+    kinds: Int[ArrayLike, "b t"]
+    """Bits of the kinds that a token is of."""
+
+    def visible(self, queries: int, keys: int, first: int = 0) -> Bool[Array, "b q s"]:
+        """Which of the first `keys` tokens are not hidden from `queries` tokens, from number
+        `first` on."""
+        blind = jnp.asarray(self.blind)[:, first : first + queries, None]
+        return blind & jnp.asarray(self.kinds)[:, None, :keys] == 0
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class LearnerBatch:
     """Token streams as the learner takes them: `b` rows in `b / g` groups of `g` neighbours.
 
@@ -467,6 +485,11 @@ class LearnerBatch:
     patches: Float[ArrayLike, "groups f p c"] | None
     grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
+    proximal_log_probs: Float[ArrayLike, "b t"] | None = None
+    """Log-probability of the token when the learner first saw the batch. None where it learns from
+    it once: then that is the current policy's own."""
     segments: Int[ArrayLike, "b t"] | None = None
     """Which of several packed streams a token belongs to, counted from 1, and 0 for padding: no
     token sees another stream's. None where each row is one stream."""
+    hidden_keys: HiddenKeys | None = None
+    """What some tokens may not see although it stands before them; None: they see it all."""

@@ -12,36 +12,17 @@ queries times keys is stored, and attention needs a single `&` per pair.
 
 from __future__ import annotations
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from paravt_jax.protocol import ANSWER_CLOSE, ANSWER_OPEN, GROUNDING_CLOSE, GROUNDING_OPEN
-from paravt_jax.records import ArrayLike, pytree
-from paravt_jax.structure import TagTable, structural_tokens
+from paravt_jax.records import ArrayLike, HiddenKeys
+from paravt_jax.structure import StructuralTokens, TagTable, structural_tokens
 
 FIRST_VIDEO, LATER_VIDEOS = 1, 2
 """Bits: a vision token of the overview, and one of a clip that a tool showed."""
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
-class HiddenKeys:
-    """Tokens that some of the later ones may not see: key j is hidden from query i if
-    `blind[i] & kinds[j]`."""
-
-    blind: Int[ArrayLike, "b t"]
-    """Bits of the kinds that a token may not see."""
-    kinds: Int[ArrayLike, "b t"]
-    """Bits of the kinds that a token is of."""
-
-    def visible(self, queries: int, keys: int, first: int = 0) -> Bool[Array, "b q s"]:
-        """Which of the first `keys` tokens are not hidden from `queries` tokens, from number
-        `first` on."""
-        blind = jnp.asarray(self.blind)[:, first : first + queries, None]
-        return blind & jnp.asarray(self.kinds)[:, None, :keys] == 0
+ANSWER, CALL = (ANSWER_OPEN, ANSWER_CLOSE), (GROUNDING_OPEN, GROUNDING_CLOSE)
 
 
 def task_masks(
@@ -53,8 +34,8 @@ def task_masks(
 ) -> HiddenKeys:
     """Task-decoupled attention masks of episodes (TDAM).
 
-    The content of a span is what stands between its tags; the tags themselves, the reasoning and
-    an unclosed span see everything.
+    The content of a span is what stands between two tags that belong together (see
+    `structural_tokens`); the tags themselves, the reasoning and an unclosed span see everything.
 
     Args:
         tokens: whole streams.
@@ -66,38 +47,29 @@ def task_masks(
     Raises:
         ValueError: `tags` lacks one of them.
     """
-    wanted = (ANSWER_OPEN, ANSWER_CLOSE, GROUNDING_OPEN, GROUNDING_CLOSE)
-    if missing := [tag for tag in wanted if tag not in tags.tags]:
+    if missing := [tag for tag in (*ANSWER, *CALL) if tag not in tags.tags]:
         raise ValueError(f"tags lacks {', '.join(missing)}; tabulate them too (`tag_table`)")
-    ids = jnp.where(written, structural_tokens(tokens, tags).ids, -1)
-    answer, answers = _spans(ids, *(tags.tags.index(tag) for tag in wanted[:2]))
-    call, calls = _spans(ids, *(tags.tags.index(tag) for tag in wanted[2:]))
+    found = structural_tokens(tokens, tags, written)
+    answers, calls = (_closings(found, tags.tags.index(opening)) for opening, _ in (ANSWER, CALL))
+    answer, call = _content(answers), _content(calls)
     last = jnp.max(answers, axis=1, keepdims=True)
-    first = jnp.min(jnp.where(calls > 0, calls, ids.shape[1]), axis=1, keepdims=True)
+    first = jnp.min(jnp.where(calls > 0, calls, calls.shape[1]), axis=1, keepdims=True)
     blind = jnp.where((answer > 0) & (answer == last), FIRST_VIDEO, 0)
     blind |= jnp.where(call > first, LATER_VIDEOS, 0)
     acts = jnp.asarray(rows)[:, None] & jnp.any(jnp.asarray(videos) > 1, axis=1, keepdims=True)
     return HiddenKeys(jnp.where(acts, blind, 0), jnp.asarray(videos))
 
 
-def _spans(ids: Int[Array, "b t"], opens: int, closes: int) -> tuple[Array, Array]:
-    """Spans from an opening tag to the closing tag that follows it with no other between.
-
-    Returns:
-        int `[b, t]`: number, from 1, of the span that a token is content of; 0 if of none.
-        int `[b, t]`: number of the span that a token closes; 0 if it closes none.
-    """
-    opening, closing = ids == opens, ids == closes
-    begins = opening & ~jnp.roll(opening, 1, axis=1).at[:, 0].set(False)
-    number = jnp.cumsum(begins, axis=1)
-    is_open = _latest(opening) > _latest(closing)
-    will_close = _latest(closing[:, ::-1])[:, ::-1] > _latest(opening[:, ::-1])[:, ::-1]
-    content = is_open & will_close & ~opening
-    just_closed = closing & jnp.roll(is_open, 1, axis=1).at[:, 0].set(False)
-    return jnp.where(content, number, 0), jnp.where(just_closed, number, 0)
+def _closings(found: StructuralTokens, opening: int) -> Int[Array, "b t"]:
+    """At the tokens of each opening tag that is closed, where its closing tag begins; else 0."""
+    paired = (found.tags == opening) & (found.partners >= 0)
+    return jnp.max(jnp.where(paired, found.partners, 0), axis=2)
 
 
-def _latest(marks: Bool[Array, "b t"]) -> Int[Array, "b t"]:
-    """Place of the last mark at or before each token; -1 if none."""
-    places = jnp.where(marks, jnp.arange(marks.shape[1]), -1)
-    return jax.lax.cummax(places, axis=1)
+def _content(closings: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """At what stands between tags, where the closing one begins, which tells spans apart; else
+    0."""
+    place = jnp.arange(closings.shape[1])
+    opening = jax.lax.cummax(jnp.where(closings > 0, place, -1), axis=1)
+    end = jnp.take_along_axis(closings, jnp.maximum(opening, 0), axis=1)
+    return jnp.where((opening >= 0) & (opening < place) & (place < end), end, 0)

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from paravt_jax.records import ImageRef, VideoRef
-from pipelines.video import video_ref
+from pipelines.decode import video_ref
 
 T = TypeVar("T")
 

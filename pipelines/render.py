@@ -36,6 +36,12 @@ CALL_ONE = (
 )
 
 
+SAY_WHEN = (
+    " In the reasoning, give the time of everything that you rely on in seconds, written as "
+    "<t>12.5</t>s."
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptTexts:
     """The words around frames and question. An empty text is left out."""
@@ -68,6 +74,10 @@ class PromptTexts:
         times in one turn."""
         words = CALL_MANY if parallel else CALL_ONE
         return dataclasses.replace(self, tools=words.format(tools=" or ".join(tools)))
+
+    def with_times(self) -> PromptTexts:
+        """The same texts for an agent whose reasoning is to say when, as VISD's rewards read it."""
+        return dataclasses.replace(self, system=self.system + SAY_WHEN)
 
 
 VIDEO_O3_TEXTS = PromptTexts(

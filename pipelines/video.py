@@ -2,76 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
+import contextlib
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from concurrent.futures import Future
+from typing import Generic, TypeVar
 
-import cv2
 import numpy as np
 
 from paravt_jax.records import Frames, VideoRef
-from pipelines.preprocess import FrameSpec, resize
+from pipelines.decode import ROUNDING, Decoded, Size, VideoInfo, complete, decode_present, probe
+from pipelines.preprocess import FrameSpec
 
-REMEDY = (
-    "check the path, or re-encode the file, for example with `ffmpeg -i IN -c:v libx264 OUT.mp4`"
-)
-# Skipping over fewer frames than this is cheaper than seeking to a key frame.
-SEEK_GAP = 64
 # A video that is smaller than this when decoded is decoded whole, once, at its first use.
 WHOLE_BYTES = 1 << 20
+# Bound on the frame times kept, 8 bytes each: some 80 hours at 30 frames per second.
+TIMES_BYTES = 1 << 26
 
-Size = tuple[int, int]
-"""Height and width in pixels."""
+T = TypeVar("T")
 Key = tuple[str, Size]
 """What frames are kept by: the file and their size."""
-Decoded = dict[int, np.ndarray | None]
-"""Frames by index; None for one that the container announces but does not hold."""
-
-
-@dataclasses.dataclass(frozen=True)
-class VideoInfo:
-    """What a container says about its video stream."""
-
-    frames: int
-    fps: float
-    height: int
-    width: int
-
-    @property
-    def duration(self) -> float:
-        """Length in seconds."""
-        return self.frames / self.fps
-
-
-def probe(path: str) -> VideoInfo:
-    """Read the stream properties of a video file.
-
-    Raises:
-        ValueError: the file is missing, is not a video, or does not tell its length.
-    """
-    capture = _open(path)
-    info = VideoInfo(
-        frames=int(capture.get(cv2.CAP_PROP_FRAME_COUNT)),
-        fps=float(capture.get(cv2.CAP_PROP_FPS)),
-        height=int(capture.get(cv2.CAP_PROP_FRAME_HEIGHT)),
-        width=int(capture.get(cv2.CAP_PROP_FRAME_WIDTH)),
-    )
-    capture.release()
-    if info.frames <= 0 or not info.fps > 0:
-        raise ValueError(f"video {path}: {info.frames} frames at {info.fps} fps; {REMEDY}")
-    return info
-
-
-def video_ref(path: str) -> VideoRef:
-    """A reference to a video file, its duration read from the file.
-
-    Raises:
-        ValueError: see `probe`.
-    """
-    return VideoRef(path=os.path.abspath(path), duration=probe(path).duration)
 
 
 def overview_indices(frames: int, count: int) -> np.ndarray:
@@ -99,7 +51,7 @@ def rate_indices(
             f"fps={fps}, min_frames={min_frames}, max_frames={max_frames}: choose a positive rate "
             "and 1 <= min_frames <= max_frames"
         )
-    count = int(info.frames / info.fps * fps)
+    count = int(info.duration * fps)
     return overview_indices(info.frames, min(max(count, min_frames), max_frames))
 
 
@@ -121,9 +73,8 @@ def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int
         )
     count = int(np.clip(round((end - start) * fps), 1, cap))
     moments = start + (end - start) * np.arange(count) / count
-    # The small term keeps 3.0 s * 10 fps = 29.999... on frame 30.
-    indices = np.floor(moments * info.fps + 1e-6).astype(np.int64)
-    return np.unique(np.minimum(indices, info.frames - 1))
+    shown = np.searchsorted(info.times, moments + ROUNDING, side="right") - 1
+    return np.unique(np.maximum(shown, 0))
 
 
 class VideoReader:
@@ -161,10 +112,11 @@ class VideoReader:
 
     def _clear(self) -> None:
         self._lock = threading.Lock()
-        self._frames: OrderedDict[Key, Decoded] = OrderedDict()
+        self._frames: Recent[Decoded] = Recent(self._cache_bytes)
+        self._infos: Recent[VideoInfo] = Recent(TIMES_BYTES)
         self._coming: dict[Key, dict[int, Future[Decoded]]] = {}
-        self._infos: dict[str, VideoInfo] = {}
-        self._held = self._asked = self._decoded = 0
+        self._asked = self._missed = self._decoded = 0
+        self._seconds = 0.0
 
     def __getstate__(self) -> dict:
         kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec", "_overview_tokens")
@@ -177,15 +129,17 @@ class VideoReader:
     @property
     def cached_bytes(self) -> int:
         """Bytes of decoded frames held now."""
-        return self._held
+        return self._frames.held
 
     @property
     def figures(self) -> dict[str, float]:
-        """Frames asked for and frames decoded so far, and bytes held, for `metrics.jsonl`."""
+        """What was done so far: frames asked for, those among them that need not be decoded
+        anymore, frames decoded, and the seconds that all threads together spent on it."""
         return {
             "frames/asked": float(self._asked),
+            "frames/cache_hits": float(self._asked - self._missed),
             "frames/decoded": float(self._decoded),
-            "frames/cache_bytes": float(self._held),
+            "frames/decode_seconds": self._seconds,
         }
 
     def overview(self, video: VideoRef, count: int) -> Frames:
@@ -217,10 +171,25 @@ class VideoReader:
         return self._read(video.path, info, indices, tokens)
 
     def info(self, video: VideoRef) -> VideoInfo:
-        """Stream properties of the file, probed once."""
-        if video.path not in self._infos:
-            self._infos[video.path] = probe(video.path)
-        return self._infos[video.path]
+        """Size of the video and times of its frames, found once."""
+        with self._lock:
+            info = self._infos.get(video.path)
+        if info is None:
+            with self._busy():
+                info = probe(video.path)
+            with self._lock:
+                self._infos.put(video.path, info, info.times.nbytes)
+        return info
+
+    @contextlib.contextmanager
+    def _busy(self) -> Iterator[None]:
+        """Count the time spent inside."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._seconds += time.perf_counter() - began
 
     def _read(
         self, path: str, info: VideoInfo, indices: np.ndarray, tokens: int | None = None
@@ -232,16 +201,18 @@ class VideoReader:
             self._asked += len(wanted)
         found = None
         while found is None:
-            found = self._gather(key, wanted, range(info.frames) if small else ())
+            found = self._gather(key, info, wanted, range(info.frames) if small else ())
         frames = complete(path, found)
-        return Frames(np.stack([frames[index] for index in wanted]), indices / info.fps)
+        return Frames(np.stack([frames[index] for index in wanted]), info.times[indices])
 
-    def _gather(self, key: Key, wanted: Sequence[int], others: Sequence[int]) -> Decoded | None:
+    def _gather(
+        self, key: Key, info: VideoInfo, wanted: Sequence[int], others: Sequence[int]
+    ) -> Decoded | None:
         """The frames wanted, from the cache, from this thread or from another one; None if another
         one failed, whose request may have been at fault."""
         found, awaited, mine, promise = self._claim(key, wanted, others)
         if mine:
-            found |= self._decode(key, mine, promise)
+            found |= self._decode(key, info, mine, promise)
         for index, future in awaited.items():
             if future.exception() is not None:
                 return None
@@ -257,10 +228,9 @@ class VideoReader:
         """
         promise: Future[Decoded] = Future()
         with self._lock:
-            held, coming = self._frames.get(key, {}), self._coming.setdefault(key, {})
-            if held:
-                self._frames.move_to_end(key)
+            held, coming = self._frames.get(key) or {}, self._coming.setdefault(key, {})
             missing = [index for index in wanted if index not in held and index not in coming]
+            self._missed += len(missing)
             if missing:
                 more = [index for index in others if index not in held and index not in coming]
                 missing = sorted({*missing, *more})
@@ -269,10 +239,13 @@ class VideoReader:
             coming.update(dict.fromkeys(missing, promise))
         return found, awaited, missing, promise
 
-    def _decode(self, key: Key, mine: list[int], promise: Future[Decoded]) -> Decoded:
+    def _decode(
+        self, key: Key, info: VideoInfo, mine: list[int], promise: Future[Decoded]
+    ) -> Decoded:
         """Decode what was claimed, for the cache and for everybody who waits for it."""
         try:
-            present = decode_present(key[0], mine, key[1])
+            with self._busy():
+                present = decode_present(key[0], info, mine, key[1])
         except BaseException as error:
             with self._lock:
                 self._forget(key, mine)
@@ -307,85 +280,34 @@ class VideoReader:
 
     def _store(self, key: Key, decoded: Decoded) -> None:
         # A file's frames are kept apart by size: as video, few are shown larger than many.
-        held = self._frames.setdefault(key, {})
-        self._frames.move_to_end(key)
-        self._held -= _size(held)
-        held.update(decoded)
-        self._held += _size(held)
-        while self._held > self._cache_bytes:
-            _, dropped = self._frames.popitem(last=False)
-            self._held -= _size(dropped)
+        frames = (self._frames.get(key) or {}) | decoded
+        self._frames.put(key, frames, _size(frames))
 
 
-def decode(path: str, indices: Sequence[int], size: Size | None = None) -> dict[int, np.ndarray]:
-    """Decode the frames at `indices` (ascending) as RGB uint8 `[h, w, 3]`, resized to `size`.
+class Recent(Generic[T]):
+    """Keeps what was used last, up to a number of bytes. Not safe for threads."""
 
-    Containers often announce a few frames too many; those stand as copies of the last frame
-    that could be decoded.
+    def __init__(self, limit: int):
+        self._limit = limit
+        self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self.held = 0
+        """Bytes of all that is kept."""
 
-    Raises:
-        ValueError: fewer than half of the frames could be decoded.
-    """
-    present = decode_present(path, indices, size)
-    return complete(path, {index: present.get(index) for index in indices})
+    def get(self, key: Hashable) -> T | None:
+        """What was kept by this key, if it still is."""
+        if key not in self._kept:
+            return None
+        self._kept.move_to_end(key)
+        return self._kept[key][0]
 
-
-def complete(path: str, frames: Decoded) -> dict[int, np.ndarray]:
-    """Frames in ascending order, with copies of the last one present in the places of absent ones.
-
-    Raises:
-        ValueError: fewer than half of them are present.
-    """
-    present = [frame for frame in frames.values() if frame is not None]
-    if 2 * len(present) < len(frames) or not present:
-        raise ValueError(
-            f"video {path}: only {len(present)} of {len(frames)} frames can be decoded; {REMEDY}"
-        )
-    return {index: present[-1] if frame is None else frame for index, frame in frames.items()}
-
-
-def decode_present(
-    path: str, indices: Sequence[int], size: Size | None = None
-) -> dict[int, np.ndarray]:
-    """As `decode`, without the frames that cannot be decoded.
-
-    Raises:
-        ValueError: the file cannot be opened.
-    """
-    capture = _open(path)
-    frames: dict[int, np.ndarray] = {}
-    for index in indices:
-        # What lies between two frames may be damaged: a second attempt goes straight to the frame.
-        image = _grab(capture, index)
-        if image is None:
-            image = _grab(capture, index, seek=True)
-        if image is not None:
-            frames[index] = image if size is None else resize(image, size)
-    capture.release()
-    return frames
-
-
-def _grab(capture: cv2.VideoCapture, index: int, seek: bool = False) -> np.ndarray | None:
-    """Frame `index` as RGB, which lies at or after the capture's position unless `seek`."""
-    position = int(capture.get(cv2.CAP_PROP_POS_FRAMES))
-    if seek or index - position > SEEK_GAP:
-        capture.set(cv2.CAP_PROP_POS_FRAMES, index)
-        position = index
-    if not all(capture.grab() for _ in range(index - position + 1)):
-        return None
-    ok, image = capture.retrieve()
-    return cv2.cvtColor(image, cv2.COLOR_BGR2RGB) if ok else None
-
-
-def _open(path: str) -> cv2.VideoCapture:
-    if not os.path.isfile(path):
-        raise ValueError(f"video {path}: no such file; {REMEDY}")
-    # One thread per capture: Grain reads many files side by side, and starting FFmpeg's own
-    # threads takes four times as long as decoding a small video.
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1])
-    if not capture.isOpened():
-        raise ValueError(f"video {path}: OpenCV cannot open it; {REMEDY}")
-    return capture
+    def put(self, key: Hashable, value: T, size: int) -> None:
+        """Keep it, and drop what has not been used for the longest time."""
+        _, before = self._kept.pop(key, (None, 0))
+        self._kept[key] = value, size
+        self.held += size - before
+        while self.held > self._limit:
+            _, (_, dropped) = self._kept.popitem(last=False)
+            self.held -= dropped
 
 
 def _size(frames: Decoded) -> int:

@@ -68,7 +68,6 @@ class Agent:
 
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
-        compiled = self._engine.compilations
         session = self._engine.session(params)
         scheduler = Scheduler(session)
         with Workers(self._kit.config.decode_threads) as workers:
@@ -77,7 +76,6 @@ class Agent:
             rollouts = _open_rollouts(session, items, copies, seed)
             done = scheduler.run([episodes.program(rollout) for rollout in rollouts])
         self.figures = _figures(done, scheduler, workers)
-        self.figures["episode/compilations"] = float(self._engine.compilations - compiled)
         return [
             RolloutGroup(row, budget, tuple(done[at * copies : (at + 1) * copies]))
             for at, (row, budget, _) in enumerate(items)

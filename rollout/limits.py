@@ -114,6 +114,11 @@ class AgentConfig:
                 )
 
     @property
+    def offers_tools(self) -> bool:
+        """Whether prompts name the tools: not where calls are forbidden."""
+        return self.max_tool_rounds > 0
+
+    @property
     def rounds(self) -> int:
         """How often responses can be appended. Forbidden calls are answered too, once."""
         return max(self.max_tool_rounds, 1)

@@ -96,7 +96,14 @@ class Learnable(ToyPolicy):
     experts_per_token = 0
 
     def hidden_and_router(
-        self, params, tokens, positions, vision_index, features=None, segments=None
+        self,
+        params,
+        tokens,
+        positions,
+        vision_index,
+        features=None,
+        segments=None,
+        hidden_keys=None,
     ):
         return self.hidden(params, tokens, positions, vision_index, features), None
 

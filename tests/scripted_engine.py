@@ -29,7 +29,7 @@ class ScriptedEngine(Engine):
         `report`: what a sub-agent says to its prompt."""
         self.lanes, self.turns_B, self.tokens_per_visit = lanes, turns_B, visit
         self.renderer = renderer or ToyRenderer()
-        self.visits = self.compilations = 0
+        self.visits = 0
         self.report = report or (lambda prompt: "seen.<|im_end|>")
         self.sessions: list[ScriptedSession] = []
 

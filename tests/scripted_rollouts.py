@@ -15,6 +15,7 @@ from paravt_jax.structure import tag_table
 from pipelines.preprocess import ImageSpec
 from rollout.record import Record
 from tests.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
+from tests.rollout_law import Learnable
 from train.config import Config, override
 from train.learner import Learner
 from train.recipes import get_recipe
@@ -24,15 +25,6 @@ SPEC = ImageSpec().limited(32 * 32, 32 * 32)
 """Four patches to a frame, as the toy prompts have them."""
 ROW = Row("0", VideoRef("/v.mp4", 64.0), "What colour?", "red", "oe")
 TAGS = tag_table([bytes([index]) if index < 128 else b"" for index in range(VOCAB)])
-
-
-class Learnable(ToyPolicy):
-    """The toy policy as the trainer sees it."""
-
-    experts_per_token = 0
-
-    def hidden_and_router(self, params, tokens, positions, vision_index, features=None):
-        return self.hidden(params, tokens, positions, vision_index, features), None
 
 
 def rollout(*turns: str, prefix: str = "", responses: tuple[str, ...] = (), seed: int = 0):

@@ -13,8 +13,8 @@ from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from pipelines.preprocess import SPECS
 from train import setup
-from train.config import Config, DataSettings, Stage
-from train.learner import generated_budget, rl_step
+from train.config import Config, DataSettings, Stage, generated_budget
+from train.learner import rl_step
 from train.state import abstract_state, make_optimizer
 
 
@@ -30,7 +30,7 @@ def compile_only(config: Config, topology: str) -> str:
     mesh = make_mesh(parse_mesh(config.mesh, len(devices)), devices)
     with jax.set_mesh(mesh):
         policy = setup.abstract_policy(config)
-        optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
+        optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
         state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
         batch = abstract_batch(config, policy.config, mesh)
         step = jax.jit(rl_step(policy, optimizer, config), donate_argnums=0)
@@ -49,7 +49,7 @@ def _devices(topology: str):
 
 
 def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerBatch:
-    """Shapes of the largest learner batch of a configuration, laid out on the mesh."""
+    """Shapes of the largest minibatch of a configuration, laid out on the mesh."""
 
     def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
         axes = ("batch", *(None,) * (leaf.ndim - 1))
@@ -62,7 +62,8 @@ def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerB
 def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
     width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
     seen, agent = most_vision_tokens(config.data, model.vision), config.agent
-    groups, rows = config.rl.prompts_per_step, config.rl.prompts_per_step * config.rl.group_size
+    groups = config.rl.prompts_per_step // config.rl.minibatches
+    rows = groups * config.rl.group_size
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
     length = -(-(seen * 5 // 4 + 256 + generated_budget(config) + responses) // 128) * 128
     integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
@@ -83,6 +84,7 @@ def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
             tokens=jnp.zeros((groups, seen, width), dtype),
             deepstack=jnp.zeros((groups, taps, seen, width), dtype),
         ),
+        proximal_log_probs=values if config.rl.updates > 1 else None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run with Orbax: weights, moments, step and the position in the data."""
+"""Checkpoints of a run with Orbax: weights, moments, teacher, step and what the loop remembers."""
 
 from __future__ import annotations
 
@@ -40,28 +40,35 @@ class Checkpoints:
         """Save this step unless it is there already."""
         if self.latest == step:
             return
-        items = ocp.args.Composite(
-            params=ocp.args.StandardSave(state.params, self._save_args),
-            optimizer=ocp.args.StandardSave(state.optimizer),
-            meta=ocp.args.JsonSave({"step": step, "data": data_state}),
-        )
-        self._manager.save(step, args=items)
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(state.params, self._save_args),
+            "optimizer": ocp.args.StandardSave(state.optimizer),
+            "meta": ocp.args.JsonSave(
+                {"step": step, "updates": int(state.step), "data": data_state}
+            ),
+        }
+        if state.teacher:
+            items["teacher"] = ocp.args.StandardSave(state.teacher)
+        self._manager.save(step, args=ocp.args.Composite(**items))
 
     def restore(self, like: TrainState) -> tuple[TrainState, int, Any]:
         """The last saved state in the shapes and layout of `like`, its step and its data state."""
         step = self.latest
         assert step is not None, "nothing to restore"
-        items = ocp.args.Composite(
-            params=ocp.args.StandardRestore(like.params),
-            optimizer=ocp.args.StandardRestore(like.optimizer),
-            meta=ocp.args.JsonRestore(),
-        )
-        saved: Any = self._manager.restore(step, args=items)
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardRestore(like.params),
+            "optimizer": ocp.args.StandardRestore(like.optimizer),
+            "meta": ocp.args.JsonRestore(),
+        }
+        if like.teacher:
+            items["teacher"] = ocp.args.StandardRestore(like.teacher)
+        saved: Any = self._manager.restore(step, args=ocp.args.Composite(**items))
         state = TrainState(
             trainable={name: saved.params[name] for name in like.trainable},
             frozen={name: saved.params[name] for name in like.frozen},
             optimizer=saved.optimizer,
-            step=jax.device_put(np.int32(step), like.step.sharding),
+            step=jax.device_put(np.int32(saved.meta["updates"]), like.step.sharding),
+            teacher=saved.teacher if like.teacher else {},
         )
         return state, saved.meta["step"], saved.meta["data"]
 

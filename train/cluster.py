@@ -6,7 +6,9 @@ the mesh. What a host reads back is replicated first, so all hosts take the same
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -52,3 +54,13 @@ def from_first(values: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.float32)))
+
+
+def texts_from_first(texts: Sequence[str]) -> list[str]:
+    """The first host's texts, on every host; what the others give does not matter."""
+    if jax.process_count() == 1:
+        return list(texts)
+    data = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
+    share = multihost_utils.broadcast_one_to_all
+    size = int(share(np.int32(len(data))))
+    return json.loads(np.asarray(share(np.resize(data, size))).tobytes())

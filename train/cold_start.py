@@ -19,6 +19,7 @@ from train.config import Config, SftPhase
 from train.layout import to_mesh
 from train.learner import figures
 from train.loop import Clock, stop_if_not_finite
+from train.masking import TaskMasking
 from train.output import RunLog
 from train.state import TrainState
 from train.step import SftStep
@@ -44,6 +45,8 @@ class Lessons:
     pad_id: int
     checkpoints: Checkpoints
     log: RunLog
+    masking: TaskMasking | None = None
+    """Hides from some rows what their task does not need."""
 
     def batches(self, step: int) -> dict[str, LearnerBatch]:
         """The examples of a step, by task. They depend on the step alone, so a run resumes."""
@@ -62,12 +65,11 @@ class Lessons:
                 f"an example of task {task} has {learned} learned tokens, above the "
                 f"{shape.learned} of sft.tasks; raise it"
             )
-        return learner_batch(
-            streams_of_examples(examples),
-            length=shape.length,
-            pad_id=self.pad_id,
-            frames=shape.frames,
-        )
+        streams = streams_of_examples(examples)
+        batch = learner_batch(streams, length=shape.length, pad_id=self.pad_id, frames=shape.frames)
+        if self.masking is None:
+            return batch
+        return self.masking(batch, streams, (sorted(self.sources).index(task), start))
 
 
 def phase_at(phases: Sequence[SftPhase], step: int) -> SftPhase:
@@ -100,7 +102,7 @@ def cold_start(lessons: Lessons, state: TrainState, first_step: int) -> TrainSta
             clock.lap("time/data")
             following = pool.submit(lessons.batches, step + 1)
             state, learned = compiled(state, batches)
-            metrics = figures(learned)
+            metrics = figures([learned])
             clock.lap("time/learn")
             record = metrics | clock.figures()
             lessons.log.step(step, record)

@@ -20,6 +20,8 @@ from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
+from train.rl import RlSettings, check_lengths, check_updates
+from train.variants import DifficultySettings, TeacherSettings
 
 
 class Stage(enum.StrEnum):
@@ -68,7 +70,8 @@ class DataSettings:
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
     instructions: str = "full"
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
-    next to nothing, for a model that learned its protocol in a cold start."""
+    next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
+    the reasoning is to say when, as VISD's rewards read it."""
     crop_fps: float = 1.0
     """Frames per second of a crop."""
     crop_frames: int = 16
@@ -97,6 +100,7 @@ class OptimizerSettings:
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
     learning_rate: float = 2e-6
     warmup_steps: int = 0
+    """Optimiser steps of linear warm-up."""
     decay: str = "constant"
     """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
     final_fraction: float = 0.0
@@ -105,21 +109,6 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class RlSettings:
-    """Size of one RL step."""
-
-    prompts_per_step: int = 7
-    """Prompts of one optimiser step."""
-    group_size: int = 8
-    """Rollouts per prompt (G)."""
-    micro_groups: int = 1
-    """Groups per gradient micro-batch."""
-    warm_up: bool = False
-    """Compile every shape that rollouts can take before the first step, not when it first occurs:
-    a run that waits for nobody, for a later start."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,6 +141,9 @@ class SftSettings:
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
     micro_rows: int = 8
     """Examples per gradient micro-batch."""
+    task_masks: float = 0.0
+    """Share of rows whose last answer does not see the overview and whose later calls do not see
+    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,7 +178,7 @@ class Config:
     recipe: str
     stage: Stage
     steps: int
-    """Optimiser steps."""
+    """Batches to learn from. In the rl stage each gets `rl.updates` optimiser steps."""
     needs: tuple[str, ...] = ()
     """Flags without which the recipe cannot run."""
     seed: int = 0
@@ -200,6 +192,8 @@ class Config:
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
     rl: RlSettings = RlSettings()
+    teacher: TeacherSettings = TeacherSettings()
+    difficulty: DifficultySettings = DifficultySettings()
     sft: SftSettings = SftSettings()
     evaluation: EvaluationSettings = EvaluationSettings()
     output: OutputSettings = OutputSettings()
@@ -208,12 +202,21 @@ class Config:
         for check in (_check_ranges, _check_choices, _check_cross):
             check(self)
 
+    @property
+    def optimizer_steps(self) -> int:
+        """Optimiser steps of the whole run, which the learning rate's schedule counts."""
+        return self.steps * (self.rl.updates if self.stage is Stage.RL else 1)
+
+
+def generated_budget(config: Config) -> int:
+    """Most tokens that one rollout can generate."""
+    agent = config.agent
+    return agent.rounds * agent.turn_tokens + agent.answer_tokens
+
 
 def _check_ranges(config: Config) -> None:
     positive = {
         "--steps": config.steps,
-        "rl.prompts_per_step": config.rl.prompts_per_step,
-        "rl.micro_groups": config.rl.micro_groups,
         "evaluation.batch": config.evaluation.batch,
         "data.crop_frames": config.data.crop_frames,
         "sft.micro_rows": config.sft.micro_rows,
@@ -251,13 +254,17 @@ def _check_choices(config: Config) -> None:
         "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
         "model.cache_dtype": (config.model.cache_dtype, ("compute", "int8")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
-        "data.instructions": (config.data.instructions, ("full", "terse")),
+        "data.instructions": (config.data.instructions, ("full", "terse", "timed")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
+
+
+SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding"}
+"""The call syntax that a scheme of rewards asks for; others take any, or know no calls."""
 
 
 def _check_cross(config: Config) -> None:
@@ -272,6 +279,12 @@ def _check_cross(config: Config) -> None:
     if config.rewards.mode == "llm":
         config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
+    syntax, scheme = config.agent.call_syntax, config.rewards.scheme
+    if SYNTAX_OF.get(scheme, syntax) != syntax:
+        raise ValueError(
+            f"rewards.scheme={scheme} judges calls in agent.call_syntax={SYNTAX_OF[scheme]}, and "
+            f"the agent writes {syntax}; set one of them to fit"
+        )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
 
@@ -292,10 +305,22 @@ def _check_lora(model: ModelSettings) -> None:
 def _check_sft(config: Config) -> None:
     if not config.sft.phases:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
+    if config.teacher != TeacherSettings() or config.difficulty != DifficultySettings():
+        raise ValueError(
+            "teacher and difficulty have no effect in the sft stage, which has no rollouts; leave "
+            "their settings out"
+        )
     if config.data.path:
         raise ValueError(
             f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
             "learns the needle world's own; leave --data out"
+        )
+    if not 0 <= config.sft.task_masks <= 1:
+        raise ValueError(f"sft.task_masks={config.sft.task_masks}: give a share from 0 to 1")
+    if config.sft.task_masks and config.agent.call_syntax != "grounding":
+        raise ValueError(
+            f"sft.task_masks={config.sft.task_masks} masks the calls of "
+            "agent.call_syntax=grounding and has no effect with another; set it to 0"
         )
     for phase in config.sft.phases:
         for task, rows in phase.rows.items():
@@ -308,16 +333,6 @@ def _check_sft(config: Config) -> None:
 
 def _check_rl(config: Config) -> None:
     rl, objective = config.rl, config.objective
-    if rl.group_size < 2:
-        raise ValueError(
-            f"rl.group_size={rl.group_size} gives every rollout a zero advantage; "
-            "set it to 2 or more"
-        )
-    if rl.prompts_per_step % rl.micro_groups:
-        raise ValueError(
-            f"rl.prompts_per_step={rl.prompts_per_step} is not a multiple of "
-            f"rl.micro_groups={rl.micro_groups}; choose a divisor"
-        )
     if config.agent.sampling.temperature <= 0:
         raise ValueError(
             "agent.sampling.temperature=0 samples the same rollout again and again; RL needs it "
@@ -329,7 +344,23 @@ def _check_rl(config: Config) -> None:
             "model.train_vision=true has no effect in the rl stage, where vision features are "
             "computed once per prompt; set it to false"
         )
-    _check_clip(objective)
+    check_updates(rl, objective)
+    check_lengths(rl, generated_budget(config))
+    _check_variants(config)
+
+
+def _check_variants(config: Config) -> None:
+    own = config.difficulty
+    if own.window and own.traces > config.rl.group_size:
+        raise ValueError(
+            f"difficulty.traces={own.traces} is above rl.group_size={config.rl.group_size}, the "
+            "rollouts of a prompt that there is room for; lower it"
+        )
+    if own.window and config.teacher.strength:
+        raise ValueError(
+            "difficulty.window and teacher.strength: a teacher reads the plain question with its "
+            "own hint, not prompts that were hinted already; set one of them to 0"
+        )
 
 
 def _check_anchor(config: Config) -> None:
@@ -356,17 +387,6 @@ def _check_anchor(config: Config) -> None:
             "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
             "knows no positions; leave it out"
         )
-
-
-def _check_clip(objective: ObjectiveConfig) -> None:
-    """One optimiser step per batch: the ratio to the proximal policy is always 1."""
-    default = ObjectiveConfig()
-    for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
-        if getattr(objective, name) != getattr(default, name):
-            raise ValueError(
-                f"objective.{name} has no effect while a batch gets one optimiser step, because "
-                "the ratio that it clips is always 1; leave it out"
-            )
 
 
 Assignment = tuple[str, list[str], str]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,11 +16,15 @@ from pipelines.loader import PromptStream
 from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.cluster import is_first
+from train.compilations import Compilations
 from train.config import Config
+from train.difficulty import Difficulty
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
+from train.sampling import draw_groups, with_length_penalty
 from train.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
+from train.teacher import Teacher
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,12 +36,32 @@ class Parts:
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
     agent: Agent
     scorer: Scorer
+    difficulty: Difficulty
+    """Changes hard and easy prompts, where the configuration says so."""
     learner: Learner
+    teacher: Teacher
+    """Scales advantages token by token, where the configuration says so."""
     reference: FlatParams
     """The trainable weights at step 0, for the KL term; the frozen ones never change."""
     checkpoints: Checkpoints
     log: RunLog
     workdir: Path
+    compilations: Compilations
+
+    def figures(self) -> dict[str, float]:
+        """What the parts say of the last step."""
+        parts = self.agent, self.scorer, self.difficulty, self.learner, self.teacher
+        parts += (self.compilations,)
+        return {name: value for part in parts for name, value in part.figures.items()}
+
+    def get_state(self) -> dict[str, Any]:
+        """What the parts must remember besides the `TrainState`, as JSON values."""
+        return {"prompts": self.prompts.get_state(), "difficulty": self.difficulty.get_state()}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from what was remembered."""
+        self.prompts.set_state(state["prompts"])
+        self.difficulty.set_state(state["difficulty"])
 
 
 def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
@@ -43,32 +69,44 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
     config = parts.config
     for step in range(first_step, config.steps):
         clock = Clock()
-        items = next(parts.prompts)
-        clock.lap("time/data")
+        draw = functools.partial(roll_out, parts, state.params, step, clock)
+        drawn = draw_groups(draw, config.rl)
 
-        seed = rollout_seed(config.seed, step)
-        groups = parts.agent.run(
-            state.params, items, config.rl.group_size, seed, policy_version=step
-        )
-        groups = parts.scorer(groups, progress=step / config.steps)
-        clock.lap("time/rollout")
-
-        batch = parts.learner.batch(state.params, groups)
+        batch = parts.learner.batch(state.params, drawn.groups)
         batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
-        state, learned = parts.learner.step(state, batch)
+        batch = parts.learner.with_advantages(drawn.groups, batch)
+        batch = parts.teacher.reweight(state, drawn.groups, batch, step)
+        state, learned = parts.learner.update(state, batch)
+        state = parts.teacher.follow(state, step)
         metrics = figures(learned)
         clock.lap("time/learn")
 
-        record = rollout_metrics(groups) | parts.agent.figures | parts.learner.figures
-        record |= parts.scorer.figures
+        record = rollout_metrics(drawn.everything) | drawn.figures() | parts.figures()
         record |= metrics | clock.figures()
-        record["tokens_per_second"] = tokens_generated(groups) / record["time/step"]
+        record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
         stop_if_not_finite(record, step)
         if config.output.rollouts and is_first():
-            write_rollouts(parts.workdir / "rollouts", step, groups)
-        parts.checkpoints.maybe_save(step + 1, state, parts.prompts.get_state())
+            write_rollouts(parts.workdir / "rollouts", step, drawn.everything)
+        parts.checkpoints.maybe_save(step + 1, state, parts.get_state())
     return state
+
+
+def roll_out(
+    parts: Parts, params: FlatParams, step: int, clock: Clock, number: int
+) -> Sequence[RolloutGroup]:
+    """The `number`-th batch of prompts of a step, rolled out and scored."""
+    config = parts.config
+    items = next(parts.prompts)
+    clock.lap("time/data")
+
+    seed = rollout_seed(config.seed, step, number)
+    groups = parts.agent.run(params, items, config.rl.group_size, seed, policy_version=step)
+    groups = parts.scorer(groups, progress=step / config.steps)
+    groups = parts.difficulty.revise(params, items, groups, seed, step)
+    groups = with_length_penalty(groups, config.rl)
+    clock.lap("time/rollout")
+    return groups
 
 
 class Clock:
@@ -79,9 +117,9 @@ class Clock:
         self._laps: dict[str, float] = {}
 
     def lap(self, name: str) -> None:
-        """End the stretch that began at the last lap."""
+        """End the stretch that began at the last lap; stretches of one name are added up."""
         now = time.perf_counter()
-        self._laps[name] = now - self._last
+        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
         self._last = now
 
     def figures(self) -> dict[str, float]:
@@ -89,9 +127,9 @@ class Clock:
         return self._laps | {"time/step": time.perf_counter() - self._began}
 
 
-def rollout_seed(seed: int, step: int) -> int:
-    """A seed of its own for the rollouts of each step, the same after a resume."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1)[0])
+def rollout_seed(seed: int, step: int, number: int = 0) -> int:
+    """A seed of its own for each batch of prompts of each step, the same after a resume."""
+    return int(np.random.SeedSequence([seed, step, number]).generate_state(1)[0])
 
 
 def tokens_generated(groups: Sequence[RolloutGroup]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterable, Iterator
 
@@ -17,13 +18,18 @@ from train.config import Config
 
 
 def agent_reads(
-    config: Config, renderer: ChatRenderer, rows: Iterable[Row], budgets: Iterable[int]
+    config: Config,
+    renderer: ChatRenderer,
+    rows: Iterable[Row],
+    budgets: Iterable[int],
+    hints: int = 0,
 ) -> dict[str, Reads]:
     """What the lanes of `open_engine` can be given to read, for any of the questions shown with
-    any of the frame budgets. (A video of fewer frames than its budget is not foreseen.)"""
+    any of the frame budgets and a hint of at most `hints` tokens. (A video of fewer frames than
+    its budget is not foreseen.)"""
     ends = list(_ends(renderer, rows))
     prompts = tuple(
-        _main(config, renderer, shortest, longest, budget)
+        _main(config, renderer, shortest, longest, budget, hints)
         for budget, (shortest, longest) in itertools.product(sorted(set(budgets)), ends)
     )
     main = Reads(prompts, _given(config, renderer), config.agent.sampling)
@@ -45,7 +51,7 @@ def _ends(renderer: ChatRenderer, rows: Iterable[Row]) -> Iterator[tuple[Row, Ro
 
 
 def _main(
-    config: Config, renderer: ChatRenderer, shortest: Row, longest: Row, budget: int
+    config: Config, renderer: ChatRenderer, shortest: Row, longest: Row, budget: int, hints: int
 ) -> Extent:
     """Prompts of main agents with so many frames."""
     spec, quota, videos = renderer.spec, config.data.overview_tokens, len(longest.videos)
@@ -54,7 +60,9 @@ def _main(
         shown = [smallest(spec, share, time) for share in shares(budget, videos)]
         return renderer.main_prompt(row, shown, tools=True)
 
-    return _extent(prompt(shortest, EARLY), prompt(longest, LATE), spec, quota and quota * videos)
+    shown = quota and quota * videos
+    extent = _extent(prompt(shortest, EARLY), prompt(longest, LATE), spec, shown)
+    return dataclasses.replace(extent, most=extent.most + hints)
 
 
 def _crop(renderer: ChatRenderer, frames: int, quota: int | None) -> Extent:

@@ -7,7 +7,7 @@ import functools
 import json
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,20 +24,24 @@ from paravt_jax.rewards.judge import WAY_TO_JUDGE
 from pipelines.datasets import question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
+from pipelines.tfds_builder import RowSource
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
-from rollout.warm_up import warm_up
+from rollout.limits import MAIN
 from train import setup
 from train.agent import open_agent, open_engine, prompt_tokens
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import Lessons, cold_start
+from train.compilations import Compilations
 from train.config import Config, Stage, to_dict
+from train.difficulty import Difficulty, hint_room
+from train.hindsight import open_feedback
 from train.learner import Learner
 from train.loop import Parts, reinforce
+from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.reads import agent_reads
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -47,6 +51,8 @@ from train.state import (
     make_optimizer,
     make_state,
 )
+from train.teacher import Teacher
+from train.warm_up import warm_up_run
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
@@ -71,7 +77,9 @@ def check(config: Config, here: bool = True) -> None:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     check_model(config, here)
     if here:
-        Scorer(config.rewards)  # refuses a judge whose key is not in the environment
+        # These refuse a judge whose key is not in the environment.
+        Scorer(config.rewards)
+        open_feedback(config.teacher.judge)
     if config.data.path is not None and not Path(config.data.path).exists():
         raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
     if here:
@@ -162,7 +170,7 @@ MAY_CHANGE = (
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
-    *(f"rewards.judge.{name}" for name in WAY_TO_JUDGE),
+    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
 )
 """Settings (or beginnings of their names) that a resumed run may give anew."""
 
@@ -203,7 +211,9 @@ class Run:
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = setup.open_rows(config)
-        self.optimizer = make_optimizer(config.optimizer, config.steps, self.model.policy.table)
+        self.optimizer = make_optimizer(
+            config.optimizer, config.optimizer_steps, self.model.policy.table
+        )
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
             config.output.checkpoint_every,
@@ -246,33 +256,49 @@ class Run:
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
-        config = self.config
         before = self.evaluate({**self.state.frozen, **self.reference})
-        stream = self._prompts()
+        engine = self._training_engine()
+        parts = self._parts(engine)
+        if self.data_state is not None:
+            parts.set_state(self.data_state)
+        if self.config.rl.warm_up:
+            hints = hint_room(self.config.difficulty, self.renderer)
+            self.state = warm_up_run(
+                parts, engine, self.renderer, all_rows(self.rows), self.state, hints
+            )
+        self.state = reinforce(parts, self.state, self.first_step)
+        position = parts.get_state()
+        parts.prompts.close()
+        self._finish(before, position)
+
+    def _parts(self, engine: Engine) -> Parts:
+        """What the loop works with."""
+        config, policy = self.config, self.model.policy
+        agent, main = self.agent(engine), engine.lanes[MAIN]
         learner = Learner(
-            self.model.policy,
+            policy,
             self.optimizer,
             config,
             self.mesh,
             self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
+            longest=main.prompt_tokens + main.suffix,
         )
-        parts = Parts(
+        return Parts(
             config=config,
-            prompts=stream,
-            agent=self.agent(self._training_engine()),
+            prompts=self._prompts(),
+            agent=agent,
             scorer=self.scorer,
+            difficulty=Difficulty(config, agent, self.scorer, self.renderer, self.reader),
             learner=learner,
+            teacher=Teacher(config, policy, learner, self.renderer),
             reference=self.reference,
             checkpoints=self.checkpoints,
             log=self.log,
             workdir=self.workdir,
+            compilations=Compilations(),
         )
-        self.state = reinforce(parts, self.state, self.first_step)
-        position = stream.get_state()
-        stream.close()
-        self._finish(before, position)
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
@@ -285,43 +311,38 @@ class Run:
             pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
+            masking=self._masking(),
         )
         self.state = cold_start(lessons, self.state, self.first_step)
         self._finish({}, None)
 
+    def _masking(self) -> TaskMasking | None:
+        """What hides tokens from supervised rows, if the run asks for it."""
+        share = self.config.sft.task_masks
+        if not share:
+            return None
+        tags = self.model.tags(self.config, self.renderer)
+        return TaskMasking(share, self.config.seed, tags)
+
     def _prompts(self) -> PromptStream:
         config = self.config
-        stream = prompt_stream(
+        return prompt_stream(
             self.rows,
             self.reader,
             self.renderer,
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            tools=config.agent.offers_tools,
         )
-        if self.data_state is not None:
-            stream.set_state(self.data_state)
-        return stream
 
     def _training_engine(self) -> Engine:
         """Room for the rollouts of one step."""
-        rows = (self.rows[index] for index in range(len(self.rows)))
-        frames = max(self.config.data.frame_budgets)
-        engine = self._engine(
-            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size
+        rows, frames = all_rows(self.rows), max(self.config.data.frame_budgets)
+        hints = hint_room(self.config.difficulty, self.renderer)
+        return self._engine(
+            rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size, hints
         )
-        if self.config.rl.warm_up:
-            self._warm_up(engine)
-        return engine
-
-    def _warm_up(self, engine: Engine) -> None:
-        """Compile all that rollouts of the questions can need."""
-        began, data = time.perf_counter(), self.config.data
-        rows = (self.rows[index] for index in range(len(self.rows)))
-        reads = agent_reads(self.config, self.renderer, rows, data.frame_budgets)
-        count = warm_up(engine, self.state.params, reads, self.renderer.spec.patch_values)
-        seconds = time.perf_counter() - began
-        self.log.console.print(f"warm-up: {count} shapes of rollouts compiled in {seconds:.0f} s")
 
     @functools.cached_property
     def _evaluation_engine(self) -> Engine:
@@ -330,17 +351,20 @@ class Run:
         prompts = min(settings.batch, len(self.held_out))
         return self._engine(self.held_out, settings.frame_budget, prompts, 1)
 
-    def _engine(self, rows: Iterable[Row], frames: int, prompts: int, copies: int) -> Engine:
-        """An engine for any of the questions; says what its cache takes before it is allocated."""
+    def _engine(
+        self, rows: Iterable[Row], frames: int, prompts: int, copies: int, hints: int = 0
+    ) -> Engine:
+        """An engine for any of the questions, with so many tokens of hints; says what its cache
+        takes before it is allocated."""
+        seen = self.config.data.overview_tokens
+        longest = prompt_tokens(self.renderer, rows, frames, seen) + hints
         engine = open_engine(
             self.config,
             self.model.policy,
             self.renderer,
             prompts=prompts,
             copies=copies,
-            prompt_tokens=prompt_tokens(
-                self.renderer, rows, frames, self.config.data.overview_tokens
-            ),
+            prompt_tokens=longest,
         )
         size = engine.cache_bytes() / 2**20
         self.log.console.print(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
@@ -366,7 +390,7 @@ class Run:
         if not self.held_out:
             return {}
         engine = self._evaluation_engine
-        with_tools = self._items(tools=True)
+        with_tools = self._items(tools=self.config.agent.offers_tools)
         modes = [
             Mode("sampled", self._runner(self.agent(engine)), with_tools),
             Mode("greedy", self._runner(self.agent(engine, 0.0)), with_tools),
@@ -422,6 +446,11 @@ class Run:
         if is_first():
             summary = json.dumps({"before": before, "after": after}, indent=2)
             (self.workdir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
+
+
+def all_rows(source: RowSource) -> Iterator[Row]:
+    """Rows in their order."""
+    return (source[index] for index in range(len(source)))
 
 
 def _figures(groups: Sequence[RolloutGroup]) -> dict[str, float]:

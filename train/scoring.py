@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
+from paravt_jax.advantages import has_spread
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
 from paravt_jax.rewards import Judge, RewardRules, open_judge, score
@@ -79,6 +80,7 @@ def rewards_of(
         turns=[turn.text for turn in trajectory.turns],
         executed_calls=trajectory.executed,
         calls=[call for turn in trajectory.turns for call in _executed(turn)],
+        call_syntax=trajectory.call_syntax,
         evidence=row.evidence,
         progress=progress,
         question=row.question,
@@ -142,7 +144,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         ),
         "tool/success_rate": sum(t.executed for t in rollouts) / max(calls, 1),
         "frames/budget_mean": _mean(group.frame_budget for group in groups),
-        "group/zero_std": _mean(totals.std(axis=1) < 1e-9),
+        "group/zero_std": _mean(~has_spread(totals)),
         "length/generated": _mean(t.generated.sum() for t in rollouts),
     }
 

@@ -60,7 +60,8 @@ def prompt_texts(config: Config) -> PromptTexts:
         return GROUNDING_TEXTS if terse else VIDEO_O3_TEXTS
     if terse:
         return NEEDLE_TEXTS
-    return PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
+    texts = PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
+    return texts.with_times() if config.data.instructions == "timed" else texts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,7 +125,18 @@ def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) 
     questions = needle_questions(
         needle_world(config), _world_folder(config), "train", config.data.question_types
     )
-    kit = TaskKit(needle_world(config), questions, reader, renderer, config.data.frame_budgets)
+    agent = config.agent
+    kit = TaskKit(
+        needle_world(config),
+        questions,
+        reader,
+        renderer,
+        config.data.frame_budgets,
+        tool=agent.tools[0],
+        syntax=agent.call_syntax,
+        quota=agent.clip_tokens[1] if agent.clip_tokens else None,
+        most_looks=agent.max_tool_rounds,
+    )
     return {task: needle_examples(kit, task, config.seed) for task in config.sft.tasks}
 
 

@@ -28,6 +28,9 @@ class TrainState:
     frozen: FlatParams
     optimizer: optax.OptState
     step: Int[Array, ""]
+    """Optimiser steps so far."""
+    teacher: FlatParams = dataclasses.field(default_factory=dict)
+    """A moving average of `trainable`, see `train.teacher`; empty in a run without a teacher."""
 
     @property
     def params(self) -> FlatParams:
@@ -99,11 +102,14 @@ def _muon_dimensions(params: Any, table: Table) -> Any:
 def make_state(
     params: FlatParams, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
 ) -> TrainState:
-    """Split the weights and set up the optimiser; moments are sharded like their weights."""
+    """Split the weights and set up the optimiser and, if there is one, the teacher; moments and
+    teacher are sharded like their weights."""
     trainable, frozen = _split(params, config)
     init = jax.jit(optimizer.init, out_shardings=moment_shardings(optimizer, trainable, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
-    return TrainState(trainable=trainable, frozen=frozen, optimizer=init(trainable), step=step)
+    # A copy each: a step donates its state, and no buffer can be donated twice.
+    teacher = {name: x.copy() for name, x in trainable.items() if config.teacher.strength}
+    return TrainState(trainable, frozen, init(trainable), step, teacher)
 
 
 def abstract_state(
@@ -121,7 +127,8 @@ def abstract_state(
     )
     replicated = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(trainable=trainable, frozen=frozen, optimizer=moments, step=step)
+    teacher = dict(trainable) if config.teacher.strength else {}
+    return TrainState(trainable, frozen, moments, step, teacher)
 
 
 def _split(params: dict, config: Config) -> tuple[dict, dict]:
@@ -130,7 +137,7 @@ def _split(params: dict, config: Config) -> tuple[dict, dict]:
 
 
 def moment_shardings(
-    optimizer: optax.GradientTransformation, trainable: FlatParams, mesh: Mesh
+    optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: Mesh
 ) -> optax.OptState:
     """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise.
 

@@ -14,16 +14,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.log_probs import gathered_log_probs
+from paravt_jax.mesh import constrain
 from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from paravt_jax.routing import load_balance
 from train.state import FlatParams, TrainState
 
-Metrics = dict[str, Array]
+Metrics = dict[str, Any]
+"""Figures of one optimiser step: arrays by name, and those of the objective as sums."""
 
 
 def batch_log_probs(
@@ -59,6 +61,7 @@ def batch_hidden(
         batch.vision_index,
         _row_features(policy, params, batch),
         batch.segments,
+        batch.hidden_keys,
     )
 
 
@@ -82,13 +85,14 @@ def _row_features(
     return jax.tree.map(lambda x: jnp.repeat(x, copies, axis=0), features)
 
 
-def split_micro(batch: LearnerBatch, count: int) -> LearnerBatch:
-    """Reshape every `[n, ...]` to `[count, n / count, ...]`, groups kept whole.
+def split_micro(batch: LearnerBatch, count: int, group_size: int | None = None) -> LearnerBatch:
+    """Reshape every `[n, ...]` to `[count, n / count, ...]`, groups kept whole: `group_size`
+    neighbouring rows, or those that share frames.
 
     Micro-batch i takes every count-th group: where a device holds several groups, it works on
     its own in each micro-batch.
     """
-    groups = vision_groups(batch)
+    groups = _groups(batch, group_size)
 
     def split(x: Array) -> Array:
         rows = x.shape[0] // groups
@@ -103,6 +107,22 @@ def join_micro(pieces: Array, groups: int) -> Array:
     count, rows = pieces.shape[0], pieces.shape[0] * pieces.shape[1] // groups
     pieces = pieces.reshape(count, groups // count, rows, *pieces.shape[2:])
     return jnp.moveaxis(pieces, 0, 1).reshape(groups * rows, *pieces.shape[3:])
+
+
+def minibatch(
+    batch: LearnerBatch, index: int | Int[Array, ""], count: int, group_size: int
+) -> LearnerBatch:
+    """The `index`-th of `count` equal shares of a batch, laid out over the mesh like the whole."""
+    pieces = split_micro(batch, count, group_size)
+    return jax.tree.map(
+        lambda x: constrain(x[index], "batch", *(None,) * (x.ndim - 2)),
+        pieces,
+    )
+
+
+def _groups(batch: LearnerBatch, group_size: int | None) -> int:
+    """Groups of neighbouring rows that stay together."""
+    return batch.tokens.shape[0] // group_size if group_size else vision_groups(batch)
 
 
 def vision_groups(batch: LearnerBatch) -> int:
@@ -121,14 +141,15 @@ def accumulate(
     batch: LearnerBatch,
     micro_batches: int,
     merge: Callable[[Any, Any], Any] = lambda a, b: jax.tree.map(jnp.add, a, b),
+    group_size: int | None = None,
 ) -> tuple[Array, FlatParams, Any]:
     """Mean loss and its gradients over all micro-batches, and merged metrics.
 
     `loss` returns `(sum, (count, metrics))`. Sums and counts are added up first and
-    divided once, so the result is that of one large batch.
+    divided once, so the result is that of one large batch. Groups as in `split_micro`.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
-    pieces = split_micro(batch, micro_batches)
+    pieces = split_micro(batch, micro_batches, group_size)
     first = jax.tree.map(lambda x: x[0], pieces)
     zeros = jax.tree.map(
         lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, first)
@@ -218,18 +239,16 @@ class RlStep:
     """Most generated tokens in a row."""
     router_balance: float = 0.0
     """Weight of the loss that keeps experts evenly used."""
+    group_size: int | None = None
+    """Neighbouring rows that answer one prompt, which stay in one micro-batch. None takes rows
+    that share frames."""
 
     def __call__(self, state: TrainState, batch: LearnerBatch) -> tuple[TrainState, Metrics]:
         loss = functools.partial(self._loss, frozen=state.frozen)
-        value, gradients, (watched, entropy, balance) = accumulate(
-            loss, state.trainable, batch, self.micro_batches, _merge
+        value, gradients, (watched, balance) = accumulate(
+            loss, state.trainable, batch, self.micro_batches, _merge, self.group_size
         )
-        metrics = {
-            "loss": value,
-            "grad_norm": optax.tree.norm(gradients),
-            "entropy": entropy / jnp.maximum(watched.tokens, 1.0),
-            **watched.means(),
-        }
+        metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "objective": watched}
         if self.policy.experts_per_token:
             metrics["router/balance"] = balance / batch.tokens.shape[0]
         return apply_gradients(self.optimizer, state, gradients), metrics
@@ -240,9 +259,9 @@ class RlStep:
             lambda piece: batch_log_probs(
                 self.policy, params, piece, temperature=self.temperature, budget=self.budget
             )[0],
-            split_micro(batch, self.micro_batches),
+            split_micro(batch, self.micro_batches, self.group_size),
         )
-        return join_micro(pieces, vision_groups(batch))
+        return join_micro(pieces, _groups(batch, self.group_size))
 
     def _loss(
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams
@@ -255,28 +274,32 @@ class RlStep:
             budget=self.budget,
         )
         weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
-        # One optimiser step per batch: the policy at its beginning is the current one.
+        proximal = batch.proximal_log_probs
         total, count, watched = policy_loss(
             log_probs,
-            jax.lax.stop_gradient(log_probs),
+            # Learned from once, the policy at the beginning of the batch is the current one.
+            jax.lax.stop_gradient(log_probs) if proximal is None else proximal,
             batch.behaviour_log_probs,
             batch.advantages,
             weights,
             self.objective,
             batch.reference_log_probs,
             batch.structural,
+            entropy,
+            self.group_size,
         )
         if self.router_balance:
             # Every learned token carries the balance of its row, so sums and counts stay those
             # of the objective.
             spread = jnp.broadcast_to(balance[:, None], weights.shape)
-            total += self.router_balance * aggregate(spread, weights, self.objective.aggregation)[0]
-        return total, (count, (watched, jnp.sum(entropy), jnp.sum(balance)))
+            mean = self.objective.aggregation, self.objective.constant_length
+            total += self.router_balance * aggregate(spread, weights, *mean)[0]
+        return total, (count, (watched, jnp.sum(balance)))
 
 
-Watched = tuple[ObjectiveMetrics, Array, Array]
-"""Figures of the objective, sum of entropies over tokens, sum of balances over rows."""
+Watched = tuple[ObjectiveMetrics, Array]
+"""Figures of the objective, and the sum of balances over rows."""
 
 
 def _merge(a: Watched, b: Watched) -> Watched:
-    return a[0].merge(b[0]), a[1] + b[1], a[2] + b[2]
+    return a[0].merge(b[0]), a[1] + b[1]

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from models.qwen3_vl.layers import precision
+from paravt_jax.records import HiddenKeys
 
 QUERY_CHUNK = 96
 """Causal attention is computed in chunks of queries that see only the keys before their end:
@@ -26,17 +27,23 @@ def attend(
     causal: bool = False,
     key_lengths: Int[Array, " b"] | None = None,
     segments: Int[Array, "b s"] | None = None,
+    hidden_keys: HiddenKeys | None = None,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`.
 
     Query i of row b sees key j if `j < key_lengths[b]` (when given), when `causal`, `j <= i`, and
-    when there are `segments`, both are of the same one (queries and keys then being the same
-    tokens). Query head `n` reads key head `n // (n/k)`.
+    when there are `segments`, both are of the same one, and `hidden_keys` does not hide j from i
+    (queries and keys then being the same tokens). Query head `n` reads key head `n // (n/k)`.
     """
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
-        return _causal_chunks(query, key, value, segments)
+        return _causal_chunks(query, key, value, segments, hidden_keys)
     visible = visibility(
-        query.shape[1], key.shape[1], causal, key_lengths=key_lengths, segments=segments
+        query.shape[1],
+        key.shape[1],
+        causal,
+        key_lengths=key_lengths,
+        segments=segments,
+        hidden_keys=hidden_keys,
     )
     return reference(query, key, value, visible)
 
@@ -48,6 +55,7 @@ def visibility(
     first: int = 0,
     key_lengths: Int[Array, " b"] | None = None,
     segments: Int[Array, "b tokens"] | None = None,
+    hidden_keys: HiddenKeys | None = None,
 ) -> Bool[Array, "#b #t s"] | None:
     """Which keys each query sees (see `attend`), the first query being number `first`; None when
     all are visible. This is the only place that decides it: kernels that take segment ids
@@ -63,6 +71,9 @@ def visibility(
     if segments is not None:
         own = segments[:, first : first + queries, None] == segments[:, None, :keys]
         visible = own if visible is None else visible & own
+    if hidden_keys is not None:
+        shown = hidden_keys.visible(queries, keys, first)
+        visible = shown if visible is None else visible & shown
     return visible
 
 
@@ -99,11 +110,24 @@ def _unnormalised(
     return jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
 
 
-def _causal_chunks(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+def _causal_chunks(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    hidden_keys: HiddenKeys | None,
+) -> Array:
     chunks = []
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
-        visible = visibility(end - start, end, causal=True, first=start, segments=segments)
+        visible = visibility(
+            end - start,
+            end,
+            causal=True,
+            first=start,
+            segments=segments,
+            hidden_keys=hidden_keys,
+        )
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
 

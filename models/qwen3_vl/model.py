@@ -19,7 +19,7 @@ from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.params import Blueprint, Normal, Params, Table
-from paravt_jax.records import LaneCache, Slots, VisionFeatures
+from paravt_jax.records import HiddenKeys, LaneCache, Slots, VisionFeatures
 
 
 class Qwen3VL(nnx.Module):
@@ -141,10 +141,11 @@ class Qwen3VLPolicy:
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
         segments: Int[Array, "b t"] | None = None,
+        hidden_keys: HiddenKeys | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of the sparse layers; None for a dense model."""
         tower = self._bind(params).text
-        memory = Memory(segments=segments)
+        memory = Memory(segments=segments, hidden_keys=hidden_keys)
         with jax.named_scope("language_model"):
             hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features, memory)
         return hidden, router_logits

@@ -21,7 +21,7 @@ from models.qwen3_vl.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate,
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Normal, declare, stack
-from paravt_jax.records import LaneCache, VisionFeatures
+from paravt_jax.records import HiddenKeys, LaneCache, VisionFeatures
 
 HF = "model.language_model."
 
@@ -43,6 +43,8 @@ class Memory:
     """The rows of the only lane that the block continues; None for all rows of all lanes."""
     segments: Int[Array, "b t"] | None = None
     """Which of several streams in one row each token belongs to: it attends to its own alone."""
+    hidden_keys: HiddenKeys | None = None
+    """What some tokens of the block may not attend to besides."""
 
 
 KeysAndValues = tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]
@@ -76,7 +78,14 @@ class Attention(nnx.Module):
             mixed, lanes = append_and_attend(memory.lanes, memory.rows, layer, query, key, value)
             memory = dataclasses.replace(memory, lanes=lanes)
         else:
-            mixed = attend(query, key, value, causal=True, segments=memory.segments)
+            mixed = attend(
+                query,
+                key,
+                value,
+                causal=True,
+                segments=memory.segments,
+                hidden_keys=memory.hidden_keys,
+            )
         kept = (key, value) if memory.keep else None
         return self.out(mixed.reshape(*x.shape[:2], -1)), memory, kept
 

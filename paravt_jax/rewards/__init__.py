@@ -63,6 +63,7 @@ def score(
     turns: Sequence[str] | None = None,
     executed_calls: int | None = None,
     calls: Sequence[ToolCall] | None = None,
+    call_syntax: str = "tool_call",
     evidence: Sequence[Window] = (),
     progress: float | int = 1.0,
     question: str = "",
@@ -97,6 +98,8 @@ def score(
             ParaVT's compat="reference", which reads tool use from the text.
         calls: the calls that ran, in order, for rewards that judge where a tool looked. None takes
             the well-formed ones of the text.
+        call_syntax: how calls are written, a name of `protocol.SYNTAXES`. ParaVT's
+            compat="reference" knows "tool_call" only.
         evidence: windows in seconds where the answer can be seen (`Row.evidence`).
         progress: share of the training that is done, in [0, 1]; scheme="visd" grows strict with it.
         question: put to the judge; only for mode="llm".
@@ -118,7 +121,8 @@ def score(
         question_type=str(question_type),
         question=question,
         evidence=tuple(evidence),
-        calls=_written_calls(turns) if calls is None else tuple(calls),
+        calls=_written_calls(turns, call_syntax) if calls is None else tuple(calls),
+        call_syntax=call_syntax,
         executed_calls=executed_calls or 0,
         progress=progress,
         judge=judge,
@@ -132,6 +136,6 @@ def _module(rules: RewardRules) -> ModuleType:
     return _MODULES[rules.scheme]
 
 
-def _written_calls(turns: Sequence[str]) -> tuple[ToolCall, ...]:
-    calls = [call for turn in turns for call in parse_tool_calls(turn)]
+def _written_calls(turns: Sequence[str], syntax: str) -> tuple[ToolCall, ...]:
+    calls = [call for turn in turns for call in parse_tool_calls(turn, syntax=syntax)]
     return tuple(call for call in calls if call.error is None)

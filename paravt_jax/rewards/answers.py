@@ -10,8 +10,12 @@ from paravt_jax.rewards.metrics import choice_accuracy, normalise, temporal_iou,
 from paravt_jax.rewards.verdicts import Judge, judge_message, verdict
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
-_TOOL_BLOCK = re.compile(r"<(tool_call|tool_code|tool_response)>.*?(?:</\1>|\Z)", re.DOTALL)
-ANY_TAG = re.compile(r"</?(?:think|answer|tool_call|tool_code|tool_response)>|<\|im_\w+\|>")
+_TOOL_BLOCK = re.compile(
+    r"<(tool_call|tool_code|grounding|tool_response)>.*?(?:</\1>|\Z)", re.DOTALL
+)
+ANY_TAG = re.compile(
+    r"</?(?:think|answer|tool_call|tool_code|grounding|tool_response)>|<\|im_\w+\|>"
+)
 
 
 def answer_bodies(turn: str) -> list[str]:

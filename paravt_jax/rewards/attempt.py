@@ -26,6 +26,8 @@ class Attempt:
     """Windows in seconds where the answer can be seen."""
     calls: tuple[ToolCall, ...] = ()
     """Calls that ran, in order."""
+    call_syntax: str = "tool_call"
+    """How calls are written, a name of `protocol.SYNTAXES`."""
     executed_calls: int = 0
     """Tool calls that ran to a result, counted by the workflow."""
     progress: float = 1.0

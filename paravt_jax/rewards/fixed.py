@@ -24,9 +24,9 @@ from paravt_jax.rewards.rules import (
     total_range,
 )
 
-_TURN_BREAK = re.compile(r"<\|im_end\|>|(?<=</tool_call>)\s*(?=<think>)")
-_ACTION = re.compile(r"<tool_call>|<tool_code>|<answer>")
-_PAIRED_TAGS = ("think", "tool_call", "tool_code", "tool_response", "answer")
+_TURN_BREAK = re.compile(r"<\|im_end\|>|(?:(?<=</tool_call>)|(?<=</grounding>))\s*(?=<think>)")
+_ACTION = re.compile(r"<tool_call>|<tool_code>|<grounding>|<answer>")
+_PAIRED_TAGS = ("think", "tool_call", "tool_code", "grounding", "tool_response", "answer")
 
 
 def split_turns(completion: str) -> list[str]:
@@ -45,7 +45,8 @@ def ranges(rules: RewardRules) -> Ranges:
 def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     """Reward by term; the format and the anchor are means over turns."""
     turns, accuracy = attempt.turns, attempt.accuracy(rules.mode)
-    forms = [_turn_form(turn, last=i == len(turns) - 1) for i, turn in enumerate(turns)]
+    syntax, last = attempt.call_syntax, len(turns) - 1
+    forms = [_turn_form(turn, i == last, syntax) for i, turn in enumerate(turns)]
     form_mean = _mean([form.score(rules) for form in forms])
     bare_rules = dataclasses.replace(rules, anchor_weight=0.0)
     bare = _mean([form.score(bare_rules) for form in forms])
@@ -103,13 +104,13 @@ class _TurnForm:
 _PERFECT = _TurnForm(opened=True, closed=True, thinks=True, acts=True, strict=True, balanced=True)
 
 
-def _turn_form(turn: str, last: bool) -> _TurnForm:
+def _turn_form(turn: str, last: bool, syntax: str) -> _TurnForm:
     return _TurnForm(
         opened=protocol.THINK_OPEN in turn,
         closed=protocol.THINK_CLOSE in turn,
         thinks=_has_substance(turn),
-        acts=_answers(turn) if last else _calls(turn),
-        strict=protocol.parses_strictly(turn),
+        acts=_answers(turn) if last else _calls(turn, syntax),
+        strict=protocol.parses_strictly(turn, syntax=syntax),
         balanced=all(turn.count(f"<{tag}>") == turn.count(f"</{tag}>") for tag in _PAIRED_TAGS),
     )
 
@@ -128,8 +129,8 @@ def _answers(turn: str) -> bool:
     return any(body.strip() for body in answer_bodies(turn))
 
 
-def _calls(turn: str) -> bool:
-    calls = protocol.parse_tool_calls(turn)
+def _calls(turn: str, syntax: str) -> bool:
+    calls = protocol.parse_tool_calls(turn, syntax=syntax)
     return bool(calls) and all(call.error is None for call in calls)
 
 

@@ -21,6 +21,7 @@ import socket
 import threading
 import time
 import urllib.parse
+from collections.abc import Callable
 from concurrent.futures import Future
 
 from paravt_jax.rewards.verdicts import verdict
@@ -44,7 +45,7 @@ class JudgeError(Exception):
 
 @dataclasses.dataclass(frozen=True)
 class JudgeSettings:
-    """Where the judge is and how it is asked. Only for `mode="llm"`."""
+    """Where a language model is that judges, and how it is asked."""
 
     url: str = ""
     """Base of the API, `https://host/v1`; requests go to `URL/chat/completions`, directly: no
@@ -86,7 +87,7 @@ class JudgeSettings:
         """
         if not self.url or not self.model:
             raise ValueError(
-                f"judge.url={self.url!r} and judge.model={self.model!r}: mode=llm needs both, e.g. "
+                f"judge.url={self.url!r} and judge.model={self.model!r}: a judge needs both, e.g. "
                 "http://localhost:8000/v1 and the name of a model that is served there"
             )
         parts = urllib.parse.urlsplit(self.url)
@@ -107,8 +108,10 @@ WAY_TO_JUDGE = ("url", "key_variable", "timeout", "retries", "backoff", "concurr
 """Settings that say how the judge is reached; the others can change its verdicts."""
 
 
-def open_judge(settings: JudgeSettings) -> LlmJudge:
+def open_judge(settings: JudgeSettings, read: Callable[[str], object | None] = verdict) -> LlmJudge:
     """The judge of these settings, its key read from the environment. Nothing is sent yet.
+
+    `read` finds what is wanted in a reply; a reply in which it finds None has no verdict.
 
     Raises:
         ValueError: see `JudgeSettings.check`; also if the named environment variable is not set.
@@ -121,14 +124,19 @@ def open_judge(settings: JudgeSettings) -> LlmJudge:
             f"judge.key_variable={name}: this environment variable is not set, or holds characters "
             "that no key has; export the key alone"
         )
-    return LlmJudge(settings, key)
+    return LlmJudge(settings, key, read)
 
 
 class LlmJudge:
     """Takes a message, returns the reply. Safe to call from many threads."""
 
-    def __init__(self, settings: JudgeSettings, key: str = "") -> None:
-        self.settings = settings
+    def __init__(
+        self,
+        settings: JudgeSettings,
+        key: str = "",
+        read: Callable[[str], object | None] = verdict,
+    ) -> None:
+        self.settings, self._read = settings, read
         self._headers = {"Content-Type": "application/json"}
         if key:
             self._headers["Authorization"] = f"Bearer {key}"
@@ -197,8 +205,8 @@ class LlmJudge:
                 if not (error.passing and left):
                     raise
             time.sleep(self.settings.backoff * 2 ** (self.settings.retries - left))
-        if verdict(reply) is None:
-            raise JudgeError(f"no number from 0 to 1 in the reply {reply[:80]!a}")
+        if self._read(reply) is None:
+            raise JudgeError(f"no verdict in the reply {reply[:80]!a}")
         return reply
 
     def _body(self, message: str) -> bytes:

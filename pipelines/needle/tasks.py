@@ -44,6 +44,8 @@ class TaskKit:
     """How it writes calls."""
     quota: int | None = None
     """Most vision tokens of a clip of `looks`."""
+    most_looks: int = 2
+    """How often `looks` looks at most."""
 
     def __post_init__(self) -> None:
         if not np.isclose(sum(self.plan), 1.0) or min(self.plan) < 0:
@@ -106,8 +108,8 @@ def looks(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> E
     """A whole episode that looks at one window a turn, sees its frames, and answers once it has
     seen what the question is about; the plan draws how often it looks at most."""
     prompt, times = _overview(kit, question, rng, tools=True)
-    windows = _choose(kit, int(rng.choice(len(kit.plan), p=kit.plan)), rng)
-    needed = _window_of(kit, question)
+    count = min(int(rng.choice(len(kit.plan), p=kit.plan)), kit.most_looks)
+    windows, needed = _choose(kit, count, rng), _window_of(kit, question)
     if needed in windows:
         windows = windows[: windows.index(needed) + 1]
     calls = [traces.look(kit.tool, kit.syntax, *window) for window in windows]

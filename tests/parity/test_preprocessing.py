@@ -18,9 +18,10 @@ from transformers.video_utils import VideoMetadata
 from models.qwen3_vl import Qwen3VLConfig
 from models.qwen3_vl.inputs import from_processor
 from paravt_jax.records import Frames
+from pipelines.decode import VideoInfo
 from pipelines.preprocess import SPECS, ImageSpec, VideoSpec
 from pipelines.render import ChatRenderer
-from pipelines.video import VideoInfo, overview_indices, rate_indices
+from pipelines.video import overview_indices, rate_indices
 from tests.pipelines_fixtures import processor_folder
 from train.recipes.needle import NEEDLE_MODEL
 
@@ -250,7 +251,7 @@ def test_what_the_processor_refuses_is_refused(processors, folders, mode, size):
 def test_sampling_equals_the_processor(processors, frames, fps):
     sample = processors["released"].video_processor.sample_frames
     metadata = VideoMetadata(total_num_frames=frames, fps=fps)
-    info = VideoInfo(frames, fps, 1, 1)
+    info = VideoInfo.steady(frames, fps, 1, 1)
     for count in (1, 2, 4, 5):
         np.testing.assert_array_equal(
             overview_indices(frames, count), sample(metadata, num_frames=count)

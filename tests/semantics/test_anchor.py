@@ -24,7 +24,7 @@ def trained(*settings, texts=(CLOSED, UNCLOSED), prefix=PREFIX, **options):
         [group(*(rollout(text, prefix=prefix, **options) for text in texts))], config.rewards
     )
     teacher = learner(config)
-    batch = teacher.batch(Learnable().init(), groups)
+    batch = teacher.with_advantages(groups, teacher.batch(Learnable().init(), groups))
 
     def mean_loss(log_probs):
         total, count, _ = policy_loss(
@@ -79,7 +79,8 @@ def test_position_moves_tags_alone_where_only_the_anchor_differs():
     even = [
         dataclasses.replace(t, rewards={**t.rewards, "task": same}) for t in scored.trajectories
     ]
-    batch = learner(config).batch(Learnable().init(), [group(*even)])
+    groups, teacher = [group(*even)], learner(config)
+    batch = teacher.with_advantages(groups, teacher.batch(Learnable().init(), groups))
     moved = np.asarray(batch.advantages) != 0
     np.testing.assert_array_equal(moved, batch.structural)
     assert moved.any(axis=1).all()

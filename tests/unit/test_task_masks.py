@@ -1,5 +1,6 @@
 """Task-decoupled attention masks against a plain oracle that looks at every pair of tokens."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -7,9 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.qwen3_vl.attention import QUERY_CHUNK, attend, reference
 from paravt_jax.protocol import STRUCTURAL_TAGS, SYNTAXES
+from paravt_jax.records import HiddenKeys, Prompt
 from paravt_jax.structure import tag_table
 from paravt_jax.task_masks import task_masks
+from train.batch import Stream, learner_batch
+from train.masking import TaskMasking
 
 TAGS = SYNTAXES["grounding"].tags
 # A tag can be one token or several, and a token can hold the end of one and more besides.
@@ -21,18 +26,20 @@ VIDEO = IDS["a"]
 
 
 def oracle_spans(row, written, name):
-    """Spans `(first, last)` of content tokens, read from bytes: text between two tags."""
-    marks = []  # (place of the first token with bytes of the tag, of the last one, opens)
+    """Content of each closed span: the tokens between two tags that follow each other. What was
+    not written ends everything; tags within thoughts are only spoken of."""
     text, owner = "", []
     for place, token in enumerate(row):
         piece = PIECES[token] if written[place] else "\x00"
         text, owner = text + piece, owner + [place] * len(piece)
+    marks, thinking = [("", 0, 0)], False
     for at in range(len(text)):
-        for tag, opens in ((f"<{name}>", True), (f"</{name}>", False)):
-            if text.startswith(tag, at):
-                marks.append((owner[at], owner[at + len(tag) - 1], opens))
+        tag = next((tag for tag in (*TAGS, "\x00") if text.startswith(tag, at)), None)
+        if tag in ("<think>", "</think>", "\x00") or (tag and not thinking):
+            thinking = tag == "<think>" or (thinking and tag not in ("</think>", "\x00"))
+            marks.append((tag, owner[at], owner[at + len(tag) - 1]))
     pairs = itertools.pairwise(marks)
-    return [range(a[1] + 1, b[0]) for a, b in pairs if a[2] and not b[2]]
+    return [range(a[2] + 1, b[1]) for a, b in pairs if (a[0], b[0]) == (f"<{name}>", f"</{name}>")]
 
 
 def oracle(row, written, videos, active):
@@ -116,3 +123,43 @@ def test_a_table_without_the_tags_is_refused():
     table = tag_table([b"a"], STRUCTURAL_TAGS)
     with pytest.raises(ValueError, match="lacks <grounding>, </grounding>"):
         task_masks(*stream("a"), np.ones(1, bool), table)
+
+
+@pytest.mark.parametrize("length", [20, QUERY_CHUNK + 30], ids=["at once", "in chunks"])
+def test_attention_sees_nothing_that_is_hidden(length):
+    """Beside causality and segments, all three at once, against the matrix written out."""
+    rng = np.random.default_rng(0)
+    query, key, value = jnp.asarray(rng.normal(size=(3, 2, length, 2, 8)), jnp.float32)
+    kinds = rng.choice([0, 1, 2], (2, length))
+    blind = np.where(kinds == 0, rng.choice([0, 0, 1, 2, 3], (2, length)), 0)
+    segments = np.sort(rng.choice([1, 2], (2, length)), axis=1)
+    sees = (blind[:, :, None] & kinds[:, None]) == 0
+    sees &= np.tril(np.ones((length, length), bool)) & (segments[:, :, None] == segments[:, None])
+    terms = {"segments": jnp.asarray(segments), "hidden_keys": HiddenKeys(blind, kinds)}
+    got = attend(query, key, value, causal=True, **terms)
+    np.testing.assert_allclose(got, reference(query, key, value, jnp.asarray(sees)), atol=1e-6)
+    assert np.abs(got - attend(query, key, value, causal=True)).max() > 0.1
+
+
+def test_masked_rows_are_a_share_that_is_drawn_for_each_batch_anew():
+    """What counts as the overview is the prompt's; a batch draws the same rows every time."""
+    parts = ("a", 1, "<grounding>", "b", "</grounding>", 2, "<answer>", "b", "</answer>")
+    tokens, _, videos = stream(*parts)
+    seen = np.where(videos > 0, 0, -1)
+    count, plain = 400, np.zeros(len(parts) - 2, np.float32)
+    prompt = Prompt(tokens[0, :2], np.zeros((2, 3), np.int32), seen[0, :2])
+    streams = [Stream(prompt, tokens[0, 2:], plain, plain)] * count
+    batch = learner_batch(streams, length=len(parts), pad_id=0)
+    batch = dataclasses.replace(batch, vision_index=np.repeat(seen, count, axis=0))
+    masking = TaskMasking(0.1, seed=0, tags=TABLE)
+    first = masking(batch, streams, (0, 0)).hidden_keys
+    assert first is not None
+    np.testing.assert_array_equal(first.kinds, np.repeat(videos, count, axis=0))
+    rows = np.asarray(first.blind).any(axis=1)
+    assert 20 < rows.sum() < 70
+    want = np.where(np.arange(len(parts)) == parts.index("<answer>") + 1, 1, 0)
+    assert (np.asarray(first.blind)[rows] == want).all()
+    for place, same in (((0, 0), True), ((0, 400), False), ((1, 0), False)):
+        again = masking(batch, streams, place).hidden_keys
+        assert again is not None
+        assert np.array_equal(np.asarray(again.blind), np.asarray(first.blind)) == same

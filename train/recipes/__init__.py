@@ -3,7 +3,7 @@
 from collections.abc import Callable
 
 from train.config import Config
-from train.recipes import needle, paravt
+from train.recipes import deepvideo_r1, needle, paravt, visd
 
 RECIPES: dict[str, Callable[[], Config]] = {
     "needle_rl": needle.needle_rl,
@@ -11,6 +11,10 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "needle_sft": needle.needle_sft,
     "paravt_rl": paravt.paravt_rl,
     "paravt_grpo": paravt.paravt_grpo,
+    "visd_rl": visd.visd_rl,
+    "needle_visd": visd.needle_visd,
+    "deepvideo_r1_rl": deepvideo_r1.deepvideo_r1_rl,
+    "needle_deepvideo_r1": deepvideo_r1.needle_deepvideo_r1,
 }
 
 

@@ -1,0 +1,103 @@
+"""Dynamic sampling and the punishment of long rollouts, with groups made by hand."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory, VideoRef
+from train.rl import RlSettings
+from train.sampling import draw_groups, with_length_penalty
+from train.scoring import rollout_metrics
+
+NONE = np.zeros(0, np.int32)
+
+
+def rollout(total, accuracy=0.0, length=0):
+    rewards = {"total": total, "accuracy": accuracy, "format": 0.0, "tool": 0.0, "task": total - 1}
+    return Trajectory(
+        prompt=Prompt(NONE, NONE.reshape(0, 3), NONE),
+        tokens=np.zeros(2 * length, np.int32),
+        generated=np.arange(2 * length) < length,
+        log_probs=np.zeros(2 * length, np.float32),
+        turns=(),
+        scored_text="",
+        full_text="",
+        rewards=rewards,
+    )
+
+
+def group(name, totals, accuracies=(0.0, 0.0)):
+    row = Row(name, VideoRef("v.mp4", 8.0), "What?", "red", "oe")
+    return RolloutGroup(row, 4, tuple(map(rollout, totals, accuracies)))
+
+
+FLAT, SPREAD = (1.0, 1.0), (0.0, 1.0)
+BATCHES = [
+    [group("a", FLAT), group("b", SPREAD), group("c", FLAT)],
+    [group("d", FLAT), group("e", FLAT), group("f", SPREAD)],
+    [group("g", SPREAD), group("h", SPREAD), group("i", FLAT)],
+]
+
+
+def draw_all(**settings):
+    drawn = draw_groups(BATCHES.__getitem__, RlSettings(prompts_per_step=3, **settings))
+    return drawn, "".join(g.row.row_id for g in drawn.groups)
+
+
+def test_without_a_filter_the_first_batch_is_it():
+    drawn, names = draw_all()
+    assert names == "abc" and drawn.figures() == {"group/redraws": 0.0, "group/kept": 1.0}
+
+
+def test_flat_groups_are_replaced_and_what_is_over_is_left():
+    drawn, names = draw_all(filter_groups="total")
+    assert names == "bfg"
+    assert "".join(g.row.row_id for g in drawn.everything) == "abcdefghi"
+    assert drawn.figures() == {"group/redraws": 2.0, "group/kept": pytest.approx(1 / 3)}
+
+
+def test_the_limit_ends_the_search_and_flat_groups_fill_up():
+    drawn, names = draw_all(filter_groups="total", filter_redraws=1)
+    assert names == "abf" and drawn.redraws == 1
+
+
+def test_the_reward_that_must_differ_is_a_choice():
+    """Total rewards differ, but every rollout is right: nothing to learn for `accuracy`."""
+    batches = [[group("a", SPREAD, (1.0, 1.0))], [group("b", FLAT, (0.0, 1.0))]]
+    by_total = draw_groups(batches.__getitem__, RlSettings(1, filter_groups="total"))
+    by_accuracy = draw_groups(batches.__getitem__, RlSettings(1, filter_groups="accuracy"))
+    assert [d.groups[0].row.row_id for d in (by_total, by_accuracy)] == ["a", "b"]
+
+
+def test_long_rollouts_are_punished_by_a_term_of_their_own():
+    """Limit 100, margin 20, weight 2: 80 tokens are free, 90 cost 1, 300 cost 2."""
+    settings = RlSettings(overlong_limit=100, overlong_margin=20, overlong_weight=2.0)
+    row = BATCHES[0][0].row
+    lengths = RolloutGroup(row, 4, tuple(rollout(1.5, length=n) for n in (80, 90, 300)))
+    (punished,) = with_length_penalty([lengths], settings)
+    rewards = [t.rewards for t in punished.trajectories]
+    assert [r["length"] for r in rewards] == [0.0, -1.0, -2.0]
+    assert [r["total"] for r in rewards] == [1.5, 0.5, -0.5]
+    assert [r["task"] for r in rewards] == [0.5, -0.5, -1.5]
+    assert rollout_metrics([punished])["reward/length"] == -1.0
+    assert "reward/length" not in rollout_metrics([lengths])
+    assert with_length_penalty([lengths], RlSettings()) == [lengths]
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"epochs": 0}, "rl.epochs must be at least 1"),
+        ({"prompts_per_step": 8, "minibatches": 2, "micro_groups": 3}, "choose divisors"),
+        ({"filter_groups": "tool"}, "total, accuracy or none"),
+        ({"filter_redraws": 9}, "set rl.filter_groups"),
+        ({"overlong_limit": 100}, "rl.overlong_margin=None"),
+        ({"overlong_margin": 100}, "rl.overlong_limit=None"),
+        ({"overlong_limit": 100, "overlong_margin": 101}, "margin of 1 to the limit"),
+        ({"overlong_weight": 0.5}, "no effect without rl.overlong_limit"),
+    ],
+)
+def test_settings_without_meaning_or_effect_are_refused(settings, named):
+    with pytest.raises(ValueError, match=named):
+        dataclasses.replace(RlSettings(), **settings)

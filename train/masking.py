@@ -1,0 +1,47 @@
+"""Task-decoupled attention masks for a share of the supervised rows (`paravt_jax.task_masks`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+
+from paravt_jax.records import LearnerBatch
+from paravt_jax.structure import TagTable
+from paravt_jax.task_masks import FIRST_VIDEO, LATER_VIDEOS, task_masks
+from train.batch import Stream
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskMasking:
+    """Draws the rows, and gives their batch what they may not see."""
+
+    share: float
+    """Probability that a row is masked."""
+    seed: int
+    tags: TagTable
+    """What finds answers and calls."""
+
+    def __call__(
+        self, batch: LearnerBatch, streams: Sequence[Stream], place: Sequence[int]
+    ) -> LearnerBatch:
+        """The batch with `hidden_keys`. The draw depends on seed and `place`, numbers that tell
+        this batch from all others of the run, and on nothing else."""
+        rng = np.random.default_rng([self.seed, *place])
+        rows = rng.random(len(streams)) < self.share
+        said = np.arange(batch.tokens.shape[1]) >= prompt_lengths(streams)[:, None]
+        videos = np.where(said, LATER_VIDEOS, FIRST_VIDEO) * (batch.vision_index >= 0)
+        hidden = self._masks(batch.tokens, said, videos, rows, self.tags)
+        return dataclasses.replace(batch, hidden_keys=jax.tree.map(np.asarray, hidden))
+
+    @functools.cached_property
+    def _masks(self):
+        return jax.jit(task_masks)
+
+
+def prompt_lengths(streams: Sequence[Stream]) -> np.ndarray:
+    """int64 `[b]`: tokens before what the agent says and is told."""
+    return np.array([len(stream.prompt.tokens) for stream in streams])

@@ -1,0 +1,115 @@
+"""Settings of one RL step: how many rollouts, which of them are kept, how often they teach."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from paravt_jax.objectives import ObjectiveConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class RlSettings:
+    """Size of one RL step, and what becomes of its rollouts."""
+
+    prompts_per_step: int = 7
+    """Prompts of one batch of rollouts."""
+    group_size: int = 8
+    """Rollouts per prompt (G)."""
+    micro_groups: int = 1
+    """Groups per gradient micro-batch."""
+    epochs: int = 1
+    """Times that a batch of rollouts is learned from."""
+    minibatches: int = 1
+    """Optimiser steps of one epoch, each on a share of the prompts; always the same shares."""
+    warm_up: bool = False
+    """Compile what steps can need before the first one, not when it first occurs: a run that never
+    stops for it, for a later start."""
+    filter_groups: str | None = None
+    """Learn only from groups whose rollouts differ in this reward, `total` or `accuracy`, and draw
+    others in their place (DAPO's dynamic sampling, arXiv 2503.14476); None learns from all."""
+    filter_redraws: int = 3
+    """Further batches of prompts that may be drawn to fill one. If that is not enough, groups
+    without spread fill the rest."""
+    overlong_limit: int | None = None
+    """Generated tokens of a rollout from which on its reward falls by all of `overlong_weight`
+    (DAPO's soft over-long punishment); None punishes no length."""
+    overlong_margin: int | None = None
+    """Tokens below the limit over which the punishment grows from nothing."""
+    overlong_weight: float = 1.0
+    """Size of the punishment."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a value that has no meaning, or no effect beside the others."""
+        for name in ("prompts_per_step", "micro_groups", "epochs", "minibatches", "filter_redraws"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"rl.{name} must be at least 1, got {getattr(self, name)}")
+        if self.group_size < 2:
+            raise ValueError(
+                f"rl.group_size={self.group_size} gives every rollout a zero advantage; "
+                "set it to 2 or more"
+            )
+        if self.prompts_per_step % (self.minibatches * self.micro_groups):
+            raise ValueError(
+                f"rl.prompts_per_step={self.prompts_per_step} is not a multiple of rl.minibatches="
+                f"{self.minibatches} x rl.micro_groups={self.micro_groups}; choose divisors"
+            )
+        self._check_filter()
+        self._check_overlong()
+
+    @property
+    def updates(self) -> int:
+        """Optimiser steps of one batch of rollouts."""
+        return self.epochs * self.minibatches
+
+    def _check_filter(self) -> None:
+        if self.filter_groups not in (None, "total", "accuracy"):
+            raise ValueError(
+                f"rl.filter_groups={self.filter_groups}: choose total, accuracy or none"
+            )
+        if self.filter_groups is None and self.filter_redraws != RlSettings.filter_redraws:
+            raise ValueError(
+                f"rl.filter_redraws={self.filter_redraws} has no effect while all groups are "
+                "kept; set rl.filter_groups"
+            )
+
+    def _check_overlong(self) -> None:
+        limit, margin, weight = self.overlong_limit, self.overlong_margin, self.overlong_weight
+        if limit is None and margin is None:
+            if weight != RlSettings.overlong_weight:
+                raise ValueError(
+                    f"rl.overlong_weight={weight} has no effect without rl.overlong_limit; set it"
+                )
+        elif limit is None or margin is None or not 0 < margin <= limit or weight <= 0:
+            raise ValueError(
+                f"rl.overlong_limit={limit}, rl.overlong_margin={margin}, rl.overlong_weight="
+                f"{weight}: give a limit, a margin of 1 to the limit, and a weight above 0"
+            )
+
+
+def check_updates(rl: RlSettings, objective: ObjectiveConfig) -> None:
+    """Refuse settings of the ratio where it is always 1: one optimiser step per batch.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
+        value = getattr(objective, name)
+        if rl.updates == 1 and value != getattr(ObjectiveConfig, name):
+            raise ValueError(
+                f"objective.{name}={value} has no effect while a batch gets one optimiser step, "
+                "because its ratio is always 1; leave it out, or set rl.epochs or rl.minibatches"
+            )
+
+
+def check_lengths(rl: RlSettings, longest: int) -> None:
+    """Refuse lengths that no rollout of at most `longest` generated tokens reaches.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    limit, margin = rl.overlong_limit, rl.overlong_margin
+    if limit is not None and margin is not None and limit - margin >= longest:
+        raise ValueError(
+            f"rl.overlong_limit={limit} with rl.overlong_margin={margin} has no effect: a rollout "
+            f"generates at most {longest} tokens; lower the limit"
+        )
