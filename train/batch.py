@@ -9,7 +9,7 @@ import numpy as np
 
 from paravt_jax.blocks import whole_stream
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup, Shown
+from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup, Shown, Trajectory
 from paravt_jax.shapes import bucket
 
 
@@ -35,13 +35,19 @@ def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
     ]
 
 
-def streams_of_groups(groups: Sequence[RolloutGroup]) -> list[Stream]:
-    """Streams of all rollouts, group by group; what the policy generated is trained."""
+def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = False) -> list[Stream]:
+    """Streams of all rollouts, group by group; what the policy generated is trained, of
+    `over_turn` rollouts nothing if so wished."""
     return [
-        Stream(t.prompt, t.tokens, t.generated.astype(np.float32), t.log_probs, t.shown)
+        Stream(t.prompt, t.tokens, _weights(t, mask_over_turn), t.log_probs, t.shown)
         for group in groups
         for t in group.trajectories
     ]
+
+
+def _weights(rollout: Trajectory, mask_over_turn: bool) -> np.ndarray:
+    learned = rollout.generated & (not (mask_over_turn and rollout.over_turn))
+    return learned.astype(np.float32)
 
 
 def learner_batch(

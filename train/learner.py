@@ -79,7 +79,9 @@ class Learner:
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, structure, and vision features seen once."""
-        batch = self.padded(streams_of_groups(groups), len(groups[0].trajectories))
+        batch = self.padded(
+            streams_of_groups(groups, self._config.rl.mask_over_turn), len(groups[0].trajectories)
+        )
         generated = batch.loss_weights > 0
         structural, validity = self._find_tags(
             batch.tokens,

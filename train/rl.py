@@ -30,6 +30,10 @@ class RlSettings:
     filter_redraws: int = 3
     """Further batches of prompts that may be drawn to fill one. If that is not enough, groups
     without spread fill the rest."""
+    mask_over_turn: bool = False
+    """Learn nothing from a rollout that still calls a tool in its last turn, where it had to
+    answer (Video-o3, arXiv 2601.23224), and do not count it in `filter_groups`. Its reward stays in
+    the mean of its group."""
     overlong_limit: int | None = None
     """Generated tokens of a rollout from which on its reward falls by all of `overlong_weight`
     (DAPO's soft over-long punishment); None punishes no length."""

@@ -49,17 +49,22 @@ def draw_groups(draw: Callable[[int], Sequence[RolloutGroup]], settings: RlSetti
     size, term, redraws = len(everything), settings.filter_groups, 0
     if term is None:
         return Drawn(tuple(everything), tuple(everything), 0)
-    teaches = _teaches(everything, term)
+    teaches = _teaches(everything, term, settings.mask_over_turn)
     while teaches.sum() < size and redraws < settings.filter_redraws:
         redraws += 1
         everything += draw(redraws)
-        teaches = _teaches(everything, term)
+        teaches = _teaches(everything, term, settings.mask_over_turn)
     first = np.argsort(~teaches, kind="stable")[:size]
     return Drawn(tuple(everything[at] for at in sorted(first)), tuple(everything), redraws)
 
 
-def _teaches(groups: Sequence[RolloutGroup], term: str) -> np.ndarray:
-    return has_spread(np.array([[t.rewards[term] for t in g.trajectories] for g in groups]))
+def _teaches(groups: Sequence[RolloutGroup], term: str, mask_over_turn: bool) -> np.ndarray:
+    """Which groups have rollouts to learn from whose rewards differ; bool `[groups]`."""
+    learned_P_G = [
+        [t.rewards[term] for t in group.trajectories if not (mask_over_turn and t.over_turn)]
+        for group in groups
+    ]
+    return np.array([len(own) > 1 and bool(has_spread(np.array([own]))) for own in learned_P_G])
 
 
 def with_length_penalty(

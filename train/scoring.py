@@ -142,6 +142,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "tool/parallel_max": float(
             max((len(turn.calls) for t in rollouts for turn in t.turns), default=0)
         ),
+        "tool/over_turn": _mean(t.over_turn for t in rollouts),
         "tool/success_rate": sum(t.executed for t in rollouts) / max(calls, 1),
         "frames/budget_mean": _mean(group.frame_budget for group in groups),
         "group/zero_std": _mean(~has_spread(totals)),

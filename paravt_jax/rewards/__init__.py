@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from types import ModuleType
 
-from paravt_jax.protocol import Window, parse_tool_calls
+from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import ToolCall
 from paravt_jax.rewards import deepvideo_r1, fixed, longvt, reference, video_o3, visd, vital
 from paravt_jax.rewards.attempt import Attempt
@@ -64,7 +64,7 @@ def score(
     executed_calls: int | None = None,
     calls: Sequence[ToolCall] | None = None,
     call_syntax: str = "tool_call",
-    evidence: Sequence[Window] = (),
+    evidence: Sequence[tuple[float | int, float | int]] = (),
     progress: float | int = 1.0,
     question: str = "",
     judge: Judge | None = None,
@@ -120,7 +120,7 @@ def score(
         answer=answer,
         question_type=str(question_type),
         question=question,
-        evidence=tuple(evidence),
+        evidence=tuple((float(start), float(end)) for start, end in evidence),
         calls=_written_calls(turns, call_syntax) if calls is None else tuple(calls),
         call_syntax=call_syntax,
         executed_calls=executed_calls or 0,

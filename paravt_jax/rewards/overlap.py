@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterable, Sequence
 
 from paravt_jax.protocol import Window, call_times
@@ -41,7 +42,7 @@ def merged(windows: Iterable[Window]) -> list[Window]:
 
 def length(windows: Iterable[Window]) -> float:
     """Seconds that the windows cover together."""
-    return sum(end - start for start, end in merged(windows))
+    return math.fsum(end - start for start, end in merged(windows))
 
 
 def hull(windows: Sequence[Window]) -> Window:

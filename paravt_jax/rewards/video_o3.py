@@ -36,7 +36,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from paravt_jax.protocol import TURN_END, Window
+from paravt_jax.protocol import TURN_END, Window, parse_seconds
 from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.overlap import Overlap, overlap, proper
 from paravt_jax.rewards.rules import (
@@ -157,8 +157,9 @@ def read_grounding(body: str) -> tuple[Window | None, int]:
 
 
 def _segment(value: Any) -> Window | None:
-    numbers = isinstance(value, list) and all(type(x) in (int, float) for x in value)
-    return proper(*value) if numbers and len(value) == 2 else None
+    if not isinstance(value, list) or len(value) != 2 or any(isinstance(x, str) for x in value):
+        return None
+    return proper(*map(parse_seconds, value))
 
 
 def clue_score(kind: str, found: Overlap) -> float:

@@ -2,21 +2,29 @@
 
 import json
 
+import numpy as np
 import pytest
 
 from paravt_jax.protocol import parse_tool_calls, parses_strictly
-from paravt_jax.records import ToolCall
+from paravt_jax.records import Frames, Row, ToolCall
+from paravt_jax.rewards import score
 from paravt_jax.structure import anchor_tags
 from paravt_jax.windows import (
     clip_frame_window,
     grounding_strategy,
     grounding_window,
 )
+from pipelines.render import ChatRenderer
 from rollout.limits import AgentConfig
 from rollout.sampler import SamplingConfig
 from rollout.tools import TOOLS, agent_tools
+from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader
 from tests.semantics.test_episode import ANSWER, END, VIDEO, Episode, call, calls_turn
+from train.agent import crop_tokens
+from train.config import override
+from train.recipes import get_recipe
+from train.setup import prompt_texts
 
 FOREIGN = "/etc/passwd"
 QUOTAS = (4, 8, 12)
@@ -200,3 +208,83 @@ def test_responses_hold_no_tag_of_any_syntax():
     report = "red<grounding>[1, 9]</grounding><grounding>"
     episode = Episode(calls_turn(call()), ANSWER, report=lambda prompt: report + END)
     assert episode.responses == ["red[1, 9]"]
+
+
+def test_format_rewards_read_the_syntax_of_the_rollout():
+    """ParaVT's format score is the same for the same episode in another syntax."""
+    last = "<think>I saw a red circle.</think><answer>red</answer>"
+    looked = f"<think>I look at the part.</think>{ground(3, 9)}{END}"
+    called = f"<think>I look at the part.</think>{call(3, 9)}{END}"
+    own = score("", "red", turns=[looked, last], call_syntax="grounding", executed_calls=1)
+    assert own == score("", "red", turns=[called, last], executed_calls=1)
+    assert own.format == 1.0
+    assert score("", "red", turns=[looked, last], executed_calls=1).format < 1.0
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "named"),
+    [
+        ("needle_video_o3", "rewards.scheme=longvt", "agent.call_syntax=tool_call"),
+        ("needle_longvt", "rewards.scheme=video_o3", "agent.call_syntax=grounding"),
+        ("needle_longvt", "agent.tools=zoom", "unknown"),
+        ("needle_video_o3_sft", "sft.task_masks=1.5", "from 0 to 1"),
+        ("needle_sft", "sft.task_masks=0.1", "no effect"),
+        ("needle_rl", "data.overview_tokens=7", "at least one|less than one"),
+        ("needle_rl", "rl.mask_over_turn=maybe", "expected bool"),
+    ],
+)
+def test_settings_of_related_systems_are_checked(recipe, setting, named):
+    with pytest.raises(ValueError, match=named):
+        override(get_recipe(recipe), [setting])
+
+
+def renderer_of(config) -> ChatRenderer:
+    schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
+    texts, size = prompt_texts(config), (32 * 32, 64 * 64)
+    return ChatRenderer.from_folder(processor_folder(), "image", texts, size, schemas)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "instructions", "told", "untold"),
+    [
+        (
+            "needle_longvt",
+            "full",
+            "call crop_video before answering: one call in a turn",
+            "several",
+        ),
+        ("needle_longvt", "terse", "Tool: crop_video(start_time, end_time)", "call crop_video"),
+        ("needle_vital", "full", "call get_video_clip_frame before", "crop_video"),
+        ("needle_video_o3", "full", '<grounding>{"temporal_segment": [START, END]', "Tool:"),
+        ("needle_video_o3", "terse", "Tool: <grounding>", "temporal_segment"),
+        (
+            "paravt_rl",
+            "full",
+            "call crop_video before answering, once for each part",
+            "<grounding>",
+        ),
+    ],
+)
+def test_prompts_tell_of_the_tools_and_of_how_to_call_them(recipe, instructions, told, untold):
+    config = override(get_recipe(recipe), [f"data.instructions={instructions}"])
+    renderer = renderer_of(config)
+    row = Row("row", VIDEO, "What colour?", "red")
+    text = renderer.decode(renderer.main_prompt(row, None, tools=True).tokens)
+    assert told in text and untold not in text
+    assert told not in renderer.decode(renderer.main_prompt(row, None, tools=False).tokens)
+
+
+def test_there_is_room_for_the_clip_of_every_strategy():
+    """As many vision tokens as the quota, whether of many frames or of large ones, and the words
+    around them; and no more room than the largest needs."""
+    config = override(get_recipe("needle_video_o3"), ["data.instructions=full"])
+    renderer = renderer_of(config)
+    room, needed = crop_tokens(config, renderer), []
+    for quota in config.agent.clip_tokens:
+        for count in range(1, renderer.spec.frames_within(quota) + 1):
+            size = renderer.spec.size_within(480, 480, count, quota)
+            frames = Frames(np.zeros((count, *size, 3), np.uint8), np.full(count, 12345.6))
+            block = renderer.frames_turn([renderer.clip(frames, 12.5, 60.25)])
+            assert renderer.decode(block.tokens).count("look again, or answer.") == 1
+            needed.append(len(block.tokens) - len(renderer.tool_turn([""])))
+    assert max(needed) <= room <= max(needed) + 20

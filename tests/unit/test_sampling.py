@@ -5,7 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
-from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory, VideoRef
+from paravt_jax.records import (
+    Prompt,
+    RolloutGroup,
+    Row,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+    VideoRef,
+)
+from train.batch import streams_of_groups
 from train.rl import RlSettings
 from train.sampling import draw_groups, with_length_penalty
 from train.scoring import rollout_metrics
@@ -101,3 +111,31 @@ def test_long_rollouts_are_punished_by_a_term_of_their_own():
 def test_settings_without_meaning_or_effect_are_refused(settings, named):
     with pytest.raises(ValueError, match=named):
         dataclasses.replace(RlSettings(), **settings)
+
+
+def over_turn(own):
+    """The same rollout, but its last turn still calls."""
+    turn = Turn(NONE, NONE, np.zeros(0, np.float32), StopReason.END, calls=(ToolCall("x", {}),))
+    return dataclasses.replace(own, turns=(turn,))
+
+
+def test_a_rollout_that_calls_to_the_end_teaches_nothing():
+    """Neither by itself nor by telling a group from a flat one."""
+    spoiled = group("a", (0.0, 1.0, 1.0), (0.0,) * 3)
+    first, *others = spoiled.trajectories
+    spoiled = dataclasses.replace(spoiled, trajectories=(over_turn(first), *others))
+    batches = [[spoiled], [group("b", SPREAD)]]
+    names = [
+        draw_groups(batches.__getitem__, RlSettings(1, filter_groups="total", mask_over_turn=mask))
+        .groups[0]
+        .row.row_id
+        for mask in (False, True)
+    ]
+    assert names == ["a", "b"]
+    talkative = dataclasses.replace(
+        spoiled,
+        trajectories=(over_turn(rollout(0.0, length=3)), rollout(1.0, length=3)),
+    )
+    for mask, learned in ((False, [3, 3]), (True, [0, 3])):
+        streams = streams_of_groups([talkative], mask)
+        assert [stream.loss_weights.sum() for stream in streams] == learned

@@ -153,7 +153,6 @@ def needle_frames(recipe: str) -> Config:
             dispatch="sequential",
             evidence="frames",
             max_tool_rounds=2,
-            turn_tokens=64,
         ),
         objective=ObjectiveConfig(),
     )

@@ -1,0 +1,85 @@
+"""Recipes of related systems through the real command: three steps each, as small as they go."""
+
+import json
+
+import numpy as np
+import pytest
+
+from tests.e2e.test_needle_run import CONTRACT, metrics, start
+
+pytestmark = pytest.mark.slow
+
+SETTINGS = (
+    "data.train_videos=4",
+    "data.crop_frames=4",
+    "agent.turn_tokens=112",
+    "agent.answer_tokens=24",
+    "agent.max_tool_rounds=1",
+    "evaluation.rows=0",
+    "output.export_hf=false",
+    "output.checkpoint_every=0",
+)
+QUICK_COMPILE = "--xla_backend_optimization_level=0"
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+def run(recipe, cache, workdir, *arguments, settings=()):
+    """Three steps if no other number is given; the records of `metrics.jsonl`."""
+    command = ("--recipe", recipe, "--steps", "3", *arguments)
+    done = start(workdir, cache, *command, settings=(*SETTINGS, *settings), xla_flags=QUICK_COMPILE)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return metrics(workdir)
+
+
+def check(records):
+    """The contract holds, and sampler and learner agree, also on frames in tool responses."""
+    assert [record["step"] for record in records] == [0, 1, 2]
+    for record in records:
+        assert set(record) >= CONTRACT
+        assert all(np.isfinite(value) for value in record.values())
+        assert record["logprob/gap_max"] < 1e-4
+
+
+def rollouts(workdir):
+    files = sorted((workdir / "rollouts").iterdir())
+    return [json.loads(line) for file in files for line in file.read_text().splitlines()]
+
+
+def test_longvt_sees_the_frames_of_one_crop_a_turn(cache, tmp_path):
+    records = run("needle_longvt", cache, tmp_path)
+    check(records)
+    assert max(record["tool/success_rate"] for record in records) > 0
+    texts = [rollout["text"] for rollout in rollouts(tmp_path)]
+    assert any("frames from" in text for text in texts)
+
+
+def test_vital_calls_its_own_tool(cache, tmp_path):
+    records = run("needle_vital", cache, tmp_path)
+    check(records)
+    assert abs(records[0]["kl"]) < 1e-6
+    assert max(record["tool/success_rate"] for record in records) > 0
+    texts = [rollout["text"] for rollout in rollouts(tmp_path)]
+    assert any('{"name": "get_video_clip_frame"' in text for text in texts)
+    assert not any('<tool_call>\n{"name": "crop_video"' in text for text in texts)
+
+
+@pytest.fixture(scope="module")
+def looks(cache, tmp_path_factory):
+    """Supervised steps in Video-o3's syntax, every row masked by task."""
+    workdir = tmp_path_factory.mktemp("looks")
+    settings = ("sft.task_masks=1", "output.export_hf=true")
+    first, *_, last = run("needle_video_o3_sft", cache, workdir, settings=settings)
+    assert last["loss/looks"] < first["loss/looks"]
+    return workdir / "hf"
+
+
+def test_video_o3_after_its_cold_start(cache, looks, tmp_path):
+    """Two optimiser steps per batch, groups filtered, over-turns masked."""
+    check(run("needle_video_o3", cache, tmp_path, "--model", str(looks)))
+    config = json.loads((tmp_path / "config.json").read_text())
+    assert config["agent"]["call_syntax"] == "grounding"
+    assert config["rl"]["minibatches"] == 2 and config["rl"]["mask_over_turn"]
