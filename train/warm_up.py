@@ -64,6 +64,7 @@ def _blank_groups(parts: Parts, renderer: ChatRenderer, length: int) -> list[Rol
     spec, rl = renderer.spec, parts.config.rl
     spoken = min(generated_budget(parts.config), length - 1)
     blank = text_block([renderer.pad_id] * (length - spoken))
+    blank.vision_index[0] = 0
     frame = np.zeros((1, spec.max_patches, spec.patch_values), np.float32)
     patches = Patches(frame, np.full((1, 2), spec.merge_size, np.int32))
     rollout = _blank_rollout(dataclasses.replace(blank, patches=patches), spoken, renderer.pad_id)
