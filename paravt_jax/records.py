@@ -493,3 +493,5 @@ class LearnerBatch:
     token sees another stream's. None where each row is one stream."""
     hidden_keys: HiddenKeys | None = None
     """What some tokens may not see although it stands before them; None: they see it all."""
+    subagents: LearnerBatch | None = None
+    """Rows of sub-agents that train with these, equally many for each group; None: they do not."""

@@ -51,13 +51,24 @@ class Found(Generic[T]):
     rejected: tuple[Rejected, ...] = ()
     buckets: dict[str, Bucket] = dataclasses.field(default_factory=dict)
     """Media files that were looked for, by first path component below the root."""
+    left_out: int = 0
+    """Rows that can be used and were not asked for."""
+
+    @property
+    def total(self) -> int:
+        """Rows that were read."""
+        return len(self.rows) + len(self.rejected) + self.left_out
+
+    @property
+    def share_rejected(self) -> float:
+        """Share of the rows that cannot be used."""
+        return len(self.rejected) / max(self.total, 1)
 
     def report(self) -> list[str]:
         """What is missing, in lines for people; none if nothing is."""
         if not self.rejected:
             return []
-        total = len(self.rows) + len(self.rejected)
-        lines = [f"{len(self.rejected)} of {total} rows cannot be used:"]
+        lines = [f"{len(self.rejected)} of {self.total} rows cannot be used:"]
         for name, bucket in self.buckets.items():
             if bucket.missing or bucket.unreadable:
                 lines.append(
@@ -67,9 +78,35 @@ class Found(Generic[T]):
         first = self.rejected[0]
         return [*lines, f"  for example {first.where}: {first.reason}"]
 
+    def summary(self) -> str:
+        """The report in one line."""
+        return "; ".join(line.strip().rstrip(":") for line in self.report())
+
+
+def contents(path: str) -> tuple[str, ...]:
+    """What a data set holds: `questions`, `conversations`, or both.
+
+    Raises:
+        ValueError: there is no such data set, or it holds neither.
+    """
+    files = data_files(path)
+    if not files[0].endswith(".parquet"):
+        first = next(records(files[0], os.path.dirname(files[0])), None)
+        chats = first is not None and "messages" in first.fields
+        return ("conversations",) if chats else ("questions",)
+    names = [set(columns(file)) for file in files]
+    kinds = {"questions": paravt.RL_COLUMNS, "conversations": paravt.SFT_COLUMNS}
+    held = tuple(kind for kind, wanted in kinds.items() if any(wanted <= own for own in names))
+    if not held:
+        raise ValueError(f"{path}: no file has the columns of ParaVT-Parquet, {kinds}")
+    return held
+
 
 def question_rows(
-    path: str, root: str | None = None, question_types: Sequence[str] = ()
+    path: str,
+    root: str | None = None,
+    question_types: Sequence[str] = (),
+    most_videos: int | None = None,
 ) -> Found[Row]:
     """Questions about videos on this machine.
 
@@ -82,6 +119,7 @@ def question_rows(
         root: what video paths are relative to, and may not leave; default: the folder of the
             data, which absolute paths of a CSV or JSONL file may leave.
         question_types: keep only rows of these types; empty keeps all.
+        most_videos: reject rows of more videos, which cannot share a frame budget of so many.
 
     Raises:
         ValueError: a file or a column is missing, a value of a CSV or JSONL file is wrong, or no
@@ -91,13 +129,24 @@ def question_rows(
     make, paths = paravt.rl_row, paravt.rl_videos
     if not files[0].endswith(".parquet"):
         make, paths = own_row, _own_videos
-    found = _read(path, files, root, make, paths)
+    found = _at_most(_read(path, files, root, make, paths), most_videos)
     kept = [r for r in found.rows if not question_types or r.question_type in question_types]
     if not kept:
         wanted = ", ".join(question_types) or "any type"
-        why = " ".join(found.report()) or "add rows or allow other types"
+        why = found.summary() or "add rows or allow other types"
         raise ValueError(f"{path}: no questions ({wanted}); {why}")
-    return dataclasses.replace(found, rows=kept)
+    return dataclasses.replace(found, rows=kept, left_out=len(found.rows) - len(kept))
+
+
+def _at_most(found: Found[Row], videos: int | None) -> Found[Row]:
+    """Without rows of more videos."""
+    many = [row for row in found.rows if videos is not None and len(row.videos) > videos]
+    if not many:
+        return found
+    reason = "{} videos are more than the least frame budget; raise data.frame_budgets"
+    rejected = [Rejected(row.row_id, reason.format(len(row.videos))) for row in many]
+    kept = [row for row in found.rows if len(row.videos) <= (videos or 0)]
+    return dataclasses.replace(found, rows=kept, rejected=(*found.rejected, *rejected))
 
 
 def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
@@ -115,7 +164,7 @@ def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
     files = _files(path, paravt.SFT_COLUMNS)
     found = _read(path, files, root, paravt.sft_row, paravt.sft_videos)
     if not found.rows:
-        raise ValueError(f"{path}: no conversations; {' '.join(found.report()) or 'add some'}")
+        raise ValueError(f"{path}: no conversations; {found.summary() or 'add some'}")
     return found
 
 

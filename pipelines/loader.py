@@ -18,6 +18,28 @@ Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
 """Random access to rows: a list, or `tfds_builder.RowSource`."""
 
 
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several data sets, each with its own order and epochs, drawn from by weight.
+
+    As a sequence, the rows of one after those of the other.
+    """
+
+    sources: tuple[Rows, ...]
+    weights: tuple[float, ...]
+    """Relative; they need not sum to 1."""
+
+    def __len__(self) -> int:
+        return sum(map(len, self.sources))
+
+    def __getitem__(self, index: int) -> Row:
+        for source in self.sources:
+            if index < len(source):
+                return source[index]
+            index -= len(source)
+        raise IndexError(index)
+
+
 class PromptItem(NamedTuple):
     """A question, the number of frames K that its prompt shows, and the prompt."""
 
@@ -88,7 +110,7 @@ class PromptStream:
 
 
 def prompt_stream(
-    rows: Rows,
+    rows: Rows | Mixture,
     reader: FrameReader,
     renderer: Renderer,
     budgets: Sequence[int],
@@ -103,12 +125,13 @@ def prompt_stream(
     """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, batch.
 
     Args:
-        rows: the questions.
+        rows: the questions; of a mixture, any stretch of the stream has the data sets in
+            proportion to their weights, and each shows all its rows once before it repeats one.
         budgets: choices of K (frame gating); one value switches gating off.
         groups_per_step: prompts of one step of this process.
         tools: whether the prompts offer the crop tool.
         process_index, process_count: this process takes every `process_count`-th row of the
-            common order.
+            common order (of each data set).
         threads: rows decoded side by side, ahead of their use.
         workers: decode in this many worker processes instead, each with `threads` threads. The
             order stays the same; a saved position fits the same number of workers only.
@@ -117,10 +140,12 @@ def prompt_stream(
         ValueError: an argument is out of range.
     """
     _check(rows, groups_per_step, process_index, process_count)
-    length = len(rows)
-    draws = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    draws = draws.map_with_index(lambda index, row: Draw(row, index // length))
-    draws = draws[process_index::process_count]
+    mixed = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
+    parts = [
+        _draws(source, seed + number)[process_index::process_count]
+        for number, source in enumerate(mixed.sources)
+    ]
+    draws = grain.MapDataset.mix(parts, mixed.weights) if len(parts) > 1 else parts[0]
     prompts = draws.map(PromptMaker(reader, renderer, budgets, seed, tools))
     ahead = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, 2 * groups_per_step)
@@ -131,6 +156,13 @@ def prompt_stream(
         flags.FLAGS.mark_as_parsed()
         prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
     return PromptStream(prompts.batch(groups_per_step, batch_fn=list))
+
+
+def _draws(rows: Rows, seed: int) -> grain.MapDataset[Draw]:
+    """Epoch after epoch, every row once in each, in an order of its own."""
+    length = len(rows)
+    order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
+    return order.map_with_index(lambda index, row: Draw(row, index // length))
 
 
 def prompt_list(
@@ -145,8 +177,11 @@ def prompt_list(
     return [make(Draw(rows[index], epoch=0)) for index in range(len(rows))]
 
 
-def _check(rows: Rows, groups_per_step: int, process_index: int, process_count: int) -> None:
-    if len(rows) == 0:
+def _check(
+    rows: Rows | Mixture, groups_per_step: int, process_index: int, process_count: int
+) -> None:
+    empty = isinstance(rows, Mixture) and min(map(len, rows.sources)) == 0
+    if len(rows) == 0 or empty:
         raise ValueError("rows is empty: check the question types and the question file")
     if groups_per_step < 1:
         raise ValueError(f"groups_per_step={groups_per_step} must be at least 1")

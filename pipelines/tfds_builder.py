@@ -182,6 +182,8 @@ class RowSource(Generic[T]):
         return len(self._source)
 
     def __getitem__(self, index: int) -> T:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
         return self._decode(dict(self._source[index]))
 
     def __repr__(self) -> str:

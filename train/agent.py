@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-
 import jax
-import numpy as np
 
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import constrain
-from paravt_jax.records import Frames, Prompt, Row
-from pipelines.budget import shares
-from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
+from pipelines.sizes import full_size, smallest_frames
 from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.automaton import TokenAutomata
@@ -24,10 +19,6 @@ from train.config import Config
 
 CALLS = "calls"
 """Name of the grammar that lets a turn hold valid calls only."""
-LATE = 99999.9
-"""Seconds: a time that takes as many characters as the time of any frame."""
-EARLY = 0.0
-"""Seconds: a time that takes as few."""
 LONG_WINDOW = (1.23456e-05, 1.23457e-05)
 """Seconds: bounds that take as many characters as any."""
 
@@ -114,38 +105,3 @@ def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
         return full_size(prompt, spec, quota)
     response = renderer.frames_turn([renderer.clip(frames, start, end)])
     return full_size(response, spec, quota) - len(renderer.tool_turn([""]))
-
-
-def prompt_tokens(
-    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
-) -> int:
-    """Tokens of the longest prompt that any of the questions makes with `frames` frames, those of
-    each video within `quota` vision tokens if given."""
-    longest: dict[int, tuple[int, Row]] = {}
-    for row in rows:
-        videos, length = len(row.videos), len(renderer.encode(row.question))
-        if videos not in longest or length > longest[videos][0]:
-            longest[videos] = length, row
-    return max(_full_prompt(renderer, row, frames, quota) for _, row in longest.values())
-
-
-def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | None) -> int:
-    """Tokens of a row's prompt with frames of full size."""
-    videos, spec = len(row.videos), renderer.spec
-    shown = [smallest_frames(spec, share) for share in shares(frames, videos)]
-    prompt = renderer.main_prompt(row, shown, tools=True)
-    return full_size(prompt, spec, quota and quota * videos)
-
-
-def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
-    """Frames of one vision token each, all at one time."""
-    pixels = np.zeros((count, spec.factor, spec.factor, 3), np.uint8)
-    return Frames(pixels, np.full(count, time))
-
-
-def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:
-    """Tokens that a prompt of smallest frames has with frames of full size, or, if that is less,
-    with `quota` vision tokens."""
-    seen = int((prompt.vision_index >= 0).sum())
-    full = seen * (spec.max_patches // spec.merge_size**2)
-    return len(prompt.tokens) - seen + (min(full, quota) if quota else full)

@@ -39,15 +39,16 @@ def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = Fal
     """Streams of all rollouts, group by group; what the policy generated is trained, of
     `over_turn` rollouts nothing if so wished."""
     return [
-        Stream(t.prompt, t.tokens, _weights(t, mask_over_turn), t.log_probs, t.shown)
+        stream_of(t, not (mask_over_turn and t.over_turn))
         for group in groups
         for t in group.trajectories
     ]
 
 
-def _weights(rollout: Trajectory, mask_over_turn: bool) -> np.ndarray:
-    learned = rollout.generated & (not (mask_over_turn and rollout.over_turn))
-    return learned.astype(np.float32)
+def stream_of(rollout: Trajectory, learned: bool = True) -> Stream:
+    """One rollout, of a main agent or a sub-agent; what the policy generated is trained."""
+    weights = (rollout.generated & learned).astype(np.float32)
+    return Stream(rollout.prompt, rollout.tokens, weights, rollout.log_probs, rollout.shown)
 
 
 def learner_batch(

@@ -20,7 +20,7 @@ from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
-from train.rl import RlSettings, check_lengths, check_updates
+from train.rl import RlSettings, check_lengths, check_subagents, check_updates
 from train.variants import DifficultySettings, TeacherSettings
 
 
@@ -63,7 +63,18 @@ class DataSettings:
     """Which questions, and how their videos are shown."""
 
     path: str | None = None
-    """Folder or CSV/JSONL file of questions about videos; None makes the needle world."""
+    """Folder, or CSV, JSONL or parquet file, of questions about videos; None makes the needle
+    world."""
+    video_root: str | None = None
+    """Folder below which all videos lie; None takes that of the data."""
+    mixture: tuple[str, ...] = ()
+    """Further data sets that are mixed with `path`, or with the needle world."""
+    weights: tuple[float, ...] = ()
+    """How often each data set is drawn from, `path` first; empty goes by their sizes."""
+    max_rejected: float = 0.05
+    """Largest share of rows of a data set whose files are missing or that cannot be used."""
+    workers: int = 0
+    """Processes that decode and render prompts; 0 uses threads of this one."""
     frame_budgets: tuple[int, ...] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: str = "image"
@@ -227,6 +238,7 @@ def _check_ranges(config: Config) -> None:
     not_negative = {
         "--seed": config.seed,
         "evaluation.rows": config.evaluation.rows,
+        "data.workers": config.data.workers,
         "model.router_balance": config.model.router_balance,
     }
     for name, value in not_negative.items():
@@ -279,6 +291,7 @@ def _check_cross(config: Config) -> None:
     if config.rewards.mode == "llm":
         config.rewards.judge.check()
     agent_tools(config.agent)  # refuses names that no tool has
+    _check_data(config.data)
     syntax, scheme = config.agent.call_syntax, config.rewards.scheme
     if SYNTAX_OF.get(scheme, syntax) != syntax:
         raise ValueError(
@@ -287,6 +300,20 @@ def _check_cross(config: Config) -> None:
         )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
+
+
+def _check_data(data: DataSettings) -> None:
+    if data.weights and (len(data.weights) != 1 + len(data.mixture) or min(data.weights) <= 0):
+        raise ValueError(
+            f"data.weights={data.weights}: give one positive weight for --data (or the needle "
+            f"world) and one for each of the {len(data.mixture)} data sets of data.mixture"
+        )
+    if data.weights and not data.mixture:
+        raise ValueError("data.weights has no effect without data.mixture; leave it out")
+    if data.video_root and not (data.path or data.mixture):
+        raise ValueError("data.video_root has no effect without --data; leave it out")
+    if not 0 <= data.max_rejected <= 1:
+        raise ValueError(f"data.max_rejected={data.max_rejected} is a share: choose 0 to 1")
 
 
 def _check_lora(model: ModelSettings) -> None:
@@ -345,6 +372,7 @@ def _check_rl(config: Config) -> None:
             "computed once per prompt; set it to false"
         )
     check_updates(rl, objective)
+    check_subagents(rl, config.agent, objective)
     check_lengths(rl, generated_budget(config))
     _check_variants(config)
 

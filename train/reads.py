@@ -10,10 +10,10 @@ from paravt_jax.records import Prompt, Row
 from pipelines.budget import shares
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
+from pipelines.sizes import EARLY, LATE, full_size, smallest_frames
 from rollout.limits import CROP, MAIN, measure
 from rollout.warm_up import Extent, Reads
-from train.agent import EARLY, LATE, LONG_WINDOW, crop_frames, crop_tokens, full_size
-from train.agent import smallest_frames as smallest
+from train.agent import LONG_WINDOW, crop_frames, crop_tokens
 from train.config import Config
 
 
@@ -57,7 +57,7 @@ def _main(
     spec, quota, videos = renderer.spec, config.data.overview_tokens, len(longest.videos)
 
     def prompt(row: Row, time: float) -> Prompt:
-        shown = [smallest(spec, share, time) for share in shares(budget, videos)]
+        shown = [smallest_frames(spec, share, time) for share in shares(budget, videos)]
         return renderer.main_prompt(row, shown, tools=True)
 
     shown = quota and quota * videos
@@ -67,7 +67,7 @@ def _main(
 
 def _crop(renderer: ChatRenderer, frames: int, quota: int | None) -> Extent:
     """What sub-agents read about so many frames."""
-    early, late = (smallest(renderer.spec, frames, time) for time in (EARLY, LATE))
+    early, late = (smallest_frames(renderer.spec, frames, time) for time in (EARLY, LATE))
     return _extent(
         renderer.subagent_prompt(early, 0.0, 1.0),
         renderer.subagent_prompt(late, *LONG_WINDOW),

@@ -21,16 +21,16 @@ from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
 from paravt_jax.records import RolloutGroup, Row
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from pipelines.datasets import question_rows
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
+from pipelines.sizes import prompt_tokens
 from pipelines.tfds_builder import RowSource
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
 from rollout.limits import MAIN
 from train import setup
-from train.agent import open_agent, open_engine, prompt_tokens
+from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
 from train.cold_start import Lessons, cold_start
@@ -42,6 +42,7 @@ from train.learner import Learner
 from train.loop import Parts, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
+from train.questions import open_rows, read_questions
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -51,6 +52,7 @@ from train.state import (
     make_optimizer,
     make_state,
 )
+from train.subagents import possible_rows
 from train.teacher import Teacher
 from train.warm_up import warm_up_run
 
@@ -80,8 +82,10 @@ def check(config: Config, here: bool = True) -> None:
         # These refuse a judge whose key is not in the environment.
         Scorer(config.rewards)
         open_feedback(config.teacher.judge)
-    if config.data.path is not None and not Path(config.data.path).exists():
-        raise ValueError(f"--data {config.data.path}: no such file or folder; check the path")
+    mixed = [("data.mixture", path) for path in config.data.mixture]
+    for name, path in [("--data", config.data.path), *mixed]:
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
         check_rows_fit(config, setup.open_mesh(config))
 
@@ -145,9 +149,9 @@ def describe(config: Config) -> None:
     print(format_table(table, mesh))
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
-    if config.data.path is not None:
-        rows = question_rows(config.data.path, None, config.data.question_types).rows
-        print(f"{len(rows)} questions about {len({row.video.path for row in rows})} videos")
+    for found in read_questions(config):
+        paths = {video.path for row in found.rows for video in row.videos}
+        print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
 
 
 def train(config: Config, workdir: Path, resume: str) -> None:
@@ -210,7 +214,7 @@ class Run:
         self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
-        self.rows, self.held_out = setup.open_rows(config)
+        self.rows, self.held_out = open_rows(config, print if is_first() else lambda line: None)
         self.optimizer = make_optimizer(
             config.optimizer, config.optimizer_steps, self.model.policy.table
         )
@@ -283,6 +287,7 @@ class Run:
             self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
+            self._subagent_length(),
             longest=main.prompt_tokens + main.suffix,
         )
         return Parts(
@@ -324,6 +329,17 @@ class Run:
         tags = self.model.tags(self.config, self.renderer)
         return TaskMasking(share, self.config.seed, tags)
 
+    def _subagent_length(self) -> int:
+        """Most tokens of a sub-agent's stream; says for which shapes the learner compiles."""
+        config = self.config
+        if not config.rl.trains_subagents:
+            return 0
+        length = crop_tokens(config, self.renderer) + config.agent.subagent_tokens
+        calls = config.agent.rounds * config.agent.calls_run
+        rows = possible_rows(calls, config.rl.group_size)
+        self.log.console.print(f"learner: sub-agents of {length} tokens, {rows} rows per prompt")
+        return length
+
     def _prompts(self) -> PromptStream:
         config = self.config
         return prompt_stream(
@@ -333,6 +349,7 @@ class Run:
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            workers=config.data.workers,
             tools=config.agent.offers_tools,
         )
 

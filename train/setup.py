@@ -5,10 +5,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
 import shutil
 import tempfile
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,16 +25,14 @@ from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.protocol import call_syntax
-from paravt_jax.records import Row
 from paravt_jax.structure import TagTable, tag_table
-from pipelines.datasets import needle_questions, question_rows
+from pipelines.datasets import needle_questions
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
 from pipelines.needle.world import NeedleWorld
 from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
-from pipelines.tfds_builder import RowSource, row_source
 from pipelines.video import VideoReader
 from rollout.tools import agent_tools
 from train.config import Config
@@ -123,7 +119,7 @@ def describe_checkpoints(model: Model, target: Path) -> None:
 def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:
     """Endless supervised examples of each task of the configuration."""
     questions = needle_questions(
-        needle_world(config), _world_folder(config), "train", config.data.question_types
+        needle_world(config), world_folder(config), "train", config.data.question_types
     )
     agent = config.agent
     kit = TaskKit(
@@ -140,7 +136,7 @@ def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) 
     return {task: needle_examples(kit, task, config.seed) for task in config.sft.tasks}
 
 
-def _world_folder(config: Config) -> str:
+def world_folder(config: Config) -> str:
     return str(Path(config.data.cache_dir).absolute() / "needle_world")
 
 
@@ -190,57 +186,6 @@ def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
     return VideoReader(
         own.crop_fps, own.crop_frames, spec=spec, overview_tokens=own.overview_tokens
     )
-
-
-def open_rows(config: Config) -> tuple[RowSource, list[Row]]:
-    """Questions to train on (as an ArrayRecord source) and held-out ones to evaluate on.
-
-    Raises:
-      ValueError: a question or a video that cannot be read, or too few questions.
-    """
-    if config.data.path:
-        rows = question_rows(config.data.path, None, config.data.question_types).rows
-        training, held_out = split_rows(rows, config.evaluation.rows)
-    else:
-        training, held_out = (_needle_rows(config, split) for split in ("train", "held_out"))
-    cache = str(Path(config.data.cache_dir).absolute() / "rows")
-    return row_source(training, cache), held_out[: config.evaluation.rows]
-
-
-def _needle_rows(config: Config, split: str) -> list[Row]:
-    questions = needle_questions(
-        needle_world(config),
-        _world_folder(config),
-        split,
-        config.data.question_types,
-    )
-    rows = [question.row for question in questions]
-    return one_per_video(rows) if split == "held_out" else rows
-
-
-def one_per_video(rows: Sequence[Row]) -> list[Row]:
-    """One question about each video, chosen by a hash, so that all kinds of question occur."""
-    chosen: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: _hash(row.row_id)):
-        chosen.setdefault(row.video.path, row)
-    return sorted(chosen.values(), key=lambda row: row.row_id)
-
-
-def split_rows(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
-    """Hold out whole videos, those whose names hash lowest, until `held_out` questions are out.
-
-    Raises:
-      ValueError: nothing would be left to train on.
-    """
-    order = sorted(rows, key=lambda row: _hash(os.path.basename(row.video.path)))
-    out = {row.video.path for row in order[:held_out]}
-    training = [row for row in rows if row.video.path not in out]
-    if not training:
-        raise ValueError(
-            f"evaluation.rows={held_out} holds out every video of the {len(rows)} questions and "
-            "leaves none to train on; lower it"
-        )
-    return training, order[:held_out]
 
 
 def _hash(text: str) -> str:

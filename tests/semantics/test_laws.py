@@ -12,6 +12,7 @@ from pipelines.loader import prompt_stream
 from train import setup
 from train.batch import learner_batch, streams_of_examples
 from train.config import override
+from train.questions import open_rows
 from train.recipes import get_recipe
 from train.step import batch_log_probs
 
@@ -53,7 +54,7 @@ def test_log_probs_change_with_the_pixels(world):
 def test_gating_gates(world):
     """Law 8: K frames reach the model, K as drawn for the row, one K per group."""
     config, _, renderer, reader = world
-    rows, _ = setup.open_rows(config)
+    rows, _ = open_rows(config)
     budgets = (4, 8, 16)
     stream = prompt_stream(rows, reader, renderer, budgets, groups_per_step=24, seed=3)
     items = next(stream)

@@ -73,7 +73,9 @@ def test_a_row_needs_all_its_videos(folder):
 
 
 def test_the_report_says_what_is_missing(folder):
-    report = "\n".join(question_rows(folder).report())
+    found = question_rows(folder, None, ("oe",))
+    report = "\n".join(found.report())
+    assert found.left_out == 2 and "; museg: 1 of 3" in found.summary()
     assert "3 of 7 rows cannot be used" in report
     assert "museg: 1 of 3 files missing, 0 unreadable" in report
     assert "longvt_source: 0 of 2 files missing, 1 unreadable" in report

@@ -6,6 +6,9 @@ for real, the forced prefix is scored, the reference uses the sampler's temperat
 moments are float32. Different by our choice: the anchor acts at positions, rewards are not scaled
 and clipped, token advantages are not whitened, there is no KL term (the release has 0.01 of k1 in
 the reward), and a step has 8 prompts instead of 7. On-policy: one step per batch, no staleness.
+The release's own advantages: `--set advantages.reward_scale=10 --set advantages.reward_bias=-0.2
+--set advantages.reward_clip=20 --set advantages.kl_weight=0.01 --set advantages.whiten_tokens=true
+--set objective.anchor=sequence`.
 """
 
 import dataclasses

@@ -1,0 +1,83 @@
+"""How large prompts get, known before the first one is made."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from paravt_jax.records import Frames, Prompt, Row
+from pipelines.budget import shares
+from pipelines.preprocess import FrameSpec
+from pipelines.render import ChatRenderer
+
+EARLY, LATE = 0.0, 99999.9
+"""Seconds: times that take as few and as many characters as the time of any frame."""
+
+
+class ArraySpec(NamedTuple):
+    """Shape and type of an array."""
+
+    shape: tuple[int, ...]
+    dtype: str
+
+
+def element_spec(
+    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
+) -> dict[str, ArraySpec]:
+    """The arrays of the prompts of a stream: no prompt with at most `frames` frames has larger
+    ones, and types and last axes are these in all of them.
+
+    Args:
+        renderer: makes the prompts.
+        rows: all questions of the stream.
+        frames: the largest frame budget.
+        quota: most vision tokens of one video's frames, if that is limited.
+    """
+    rows, spec = list(rows), renderer.spec
+    tokens = prompt_tokens(renderer, rows, frames, quota)
+    counts = {len(row.videos) for row in rows}
+    seen = max(sum(map(spec.group_count, shares(frames, count))) for count in counts)
+    return {
+        "tokens": ArraySpec((tokens,), "int32"),
+        "positions": ArraySpec((tokens, 3), "int32"),
+        "vision_index": ArraySpec((tokens,), "int32"),
+        "patches.values": ArraySpec((seen, spec.max_patches, spec.patch_values), "float32"),
+        "patches.grids": ArraySpec((seen, 2), "int32"),
+    }
+
+
+def prompt_tokens(
+    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
+) -> int:
+    """Tokens of the longest prompt that any of the questions makes with `frames` frames, those of
+    each video within `quota` vision tokens if given."""
+    longest: dict[int, tuple[int, Row]] = {}
+    for row in rows:
+        videos, length = len(row.videos), len(renderer.encode(row.question))
+        if videos not in longest or length > longest[videos][0]:
+            longest[videos] = length, row
+    return max(_full_prompt(renderer, row, frames, quota) for _, row in longest.values())
+
+
+def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | None) -> int:
+    """Tokens of a row's prompt with frames of full size."""
+    videos, spec = len(row.videos), renderer.spec
+    shown = [smallest_frames(spec, share) for share in shares(frames, videos)]
+    prompt = renderer.main_prompt(row, shown, tools=True)
+    return full_size(prompt, spec, quota and quota * videos)
+
+
+def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
+    """Frames of one vision token each, all at one time."""
+    pixels = np.zeros((count, spec.factor, spec.factor, 3), np.uint8)
+    return Frames(pixels, np.full(count, time))
+
+
+def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:
+    """Tokens that a prompt of smallest frames has with frames of full size, or, if that is less,
+    with `quota` vision tokens."""
+    seen = int((prompt.vision_index >= 0).sum())
+    full = seen * (spec.max_patches // spec.merge_size**2)
+    return len(prompt.tokens) - seen + (min(full, quota) if quota else full)

@@ -1,0 +1,214 @@
+"""Laws of the stream of prompts, over processes, workers, restarts and mixtures.
+
+1. K is uniform over its choices, and a function of seed, epoch and row alone.
+2. A stream set to the state it had at any element goes on as it did.
+3. Every row comes once per epoch, over all processes together, in each data set of a mixture.
+4. A mixture draws from its data sets in proportion to their weights, at any stretch.
+5. No prompt is larger than the element spec says.
+
+What workers add to a stream is only where prompts are made: the light tests run without them, one
+runs with them, and the study runs the whole matrix.
+"""
+
+import itertools
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+
+import numpy as np
+import pytest
+
+from paravt_jax.records import Frames, Prompt, Row, VideoRef
+from pipelines.budget import frame_budget
+from pipelines.loader import Mixture, prompt_stream
+from pipelines.sizes import element_spec
+from pipelines.tfds_builder import row_source
+from pipelines.video import VideoReader
+from tests.pipelines_fixtures import data_folder, questions, renderer
+
+CHOICES = (4, 8, 16, 32, 64)
+PIXELS = np.zeros((1, 1, 1, 3), np.uint8)
+
+
+class PlainReader:
+    """Frames without a file."""
+
+    def overview(self, video: VideoRef, count: int) -> Frames:
+        return Frames(PIXELS, np.zeros(1))
+
+
+class PlainRenderer:
+    """Prompts without words."""
+
+    def main_prompt(self, row: Row, frames, tools: bool) -> Prompt:
+        return Prompt(np.zeros(1, np.int32), np.zeros((1, 3), np.int32), np.full(1, -1))
+
+
+def make_rows(count: int, name: str = "row") -> list[Row]:
+    return [Row(f"{name}{n}", VideoRef("/v.mp4", 8.0), "?", "!") for n in range(count)]
+
+
+def stream(rows, budgets=CHOICES, seed=0, **options):
+    options = {"groups_per_step": 1} | options
+    return prompt_stream(rows, PlainReader(), PlainRenderer(), budgets, seed=seed, **options)
+
+
+def seen(prompts, count: int) -> list[tuple[str, int]]:
+    """Row and K of the next steps."""
+    steps = itertools.islice(prompts, count)
+    return [(item.row.row_id, item.frame_budget) for items in steps for item in items]
+
+
+def test_budgets_are_uniform():
+    """Chi-square over 10,000 draws, 4 degrees of freedom: 23.5 is exceeded once in 10,000 seeds."""
+    draws = [frame_budget(0, n // 2000, f"row{n % 2000}", CHOICES) for n in range(10_000)]
+    counts = np.array([draws.count(choice) for choice in CHOICES])
+    assert ((counts - 2000.0) ** 2 / 2000.0).sum() < 23.5
+    # Neighbours in rows and in epochs are independent: pairs are uniform too (24 degrees: 59.4).
+    for lag in (1, 2000):
+        pairs = Counter(zip(draws[:-lag], draws[lag:], strict=True))
+        expected = (len(draws) - lag) / 25
+        assert sum((pairs[p] - expected) ** 2 for p in itertools.product(CHOICES, CHOICES)) < (
+            59.4 * expected
+        )
+
+
+def test_budgets_differ_between_epochs_and_are_the_same_after_a_restart():
+    code = (
+        "from pipelines.budget import frame_budget as k;print([k(3,e,'a',range(1,99)) for e in %s])"
+    )
+    epochs = [frame_budget(3, epoch, "a", range(1, 99)) for epoch in range(8)]
+    assert len(set(epochs)) > 4
+    environment = {**os.environ, "PYTHONHASHSEED": "7"}
+    again = subprocess.run(
+        [sys.executable, "-c", code % "range(8)"],
+        capture_output=True, text=True, check=True, env=environment,
+        cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
+    )  # fmt: skip
+    assert json.loads(again.stdout) == epochs
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stream_resumes_at_any_element(processes):
+    rows, total = make_rows(7), 20
+    for process in range(processes):
+        share = {"process_index": process, "process_count": processes}
+        prompts, states, items = stream(rows, **share), [], []
+        for _ in range(total):
+            states.append(json.loads(json.dumps(prompts.get_state())))
+            items += seen(prompts, 1)
+        for at, state in enumerate(states):
+            resumed = stream(rows, **share)
+            resumed.set_state(state)
+            assert seen(resumed, total - at) == items[at:], f"element {at}"
+            resumed.close()
+
+
+@pytest.mark.parametrize("processes", [1, 2, 3])
+def test_processes_together_show_every_row_once_per_epoch(processes):
+    rows, epochs = make_rows(6), 3
+    shares = [
+        seen(stream(rows, process_index=p, process_count=processes), 6 * epochs // processes)
+        for p in range(processes)
+    ]
+    woven = [item for step in zip(*shares, strict=True) for item in step]
+    for epoch in range(epochs):
+        part = woven[6 * epoch : 6 * epoch + 6]
+        assert sorted(name for name, _ in part) == sorted(row.row_id for row in rows)
+        for name, budget in part:
+            assert budget == frame_budget(0, epoch, name, CHOICES)
+    assert woven == seen(stream(rows), 6 * epochs)
+
+
+def test_a_mixture_draws_by_weight_and_keeps_epochs():
+    small, large = make_rows(3, "a"), make_rows(10, "b")
+    names = [name for name, _ in seen(stream(Mixture((small, large), (3.0, 1.0))), 40)]
+    for start in range(0, 40, 4):
+        assert sum(name[0] == "a" for name in names[start : start + 4]) == 3
+    for rows, kind in ((small, "a"), (large, "b")):
+        of_kind = [name for name in names if name[0] == kind]
+        for start in range(0, len(of_kind) - len(rows) + 1, len(rows)):
+            assert len(set(of_kind[start : start + len(rows)])) == len(rows)
+
+
+def test_processes_share_a_mixture_and_it_resumes():
+    mixture = Mixture((make_rows(4, "a"), make_rows(6, "b")), (1.0, 1.0))
+    for process in range(2):
+        share = {"process_index": process, "process_count": 2}
+        prompts = stream(mixture, **share)
+        first = seen(prompts, 4)
+        assert sum(name[0] == "a" for name, _ in first) == 2, "each process gets both"
+        state = prompts.get_state()
+        resumed = stream(mixture, **share)
+        resumed.set_state(state)
+        assert seen(resumed, 9) == seen(prompts, 9)
+    both = [seen(stream(mixture, process_index=p, process_count=2), 4) for p in range(2)]
+    assert len({name for name, _ in both[0] + both[1] if name[0] == "a"}) == 4
+
+
+def test_a_mixture_is_a_sequence_of_all_rows():
+    mixture = Mixture((make_rows(2, "a"), make_rows(3, "b")), (1.0, 1.0))
+    assert [mixture[index].row_id for index in range(len(mixture))] == [
+        "a0",
+        "a1",
+        "b0",
+        "b1",
+        "b2",
+    ]
+    with pytest.raises(IndexError):
+        mixture[5]
+    with pytest.raises(ValueError, match="rows is empty"):
+        stream(Mixture((make_rows(2), []), (1.0, 1.0)))
+
+
+def test_no_prompt_is_larger_than_the_spec():
+    rows = [question.row for question in questions()]
+    spec = element_spec(renderer(), rows, 8)
+    prompts = prompt_stream(rows, VideoReader(), renderer(), (2, 8), 8, seed=0)
+    for item in next(prompts):
+        arrays = {
+            "tokens": item.prompt.tokens,
+            "positions": item.prompt.positions,
+            "vision_index": item.prompt.vision_index,
+            "patches.values": item.prompt.patches.values,
+            "patches.grids": item.prompt.patches.grids,
+        }
+        for name, array in arrays.items():
+            most = spec[name]
+            assert str(array.dtype) == most.dtype and array.shape[-1:] <= most.shape[-1:], name
+            assert all(a <= b for a, b in zip(array.shape, most.shape, strict=True)), name
+    prompts.close()
+
+
+def check_workers(workers: int, processes: int, total: int, at: tuple[int, ...]) -> None:
+    """With workers, the stream is that without them, and resumes at these elements."""
+    rows = row_source([question.row for question in questions()][:5], data_folder())
+    for process in range(processes):
+        share = {"process_index": process, "process_count": processes}
+        expected = seen(stream(rows, **share), total)
+        prompts, states = stream(rows, workers=workers, **share), {}
+        items = []
+        for step in range(total):
+            states[step] = json.loads(json.dumps(prompts.get_state()))
+            items += seen(prompts, 1)
+        prompts.close()
+        assert items == expected
+        for step in at:
+            resumed = stream(rows, workers=workers, **share)
+            resumed.set_state(states[step])
+            assert seen(resumed, total - step) == items[step:], f"element {step}"
+            resumed.close()
+
+
+@pytest.mark.slow
+def test_a_stream_with_a_worker_resumes():
+    check_workers(workers=1, processes=1, total=7, at=(4,))
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("workers", [1, 4])
+def test_streams_with_workers_resume_at_any_element(workers, processes):
+    check_workers(workers, processes, total=8, at=tuple(range(8)))
