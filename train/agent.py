@@ -6,6 +6,7 @@ import jax
 
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import constrain
+from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 from pipelines.sizes import full_size, smallest_frames
 from pipelines.video import VideoReader

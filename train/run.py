@@ -1,13 +1,12 @@
-"""A whole run: check, describe, train, evaluate, export."""
+"""A whole run: train, evaluate, export."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +15,12 @@ from jax.sharding import Mesh
 
 from evaluate.held_out import Mode, evaluate
 from models.qwen3_vl import save_folder
-from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
-from paravt_jax.mesh import AXES, RULES
-from paravt_jax.params import abstract_params, format_table
+from models.qwen3_vl.adapter import ADAPTER, save_adapter
+from paravt_jax.params import abstract_params
 from paravt_jax.records import RolloutGroup, Row
-from paravt_jax.rewards.judge import WAY_TO_JUDGE
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.sizes import prompt_tokens
-from pipelines.tfds_builder import RowSource
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
@@ -32,17 +28,19 @@ from rollout.limits import MAIN
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
+from train.checks import check_same_run
 from train.cluster import is_first
-from train.cold_start import Lessons, cold_start
+from train.cold_start import School, cold_start
 from train.compilations import Compilations
 from train.config import Config, Stage, to_dict
+from train.conversations import open_conversations, packed_lessons
 from train.difficulty import Difficulty, hint_room
-from train.hindsight import open_feedback
 from train.learner import Learner
+from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.questions import open_rows, read_questions
+from train.questions import Questions, all_rows, open_rows
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -63,71 +61,6 @@ EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
 
 
-def check(config: Config, here: bool = True) -> None:
-    """Refuse what cannot run, before anything is allocated.
-
-    Args:
-      here: the run is for the devices of this machine (not compiled ahead for others).
-
-    Raises:
-      ValueError: a flag that the recipe needs is missing, or mesh, model folder or data path do
-        not fit.
-    """
-    given = {"--model": config.model.folder, "--data": config.data.path}
-    missing = [flag for flag in config.needs if given[flag] is None]
-    if missing and here:
-        raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
-    check_model(config, here)
-    if here:
-        # These refuse a judge whose key is not in the environment.
-        Scorer(config.rewards)
-        open_feedback(config.teacher.judge)
-    mixed = [("data.mixture", path) for path in config.data.mixture]
-    for name, path in [("--data", config.data.path), *mixed]:
-        if path is not None and not Path(path).exists():
-            raise ValueError(f"{name} {path}: no such file or folder; check the path")
-    if here:
-        check_rows_fit(config, setup.open_mesh(config))
-
-
-def check_model(config: Config, here: bool) -> None:
-    """Refuse a model folder that cannot be read, and adapters that do not fit the model.
-
-    Raises:
-      ValueError: naming the setting.
-    """
-    model = config.model
-    if model.lora.rank and model.folder is None and here:
-        raise ValueError(
-            f"model.lora.rank={model.lora.rank} trains beside weights that stay as they are: give "
-            "--model, or set it to 0 to train from random weights"
-        )
-    policy = setup.abstract_policy(config)
-    policy.table  # noqa: B018  the table refuses what the model lacks
-    if model.router_balance and not policy.experts_per_token:
-        raise ValueError(
-            f"model.router_balance={model.router_balance} balances experts, and this model has "
-            "none; set it to 0"
-        )
-    if model.adapter is not None:
-        check_adapter_config(model.adapter, model.lora)
-
-
-def check_rows_fit(config: Config, mesh: Mesh) -> None:
-    """The rows of a gradient micro-batch must divide over the mesh, or devices repeat each other.
-
-    Raises:
-      ValueError: they do not.
-    """
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    rows = config.rl.micro_groups * config.rl.group_size
-    if config.stage is Stage.RL and rows % ways:
-        raise ValueError(
-            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} (rl.micro_groups="
-            f"{config.rl.micro_groups} x rl.group_size={config.rl.group_size}); make it a multiple"
-        )
-
-
 def name_workdir(config: Config, given: str | None) -> Path:
     """Where the run writes: `--workdir`, or a new folder below `runs/`.
 
@@ -138,20 +71,6 @@ def name_workdir(config: Config, given: str | None) -> Path:
         raise ValueError("--workdir is needed on several hosts: name one folder that all can see")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     return Path(given or f"runs/{config.recipe}-{stamp}").absolute()
-
-
-def describe(config: Config) -> None:
-    """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
-    print(json.dumps(to_dict(config), indent=2))
-    mesh = setup.open_mesh(config)
-    print("mesh " + ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES))
-    table = setup.abstract_policy(config).table
-    print(format_table(table, mesh))
-    sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
-    print(f"{sum(sizes):,} of the parameters train")
-    for found in read_questions(config):
-        paths = {video.path for row in found.rows for video in row.videos}
-        print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
 
 
 def train(config: Config, workdir: Path, resume: str) -> None:
@@ -168,43 +87,6 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
 
 
-MAY_CHANGE = (
-    "steps",
-    "mesh",
-    "output.",
-    "evaluation.batch",
-    "evaluation.frame_budget",
-    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
-)
-"""Settings (or beginnings of their names) that a resumed run may give anew."""
-
-
-def check_same_run(config: Config, path: Path) -> None:
-    """Refuse to continue a run under another configuration than it began with.
-
-    Raises:
-      ValueError: naming a setting that differs.
-    """
-    if not path.exists():
-        return
-    before = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    now = _flatten(json.loads(json.dumps(to_dict(config))))
-    for key, value in now.items():
-        if not key.startswith(MAY_CHANGE) and before.get(key) != value:
-            raise ValueError(
-                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {value!r}; "
-                "choose another --workdir, or give the settings that it began with"
-            )
-
-
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        flat |= inner or {f"{prefix}{key}": value}
-    return flat
-
-
 class Run:
     """The parts of a run that both stages share, and the order in which they are used."""
 
@@ -214,7 +96,7 @@ class Run:
         self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
-        self.rows, self.held_out = open_rows(config, print if is_first() else lambda line: None)
+        self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         self.optimizer = make_optimizer(
             config.optimizer, config.optimizer_steps, self.model.policy.table
         )
@@ -229,6 +111,10 @@ class Run:
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
+
+    def _questions(self) -> tuple[Questions, list[Row]]:
+        """Questions to train on and held-out ones; the first process tells what is missing."""
+        return open_rows(self.config, print if is_first() else lambda line: None)
 
     def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
@@ -307,19 +193,33 @@ class Run:
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
-        lessons = Lessons(
+        packs = self.config.packs_conversations
+        school = School(
             config=self.config,
-            sources=setup.needle_sources(self.config, self.renderer, self.reader),
+            lessons=self._packed_lessons() if packs else self._task_lessons(),
             policy=self.model.policy,
             optimizer=self.optimizer,
             mesh=self.mesh,
-            pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
-            masking=self._masking(),
         )
-        self.state = cold_start(lessons, self.state, self.first_step)
-        self._finish({}, None)
+        self.state, position = cold_start(school, self.state, self.first_step)
+        self._finish({}, position)
+
+    def _task_lessons(self) -> TaskLessons:
+        """Tasks of the needle world."""
+        sources = setup.needle_sources(self.config, self.renderer, self.reader)
+        return TaskLessons(self.config.sft, sources, self.renderer.pad_id, self._masking())
+
+    def _packed_lessons(self) -> PackedLessons:
+        """Conversations of `--data`, from where the last checkpoint left them."""
+        found = open_conversations(self.config)
+        for line in found.report():
+            self.log.console.print(line)
+        lessons = packed_lessons(self.config, found.rows, self.renderer, self.reader)
+        if self.data_state is not None:
+            lessons.stream.set_state(self.data_state)
+        return lessons
 
     def _masking(self) -> TaskMasking | None:
         """What hides tokens from supervised rows, if the run asks for it."""
@@ -463,11 +363,6 @@ class Run:
         if is_first():
             summary = json.dumps({"before": before, "after": after}, indent=2)
             (self.workdir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
-
-
-def all_rows(source: RowSource) -> Iterator[Row]:
-    """Rows in their order."""
-    return (source[index] for index in range(len(source)))
 
 
 def _figures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
