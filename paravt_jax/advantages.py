@@ -267,9 +267,8 @@ def kl_to_go(
     before it (InstructGPT, arXiv 2203.02155; equations 3-6 of the ParaVT release).
     """
     generated = jnp.asarray(mask) > 0
-    # Whatever stands outside of the mask must not reach the sum, not even as NaN.
-    policy, frozen = (jnp.where(generated, jnp.asarray(x), 0.0) for x in (behaviour, reference))
-    paid = _discounted_sum(divergence(policy, frozen, estimator), generated, float(decay))
+    kl = divergence(jnp.asarray(behaviour), jnp.asarray(reference), estimator)
+    paid = _discounted_sum(kl, generated, float(decay))
     return jnp.where(generated, paid, 0.0)
 
 

@@ -13,6 +13,7 @@ import functools
 import json
 import math
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, Literal, overload
 
@@ -81,6 +82,11 @@ Window = tuple[float, float]
 
 _LONGEST_QUOTE = 40
 _LONGEST_CODE = 2000
+_LONGEST_CALL = 10_000
+_DEEPEST_CALL = 8
+_LONGEST_LINE = 10_000
+"""Characters that Python's own parser is given: it may exhaust the stack on very long ones, which
+no exception would tell."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -299,12 +305,16 @@ def _broken(error: str, name: str = "") -> ToolCall:
 def _json_call(body: str, syntax: CallSyntax) -> ToolCall:
     """What stands between the tags: a JSON object with a string "name" and an object "arguments",
     or the arguments alone where the syntax knows one tool only."""
+    if len(body) > _LONGEST_CALL:
+        return _broken(f"the call is longer than {_LONGEST_CALL} characters")
     try:
         call = json.loads(body, parse_constant=_refuse_constant)
     except RecursionError:
         return _broken("the call is nested too deeply")
     except ValueError as error:
         return _broken(f"the call is not valid JSON: {error}"[:200])
+    if _nests_beyond(call, _DEEPEST_CALL):
+        return _broken("the call is nested too deeply")
     if not isinstance(call, dict):
         return _broken(f"the call must be one JSON object, not {_kind(call)}")
     if syntax.tool:
@@ -315,6 +325,15 @@ def _json_call(body: str, syntax: CallSyntax) -> ToolCall:
     if not isinstance(arguments, dict):
         return _broken(f'"arguments" must be a JSON object, not {_kind(arguments)}', name)
     return ToolCall(name=name, arguments=arguments)
+
+
+def _nests_beyond(value: Any, levels: int) -> bool:
+    """Whether a JSON value has more levels than that. What Python reads may be too deep for it to
+    print or compare a few frames further down the stack."""
+    inner = value.values() if isinstance(value, dict) else value
+    if not isinstance(value, dict | list):
+        return False
+    return levels == 0 or any(_nests_beyond(item, levels - 1) for item in inner)
 
 
 def _refuse_constant(word: str) -> Any:
@@ -446,11 +465,17 @@ def _literals(pairs: Any) -> dict[str, Any]:
 
 def _expression(line: str) -> ast.expr | None:
     """The line as an expression; a second attempt drops stray quotes at the closing parenthesis."""
+    if len(line) > _LONGEST_LINE:
+        return None
     mended = re.sub(r"\)\s*['\"].*$", ")", line)
     mended = re.sub(r"['\"](\s*\))", r"\1", mended)
     for text in (line, mended):
-        try:
-            return ast.parse(text, mode="eval").body
-        except (SyntaxError, ValueError, RecursionError, MemoryError):
-            continue
+        # What a model writes is no code of ours to be warned about, and whether a warning is an
+        # error must not decide what it means.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            try:
+                return ast.parse(text, mode="eval").body
+            except (SyntaxError, ValueError, RecursionError, MemoryError):
+                continue
     return None

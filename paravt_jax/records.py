@@ -124,6 +124,8 @@ class Message:
     """system, user, assistant or tool."""
     content: tuple[str | ImageRef | VideoRef, ...]
     """Words, images and videos in the order in which they are shown."""
+    calls: tuple[ToolCall, ...] = ()
+    """Calls of the assistant that the chat template writes after its words."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -202,6 +204,18 @@ class Example:
     """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
     shown: tuple[Shown, ...] = ()
     """Frames that tool responses put into this stream, in stream order."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Pack:
+    """Streams to learn from that share one row of a batch; one stream is a pack of one."""
+
+    stream: Prompt
+    """All tokens and frames, stream after stream; positions begin anew with each."""
+    weights: np.ndarray
+    """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
+    segments: np.ndarray
+    """int32 `[t]`: which stream a token belongs to, counted from 1."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -493,3 +507,5 @@ class LearnerBatch:
     token sees another stream's. None where each row is one stream."""
     hidden_keys: HiddenKeys | None = None
     """What some tokens may not see although it stands before them; None: they see it all."""
+    subagents: LearnerBatch | None = None
+    """Rows of sub-agents that train with these, equally many for each group; None: they do not."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import grain
 from absl import flags
@@ -13,6 +13,8 @@ from absl import flags
 from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
+
+T = TypeVar("T")
 
 Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
 """Random access to rows: a list, or `tfds_builder.RowSource`."""
@@ -85,8 +87,8 @@ class PromptMaker:
         return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
 
 
-class PromptStream:
-    """Endless iterator of steps, each a list of `PromptItem`s; its position can be saved."""
+class StepStream(Generic[T]):
+    """Endless iterator of steps, each a list of items; its position can be saved."""
 
     def __init__(self, steps: grain.IterDataset):
         self._iterator = iter(steps)
@@ -94,10 +96,10 @@ class PromptStream:
         self.close = weakref.finalize(self, self._iterator.close)
         """Stop decoding ahead; done by itself when the stream goes out of use."""
 
-    def __iter__(self) -> PromptStream:
+    def __iter__(self) -> StepStream[T]:
         return self
 
-    def __next__(self) -> list[PromptItem]:
+    def __next__(self) -> list[T]:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
@@ -107,6 +109,9 @@ class PromptStream:
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; the arguments of the stream must be the same."""
         self._iterator.set_state(state)
+
+
+PromptStream = StepStream[PromptItem]
 
 
 def prompt_stream(

@@ -9,7 +9,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from paravt_jax.records import Conversation, ImageRef, Message, QuestionType, Row, VideoRef
+from paravt_jax.records import (
+    Conversation,
+    ImageRef,
+    Message,
+    QuestionType,
+    Row,
+    ToolCall,
+    VideoRef,
+)
 from pipelines.media import Media
 
 MARK = "<video>"
@@ -83,14 +91,27 @@ def _messages(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _message(message: dict[str, Any], media: Media) -> Message:
-    if message.get("tool_calls"):
-        raise ValueError("calls in a `tool_calls` field are not read; write them into the text")
+    calls = tuple(_call(call) for call in message.get("tool_calls") or ())
+    if calls and message["role"] != "assistant":
+        raise ValueError(
+            f"a message of role {message['role']} has tool_calls; only the assistant calls"
+        )
     parts = tuple(_part(part, media) for part in _parts(message))
-    return Message(message["role"], parts)
+    return Message(message["role"], parts, calls)
+
+
+def _call(call: Any) -> ToolCall:
+    """An entry of `tool_calls`; its arguments may be JSON in a string."""
+    own = call.get("function") or call if isinstance(call, dict) else None
+    if own is None or not isinstance(own.get("name"), str):
+        raise ValueError("an entry of tool_calls needs a function with a name")
+    return ToolCall(own["name"], _of_type(own.get("arguments"), dict, "arguments of a call"))
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
     content = message.get("content")
+    if content is None and message.get("tool_calls"):
+        return []
     if isinstance(content, str):
         return [{"type": "text", "text": content}]
     if not isinstance(content, list) or not all(isinstance(part, dict) for part in content):

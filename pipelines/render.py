@@ -7,17 +7,18 @@ import functools
 import json
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 from transformers import AutoTokenizer
 
 from paravt_jax.patches import join_patches, split_patches
-from paravt_jax.records import Clip, Frames, Patches, Prompt, Row
+from paravt_jax.records import Clip, Frames, Patches, Prompt, Row, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
 from pipelines.preprocess import SPECS, FrameSpec, to_patches
+from pipelines.subtitles import subtitle_text
 
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
@@ -109,6 +110,7 @@ class ChatRenderer:
         texts: the words around frames and question.
         eos_ids: tokens that end a turn; default: the tokenizer's own.
         tools: schemas of the tools that prompts offer, as chat templates take them.
+        subtitles: show the subtitles beside a video (`subtitle_text`) before the question.
     """
 
     def __init__(
@@ -118,8 +120,10 @@ class ChatRenderer:
         texts: PromptTexts | None = None,
         eos_ids: Sequence[int] = (),
         tools: Sequence[dict[str, Any]] = (),
+        subtitles: bool = False,
     ):
         self.tokenizer, self.spec, self.mode = tokenizer, spec, spec.mode
+        self._subtitles = subtitles
         self.texts = texts or PromptTexts()
         self.tools = list(tools)
         self.eos_ids: tuple[int, ...] = tuple(eos_ids) or (tokenizer.eos_token_id,)
@@ -139,6 +143,7 @@ class ChatRenderer:
         texts: PromptTexts | None = None,
         pixels: tuple[int, int] | None = None,
         tools: Sequence[dict[str, Any]] = (),
+        subtitles: bool = False,
     ) -> ChatRenderer:
         """Load tokenizer, frame specification and end-of-turn tokens from a model folder.
 
@@ -149,6 +154,7 @@ class ChatRenderer:
             pixels: fewest and most pixels of a frame (see `FrameSpec.limited`), instead of the
                 folder's own limits.
             tools: schemas of the tools that prompts offer.
+            subtitles: show the subtitles beside a video before the question.
 
         Raises:
             ValueError: an unknown mode, or the folder lacks a tokenizer or the mode's processor.
@@ -161,7 +167,7 @@ class ChatRenderer:
             raise ValueError(f"{folder}: no tokenizer to load ({error})") from error
         spec = SPECS[mode].from_folder(folder)
         spec = spec.limited(*pixels) if pixels else spec
-        return cls(tokenizer, spec, texts, _eos_ids(folder), tools)
+        return cls(tokenizer, spec, texts, _eos_ids(folder), tools, subtitles)
 
     def main_prompt(self, row: Row, frames: Overview, tools: bool, hint: str = "") -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
@@ -180,14 +186,33 @@ class ChatRenderer:
         """
         if tools and not self.tools:
             raise ValueError("tools=True, but the renderer has none: give it tools=[schema, ...]")
+        system = self.texts.system + (self.texts.tools if tools else "")
+        request = self.request(row)
+        if hint:
+            request = f"{request}\n\n{self.without_control(hint)}"
+        return self.prompt(frames, request, system, tools)
+
+    def request(self, row: Row) -> str:
+        """What the main agent is asked: the question, after the subtitles of its videos if they
+        are shown.
+
+        Raises:
+            ValueError: the question spells out a control token, or subtitles cannot be read.
+        """
         if found := self._control.search(row.question):
             raise ValueError(
                 f"row {row.row_id}: the question contains the control token "
                 f"{found.group()!r}; rephrase it"
             )
-        system = self.texts.system + (self.texts.tools if tools else "")
-        request = f"{row.question}\n\n{self._without_control(hint)}" if hint else row.question
-        return self.prompt(frames, request, system, tools)
+        return "".join(map(self.subtitles, row.videos)) + row.question
+
+    def subtitles(self, video: VideoRef) -> str:
+        """The subtitles of a video with their times, as far as they are shown and it has any.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        return self.without_control(subtitle_text(video)) if self._subtitles else ""
 
     def with_hint(self, row: Row, prompt: Prompt, tools: bool, hint: str) -> Prompt:
         """The main prompt of a row once more, of the same frames, with a hint after the question.
@@ -223,7 +248,7 @@ class ChatRenderer:
         described = tools and not self.texts.describe_tools
         text = self._render(messages, self.tools if described else None)
         times = tuple(video.times for video in shown)
-        tokens = self.encode(self._with_times(text, times))
+        tokens = self.encode(self.with_times(text, times))
         patches = join_patches([self._patches(video) for video in shown])
         prompt = _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
         return dataclasses.replace(prompt, times=times)
@@ -234,7 +259,7 @@ class ChatRenderer:
         for number, video in enumerate(shown, start=1):
             if len(shown) > 1:
                 parts.append({"type": "text", "text": self.texts.video.format(number=number)})
-            parts += self._frame_parts(video.times)
+            parts += self.frame_parts(video.times)
         return parts
 
     def _patches(self, frames: Frames | Clip) -> Patches:
@@ -261,7 +286,7 @@ class ChatRenderer:
     def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
         """As `tool_turn`, for responses that are words or frames; positions count from 0."""
         clips = [response for response in responses if isinstance(response, Clip)]
-        text = self._with_times(self._tool_text(responses), [clip.times for clip in clips])
+        text = self.with_times(self._tool_text(responses), [clip.times for clip in clips])
         patches = join_patches([clip.patches for clip in clips])
         return _with_vision(self.encode(text), patches, self._vision_id, self.spec.merge_size)
 
@@ -274,12 +299,13 @@ class ChatRenderer:
     def _response(self, response: str | Clip) -> str | list[dict[str, str]]:
         """Content of a tool message."""
         if isinstance(response, str):
-            return self._without_control(response)
+            return self.without_control(response)
         count = len(response.times)
         head = self.texts.clip.format(count=count, start=response.start, end=response.end)
-        return [*_words(head), *self._frame_parts(response.times), *_words(self.texts.clip_end)]
+        return [*_words(head), *self.frame_parts(response.times), *_words(self.texts.clip_end)]
 
-    def _without_control(self, text: str) -> str:
+    def without_control(self, text: str) -> str:
+        """Text without control tokens, for words that others wrote."""
         while (plain := self._control.sub("", text)) != text:  # removal may join a new one
             text = plain
         return text
@@ -329,7 +355,7 @@ class ChatRenderer:
             messages, tools=tools, add_generation_prompt=True, tokenize=False
         )
 
-    def _frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
+    def frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
         """The frames as content of a message: timed images, or one video."""
         if self.mode == "video":
             return [{"type": "video"}]
@@ -338,13 +364,17 @@ class ChatRenderer:
             parts += [{"type": "text", "text": _stamp(time)}, {"type": "image"}]
         return parts
 
-    def _with_times(self, text: str, times: Sequence[np.ndarray]) -> str:
-        """The text with each video's one vision token written out, as the processor does it."""
+    def with_times(self, text: str, times: Iterable[np.ndarray]) -> str:
+        """The text with each video's one vision token written out, as the processor does it.
+
+        Args:
+            times: seconds of the frames of each video; more may follow for texts to come.
+        """
         if self.mode != "video":
             return text
         first, *rest = text.split(self._pad_text)
-        shown = zip(map(self._video_text, times), rest, strict=True)
-        return first + "".join(video + after for video, after in shown)
+        following = iter(times)
+        return first + "".join(self._video_text(next(following)) + after for after in rest)
 
     def _video_text(self, times: np.ndarray) -> str:
         """What the processor puts in the place of a video's one vision token."""

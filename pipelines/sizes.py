@@ -55,7 +55,7 @@ def prompt_tokens(
     each video within `quota` vision tokens if given."""
     longest: dict[int, tuple[int, Row]] = {}
     for row in rows:
-        videos, length = len(row.videos), len(renderer.encode(row.question))
+        videos, length = len(row.videos), len(renderer.encode(renderer.request(row)))
         if videos not in longest or length > longest[videos][0]:
             longest[videos] = length, row
     return max(_full_prompt(renderer, row, frames, quota) for _, row in longest.values())

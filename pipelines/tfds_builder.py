@@ -19,7 +19,7 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import tensorflow_datasets as tfds
 
-from paravt_jax.records import Conversation, ImageRef, Message, Row, VideoRef
+from paravt_jax.records import Conversation, ImageRef, Message, Row, ToolCall, VideoRef
 
 T = TypeVar("T", Row, Conversation)
 SPLIT = "train"
@@ -134,22 +134,25 @@ class Conversations(RowBuilder[Conversation]):
         return tfds.features.FeaturesDict(
             {
                 "row_id": text(doc="Unique within the data set."),
-                "messages": text(doc="JSON: [role, [part, ...]] of each message."),
+                "messages": text(doc="JSON: [role, [part, ...], [call, ...]] of each message."),
             }
         )
 
     @staticmethod
     def encode(row: Conversation) -> dict[str, Any]:
         """See `features`."""
-        messages = [[m.role, [_plain_part(part) for part in m.content]] for m in row.messages]
+        messages = [
+            [m.role, list(map(_plain_part, m.content)), list(map(dataclasses.asdict, m.calls))]
+            for m in row.messages
+        ]
         return {"row_id": row.row_id, "messages": json.dumps(messages)}
 
     @staticmethod
     def decode(values: dict[str, Any]) -> Conversation:
         """See `features`."""
         messages = tuple(
-            Message(role, tuple(map(_part, parts)))
-            for role, parts in json.loads(values["messages"])
+            Message(role, tuple(map(_part, parts)), tuple(ToolCall(**call) for call in calls))
+            for role, parts, calls in json.loads(values["messages"])
         )
         return Conversation(_text(values["row_id"]), messages)
 

@@ -87,7 +87,7 @@ class Toolbox:
             ToolError: the rules forbid the call, or no tool has this name.
         """
         config = self._kit.config
-        if not config.max_tool_rounds:
+        if not config.offers_tools:
             raise ToolError("tools are not available")
         if ask.number >= config.calls_run:
             if config.dispatch == "sequential":

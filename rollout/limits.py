@@ -179,7 +179,8 @@ def lanes(
     prompt_tokens: int,
     crop_tokens: int,
 ) -> dict[str, Lane]:
-    """The lanes that an engine needs to run this agent.
+    """The lanes that an engine needs to run this agent: without tools, or where a crop shows its
+    frames, there are no sub-agents.
 
     Args:
         prompts: prompts that are rolled out at a time; more wait for a free place.
@@ -190,6 +191,6 @@ def lanes(
     """
     room = measure(config, renderer, crop_tokens)
     main = Lane(prompts, copies, prompt_tokens, room.suffix)
-    if config.evidence == "frames":
+    if config.evidence == "frames" or not config.offers_tools:
         return {MAIN: main}
     return {MAIN: main, CROP: Lane(config.subagent_batch, 1, crop_tokens, config.subagent_tokens)}

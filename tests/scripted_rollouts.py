@@ -27,9 +27,19 @@ ROW = Row("0", VideoRef("/v.mp4", 64.0), "What colour?", "red", "oe")
 TAGS = tag_table([bytes([index]) if index < 128 else b"" for index in range(VOCAB)])
 
 
-def rollout(*turns: str, prefix: str = "", responses: tuple[str, ...] = (), seed: int = 0):
-    """One turn per text, each but the last answered with a response; random log-probs."""
-    dice, record = np.random.default_rng(seed), Record(image_prompt("q", 2, 4, seed=0))
+def rollout(
+    *turns: str,
+    prefix: str = "",
+    responses: tuple[str, ...] = (),
+    subagents: tuple[str, ...] = (),
+    seed: int = 0,
+    frames: int = 2,
+) -> Trajectory:
+    """One turn per text, each but the last answered with a response; random log-probs. Sub-agents
+    look at three frames and say one text each."""
+    dice, record = np.random.default_rng(seed), Record(image_prompt("q", frames, 4, seed=0))
+    for number, text in enumerate(subagents, start=100 * seed + 1):
+        record.subagents.append(rollout(text, seed=number, frames=3))
     head = RENDERER.encode(prefix)
     for number, text in enumerate(turns):
         tokens = np.array(RENDERER.encode(text), np.int32)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
@@ -16,6 +18,7 @@ from train import setup
 from train.config import Config, DataSettings, Stage, generated_budget
 from train.learner import rl_step
 from train.state import abstract_state, make_optimizer
+from train.subagents import possible_rows
 
 
 def compile_only(config: Config, topology: str) -> str:
@@ -60,12 +63,26 @@ def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerB
 
 
 def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
-    width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
-    seen, agent = most_vision_tokens(config.data, model.vision), config.agent
-    groups = config.rl.prompts_per_step // config.rl.minibatches
-    rows = groups * config.rl.group_size
+    agent, rl = config.agent, config.rl
+    groups = rl.prompts_per_step // rl.minibatches
+    seen = most_vision_tokens(config.data, model.vision, max(config.data.frame_budgets))
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
-    length = -(-(seen * 5 // 4 + 256 + generated_budget(config) + responses) // 128) * 128
+    own = generated_budget(config) + responses
+    main = _batch(config, model, groups * rl.group_size, groups, seen, own)
+    if not rl.trains_subagents:
+        return main
+    rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
+    seen = most_vision_tokens(config.data, model.vision, config.data.crop_frames)
+    crops = _batch(config, model, rows, rows, seen, agent.subagent_tokens)
+    return dataclasses.replace(main, subagents=crops)
+
+
+def _batch(
+    config: Config, model: Qwen3VLConfig, rows: int, groups: int, seen: int, own: int
+) -> LearnerBatch:
+    """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
+    width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
+    length = -(-(seen * 5 // 4 + 256 + own) // 128) * 128
     integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     dtype = jnp.dtype(config.model.compute_dtype)
     return LearnerBatch(
@@ -88,13 +105,12 @@ def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
     )
 
 
-def most_vision_tokens(data: DataSettings, vision: VisionConfig) -> int:
-    """Vision tokens of the largest prompt, frames padded as the learner pads them."""
+def most_vision_tokens(data: DataSettings, vision: VisionConfig, frames: int) -> int:
+    """Vision tokens of a prompt of `frames` frames, padded as the learner pads them."""
     spec = SPECS[data.frames_as](
         vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
     ).limited(data.min_pixels, data.max_pixels)
-    frames = spec.group_count(max(data.frame_budgets))
-    return frames * spec.max_patches // vision.spatial_merge_size**2
+    return spec.group_count(frames) * spec.max_patches // vision.spatial_merge_size**2
 
 
 def _report(topology: str, mesh: Mesh, compiled) -> str:

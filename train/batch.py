@@ -9,7 +9,7 @@ import numpy as np
 
 from paravt_jax.blocks import whole_stream
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Example, LearnerBatch, Prompt, RolloutGroup, Shown, Trajectory
+from paravt_jax.records import Example, LearnerBatch, Pack, Prompt, RolloutGroup, Shown, Trajectory
 from paravt_jax.shapes import bucket
 
 
@@ -39,15 +39,16 @@ def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = Fal
     """Streams of all rollouts, group by group; what the policy generated is trained, of
     `over_turn` rollouts nothing if so wished."""
     return [
-        Stream(t.prompt, t.tokens, _weights(t, mask_over_turn), t.log_probs, t.shown)
+        stream_of(t, not (mask_over_turn and t.over_turn))
         for group in groups
         for t in group.trajectories
     ]
 
 
-def _weights(rollout: Trajectory, mask_over_turn: bool) -> np.ndarray:
-    learned = rollout.generated & (not (mask_over_turn and rollout.over_turn))
-    return learned.astype(np.float32)
+def stream_of(rollout: Trajectory, learned: bool = True) -> Stream:
+    """One rollout, of a main agent or a sub-agent; what the policy generated is trained."""
+    weights = (rollout.generated & learned).astype(np.float32)
+    return Stream(rollout.prompt, rollout.tokens, weights, rollout.log_probs, rollout.shown)
 
 
 def learner_batch(
@@ -97,6 +98,34 @@ def learner_batch(
     )
 
 
+def packed_batch(
+    packs: Sequence[Pack], *, length: int, pad_id: int, frames: int, frame_patches: int
+) -> LearnerBatch:
+    """Pad packs to `[b, length]`, each a group of its own with room for `frames` frames of at least
+    `frame_patches` patches."""
+    streams = [item.stream for item in packs]
+    seen = [stream.patches for stream in streams]
+    most_frames, most_patches = largest(seen)
+    most_patches = max(most_patches, frame_patches)
+    patches, grids = stack_patches(seen, frames, most_patches) if most_frames else (None, None)
+    zeros = np.zeros((len(packs), length), np.float32)
+    return LearnerBatch(
+        tokens=_rows([stream.tokens for stream in streams], length, pad_id),
+        positions=_rows([stream.positions for stream in streams], length, 0),
+        vision_index=_rows([restride(stream, most_patches) for stream in streams], length, -1),
+        lengths=np.array([len(stream.tokens) for stream in streams], np.int32),
+        loss_weights=_rows([item.weights for item in packs], length, 0, np.float32),
+        behaviour_log_probs=zeros,
+        reference_log_probs=zeros,
+        advantages=zeros,
+        structural=zeros > 0,
+        patches=patches,
+        grids=grids,
+        features=None,
+        segments=_rows([item.segments for item in packs], length, 0),
+    )
+
+
 def spoken_mask(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
     """bool `[b, length]`: where the assistant speaks in the rows of `streams_of_groups`."""
     rollouts = [t for group in groups for t in group.trajectories]
@@ -107,8 +136,10 @@ def spoken_mask(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
     return mask
 
 
-def _rows(rows: list[np.ndarray], length: int, fill: int) -> np.ndarray:
-    out = np.full((len(rows), length, *rows[0].shape[1:]), fill, np.int32)
+def _rows(
+    rows: list[np.ndarray], length: int, fill: int, dtype: type[np.number] = np.int32
+) -> np.ndarray:
+    out = np.full((len(rows), length, *rows[0].shape[1:]), fill, dtype)
     for target, row in zip(out, rows, strict=True):
         target[: len(row)] = row
     return out

@@ -20,7 +20,8 @@ from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
-from train.rl import RlSettings, check_lengths, check_updates
+from train.rl import RlSettings, check_lengths, check_subagents, check_updates
+from train.sft import SftSettings
 from train.variants import DifficultySettings, TeacherSettings
 
 
@@ -63,8 +64,8 @@ class DataSettings:
     """Which questions, and how their videos are shown."""
 
     path: str | None = None
-    """Folder, or CSV, JSONL or parquet file, of questions about videos; None makes the needle
-    world."""
+    """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
+    the needle world."""
     video_root: str | None = None
     """Folder below which all videos lie; None takes that of the data."""
     mixture: tuple[str, ...] = ()
@@ -83,6 +84,8 @@ class DataSettings:
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
     next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
     the reasoning is to say when, as VISD's rewards read it."""
+    subtitles: bool = False
+    """Show the subtitles beside each video (`NAME.srt` for `NAME.mp4`), with their times."""
     crop_fps: float = 1.0
     """Frames per second of a crop."""
     crop_frames: int = 16
@@ -120,41 +123,6 @@ class OptimizerSettings:
     eps: float = 1e-8
     weight_decay: float = 0.01
     clip_norm: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
-class SftPhase:
-    """A stretch of supervised steps with one mix of tasks; the next phase ends it."""
-
-    start: int
-    """First step of the phase."""
-    rows: dict[str, int]
-    """Examples of each task in one step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class TaskShape:
-    """The static shape of one task's batches: a longer example is refused."""
-
-    length: int
-    """Tokens of a row."""
-    learned: int
-    """Most learned tokens of a row."""
-    frames: int = 0
-    """Frames of a row."""
-
-
-@dataclasses.dataclass(frozen=True)
-class SftSettings:
-    """The supervised cold start."""
-
-    phases: tuple[SftPhase, ...] = ()
-    tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
-    micro_rows: int = 8
-    """Examples per gradient micro-batch."""
-    task_masks: float = 0.0
-    """Share of rows whose last answer does not see the overview and whose later calls do not see
-    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -209,6 +177,11 @@ class Config:
     evaluation: EvaluationSettings = EvaluationSettings()
     output: OutputSettings = OutputSettings()
 
+    @property
+    def packs_conversations(self) -> bool:
+        """Whether the run learns packed conversations of `--data`."""
+        return self.stage is Stage.SFT and not self.sft.phases
+
     def __post_init__(self) -> None:
         for check in (_check_ranges, _check_choices, _check_cross):
             check(self)
@@ -230,7 +203,6 @@ def _check_ranges(config: Config) -> None:
         "--steps": config.steps,
         "evaluation.batch": config.evaluation.batch,
         "data.crop_frames": config.data.crop_frames,
-        "sft.micro_rows": config.sft.micro_rows,
     }
     for name, value in positive.items():
         if value < 1:
@@ -330,32 +302,48 @@ def _check_lora(model: ModelSettings) -> None:
 
 
 def _check_sft(config: Config) -> None:
-    if not config.sft.phases:
+    if not config.sft.phases and config.data.path is None and "--data" not in config.needs:
         raise ValueError("the sft stage needs sft.phases; take them from a recipe")
     if config.teacher != TeacherSettings() or config.difficulty != DifficultySettings():
         raise ValueError(
             "teacher and difficulty have no effect in the sft stage, which has no rollouts; leave "
             "their settings out"
         )
+    if config.data.mixture or config.data.workers:
+        raise ValueError(
+            "data.mixture and data.workers have no effect in the sft stage, which reads one data "
+            "set by threads; leave them out"
+        )
+    config.sft.check()
+    (_check_packs if config.packs_conversations else _check_tasks)(config)
+
+
+def _check_packs(config: Config) -> None:
+    """Packed conversations."""
+    if config.evaluation.rows:
+        raise ValueError(
+            f"evaluation.rows={config.evaluation.rows} has no effect on conversations, which hold "
+            "no questions to evaluate; set it to 0"
+        )
+    if config.model.router_balance:
+        raise ValueError(
+            f"model.router_balance={config.model.router_balance} balances the experts of one "
+            "stream, and a packed row holds several; set it to 0"
+        )
+
+
+def _check_tasks(config: Config) -> None:
+    """A schedule of tasks, which come from the needle world."""
     if config.data.path:
         raise ValueError(
-            f"--data {config.data.path}: questions hold no traces to learn from, and the sft stage "
-            "learns the needle world's own; leave --data out"
+            f"--data {config.data.path}: {config.recipe} learns tasks of the needle world and "
+            "reads no conversations; take --recipe paravt_sft, or leave --data out"
         )
-    if not 0 <= config.sft.task_masks <= 1:
-        raise ValueError(f"sft.task_masks={config.sft.task_masks}: give a share from 0 to 1")
     if config.sft.task_masks and config.agent.call_syntax != "grounding":
         raise ValueError(
             f"sft.task_masks={config.sft.task_masks} masks the calls of "
             "agent.call_syntax=grounding and has no effect with another; set it to 0"
         )
-    for phase in config.sft.phases:
-        for task, rows in phase.rows.items():
-            if rows > config.sft.micro_rows and rows % config.sft.micro_rows:
-                raise ValueError(
-                    f"sft.micro_rows={config.sft.micro_rows} does not divide the {rows} rows of "
-                    f"task {task}; choose a divisor"
-                )
 
 
 def _check_rl(config: Config) -> None:
@@ -372,6 +360,7 @@ def _check_rl(config: Config) -> None:
             "computed once per prompt; set it to false"
         )
     check_updates(rl, objective)
+    check_subagents(rl, config.agent, objective)
     check_lengths(rl, generated_budget(config))
     _check_variants(config)
 

@@ -22,7 +22,8 @@ from train.batch import Stream, learner_batch, spoken_mask, streams_of_groups
 from train.config import Config, generated_budget
 from train.layout import to_mesh
 from train.state import FlatParams, TrainState
-from train.step import Metrics, RlStep, minibatch
+from train.step import Metrics, RlStep, encode_parts, minibatch
+from train.subagents import most_crops, rows_per_group, subagent_advantages, subagent_streams
 
 LENGTH_STEP = 64
 """Streams are padded to a multiple of this, so that few shapes are compiled."""
@@ -42,6 +43,8 @@ def rl_step(
         budget=generated_budget(config),
         router_balance=config.model.router_balance,
         group_size=rl.group_size,
+        subagent_temperature=config.agent.subagent_sampling.temperature,
+        subagent_budget=config.agent.subagent_tokens,
     )
 
 
@@ -57,9 +60,12 @@ class Learner:
         tags: TagTable,
         pad_id: int,
         spec: FrameSpec,
+        subagent_length: int = 0,
     ):
+        """With `subagent_length`, the longest stream that a sub-agent can have, rows of sub-agents
+        have one length in all batches."""
         self._config, self._mesh, self._tags = config, mesh, tags
-        self._pad_id, self._spec = pad_id, spec
+        self._pad_id, self._spec, self._subagent_length = pad_id, spec, subagent_length
         step = rl_step(policy, optimizer, config)
         self.step = jax.jit(step, donate_argnums=0)
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
@@ -67,6 +73,10 @@ class Learner:
         shares = config.rl.minibatches
         whole = dataclasses.replace(step, micro_batches=step.micro_batches * shares)
         self._log_probs = jax.jit(whole.log_probs)
+        self._subagent_log_probs = jax.jit(whole.of_subagents().log_probs)
+        self._encode_parts = jax.jit(
+            functools.partial(encode_parts, policy, count=whole.micro_batches)
+        )
         self._share = jax.jit(
             functools.partial(minibatch, count=shares, group_size=config.rl.group_size)
         )
@@ -95,49 +105,102 @@ class Learner:
             features=self._encode(params, batch.patches, batch.grids),
             patches=None,
             grids=None,
+            subagents=self._subagents(params, groups) if self._config.rl.trains_subagents else None,
         )
 
-    def padded(self, streams: Sequence[Stream], group_size: int) -> LearnerBatch:
-        """Streams on the mesh, their frames as patches, in one of few lengths."""
-        longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
+    def _subagents(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch | None:
+        """Rows of the sub-agents of all rollouts; None if there are none."""
+        rows = rows_per_group(most_crops(groups), len(groups[0].trajectories))
+        self.figures["subagents/rows"] = float(rows * len(groups))
+        if not rows:
+            return None
+        streams = subagent_streams(groups, rows, self._config.rl.mask_over_turn)
+        frames = self._spec.group_count(self._config.data.crop_frames)
+        batch = self.padded(streams, 1, frames, self._subagent_length)
+        features = self._encode_parts(params, batch)
+        return dataclasses.replace(batch, features=features, patches=None, grids=None)
+
+    def padded(
+        self,
+        streams: Sequence[Stream],
+        group_size: int,
+        frames: int | None = None,
+        length: int = 0,
+    ) -> LearnerBatch:
+        """Streams on the mesh, their frames as patches, in one of few lengths; at least `frames` in
+        each group, by default those of the largest prompt, and at least `length` tokens."""
+        budget = self._spec.group_count(max(self._config.data.frame_budgets))
+        longest = max(length, *(len(s.prompt.tokens) + len(s.tokens) for s in streams))
         host = learner_batch(
             streams,
             length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
             pad_id=self._pad_id,
             group_size=group_size,
-            frames=self._spec.group_count(max(self._config.data.frame_budgets)),
+            frames=budget if frames is None else frames,
             frame_patches=self._spec.max_patches,
         )
         return to_mesh(host, self._mesh)
 
     def with_reference(self, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch with the log-probabilities of the reference policy filled in."""
-        return dataclasses.replace(batch, reference_log_probs=self._log_probs(params, batch))
+        return self._with_log_probs("reference_log_probs", params, batch)
+
+    def _with_log_probs(self, name: str, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
+        """The batch, sub-agents included, with log-probabilities under some weights filled in."""
+        batch = dataclasses.replace(batch, **{name: self._log_probs(params, batch)})
+        if batch.subagents is None:
+            return batch
+        values = self._subagent_log_probs(params, batch.subagents)
+        return dataclasses.replace(
+            batch, subagents=dataclasses.replace(batch.subagents, **{name: values})
+        )
 
     def with_advantages(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> LearnerBatch:
         """The batch with the advantage of every generated token filled in: from the rewards of its
         group, less the divergence from the reference, normalised over the batch, as configured."""
-        config, generated = self._config.advantages, batch.loss_weights > 0
-        advantages = self._anchored(groups, batch.structural, generated)
+        main = self._anchored(groups, batch.structural, batch.loss_weights > 0)
+        crops = batch.subagents
+        if crops is None:
+            (main,) = self._shaped([batch], [main])
+            return dataclasses.replace(batch, advantages=main)
+        episodes, rows = self._normalised(groups, self._term), len(crops.tokens) // len(groups)
+        credit = self._config.rl.subagent_credit
+        earned = subagent_advantages(groups, episodes, rows, credit)[:, None]
+        main, own = self._shaped([batch, crops], [main, earned * (crops.loss_weights > 0)])
+        crops = dataclasses.replace(crops, advantages=own)
+        return dataclasses.replace(batch, advantages=main, subagents=crops)
+
+    def _shaped(self, rows: Sequence[LearnerBatch], advantages: Sequence[Array]) -> list[Array]:
+        """Advantages less the divergence from the reference, normalised over all rows together."""
+        config, shaped = self._config.advantages, list(advantages)
+        masks = [batch.loss_weights > 0 for batch in rows]
         if config.kl_weight:
-            policies = batch.behaviour_log_probs, batch.reference_log_probs
-            advantages -= config.kl_weight * kl_to_go(generated, *policies, config.kl_estimator)
+            for at, (batch, mask) in enumerate(zip(rows, masks, strict=True)):
+                policies = batch.behaviour_log_probs, batch.reference_log_probs
+                shaped[at] -= config.kl_weight * kl_to_go(mask, *policies, config.kl_estimator)
         if config.whiten_tokens:
-            advantages = whiten(advantages, generated, config.eps)
-        return dataclasses.replace(batch, advantages=advantages)
+            flat, mask = (jnp.concatenate([x.ravel() for x in xs]) for xs in (shaped, masks))
+            cuts = np.cumsum([x.size for x in shaped])[:-1]
+            pieces = jnp.split(whiten(flat, mask, config.eps), cuts)
+            shaped = [x.reshape(old.shape) for x, old in zip(pieces, shaped, strict=True)]
+        return shaped
+
+    @property
+    def _term(self) -> str:
+        """The reward that all tokens share: without the anchor where that acts on tags only."""
+        return "task" if self._config.objective.anchor == "position" else "total"
 
     def _anchored(
         self, groups: Sequence[RolloutGroup], structural: Array, generated: Array
     ) -> Array:
         """Advantage per token. With the anchor at positions, its share acts on tags only."""
-        positional = self._config.objective.anchor == "position"
         weight = self._config.rewards.anchor_share
         return anchored_advantages(
-            self._normalised(groups, "task" if positional else "total"),
+            self._normalised(groups, self._term),
             self._normalised(groups, "anchor"),
             structural,
             generated,
-            weight if positional else 0.0,
+            weight if self._term == "task" else 0.0,
         )
 
     def _normalised(self, groups: Sequence[RolloutGroup], term: str) -> np.ndarray:
@@ -157,8 +220,7 @@ class Learner:
         """
         rl, learned = self._config.rl, []
         if rl.updates > 1:
-            proximal = self._log_probs(state.params, batch)
-            batch = dataclasses.replace(batch, proximal_log_probs=proximal)
+            batch = self._with_log_probs("proximal_log_probs", state.params, batch)
         for number in range(rl.updates):
             share = batch if rl.minibatches == 1 else self._share(batch, number % rl.minibatches)
             state, metrics = self.step(state, share)

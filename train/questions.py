@@ -8,11 +8,12 @@ import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
-from paravt_jax.records import Row
+from paravt_jax.records import Row, VideoRef
 from pipelines.datasets import Found, needle_questions, question_rows
 from pipelines.loader import Mixture
+from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
-from train.config import Config
+from train.config import Config, DataSettings
 from train.setup import needle_world, world_folder
 
 Questions = RowSource[Row] | Mixture
@@ -31,19 +32,38 @@ def read_questions(config: Config) -> list[Found[Row]]:
     sets: list[Found[Row]] = []
     for number, path in enumerate(path for path in (data.path, *data.mixture) if path):
         found = question_rows(path, data.video_root, data.question_types, min(budgets))
-        _check_rejected(found, path, data.max_rejected)
+        check_rejected(found, path, data.max_rejected)
         # Seeds are derived from ids, which are unique within one data set only.
         named = [dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in found.rows]
         sets.append(dataclasses.replace(found, rows=named) if number else found)
+    check_subtitles(data, (video for found in sets for row in found.rows for video in row.videos))
     return sets
 
 
-def _check_rejected(found: Found[Row], path: str, limit: float) -> None:
+def check_rejected(found: Found, path: str, limit: float) -> None:
+    """Refuse a data set of which too much cannot be used.
+
+    Raises:
+      ValueError: the share of rejected rows is above `limit`.
+    """
     if found.share_rejected > limit:
         raise ValueError(
             f"{path}: {found.summary()}. This is more than "
             f"data.max_rejected={limit:g} allows: `python pipelines/describe.py {path}` tells "
             "more; get the files, set data.video_root, or raise the limit"
+        )
+
+
+def check_subtitles(data: DataSettings, videos: Iterable[VideoRef]) -> None:
+    """Refuse to show subtitles that nobody has.
+
+    Raises:
+      ValueError: no video has any.
+    """
+    if data.subtitles and not any(map(has_subtitles, videos)):
+        raise ValueError(
+            "data.subtitles=true, but no video has subtitles: put NAME.srt beside NAME.mp4, or "
+            "set it to false"
         )
 
 

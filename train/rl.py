@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from paravt_jax.objectives import ObjectiveConfig
+from rollout.limits import AgentConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,6 +28,10 @@ class RlSettings:
     filter_redraws: int = 3
     """Further batches of prompts that may be drawn to fill one. If that is not enough, groups
     without spread fill the rest."""
+    subagent_credit: str = "none"
+    """Whether sub-agents train too: `none` of them does, each gets the `full` advantage of its
+    episode, or a `share` of it, divided by the sub-agents of the episode. Their tokens count in the
+    mean like all others; with aggregation by sequence each of them is a row."""
     mask_over_turn: bool = False
     """Learn nothing from a rollout that still calls a tool in its last turn, where it had to
     answer (Video-o3, arXiv 2601.23224), and do not count it in `filter_groups`. Its reward stays in
@@ -54,8 +59,17 @@ class RlSettings:
                 f"rl.prompts_per_step={self.prompts_per_step} is not a multiple of rl.minibatches="
                 f"{self.minibatches} x rl.micro_groups={self.micro_groups}; choose divisors"
             )
+        if self.subagent_credit not in ("none", "full", "share"):
+            raise ValueError(
+                f"rl.subagent_credit={self.subagent_credit}: choose none, full or share"
+            )
         self._check_filter()
         self._check_overlong()
+
+    @property
+    def trains_subagents(self) -> bool:
+        """Whether sub-agents are in the loss."""
+        return self.subagent_credit != "none"
 
     @property
     def updates(self) -> int:
@@ -100,6 +114,32 @@ def check_updates(rl: RlSettings, objective: ObjectiveConfig) -> None:
                 f"objective.{name}={value} has no effect while a batch gets one optimiser step, "
                 "because its ratio is always 1; leave it out, or set rl.epochs or rl.minibatches"
             )
+
+
+def check_subagents(rl: RlSettings, agent: AgentConfig, objective: ObjectiveConfig) -> None:
+    """Refuse to train sub-agents where there are none, or none that the objective could judge.
+
+    Raises:
+      ValueError: naming the settings.
+    """
+    if not rl.trains_subagents:
+        return
+    credit = f"rl.subagent_credit={rl.subagent_credit}"
+    if agent.evidence == "frames" or not agent.max_tool_rounds:
+        raise ValueError(
+            f"{credit} has no effect with agent.evidence={agent.evidence} and agent."
+            f"max_tool_rounds={agent.max_tool_rounds}: no sub-agent speaks; set it to none"
+        )
+    if agent.subagent_sampling.temperature <= 0:
+        raise ValueError(
+            f"{credit} with agent.subagent_sampling.temperature=0: reports that are not sampled "
+            "cannot be judged by their probability; set it above 0"
+        )
+    if objective.surrogate == "regression":
+        raise ValueError(
+            f"{credit} with objective.surrogate=regression, which compares the rollouts of one "
+            "prompt; sub-agents have prompts of their own: set it to none"
+        )
 
 
 def check_lengths(rl: RlSettings, longest: int) -> None:

@@ -19,8 +19,9 @@ from models.qwen3_vl import save_folder
 from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import abstract_params, format_table
-from paravt_jax.records import RolloutGroup, Row
+from paravt_jax.records import Conversation, RolloutGroup, Row
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
+from pipelines.datasets import Found
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.sizes import prompt_tokens
@@ -28,18 +29,20 @@ from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
 from train import setup
-from train.agent import open_agent, open_engine
+from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import is_first
-from train.cold_start import Lessons, cold_start
+from train.cold_start import School, cold_start
 from train.config import Config, Stage, to_dict
+from train.conversations import open_conversations, packed_lessons
 from train.difficulty import Difficulty, hint_room
 from train.hindsight import open_feedback
 from train.learner import Learner
+from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.questions import open_rows, read_questions
+from train.questions import Questions, open_rows, read_questions
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -49,6 +52,7 @@ from train.state import (
     make_optimizer,
     make_state,
 )
+from train.subagents import possible_rows
 from train.teacher import Teacher
 
 Evaluation = dict[str, dict[str, float]]
@@ -115,11 +119,19 @@ def check_rows_fit(config: Config, mesh: Mesh) -> None:
       ValueError: they do not.
     """
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    rows = config.rl.micro_groups * config.rl.group_size
-    if config.stage is Stage.RL and rows % ways:
+    rl = config.rl
+    rows, named = (
+        rl.micro_groups * rl.group_size,
+        (f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"),
+    )
+    if config.packs_conversations:
+        rows, named = config.sft.micro_rows, "sft.micro_rows"
+    elif config.stage is Stage.SFT:
+        return  # tasks of the needle world have too few rows for many devices
+    if rows % ways:
         raise ValueError(
-            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} (rl.micro_groups="
-            f"{config.rl.micro_groups} x rl.group_size={config.rl.group_size}); make it a multiple"
+            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
+            "multiple"
         )
 
 
@@ -144,9 +156,19 @@ def describe(config: Config) -> None:
     print(format_table(table, mesh))
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
+    if config.packs_conversations:
+        print(describe_conversations(open_conversations(config)))
+        return
     for found in read_questions(config):
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
+
+
+def describe_conversations(found: Found[Conversation]) -> str:
+    """How many conversations there are, and which cannot be used."""
+    videos = {video.path for row in found.rows for video in row.videos}
+    first = f"{len(found.rows)} conversations, {len(videos)} videos"
+    return "\n".join([first, *found.report()])
 
 
 def train(config: Config, workdir: Path, resume: str) -> None:
@@ -209,7 +231,7 @@ class Run:
         self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
-        self.rows, self.held_out = open_rows(config, print if is_first() else lambda line: None)
+        self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         self.optimizer = make_optimizer(
             config.optimizer, config.optimizer_steps, self.model.policy.table
         )
@@ -224,6 +246,10 @@ class Run:
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
+
+    def _questions(self) -> tuple[Questions, list[Row]]:
+        """Questions to train on and held-out ones; the first process tells what is missing."""
+        return open_rows(self.config, print if is_first() else lambda line: None)
 
     def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
@@ -276,6 +302,7 @@ class Run:
             self.model.tags(config, self.renderer),
             self.renderer.pad_id,
             self.renderer.spec,
+            self._subagent_length(),
         )
         return Parts(
             config=config,
@@ -293,19 +320,33 @@ class Run:
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
-        lessons = Lessons(
+        packs = self.config.packs_conversations
+        school = School(
             config=self.config,
-            sources=setup.needle_sources(self.config, self.renderer, self.reader),
+            lessons=self._packed_lessons() if packs else self._task_lessons(),
             policy=self.model.policy,
             optimizer=self.optimizer,
             mesh=self.mesh,
-            pad_id=self.renderer.pad_id,
             checkpoints=self.checkpoints,
             log=self.log,
-            masking=self._masking(),
         )
-        self.state = cold_start(lessons, self.state, self.first_step)
-        self._finish({}, None)
+        self.state, position = cold_start(school, self.state, self.first_step)
+        self._finish({}, position)
+
+    def _task_lessons(self) -> TaskLessons:
+        """Tasks of the needle world."""
+        sources = setup.needle_sources(self.config, self.renderer, self.reader)
+        return TaskLessons(self.config.sft, sources, self.renderer.pad_id, self._masking())
+
+    def _packed_lessons(self) -> PackedLessons:
+        """Conversations of `--data`, from where the last checkpoint left them."""
+        found = open_conversations(self.config)
+        for line in found.report():
+            self.log.console.print(line)
+        lessons = packed_lessons(self.config, found.rows, self.renderer, self.reader)
+        if self.data_state is not None:
+            lessons.stream.set_state(self.data_state)
+        return lessons
 
     def _masking(self) -> TaskMasking | None:
         """What hides tokens from supervised rows, if the run asks for it."""
@@ -314,6 +355,17 @@ class Run:
             return None
         tags = self.model.tags(self.config, self.renderer)
         return TaskMasking(share, self.config.seed, tags)
+
+    def _subagent_length(self) -> int:
+        """Most tokens of a sub-agent's stream; says for which shapes the learner compiles."""
+        config = self.config
+        if not config.rl.trains_subagents:
+            return 0
+        length = crop_tokens(config, self.renderer) + config.agent.subagent_tokens
+        calls = config.agent.rounds * config.agent.calls_run
+        rows = possible_rows(calls, config.rl.group_size)
+        self.log.console.print(f"learner: sub-agents of {length} tokens, {rows} rows per prompt")
+        return length
 
     def _prompts(self) -> PromptStream:
         config = self.config

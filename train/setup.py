@@ -88,7 +88,9 @@ class Model:
         data = config.data
         schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
         texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
-        return ChatRenderer.from_folder(str(self.base), data.frames_as, texts, pixels, schemas)
+        return ChatRenderer.from_folder(
+            str(self.base), data.frames_as, texts, pixels, schemas, data.subtitles
+        )
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
         """What finds structural tags in token streams of this tokenizer."""

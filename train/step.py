@@ -97,7 +97,7 @@ def split_micro(batch: LearnerBatch, count: int, group_size: int | None = None) 
     def split(x: Array) -> Array:
         rows = x.shape[0] // groups
         x = x.reshape(groups // count, count, rows, *x.shape[1:])
-        return jnp.moveaxis(x, 1, 0).reshape(count, -1, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 0).reshape(count, groups // count * rows, *x.shape[3:])
 
     return jax.tree.map(split, batch)
 
@@ -107,6 +107,16 @@ def join_micro(pieces: Array, groups: int) -> Array:
     count, rows = pieces.shape[0], pieces.shape[0] * pieces.shape[1] // groups
     pieces = pieces.reshape(count, groups // count, rows, *pieces.shape[2:])
     return jnp.moveaxis(pieces, 0, 1).reshape(groups * rows, *pieces.shape[3:])
+
+
+def encode_parts(
+    policy: TrainablePolicy, params: FlatParams, batch: LearnerBatch, count: int
+) -> VisionFeatures:
+    """Vision features of every row's own frames, `1 / count` of the rows at a time."""
+    features = jax.lax.map(
+        lambda piece: policy.encode(params, piece.patches, piece.grids), split_micro(batch, count)
+    )
+    return jax.tree.map(lambda x: join_micro(x, vision_groups(batch)), features)
 
 
 def minibatch(
@@ -242,15 +252,18 @@ class RlStep:
     group_size: int | None = None
     """Neighbouring rows that answer one prompt, which stay in one micro-batch. None takes rows
     that share frames."""
+    subagent_temperature: float = 1.0
+    subagent_budget: int = 0
+    """Most generated tokens of a sub-agent."""
 
     def __call__(self, state: TrainState, batch: LearnerBatch) -> tuple[TrainState, Metrics]:
         loss = functools.partial(self._loss, frozen=state.frozen)
-        value, gradients, (watched, balance) = accumulate(
+        value, gradients, (watched, balance, rows) = accumulate(
             loss, state.trainable, batch, self.micro_batches, _merge, self.group_size
         )
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "objective": watched}
         if self.policy.experts_per_token:
-            metrics["router/balance"] = balance / batch.tokens.shape[0]
+            metrics["router/balance"] = balance / jnp.maximum(rows, 1.0)
         return apply_gradients(self.optimizer, state, gradients), metrics
 
     def log_probs(self, params: FlatParams, batch: LearnerBatch) -> Float[Array, "b t"]:
@@ -263,15 +276,29 @@ class RlStep:
         )
         return join_micro(pieces, _groups(batch, self.group_size))
 
+    def of_subagents(self) -> RlStep:
+        """The step of sub-agents alone, whose rows share nothing."""
+        return dataclasses.replace(
+            self,
+            temperature=self.subagent_temperature,
+            budget=self.subagent_budget,
+            group_size=None,
+        )
+
     def _loss(
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams
     ) -> tuple[Array, Sums]:
+        """Sums over main agents and sub-agents; divided by one count, they weigh alike."""
+        params = {**trainable, **frozen}
+        total, (count, watched) = self._row_loss(params, batch)
+        if batch.subagents is None:
+            return total, (count, watched)
+        more, (rest, seen) = self.of_subagents()._row_loss(params, batch.subagents)
+        return total + more, (count + rest, _merge(watched, seen))
+
+    def _row_loss(self, params: FlatParams, batch: LearnerBatch) -> tuple[Array, Sums]:
         log_probs, entropy, balance = batch_log_probs(
-            self.policy,
-            {**trainable, **frozen},
-            batch,
-            temperature=self.temperature,
-            budget=self.budget,
+            self.policy, params, batch, temperature=self.temperature, budget=self.budget
         )
         weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
         proximal = batch.proximal_log_probs
@@ -294,12 +321,13 @@ class RlStep:
             spread = jnp.broadcast_to(balance[:, None], weights.shape)
             mean = self.objective.aggregation, self.objective.constant_length
             total += self.router_balance * aggregate(spread, weights, *mean)[0]
-        return total, (count, (watched, jnp.sum(balance)))
+        trained = weights.any(axis=1)
+        return total, (count, (watched, jnp.sum(balance * trained), jnp.sum(1.0 * trained)))
 
 
-Watched = tuple[ObjectiveMetrics, Array]
-"""Figures of the objective, and the sum of balances over rows."""
+Watched = tuple[ObjectiveMetrics, Array, Array]
+"""Figures of the objective, the sum of balances over rows, and the rows."""
 
 
 def _merge(a: Watched, b: Watched) -> Watched:
-    return a[0].merge(b[0]), a[1] + b[1]
+    return a[0].merge(b[0]), a[1] + b[1], a[2] + b[2]

@@ -11,8 +11,10 @@ from tests.e2e.test_needle_run import metrics, start, untimed
 pytestmark = pytest.mark.slow
 
 SETTINGS = (
+    # Without tools, as in both papers, which halves what has to be compiled.
+    "agent.max_tool_rounds=0",
     "agent.turn_tokens=40",
-    "agent.subagent_tokens=12",
+    "agent.answer_tokens=8",
     "data.train_videos=4",
     "evaluation.rows=0",
     "output.export_hf=false",
@@ -71,9 +73,9 @@ def test_deepvideo_hints_and_disturbs_what_the_learner_gets(deepvideo):
     assert config["objective"]["surrogate"] == "regression" and config["rl"]["epochs"] == 2
 
 
-@pytest.mark.parametrize(
-    "recipe", [pytest.param("needle_visd", marks=pytest.mark.study), "needle_deepvideo_r1"]
-)
+# `test_needle_run` resumes a run in every test run, unit tests bring back teacher and window.
+@pytest.mark.study
+@pytest.mark.parametrize("recipe", OWN)
 def test_a_resumed_run_is_the_uninterrupted_one(recipe, request, cache, tmp_path):
     """Teacher, or the window of rewards, come back with the weights."""
     whole = request.getfixturevalue(recipe.split("_")[1])

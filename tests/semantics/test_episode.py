@@ -242,6 +242,10 @@ def test_forbidden_tools():
     assert len(episode.trajectory.turns) == 2
     assert (episode.trajectory.calls, episode.trajectory.executed) == (2, 0)
     assert episode.session.of("main")[0].limits == [1000, 80]
+    shape = {"prompts": 1, "copies": 1, "prompt_tokens": 500, "crop_tokens": 500}
+    for rounds, names in ((0, {"main"}), (1, {"main", "crop"})):
+        # Nobody asks for sub-agents: no cache is kept for them.
+        assert set(lanes(AgentConfig(max_tool_rounds=rounds), RENDERER, **shape)) == names
 
 
 def test_responses_are_cut_to_their_room():

@@ -7,12 +7,13 @@
 5. All videos of a row are shown, and share its frame budget.
 """
 
+import json
 import os
 import shutil
 
 import pytest
 
-from paravt_jax.records import ImageRef, VideoRef
+from paravt_jax.records import ImageRef, Message, ToolCall, VideoRef
 from pipelines.budget import shares
 from pipelines.datasets import question_rows, sft_rows
 from pipelines.loader import prompt_list
@@ -139,6 +140,18 @@ def test_bad_questions_are_rejected_with_the_reason(change, reason, folder, tmp_
     found = question_rows(str(tmp_path), folder)
     assert len(found.rows) == 1
     assert reason in found.rejected[0].reason and "bad.parquet, row 0" in found.rejected[0].where
+
+
+def test_calls_in_a_field_are_read_and_kept(tmp_path):
+    function = {"name": "crop_video", "arguments": json.dumps({"start_time": 1})}
+    calls = [{"id": "1", "type": "function", "function": function}] * 2
+    said = {"role": "assistant", "content": None, "tool_calls": calls}
+    fixture.write_table(str(tmp_path), "calls.parquet", [{"messages": json.dumps([said])}])
+    (row,) = sft_rows(str(tmp_path)).rows
+    assert row.messages == (
+        Message("assistant", (), 2 * (ToolCall("crop_video", {"start_time": 1}),)),
+    )
+    assert row_source([row], str(tmp_path / "cache"))[0] == row
 
 
 BAD_CONVERSATIONS = {

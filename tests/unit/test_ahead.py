@@ -6,12 +6,14 @@ Compiling needs libtpu, which tests cannot count on.
 import dataclasses
 
 import jax
+import optax
 import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from train import setup
 from train.ahead import abstract_batch
+from train.config import override
 from train.learner import rl_step
 from train.recipes import get_recipe
 from train.state import make_optimizer, make_state
@@ -35,8 +37,20 @@ def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
 
 
-def test_the_step_takes_the_abstract_batch():
-    config = recipe("image")
+def test_a_minibatch_is_what_is_compiled():
+    """A share of the prompts, with the log-probabilities of the policy before the first step."""
+    base = recipe("image")
+    config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
+    batch = abstract_batch(config, setup.abstract_policy(config).config, MESH)
+    assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
+    assert batch.proximal_log_probs.shape == batch.tokens.shape
+    assert rl_step(setup.abstract_policy(config), optax.sgd(0.1), config).micro_batches == 2
+
+
+@pytest.mark.parametrize("credit", ["none", "share"])
+def test_the_step_takes_the_abstract_batch(credit):
+    sampled = ["agent.subagent_sampling.temperature=1", f"rl.subagent_credit={credit}"]
+    config = override(recipe("image"), sampled)
     policy = setup.abstract_policy(config)
     optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
     params = initialise(policy.table, jax.random.key(0), MESH)
@@ -45,5 +59,8 @@ def test_the_step_takes_the_abstract_batch():
         batch = abstract_batch(config, policy.config, MESH)
         after, metrics = jax.eval_shape(rl_step(policy, optimizer, config), state, batch)
     assert metrics["loss"].shape == ()
+    if credit == "share":
+        # Four crops in the one round of each of 128 rollouts, of 16 frames of one token.
+        assert batch.subagents.features.tokens.shape == (4 * 128, 16, 128)
     shapes = {name: value.shape for name, value in after.trainable.items()}
     assert shapes == {name: value.shape for name, value in state.trainable.items()}

@@ -11,6 +11,7 @@ RECIPES: dict[str, Callable[[], Config]] = {
     "needle_sft": needle.needle_sft,
     "paravt_rl": paravt.paravt_rl,
     "paravt_grpo": paravt.paravt_grpo,
+    "paravt_sft": paravt.paravt_sft,
     "longvt_rl": longvt.longvt_rl,
     "needle_longvt": longvt.needle_longvt,
     "vital_rl": vital.vital_rl,

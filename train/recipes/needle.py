@@ -20,11 +20,9 @@ from train.config import (
     OptimizerSettings,
     OutputSettings,
     RlSettings,
-    SftPhase,
-    SftSettings,
     Stage,
-    TaskShape,
 )
+from train.sft import SftPhase, SftSettings, TaskShape
 
 COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
 """Weights of `needle_sft`, committed so that the demo starts where RL begins."""

@@ -6,6 +6,9 @@ for real, the forced prefix is scored, the reference uses the sampler's temperat
 moments are float32. Different by our choice: the anchor acts at positions, rewards are not scaled
 and clipped, token advantages are not whitened, there is no KL term (the release has 0.01 of k1 in
 the reward), and a step has 8 prompts instead of 7. On-policy: one step per batch, no staleness.
+The release's own advantages: `--set advantages.reward_scale=10 --set advantages.reward_bias=-0.2
+--set advantages.reward_clip=20 --set advantages.kl_weight=0.01 --set advantages.whiten_tokens=true
+--set objective.anchor=sequence`.
 """
 
 import dataclasses
@@ -23,6 +26,7 @@ from train.config import (
     RlSettings,
     Stage,
 )
+from train.sft import PackSettings, SftSettings
 
 
 def paravt_rl() -> Config:
@@ -53,6 +57,36 @@ def paravt_rl() -> Config:
         optimizer=OptimizerSettings(learning_rate=2e-6, weight_decay=0.01),
         rl=RlSettings(prompts_per_step=8, group_size=8, micro_groups=1),
         output=OutputSettings(checkpoint_every=5),
+    )
+
+
+def paravt_sft() -> Config:
+    """The cold start before it, on conversations of your own or ParaVT-Parquet's `sft` files.
+
+    `python train/main.py --recipe paravt_sft --model QWEN3_VL --data CONVERSATIONS
+    --mesh fsdp:-1`. The release trains 1500 steps, its model card says 500, on 8 GPUs with 4 packs
+    each. As there, frames are shown as a video and the vision tower trains.
+
+    Packs, rates, frames, pixels and optimiser are the release's. Corrected: timestamps stand before
+    the frames' start mark and vision tokens have M-RoPE positions, as Qwen3-VL's processor has it
+    and as rollouts do; paths with `file://` are read; only what the assistant wrote is learned
+    (`sft.packing.learn=special` adds the special tokens of all turns, never tool responses); the
+    loss is the mean over the tokens of the global batch, not of each device's; packing is first fit
+    over 64 open rows instead of next fit; no system message is invented; weights, moments and
+    gradients are float32.
+    """
+    return Config(
+        recipe="paravt_sft",
+        needs=("--model", "--data"),
+        stage=Stage.SFT,
+        steps=1500,
+        model=ModelSettings(compute_dtype="bfloat16", remat=True, train_vision=True),
+        data=DataSettings(frames_as="video"),
+        optimizer=OptimizerSettings(
+            learning_rate=2e-5, warmup_steps=75, decay="cosine", weight_decay=0.01
+        ),
+        sft=SftSettings(packing=PackSettings(), micro_rows=8),
+        output=OutputSettings(checkpoint_every=100),
     )
 
 

@@ -37,12 +37,10 @@ from train.config import (
     OptimizerSettings,
     OutputSettings,
     RlSettings,
-    SftPhase,
-    SftSettings,
     Stage,
-    TaskShape,
 )
 from train.recipes.needle import needle_frames, needle_sft
+from train.sft import SftPhase, SftSettings, TaskShape
 
 PAIR_TOKEN_PIXELS = 32 * 32
 """Pixels of one vision token of Qwen3-VL, in each of the two frames that it spans."""

@@ -1,0 +1,314 @@
+"""Conversations to token streams and loss weights, by the tokenizer's own chat template.
+
+What the assistant said is found by rendering: the template writes the conversation up to a turn of
+the assistant, and up to its end, and both must begin the whole conversation. Then the learned
+tokens are exactly those that follow, at inference, what the template asks the model to continue.
+A template for which this does not hold is refused: there, training would show the model another
+text than it reads later.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from paravt_jax.interfaces import FrameReader
+from paravt_jax.patches import join_patches
+from paravt_jax.records import Conversation, ImageRef, Message, Pack, Prompt, VideoRef
+from paravt_jax.rope_index import mrope_positions, vision_index
+from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
+from pipelines.render import ChatRenderer
+
+ASSISTANT = "assistant"
+LEARN = (ASSISTANT, "special")
+"""What is learned: the assistant's text with its end-of-turn tokens; or, as in ParaVT's release,
+also the line break after it and every special token of all turns, vision padding excepted."""
+VISION_TEXTS = ("<|image_pad|>", "<|video_pad|>")
+"""One of them stands for each vision token."""
+
+
+@dataclasses.dataclass(frozen=True)
+class FrameRate:
+    """How many frames of a video a conversation shows, spread from its first to its last."""
+
+    fps: float = 1.0
+    """Frames per second of the video."""
+    least: int = 1
+    most: int = 64
+
+    def count(self, video: VideoRef) -> int:
+        """Frames of this video."""
+        return int(np.clip(int(video.duration * self.fps), self.least, self.most))
+
+
+@dataclasses.dataclass(frozen=True)
+class Shot:
+    """Frames shown together, at the size that the model sees.
+
+    Bytes, not patches: conversations that wait for room in a pack take a quarter of the memory.
+    """
+
+    pixels: np.ndarray
+    """uint8 `[f, h, w, 3]`."""
+    spec: FrameSpec
+
+    @property
+    def grids(self) -> np.ndarray:
+        """int32 `[f', 2]`: rows and columns of patches of what the vision tower sees as frames."""
+        sides = np.array(self.pixels.shape[1:3]) // self.spec.patch_size
+        return np.tile(sides.astype(np.int32), (self.spec.group_count(len(self.pixels)), 1))
+
+
+@dataclasses.dataclass(frozen=True)
+class Draft:
+    """A rendered conversation whose frames are not cut into patches yet."""
+
+    tokens: np.ndarray
+    """int32 `[t]`."""
+    visual: np.ndarray
+    """bool `[t]`: where a vision token stands."""
+    weights: np.ndarray
+    """float32 `[t]`: loss weight of predicting each token."""
+    shots: tuple[Shot, ...]
+    """In the order in which their tokens stand."""
+
+    @property
+    def frames(self) -> int:
+        """What the vision tower sees as frames: pairs of them as a video."""
+        return sum(len(shot.grids) for shot in self.shots)
+
+
+class ConversationRenderer:
+    """Renders conversations as `ChatRenderer` renders prompts: frames of a video as timed images or
+    as pairs with their mean time, M-RoPE positions, and text encoded between control tokens.
+
+    Args:
+        renderer: tokenizer, chat template, and how the frames of videos are shown.
+        reader: decodes videos, at the size of the renderer's specification.
+        rate: how many frames of a video are shown.
+        learn: which tokens are learned, one of `LEARN`.
+    """
+
+    def __init__(
+        self,
+        renderer: ChatRenderer,
+        reader: FrameReader,
+        rate: FrameRate = FrameRate(),
+        learn: str = ASSISTANT,
+    ):
+        if learn not in LEARN:
+            raise ValueError(f"learn={learn!r} is unknown; choose one of {', '.join(LEARN)}")
+        self._renderer, self._reader, self._rate, self._learn = renderer, reader, rate, learn
+        self.image_spec = still_spec(renderer.spec)
+        """How still images are shown."""
+        tokenizer = renderer.tokenizer
+        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+        self._reserved = tuple(special.values())
+        self._vision_ids = [tokenizer.convert_tokens_to_ids(text) for text in VISION_TEXTS]
+        self._special_ids = [i for i in special if i not in self._vision_ids]
+
+    def __call__(self, conversation: Conversation) -> Draft:
+        """Read the frames of a conversation and render it.
+
+        Raises:
+            ValueError: naming the row: a file cannot be read, a text spells out a special token,
+                or the template does not tell what the assistant said.
+        """
+        try:
+            parts = [self._parts(message) for message in conversation.messages]
+            messages = [
+                {"role": message.role, "content": content} | self._calls(message)
+                for message, (content, _) in zip(conversation.messages, parts, strict=True)
+            ]
+            pieces = list(turns(self._renderer.tokenizer, messages))
+            return self._draft(pieces, [shot for _, shots in parts for shot in shots])
+        except ValueError as error:
+            raise ValueError(f"row {conversation.row_id}: {error}") from error
+
+    def _parts(self, message: Message) -> tuple[list[dict[str, str]], list[Timed]]:
+        """Content of a message as templates take it, and what it shows."""
+        content: list[dict[str, str]] = []
+        shown: list[Timed] = []
+        for part in message.content:
+            if isinstance(part, str):
+                content.append({"type": "text", "text": self._checked(part)})
+                continue
+            if message.role == ASSISTANT:
+                raise ValueError("the assistant shows an image or a video; it can only write")
+            more, timed = self._still(part) if isinstance(part, ImageRef) else self._video(part)
+            content += more
+            shown.append(timed)
+        return content, shown
+
+    def _calls(self, message: Message) -> dict[str, Any]:
+        """Calls of a message as templates take them."""
+        if not message.calls:
+            return {}
+        calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
+        self._checked(json.dumps(calls, ensure_ascii=False))
+        return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
+
+    def _checked(self, text: str) -> str:
+        """Text of a data set must not open or close turns, or stand for frames."""
+        for token in self._reserved:
+            if token in text:
+                raise ValueError(f"a message spells out the special token {token!r}; rephrase it")
+        return text
+
+    def _video(self, video: VideoRef) -> tuple[list[dict[str, str]], Timed]:
+        frames = self._reader.overview(video, self._rate.count(video))
+        content = self._renderer.frame_parts(frames.times)
+        if words := self._renderer.subtitles(video):
+            content = [*content, {"type": "text", "text": words}]
+        return content, Timed(Shot(frames.pixels, self._renderer.spec), frames.times)
+
+    def _still(self, image: ImageRef) -> tuple[list[dict[str, str]], Timed]:
+        pixels = self.image_spec.resize(read_image(image)[None])
+        return [{"type": "image"}], Timed(Shot(pixels, self.image_spec))
+
+    def _draft(self, pieces: Sequence[tuple[str, bool]], shown: Sequence[Timed]) -> Draft:
+        """Tokens of all pieces. Each is encoded by itself: at inference what the assistant says is
+        generated after its header, with which no merge can join it."""
+        renderer = self._renderer
+        times = iter([timed.times for timed in shown if timed.times is not None])
+        texts = [renderer.with_times(text, times) for text, _ in pieces]
+        encoded = [np.asarray(renderer.encode(text), np.int32) for text in texts]
+        learned = np.repeat([own for _, own in pieces], [len(ids) for ids in encoded])
+        tokens = np.concatenate(encoded)
+        if self._learn != ASSISTANT:
+            learned = self._with_special(tokens, learned)
+        shots = tuple(timed.shot for timed in shown)
+        repeats = np.ones(len(tokens), np.int64)
+        marks = np.isin(tokens, self._vision_ids)
+        repeats[marks] = _vision_counts(shots)
+        tokens, visual = np.repeat(tokens, repeats), np.repeat(marks, repeats)
+        weights = np.repeat(learned.astype(np.float32), repeats)
+        return Draft(tokens, visual, weights, shots)
+
+    def _with_special(self, tokens: np.ndarray, learned: np.ndarray) -> np.ndarray:
+        after = np.zeros_like(learned)
+        after[1:] = learned[:-1] & ~learned[1:]
+        return learned | after | np.isin(tokens, self._special_ids)
+
+
+@dataclasses.dataclass(frozen=True)
+class Timed:
+    """What a part of a message shows, and the times of its frames; a still image has none."""
+
+    shot: Shot
+    times: np.ndarray | None = None
+
+
+def turns(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    """The rendered conversation in pieces, and whether the assistant said them.
+
+    A piece of the assistant reaches from what the template puts at the head of its turns to the
+    end-of-turn token. Joined, the pieces are the conversation as the template renders it.
+
+    Raises:
+        ValueError: the assistant speaks first or twice in a row, or the template writes earlier
+            turns otherwise than when they were the last.
+    """
+    whole, at = _render(tokenizer, messages), 0
+    for number, message in enumerate(messages):
+        if message["role"] != ASSISTANT:
+            continue
+        if not number or messages[number - 1]["role"] == ASSISTANT:
+            raise ValueError("the assistant speaks first or twice in a row; join its messages")
+        head = _render(tokenizer, messages[:number], asked=True)
+        said = _said(tokenizer, _render(tokenizer, messages[: number + 1]), head, message)
+        if not whole.startswith(head + said):
+            raise ValueError(
+                f"the chat template writes turn {number} otherwise once more turns follow (a "
+                "thought that it drops, for instance), so that training would show what the "
+                "model never reads; cut the conversation there or use another template"
+            )
+        yield whole[at : len(head)], False
+        yield said, True
+        at = len(head) + len(said)
+    yield whole[at:], False
+
+
+def _said(tokenizer: Any, turn: str, head: str, message: dict[str, Any]) -> str:
+    """What the template writes of a message of the assistant after the head of its turn."""
+    end = tokenizer.eos_token
+    said, closed, _ = turn.removeprefix(head).partition(end)
+    words = "".join(part["text"] for part in message["content"])
+    written = _squeezed(said).startswith(_squeezed(words))
+    called = all(call["function"]["name"] in said for call in message.get("tool_calls", ()))
+    if not turn.startswith(head) or not (closed and written and called):
+        raise ValueError(
+            f"the chat template does not write {words[:40]!r} as {head[-24:]!r}, the message, "
+            f"{end!r}, so that what the assistant said cannot be told; use another template"
+        )
+    return said + closed
+
+
+def _squeezed(text: str) -> str:
+    """Text without white space, which templates add and drop."""
+    return "".join(text.split())
+
+
+def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], asked: bool = False) -> str:
+    return tokenizer.apply_chat_template(
+        list(messages), add_generation_prompt=asked, tokenize=False
+    )
+
+
+def still_spec(spec: FrameSpec) -> ImageSpec:
+    """How still images are shown beside frames of this specification: within the same limits."""
+    if isinstance(spec, ImageSpec):
+        return spec
+    assert isinstance(spec, VideoSpec)
+    shared = {f.name: getattr(spec, f.name) for f in dataclasses.fields(FrameSpec)}
+    most = spec.max_frame_pixels or spec.max_pixels
+    return ImageSpec(**shared, min_pixels=spec.min_frame_pixels, max_pixels=most)
+
+
+def read_image(image: ImageRef) -> np.ndarray:
+    """The uint8 pixels `[h, w, 3]` of an image file.
+
+    Raises:
+        ValueError: the file cannot be read.
+    """
+    try:
+        with Image.open(image.path) as opened:
+            return np.asarray(opened.convert("RGB"))
+    except OSError as error:
+        raise ValueError(f"image {image.path}: {error}; check the file") from error
+
+
+def pack(drafts: Sequence[Draft]) -> Pack:
+    """Conversations one after the other in one stream; positions begin anew with each."""
+    shots = [shot for draft in drafts for shot in draft.shots]
+    patches = join_patches([to_patches(shot.pixels, shot.spec) for shot in shots])
+    tokens = np.concatenate([draft.tokens for draft in drafts])
+    index = np.full(len(tokens), -1, np.int32)
+    if patches is not None:
+        visual = np.concatenate([draft.visual for draft in drafts])
+        merge = shots[0].spec.merge_size
+        index = vision_index(visual, patches.grids, merge, patches.values.shape[1])
+    return Pack(
+        stream=Prompt(tokens, np.concatenate([_positions(d) for d in drafts]), index, patches),
+        weights=np.concatenate([draft.weights for draft in drafts]),
+        segments=np.repeat(
+            np.arange(1, len(drafts) + 1, dtype=np.int32), [len(d.tokens) for d in drafts]
+        ),
+    )
+
+
+def _positions(draft: Draft) -> np.ndarray:
+    grids = np.concatenate([np.zeros((0, 2), np.int32), *(shot.grids for shot in draft.shots)])
+    merge = draft.shots[0].spec.merge_size if draft.shots else 1
+    return mrope_positions(draft.visual, grids, merge)
+
+
+def _vision_counts(shots: Sequence[Shot]) -> np.ndarray:
+    """Vision tokens of each frame, in order."""
+    counts = [shot.grids.prod(1) // shot.spec.merge_size**2 for shot in shots]
+    return np.concatenate([np.zeros(0, np.int64), *counts])

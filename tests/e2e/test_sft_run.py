@@ -1,0 +1,126 @@
+"""Supervised steps on conversations through the real command: files -> packs -> steps -> folder."""
+
+import dataclasses
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.paravt_fixture import VIDEOS, write_paravt
+from train.config import override
+from train.conversations import open_conversations
+from train.recipes import get_recipe
+from train.run import describe_conversations
+
+ROOT = Path(__file__).resolve().parents[2]
+MODEL = ROOT / "train" / "assets" / "needle_sft"
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    "model.compute_dtype=float32",
+    "model.remat=false",
+    "sft.packing.tokens=384",
+    "sft.packing.frames=24",
+    "sft.packing.rows=2",
+    "sft.packing.bins=2",
+    "sft.micro_rows=1",
+    "sft.packing.max_frames=4",
+    "data.min_pixels=1024",
+    "data.max_pixels=1024",
+    "optimizer.warmup_steps=1",
+    "output.checkpoint_every=1",
+    "data.max_rejected=0.5",
+)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    return Path(write_paravt(str(tmp_path_factory.mktemp("paravt"))))
+
+
+def start(workdir, data, settings=()):
+    """Two steps by the command, on one device."""
+    sets = [f"data.cache_dir={data / 'cache'}", *SMALL, *settings]
+    command = [sys.executable, str(ROOT / "train" / "main.py"), "--recipe", "paravt_sft"]
+    command += ["--model", str(MODEL), "--data", str(data), "--workdir", str(workdir)]
+    command += ["--steps", "2", *(part for text in sets for part in ("--set", text))]
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    return subprocess.run(
+        command, cwd=data, env=os.environ | quick, capture_output=True, text=True, timeout=600
+    )
+
+
+def metrics(workdir):
+    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
+    return [{k: v for k, v in r.items() if not k.startswith("time/")} for r in records]
+
+
+def test_two_steps_from_parquet_and_a_resume_that_repeats_the_second(data, tmp_path):
+    whole = tmp_path / "whole"
+    done = start(whole, data)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "1 of 4 rows cannot be used" in done.stdout
+    first, second = metrics(whole)
+    assert 0.3 < first["data/fill"] <= 1 and first["data/conversations"] >= 2
+    assert first["grad_norm"] > 0 and second["loss"] != first["loss"]
+    assert (whole / "hf" / "model.safetensors").exists()
+    shutil.rmtree(whole / "checkpoints" / "2")
+    done = start(whole, data, settings=("output.export_hf=false",))
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert metrics(whole) == [first, second]
+
+
+def recipe(path, *settings):
+    config = get_recipe("paravt_sft")
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, path=str(path)))
+    return override(config, list(settings))
+
+
+def test_own_conversations_from_jsonl_are_described(tmp_path):
+    said = [
+        {"role": "user", "content": "Which colour is a ripe tomato?"},
+        {"role": "assistant", "content": "<think>Easy.</think><answer>red</answer>"},
+    ]
+    (tmp_path / "own.jsonl").write_text(5 * (json.dumps({"messages": said}) + "\n"))
+    found = open_conversations(recipe(tmp_path / "own.jsonl"))
+    assert describe_conversations(found) == "5 conversations, 0 videos"
+
+
+def test_subtitles_that_no_video_has_are_refused(data):
+    with pytest.raises(ValueError, match="no video has subtitles"):
+        open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5"))
+    (data / VIDEOS[0]).with_suffix(".srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
+    assert (
+        len(open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5")).rows)
+        == 3
+    )
+
+
+@pytest.mark.parametrize(
+    "setting, named",
+    [
+        ("evaluation.rows=4", "no questions to evaluate"),
+        ("sft.packing.learn=all", "assistant, special"),
+        ("sft.packing.fit=worst", "first, best"),
+        ("sft.packing.fps=0", "above 0"),
+        ("sft.packing.rows=0", "at least 1"),
+        ("sft.micro_rows=3", "does not divide"),
+        ("sft.task_masks=0.1", "no effect"),
+        ("data.workers=2", "no effect"),
+        ("model.router_balance=0.1", "several"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(setting, named):
+    with pytest.raises(ValueError, match=named):
+        override(get_recipe("paravt_sft"), [setting])
+
+
+def test_tasks_and_packs_exclude_one_another():
+    with pytest.raises(ValueError, match="take --recipe paravt_sft"):
+        override(get_recipe("needle_sft"), ["sft.packing.rows=4"])
+    with pytest.raises(ValueError, match="reads no conversations"):
+        override(get_recipe("needle_sft"), ["data.path=somewhere"])

@@ -1,0 +1,57 @@
+"""The conversations of a run: read, checked, rendered and packed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from paravt_jax.records import Conversation
+from pipelines.conversation import ConversationRenderer, FrameRate
+from pipelines.datasets import Found, sft_rows
+from pipelines.packing import PackShape, Skips, pack_stream
+from pipelines.render import ChatRenderer
+from pipelines.tfds_builder import row_source
+from pipelines.video import VideoReader
+from train.config import Config
+from train.lessons import PackedLessons
+from train.questions import check_rejected, check_subtitles
+
+
+def open_conversations(config: Config) -> Found[Conversation]:
+    """The conversations of `--data`.
+
+    Raises:
+      ValueError: a file that cannot be read, more unusable rows than `data.max_rejected`, or
+        subtitles are asked for and no video has any.
+    """
+    data = config.data
+    assert data.path is not None
+    found = sft_rows(data.path, data.video_root)
+    check_rejected(found, data.path, data.max_rejected)
+    check_subtitles(data, (video for row in found.rows for video in row.videos))
+    return found
+
+
+def packed_lessons(
+    config: Config,
+    conversations: Sequence[Conversation],
+    renderer: ChatRenderer,
+    reader: VideoReader,
+) -> PackedLessons:
+    """The stream of packed conversations, which are written to the data cache first."""
+    own, skips = config.sft.packing, Skips(config.data.max_rejected)
+    render = ConversationRenderer(
+        renderer, reader, FrameRate(own.fps, most=own.max_frames), own.learn
+    )
+    stream = pack_stream(
+        row_source(conversations, str(Path(config.data.cache_dir).absolute() / "rows")),
+        render,
+        PackShape(own.tokens, own.frames),
+        own.rows,
+        config.seed,
+        skips,
+        fit=own.fit,
+        bins=own.bins,
+    )
+    patches = max(renderer.spec.max_patches, render.image_spec.max_patches)
+    return PackedLessons(own, stream, skips, renderer.pad_id, patches)

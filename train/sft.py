@@ -1,0 +1,128 @@
+"""Settings of the `sft` stage."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from pipelines.conversation import LEARN
+from pipelines.packing import FITS
+
+
+@dataclasses.dataclass(frozen=True)
+class SftPhase:
+    """A stretch of supervised steps with one mix of tasks; the next phase ends it."""
+
+    start: int
+    """First step of the phase."""
+    rows: dict[str, int]
+    """Examples of each task in one step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskShape:
+    """The static shape of one task's batches: a longer example is refused."""
+
+    length: int
+    """Tokens of a row."""
+    learned: int
+    """Most learned tokens of a row."""
+    frames: int = 0
+    """Frames of a row."""
+
+
+@dataclasses.dataclass(frozen=True)
+class PackSettings:
+    """How conversations of `--data` are shown, learned and put into rows."""
+
+    tokens: int = 8192
+    """Tokens of a row; longer conversations are skipped."""
+    frames: int = 160
+    """Most frames of a row (pairs of them as a video): what the vision tower has room for."""
+    rows: int = 32
+    """Rows of one step."""
+    fit: str = "first"
+    """Which open row a conversation goes to: the `first` that has room, or the `best` filled."""
+    bins: int = 64
+    """Rows open at a time: more are filled better, and hold more frames in memory."""
+    fps: float = 1.0
+    """Frames shown per second of a video."""
+    max_frames: int = 64
+    """Most frames shown of a video."""
+    learn: str = "assistant"
+    """`assistant`: its text and end-of-turn tokens. `special`: every special token of all turns
+    besides, as in ParaVT's release."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense.
+
+        Raises:
+          ValueError: naming the setting.
+        """
+        for name in ("tokens", "frames", "rows", "bins", "max_frames"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"sft.packing.{name} must be at least 1")
+        if not self.fps > 0:
+            raise ValueError(f"sft.packing.fps must be above 0, got {self.fps}")
+        for name, allowed in (("fit", FITS), ("learn", LEARN)):
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"sft.packing.{name}={getattr(self, name)!r} is unknown; choose one of "
+                    f"{', '.join(allowed)}"
+                )
+
+
+@dataclasses.dataclass(frozen=True)
+class SftSettings:
+    """The supervised cold start: tasks of the needle world by a schedule, or packed conversations
+    of `--data`."""
+
+    phases: tuple[SftPhase, ...] = ()
+    tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
+    packing: PackSettings = PackSettings()
+    micro_rows: int = 8
+    """Rows per gradient micro-batch."""
+    task_masks: float = 0.0
+    """Share of rows whose last answer does not see the overview and whose later calls do not see
+    earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
+
+    def check(self) -> None:
+        """Refuse values that make no sense, or no difference.
+
+        Raises:
+          ValueError: naming the setting.
+        """
+        if self.micro_rows < 1:
+            raise ValueError(f"sft.micro_rows must be at least 1, got {self.micro_rows}")
+        if not 0 <= self.task_masks <= 1:
+            raise ValueError(f"sft.task_masks={self.task_masks}: give a share from 0 to 1")
+        if self.phases:
+            self._check_phases()
+        else:
+            self._check_packs()
+
+    def _check_packs(self) -> None:
+        self.packing.check()
+        if self.packing.rows % self.micro_rows:
+            raise ValueError(
+                f"sft.micro_rows={self.micro_rows} does not divide the {self.packing.rows} rows of "
+                "sft.packing.rows; choose a divisor"
+            )
+        if self.task_masks:
+            raise ValueError(
+                f"sft.task_masks={self.task_masks} masks tasks of the needle world and has no "
+                "effect on conversations; set it to 0"
+            )
+
+    def _check_phases(self) -> None:
+        if self.packing != PackSettings():
+            raise ValueError(
+                "sft.packing has no effect on the tasks of sft.phases, whose rows hold one example "
+                "each; leave it out, or take --recipe paravt_sft"
+            )
+        for phase in self.phases:
+            for task, rows in phase.rows.items():
+                if rows > self.micro_rows and rows % self.micro_rows:
+                    raise ValueError(
+                        f"sft.micro_rows={self.micro_rows} does not divide the {rows} rows of "
+                        f"task {task}; choose a divisor"
+                    )
