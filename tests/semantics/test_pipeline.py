@@ -5,9 +5,8 @@
 3. Each epoch shows every row once, in an order of its own.
 4. Processes share one order and never show the same row twice in an epoch.
 5. A stream set to a saved state goes on exactly as the one that saved it.
-6. Threads and worker processes give the same prompts.
-7. A video that cannot be read ends the stream with a ValueError that names the file.
-8. Frames of the needle world reach the model untouched, as images and as video.
+6. A video that cannot be read ends the stream with a ValueError that names the file.
+7. Frames of the needle world reach the model untouched, as images and as video.
 """
 
 import dataclasses
@@ -110,14 +109,6 @@ def test_a_saved_position_resumes_exactly():
     resumed = stream(source)
     resumed.set_state(state)
     assert all(same(a, b) for a, b in zip(ahead, take(resumed, 5), strict=True))
-
-
-@pytest.mark.slow
-def test_workers_give_what_threads_give():
-    source = row_source(rows(), data_folder())
-    threads, workers = stream(source), stream(source, workers=2)
-    assert all(same(a, b) for a, b in zip(take(threads, 2), take(workers, 2), strict=True))
-    workers.close()
 
 
 def test_tools_are_offered_or_not():
