@@ -36,6 +36,11 @@ class Policy(Protocol):
         """Width of a hidden state."""
         ...
 
+    def prepare(self, params: Params) -> Params:
+        """Weights in the form that the other methods read fastest, for as long as they stay the
+        same. Every method takes either form."""
+        ...
+
     def encode(
         self,
         params: Params,

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import weakref
 from collections.abc import Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import grain
 from absl import flags
@@ -74,7 +74,7 @@ class BadRows:
         self.ids: set[str] = set()
         """The bad rows so far."""
 
-    def is_good(self, item: PromptItem | BadRow) -> bool:
+    def is_good(self, item: PromptItem | BadRow) -> TypeGuard[PromptItem]:
         """Whether there is a prompt; if not, take note of why.
 
         Raises:
@@ -260,7 +260,7 @@ def prompt_list(
     every: Iterable[PromptItem | BadRow] = (
         make(Draw(rows[index], epoch=0)) for index in range(len(rows))
     )
-    return [item for item in every if isinstance(item, PromptItem) or bad_rows.is_good(item)]
+    return [item for item in every if bad_rows.is_good(item)]
 
 
 def _check(

@@ -12,8 +12,8 @@ from pipelines.budget import shares
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 
-LATE = 99999.9
-"""Seconds: a time that takes as many characters as the time of any frame."""
+EARLY, LATE = 0.0, 99999.9
+"""Seconds: times that take as few and as many characters as the time of any frame."""
 
 
 class ArraySpec(NamedTuple):
@@ -69,10 +69,10 @@ def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | Non
     return full_size(prompt, spec, quota and quota * videos)
 
 
-def smallest_frames(spec: FrameSpec, count: int) -> Frames:
-    """Frames of one vision token each, at late times."""
+def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
+    """Frames of one vision token each, all at one time."""
     pixels = np.zeros((count, spec.factor, spec.factor, 3), np.uint8)
-    return Frames(pixels, np.full(count, LATE))
+    return Frames(pixels, np.full(count, time))
 
 
 def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:

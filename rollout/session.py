@@ -32,6 +32,8 @@ T = TypeVar("T")
 SILENT = SamplingConfig()
 BATCH = 16
 """Prompts, or blocks for live rows, that are read together."""
+PROMPT_LEAST, APPEND_LEAST = 64, 8
+"""Smallest static sizes, in tokens, of prompts and of what is appended to live rows."""
 NEVER = np.iinfo(np.int32).max
 
 
@@ -176,7 +178,7 @@ class Session:
 
     def __init__(self, engine: Engine, params: Params) -> None:
         """Opened by `Engine.session`."""
-        self._engine, self._params = engine, params
+        self._engine, self._params = engine, engine.policy.prepare(params)
         states = engine.states
         self._desks = {name: _Desk(name, lane, states) for name, lane in engine.lanes.items()}
         self._rows: dict[Stream, tuple[_Desk, _Row]] = {}
@@ -280,7 +282,7 @@ class Session:
     def _admit(self, desk: _Desk) -> None:
         """Read the prompts that got a slot, those of one shape together."""
         most = desk.lane.prompt_tokens
-        shapes = _grouped(desk.seat(), lambda shared: _shape(shared.prompt, 64, most))
+        shapes = _grouped(desk.seat(), lambda shared: _shape(shared.prompt, PROMPT_LEAST, most))
         for (tokens, frames), alike in shapes:
             for batch, size in _batches(alike, desk.lane.prompts):
                 # Repetitions fill up the batch; their slot does not exist, so they leave no trace.
@@ -297,7 +299,7 @@ class Session:
     def _append(self, desk: _Desk) -> None:
         """Append what rows were given, blocks of one shape together."""
         told = [row for row in desk.rows if row is not None and row.given is not None]
-        for (tokens, frames), alike in _grouped(told, lambda row: _shape(row.given, 8)):
+        for (tokens, frames), alike in _grouped(told, lambda row: _shape(row.given, APPEND_LEAST)):
             if 2 * len(alike) >= desk.lane.rows:
                 # It is cheaper to take all rows than to gather those that it concerns.
                 self._append_block(desk, set(alike), desk.rows, tokens, frames)
@@ -416,8 +418,14 @@ def _shape(prompt: Prompt | None, least: int, most: int = NEVER) -> tuple[int, i
     """Static numbers of tokens and frames that hold a prompt."""
     if prompt is None:
         raise ValueError("no prompt: a shape is that of something to read")
-    frames = 0 if prompt.patches is None else _power(len(prompt.patches.grids), 1)
-    return min(_power(len(prompt.tokens), least), most), frames
+    frames = 0 if prompt.patches is None else len(prompt.patches.grids)
+    return static_size(len(prompt.tokens), frames, least, most)
+
+
+def static_size(tokens: int, frames: int, least: int, most: int = NEVER) -> tuple[int, int]:
+    """Tokens and frames that a block of these many is padded to: powers of two, tokens at least
+    `least` and at most `most`."""
+    return min(_power(tokens, least), most), _power(frames, 1) if frames else 0
 
 
 def _power(count: int, least: int) -> int:

@@ -110,6 +110,9 @@ class ToyPolicy:
             for key, (name, shape) in zip(keys, shapes.items(), strict=True)
         }
 
+    def prepare(self, params):
+        return params
+
     def encode(self, params, patches, grids) -> VisionFeatures:
         b, f, p, c = patches.shape
         tokens = patches.reshape(b, f * p // MERGE, MERGE, c).mean(2) @ params["see"]

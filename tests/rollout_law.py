@@ -14,7 +14,6 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
-from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.protocol import TOOL_NAME
 from paravt_jax.records import (
     Clip,
@@ -33,6 +32,7 @@ from rollout.engine import Engine
 from rollout.limits import AgentConfig, lanes
 from rollout.sampler import SamplingConfig
 from rollout.session import Session
+from rollout.warm_up import Extent, Reads
 from tests.rollout_fakes import (
     IM_END,
     MERGE,
@@ -346,42 +346,15 @@ def what_happened(groups: Sequence[RolloutGroup], config: AgentConfig) -> Seen:
     )
 
 
-def warm_up(world: World, engine: Engine) -> None:
-    """Compile all that the episodes of a world can need, by requests at the edges of each shape."""
-    session = engine.session(world.params)
+def reads_of(world: World) -> dict[str, Reads]:
+    """What the episodes of a world can be given to read."""
     frames = world.config.evidence == "frames"
-    prompts = [text_prompt("x"), *(image_prompt("x", f, 8, 0, world.values) for f in (3, 4))]
-    longer = [text_prompt("x" * 70), image_prompt("x" * 70, 4, 8, 0, world.values)]
-    for name, lane in engine.lanes.items():
-        for prompt in [*prompts, *longer] if name == "main" else prompts[1:]:
-            for count in range(1, lane.prompts + 1):
-                _say(engine, session, [(name, prompt)] * count, [])
-    if "crop" in engine.lanes:
-        _say(engine, session, [("main", prompts[0]), ("crop", prompts[1])], [])
-    lane, shown = engine.lanes["main"], [0, 3, 6] if frames else [0]
-    for size, count in itertools.product([8, 16, 32, 64], shown):
-        given = _given(world, size, count)
-        for rows in range(1, lane.rows + 1):
-            _say(engine, session, [("main", prompts[0])] * lane.prompts, given, rows)
-
-
-def _given(world: World, size: int, frames: int) -> Prompt:
-    """A response of `size` tokens that shows some frames."""
-    if not frames:
-        return text_block([65] * size)
-    block = image_prompt("", frames, MERGE, 0, world.values)
-    return join_blocks([block, text_block([65] * max(size - len(block.tokens), 0))])
-
-
-def _say(engine, session, opened, given, rows: int | None = None) -> None:
-    """Open prompts, let the first `rows` of their streams say a token, close all."""
-    streams = []
-    for lane, prompt in opened:
-        copies = engine.lanes[lane].copies
-        streams += session.open(lane, prompt, list(range(copies)))
-    for stream in streams[:rows]:
-        session.speak(stream, given, SamplingConfig(), 1)
-    while session.speaking:
-        session.visit()
-    for stream in streams:
-        session.close(stream)
+    main = Reads(
+        prompts=(Extent(0, 1, PROMPT_TOKENS), Extent(3, 1, PROMPT_TOKENS), Extent(4, 1, 96)),
+        given=tuple(Extent(count, 1, 64) for count in ([0, 3, 6] if frames else [0])),
+        sampling=world.config.sampling,
+    )
+    if frames:
+        return {"main": main}
+    crops = Reads((Extent(3, 1, 64), Extent(4, 1, 64)), sampling=world.config.subagent_sampling)
+    return {"main": main, "crop": crops}

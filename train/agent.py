@@ -6,6 +6,7 @@ import jax
 
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import constrain
+from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 from pipelines.sizes import full_size, smallest_frames
 from pipelines.video import VideoReader
@@ -87,11 +88,18 @@ def open_automata(config: Config, renderer: ChatRenderer, vocab: int) -> TokenAu
     )
 
 
+def crop_frames(config: Config, spec: FrameSpec) -> tuple[int, int | None]:
+    """Most frames of a crop, and the quota of vision tokens that they share, if there is one."""
+    quota = max(config.agent.clip_tokens, default=None)
+    most = spec.frames_within(quota) if quota else config.data.crop_frames
+    return min(config.data.crop_frames, most), quota
+
+
 def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
     """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
-    spec, quota = renderer.spec, max(config.agent.clip_tokens, default=None)
-    most = spec.frames_within(quota) if quota else config.data.crop_frames
-    frames = smallest_frames(spec, min(config.data.crop_frames, most))
+    spec = renderer.spec
+    most, quota = crop_frames(config, spec)
+    frames = smallest_frames(spec, most)
     start, end = LONG_WINDOW
     if config.agent.evidence == "text":
         prompt = renderer.subagent_prompt(frames, start, end)

@@ -25,8 +25,8 @@ from train.state import FlatParams, TrainState
 from train.step import Metrics, RlStep, encode_parts, minibatch
 from train.subagents import most_crops, rows_per_group, subagent_advantages, subagent_streams
 
-LENGTH_STEP = 64
-"""Streams are padded to a multiple of this, so that few shapes are compiled."""
+LENGTH_STEP, LENGTHS = 64, 4
+"""Streams are padded to quarters of the longest, rounded up to a multiple of this."""
 
 
 def rl_step(
@@ -61,9 +61,11 @@ class Learner:
         pad_id: int,
         spec: FrameSpec,
         subagent_length: int = 0,
+        longest: int = 0,
     ):
         """With `subagent_length`, the longest stream that a sub-agent can have, rows of sub-agents
-        have one length in all batches."""
+        have one length in all batches; with `longest`, that of a main agent, theirs have few."""
+        self.lengths = static_lengths(longest)
         self._config, self._mesh, self._tags = config, mesh, tags
         self._pad_id, self._spec, self._subagent_length = pad_id, spec, subagent_length
         step = rl_step(policy, optimizer, config)
@@ -133,7 +135,7 @@ class Learner:
         longest = max(length, *(len(s.prompt.tokens) + len(s.tokens) for s in streams))
         host = learner_batch(
             streams,
-            length=-(-longest // LENGTH_STEP) * LENGTH_STEP,
+            length=static_length(longest, [] if length else self.lengths),
             pad_id=self._pad_id,
             group_size=group_size,
             frames=budget if frames is None else frames,
@@ -226,6 +228,18 @@ class Learner:
             state, metrics = self.step(state, share)
             learned.append(metrics)
         return state, learned
+
+
+def static_lengths(longest: int) -> list[int]:
+    """The few lengths that batches are padded to."""
+    parts = {-(-longest * part // (LENGTHS * LENGTH_STEP)) for part in range(1, LENGTHS + 1)}
+    return [part * LENGTH_STEP for part in sorted(parts) if part]
+
+
+def static_length(longest: int, lengths: Sequence[int]) -> int:
+    """The first of `lengths` that holds the longest stream; beyond them, a multiple of the step."""
+    fitting = [length for length in lengths if length >= longest]
+    return fitting[0] if fitting else -(-longest // LENGTH_STEP) * LENGTH_STEP
 
 
 def find_tags(

@@ -17,6 +17,7 @@ from pipelines.video import VideoReader
 from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.cluster import is_first
+from train.compilations import Compilations
 from train.config import Config
 from train.difficulty import Difficulty
 from train.learner import Learner, figures
@@ -48,10 +49,12 @@ class Parts:
     checkpoints: Checkpoints
     log: RunLog
     workdir: Path
+    compilations: Compilations
 
     def figures(self) -> dict[str, float]:
         """What the parts say of the last step."""
         parts = self.prompts, self.agent, self.scorer, self.difficulty, self.learner, self.teacher
+        parts += (self.compilations,)
         figures = {name: value for part in parts for name, value in part.figures.items()}
         return figures | self.reader.take_figures()
 

@@ -72,16 +72,16 @@ def main(argv: list[str] | None = None) -> int:
     arguments = make_parser().parse_args(argv)
     try:
         config = resolve(arguments)
-        from train import cluster, run
+        from train import checks, cluster, run
 
         cluster.start()
-        run.check(config, here=not arguments.compile_only)
+        checks.check(config, here=not arguments.compile_only)
         workdir = run.name_workdir(config, arguments.workdir)
     except ValueError as error:
         return _complain(error, code=2)
     try:
         if arguments.dry_run:
-            run.describe(config)
+            checks.describe(config)
         elif arguments.compile_only:
             from train.ahead import compile_only
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from paravt_jax.records import Row, VideoRef
@@ -17,6 +17,11 @@ from train.config import Config, DataSettings
 from train.setup import needle_world, world_folder
 
 Questions = RowSource[Row] | Mixture
+
+
+def all_rows(questions: Questions | Sequence[Row]) -> Iterator[Row]:
+    """Questions in their order."""
+    return (questions[index] for index in range(len(questions)))
 
 
 def read_questions(config: Config) -> list[Found[Row]]:

@@ -22,6 +22,9 @@ class RlSettings:
     """Times that a batch of rollouts is learned from."""
     minibatches: int = 1
     """Optimiser steps of one epoch, each on a share of the prompts; always the same shares."""
+    warm_up: bool = False
+    """Compile what steps can need before the first one, not when it first occurs: a run that never
+    stops for it, for a later start."""
     filter_groups: str | None = None
     """Learn only from groups whose rollouts differ in this reward, `total` or `accuracy`, and draw
     others in their place (DAPO's dynamic sampling, arXiv 2503.14476); None learns from all."""

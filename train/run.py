@@ -1,11 +1,10 @@
-"""A whole run: check, describe, train, evaluate, export."""
+"""A whole run: train, evaluate, export."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-import math
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -16,33 +15,32 @@ from jax.sharding import Mesh
 
 from evaluate.held_out import Mode, evaluate
 from models.qwen3_vl import save_folder
-from models.qwen3_vl.adapter import ADAPTER, check_adapter_config, save_adapter
-from paravt_jax.mesh import AXES, RULES
-from paravt_jax.params import abstract_params, format_table
-from paravt_jax.records import Conversation, RolloutGroup, Row
-from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from pipelines.datasets import Found
+from models.qwen3_vl.adapter import ADAPTER, save_adapter
+from paravt_jax.params import abstract_params
+from paravt_jax.records import RolloutGroup, Row
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
 from pipelines.render import ChatRenderer
 from pipelines.sizes import prompt_tokens
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
+from rollout.limits import MAIN
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
+from train.checks import check_same_run
 from train.cluster import is_first
 from train.cold_start import School, cold_start
+from train.compilations import Compilations
 from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations, packed_lessons
 from train.difficulty import Difficulty, hint_room
-from train.hindsight import open_feedback
 from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.questions import Questions, open_rows, read_questions
+from train.questions import Questions, all_rows, open_rows
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -54,85 +52,13 @@ from train.state import (
 )
 from train.subagents import possible_rows
 from train.teacher import Teacher
+from train.warm_up import warm_up_run
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
 
 EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
-
-
-def check(config: Config, here: bool = True) -> None:
-    """Refuse what cannot run, before anything is allocated.
-
-    Args:
-      here: the run is for the devices of this machine (not compiled ahead for others).
-
-    Raises:
-      ValueError: a flag that the recipe needs is missing, or mesh, model folder or data path do
-        not fit.
-    """
-    given = {"--model": config.model.folder, "--data": config.data.path}
-    missing = [flag for flag in config.needs if given[flag] is None]
-    if missing and here:
-        raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
-    check_model(config, here)
-    if here:
-        # These refuse a judge whose key is not in the environment.
-        Scorer(config.rewards)
-        open_feedback(config.teacher.judge)
-    mixed = [("data.mixture", path) for path in config.data.mixture]
-    for name, path in [("--data", config.data.path), *mixed]:
-        if path is not None and not Path(path).exists():
-            raise ValueError(f"{name} {path}: no such file or folder; check the path")
-    if here:
-        check_rows_fit(config, setup.open_mesh(config))
-
-
-def check_model(config: Config, here: bool) -> None:
-    """Refuse a model folder that cannot be read, and adapters that do not fit the model.
-
-    Raises:
-      ValueError: naming the setting.
-    """
-    model = config.model
-    if model.lora.rank and model.folder is None and here:
-        raise ValueError(
-            f"model.lora.rank={model.lora.rank} trains beside weights that stay as they are: give "
-            "--model, or set it to 0 to train from random weights"
-        )
-    policy = setup.abstract_policy(config)
-    policy.table  # noqa: B018  the table refuses what the model lacks
-    if model.router_balance and not policy.experts_per_token:
-        raise ValueError(
-            f"model.router_balance={model.router_balance} balances experts, and this model has "
-            "none; set it to 0"
-        )
-    if model.adapter is not None:
-        check_adapter_config(model.adapter, model.lora)
-
-
-def check_rows_fit(config: Config, mesh: Mesh) -> None:
-    """The rows of a gradient micro-batch must divide over the mesh, or devices repeat each other.
-
-    Raises:
-      ValueError: they do not.
-    """
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
-    rl = config.rl
-    rows, named = (
-        rl.micro_groups * rl.group_size,
-        (f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"),
-    )
-    if config.packs_conversations:
-        rows, named = config.sft.micro_rows, "sft.micro_rows"
-    elif config.stage is Stage.SFT:
-        return  # tasks of the needle world have too few rows for many devices
-    if rows % ways:
-        raise ValueError(
-            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
-            "multiple"
-        )
 
 
 def name_workdir(config: Config, given: str | None) -> Path:
@@ -147,30 +73,6 @@ def name_workdir(config: Config, given: str | None) -> Path:
     return Path(given or f"runs/{config.recipe}-{stamp}").absolute()
 
 
-def describe(config: Config) -> None:
-    """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
-    print(json.dumps(to_dict(config), indent=2))
-    mesh = setup.open_mesh(config)
-    print("mesh " + ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES))
-    table = setup.abstract_policy(config).table
-    print(format_table(table, mesh))
-    sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
-    print(f"{sum(sizes):,} of the parameters train")
-    if config.packs_conversations:
-        print(describe_conversations(open_conversations(config)))
-        return
-    for found in read_questions(config):
-        paths = {video.path for row in found.rows for video in row.videos}
-        print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
-
-
-def describe_conversations(found: Found[Conversation]) -> str:
-    """How many conversations there are, and which cannot be used."""
-    videos = {video.path for row in found.rows for video in row.videos}
-    first = f"{len(found.rows)} conversations, {len(videos)} videos"
-    return "\n".join([first, *found.report()])
-
-
 def train(config: Config, workdir: Path, resume: str) -> None:
     """Run the stage of the configuration and leave everything in `workdir`.
 
@@ -183,44 +85,6 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh)
         (run.reinforce if config.stage is Stage.RL else run.cold_start)()
-
-
-MAY_CHANGE = (
-    "steps",
-    "mesh",
-    "data.max_bad_rows",
-    "output.",
-    "evaluation.batch",
-    "evaluation.frame_budget",
-    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
-)
-"""Settings (or beginnings of their names) that a resumed run may give anew."""
-
-
-def check_same_run(config: Config, path: Path) -> None:
-    """Refuse to continue a run under another configuration than it began with.
-
-    Raises:
-      ValueError: naming a setting that differs.
-    """
-    if not path.exists():
-        return
-    before = _flatten(json.loads(path.read_text(encoding="utf-8")))
-    now = _flatten(json.loads(json.dumps(to_dict(config))))
-    for key, value in now.items():
-        if not key.startswith(MAY_CHANGE) and before.get(key) != value:
-            raise ValueError(
-                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {value!r}; "
-                "choose another --workdir, or give the settings that it began with"
-            )
-
-
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        flat |= inner or {f"{prefix}{key}": value}
-    return flat
 
 
 class Run:
@@ -283,18 +147,24 @@ class Run:
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
         before = self.evaluate({**self.state.frozen, **self.reference})
-        parts = self._parts()
+        engine = self._training_engine()
+        parts = self._parts(engine)
         if self.data_state is not None:
             parts.set_state(self.data_state)
+        if self.config.rl.warm_up:
+            hints = hint_room(self.config.difficulty, self.renderer)
+            self.state = warm_up_run(
+                parts, engine, self.renderer, all_rows(self.rows), self.state, hints
+            )
         self.state = reinforce(parts, self.state, self.first_step)
         position = parts.get_state()
         parts.prompts.close()
         self._finish(before, position)
 
-    def _parts(self) -> Parts:
+    def _parts(self, engine: Engine) -> Parts:
         """What the loop works with."""
         config, policy = self.config, self.model.policy
-        agent = self.agent(self._training_engine())
+        agent, main = self.agent(engine), engine.lanes[MAIN]
         learner = Learner(
             policy,
             self.optimizer,
@@ -304,6 +174,7 @@ class Run:
             self.renderer.pad_id,
             self.renderer.spec,
             self._subagent_length(),
+            longest=main.prompt_tokens + main.suffix,
         )
         return Parts(
             config=config,
@@ -318,6 +189,7 @@ class Run:
             checkpoints=self.checkpoints,
             log=self.log,
             workdir=self.workdir,
+            compilations=Compilations(),
         )
 
     def cold_start(self) -> None:
@@ -385,8 +257,7 @@ class Run:
 
     def _training_engine(self) -> Engine:
         """Room for the rollouts of one step."""
-        rows = (self.rows[index] for index in range(len(self.rows)))
-        frames = max(self.config.data.frame_budgets)
+        rows, frames = all_rows(self.rows), max(self.config.data.frame_budgets)
         hints = hint_room(self.config.difficulty, self.renderer)
         return self._engine(
             rows, frames, self.config.rl.prompts_per_step, self.config.rl.group_size, hints

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.qwen3_vl.attention import Partial, merge, partial
@@ -26,7 +27,7 @@ Block = Float[Array, "n t k h"]
 def append_and_attend(
     lanes: Sequence[LaneCache],
     rows: Int[Array, " m"] | None,
-    layer: Int[Array, ""] | int,
+    layer: Int[Array, ""] | np.integer,
     query: Float[Array, "m t n h"],
     key: Float[Array, "m t k h"],
     value: Float[Array, "m t k h"],
@@ -50,7 +51,7 @@ def append_and_attend(
 def append(
     lane: LaneCache,
     rows: Int[Array, " m"] | None,
-    layer: Int[Array, ""] | int,
+    layer: Int[Array, ""] | np.integer,
     key: Block,
     value: Block,
 ) -> LaneCache:
@@ -68,7 +69,7 @@ def append(
 def attend_lane(
     lane: LaneCache,
     rows: Int[Array, " m"] | None,
-    layer: Int[Array, ""] | int,
+    layer: Int[Array, ""] | np.integer,
     query: Float[Array, "m t n h"],
 ) -> Float[Array, "m t n h"]:
     """Attention of a block that was just appended."""
@@ -83,7 +84,7 @@ def attend_lane(
 def _to_prompt(
     lane: LaneCache,
     rows: Int[Array, " m"] | None,
-    layer: Int[Array, ""] | int,
+    layer: Int[Array, ""] | np.integer,
     query: Float[Array, "m k q h"],
 ) -> Partial:
     """All copies of a prompt ask together; chosen rows ask alone."""
@@ -111,7 +112,7 @@ def _to_prompt(
 def _to_own(
     lane: LaneCache,
     rows: Int[Array, " m"] | None,
-    layer: Int[Array, ""] | int,
+    layer: Int[Array, ""] | np.integer,
     query: Float[Array, "m k q h"],
     t: int,
 ) -> Partial:

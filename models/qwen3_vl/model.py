@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.qwen3_vl import prepared
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.layers import Linear, precision
 from models.qwen3_vl.text import Memory, TextTower
@@ -105,6 +106,10 @@ class Qwen3VLPolicy:
     def merge(self, params: Mapping[str, Array | StoredArray]) -> Merged:
         """Weights for `without_lora` that compute the same: adapters added to their kernels."""
         return Merged(params, self.lora)
+
+    def prepare(self, params: Params) -> Params:
+        """Weights that compute the same, faster; see `prepared`."""
+        return prepared.prepare(params, self.table, jnp.dtype(self.compute_dtype))
 
     def encode(
         self, params: Params, patches: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
@@ -202,7 +207,11 @@ class Qwen3VLPolicy:
         return Slots.empty(shape, kept)
 
     def _bind(self, params: Params) -> Qwen3VL:
-        return _blueprint(self).bind(params)
+        """The model with these weights; prepared ones hold a head even if it is tied."""
+        config = self.config
+        if config.tie_word_embeddings and prepared.HEAD in params:
+            config = dataclasses.replace(config, tie_word_embeddings=False)
+        return _blueprint(dataclasses.replace(self, config=config)).bind(params)
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,6 +25,8 @@ from paravt_jax.records import HiddenKeys, LaneCache, VisionFeatures
 
 HF = "model.language_model."
 
+LayerNumber = Int[Array, ""] | np.integer
+"""Traced in a scan, known where layers are compiled one by one."""
 Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
 
 
@@ -65,7 +67,7 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(h, hf + "k_norm", c.rms_norm_eps)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: Int[Array, ""]
+        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: LayerNumber
     ) -> tuple[Float[Array, "b t d"], Memory, KeysAndValues | None]:
         heads = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.query_norm(self.query(x).reshape(heads)), *rope)
@@ -119,7 +121,7 @@ class DecoderLayer(nnx.Module):
         self.mlp = Experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: Int[Array, ""]
+        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: LayerNumber
     ) -> tuple[
         Float[Array, "b t d"], Memory, tuple[Float[Array, "b t e"] | None, KeysAndValues | None]
     ]:
@@ -174,7 +176,7 @@ class TextTower(nnx.Module):
             x = self.embed(tokens, vision_index, features)
         rope = mrope(positions, self.config)
 
-        def step(layer: DecoderLayer, carry: Any, number: Int[Array, ""]) -> Any:
+        def step(layer: DecoderLayer, carry: Any, number: LayerNumber) -> Any:
             x, lanes = carry
             before = dataclasses.replace(memory, lanes=lanes)
             x, after, extra = layer(x, rope, before, number)
@@ -206,7 +208,7 @@ class TextTower(nnx.Module):
             return None
         return stack(DecoderLayer(c, HF + "layers.{}.", self.dtype, sparse, lora), numbers)
 
-    def _runs(self) -> Iterator[tuple[DecoderLayer, slice, Int[Array, " n"]]]:
+    def _runs(self) -> Iterator[tuple[DecoderLayer, slice, Int[np.ndarray, " n"]]]:
         """Consecutive layers of one kind: their stack, their rows in it, their numbers."""
         done, numbers = {False: 0, True: 0}, range(self.config.num_hidden_layers)
         for sparse, group in itertools.groupby(numbers, self.config.is_sparse):
@@ -215,7 +217,7 @@ class TextTower(nnx.Module):
             done[sparse] = rows.stop
             layers = self.sparse_layers if sparse else self.layers
             if layers is not None:
-                yield layers, rows, jnp.asarray(run, jnp.int32)
+                yield layers, rows, np.asarray(run, np.int32)
 
     def embed(
         self,
@@ -242,7 +244,7 @@ def add_deepstack(
     x: Float[Array, "b t d"],
     vision_index: Int[Array, "b t"],
     features: VisionFeatures | None,
-    layer: Int[Array, ""],
+    layer: LayerNumber,
 ) -> Float[Array, "b t d"]:
     """Add DeepStack's features of this layer at the vision tokens (Meng et al., 2024)."""
     if features is None or features.deepstack.shape[1] == 0:

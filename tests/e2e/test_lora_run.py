@@ -13,10 +13,10 @@ from paravt_jax.lora import LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.e2e.test_needle_run import metrics, start
 from train import setup
+from train.checks import check_model
 from train.config import override
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
-from train.run import check_model
 
 pytestmark = pytest.mark.slow
 

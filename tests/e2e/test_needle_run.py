@@ -47,9 +47,10 @@ QUICK = ("output.export_hf=false",)
 
 
 def start(workdir, cache, *arguments, settings=(), xla_flags=""):
-    """Run the command from another directory; compiled functions are shared between the runs."""
+    """Run the command from another directory; compiled functions are shared by all runs of a test
+    session, whose folders have a folder in common."""
     shared = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
+        "JAX_COMPILATION_CACHE_DIR": str(cache.parents[1] / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
         "XLA_FLAGS": xla_flags,
     }

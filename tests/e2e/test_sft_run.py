@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.paravt_fixture import VIDEOS, write_paravt
+from train.checks import describe_conversations
 from train.config import override
 from train.conversations import open_conversations
 from train.recipes import get_recipe
-from train.run import describe_conversations
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "train" / "assets" / "needle_sft"

@@ -17,6 +17,7 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
+from rollout.warm_up import warm_up
 from tests.rollout_law import (
     Learnable,
     Shape,
@@ -24,7 +25,7 @@ from tests.rollout_law import (
     calls_of,
     crop_streams,
     learner_rows,
-    warm_up,
+    reads_of,
     what_happened,
 )
 from tests.unit.test_engine import QWEN
@@ -145,9 +146,9 @@ def test_nothing_compiles_once_shapes_are_known(evidence):
     """Fifty batches of all sizes, lengths, budgets and crops, each under other weights."""
     world = toy(evidence, copies=2)
     engine = world.engine(Shape(prompts=4, crops=4))
-    warm_up(world, engine)
+    warmed = warm_up(engine, world.params, reads_of(world), world.values)
     known = list(engine.shapes)
-    assert len(known) == engine.compilations
+    assert len(known) == engine.compilations == warmed
     for step in range(50):
         items = world.items(1 + step % 6, seed=step, longest=70)
         world.roll_out(engine, items, seed=step, params=world.policy.init(step))

@@ -182,23 +182,42 @@ def test_no_prompt_is_larger_than_the_spec():
     prompts.close()
 
 
+def whole(prompts, count: int) -> list[tuple]:
+    """Row, K, tokens and frames of the next steps, comparable."""
+    items = [item for items in itertools.islice(prompts, count) for item in items]
+    return [
+        (
+            item.row,
+            item.frame_budget,
+            item.prompt.tokens.tobytes(),
+            item.prompt.patches.values.tobytes(),
+        )
+        for item in items
+    ]
+
+
 def check_workers(workers: int, processes: int, total: int, at: tuple[int, ...]) -> None:
     """With workers, the stream is that without them, and resumes at these elements."""
     rows = row_source([question.row for question in questions()][:5], data_folder())
+
+    def real(workers: int, process: int):
+        return prompt_stream(
+            rows, VideoReader(), renderer(), (2, 4), groups_per_step=1, seed=0,
+            process_index=process, process_count=processes, workers=workers,
+        )  # fmt: skip
+
     for process in range(processes):
-        share = {"process_index": process, "process_count": processes}
-        expected = seen(stream(rows, **share), total)
-        prompts, states = stream(rows, workers=workers, **share), {}
-        items = []
+        expected = whole(real(0, process), total)
+        prompts, states, items = real(workers, process), {}, []
         for step in range(total):
             states[step] = json.loads(json.dumps(prompts.get_state()))
-            items += seen(prompts, 1)
+            items += whole(prompts, 1)
         prompts.close()
         assert items == expected
         for step in at:
-            resumed = stream(rows, workers=workers, **share)
+            resumed = real(workers, process)
             resumed.set_state(states[step])
-            assert seen(resumed, total - step) == items[step:], f"element {step}"
+            assert whole(resumed, total - step) == items[step:], f"element {step}"
             resumed.close()
 
 

@@ -55,7 +55,7 @@ def paravt_rl() -> Config:
         ),
         objective=ObjectiveConfig(anchor="position"),
         optimizer=OptimizerSettings(learning_rate=2e-6, weight_decay=0.01),
-        rl=RlSettings(prompts_per_step=8, group_size=8, micro_groups=1),
+        rl=RlSettings(prompts_per_step=8, group_size=8, micro_groups=1, warm_up=True),
         output=OutputSettings(checkpoint_every=5),
     )
 

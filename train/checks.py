@@ -1,0 +1,161 @@
+"""What is refused, or told, before anything is allocated."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from jax.sharding import Mesh
+
+from models.qwen3_vl.adapter import check_adapter_config
+from paravt_jax.mesh import AXES, RULES
+from paravt_jax.params import format_table
+from paravt_jax.records import Conversation
+from paravt_jax.rewards.judge import WAY_TO_JUDGE
+from pipelines.datasets import Found
+from train import setup
+from train.config import Config, Stage, to_dict
+from train.conversations import open_conversations
+from train.hindsight import open_feedback
+from train.questions import read_questions
+from train.scoring import Scorer
+from train.state import (
+    is_trainable,
+)
+
+
+def check(config: Config, here: bool = True) -> None:
+    """Refuse what cannot run, before anything is allocated.
+
+    Args:
+      here: the run is for the devices of this machine (not compiled ahead for others).
+
+    Raises:
+      ValueError: a flag that the recipe needs is missing, or mesh, model folder or data path do
+        not fit.
+    """
+    given = {"--model": config.model.folder, "--data": config.data.path}
+    missing = [flag for flag in config.needs if given[flag] is None]
+    if missing and here:
+        raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
+    check_model(config, here)
+    if here:
+        # These refuse a judge whose key is not in the environment.
+        Scorer(config.rewards)
+        open_feedback(config.teacher.judge)
+    mixed = [("data.mixture", path) for path in config.data.mixture]
+    for name, path in [("--data", config.data.path), *mixed]:
+        if path is not None and not Path(path).exists():
+            raise ValueError(f"{name} {path}: no such file or folder; check the path")
+    if here:
+        check_rows_fit(config, setup.open_mesh(config))
+
+
+def check_model(config: Config, here: bool) -> None:
+    """Refuse a model folder that cannot be read, and adapters that do not fit the model.
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    model = config.model
+    if model.lora.rank and model.folder is None and here:
+        raise ValueError(
+            f"model.lora.rank={model.lora.rank} trains beside weights that stay as they are: give "
+            "--model, or set it to 0 to train from random weights"
+        )
+    policy = setup.abstract_policy(config)
+    policy.table  # noqa: B018  the table refuses what the model lacks
+    if model.router_balance and not policy.experts_per_token:
+        raise ValueError(
+            f"model.router_balance={model.router_balance} balances experts, and this model has "
+            "none; set it to 0"
+        )
+    if model.adapter is not None:
+        check_adapter_config(model.adapter, model.lora)
+
+
+def check_rows_fit(config: Config, mesh: Mesh) -> None:
+    """The rows of a gradient micro-batch must divide over the mesh, or devices repeat each other.
+
+    Raises:
+      ValueError: they do not.
+    """
+    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    rl = config.rl
+    rows, named = (
+        rl.micro_groups * rl.group_size,
+        (f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"),
+    )
+    if config.packs_conversations:
+        rows, named = config.sft.micro_rows, "sft.micro_rows"
+    elif config.stage is Stage.SFT:
+        return  # tasks of the needle world have too few rows for many devices
+    if rows % ways:
+        raise ValueError(
+            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
+            "multiple"
+        )
+
+
+MAY_CHANGE = (
+    "steps",
+    "mesh",
+    "data.max_bad_rows",
+    "output.",
+    "evaluation.batch",
+    "evaluation.frame_budget",
+    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
+)
+"""Settings (or beginnings of their names) that a resumed run may give anew."""
+
+
+def check_same_run(config: Config, path: Path) -> None:
+    """Refuse to continue a run under another configuration than it began with.
+
+    Raises:
+      ValueError: naming a setting that differs.
+    """
+    if not path.exists():
+        return
+    before = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    now = _flatten(json.loads(json.dumps(to_dict(config))))
+    for key, value in now.items():
+        if not key.startswith(MAY_CHANGE) and before.get(key) != value:
+            raise ValueError(
+                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {value!r}; "
+                "choose another --workdir, or give the settings that it began with"
+            )
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{prefix}{key}": value}
+    return flat
+
+
+def describe(config: Config) -> None:
+    """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
+    print(json.dumps(to_dict(config), indent=2))
+    mesh = setup.open_mesh(config)
+    print("mesh " + ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES))
+    table = setup.abstract_policy(config).table
+    print(format_table(table, mesh))
+    sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
+    print(f"{sum(sizes):,} of the parameters train")
+    if config.packs_conversations:
+        print(describe_conversations(open_conversations(config)))
+        return
+    for found in read_questions(config):
+        paths = {video.path for row in found.rows for video in row.videos}
+        print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
+
+
+def describe_conversations(found: Found[Conversation]) -> str:
+    """How many conversations there are, and which cannot be used."""
+    videos = {video.path for row in found.rows for video in row.videos}
+    first = f"{len(found.rows)} conversations, {len(videos)} videos"
+    return "\n".join([first, *found.report()])

@@ -1,0 +1,85 @@
+"""What a run compiles before its first step, so that it does not stop for it later.
+
+`rl.warm_up` rehearses rollouts of every static size that the questions can bring about, and an
+update of every length that they can have. Rows that see frames in tool responses are foreseen in
+rollouts only: how many frames they saw decides the shape of their update.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Iterable
+
+import jax.numpy as jnp
+import numpy as np
+
+from paravt_jax.blocks import text_block
+from paravt_jax.records import Patches, Prompt, RolloutGroup, Row, Trajectory, VideoRef
+from pipelines.render import ChatRenderer
+from rollout.engine import Engine
+from rollout.warm_up import warm_up
+from train.config import generated_budget
+from train.loop import Parts
+from train.reads import agent_reads
+from train.state import TrainState
+
+
+def warm_up_run(
+    parts: Parts,
+    engine: Engine,
+    renderer: ChatRenderer,
+    rows: Iterable[Row],
+    state: TrainState,
+    hints: int = 0,
+) -> TrainState:
+    """Compile all that steps on the questions can need, prompts being longer by a hint of at most
+    `hints` tokens; returns the state, unchanged (its memory is handed on)."""
+    began, config = time.perf_counter(), parts.config
+    reads = agent_reads(config, renderer, rows, config.data.frame_budgets, hints)
+    count = warm_up(engine, state.params, reads, renderer.spec.patch_values)
+    for length in parts.learner.lengths:
+        state = _rehearse_update(parts, state, _blank_groups(parts, renderer, length))
+    parts.log.console.print(
+        f"warm-up: {count} shapes of rollouts, {len(parts.learner.lengths)} lengths of updates "
+        f"compiled in {time.perf_counter() - began:.0f} s"
+    )
+    return state
+
+
+def _rehearse_update(parts: Parts, state: TrainState, groups: list[RolloutGroup]) -> TrainState:
+    """An update without effect: advantages that are no numbers give gradients that are none, which
+    leave weights and moments as they were."""
+    learner = parts.learner
+    batch = learner.batch(state.params, groups)
+    batch = learner.with_reference({**state.frozen, **parts.reference}, batch)
+    batch = learner.with_advantages(groups, batch)
+    batch = dataclasses.replace(batch, advantages=jnp.full_like(batch.advantages, jnp.nan))
+    after, _ = learner.update(state, batch)
+    return dataclasses.replace(after, step=after.step - parts.config.rl.updates)
+
+
+def _blank_groups(parts: Parts, renderer: ChatRenderer, length: int) -> list[RolloutGroup]:
+    """A batch of groups whose streams have this length and mean nothing."""
+    spec, rl = renderer.spec, parts.config.rl
+    spoken = min(generated_budget(parts.config), length - 1)
+    blank = text_block([renderer.pad_id] * (length - spoken))
+    blank.vision_index[0] = 0
+    frame = np.zeros((1, spec.max_patches, spec.patch_values), np.float32)
+    patches = Patches(frame, np.full((1, 2), spec.merge_size, np.int32))
+    rollout = _blank_rollout(dataclasses.replace(blank, patches=patches), spoken, renderer.pad_id)
+    row = Row("warm-up", VideoRef("", 0.0), "", "")
+    return [RolloutGroup(row, 1, (rollout,) * rl.group_size)] * rl.prompts_per_step
+
+
+def _blank_rollout(prompt: Prompt, spoken: int, pad_id: int) -> Trajectory:
+    return Trajectory(
+        prompt=prompt,
+        tokens=np.full(spoken, pad_id, np.int32),
+        generated=np.ones(spoken, bool),
+        log_probs=np.zeros(spoken, np.float32),
+        turns=(),
+        scored_text="",
+        full_text="",
+        rewards={"total": 0.0, "task": 0.0, "anchor": 0.0},
+    )
