@@ -122,7 +122,7 @@ def feed(steps: int, more: list[str]) -> None:
 
 def main() -> None:
     """Run the benchmark named on the command line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("what", choices=("read", "feed"))
     parser.add_argument("--video", help="file to read instead of a new one")
     parser.add_argument("--repeats", type=int, default=7)
