@@ -23,6 +23,10 @@ REMEDY = (
 # Skipping over fewer frames than this is cheaper than seeking to a key frame; shorter files are
 # cheaper to decode than to list and to check.
 SEEK_GAP = 64
+# Pixels of all frames from which FFmpeg decodes with several threads. Small files are read side by
+# side, and starting threads takes four times as long as decoding one.
+LARGE = 1 << 28
+THREADS = min(4, os.cpu_count() or 1)
 # A file that holds less than this share of the packets that it announces was cut off.
 WHOLE = 0.95
 # Containers round times, Matroska to milliseconds.
@@ -220,7 +224,8 @@ def decode_present(
     Raises:
         UnreadableVideo: the file cannot be opened.
     """
-    walk = _Walk(path, info.times)
+    large = info.frames * info.height * info.width > LARGE
+    walk = _Walk(path, info.times, THREADS if large else 1)
     frames: dict[int, np.ndarray] = {}
     for index in indices:
         # What lies between two frames may be damaged: a second attempt goes straight to the frame.
@@ -236,8 +241,8 @@ def decode_present(
 class _Walk:
     """Goes through a file from frame to frame, and always knows by its time at which one it is."""
 
-    def __init__(self, path: str, times: np.ndarray):
-        self._path, self._times = path, times
+    def __init__(self, path: str, times: np.ndarray, threads: int):
+        self._path, self._times, self._threads = path, times, threads
         self._restart()
         self._seekable = Header.of(self._capture).frames > 0
 
@@ -267,7 +272,7 @@ class _Walk:
         self._restart()
 
     def _restart(self) -> None:
-        self._capture, self._at = _open(self._path), -1
+        self._capture, self._at = _open(self._path, threads=self._threads), -1
 
     def _next(self) -> bool:
         """Go on by a frame."""
@@ -279,7 +284,7 @@ class _Walk:
         return True
 
 
-def _open(path: str, *options: int) -> cv2.VideoCapture:
+def _open(path: str, *options: int, threads: int = 1) -> cv2.VideoCapture:
     """An open file.
 
     Raises:
@@ -288,9 +293,8 @@ def _open(path: str, *options: int) -> cv2.VideoCapture:
     if not os.path.isfile(path):
         fault = "it is a folder" if os.path.isdir(path) else "no such file"
         raise UnreadableVideo(f"video {path}: {fault}; {REMEDY}")
-    # One thread per capture: Grain reads many files side by side, and starting FFmpeg's own
-    # threads takes four times as long as decoding a small video.
-    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1, *options])
+    options = (cv2.CAP_PROP_N_THREADS, threads, *options)
+    capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, options)
     if not capture.isOpened():
         raise UnreadableVideo(
             f"video {path}: OpenCV finds no video in it that it can decode; {REMEDY}"
