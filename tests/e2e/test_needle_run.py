@@ -46,13 +46,7 @@ QUICK = ("output.export_hf=false",)
 
 
 def start(workdir, cache, *arguments, settings=(), xla_flags=""):
-    """Run the command from another directory; compiled functions are shared by all runs of a test
-    session, whose folders have a folder in common."""
-    shared = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache.parents[1] / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "XLA_FLAGS": xla_flags,
-    }
+    """Run the command from another directory; all runs share what they compile (see conftest)."""
     sets = [
         part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)
     ]
@@ -66,7 +60,7 @@ def start(workdir, cache, *arguments, settings=(), xla_flags=""):
             *sets,
         ],
         cwd=cache,
-        env={**os.environ, **shared},
+        env={**os.environ, "XLA_FLAGS": xla_flags},
         capture_output=True,
         text=True,
         timeout=900,
