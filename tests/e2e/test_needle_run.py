@@ -39,13 +39,17 @@ CONTRACT = set(
     tool/parallel_max tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max
     clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second""".split()  # noqa: SIM905
 )
-TIMED = ("time/", "tokens_per_second")
+TIMED = ("time/", "compile/", "tokens_per_second")
 
 
 QUICK = ("output.export_hf=false",)
 
 
-def start(workdir, cache, *arguments, settings=(), xla_flags=""):
+QUICK_COMPILE = "--xla_backend_optimization_level=0"
+"""Compiling is most of the time of a short run."""
+
+
+def start(workdir, cache, *arguments, settings=(), xla_flags=QUICK_COMPILE):
     """Run the command from another directory; all runs share what they compile (see conftest)."""
     sets = [
         part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)
