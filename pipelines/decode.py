@@ -39,6 +39,10 @@ Decoded = dict[int, np.ndarray | None]
 """Frames by index; None for one that cannot be decoded."""
 
 
+class UnreadableVideo(ValueError):
+    """A video file is missing, is none, or is damaged. The message names file and remedy."""
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class VideoInfo:
     """A video stream, as it is shown: turned upright if the container says so."""
@@ -93,8 +97,8 @@ def probe(path: str) -> VideoInfo:
     """List the frames of a video file, without decoding most of them.
 
     Raises:
-        ValueError: the file is missing, is no video, holds no frame that can be decoded, does not
-            tell when its frames are shown, or is cut off. The message names file and remedy.
+        UnreadableVideo: the file is missing, is no video, holds no frame that can be decoded, does
+            not tell when its frames are shown, or is cut off.
     """
     capture = _open(path)
     header = Header.of(capture)
@@ -121,14 +125,14 @@ def _length(times: np.ndarray, header: Header) -> float:
 
 def _check(path: str, header: Header, times: np.ndarray) -> None:
     if not len(times):
-        raise ValueError(f"video {path}: no frame can be decoded; {REMEDY}")
+        raise UnreadableVideo(f"video {path}: no frame can be decoded; {REMEDY}")
     if len(times) > 1 and not times[-1] > times[0]:
-        raise ValueError(f"video {path}: it does not tell when its frames are shown; {REMEDY}")
+        raise UnreadableVideo(f"video {path}: it does not tell when its frames are shown; {REMEDY}")
     # Counts alone may be estimates, and lengths lack how long the last frame stands.
     if len(times) < WHOLE * header.frames and _length(times, header) < WHOLE * header.duration:
         packets = packet_times(path)
         if len(packets) < WHOLE * header.frames:
-            raise ValueError(
+            raise UnreadableVideo(
                 f"video {path}: cut off after {times[-1]:.1f} s of the {header.duration:.1f} s "
                 "that it announces; copy it again"
             )
@@ -139,7 +143,7 @@ def video_ref(path: str) -> VideoRef:
     all frames if the header does not tell.
 
     Raises:
-        ValueError: see `probe`.
+        UnreadableVideo: see `probe`.
     """
     capture = _open(path, *PACKETS)
     header = Header.of(capture)
@@ -194,11 +198,11 @@ def complete(path: str, frames: Decoded) -> dict[int, np.ndarray]:
     """Frames in ascending order, with copies of the one before in the places of absent ones.
 
     Raises:
-        ValueError: fewer than half of them are present.
+        UnreadableVideo: fewer than half of them are present.
     """
     present = [frame for frame in frames.values() if frame is not None]
     if 2 * len(present) < len(frames) or not present:
-        raise ValueError(
+        raise UnreadableVideo(
             f"video {path}: only {len(present)} of {len(frames)} frames can be decoded; {REMEDY}"
         )
     shown, last = {}, present[0]
@@ -214,7 +218,7 @@ def decode_present(
     cannot be decoded are left out.
 
     Raises:
-        ValueError: the file cannot be opened.
+        UnreadableVideo: the file cannot be opened.
     """
     walk = _Walk(path, info.times)
     frames: dict[int, np.ndarray] = {}
@@ -279,14 +283,16 @@ def _open(path: str, *options: int) -> cv2.VideoCapture:
     """An open file.
 
     Raises:
-        ValueError: it is none, or nothing that OpenCV reads.
+        UnreadableVideo: it is none, or nothing that OpenCV reads.
     """
     if not os.path.isfile(path):
         fault = "it is a folder" if os.path.isdir(path) else "no such file"
-        raise ValueError(f"video {path}: {fault}; {REMEDY}")
+        raise UnreadableVideo(f"video {path}: {fault}; {REMEDY}")
     # One thread per capture: Grain reads many files side by side, and starting FFmpeg's own
     # threads takes four times as long as decoding a small video.
     capture = cv2.VideoCapture(path, cv2.CAP_FFMPEG, [cv2.CAP_PROP_N_THREADS, 1, *options])
     if not capture.isOpened():
-        raise ValueError(f"video {path}: OpenCV finds no video in it that it can decode; {REMEDY}")
+        raise UnreadableVideo(
+            f"video {path}: OpenCV finds no video in it that it can decode; {REMEDY}"
+        )
     return capture

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import weakref
-from collections.abc import Sequence
-from typing import Any, Generic, NamedTuple, TypeVar
+from collections.abc import Iterable, Sequence
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import grain
 from absl import flags
@@ -13,6 +14,9 @@ from absl import flags
 from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
+from pipelines.decode import UnreadableVideo
+
+_LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -50,6 +54,46 @@ class PromptItem(NamedTuple):
     prompt: Prompt
 
 
+class BadRow(NamedTuple):
+    """A row whose video cannot be read."""
+
+    row_id: str
+    reason: str
+
+
+class BadRows:
+    """Leaves out rows that cannot be read: counts them, tells each once, and refuses too many.
+
+    Args:
+        rows: how many rows there are.
+        limit: largest share of them that may be bad.
+    """
+
+    def __init__(self, rows: int, limit: float):
+        self._rows, self._limit = rows, limit
+        self.ids: set[str] = set()
+        """The bad rows so far."""
+
+    def is_good(self, item: PromptItem | BadRow) -> TypeGuard[PromptItem]:
+        """Whether there is a prompt; if not, take note of why.
+
+        Raises:
+            ValueError: the share of bad rows is above the limit, or all are bad.
+        """
+        if isinstance(item, PromptItem):
+            return True
+        if item.row_id not in self.ids:
+            self.ids.add(item.row_id)
+            _LOG.warning("row %s is left out: %s", item.row_id, item.reason)
+        if len(self.ids) > self._limit * self._rows or len(self.ids) == self._rows:
+            raise ValueError(
+                f"{len(self.ids)} of {self._rows} rows cannot be read, more than data.max_bad_rows="
+                f"{self._limit:g} allows; mend or remove them, or raise it. The last one is "
+                f"{item.row_id}: {item.reason}"
+            )
+        return False
+
+
 @dataclasses.dataclass(frozen=True)
 class Draw:
     """Which row to show, in which epoch."""
@@ -73,17 +117,19 @@ class PromptMaker:
         self._reader, self._renderer = reader, renderer
         self._budgets, self._seed, self._tools = tuple(budgets), seed, tools
 
-    def __call__(self, draw: Draw) -> PromptItem:
-        """Draw K for the row, decode K frames, render.
+    def __call__(self, draw: Draw) -> PromptItem | BadRow:
+        """Draw K for the row, decode K frames, render; or say why a video cannot be read.
 
         Raises:
-            ValueError: a video cannot be read (the message names the file), or there are more
-                videos than frames.
+            ValueError: there are more videos than frames.
         """
         row = draw.row
         budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
         each = zip(row.videos, shares(budget, len(row.videos)), strict=True)
-        frames = [self._reader.overview(video, count) for video, count in each]
+        try:
+            frames = [self._reader.overview(video, count) for video, count in each]
+        except UnreadableVideo as error:
+            return BadRow(row.row_id, str(error))
         return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
 
 
@@ -111,7 +157,26 @@ class StepStream(Generic[T]):
         self._iterator.set_state(state)
 
 
-PromptStream = StepStream[PromptItem]
+class PromptStream(StepStream[PromptItem]):
+    """Steps of prompts, without the rows that cannot be read."""
+
+    def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
+        super().__init__(steps)
+        self._bad_rows = bad_rows
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Bad rows so far, for `metrics.jsonl`."""
+        return {"data/bad_rows": float(len(self._bad_rows.ids))}
+
+    def get_state(self) -> dict[str, Any]:
+        """Position after the last step that was taken, and the bad rows, as JSON values."""
+        return {"position": super().get_state(), "bad_rows": sorted(self._bad_rows.ids)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Go on from a saved position; the arguments of the stream must be the same."""
+        super().set_state(state["position"])
+        self._bad_rows.ids = set(state["bad_rows"])
 
 
 def prompt_stream(
@@ -126,8 +191,10 @@ def prompt_stream(
     process_count: int = 1,
     threads: int = 4,
     workers: int = 0,
+    max_bad_rows: float = 0.0,
 ) -> PromptStream:
-    """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, batch.
+    """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, leave
+    out what cannot be read, batch. Batches are always full.
 
     Args:
         rows: the questions; of a mixture, any stretch of the stream has the data sets in
@@ -140,9 +207,10 @@ def prompt_stream(
         threads: rows decoded side by side, ahead of their use.
         workers: decode in this many worker processes instead, each with `threads` threads. The
             order stays the same; a saved position fits the same number of workers only.
+        max_bad_rows: share of the rows that may turn out to be unreadable and are left out.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range. Taking a step raises it if too many rows are bad.
     """
     _check(rows, groups_per_step, process_index, process_count)
     mixed = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
@@ -160,7 +228,10 @@ def prompt_stream(
         # Grain reads absl flags when it starts workers, and insists that they were parsed.
         flags.FLAGS.mark_as_parsed()
         prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    return PromptStream(prompts.batch(groups_per_step, batch_fn=list))
+    # Behind the worker processes, so that one place sees every row that is left out.
+    bad_rows = BadRows(len(rows), max_bad_rows)
+    prompts = prompts.filter(bad_rows.is_good)
+    return PromptStream(prompts.batch(groups_per_step, batch_fn=list), bad_rows)
 
 
 def _draws(rows: Rows, seed: int) -> grain.MapDataset[Draw]:
@@ -171,15 +242,25 @@ def _draws(rows: Rows, seed: int) -> grain.MapDataset[Draw]:
 
 
 def prompt_list(
-    rows: Rows, reader: FrameReader, renderer: Renderer, budget: int, tools: bool = True
+    rows: Rows,
+    reader: FrameReader,
+    renderer: Renderer,
+    budget: int,
+    tools: bool = True,
+    max_bad_rows: float = 0.0,
 ) -> list[PromptItem]:
     """One prompt of K = `budget` frames for every row, in their order: what an evaluation takes.
 
     Raises:
-        ValueError: `budget` is not positive, or a video cannot be read.
+        ValueError: `budget` is not positive, or more than a share of `max_bad_rows` of the rows
+            cannot be read.
     """
     make = PromptMaker(reader, renderer, (budget,), seed=0, tools=tools)
-    return [make(Draw(rows[index], epoch=0)) for index in range(len(rows))]
+    bad_rows = BadRows(len(rows), max_bad_rows)
+    every: Iterable[PromptItem | BadRow] = (
+        make(Draw(rows[index], epoch=0)) for index in range(len(rows))
+    )
+    return [item for item in every if bad_rows.is_good(item)]
 
 
 def _check(

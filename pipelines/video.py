@@ -131,16 +131,20 @@ class VideoReader:
         """Bytes of decoded frames held now."""
         return self._frames.held
 
-    @property
-    def figures(self) -> dict[str, float]:
-        """What was done so far: frames asked for, those among them that need not be decoded
-        anymore, frames decoded, and the seconds that all threads together spent on it."""
-        return {
-            "frames/asked": float(self._asked),
-            "frames/cache_hits": float(self._asked - self._missed),
-            "frames/decoded": float(self._decoded),
-            "frames/decode_seconds": self._seconds,
-        }
+    def take_figures(self) -> dict[str, float]:
+        """What was done since the last call, for `metrics.jsonl`: frames asked for, those among
+        them that were not decoded for it, frames decoded, and the seconds that all threads together
+        spent on it. What worker processes do is not seen."""
+        with self._lock:
+            figures = {
+                "frames/asked": float(self._asked),
+                "frames/cache_hits": float(self._asked - self._missed),
+                "frames/decoded": float(self._decoded),
+                "frames/decode_seconds": self._seconds,
+            }
+            self._asked = self._missed = self._decoded = 0
+            self._seconds = 0.0
+        return figures
 
     def overview(self, video: VideoRef, count: int) -> Frames:
         """`count` frames spread over the whole video (all of them if it has fewer).

@@ -102,6 +102,7 @@ def check_rows_fit(config: Config, mesh: Mesh) -> None:
 MAY_CHANGE = (
     "steps",
     "mesh",
+    "data.max_bad_rows",
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",

@@ -102,6 +102,9 @@ class DataSettings:
     """Videos of the needle world to train on."""
     held_out_videos: int = 256
     """Videos of the needle world that are only evaluated on."""
+    max_bad_rows: float = 0.01
+    """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
+    a run with more of them stops."""
     cache_dir: str = "data"
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
 
@@ -221,6 +224,10 @@ def _check_ranges(config: Config) -> None:
         raise ValueError(
             f"data.overview_tokens={shared} is less than one for each of "
             f"{max(config.data.frame_budgets)} frames; raise it or lower data.frame_budgets"
+        )
+    if not 0 <= config.data.max_bad_rows <= 1:
+        raise ValueError(
+            f"data.max_bad_rows={config.data.max_bad_rows} is a share; set it between 0 and 1"
         )
     if config.data.min_pixels > config.data.max_pixels:
         raise ValueError(

@@ -13,6 +13,7 @@ import numpy as np
 
 from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptStream
+from pipelines.video import VideoReader
 from rollout.agent import Agent
 from train.checkpoint import Checkpoints
 from train.cluster import is_first
@@ -34,6 +35,8 @@ class Parts:
     config: Config
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
+    reader: VideoReader
+    """Decodes the frames of prompts and crops."""
     agent: Agent
     scorer: Scorer
     difficulty: Difficulty
@@ -50,9 +53,10 @@ class Parts:
 
     def figures(self) -> dict[str, float]:
         """What the parts say of the last step."""
-        parts = self.agent, self.scorer, self.difficulty, self.learner, self.teacher
+        parts = self.prompts, self.agent, self.scorer, self.difficulty, self.learner, self.teacher
         parts += (self.compilations,)
-        return {name: value for part in parts for name, value in part.figures.items()}
+        figures = {name: value for part in parts for name, value in part.figures.items()}
+        return figures | self.reader.take_figures()
 
     def get_state(self) -> dict[str, Any]:
         """What the parts must remember besides the `TrainState`, as JSON values."""
@@ -123,8 +127,10 @@ class Clock:
         self._last = now
 
     def figures(self) -> dict[str, float]:
-        """All laps, and their sum as `time/step`."""
-        return self._laps | {"time/step": time.perf_counter() - self._began}
+        """All laps, their sum as `time/step`, and the share of it that data was waited for."""
+        step = time.perf_counter() - self._began
+        waited = self._laps.get("time/data", 0.0) / step
+        return self._laps | {"time/step": step, "data/wait": waited}
 
 
 def rollout_seed(seed: int, step: int, number: int = 0) -> int:

@@ -179,6 +179,7 @@ class Run:
         return Parts(
             config=config,
             prompts=self._prompts(),
+            reader=self.reader,
             agent=agent,
             scorer=self.scorer,
             difficulty=Difficulty(config, agent, self.scorer, self.renderer, self.reader),
@@ -251,6 +252,7 @@ class Run:
             config.seed,
             workers=config.data.workers,
             tools=config.agent.offers_tools,
+            max_bad_rows=config.data.max_bad_rows,
         )
 
     def _training_engine(self) -> Engine:
@@ -323,7 +325,8 @@ class Run:
 
     def _items(self, tools: bool) -> Sequence[Item]:
         budget = self.config.evaluation.frame_budget
-        return prompt_list(self.held_out, self.reader, self.renderer, budget, tools)
+        bad = self.config.data.max_bad_rows
+        return prompt_list(self.held_out, self.reader, self.renderer, budget, tools, bad)
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:

@@ -37,9 +37,12 @@ CONTRACT = set(
     """step loss grad_norm kl reward/total reward/accuracy reward/format reward/tool
     format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call
     tool/parallel_max tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max
-    clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second""".split()  # noqa: SIM905
+    clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second
+    data/wait data/bad_rows frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
 )
-TIMED = ("time/", "compile/", "tokens_per_second")
+READING = ("data/", "frames/asked", "frames/cache", "frames/decode")
+TIMED = ("time/", "tokens_per_second", "compile/", *READING)
+"""Beginnings of the names of figures that a second run does not repeat."""
 
 
 QUICK = ("output.export_hf=false",)

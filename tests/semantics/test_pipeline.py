@@ -5,7 +5,8 @@
 3. Each epoch shows every row once, in an order of its own.
 4. Processes share one order and never show the same row twice in an epoch.
 5. A stream set to a saved state goes on exactly as the one that saved it.
-6. A video that cannot be read ends the stream with a ValueError that names the file.
+6. Rows whose videos cannot be read are left out of full batches, counted and told once each; too
+   many of them end the stream with a ValueError that names the last file.
 7. Frames of the needle world reach the model untouched, as images and as video.
 """
 
@@ -13,6 +14,7 @@ import dataclasses
 import json
 import shutil
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
@@ -32,7 +34,7 @@ def rows() -> list[Row]:
     return [q.row for q in questions()]
 
 
-def stream(source=None, seed=0, **options):
+def stream(source=None, seed=0, **options: Any):
     options = {"groups_per_step": 4} | options
     return prompt_stream(source or rows(), VideoReader(), renderer(), BUDGETS, seed=seed, **options)
 
@@ -135,12 +137,57 @@ def test_evaluation_prompts_keep_the_order_of_the_rows():
     assert all(len(item.prompt.patches.values) == item.frame_budget == 3 for item in items)
 
 
-def test_an_unreadable_video_is_named(tmp_path):
-    bad = tmp_path / "broken.mp4"
+def with_broken(folder, every: int) -> list[Row]:
+    """Rows of which every so many-th has no video, but a file in its place."""
+    bad = folder / "broken.mp4"
     bad.write_bytes(b"no video")
-    broken = dataclasses.replace(rows()[0], video=VideoRef(str(bad), 64.0))
-    with pytest.raises(ValueError, match=r"broken\.mp4"):
-        take(stream([broken]), 1)
+    broken = VideoRef(str(bad), 64.0)
+    return [
+        dataclasses.replace(row, video=broken) if at % every == 0 else row
+        for at, row in enumerate(rows())
+    ]
+
+
+def test_bad_rows_are_left_out_and_told_once(tmp_path, caplog):
+    source = with_broken(tmp_path, every=3)
+    good = sorted(row.row_id for at, row in enumerate(source) if at % 3)
+    bad = len(source) - len(good)
+    prompts = stream(source, groups_per_step=len(good), max_bad_rows=0.5)
+    for _ in range(2):
+        assert sorted(item.row.row_id for item in next(prompts)) == good
+    assert prompts.figures["data/bad_rows"] == bad
+    assert len(caplog.messages) == bad and all("broken.mp4" in m for m in caplog.messages)
+
+
+def test_the_position_of_a_stream_that_left_rows_out_resumes_exactly(tmp_path):
+    source = with_broken(tmp_path, every=2)
+    prompts = stream(source, groups_per_step=1, max_bad_rows=0.5)
+    for _ in range(len(source)):
+        state = json.loads(json.dumps(prompts.get_state()))
+        resumed = stream(source, groups_per_step=1, max_bad_rows=0.5)
+        resumed.set_state(state)
+        assert resumed.figures["data/bad_rows"] == prompts.figures["data/bad_rows"]
+        assert same(next(prompts)[0], next(resumed)[0])
+
+
+def test_too_many_bad_rows_stop_the_stream(tmp_path):
+    source = with_broken(tmp_path, every=3)
+    told = rf"of {len(source)} rows cannot be read.*data\.max_bad_rows=0\.1.*broken\.mp4"
+    with pytest.raises(ValueError, match=told):
+        take(stream(source, max_bad_rows=0.1), 10)
+    with pytest.raises(ValueError, match=told):
+        prompt_list(source, VideoReader(), renderer(), 2, max_bad_rows=0.1)
+
+
+def test_rows_that_are_all_bad_stop_the_stream_whatever_the_limit(tmp_path):
+    with pytest.raises(ValueError, match=r"cannot be read.*broken\.mp4"):
+        take(stream(with_broken(tmp_path, every=1), max_bad_rows=1.0), 1)
+
+
+def test_evaluation_leaves_bad_rows_out(tmp_path):
+    source = with_broken(tmp_path, every=4)
+    items = prompt_list(source, VideoReader(), renderer(), 2, max_bad_rows=0.5)
+    assert [item.row for item in items] == [row for at, row in enumerate(source) if at % 4]
 
 
 @pytest.mark.parametrize(
