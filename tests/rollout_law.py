@@ -82,7 +82,7 @@ MENU = [
 ]
 
 
-def calls_of(text: str) -> tuple[ToolCall, ...]:
+def calls_of(text: str, syntax: str = "tool_call") -> tuple[ToolCall, ...]:
     """What a turn calls, in place of `parse_tool_calls`: nothing in one of six turns."""
     dice = random.Random(text)
     return tuple(

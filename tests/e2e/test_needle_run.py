@@ -48,14 +48,12 @@ TIMED = ("time/", "tokens_per_second", "compile/", *READING)
 QUICK = ("output.export_hf=false",)
 
 
-def start(workdir, cache, *arguments, settings=(), xla_flags=""):
-    """Run the command from another directory; compiled functions are shared by all runs of a test
-    session, whose folders have a folder in common."""
-    shared = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache.parents[1] / "compiled"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.3",
-        "XLA_FLAGS": xla_flags,
-    }
+QUICK_COMPILE = "--xla_backend_optimization_level=0"
+"""Compiling is most of the time of a short run."""
+
+
+def start(workdir, cache, *arguments, settings=(), xla_flags=QUICK_COMPILE):
+    """Run the command from another directory; all runs share what they compile (see conftest)."""
     sets = [
         part for text in (*SMALL, f"data.cache_dir={cache}", *settings) for part in ("--set", text)
     ]
@@ -69,7 +67,7 @@ def start(workdir, cache, *arguments, settings=(), xla_flags=""):
             *sets,
         ],
         cwd=cache,
-        env={**os.environ, **shared},
+        env={**os.environ, "XLA_FLAGS": xla_flags},
         capture_output=True,
         text=True,
         timeout=900,

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from tests.e2e.test_needle_run import CONTRACT, metrics, start
+from train.recipes.needle import COLD_START
 
 pytestmark = pytest.mark.slow
 
@@ -19,7 +20,6 @@ SETTINGS = (
     "output.export_hf=false",
     "output.checkpoint_every=0",
 )
-QUICK_COMPILE = "--xla_backend_optimization_level=0"
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +30,7 @@ def cache(tmp_path_factory):
 def run(recipe, cache, workdir, *arguments, settings=()):
     """Three steps if no other number is given; the records of `metrics.jsonl`."""
     command = ("--recipe", recipe, "--steps", "3", *arguments)
-    done = start(workdir, cache, *command, settings=(*SETTINGS, *settings), xla_flags=QUICK_COMPILE)
+    done = start(workdir, cache, *command, settings=(*SETTINGS, *settings))
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(workdir)
 
@@ -77,9 +77,19 @@ def looks(cache, tmp_path_factory):
     return workdir / "hf"
 
 
+@pytest.mark.study
 def test_video_o3_after_its_cold_start(cache, looks, tmp_path):
     """Two optimiser steps per batch, groups filtered, over-turns masked."""
-    check(run("needle_video_o3", cache, tmp_path, "--model", str(looks)))
-    config = json.loads((tmp_path / "config.json").read_text())
+    check_video_o3(cache, tmp_path, looks)
+
+
+def test_video_o3_in_a_foreign_syntax(cache, tmp_path):
+    """From weights that never saw a grounding call."""
+    check_video_o3(cache, tmp_path, COLD_START)
+
+
+def check_video_o3(cache, workdir, model):
+    check(run("needle_video_o3", cache, workdir, "--model", str(model)))
+    config = json.loads((workdir / "config.json").read_text())
     assert config["agent"]["call_syntax"] == "grounding"
     assert config["rl"]["minibatches"] == 2 and config["rl"]["mask_over_turn"]

@@ -36,15 +36,12 @@ SETTINGS = [
 def start(workdir, cache, *arguments):
     given = [*SMALL, *SETTINGS, f"data.cache_dir={cache}"]
     sets = [part for text in given for part in ("--set", text)]
-    shared = {
-        "JAX_COMPILATION_CACHE_DIR": str(cache / "compiled"),
-        # Compiling is most of the time.
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
-    }
+    # Compiling is most of the time.
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
     command = [sys.executable, str(ROOT / "train" / "main.py"), "--steps", "2"]
     done = subprocess.run(
         [*command, "--workdir", str(workdir), *arguments, *sets],
-        env={**os.environ, **shared},
+        env={**os.environ, **quick},
         capture_output=True,
         text=True,
         timeout=600,
