@@ -29,7 +29,6 @@ SETTINGS = [
     "agent.max_tool_rounds=0",
     "data.frame_budgets=2",
     "data.train_videos=4",
-    "evaluation.rows=0",
 ]
 
 

@@ -31,7 +31,6 @@ SETTINGS = [
     "agent.turn_tokens=48",
     "agent.max_tool_rounds=0",
     "data.train_videos=4",
-    "evaluation.rows=0",
 ]
 
 
