@@ -177,9 +177,8 @@ class Engine:
     @functools.cached_property
     def states(self) -> dict[str, LaneState]:
         """The caches of all lanes, handed on from session to session."""
-        return {
-            name: jax.jit(self._empty, static_argnums=0)(lane) for name, lane in self.lanes.items()
-        }
+        empty = jax.jit(self._empty, static_argnums=0)
+        return {name: jax.tree.map(_commit, empty(lane)) for name, lane in self.lanes.items()}
 
     def _empty(self, lane: Lane) -> LaneState:
         cache = self.policy.init_lane(lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix)
@@ -332,6 +331,12 @@ class Engine:
         caches = tuple(state.cache for state in loop.states)
         hidden, grown = self.policy.extend(params, tokens[:, None], everywhere, text, None, caches)
         return hidden[:, 0], grown
+
+
+def _commit(x: Array) -> Array:
+    """Bound to its devices, as what functions of committed weights return: they would be compiled
+    once more for arrays that are not."""
+    return x if x.committed else jax.device_put(x, x.sharding)
 
 
 def _advance(

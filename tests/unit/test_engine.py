@@ -454,3 +454,27 @@ def test_qwen3_vl_log_probs_equal_the_learners(mesh, cache_dtype, tolerance):
         np.testing.assert_allclose(one.log_probs, expected[: len(one.tokens)], atol=tolerance)
         np.testing.assert_allclose(two.log_probs, expected[-len(two.tokens) :], atol=tolerance)
         assert expected.std() > 0.5
+
+
+def test_a_second_session_compiles_nothing():
+    """Counted by XLA: jit compiles anew for arrays that are bound to devices and were not."""
+    compiled = []
+
+    def note(event, duration_secs, **_):
+        compiled.append(event)
+
+    params = initialise(QWEN.table, jax.random.key(0))
+    automata = TokenAutomata([b""] * VOCAB, [], reserve=2)
+    engine = Engine(QWEN, {"main": Lane(1, 2, 64, 8)}, automata=automata, pad_id=0, visit=4)
+
+    def say():
+        session = engine.session(params)
+        for stream in session.open("main", text_prompt("x"), [1, 2]):
+            session.speak(stream, [], SamplingConfig(), 4)
+        session.visit()
+
+    say()
+    jax.monitoring.register_event_duration_secs_listener(note)
+    say()
+    jax.monitoring.unregister_event_duration_listener(note)
+    assert not [event for event in compiled if "compile/backend_compile" in event]
