@@ -1,8 +1,8 @@
 """What a run compiles before its first step, so that it does not stop for it later.
 
 `rl.warm_up` rehearses rollouts of every static size that the questions can bring about, and an
-update of every length that they can have. Rows that see frames in tool responses are foreseen in
-rollouts only: how many frames they saw decides the shape of their update.
+update of every length that they can have. Not foreseen are updates on rows that saw frames in tool
+responses, on rows of sub-agents, and what a teacher reads: their shapes depend on what was done.
 """
 
 from __future__ import annotations
@@ -15,11 +15,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from paravt_jax.blocks import text_block
-from paravt_jax.records import Patches, Prompt, RolloutGroup, Row, Trajectory, VideoRef
+from paravt_jax.records import (
+    LearnerBatch,
+    Patches,
+    Prompt,
+    RolloutGroup,
+    Row,
+    Trajectory,
+    VideoRef,
+)
 from pipelines.render import ChatRenderer
 from rollout.engine import Engine
 from rollout.warm_up import warm_up
 from train.config import generated_budget
+from train.learner import Learner
 from train.loop import Parts
 from train.reads import agent_reads
 from train.state import TrainState
@@ -48,15 +57,19 @@ def warm_up_run(
 
 
 def _rehearse_update(parts: Parts, state: TrainState, groups: list[RolloutGroup]) -> TrainState:
-    """An update without effect: advantages that are no numbers give gradients that are none, which
-    leave weights and moments as they were."""
     learner = parts.learner
     batch = learner.batch(state.params, groups)
     batch = learner.with_reference({**state.frozen, **parts.reference}, batch)
     batch = learner.with_advantages(groups, batch)
+    return update_without_effect(learner, state, batch)
+
+
+def update_without_effect(learner: Learner, state: TrainState, batch: LearnerBatch) -> TrainState:
+    """The state unchanged, after all that an update computes: advantages that are no numbers give
+    gradients that are none, which leave weights and moments as they were. `state` is donated."""
     batch = dataclasses.replace(batch, advantages=jnp.full_like(batch.advantages, jnp.nan))
-    after, _ = learner.update(state, batch)
-    return dataclasses.replace(after, step=after.step - parts.config.rl.updates)
+    after, learned = learner.update(state, batch)
+    return dataclasses.replace(after, step=after.step - len(learned))
 
 
 def _blank_groups(parts: Parts, renderer: ChatRenderer, length: int) -> list[RolloutGroup]:

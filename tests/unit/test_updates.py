@@ -24,6 +24,7 @@ from train.recipes import get_recipe
 from train.rl import RlSettings
 from train.state import TrainState
 from train.step import RlStep, minibatch
+from train.warm_up import update_without_effect
 
 PROMPTS, GROUP, TOKENS, VOCAB = 4, 2, 12, 16
 ROWS = PROMPTS * GROUP
@@ -160,6 +161,19 @@ def test_every_optimiser_step_is_the_one_by_hand(objective, sizes):
     assert seen["clip_fraction"] == pytest.approx(float(clip_fraction), abs=1e-6)
     assert (seen["clip_fraction"] > 0.05) == (objective is CLIPPED)
     assert seen["loss"] == pytest.approx(np.mean([m["loss"] for m in learned]), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", [CLIPPED, REGRESSION], ids=["clip", "regression"])
+def test_a_rehearsed_update_leaves_the_state_as_it_was(objective):
+    """Weights, moments that are not 0, and the count of steps; weight decay would move weights."""
+    own = learner(configure(objective, epochs=2, minibatches=2))
+    optimizer = optax.adamw(0.1, weight_decay=0.1)
+    own.step = jax.jit(dataclasses.replace(own.step.__wrapped__, optimizer=optimizer))
+    state = dataclasses.replace(fresh(), optimizer=optimizer.init(weights()))
+    state, _ = own.update(state, to_mesh(random_batch(), ALONE))
+    after = update_without_effect(own, state, to_mesh(random_batch(1), ALONE))
+    jax.tree.map(np.testing.assert_array_equal, after, state)
+    assert int(after.step) == 4
 
 
 def test_one_step_per_batch_never_clips():
