@@ -18,6 +18,7 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import functools
 import statistics
 import tempfile
 import time
@@ -34,7 +35,7 @@ from paravt_jax.rope_index import mrope_positions, vision_index
 from rollout.automaton import TokenAutomata
 from rollout.engine import Engine, Lane
 from rollout.sampler import SamplingConfig
-from rollout.session import Session
+from rollout.session import Session, Stream
 
 NEW = 64
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
@@ -218,31 +219,37 @@ def random_model(size: str) -> tuple[Qwen3VLPolicy, dict]:
 
 
 def prefix(size: str, length: int, repeats: int) -> None:
-    """One cache for a prompt of eight rollouts, against a copy for each."""
+    """One cache for a prompt of eight rollouts, against a copy for each: reading the prompt (and
+    drawing one token), then decoding."""
     policy, params = random_model(size)
     prompt = make_prompt(length, 0, policy.config)
-    shared = engine_of(policy, {"main": Lane(1, 8, length, NEW)}, visit=NEW)
-    copied = engine_of(policy, {"main": Lane(8, 1, length, NEW)}, visit=NEW)
-    timed: dict[str, list[float]] = {}
-    for limit, what in ((1, "read"), (NEW, "read and decode")):
-        runs = {
-            f"{what} shared": lambda limit=limit: run_all(
-                shared.session(params), "main", [prompt], 8, limit
-            ),
-            f"{what} copied": lambda limit=limit: run_all(
-                copied.session(params), "main", [prompt] * 8, 1, limit
-            ),
-        }
-        timed |= compare(runs, repeats)
-        ratio(timed, f"{what} copied", f"{what} shared")
-    decode = {
-        kind: [
-            a - b
-            for a, b in zip(timed[f"read and decode {kind}"], timed[f"read {kind}"], strict=True)
-        ]
-        for kind in ("shared", "copied")
-    }
-    ratio({f"decode {k}": v for k, v in decode.items()}, "decode copied", "decode shared")
+    shared = engine_of(policy, {"main": Lane(1, 8, length, NEW + 1)}, visit=NEW)
+    copied = engine_of(policy, {"main": Lane(8, 1, length, NEW + 1)}, visit=NEW)
+    live: dict[str, tuple[Session, list[Stream]]] = {}
+
+    def read(kind: str) -> None:
+        session = (shared if kind == "shared" else copied).session(params)
+        prompts, copies = (1, 8) if kind == "shared" else (8, 1)
+        seeds = np.arange(8).reshape(prompts, copies)
+        streams = [s for own in seeds for s in session.open("main", prompt, own.tolist())]
+        live[kind] = session, streams
+        speak(session, streams, 1)
+
+    runs = {}
+    for kind in ("shared", "copied"):
+        runs[f"read {kind}"] = functools.partial(read, kind)
+        runs[f"decode {kind}"] = lambda kind=kind: speak(*live[kind], NEW)
+    seconds = compare(runs, repeats)
+    for part in ("read", "decode"):
+        ratio(seconds, f"{part} copied", f"{part} shared")
+
+
+def speak(session: Session, streams: list[Stream], limit: int) -> None:
+    """All streams go on for as many tokens."""
+    for stream in streams:
+        session.speak(stream, [], SamplingConfig(), limit)
+    while session.speaking:
+        session.visit()
 
 
 def crops(size: str, length: int, repeats: int) -> None:
