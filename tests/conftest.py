@@ -1,16 +1,12 @@
-"""Eight CPU devices for every test, so that sharding is exercised, not skipped.
-
-Tests compile far longer than they compute, so XLA optimises as little as it can, which halves
-their time. `e2e/test_needle_run.py` leaves the command its own settings.
-"""
+"""Eight CPU devices for every test, so that sharding is exercised, not skipped."""
 
 import os
 from pathlib import Path
 
+from tests.xla_flags import quick_compile
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault(
-    "XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-)
+os.environ.setdefault("XLA_FLAGS", quick_compile(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Compiled functions are kept beside pytest's own cache: a second run compiles little.
 os.environ.setdefault(

@@ -1,7 +1,6 @@
 """A model with experts through the real command, on a mesh that splits them."""
 
 import dataclasses
-import os
 
 import jax
 import numpy as np
@@ -13,7 +12,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration  # noqa: E402
 from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config, save_folder  # noqa: E402
 from models.qwen3_vl.config import ExpertsConfig  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
-from tests.e2e.test_needle_run import metrics, start  # noqa: E402
+from tests.command import metrics, start  # noqa: E402
 from train.recipes.needle import COLD_START  # noqa: E402
 
 pytestmark = pytest.mark.slow
@@ -43,8 +42,7 @@ def run(tmp_path_factory):
     save_folder(params, config, root / "model", base=COLD_START)
     arguments = ["--model", str(root / "model"), "--steps", "2"]
     mesh = ["--mesh", "fsdp:2,expert:2,tensor:2"]
-    flags = os.environ["XLA_FLAGS"]
-    done = start(root / "run", root, *arguments, *mesh, settings=SETTINGS, xla_flags=flags)
+    done = start(root / "run", root, *arguments, *mesh, settings=SETTINGS, devices=8)
     assert done.returncode == 0, done.stderr[-3000:]
     return root / "run"
 

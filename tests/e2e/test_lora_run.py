@@ -11,7 +11,7 @@ from models.qwen3_vl.adapter import checkpoint_lora, load_adapter
 from paravt_jax.checkpoint import find_model_files, find_step, open_params, restore_params
 from paravt_jax.lora import LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
-from tests.e2e.test_needle_run import metrics, start
+from tests.command import metrics, start
 from train import setup
 from train.checks import check_model
 from train.config import override
@@ -43,8 +43,7 @@ def cache(tmp_path_factory):
 def workdir(cache, tmp_path_factory):
     """Two RL steps with adapters on the committed cold start."""
     workdir = tmp_path_factory.mktemp("run") / "lora"
-    quick = "--xla_backend_optimization_level=0"
-    done = start(workdir, cache, "--steps", "2", settings=SETTINGS, xla_flags=quick)
+    done = start(workdir, cache, "--steps", "2", settings=SETTINGS)
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
 

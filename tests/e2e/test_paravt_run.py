@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from tests import paravt_fixture as fixture
-from tests.e2e.test_needle_run import metrics, start
+from tests.command import metrics, start
 from train.config import override
 from train.questions import open_rows, read_questions
 from train.recipes import get_recipe
@@ -35,9 +35,9 @@ def configure(tmp_path, *settings):
 
 @pytest.mark.slow
 def test_two_rl_steps(folder, tmp_path):
-    workdir, quick = tmp_path / "run", "--xla_backend_optimization_level=0"
+    workdir = tmp_path / "run"
     command = ("--data", folder, "--steps", "2")
-    done = start(workdir, tmp_path, *command, settings=SETTINGS, xla_flags=quick)
+    done = start(workdir, tmp_path, *command, settings=SETTINGS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 of 7 rows cannot be used" in done.stdout
     first, second = metrics(workdir)

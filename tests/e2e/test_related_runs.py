@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.e2e.test_needle_run import metrics, start, untimed
+from tests.command import metrics, start, untimed
 
 pytestmark = pytest.mark.slow
 
@@ -32,7 +32,6 @@ def run(recipe, workdir, cache, *arguments):
         cache,
         *("--recipe", recipe, "--steps", "3", *arguments),
         settings=(*SETTINGS, *OWN[recipe]),
-        xla_flags="--xla_backend_optimization_level=0",
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.e2e.test_needle_run import CONTRACT, metrics, start
+from tests.command import CONTRACT, metrics, start
 from train.recipes.needle import COLD_START
 
 pytestmark = pytest.mark.slow

@@ -2,22 +2,19 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.command import command, metrics, run, untimed
 from tests.paravt_fixture import VIDEOS, write_paravt
 from train.checks import describe_conversations
 from train.config import override
 from train.conversations import open_conversations
 from train.recipes import get_recipe
+from train.recipes.needle import COLD_START
 
-ROOT = Path(__file__).resolve().parents[2]
-MODEL = ROOT / "train" / "assets" / "needle_sft"
 pytestmark = pytest.mark.slow
 
 SMALL = (
@@ -45,20 +42,12 @@ def data(tmp_path_factory):
 def start(workdir, data, settings=()):
     """Two steps by the command, on one device."""
     sets = [f"data.cache_dir={data / 'cache'}", *SMALL, *settings]
-    command = [sys.executable, str(ROOT / "train" / "main.py"), "--recipe", "paravt_sft"]
-    command += ["--model", str(MODEL), "--data", str(data), "--workdir", str(workdir)]
-    command += ["--steps", "2", *(part for text in sets for part in ("--set", text))]
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    return subprocess.run(
-        command, cwd=data, env=os.environ | quick, capture_output=True, text=True, timeout=600
-    )
+    arguments = ["--recipe", "paravt_sft", "--model", str(COLD_START), "--data", str(data)]
+    return run(command(workdir, *arguments, "--steps", "2", sets=sets), data)
 
 
-def metrics(workdir):
-    """What a second run repeats: nothing that was timed, compiled or waited for."""
-    records = map(json.loads, (workdir / "metrics.jsonl").read_text().splitlines())
-    passing = ("time/", "compile/", "data/wait")
-    return [{k: v for k, v in r.items() if not k.startswith(passing)} for r in records]
+def records(workdir):
+    return [untimed(record) for record in metrics(workdir)]
 
 
 def test_two_steps_from_parquet_and_a_resume_that_repeats_the_second(data, tmp_path):
@@ -66,14 +55,14 @@ def test_two_steps_from_parquet_and_a_resume_that_repeats_the_second(data, tmp_p
     done = start(whole, data)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 of 4 rows cannot be used" in done.stdout
-    first, second = metrics(whole)
+    first, second = records(whole)
     assert 0.3 < first["data/fill"] <= 1 and first["data/conversations"] >= 2
     assert first["grad_norm"] > 0 and second["loss"] != first["loss"]
     assert (whole / "hf" / "model.safetensors").exists()
     shutil.rmtree(whole / "checkpoints" / "2")
     done = start(whole, data, settings=("output.export_hf=false",))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert metrics(whole) == [first, second]
+    assert records(whole) == [first, second]
 
 
 def recipe(path, *settings):

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.e2e.test_needle_run import QUICK, metrics, start
+from tests.command import metrics, start
 
 pytestmark = pytest.mark.slow
 
@@ -15,7 +15,7 @@ def test_two_steps_with_sub_agents_in_the_loss(tmp_path):
         "agent.subagent_sampling.temperature=0.6",
         "data.question_types=oe",
         "evaluation.rows=0",
-        *QUICK,
+        "output.export_hf=false",
     )
     done = start(tmp_path / "run", tmp_path, "--steps", "2", settings=settings)
     assert done.returncode == 0, done.stderr[-3000:]

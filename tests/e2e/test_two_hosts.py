@@ -1,16 +1,14 @@
 """Two processes on loopback, four CPU devices each, are one run: the figures of one process."""
 
 import json
-import os
 import socket
 import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.command import command, environment, run
+
 pytestmark = pytest.mark.slow
 SETTINGS = [
     "data.train_videos=8",
@@ -31,28 +29,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def command(workdir, cache):
-    sets = [p for text in (*SETTINGS, f"data.cache_dir={cache}") for p in ("--set", text)]
-    mesh = ["--mesh", "data:2,fsdp:2,tensor:2", "--steps", "1", "--workdir", str(workdir)]
-    return [sys.executable, str(ROOT / "train" / "main.py"), *mesh, *sets]
-
-
-def environment(devices: int, **extra: str) -> dict[str, str]:
-    count = f"--xla_force_host_platform_device_count={devices}"
-    flags = f"{count} --xla_backend_optimization_level=0"  # Compiling is most of the time.
-    return {**os.environ, "XLA_FLAGS": flags, **extra}
+def one_step(workdir, cache):
+    mesh = ["--mesh", "data:2,fsdp:2,tensor:2", "--steps", "1"]
+    return command(workdir, *mesh, sets=[*SETTINGS, f"data.cache_dir={cache}"])
 
 
 def test_two_processes_give_the_run_of_one(tmp_path):
     alone, together, cache = tmp_path / "alone", tmp_path / "together", tmp_path / "cache"
-    done = subprocess.run(
-        command(alone, cache), env=environment(8), capture_output=True, text=True, timeout=600
-    )
+    done = run(one_step(alone, cache), tmp_path, devices=8)
     assert done.returncode == 0, done.stderr[-3000:]
     address = f"127.0.0.1:{free_port()}"
     hosts = [
         subprocess.Popen(
-            command(together, cache),
+            one_step(together, cache),
             env=environment(
                 4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)
             ),

@@ -1,15 +1,12 @@
 """The real command with several optimiser steps per batch, dynamic sampling, over-long shaping and
 the release's advantages; and its resume."""
 
-import os
 import shutil
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-from tests.e2e.test_needle_run import ROOT, SMALL, metrics, untimed
+from tests.command import metrics, start, untimed
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -33,26 +30,15 @@ SETTINGS = [
 ]
 
 
-def start(workdir, cache, *arguments):
-    given = [*SMALL, *SETTINGS, f"data.cache_dir={cache}"]
-    sets = [part for text in given for part in ("--set", text)]
-    # Compiling is most of the time.
-    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-    command = [sys.executable, str(ROOT / "train" / "main.py"), "--steps", "2"]
-    done = subprocess.run(
-        [*command, "--workdir", str(workdir), *arguments, *sets],
-        env={**os.environ, **quick},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
+def two_steps(workdir, cache, *arguments):
+    done = start(workdir, cache, "--steps", "2", *arguments, settings=SETTINGS)
     assert done.returncode == 0, done.stderr[-3000:]
     return metrics(workdir)
 
 
 def test_clips_act_groups_are_filtered_and_a_resume_goes_on_exactly(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    first, second = start(whole, tmp_path)
+    first, second = two_steps(whole, tmp_path)
     for record in (first, second):
         assert all(np.isfinite(value) for value in record.values())
         assert 0 < record["clip_fraction"] < 1, "the policy moves within a batch"
@@ -62,5 +48,5 @@ def test_clips_act_groups_are_filtered_and_a_resume_goes_on_exactly(tmp_path):
     assert first["reward/length"] + second["reward/length"] < 0
     shutil.copytree(whole, cut)
     shutil.rmtree(cut / "checkpoints" / "2")
-    again = start(cut, tmp_path, "--resume", "must")
+    again = two_steps(cut, tmp_path, "--resume", "must")
     assert [untimed(record) for record in again] == [untimed(first), untimed(second)]

@@ -1,0 +1,74 @@
+"""The real command in a subprocess: short runs on the needle world, and what they leave."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from tests.xla_flags import quick_compile
+
+ROOT = Path(__file__).resolve().parents[1]
+
+SMALL = (
+    "data.train_videos=12",
+    "data.held_out_videos=4",
+    "data.frame_budgets=4",
+    "rl.prompts_per_step=2",
+    "rl.group_size=2",
+    "rl.micro_groups=1",
+    "agent.turn_tokens=80",
+    "agent.sampling.temperature=0.9",
+    "agent.subagent_batch=8",
+    "evaluation.rows=4",
+    "evaluation.batch=4",
+    "output.checkpoint_every=1",
+    "output.keep_checkpoints=4",
+    "optimizer.warmup_steps=0",
+)
+CONTRACT = set(
+    """step loss grad_norm kl reward/total reward/accuracy reward/format reward/tool
+    format/compliance format/score tool/calls_per_rollout tool/rollouts_with_call
+    tool/parallel_max tool/success_rate frames/budget_mean logprob/gap_mean logprob/gap_max
+    clip_fraction group/zero_std time/rollout time/learn time/data tokens_per_second
+    data/wait data/bad_rows frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
+)
+"""What every line of `metrics.jsonl` of an RL run holds."""
+READING = ("data/wait", "frames/asked", "frames/cache", "frames/decode")
+TIMED = ("time/", "tokens_per_second", "compile/", *READING)
+"""Beginnings of the names of figures that a second run does not repeat."""
+
+
+def command(workdir: Path, *arguments: str, sets: Sequence[str]) -> list[str]:
+    """`python train/main.py --workdir ... --set ...`."""
+    door = [sys.executable, str(ROOT / "train" / "main.py"), "--workdir", str(workdir)]
+    return [*door, *arguments, *(part for text in sets for part in ("--set", text))]
+
+
+def environment(devices: int = 1, **extra: str) -> dict[str, str]:
+    """That of the tests; all runs share what they compile (see conftest)."""
+    return {**os.environ, "XLA_FLAGS": quick_compile(devices), **extra}
+
+
+def run(arguments: Sequence[str], cwd: Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
+    """Run a command from a foreign directory to its end."""
+    return subprocess.run(
+        arguments, cwd=cwd, env=environment(devices), capture_output=True, text=True, timeout=900
+    )
+
+
+def start(workdir: Path, cache: Path, *arguments: str, settings: Sequence[str] = (), devices=1):
+    """A small run on the needle world, whose videos are in `cache`."""
+    sets = [*SMALL, f"data.cache_dir={cache}", *settings]
+    return run(command(workdir, *arguments, sets=sets), cache, devices)
+
+
+def metrics(workdir: Path) -> list[dict[str, float]]:
+    """The lines of `metrics.jsonl`."""
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def untimed(record: dict[str, float]) -> dict[str, float]:
+    """What a second run repeats: nothing that was timed, compiled or waited for."""
+    return {name: value for name, value in record.items() if not name.startswith(TIMED)}
