@@ -23,6 +23,8 @@ from train.batch import packed_batch
 from train.recipes.needle import NEEDLE_MODEL
 from train.step import SftStep, batch_log_probs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("length", [20, QUERY_CHUNK + 30], ids=["at once", "in chunks"])
 def test_a_token_attends_to_its_own_segment_alone(length):

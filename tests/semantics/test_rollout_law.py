@@ -31,6 +31,8 @@ from tests.rollout_law import (
 from tests.unit.test_engine import QWEN
 from train.batch import streams_of_groups
 
+pytestmark = pytest.mark.slow
+
 EVIDENCE = ["text", "frames"]
 MESH = "data:2,fsdp:2,tensor:2"
 
@@ -98,7 +100,6 @@ def test_learner_and_engine_agree_about_every_token(evidence):
     check_same(groups, world.roll_out(engine, items[8:3:-1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_slots_and_visits_change_no_sample(evidence):
     world = toy(evidence, copies=2)
@@ -108,7 +109,6 @@ def test_slots_and_visits_change_no_sample(evidence):
     check_same(groups, world.roll_out(world.engine(few), items[::-1]))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_a_mesh_changes_no_sample(evidence):
     world = toy(evidence, copies=2)
@@ -140,7 +140,6 @@ def test_a_mesh_changes_no_sample_of_qwen3_vl():
         check_same(groups, world.roll_out(world.engine(few), items[::-1], params=spread))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_nothing_compiles_once_shapes_are_known(evidence):
     """Fifty batches of all sizes, lengths, budgets and crops, each under other weights."""

@@ -199,6 +199,7 @@ def check_value(value, schema):
     return fits
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", [b"", b"<think>"])
 def test_every_constrained_draw_parses_and_obeys_the_schema(
     automata, contents, eos, tokenizer, prefix

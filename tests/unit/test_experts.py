@@ -14,6 +14,8 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Slots
 
+pytestmark = pytest.mark.slow
+
 SIZES = {
     "even": [40, 40, 40],
     "one has all": [0, 120, 0],

@@ -7,6 +7,8 @@ import pytest
 
 from paravt_jax.log_probs import View, gathered_log_probs, teacher_gap
 
+pytestmark = pytest.mark.slow
+
 B, T, D, V = 3, 11, 5, 13
 rng = np.random.default_rng(0)
 HIDDEN = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)

@@ -173,6 +173,7 @@ def partly_spoken(count, length):
     return spoken
 
 
+@pytest.mark.slow
 def test_every_position_agrees_with_a_search_in_the_bytes(tokenizer, contents, table):
     batch = np.array(list(sequences(tokenizer, contents, COUNT, length=40)), np.int32)
     result = agrees(batch, partly_spoken(*batch.shape), contents, table)

@@ -20,6 +20,8 @@ from train.state import TrainState
 from train.step import minibatch
 from train.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
 
+pytestmark = pytest.mark.slow
+
 POLICY = Learnable()
 REFERENCE = POLICY.init(seed=7) | {"see": POLICY.init()["see"]}
 """Other words, the same eyes: the vision tower is frozen."""

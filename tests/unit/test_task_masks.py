@@ -16,6 +16,8 @@ from paravt_jax.task_masks import task_masks
 from train.batch import Stream, learner_batch
 from train.masking import TaskMasking
 
+pytestmark = pytest.mark.slow
+
 TAGS = SYNTAXES["grounding"].tags
 # A tag can be one token or several, and a token can hold the end of one and more besides.
 PIECES = [*TAGS, "<", "answer", ">", "</", "grounding", "ground", "ing>", ">x", "a", "b", "<think"]

@@ -26,6 +26,8 @@ from train.state import TrainState, make_optimizer, make_state
 from train.step import batch_hidden
 from train.teacher import Teacher
 
+pytestmark = pytest.mark.slow
+
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
 ROW = Row("r1", VideoRef("/nowhere.mp4", 64.0), "What colour?", "purple", "oe", ((8.0, 12.0),))
 CONFIG = override(

@@ -26,6 +26,8 @@ from train.state import TrainState
 from train.step import RlStep, minibatch
 from train.warm_up import update_without_effect
 
+pytestmark = pytest.mark.slow
+
 PROMPTS, GROUP, TOKENS, VOCAB = 4, 2, 12, 16
 ROWS = PROMPTS * GROUP
 ALONE = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
