@@ -146,6 +146,7 @@ class Renderer(Protocol):
     """Turns frames and words into token streams; knows the tokenizer and its chat template."""
 
     eos_ids: tuple[int, ...]
+    """Tokens that end a turn; the first is the one that the chat template writes."""
     pad_id: int
 
     def main_prompt(self, row: Row, frames: Frames | Sequence[Frames], tools: bool) -> Prompt:

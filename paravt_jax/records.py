@@ -61,6 +61,8 @@ class StopReason(enum.StrEnum):
 
     END = "end"
     """The model emitted an end-of-turn token."""
+    STOP = "stop"
+    """The model wrote what its request wanted to stop at; there is no end-of-turn token."""
     LENGTH = "length"
     """The turn used up its token budget."""
 

@@ -126,7 +126,8 @@ class ChatRenderer:
         self._subtitles = subtitles
         self.texts = texts or PromptTexts()
         self.tools = list(tools)
-        self.eos_ids: tuple[int, ...] = tuple(eos_ids) or (tokenizer.eos_token_id,)
+        own = tokenizer.eos_token_id
+        self.eos_ids: tuple[int, ...] = tuple(sorted(eos_ids, key=lambda i: i != own)) or (own,)
         self.pad_id: int = _first(tokenizer.pad_token_id, self.eos_ids[0])
         self._pad_text = f"<|{self.mode}_pad|>"
         self._vision_id: int = tokenizer.convert_tokens_to_ids(self._pad_text)

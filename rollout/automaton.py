@@ -57,13 +57,13 @@ class TokenAutomata:
             ValueError: an end-of-turn token is not in the vocabulary, or a grammar has a state in
                 which no token is possible.
         """
-        self._contents, self._eos_ids = contents, tuple(eos_ids)
+        self._contents, self.eos_ids = contents, tuple(eos_ids)
         self._buffer = np.frombuffer(b"".join(contents), np.uint8)
         self._lengths = np.array([len(content) for content in contents])
         self._size, self._place, self._placed = reserve, place, None
         self._table = np.zeros((2, len(contents)), np.int16)
         self._table[STOPPED] = STOPPED
-        self._table[FREE, self._stops("eos_ids", self._eos_ids)] = STOPPED
+        self._table[FREE, self._stops("eos_ids", self.eos_ids)] = STOPPED
         self._searches: dict[tuple[tuple[str, ...], tuple[int, ...]], int] = {((), ()): FREE}
         self._grammars = {
             name: (grammar, self._add_grammar(name, grammar))
@@ -136,7 +136,7 @@ class TokenAutomata:
         lifted = self._lift(search.moves)
         first = len(self._table)
         moved = np.where(search.ends[lifted], STOPPED, lifted + first)
-        moved[:, self._stops("stop_ids", (*self._eos_ids, *ids))] = STOPPED
+        moved[:, self._stops("stop_ids", (*self.eos_ids, *ids))] = STOPPED
         self._append(moved)
         return first
 
@@ -147,7 +147,7 @@ class TokenAutomata:
         lifted[:, self._lengths == 0] = DEAD
         first = len(self._table)
         moved = np.where(lifted == DEAD, DEAD, lifted + first)
-        moved[:, list(self._eos_ids)] = np.where(grammar.ends, STOPPED, DEAD)[:, None]
+        moved[:, list(self.eos_ids)] = np.where(grammar.ends, STOPPED, DEAD)[:, None]
         if not (moved != DEAD).any(axis=1).all():
             raise ValueError(f"grammar {name!r} asks for bytes that no token of the vocabulary has")
         self._append(moved)

@@ -12,7 +12,7 @@ from typing import Any
 
 from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.protocol import parse_tool_calls
-from paravt_jax.records import Prompt, Row, Trajectory, Turn
+from paravt_jax.records import Prompt, Row, StopReason, Trajectory, Turn
 from rollout.evidence import Answer, Ask, Kit, Toolbox
 from rollout.record import Record, derive_seed, spoken_turn, was_cut_off
 from rollout.responses import response_turn
@@ -39,6 +39,7 @@ class Episodes:
         self._kit, self._session, self._toolbox = kit, session, toolbox
         self._policy_version = policy_version
         self._prefix = kit.renderer.encode(kit.config.think_prefix)
+        self._end = list(kit.renderer.eos_ids[:1])
 
     def program(self, rollout: Rollout) -> Generator[Need, Any, Trajectory]:
         """The program of one rollout; it ends with its record."""
@@ -57,7 +58,9 @@ class Episodes:
             answers = yield Together([self._toolbox.answer(ask) for ask in asks])
             executed = sum(answer.executed for answer in answers)
             record.speak(dataclasses.replace(turn, executed=executed))
-            given = self._respond(record, answers)
+            # Responses follow an end of turn, also where a stop string came before it.
+            end = self._end if turn.stop_reason is StopReason.STOP else []
+            given = self._respond(record, end, answers)
         self._session.close(rollout.stream)
         done = record.finish(self._kit.renderer, self._policy_version)
         return dataclasses.replace(done, call_syntax=config.call_syntax)
@@ -87,15 +90,18 @@ class Episodes:
             for number, call in enumerate(turn.calls)
         ]
 
-    def _respond(self, record: Record, answers: Sequence[Answer]) -> Given:
-        """Put responses and the next turn's prefix on record; what the stream must be given."""
+    def _respond(self, record: Record, end: list[int], answers: Sequence[Answer]) -> Given:
+        """Put the end of the turn where it has none, responses and the next turn's prefix on
+        record; what the stream must be given."""
         record.subagents += [answer.subagent for answer in answers if answer.subagent]
         responses = [answer.response for answer in answers]
-        most, room = self._kit.config.calls_run, self._kit.room.response
+        most, room = self._kit.config.calls_run, self._kit.room.response - len(end)
         turn = response_turn(self._kit.renderer, responses, room, most)
         if isinstance(turn, Prompt):
+            record.give(end)
             record.show(turn)
             record.give(self._prefix)
-            return join_blocks([turn, text_block(self._prefix)])
-        record.give([*turn, *self._prefix])
-        return [*turn, *self._prefix]
+            return join_blocks([text_block(end), turn, text_block(self._prefix)])
+        given = [*end, *turn, *self._prefix]
+        record.give(given)
+        return given

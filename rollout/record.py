@@ -76,5 +76,5 @@ def spoken_turn(generated: Generated, prefix: Sequence[int], renderer: Renderer)
 
 
 def was_cut_off(turn: Turn) -> bool:
-    """Whether the turn has no end-of-turn token that responses could follow."""
-    return turn.stop_reason is not StopReason.END
+    """Whether the turn used up its tokens before it was over."""
+    return turn.stop_reason is StopReason.LENGTH

@@ -81,14 +81,12 @@ class _Row:
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
 
-    def take_turn(self, ended: bool) -> Generated:
+    def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
         """The turn that just ended; the row is silent again."""
-        turn = Generated(
-            np.concatenate(self.tokens),
-            np.concatenate(self.log_probs),
-            StopReason.END if ended else StopReason.LENGTH,
-            self.constrained,
-        )
+        tokens, reason = np.concatenate(self.tokens), StopReason.LENGTH
+        if stopped:
+            reason = StopReason.END if tokens[-1] in eos_ids else StopReason.STOP
+        turn = Generated(tokens, np.concatenate(self.log_probs), reason, self.constrained)
         self.tokens, self.log_probs, self.left, self.constrained = [], [], 0, 0
         return turn
 
@@ -365,11 +363,12 @@ class Session:
         self.row_steps += int(host.counts.max()) * len(rows)
         self.used_row_steps += int(host.counts.sum())
         spoke = [(number, row) for number, row in enumerate(rows) if row is not None and row.left]
-        turns = [(row.stream, _hear(row, number, host)) for number, row in spoke]
+        ends = self._engine.automata.eos_ids
+        turns = [(row.stream, _hear(row, number, host, ends)) for number, row in spoke]
         return [(stream, turn) for stream, turn in turns if turn is not None]
 
 
-def _hear(row: _Row, number: int, spoken: Spoken) -> Generated | None:
+def _hear(row: _Row, number: int, spoken: Spoken, eos_ids: Sequence[int]) -> Generated | None:
     """Note what a row said; its turn if that ended it."""
     count = int(spoken.counts[number])
     row.tokens.append(spoken.tokens[number, :count].copy())
@@ -377,8 +376,8 @@ def _hear(row: _Row, number: int, spoken: Spoken) -> Generated | None:
     row.length, row.position, row.left = row.length + count, row.position + count, row.left - count
     row.automata = spoken.automata[number].tolist()
     row.constrained += int(spoken.constrained[number])
-    ended = bool(spoken.ended[number])
-    return row.take_turn(ended) if ended or not row.left else None
+    stopped = bool(spoken.ended[number])
+    return row.take_turn(stopped, eos_ids) if stopped or not row.left else None
 
 
 def _speakers(rows: Sequence[_Row | None]) -> Speakers:

@@ -53,6 +53,8 @@ class ScriptedStream:
     """What was given with positions, frames and all."""
     given: Sequence[int] | Prompt | None = None
     """Told to speak, nothing appended yet."""
+    stop: tuple[str, ...] = ()
+    """Texts that end its turn."""
     saying: list[int] = dataclasses.field(default_factory=list)
     said: int = 0
     closed: bool = False
@@ -106,7 +108,7 @@ class ScriptedSession:
         row, count = self.rows[stream.number], _length(given)
         if row.closed or row.speaking or count + limit > self.room(stream):
             raise ValueError(f"stream {stream} cannot take {count} + {limit} tokens")
-        row.given = given
+        row.given, row.stop = given, sampling.stop
         row.limits.append(limit)
 
     def close(self, stream: Stream) -> None:
@@ -143,9 +145,12 @@ class ScriptedSession:
         if row.said < len(row.saying):
             return None
         tokens, row.saying = row.saying, []
-        ended = tokens[-1] in self.engine.renderer.eos_ids
         log_probs = -np.arange(1, len(tokens) + 1, dtype=np.float32)
-        reason = StopReason.END if ended else StopReason.LENGTH
+        renderer, reason = self.engine.renderer, StopReason.LENGTH
+        if tokens[-1] in renderer.eos_ids:
+            reason = StopReason.END
+        elif row.stop and renderer.decode(tokens).endswith(row.stop):
+            reason = StopReason.STOP
         return Stream(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
 
     def _append(self, row: ScriptedStream) -> None:

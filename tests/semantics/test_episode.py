@@ -20,6 +20,8 @@
 17. No episode is longer than its cap of tokens, and it still ends in an answer.
 18. A tool that takes too long, or fails, gets an error response; the others still run.
 19. How fast host threads are changes no record.
+20. A turn that ended at a stop string runs its calls; responses follow an end of turn, as the
+    template has it, which is given and not generated.
 """
 
 from __future__ import annotations
@@ -39,6 +41,7 @@ from rollout.agent import Agent
 from rollout.limits import AgentConfig, lanes, measure
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
+from rollout.sampler import SamplingConfig
 from rollout.tools import TOOLS, OwnVideo, Tool, agent_tools, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader, ToyRenderer
@@ -234,6 +237,40 @@ def test_a_turn_that_is_cut_off_runs_no_calls():
     (turn,) = episode.trajectory.turns
     assert (turn.stop_reason, turn.calls) == (StopReason.LENGTH, ())
     assert not episode.session.of("crop")
+
+
+STOPPING = SamplingConfig(stop=("</tool_call>",))
+
+
+@pytest.mark.parametrize("evidence", ["text", "frames"])
+def test_responses_follow_an_end_of_turn_after_a_stop_string(evidence):
+    episode = Episode(
+        calls_turn(call()).removesuffix(END), ANSWER, sampling=STOPPING, evidence=evidence
+    )
+    first, last = episode.trajectory.turns
+    assert (first.stop_reason, first.executed) == (StopReason.STOP, 1)
+    assert last.stop_reason is StopReason.END
+    same = Episode(calls_turn(call()), ANSWER, evidence=evidence).trajectory
+    np.testing.assert_array_equal(episode.trajectory.tokens, same.tokens)
+    assert episode.trajectory.generated.sum() == same.generated.sum() - 1
+
+
+def test_an_end_of_turn_has_its_room():
+    """Responses that fill theirs to the last token."""
+    for length in range(1, 100):
+        report = "x" * length + END
+        cut = calls_turn(call()).removesuffix(END)
+        episode = Episode(
+            cut,
+            ANSWER,
+            report=lambda prompt, report=report: report,
+            sampling=STOPPING,
+            turn_tokens=len(RENDERER.encode(cut)),
+            answer_tokens=len(RENDERER.encode(ANSWER)),
+            response_tokens=10,
+            max_calls_per_turn=1,
+        )
+        assert len(episode.trajectory.turns) == 2
 
 
 def test_forbidden_tools():

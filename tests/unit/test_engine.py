@@ -264,7 +264,7 @@ def test_stop_strings_and_penalties_are_per_request():
         session.speak(stream, [], sampling, 20)
     turns = finish(session)
     stopped, varied, plain = (turns[stream] for stream in streams)
-    assert stopped.stop_reason is StopReason.END
+    assert stopped.stop_reason is StopReason.STOP
     said = "".join(chr(token) for token in stopped.tokens if token < 128)
     assert said.endswith(text[3:6]) and text.startswith(said)
     assert len(set(varied.tokens.tolist())) == 20
