@@ -17,7 +17,7 @@ from rollout.episode import Episodes, Rollout
 from rollout.evidence import Kit, Toolbox
 from rollout.limits import MAIN, AgentConfig, measure
 from rollout.record import derive_seed
-from rollout.tasks import DecodeSession, Scheduler
+from rollout.tasks import Agree, DecodeSession, Scheduler
 from rollout.tools import TOOLS, Tools
 from rollout.workers import Workers
 
@@ -36,6 +36,7 @@ class Agent:
         tools: Tools = TOOLS,
         config: AgentConfig = AgentConfig(),
         crop_tokens: int | None = None,
+        agree: Agree = list,
     ) -> None:
         """The engine must have the lanes that `rollout.limits.lanes` computes, and the prompts
         must offer the tools' schemas.
@@ -43,6 +44,8 @@ class Agent:
         Args:
             crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
                 response. A larger one is answered with an error. Needed where frames are shown.
+            agree: what counts as a tool's failure where several hosts run the same tools: they
+                must not give different responses.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -50,7 +53,7 @@ class Agent:
         """
         if config.evidence == "frames" and crop_tokens is None:
             raise ValueError("evidence='frames' needs crop_tokens: the room that a crop takes")
-        self._engine = engine
+        self._engine, self._agree = engine, agree
         room = measure(config, renderer, crop_tokens or 0)
         self._kit = Kit(renderer, reader, tools, config, room, crop_tokens)
         self.figures: dict[str, float] = {}
@@ -69,7 +72,7 @@ class Agent:
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
         session = self._engine.session(params)
-        scheduler = Scheduler(session)
+        scheduler = Scheduler(session, self._agree)
         with Workers(self._kit.config.decode_threads) as workers:
             toolbox = Toolbox(self._kit, session, workers, policy_version)
             episodes = Episodes(self._kit, session, toolbox, policy_version)

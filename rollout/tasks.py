@@ -47,6 +47,9 @@ class Together:
 Need = Speak | Job | Together
 Program = Generator[Need, Any, Any]
 
+Agree = Callable[[list[Exception | None]], list[Exception | None]]
+"""Makes of the faults of jobs on this host those that count on every host."""
+
 
 @runtime_checkable
 class DecodeSession(Protocol):
@@ -84,8 +87,8 @@ class _Task:
 class Scheduler:
     """Drives programs over one session until all of them have ended."""
 
-    def __init__(self, session: DecodeSession) -> None:
-        self._session = session
+    def __init__(self, session: DecodeSession, agree: Agree = list) -> None:
+        self._session, self._agree = session, agree
         self._speakers: dict[Stream, _Task] = {}
         self._waiting: list[tuple[_Task, Job]] = []
         self.visits = 0
@@ -103,8 +106,8 @@ class Scheduler:
                 self._visit()
             else:
                 assert due, "a stream that was told to speak has been lost"
-            for task, job in due:
-                self._finish(task, job)
+            if due:
+                self._finish(due)
         return results
 
     def _visit(self) -> None:
@@ -112,16 +115,14 @@ class Scheduler:
         for stream, generated in self._session.visit():
             self._resume(self._speakers.pop(stream), generated)
 
-    def _finish(self, task: _Task, job: Job) -> None:
-        """Wait for a job, and give its outcome to the program."""
-        value, fault = None, None
+    def _finish(self, due: Sequence[tuple[_Task, Job]]) -> None:
+        """Wait for jobs, and give their outcomes to the programs."""
         began = time.perf_counter()
-        try:
-            value = job.result()
-        except Exception as error:
-            fault = error
+        outcomes = [_outcome(job) for _, job in due]
         self.waited += time.perf_counter() - began
-        self._resume(task, value, fault)
+        faults = self._agree([fault for _, fault in outcomes])
+        for (task, _), (value, _), fault in zip(due, outcomes, faults, strict=True):
+            self._resume(task, value, fault)
 
     def _resume(self, task: _Task, value: Any = None, fault: Exception | None = None) -> None:
         """Give a program what it waited for, and see what it needs next."""
@@ -156,3 +157,11 @@ class Scheduler:
             deliver(results)
         for place, program in enumerate(programs):
             self._resume(_Task(program, lambda value, at=place: ended(at, value)))
+
+
+def _outcome(job: Job) -> tuple[Any, Exception | None]:
+    """What a job gave, or why it failed."""
+    try:
+        return job.result(), None
+    except Exception as error:
+        return None, error

@@ -16,6 +16,7 @@ from rollout.engine import Engine
 from rollout.grammar import response_grammar
 from rollout.limits import AgentConfig, lanes
 from rollout.tools import agent_tools
+from train.cluster import faults_of_all
 from train.config import Config
 
 CALLS = "calls"
@@ -35,7 +36,7 @@ def open_agent(
     rules, of the same room or less, on request."""
     room = crop_tokens(config, renderer)
     tools = agent_tools(config.agent)
-    return Agent(engine, renderer, reader, tools, rules or config.agent, room)
+    return Agent(engine, renderer, reader, tools, rules or config.agent, room, agree=faults_of_all)
 
 
 def open_engine(

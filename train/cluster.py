@@ -1,18 +1,25 @@
 """Several hosts as one program: every host runs the same command and holds the same view.
 
 Hosts do the same work on the same rows (prompts, rewards, text); the device work is split over
-the mesh. What a host reads back is replicated first, so all hosts take the same decisions.
+the mesh. What a host reads back is replicated first, so all hosts take the same decisions. What
+disks and clocks decide, hosts agree on: otherwise they would wait for one another for ever.
 """
 
 from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+import zlib
+from collections.abc import Iterable, Sequence
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
+
+from rollout.tools import ToolError
+
+FAULTS: dict[str, type[Exception]] = {"ToolError": ToolError, "TimeoutError": TimeoutError}
+"""Failures of tools whose kind makes a difference to the model."""
 
 
 def start() -> None:
@@ -64,3 +71,47 @@ def texts_from_first(texts: Sequence[str]) -> list[str]:
     share = multihost_utils.broadcast_one_to_all
     size = int(share(np.int32(len(data))))
     return json.loads(np.asarray(share(np.resize(data, size))).tobytes())
+
+
+def texts_from_all(text: str) -> list[str]:
+    """The text of each host, on every host."""
+    if jax.process_count() == 1:
+        return [text]
+    data = np.frombuffer(text.encode(), np.uint8)
+    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
+    if not sizes.any():
+        return [""] * len(sizes)
+    padded = np.asarray(multihost_utils.process_allgather(np.resize(data, sizes.max())))
+    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
+
+
+def faults_of_all(faults: Sequence[Exception | None]) -> list[Exception | None]:
+    """What failed on any host fails on all of them, in the words of the first."""
+    if jax.process_count() == 1:
+        return list(faults)
+    own = {at: (type(f).__name__, str(f)) for at, f in enumerate(faults) if f is not None}
+    agreed: dict[str, tuple[str, str]] = {}
+    for text in reversed(texts_from_all(json.dumps(own) if own else "")):
+        agreed |= json.loads(text or "{}")
+    told = [agreed.get(str(at)) for at in range(len(faults))]
+    return [None if t is None else FAULTS.get(t[0], RuntimeError)(t[1]) for t in told]
+
+
+def require_same(parts: Iterable[bytes | memoryview], what: str) -> None:
+    """Stop all hosts where one of them holds something else.
+
+    Raises:
+      ValueError: naming what differs and the remedy.
+    """
+    if jax.process_count() == 1:
+        return
+    own = 0
+    for part in parts:
+        own = zlib.crc32(part, own)
+    held = np.asarray(multihost_utils.process_allgather(np.uint32(own))).tolist()
+    if len(set(held)) > 1:
+        others = [number for number, value in enumerate(held) if value != held[0]]
+        raise ValueError(
+            f"{what} differ between hosts (hosts {others} from host 0): some file cannot be read "
+            "everywhere, or is another one; give all hosts the same files and start again"
+        )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,9 @@ import numpy as np
 from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptStream
 from pipelines.video import VideoReader
-from rollout.agent import Agent
+from rollout.agent import Agent, Item
 from train.checkpoint import Checkpoints
-from train.cluster import is_first
+from train.cluster import is_first, require_same
 from train.compilations import Compilations
 from train.config import Config
 from train.difficulty import Difficulty
@@ -102,6 +102,7 @@ def roll_out(
     """The `number`-th batch of prompts of a step, rolled out and scored."""
     config = parts.config
     items = next(parts.prompts)
+    require_same(contents(items), f"the prompts of step {step}")
     clock.lap("time/data")
 
     seed = rollout_seed(config.seed, step, number)
@@ -111,6 +112,15 @@ def roll_out(
     groups = with_length_penalty(groups, config.rl)
     clock.lap("time/rollout")
     return groups
+
+
+def contents(items: Sequence[Item]) -> Iterator[bytes | memoryview]:
+    """What every host must hold alike of a batch of prompts."""
+    for row, budget, prompt in items:
+        yield f"{row.row_id} {budget}".encode()
+        yield prompt.tokens.tobytes()
+        if prompt.patches is not None:
+            yield np.ascontiguousarray(prompt.patches.values).data
 
 
 class Clock:

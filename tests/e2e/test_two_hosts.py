@@ -3,11 +3,13 @@
 import json
 import socket
 import subprocess
+import sys
 
 import numpy as np
 import pytest
 
-from tests.command import command, environment, run
+from rollout.tools import ToolError
+from tests.command import ROOT, command, environment, run
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -34,28 +36,66 @@ def one_step(workdir, cache):
     return command(workdir, *mesh, sets=[*SETTINGS, f"data.cache_dir={cache}"])
 
 
-def test_two_processes_give_the_run_of_one(tmp_path):
-    alone, together, cache = tmp_path / "alone", tmp_path / "together", tmp_path / "cache"
-    done = run(one_step(alone, cache), tmp_path, devices=8)
-    assert done.returncode == 0, done.stderr[-3000:]
+def on_two_hosts(command) -> list[str]:
+    """Run a command on both at once; what each printed."""
     address = f"127.0.0.1:{free_port()}"
+    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     hosts = [
         subprocess.Popen(
-            one_step(together, cache),
-            env=environment(
-                4, JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2", JAX_PROCESS_ID=str(i)
-            ),
+            command,
+            env=environment(4, JAX_PROCESS_ID=str(i), **shared),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
         for i in range(2)
     ]
-    outputs = [host.communicate(timeout=600) for host in hosts]
-    for host, (_, errors) in zip(hosts, outputs, strict=True):
+    ends = [host.communicate(timeout=600) for host in hosts]
+    for host, (_, errors) in zip(hosts, ends, strict=True):
         assert host.returncode == 0, errors[-3000:]
-    assert "step 1/1" in outputs[0][0] and "step" not in outputs[1][0]
+    return [output for output, _ in ends]
+
+
+def test_two_processes_give_the_run_of_one(tmp_path):
+    alone, together, cache = tmp_path / "alone", tmp_path / "together", tmp_path / "cache"
+    done = run(one_step(alone, cache), tmp_path, devices=8)
+    assert done.returncode == 0, done.stderr[-3000:]
+    outputs = on_two_hosts(one_step(together, cache))
+    assert "step 1/1" in outputs[0] and "step" not in outputs[1]
     one, two = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (alone, together))
     for name in ("loss", "grad_norm", "reward/total", "tool/calls_per_rollout"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
     assert (together / "hf" / "model.safetensors").exists()
+
+
+DISAGREE = """
+import jax, sys
+sys.path.insert(0, {root!r})
+from rollout.tools import ToolError
+from train import cluster
+
+cluster.start()
+late, none = TimeoutError("late"), None
+mine = [[none, late, none, ToolError("no"), late], [none, none, OSError("x"), late, late]]
+faults = mine[jax.process_index()]
+print([repr(f) for f in cluster.faults_of_all(faults)])
+print(cluster.faults_of_all([none, none]))
+print(cluster.texts_from_all("red" * jax.process_index()))
+cluster.require_same([b"a", b"same"], "the prompts of step 3")
+try:
+    cluster.require_same([b"a", faults[1] is none and b"b" or b"c"], "the prompts of step 3")
+except ValueError as error:
+    print(error)
+"""
+
+
+def test_hosts_agree_on_what_failed_and_notice_different_data():
+    """Tools and files that one host alone has trouble with."""
+    outputs = on_two_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
+    one, two = (output.splitlines()[-4:] for output in outputs)  # gloo greets before
+    assert one == two
+    faults, nothing, texts, error = one
+    timed, no = repr(TimeoutError("late")), repr(ToolError("no"))
+    assert faults == str(["None", timed, repr(RuntimeError("x")), no, timed])
+    assert (nothing, texts) == ("[None, None]", "['', 'red']")
+    assert error.startswith("the prompts of step 3 differ between hosts (hosts [1] from host 0)")
