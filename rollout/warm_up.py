@@ -142,7 +142,9 @@ class _Rehearsal:
         for lane, size in opened:
             copies = range(self._engine.lanes[lane].copies)
             streams = session.open(lane, self._block(size), copies)
-            speakers += [(stream, self._reads[lane].sampling) for stream in streams]
+            # A grammar has no shape of its own, and would not let a blank prompt go on.
+            sampling = dataclasses.replace(self._reads[lane].sampling, constrain="")
+            speakers += [(stream, sampling) for stream in streams]
         for stream, sampling in speakers[:rows]:
             session.speak(stream, self._block(given), sampling, 1)
         while session.speaking:

@@ -46,7 +46,7 @@ def _ends(renderer: ChatRenderer, rows: Iterable[Row]) -> Iterator[tuple[Row, Ro
     for row in rows:
         by_videos.setdefault(len(row.videos), []).append(row)
     for same in by_videos.values():
-        lengths = [len(renderer.encode(row.question)) for row in same]
+        lengths = [len(renderer.encode(renderer.request(row))) for row in same]
         yield same[lengths.index(min(lengths))], same[lengths.index(max(lengths))]
 
 
