@@ -44,8 +44,8 @@ class Agent:
         Args:
             crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
                 response. A larger one is answered with an error. Needed where frames are shown.
-            agree: what counts as a tool's failure where several hosts run the same tools: they
-                must not give different responses.
+            agree: what counts as a tool's failure where several hosts run the same tools. What
+                tools find must be the same on all of them anyway.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`

@@ -9,7 +9,7 @@ A function runs on a worker thread. It returns words, or a `View`: frames that a
 reports on, or that are shown to the main agent, as the agent's `evidence` says. What is
 wrong with a call it raises as a `ToolError`, in words for the model; whatever else it raises
 becomes an error response too. The only file it is handed is the row's own video, whatever
-path a call names.
+path a call names. Where several hosts run together each of them calls it, and must find the same.
 """
 
 from __future__ import annotations

@@ -10,7 +10,8 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar, cast
 
 import jax
 import numpy as np
@@ -18,8 +19,14 @@ from jax.experimental import multihost_utils
 
 from rollout.tools import ToolError
 
-FAULTS: dict[str, type[Exception]] = {"ToolError": ToolError, "TimeoutError": TimeoutError}
-"""Failures of tools whose kind makes a difference to the model."""
+T = TypeVar("T")
+
+FAULTS: dict[str, type[Exception]] = {
+    "ToolError": ToolError,
+    "TimeoutError": TimeoutError,
+    "ValueError": ValueError,
+}
+"""Failures whose kind makes a difference."""
 
 
 def start() -> None:
@@ -77,24 +84,49 @@ def texts_from_all(text: str) -> list[str]:
     """The text of each host, on every host."""
     if jax.process_count() == 1:
         return [text]
-    data = np.frombuffer(text.encode(), np.uint8)
-    sizes = np.asarray(multihost_utils.process_allgather(np.int32(len(data))))
-    if not sizes.any():
-        return [""] * len(sizes)
-    padded = np.asarray(multihost_utils.process_allgather(np.resize(data, sizes.max())))
-    return [row[:size].tobytes().decode() for row, size in zip(padded, sizes, strict=True)]
+    raw = text.encode()
+    data, mark = np.frombuffer(raw, np.uint8), np.array([zlib.crc32(raw), len(raw)], np.uint32)
+    marks = np.asarray(multihost_utils.process_allgather(mark))
+    if (marks == mark).all():
+        return [text] * len(marks)
+    # Each length would be compiled: few lengths occur.
+    padded = np.resize(data, 1 << int(marks[:, 1].max()).bit_length())
+    texts = np.asarray(multihost_utils.process_allgather(padded))
+    return [row[:size].tobytes().decode() for row, (_, size) in zip(texts, marks, strict=True)]
 
 
 def faults_of_all(faults: Sequence[Exception | None]) -> list[Exception | None]:
     """What failed on any host fails on all of them, in the words of the first."""
     if jax.process_count() == 1:
         return list(faults)
-    own = {at: (type(f).__name__, str(f)) for at, f in enumerate(faults) if f is not None}
+    own = {at: _described(fault) for at, fault in enumerate(faults) if fault is not None}
     agreed: dict[str, tuple[str, str]] = {}
-    for text in reversed(texts_from_all(json.dumps(own) if own else "")):
-        agreed |= json.loads(text or "{}")
+    for text in reversed(texts_from_all(json.dumps(own))):
+        agreed |= json.loads(text)
     told = [agreed.get(str(at)) for at in range(len(faults))]
     return [None if t is None else FAULTS.get(t[0], RuntimeError)(t[1]) for t in told]
+
+
+def _described(fault: Exception) -> tuple[str, str]:
+    kinds = (name for name, kind in FAULTS.items() if isinstance(fault, kind))
+    return next(kinds, ""), str(fault)
+
+
+def everywhere(work: Callable[[], T]) -> T:
+    """What `work` gives on this host; where it fails on one host, it fails on all of them.
+
+    Raises:
+      ValueError: it failed.
+    """
+    value, fault = None, None
+    try:
+        value = work()
+    except ValueError as error:
+        fault = error
+    (agreed,) = faults_of_all([fault])
+    if agreed is not None:
+        raise agreed
+    return cast(T, value)
 
 
 def require_same(parts: Iterable[bytes | memoryview], what: str) -> None:
@@ -108,9 +140,9 @@ def require_same(parts: Iterable[bytes | memoryview], what: str) -> None:
     own = 0
     for part in parts:
         own = zlib.crc32(part, own)
-    held = np.asarray(multihost_utils.process_allgather(np.uint32(own))).tolist()
-    if len(set(held)) > 1:
-        others = [number for number, value in enumerate(held) if value != held[0]]
+    held = texts_from_all(str(own))
+    others = [number for number, value in enumerate(held) if value != held[0]]
+    if others:
         raise ValueError(
             f"{what} differ between hosts (hosts {others} from host 0): some file cannot be read "
             "everywhere, or is another one; give all hosts the same files and start again"

@@ -16,7 +16,7 @@ from pipelines.loader import PromptStream
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from train.checkpoint import Checkpoints
-from train.cluster import is_first, require_same
+from train.cluster import everywhere, is_first, require_same
 from train.compilations import Compilations
 from train.config import Config
 from train.difficulty import Difficulty
@@ -101,7 +101,7 @@ def roll_out(
 ) -> Sequence[RolloutGroup]:
     """The `number`-th batch of prompts of a step, rolled out and scored."""
     config = parts.config
-    items = next(parts.prompts)
+    items = everywhere(lambda: next(parts.prompts))
     require_same(contents(items), f"the prompts of step {step}")
     clock.lap("time/data")
 

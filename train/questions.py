@@ -24,6 +24,14 @@ def all_rows(questions: Questions | Sequence[Row]) -> Iterator[Row]:
     return (questions[index] for index in range(len(questions)))
 
 
+def identities(rows: Iterable[Row]) -> Iterator[bytes]:
+    """What must be alike wherever these rows are used; where their files are need not be."""
+    for row in rows:
+        durations = [video.duration for video in row.videos]
+        said = row.row_id, row.question, row.answer, row.question_type, row.evidence, durations
+        yield repr(said).encode()
+
+
 def read_questions(config: Config) -> list[Found[Row]]:
     """The questions of `--data` and of each data set that is mixed with it.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import time
 from collections.abc import Iterable, Sequence
@@ -29,7 +30,7 @@ from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
 from train.checks import check_same_run
-from train.cluster import is_first
+from train.cluster import everywhere, is_first, require_same
 from train.cold_start import School, cold_start
 from train.compilations import Compilations
 from train.config import Config, Stage, to_dict
@@ -37,10 +38,10 @@ from train.conversations import open_conversations, packed_lessons
 from train.difficulty import Difficulty, hint_room
 from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
-from train.loop import Parts, reinforce
+from train.loop import Parts, contents, reinforce
 from train.masking import TaskMasking
 from train.output import TABLE, RunLog, comparison_table
-from train.questions import Questions, all_rows, open_rows
+from train.questions import Questions, all_rows, identities, open_rows
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
 from train.state import (
     FlatParams,
@@ -114,7 +115,10 @@ class Run:
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
-        return open_rows(self.config, print if is_first() else lambda line: None)
+        tell = print if is_first() else lambda line: None
+        rows, held_out = everywhere(lambda: open_rows(self.config, tell))
+        require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
+        return rows, held_out
 
     def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
@@ -326,7 +330,11 @@ class Run:
     def _items(self, tools: bool) -> Sequence[Item]:
         budget = self.config.evaluation.frame_budget
         bad = self.config.data.max_bad_rows
-        return prompt_list(self.held_out, self.reader, self.renderer, budget, tools, bad)
+        items = everywhere(
+            lambda: prompt_list(self.held_out, self.reader, self.renderer, budget, tools, bad)
+        )
+        require_same(contents(items), "the held-out prompts")
+        return items
 
     def _runner(self, agent: Agent):
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:

@@ -82,20 +82,37 @@ print([repr(f) for f in cluster.faults_of_all(faults)])
 print(cluster.faults_of_all([none, none]))
 print(cluster.texts_from_all("red" * jax.process_index()))
 cluster.require_same([b"a", b"same"], "the prompts of step 3")
-try:
-    cluster.require_same([b"a", faults[1] is none and b"b" or b"c"], "the prompts of step 3")
-except ValueError as error:
-    print(error)
+print(cluster.everywhere(lambda: "read"))
+
+
+def different():
+    own = b"b" if faults[1] is none else b"c"
+    cluster.require_same([b"a", own], "the prompts of step 3")
+
+
+def unreadable():
+    if jax.process_index():
+        raise ValueError("own.mp4 is damaged")
+
+
+for fails in (different, lambda: cluster.everywhere(unreadable)):
+    try:
+        fails()
+    except ValueError as error:
+        print(error)
 """
 
 
 def test_hosts_agree_on_what_failed_and_notice_different_data():
     """Tools and files that one host alone has trouble with."""
     outputs = on_two_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
-    one, two = (output.splitlines()[-4:] for output in outputs)  # gloo greets before
+    one, two = (output.splitlines()[-6:] for output in outputs)  # gloo greets before
     assert one == two
-    faults, nothing, texts, error = one
+    faults, nothing, texts, read, different, unreadable = one
     timed, no = repr(TimeoutError("late")), repr(ToolError("no"))
     assert faults == str(["None", timed, repr(RuntimeError("x")), no, timed])
     assert (nothing, texts) == ("[None, None]", "['', 'red']")
-    assert error.startswith("the prompts of step 3 differ between hosts (hosts [1] from host 0)")
+    assert (read, unreadable) == ("read", "own.mp4 is damaged")
+    assert different.startswith(
+        "the prompts of step 3 differ between hosts (hosts [1] from host 0)"
+    )
