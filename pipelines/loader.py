@@ -12,7 +12,7 @@ import grain
 from absl import flags
 
 from paravt_jax.interfaces import FrameReader, Renderer
-from paravt_jax.records import Prompt, Row
+from paravt_jax.records import Frames, Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
 from pipelines.decode import UnreadableVideo
 
@@ -125,12 +125,22 @@ class PromptMaker:
         """
         row = draw.row
         budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
-        each = zip(row.videos, shares(budget, len(row.videos)), strict=True)
         try:
-            frames = [self._reader.overview(video, count) for video, count in each]
+            frames = overviews(self._reader, row, budget)
         except UnreadableVideo as error:
             return BadRow(row.row_id, str(error))
         return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
+
+
+def overviews(reader: FrameReader, row: Row, budget: int) -> list[Frames]:
+    """Frames of each of the row's videos, which share the budget.
+
+    Raises:
+        UnreadableVideo: one of them cannot be read.
+        ValueError: there are more videos than frames.
+    """
+    each = zip(row.videos, shares(budget, len(row.videos)), strict=True)
+    return [reader.overview(video, count) for video, count in each]
 
 
 class StepStream(Generic[T]):

@@ -25,11 +25,12 @@ import numpy as np
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import ANSWER_OPEN
 from paravt_jax.records import Frames, RolloutGroup, Trajectory
-from pipelines.loader import PromptItem
+from pipelines.loader import PromptItem, overviews
 from pipelines.render import ChatRenderer
 from rollout.agent import Agent
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
+from train.cluster import everywhere
 from train.config import Config
 from train.scoring import Scorer
 from train.state import FlatParams
@@ -161,9 +162,12 @@ class Difficulty:
         }
 
     def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
-        frames = self._reader.overview(item.row.video, item.frame_budget)
-        own_seed = derive_seed(seed, item.row.row_id, "noise")
-        noisy = with_noise(frames, self._own.noise * self._share(delta), own_seed)
+        frames = everywhere(lambda: overviews(self._reader, item.row, item.frame_budget))
+        std = self._own.noise * self._share(delta)
+        noisy = [
+            with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))
+            for number, own in enumerate(frames)
+        ]
         tools = self._config.agent.offers_tools
         return item._replace(prompt=self._renderer.main_prompt(item.row, noisy, tools))
 

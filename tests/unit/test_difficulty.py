@@ -1,6 +1,7 @@
 """DeepVideo-R1's augmentation: who is hard, what hints and noise are made of, and that neither is
 trained."""
 
+import dataclasses
 import json
 from types import SimpleNamespace
 
@@ -125,6 +126,21 @@ def test_hard_prompts_get_the_beginning_of_a_solution_and_easy_ones_noise():
     # The window holds what was sampled without help.
     assert own.difficulty.get_state() == [0.2, 1.5, 1.0]
     assert own.difficulty.figures["difficulty/helped"] == pytest.approx(1 / 3)
+
+
+def test_noise_is_in_the_frames_of_every_video():
+    own = kit()
+    own.difficulty.set_state([0.0])
+    videos = (VideoRef("/second.mp4", 9.0),)
+    row = dataclasses.replace(item("r").row, more_videos=videos)
+    frames = [GreyReader().overview(video, 2) for video in row.videos]
+    plain = PromptItem(row, 4, renderer().main_prompt(row, frames, tools=True))
+    groups = rewarded(Actor().run(None, [plain], 4, 0), 2.0)
+    (easy,) = own.difficulty.revise({}, [plain], groups, 5, 0)
+    noisy = easy.trajectories[0].prompt
+    np.testing.assert_array_equal(noisy.tokens, plain.prompt.tokens)
+    first, *_, last = noisy.patches.values
+    assert first.std() > 0.1 and last.std() > 0.1 and (first != last).any()
 
 
 def test_neither_hint_nor_noise_is_trained():
