@@ -239,6 +239,13 @@ def test_a_turn_ends_at_its_stop_token_or_its_limit():
     (cut,) = sample_all(stopping, PROMPTS[:1], sampling=GREEDY, limit=at)
     assert cut.stop_reason is StopReason.LENGTH
     np.testing.assert_array_equal(cut.tokens, free.tokens[:at])
+    # The last token that is allowed may be the end as well.
+    (just,) = sample_all(stopping, PROMPTS[:1], sampling=GREEDY, limit=at + 1)
+    assert just.stop_reason is StopReason.END
+    asked = SamplingConfig(temperature=0.0, stop_ids=(stop,))
+    (stopped,) = sample_all(make_engine(eos_ids=()), PROMPTS[:1], sampling=asked, limit=at + 1)
+    assert stopped.stop_reason is StopReason.STOP
+    np.testing.assert_array_equal(stopped.tokens, just.tokens)
 
 
 def test_settings_lengths_and_weights_do_not_recompile():

@@ -234,6 +234,8 @@ def test_end_and_padding_tokens():
     r = renderer()
     assert [r.decode([i]) for i in r.eos_ids] == ["<|im_end|>", "<|endoftext|>"]
     assert r.decode([r.pad_id]) == "<|endoftext|>"
+    turned = ChatRenderer(r.tokenizer, r.spec, r.texts, r.eos_ids[::-1])
+    assert turned.eos_ids == r.eos_ids, "the template's own comes first"
 
 
 def test_renderer_goes_to_another_process():
