@@ -18,6 +18,8 @@ from train.learner import rl_step
 from train.recipes import get_recipe
 from train.state import make_optimizer, make_state
 
+pytestmark = pytest.mark.slow
+
 MESH = make_mesh(parse_mesh("fsdp:4,tensor:2", 8))
 
 

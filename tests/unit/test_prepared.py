@@ -13,6 +13,8 @@ from paravt_jax.params import initialise
 from tests.unit.test_engine import QWEN
 from tests.unit.test_experts import CONFIG as EXPERTS
 
+pytestmark = pytest.mark.slow
+
 TOKENS = np.random.default_rng(0).integers(0, 60, (2, 9)).astype(np.int32)
 POSITIONS = np.broadcast_to(np.arange(9, dtype=np.int32)[:, None], (2, 9, 3))
 TEXT = np.full((2, 9), -1, np.int32)
