@@ -127,7 +127,7 @@ class ChatRenderer:
         self.texts = texts or PromptTexts()
         self.tools = list(tools)
         own = tokenizer.eos_token_id
-        self.eos_ids: tuple[int, ...] = tuple(sorted(eos_ids, key=lambda i: i != own)) or (own,)
+        self.eos_ids: tuple[int, ...] = (own, *(index for index in eos_ids if index != own))
         self.pad_id: int = _first(tokenizer.pad_token_id, self.eos_ids[0])
         self._pad_text = f"<|{self.mode}_pad|>"
         self._vision_id: int = tokenizer.convert_tokens_to_ids(self._pad_text)

@@ -12,7 +12,7 @@ from typing import Any
 
 from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.protocol import parse_tool_calls
-from paravt_jax.records import Prompt, Row, StopReason, Trajectory, Turn
+from paravt_jax.records import Prompt, Row, Trajectory, Turn
 from rollout.evidence import Answer, Ask, Kit, Toolbox
 from rollout.record import Record, derive_seed, spoken_turn, was_cut_off
 from rollout.responses import response_turn
@@ -39,7 +39,7 @@ class Episodes:
         self._kit, self._session, self._toolbox = kit, session, toolbox
         self._policy_version = policy_version
         self._prefix = kit.renderer.encode(kit.config.think_prefix)
-        self._end = list(kit.renderer.eos_ids[:1])
+        self._end = kit.renderer.eos_ids[0]
 
     def program(self, rollout: Rollout) -> Generator[Need, Any, Trajectory]:
         """The program of one rollout; it ends with its record."""
@@ -58,9 +58,7 @@ class Episodes:
             answers = yield Together([self._toolbox.answer(ask) for ask in asks])
             executed = sum(answer.executed for answer in answers)
             record.speak(dataclasses.replace(turn, executed=executed))
-            # Responses follow an end of turn, also where a stop string came before it.
-            end = self._end if turn.stop_reason is StopReason.STOP else []
-            given = self._respond(record, end, answers)
+            given = self._respond(record, turn, answers)
         self._session.close(rollout.stream)
         done = record.finish(self._kit.renderer, self._policy_version)
         return dataclasses.replace(done, call_syntax=config.call_syntax)
@@ -90,9 +88,12 @@ class Episodes:
             for number, call in enumerate(turn.calls)
         ]
 
-    def _respond(self, record: Record, end: list[int], answers: Sequence[Answer]) -> Given:
-        """Put the end of the turn where it has none, responses and the next turn's prefix on
-        record; what the stream must be given."""
+    def _respond(self, record: Record, ended: Turn, answers: Sequence[Answer]) -> Given:
+        """Put responses and the next turn's prefix on record; what the stream must be given.
+
+        Responses follow the template's end of turn, whatever ended this one.
+        """
+        end = [] if ended.tokens[-1] == self._end else [self._end]
         record.subagents += [answer.subagent for answer in answers if answer.subagent]
         responses = [answer.response for answer in answers]
         most, room = self._kit.config.calls_run, self._kit.room.response - len(end)

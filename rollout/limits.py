@@ -159,9 +159,8 @@ def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Ro
     # One response for each allowed call, and one that all surplus calls can share.
     markup = renderer.tool_turn(["x"] * (config.calls_run + 1))
     shown = crop_tokens if config.evidence == "frames" else 0
-    # A turn that ends at a stop string still needs the token that ends it in the template.
-    end = int(bool(config.sampling.stop or config.sampling.stop_ids))
-    response = end + len(markup) + config.calls_run * (config.response_tokens + shown)
+    # And the template's end of turn, where the turn ended otherwise.
+    response = 1 + len(markup) + config.calls_run * (config.response_tokens + shown)
     turn, answer = prefix + config.turn_tokens + response, prefix + config.answer_tokens
     most, cap = config.rounds * turn + answer, config.episode_tokens
     if 0 < cap < turn + answer:

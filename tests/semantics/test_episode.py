@@ -20,8 +20,8 @@
 17. No episode is longer than its cap of tokens, and it still ends in an answer.
 18. A tool that takes too long, or fails, gets an error response; the others still run.
 19. How fast host threads are changes no record.
-20. A turn that ended at a stop string runs its calls; responses follow an end of turn, as the
-    template has it, which is given and not generated.
+20. Responses follow the template's end of turn: where a stop string or another end came instead,
+    it is given and not generated.
 """
 
 from __future__ import annotations
@@ -243,16 +243,17 @@ STOPPING = SamplingConfig(stop=("</tool_call>",))
 
 
 @pytest.mark.parametrize("evidence", ["text", "frames"])
-def test_responses_follow_an_end_of_turn_after_a_stop_string(evidence):
-    episode = Episode(
-        calls_turn(call()).removesuffix(END), ANSWER, sampling=STOPPING, evidence=evidence
-    )
+@pytest.mark.parametrize("end", ["", "<|endoftext|>"], ids=["stop string", "another end"])
+def test_responses_follow_the_end_of_turn_of_the_template(evidence, end):
+    cut = calls_turn(call()).removesuffix(END)
+    episode = Episode(cut + end, ANSWER, sampling=STOPPING, evidence=evidence)
     first, last = episode.trajectory.turns
-    assert (first.stop_reason, first.executed) == (StopReason.STOP, 1)
+    reason = StopReason.END if end else StopReason.STOP
+    assert (first.stop_reason, first.executed) == (reason, 1)
     assert last.stop_reason is StopReason.END
     same = Episode(calls_turn(call()), ANSWER, evidence=evidence).trajectory
-    np.testing.assert_array_equal(episode.trajectory.tokens, same.tokens)
-    assert episode.trajectory.generated.sum() == same.generated.sum() - 1
+    assert episode.trajectory.full_text == same.full_text.replace(cut, cut + end, 1)
+    assert episode.trajectory.generated.sum() == same.generated.sum() - (not end)
 
 
 def test_an_end_of_turn_has_its_room():
