@@ -10,6 +10,7 @@ import pytest
 
 from rollout.tools import ToolError
 from tests.command import ROOT, command, environment, run
+from tests.paravt_fixture import write_video
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -31,18 +32,19 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def one_step(workdir, cache):
+def one_step(workdir, cache, *arguments):
     mesh = ["--mesh", "data:2,fsdp:2,tensor:2", "--steps", "1"]
-    return command(workdir, *mesh, sets=[*SETTINGS, f"data.cache_dir={cache}"])
+    return command(workdir, *mesh, *arguments, sets=[*SETTINGS, f"data.cache_dir={cache}"])
 
 
-def on_two_hosts(command) -> list[str]:
-    """Run a command on both at once; what each printed."""
+def on_two_hosts(*commands, code: int = 0) -> list[tuple[str, str]]:
+    """Run a command on both at once, or one on each, to an end with this exit code; what each
+    printed, and its errors."""
     address = f"127.0.0.1:{free_port()}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     hosts = [
         subprocess.Popen(
-            command,
+            commands[i % len(commands)],
             env=environment(4, JAX_PROCESS_ID=str(i), **shared),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -52,16 +54,16 @@ def on_two_hosts(command) -> list[str]:
     ]
     ends = [host.communicate(timeout=600) for host in hosts]
     for host, (_, errors) in zip(hosts, ends, strict=True):
-        assert host.returncode == 0, errors[-3000:]
-    return [output for output, _ in ends]
+        assert host.returncode == code, errors[-3000:]
+    return ends
 
 
 def test_two_processes_give_the_run_of_one(tmp_path):
     alone, together, cache = tmp_path / "alone", tmp_path / "together", tmp_path / "cache"
     done = run(one_step(alone, cache), tmp_path, devices=8)
     assert done.returncode == 0, done.stderr[-3000:]
-    outputs = on_two_hosts(one_step(together, cache))
-    assert "step 1/1" in outputs[0] and "step" not in outputs[1]
+    (first, _), (second, _) = on_two_hosts(one_step(together, cache))
+    assert "step 1/1" in first and "step" not in second
     one, two = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (alone, together))
     for name in ("loss", "grad_norm", "reward/total", "tool/calls_per_rollout"):
         np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
@@ -105,8 +107,8 @@ for fails in (different, lambda: cluster.everywhere(unreadable)):
 
 def test_hosts_agree_on_what_failed_and_notice_different_data():
     """Tools and files that one host alone has trouble with."""
-    outputs = on_two_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
-    one, two = (output.splitlines()[-6:] for output in outputs)  # gloo greets before
+    ends = on_two_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
+    one, two = (output.splitlines()[-6:] for output, _ in ends)  # gloo greets before
     assert one == two
     faults, nothing, texts, read, different, unreadable = one
     timed, no = repr(TimeoutError("late")), repr(ToolError("no"))
@@ -116,3 +118,16 @@ def test_hosts_agree_on_what_failed_and_notice_different_data():
     assert different.startswith(
         "the prompts of step 3 differ between hosts (hosts [1] from host 0)"
     )
+
+
+def test_hosts_with_different_questions_stop(tmp_path):
+    """All of them, before anything is written: one answer differs."""
+    write_video(str(tmp_path / "own.mp4"), shade=90)
+    commands = []
+    for answer in ("red", "blue"):
+        own = tmp_path / f"{answer}.csv"
+        own.write_text(f"video,question,answer,question_type\nown.mp4,What?,{answer},oe\n")
+        commands.append(one_step(tmp_path / "run", tmp_path / answer, "--data", str(own)))
+    for _, errors in on_two_hosts(*commands, code=1):
+        assert "the questions differ between hosts (hosts [1] from host 0)" in errors
+    assert not (tmp_path / "run").exists()
