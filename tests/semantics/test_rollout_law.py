@@ -118,7 +118,6 @@ def test_a_mesh_changes_no_sample(evidence):
         check_same(groups, world.roll_out(world.engine(shape), items))
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_two_hundred_episodes_of_qwen3_vl(evidence):
     world = qwen(evidence, copies=4)
@@ -129,7 +128,6 @@ def test_two_hundred_episodes_of_qwen3_vl(evidence):
     check_same(groups, world.roll_out(engine, items[30:20:-1]))
 
 
-@pytest.mark.study
 def test_a_mesh_changes_no_sample_of_qwen3_vl():
     world = qwen("text", copies=2)
     items, few = world.items(4), Shape(prompts=2, crops=4, visit=7)
