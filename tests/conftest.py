@@ -1,8 +1,12 @@
-"""Eight CPU devices for every test, so that sharding is exercised, not skipped."""
+"""Eight CPU devices for every test, so that sharding is exercised, not skipped; and folders of
+Qwen3-VL for tests that concern tokens."""
 
 import os
 from pathlib import Path
 
+import pytest
+
+from tests.qwen3_vl_folders import folder_names, named_folder
 from tests.xla_flags import quick_compile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -13,3 +17,30 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+
+@pytest.fixture(scope="session")
+def _folders(tmp_path_factory) -> Path:
+    """One place for all workers of this session, or of all sessions: `QWEN3_VL_CACHE`."""
+    if kept := os.environ.get("QWEN3_VL_CACHE"):
+        return Path(kept)
+    own = tmp_path_factory.getbasetemp()
+    return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "qwen3_vl"
+
+
+@pytest.fixture(scope="session", params=folder_names())
+def qwen3_vl_folder(request, _folders) -> Path:
+    """Any folder with the released tokenizer, template and processor settings."""
+    return named_folder(request.param, _folders)
+
+
+@pytest.fixture(scope="session")
+def instruct_folder(_folders) -> Path:
+    """The Instruct variant around tiny random weights."""
+    return named_folder("instruct", _folders)
+
+
+@pytest.fixture(scope="session")
+def thinking_folder(_folders) -> Path:
+    """The Thinking variant, whose template opens `<think>`, around tiny random weights."""
+    return named_folder("thinking", _folders)
