@@ -31,8 +31,9 @@ from train.batch import learner_batch, streams_of_examples
 from train.config import Config, override
 from train.layout import to_mesh
 from train.learner import find_tags, rl_step
+from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.state import make_optimizer, make_state
+from train.state import make_state
 
 LENGTH = 384
 

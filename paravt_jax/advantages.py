@@ -8,6 +8,7 @@ Everywhere, index t of a token-level array concerns the token at t (not the pred
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
 import chex
 import jax
@@ -16,6 +17,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from paravt_jax.objectives import KL_ESTIMATORS, divergence
+from paravt_jax.ranges import above
 from paravt_jax.records import ArrayLike
 
 
@@ -37,7 +39,7 @@ class AdvantageConfig:
     """1 divides the variance by n - 1, 0 by n."""
     eps: float | int = 1e-5
     """Added to the standard deviation."""
-    reward_scale: float | int = 1.0
+    reward_scale: Annotated[float | int, above(0)] = 1.0
     """Rewards are first shaped as clip((r + bias) * scale, -clip, clip)."""
     reward_bias: float | int = 0.0
     """See `reward_scale`."""

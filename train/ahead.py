@@ -17,7 +17,8 @@ from pipelines.preprocess import SPECS
 from train import setup
 from train.config import Config, DataSettings, Stage, generated_budget
 from train.learner import rl_step
-from train.state import abstract_state, make_optimizer
+from train.optimizer import make_optimizer
+from train.state import abstract_state
 from train.subagents import possible_rows
 
 

@@ -19,6 +19,7 @@ from train import setup
 from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations
 from train.hindsight import open_feedback
+from train.optimizer import check_continued, warm_up_note
 from train.questions import read_questions
 from train.scoring import Scorer
 from train.state import (
@@ -106,6 +107,7 @@ MAY_CHANGE = (
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
+    "optimizer.decay_steps",
     *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
 )
 """Settings (or beginnings of their names) that a resumed run may give anew."""
@@ -119,7 +121,8 @@ def check_same_run(config: Config, path: Path) -> None:
     """
     if not path.exists():
         return
-    before = _flatten(json.loads(path.read_text(encoding="utf-8")))
+    began = json.loads(path.read_text(encoding="utf-8"))
+    before = _flatten(began)
     now = _flatten(json.loads(json.dumps(to_dict(config))))
     for key, value in now.items():
         if not key.startswith(MAY_CHANGE) and before.get(key) != value:
@@ -127,6 +130,15 @@ def check_same_run(config: Config, path: Path) -> None:
                 f"{path.parent} holds a run with {key}={before.get(key)!r}, not {value!r}; "
                 "choose another --workdir, or give the settings that it began with"
             )
+    check_continued(
+        began["optimizer"], _optimizer_steps(began), config.optimizer, config.optimizer_steps
+    )
+
+
+def _optimizer_steps(began: dict[str, Any]) -> int:
+    """`Config.optimizer_steps` of a `config.json`."""
+    rl = began["rl"]
+    return began["steps"] * (rl["epochs"] * rl["minibatches"] if began["stage"] == "rl" else 1)
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -135,6 +147,12 @@ def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
         flat |= inner or {f"{prefix}{key}": value}
     return flat
+
+
+def notes(config: Config) -> list[str]:
+    """What a user should know of settings that do what they say, and perhaps not what was meant."""
+    found = warm_up_note(config.optimizer, config.optimizer_steps)
+    return [found] if found else []
 
 
 def describe(config: Config) -> None:

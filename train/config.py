@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import re
 import types
 import typing
-from typing import Any
+from typing import Annotated, Any
 
 from paravt_jax.advantages import AdvantageConfig
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
+from paravt_jax.ranges import above, at_least, check_ranges, within
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
+from train.optimizer import OptimizerSettings
 from train.rl import RlSettings, check_lengths, check_subagents, check_updates
 from train.sft import SftSettings
 from train.variants import DifficultySettings, TeacherSettings
@@ -51,7 +54,7 @@ class ModelSettings:
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     remat: bool = False
     """Recompute each layer in the backward pass to save memory."""
-    router_balance: float = 0.0
+    router_balance: Annotated[float, at_least(0)] = 0.0
     """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
     lora: LoraConfig = NO_LORA
     """With a rank above 0, only adapters beside the language model's matrices train."""
@@ -72,11 +75,11 @@ class DataSettings:
     """Further data sets that are mixed with `path`, or with the needle world."""
     weights: tuple[float, ...] = ()
     """How often each data set is drawn from, `path` first; empty goes by their sizes."""
-    max_rejected: float = 0.05
+    max_rejected: Annotated[float, within(0, 1)] = 0.05
     """Largest share of rows of a data set whose files are missing or that cannot be used."""
-    workers: int = 0
+    workers: Annotated[int, at_least(0)] = 0
     """Processes that decode and render prompts; 0 uses threads of this one."""
-    frame_budgets: tuple[int, ...] = (4, 8, 16, 32, 64)
+    frame_budgets: Annotated[tuple[int, ...], at_least(1)] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: str = "image"
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
@@ -86,23 +89,23 @@ class DataSettings:
     the reasoning is to say when, as VISD's rewards read it."""
     subtitles: bool = False
     """Show the subtitles beside each video (`NAME.srt` for `NAME.mp4`), with their times."""
-    crop_fps: float = 1.0
+    crop_fps: Annotated[float, above(0)] = 1.0
     """Frames per second of a crop."""
-    crop_frames: int = 16
+    crop_frames: Annotated[int, at_least(1)] = 16
     """At most this many frames in a crop."""
-    min_pixels: int = 784
-    max_pixels: int = 50176
+    min_pixels: Annotated[int, at_least(1)] = 784
+    max_pixels: Annotated[int, at_least(1)] = 50176
     """Least and most pixels of a frame after resizing."""
-    overview_tokens: int | None = None
+    overview_tokens: Annotated[int | None, at_least(1)] = None
     """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
     until they fit. None: pixels alone decide."""
     question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
     """Which kinds of question to train and evaluate on."""
-    train_videos: int = 2000
+    train_videos: Annotated[int, at_least(1)] = 2000
     """Videos of the needle world to train on."""
-    held_out_videos: int = 256
+    held_out_videos: Annotated[int, at_least(1)] = 256
     """Videos of the needle world that are only evaluated on."""
-    max_bad_rows: float = 0.01
+    max_bad_rows: Annotated[float, within(0, 1)] = 0.01
     """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
     a run with more of them stops."""
     cache_dir: str = "data"
@@ -110,33 +113,14 @@ class DataSettings:
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerSettings:
-    """Optax optimiser. Master weights and moments are float32."""
-
-    name: str = "adamw"
-    """`adamw`, or `muon` for matrices with AdamW for the rest."""
-    learning_rate: float = 2e-6
-    warmup_steps: int = 0
-    """Optimiser steps of linear warm-up."""
-    decay: str = "constant"
-    """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
-    final_fraction: float = 0.0
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-
-
-@dataclasses.dataclass(frozen=True)
 class EvaluationSettings:
     """The before/after table."""
 
-    rows: int = 0
+    rows: Annotated[int, at_least(0)] = 0
     """Held-out questions; 0 skips the evaluation."""
-    batch: int = 128
+    batch: Annotated[int, at_least(1)] = 128
     """Rollouts at once."""
-    frame_budget: int = 4
+    frame_budget: Annotated[int, at_least(1)] = 4
     """K of every evaluation prompt."""
 
 
@@ -144,7 +128,7 @@ class EvaluationSettings:
 class OutputSettings:
     """What a run leaves in its workdir."""
 
-    checkpoint_every: int = 0
+    checkpoint_every: Annotated[int, at_least(0)] = 0
     """Steps between checkpoints; 0 writes only the last one."""
     keep_checkpoints: int = 2
     rollouts: bool = True
@@ -159,11 +143,11 @@ class Config:
 
     recipe: str
     stage: Stage
-    steps: int
+    steps: Annotated[int, at_least(1)]
     """Batches to learn from. In the rl stage each gets `rl.updates` optimiser steps."""
     needs: tuple[str, ...] = ()
     """Flags without which the recipe cannot run."""
-    seed: int = 0
+    seed: Annotated[int, at_least(0)] = 0
     mesh: str | None = None
     """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
     model: ModelSettings = ModelSettings()
@@ -202,41 +186,21 @@ def generated_budget(config: Config) -> int:
 
 
 def _check_ranges(config: Config) -> None:
-    positive = {
-        "--steps": config.steps,
-        "evaluation.batch": config.evaluation.batch,
-        "data.crop_frames": config.data.crop_frames,
-    }
-    for name, value in positive.items():
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, got {value}")
-    not_negative = {
-        "--seed": config.seed,
-        "evaluation.rows": config.evaluation.rows,
-        "data.workers": config.data.workers,
-        "model.router_balance": config.model.router_balance,
-    }
-    for name, value in not_negative.items():
-        if value < 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+    try:
+        check_ranges(config)
+    except ValueError as error:
+        flag = "--" if str(error).startswith(("steps=", "seed=")) else ""
+        raise ValueError(f"{flag}{error}") from error
     shared = config.data.overview_tokens
     if shared is not None and shared < max(config.data.frame_budgets, default=0):
         raise ValueError(
             f"data.overview_tokens={shared} is less than one for each of "
             f"{max(config.data.frame_budgets)} frames; raise it or lower data.frame_budgets"
         )
-    if not 0 <= config.data.max_bad_rows <= 1:
-        raise ValueError(
-            f"data.max_bad_rows={config.data.max_bad_rows} is a share; set it between 0 and 1"
-        )
     if config.data.min_pixels > config.data.max_pixels:
         raise ValueError(
             f"data.min_pixels={config.data.min_pixels} is above "
             f"data.max_pixels={config.data.max_pixels}; lower it"
-        )
-    if config.optimizer.learning_rate <= 0:
-        raise ValueError(
-            f"optimizer.learning_rate must be above 0, got {config.optimizer.learning_rate}"
         )
 
 
@@ -260,7 +224,7 @@ SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding
 
 def _check_cross(config: Config) -> None:
     budgets, kinds = config.data.frame_budgets, config.data.question_types
-    if not budgets or min(budgets) < 1:
+    if not budgets:
         raise ValueError(f"data.frame_budgets must list positive frame counts, got {budgets}")
     unknown = set(kinds) - set(QuestionType)
     if unknown or not kinds:
@@ -291,8 +255,6 @@ def _check_data(data: DataSettings) -> None:
         raise ValueError("data.weights has no effect without data.mixture; leave it out")
     if data.video_root and not (data.path or data.mixture):
         raise ValueError("data.video_root has no effect without --data; leave it out")
-    if not 0 <= data.max_rejected <= 1:
-        raise ValueError(f"data.max_rejected={data.max_rejected} is a share: choose 0 to 1")
 
 
 def _check_lora(model: ModelSettings) -> None:
@@ -434,15 +396,24 @@ def override(config: Config, assignments: list[str]) -> Config:
     return _set(config, parsed)
 
 
-def _set(section: Any, assignments: list[Assignment]) -> Any:
+def _set(section: Any, assignments: list[Assignment], prefix: str = "") -> Any:
     groups: dict[str, list[Assignment]] = {}
     for key, path, text in assignments:
         groups.setdefault(path[0], []).append((key, path[1:], text))
-    values = {name: _new_value(section, name, group) for name, group in groups.items()}
-    return dataclasses.replace(section, **values)
+    values = {name: _new_value(section, name, group, prefix) for name, group in groups.items()}
+    try:
+        return dataclasses.replace(section, **values)
+    except ValueError as error:
+        raise ValueError(_named_in_full(str(error), section, prefix)) from error
 
 
-def _new_value(section: Any, name: str, assignments: list[Assignment]) -> Any:
+def _named_in_full(message: str, section: Any, prefix: str) -> str:
+    """A section's refusal with its settings' full names: it does not know where it stands."""
+    names = "|".join(field.name for field in dataclasses.fields(section))
+    return re.sub(rf"(?<![\w.])(?:{names})(?=[=.])", lambda name: prefix + name[0], message)
+
+
+def _new_value(section: Any, name: str, assignments: list[Assignment], prefix: str) -> Any:
     key, path, text = assignments[-1]
     names = [field.name for field in dataclasses.fields(section)]
     if name not in names:
@@ -453,7 +424,7 @@ def _new_value(section: Any, name: str, assignments: list[Assignment]) -> Any:
         for key, path, _ in assignments:
             if not path:
                 raise ValueError(f"--set {key} is a section; set one of its keys: {inner}")
-        return _set(current, assignments)
+        return _set(current, assignments, f"{prefix}{name}.")
     if path:
         raise ValueError(f"--set {key}: {name} has no keys of its own")
     return _parse(text, typing.get_type_hints(type(section))[name], key)

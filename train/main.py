@@ -79,6 +79,8 @@ def main(argv: list[str] | None = None) -> int:
         workdir = run.name_workdir(config, arguments.workdir)
     except ValueError as error:
         return _complain(error, code=2)
+    for note in checks.notes(config) if cluster.is_first() else ():
+        print(f"note: {note}")
     try:
         if arguments.dry_run:
             checks.describe(config)

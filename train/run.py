@@ -40,6 +40,7 @@ from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, contents, reinforce
 from train.masking import TaskMasking
+from train.optimizer import make_optimizer
 from train.output import TABLE, RunLog, comparison_table
 from train.questions import Questions, all_rows, identities, open_rows
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
@@ -48,7 +49,6 @@ from train.state import (
     TrainState,
     abstract_state,
     is_trainable,
-    make_optimizer,
     make_state,
 )
 from train.subagents import possible_rows

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Annotated
 
+from paravt_jax.ranges import above, at_least, within
 from pipelines.conversation import LEARN
 from pipelines.packing import FITS
 
@@ -34,19 +36,19 @@ class TaskShape:
 class PackSettings:
     """How conversations of `--data` are shown, learned and put into rows."""
 
-    tokens: int = 8192
+    tokens: Annotated[int, at_least(1)] = 8192
     """Tokens of a row; longer conversations are skipped."""
-    frames: int = 160
+    frames: Annotated[int, at_least(1)] = 160
     """Most frames of a row (pairs of them as a video): what the vision tower has room for."""
-    rows: int = 32
+    rows: Annotated[int, at_least(1)] = 32
     """Rows of one step."""
     fit: str = "first"
     """Which open row a conversation goes to: the `first` that has room, or the `best` filled."""
-    bins: int = 64
+    bins: Annotated[int, at_least(1)] = 64
     """Rows open at a time: more are filled better, and hold more frames in memory."""
-    fps: float = 1.0
+    fps: Annotated[float, above(0)] = 1.0
     """Frames shown per second of a video."""
-    max_frames: int = 64
+    max_frames: Annotated[int, at_least(1)] = 64
     """Most frames shown of a video."""
     learn: str = "assistant"
     """`assistant`: its text and end-of-turn tokens. `special`: every special token of all turns
@@ -58,11 +60,6 @@ class PackSettings:
         Raises:
           ValueError: naming the setting.
         """
-        for name in ("tokens", "frames", "rows", "bins", "max_frames"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"sft.packing.{name} must be at least 1")
-        if not self.fps > 0:
-            raise ValueError(f"sft.packing.fps must be above 0, got {self.fps}")
         for name, allowed in (("fit", FITS), ("learn", LEARN)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
@@ -79,9 +76,9 @@ class SftSettings:
     phases: tuple[SftPhase, ...] = ()
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
     packing: PackSettings = PackSettings()
-    micro_rows: int = 8
+    micro_rows: Annotated[int, at_least(1)] = 8
     """Rows per gradient micro-batch."""
-    task_masks: float = 0.0
+    task_masks: Annotated[float, within(0, 1)] = 0.0
     """Share of rows whose last answer does not see the overview and whose later calls do not see
     earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
 
@@ -91,10 +88,6 @@ class SftSettings:
         Raises:
           ValueError: naming the setting.
         """
-        if self.micro_rows < 1:
-            raise ValueError(f"sft.micro_rows must be at least 1, got {self.micro_rows}")
-        if not 0 <= self.task_masks <= 1:
-            raise ValueError(f"sft.task_masks={self.task_masks}: give a share from 0 to 1")
         if self.phases:
             self._check_phases()
         else:

@@ -12,9 +12,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from paravt_jax.lora import is_adapter
-from paravt_jax.params import ParamSpec, Table
 from paravt_jax.records import pytree
-from train.config import Config, OptimizerSettings
+from train.config import Config
 
 FlatParams = dict[str, Array]
 
@@ -44,59 +43,6 @@ def is_trainable(name: str, config: Config) -> bool:
     if config.model.lora.rank:
         return is_adapter(name)
     return config.model.train_vision or not name.startswith("vision.")
-
-
-def make_optimizer(
-    settings: OptimizerSettings, steps: int, table: Table
-) -> optax.GradientTransformation:
-    """Gradient clipping by global norm, then AdamW or Muon under the schedule."""
-    rate = _schedule(settings, steps)
-    if settings.name == "muon":
-        update = optax.contrib.muon(
-            rate,
-            adam_b1=settings.b1,
-            adam_b2=settings.b2,
-            weight_decay=settings.weight_decay,
-            consistent_rms=0.2,
-            muon_weight_dimension_numbers=lambda params: _muon_dimensions(params, table),
-        )
-    else:
-        update = optax.adamw(
-            rate,
-            b1=settings.b1,
-            b2=settings.b2,
-            eps=settings.eps,
-            weight_decay=settings.weight_decay,
-        )
-    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
-
-
-def _schedule(settings: OptimizerSettings, steps: int) -> optax.Schedule:
-    peak, warmup = settings.learning_rate, settings.warmup_steps
-    if settings.decay == "cosine":
-        body = optax.cosine_decay_schedule(peak, max(steps - warmup, 1), settings.final_fraction)
-    else:
-        body = optax.constant_schedule(peak)
-    return optax.join_schedules([optax.linear_schedule(0.0, peak, warmup), body], [warmup])
-
-
-def _muon_dimensions(params: Any, table: Table) -> Any:
-    """Muon orthogonalises matrices; embeddings, norms and biases take Adam.
-
-    Stacked layers and experts are batches of matrices to it; what follows the input dimension of
-    a kernel is output.
-    """
-
-    def dimensions(spec: ParamSpec):
-        matrix = [i for i, axis in enumerate(spec.axes) if axis not in ("layers", "expert")]
-        looked_up = "vocab" in spec.axes or "positions" in spec.axes
-        if looked_up or len(spec.hf_shapes[0]) < 2:
-            return None
-        return optax.contrib.MuonDimensionNumbers(
-            reduction_axis=matrix[0], output_axis=tuple(matrix[1:])
-        )
-
-    return {name: dimensions(table[name]) for name in params}
 
 
 def make_state(

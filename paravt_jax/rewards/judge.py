@@ -72,12 +72,12 @@ class JudgeSettings:
         """Raises ValueError for a value that has no meaning."""
         for name, lowest in (("retries", 0), ("concurrency", 1), ("max_tokens", 1)):
             if getattr(self, name) < lowest:
-                raise ValueError(f"judge.{name}={getattr(self, name)} must be at least {lowest}")
+                raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
         for name in ("backoff", "temperature"):
             if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"judge.{name}={getattr(self, name)} must be finite and 0 or more")
+                raise ValueError(f"{name}={getattr(self, name)} must be finite and 0 or more")
         if not 0 < self.timeout < math.inf:
-            raise ValueError(f"judge.timeout={self.timeout} must be above 0 seconds and finite")
+            raise ValueError(f"timeout={self.timeout} must be above 0 seconds and finite")
 
     def check(self) -> None:
         """Refuse settings with which no judge can be asked.

@@ -98,7 +98,7 @@ class RewardRules:
                     f"{_any_of(readers)}; leave it out"
                 )
         if self.mode != "llm" and self.judge != JudgeSettings():
-            raise ValueError(f"a judge has no effect with mode={self.mode}; set mode=llm")
+            raise ValueError(f"judge.* has no effect with mode={self.mode}; set mode=llm")
 
     def _check_weight(self, name: str) -> None:
         value = getattr(self, name)

@@ -15,8 +15,9 @@ from train import setup
 from train.ahead import abstract_batch
 from train.config import override
 from train.learner import rl_step
+from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.state import make_optimizer, make_state
+from train.state import make_state
 
 pytestmark = pytest.mark.slow
 

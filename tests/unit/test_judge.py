@@ -244,7 +244,7 @@ def test_a_run_can_have_a_judge():
         (["rewards.mode=llm", MODEL, "rewards.judge.url=localhost:1"], "http://"),
         (["rewards.mode=llm", MODEL, "rewards.judge.url=http://h:port/v1"], "http://"),
         (["rewards.mode=llm", MODEL, "rewards.judge.url=http://u:secret@h/v1"], "key_variable"),
-        ([URL, MODEL], "set mode=llm"),
+        ([URL, MODEL], "set rewards.mode=llm"),
         (["rewards.mode=llm", URL, MODEL, "rewards.judge.timeout=0"], "judge.timeout"),
         (["rewards.mode=llm", URL, MODEL, "rewards.judge.concurrency=0"], "judge.concurrency"),
         (["rewards.mode=llm", URL, MODEL, "rewards.judge.retries=-1"], "judge.retries"),

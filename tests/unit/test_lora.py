@@ -18,9 +18,10 @@ from tests.unit.test_train_step import random_batch, run_steps
 from train.checkpoint import Checkpoints
 from train.config import OptimizerSettings, override
 from train.layout import to_mesh
+from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
-from train.state import make_optimizer, make_state
+from train.state import make_state
 from train.step import SftStep
 
 LORA = LoraConfig(rank=4, alpha=8, targets=("q_proj", "o_proj", "up_proj"))

@@ -20,9 +20,10 @@ from train import teacher as teacher_module
 from train.checkpoint import Checkpoints
 from train.config import override
 from train.learner import Learner
+from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
-from train.state import TrainState, make_optimizer, make_state
+from train.state import TrainState, make_state
 from train.step import batch_hidden
 from train.teacher import Teacher
 

@@ -15,9 +15,10 @@ from paravt_jax.params import initialise
 from paravt_jax.records import LearnerBatch
 from train.config import OptimizerSettings
 from train.layout import to_mesh
+from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
-from train.state import make_optimizer, make_state
+from train.state import make_state
 from train.step import RlStep, SftStep, batch_log_probs
 
 pytestmark = pytest.mark.slow

@@ -1,0 +1,149 @@
+"""The optimiser: its settings, its learning rate over the run, and what decays."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+import optax
+
+from paravt_jax.params import ParamSpec, Table
+from paravt_jax.ranges import above, at_least, below, within
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerSettings:
+    """Optax optimiser. Master weights and moments are float32."""
+
+    name: str = "adamw"
+    """`adamw`, or `muon` for matrices with AdamW for the rest."""
+    learning_rate: Annotated[float, above(0)] = 2e-6
+    warmup_steps: Annotated[int, at_least(0)] = 0
+    """Optimiser steps over which the rate rises evenly: the first has 1/warmup_steps of it, the
+    last of them all."""
+    decay: str = "constant"
+    """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
+    decay_steps: Annotated[int | None, at_least(1)] = None
+    """Optimiser steps, warm-up included, after which a cosine has reached its end and stays there;
+    none takes all of the run's."""
+    final_fraction: Annotated[float, within(0, 1)] = 0.0
+    b1: Annotated[float, below(0, 1)] = 0.9
+    b2: Annotated[float, below(0, 1)] = 0.999
+    eps: Annotated[float, above(0)] = 1e-8
+    weight_decay: Annotated[float, at_least(0)] = 0.01
+    """Decay of matrices. Norms, biases and embeddings do not decay."""
+    clip_norm: Annotated[float | None, above(0)] = 1.0
+    """Largest global norm of a gradient; none clips nothing."""
+
+
+def make_optimizer(
+    settings: OptimizerSettings, steps: int, table: Table
+) -> optax.GradientTransformation:
+    """Gradient clipping by global norm, then AdamW or Muon under the schedule of `steps`."""
+    rate = learning_rate(settings, steps)
+    if settings.name == "muon":
+        update = optax.contrib.muon(
+            rate,
+            adam_b1=settings.b1,
+            adam_b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            consistent_rms=0.2,
+            muon_weight_dimension_numbers=functools.partial(_muon_dimensions, table=table),
+        )
+    else:
+        update = optax.adamw(
+            rate,
+            b1=settings.b1,
+            b2=settings.b2,
+            eps=settings.eps,
+            weight_decay=settings.weight_decay,
+            mask=functools.partial(_matrices, table=table),
+        )
+    if settings.clip_norm is None:
+        return update
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+
+
+def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:
+    """The rate of optimiser step i, counted from 0, of a run of `steps`.
+
+    Warm-up ends at the peak and does not begin at 0, where a step would teach nothing.
+    """
+    peak, warmup = settings.learning_rate, settings.warmup_steps
+    if settings.decay == "cosine":
+        end = settings.decay_steps or steps
+        body = optax.cosine_decay_schedule(peak, max(end - warmup, 1), settings.final_fraction)
+    else:
+        body = optax.constant_schedule(peak)
+    if not warmup:
+        return body
+    rise = optax.linear_schedule(peak / warmup, peak * (1 + 1 / warmup), warmup)
+    return optax.join_schedules([rise, body], [warmup])
+
+
+def warm_up_note(settings: OptimizerSettings, steps: int) -> str | None:
+    """What a user should know about a warm-up that is longer than the run."""
+    if settings.warmup_steps <= steps:
+        return None
+    reached = settings.learning_rate * steps / settings.warmup_steps
+    return (
+        f"optimizer.warmup_steps={settings.warmup_steps} is longer than the {steps} optimiser "
+        f"steps of this run: its learning rate ends at {reached:.3g} of "
+        f"{settings.learning_rate:.3g}"
+    )
+
+
+def check_continued(
+    before: Mapping[str, Any], steps_before: int, now: OptimizerSettings, steps: int
+):
+    """Refuse to continue a cosine that would rise again, unless its new end was chosen.
+
+    Args:
+      before: the optimiser's settings that the run began with, as in its `config.json`.
+      steps_before: optimiser steps of the run then.
+      now: the settings that it would continue with.
+      steps: optimiser steps of the run now.
+
+    Raises:
+      ValueError: naming the setting that chooses.
+    """
+    if now.decay != "cosine" or now.decay_steps:
+        return
+    end = before.get("decay_steps") or steps_before
+    if end != steps:
+        raise ValueError(
+            f"optimizer.decay=cosine ended at optimiser step {end}, and over {steps} steps the "
+            f"rate would jump; set optimizer.decay_steps={end} to go on at its final rate, or "
+            f"optimizer.decay_steps={steps} to stretch it"
+        )
+
+
+def is_matrix(spec: ParamSpec) -> bool:
+    """Whether the parameter is (a stack of) matrices that are multiplied with, not looked up."""
+    looked_up = "vocab" in spec.axes or "positions" in spec.axes
+    return not looked_up and len(spec.hf_shapes[0]) >= 2
+
+
+def _matrices(params: Any, table: Table) -> dict[str, bool]:
+    return {name: is_matrix(table[name]) for name in params}
+
+
+def _muon_dimensions(params: Any, table: Table) -> Any:
+    """Muon orthogonalises matrices; embeddings, norms and biases take Adam.
+
+    Stacked layers and experts are batches of matrices to it; what follows the input dimension of
+    a kernel is output.
+    """
+
+    def dimensions(spec: ParamSpec):
+        if not is_matrix(spec):
+            return None
+        matrix = [i for i, axis in enumerate(spec.axes) if axis not in ("layers", "expert")]
+        return optax.contrib.MuonDimensionNumbers(
+            reduction_axis=matrix[0], output_axis=tuple(matrix[1:])
+        )
+
+    return {name: dimensions(table[name]) for name in params}
