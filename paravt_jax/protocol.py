@@ -83,7 +83,8 @@ Window = tuple[float, float]
 _LONGEST_QUOTE = 40
 _LONGEST_CODE = 2000
 _LONGEST_CALL = 10_000
-_DEEPEST_CALL = 8
+DEEPEST_CALL = 8
+"""Levels of lists and dictionaries in a call."""
 _LONGEST_LINE = 10_000
 """Characters that Python's own parser is given: it may exhaust the stack on very long ones, which
 no exception would tell."""
@@ -313,7 +314,7 @@ def _json_call(body: str, syntax: CallSyntax) -> ToolCall:
         return _broken("the call is nested too deeply")
     except ValueError as error:
         return _broken(f"the call is not valid JSON: {error}"[:200])
-    if _nests_beyond(call, _DEEPEST_CALL):
+    if nests_beyond(call, DEEPEST_CALL):
         return _broken("the call is nested too deeply")
     if not isinstance(call, dict):
         return _broken(f"the call must be one JSON object, not {_kind(call)}")
@@ -327,13 +328,13 @@ def _json_call(body: str, syntax: CallSyntax) -> ToolCall:
     return ToolCall(name=name, arguments=arguments)
 
 
-def _nests_beyond(value: Any, levels: int) -> bool:
+def nests_beyond(value: Any, levels: int) -> bool:
     """Whether a JSON value has more levels than that. What Python reads may be too deep for it to
     print or compare a few frames further down the stack."""
     inner = value.values() if isinstance(value, dict) else value
     if not isinstance(value, dict | list):
         return False
-    return levels == 0 or any(_nests_beyond(item, levels - 1) for item in inner)
+    return levels == 0 or any(nests_beyond(item, levels - 1) for item in inner)
 
 
 def _refuse_constant(word: str) -> Any:

@@ -4,19 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from paravt_jax.records import Conversation, QuestionType, Row
 from pipelines import paravt
+from pipelines.answers import settled
+from pipelines.faults import FIELD, REPEATED, VIDEOS, Unusable, one_line
 from pipelines.media import Bucket, Media
 from pipelines.needle.questions import NeedleQuestion, ask
 from pipelines.needle.world import NeedleWorld, videos
-from pipelines.tables import Record, columns, data_files, records
+from pipelines.tables import Record, columns, data_files, json_value, plain_text, records
 
 T = TypeVar("T")
+
+Make = Callable[[dict[str, Any], str, Media], T]
+"""A typed row from the fields of a record, its id and the files it may show."""
+Paths = Callable[[dict[str, Any]], list[str]]
+"""Paths of the videos of a record, as written."""
 
 COLUMNS = ("video", "question", "answer", "question_type")
 PROBED_TOGETHER = 1024
@@ -41,6 +48,14 @@ class Rejected:
     where: str
     """File, and line or row."""
     reason: str
+    """What is wrong, in one line."""
+    kind: str = FIELD
+    """Name of the fault, by which it is counted."""
+
+    @classmethod
+    def of(cls, where: str, error: ValueError) -> Rejected:
+        """The record at a place that an error makes unusable."""
+        return cls(where, one_line(str(error)), getattr(error, "kind", FIELD))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,6 +68,8 @@ class Found(Generic[T]):
     """Media files that were looked for, by first path component below the root."""
     left_out: int = 0
     """Rows that can be used and were not asked for."""
+    restated: int = 0
+    """Rows whose answer was put as rewards read it: the letter of an option."""
 
     @property
     def total(self) -> int:
@@ -64,19 +81,32 @@ class Found(Generic[T]):
         """Share of the rows that cannot be used."""
         return len(self.rejected) / max(self.total, 1)
 
+    @property
+    def faults(self) -> dict[str, list[Rejected]]:
+        """Rejected rows by the name of their fault, the most frequent first."""
+        named: dict[str, list[Rejected]] = {}
+        for rejected in self.rejected:
+            named.setdefault(rejected.kind, []).append(rejected)
+        return dict(sorted(named.items(), key=lambda item: -len(item[1])))
+
     def report(self) -> list[str]:
-        """What is missing, in lines for people; none if nothing is."""
+        """What cannot be used, by reason, in lines for people; none if everything can."""
+        lines: list[str] = []
+        if self.restated:
+            lines.append(f"{self.restated} choice answers were read as the letter of an option")
         if not self.rejected:
-            return []
-        lines = [f"{len(self.rejected)} of {self.total} rows cannot be used:"]
+            return lines
+        lines.append(f"{len(self.rejected)} of {self.total} rows cannot be used:")
         for name, bucket in self.buckets.items():
             if bucket.missing or bucket.unreadable:
                 lines.append(
                     f"  {name}: {bucket.missing} of {bucket.files} files missing, "
                     f"{bucket.unreadable} unreadable"
                 )
-        first = self.rejected[0]
-        return [*lines, f"  for example {first.where}: {first.reason}"]
+        for kind, rows in self.faults.items():
+            first = f"for example {rows[0].where}: {rows[0].reason}"
+            lines.append(f"  {len(rows)} x {kind}, {first}")
+        return lines
 
     def summary(self) -> str:
         """The report in one line."""
@@ -91,7 +121,8 @@ def contents(path: str) -> tuple[str, ...]:
     """
     files = data_files(path)
     if not files[0].endswith(".parquet"):
-        first = next(records(files[0], os.path.dirname(files[0])), None)
+        every = records(files[0], os.path.dirname(files[0]))
+        first = next((record for record in every if not record.fault), None)
         chats = first is not None and "messages" in first.fields
         return ("conversations",) if chats else ("questions",)
     names = [set(columns(file)) for file in files]
@@ -107,6 +138,7 @@ def question_rows(
     root: str | None = None,
     question_types: Sequence[str] = (),
     most_videos: int | None = None,
+    check: Callable[[Row], object] = lambda row: None,
 ) -> Found[Row]:
     """Questions about videos on this machine.
 
@@ -117,36 +149,61 @@ def question_rows(
             or a parquet file of ParaVT-Parquet's `rl` configuration; or a folder that holds
             `questions.csv`, `questions.jsonl` or such parquet files.
         root: what video paths are relative to, and may not leave; default: the folder of the
-            data, which absolute paths of a CSV or JSONL file may leave.
+            data, which absolute paths of a CSV or JSONL file, and links beside it, may leave.
         question_types: keep only rows of these types; empty keeps all.
         most_videos: reject rows of more videos, which cannot share a frame budget of so many.
+        check: raises a `ValueError` for a row that cannot be used for another reason.
 
     Raises:
-        ValueError: a file or a column is missing, a value of a CSV or JSONL file is wrong, or no
-            row can be used. The message names file, line and remedy.
+        ValueError: a file or a column is missing, a file is damaged, or no row can be used. The
+            message names the file, a line, and the remedy.
     """
     files = _files(path, paravt.RL_COLUMNS)
     make, paths = paravt.rl_row, paravt.rl_videos
     if not files[0].endswith(".parquet"):
         make, paths = own_row, _own_videos
-    found = _at_most(_read(path, files, root, make, paths), most_videos)
+    usable = _Usable(make, most_videos, check)
+    found = _read(path, files, root, usable, paths)
     kept = [r for r in found.rows if not question_types or r.question_type in question_types]
     if not kept:
         wanted = ", ".join(question_types) or "any type"
         why = found.summary() or "add rows or allow other types"
         raise ValueError(f"{path}: no questions ({wanted}); {why}")
-    return dataclasses.replace(found, rows=kept, left_out=len(found.rows) - len(kept))
+    left_out = len(found.rows) - len(kept)
+    return dataclasses.replace(found, rows=kept, left_out=left_out, restated=usable.restated)
 
 
-def _at_most(found: Found[Row], videos: int | None) -> Found[Row]:
-    """Without rows of more videos."""
-    many = [row for row in found.rows if videos is not None and len(row.videos) > videos]
-    if not many:
-        return found
-    reason = "{} videos are more than the least frame budget; raise data.frame_budgets"
-    rejected = [Rejected(row.row_id, reason.format(len(row.videos))) for row in many]
-    kept = [row for row in found.rows if len(row.videos) <= (videos or 0)]
-    return dataclasses.replace(found, rows=kept, rejected=(*found.rejected, *rejected))
+class _Usable:
+    """Makes questions of records, and refuses those that a run could not use."""
+
+    def __init__(
+        self, make: Make[Row], most_videos: int | None, check: Callable[[Row], object]
+    ) -> None:
+        self._make, self._most, self._check = make, most_videos, check
+        self._ids: set[str] = set()
+        self.restated = 0
+        """Answers that were put in another way so far."""
+
+    def __call__(self, fields: dict[str, Any], row_id: str, media: Media) -> Row:
+        """The question of a record.
+
+        Raises:
+            ValueError: it cannot be used.
+        """
+        written = self._make(fields, row_id, media)
+        row = settled(written)
+        if self._most is not None and len(row.videos) > self._most:
+            raise Unusable(
+                VIDEOS,
+                f"{len(row.videos)} videos are more than the least frame budget; raise "
+                "data.frame_budgets",
+            )
+        if row.row_id in self._ids:
+            raise Unusable(REPEATED, f"row_id {row.row_id!r} was used before; make it unique")
+        self._check(row)
+        self._ids.add(row.row_id)
+        self.restated += row.answer != written.answer
+        return row
 
 
 def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
@@ -175,6 +232,8 @@ def _files(path: str, wanted: set[str]) -> list[str]:
         ValueError: there are none.
     """
     files = data_files(path)
+    if files[0].endswith(".csv"):
+        _check_header(files[0])
     if not files[0].endswith(".parquet"):
         return files
     fitting = [file for file in files if wanted <= set(columns(file))]
@@ -186,10 +245,19 @@ def _files(path: str, wanted: set[str]) -> list[str]:
     return fitting
 
 
-Make = Callable[[dict[str, Any], str, Media], T]
-"""A typed row from the fields of a record, its id and the files it may show."""
-Paths = Callable[[dict[str, Any]], list[str]]
-"""Paths of the videos of a record, as written."""
+def _check_header(file: str) -> None:
+    """Refuse a CSV file that does not name its columns.
+
+    Raises:
+        ValueError: with the header that was found.
+    """
+    header = columns(file)
+    if missing := [name for name in COLUMNS if name not in header]:
+        found = one_line(",".join(header))
+        raise ValueError(
+            f"{file}: no column {', '.join(missing)}; its first line is {found!r}. Write "
+            f"`{','.join(COLUMNS)}`, separated by commas"
+        )
 
 
 def _read(
@@ -204,11 +272,9 @@ def _read(
         media.probe(written for record in some for written in _attempted(paths, record))
         for record in some:
             try:
-                rows.append(make(record.fields, record.row_id, media))
-            except BadLine as error:
-                raise ValueError(f"{record.where}: {error}") from error
+                rows.append(_made(make, record, media))
             except ValueError as error:
-                rejected.append(Rejected(record.where, str(error)))
+                rejected.append(Rejected.of(record.where, error))
     return Found(rows, tuple(rejected), media.buckets)
 
 
@@ -223,34 +289,37 @@ def _media(folder: str, root: str | None, own: bool) -> Media:
     return Media(root or folder, anywhere=own and root is None)
 
 
+def _made(make: Make[T], record: Record, media: Media) -> T:
+    if record.fault is not None:
+        raise record.fault
+    return make(record.fields, record.row_id, media)
+
+
 def _attempted(paths: Paths, record: Record) -> list[str]:
     """Paths of a record; none of one that will be rejected for its fields."""
     try:
-        return paths(record.fields)
+        return [] if record.fault else paths(record.fields)
     except ValueError:
         return []
-
-
-class BadLine(ValueError):
-    """A line that its author should correct: it ends the reading."""
 
 
 def own_row(fields: dict[str, Any], row_id: str, media: Media) -> Row:
     """A question of a CSV or JSONL file.
 
     Raises:
-        BadLine: a value is missing or wrong.
-        ValueError: the video is missing or cannot be read.
+        ValueError: a value is missing or wrong, or the video cannot be found or read.
     """
-    missing = [name for name in COLUMNS if fields.get(name) in (None, "")]
-    if missing:
-        raise BadLine(f"{', '.join(missing)} missing; each question needs {', '.join(COLUMNS)}")
-    values = {name: str(fields[name]).strip() for name in COLUMNS}
+    values = {name: plain_text(fields.get(name), name) for name in COLUMNS}
+    if missing := [name for name, value in values.items() if not value]:
+        raise Unusable(
+            FIELD, f"{', '.join(missing)} missing; each question needs {', '.join(COLUMNS)}"
+        )
     if values["question_type"] not in tuple(QuestionType):
-        raise BadLine(f"question_type={values['question_type']!r}; use {', '.join(QuestionType)}")
-    own_id = fields.get("row_id")
+        raise Unusable(
+            FIELD, f"question_type={values['question_type']!r}; use {', '.join(QuestionType)}"
+        )
     return Row(
-        row_id=row_id if own_id in (None, "") else str(own_id),
+        row_id=plain_text(fields.get("row_id"), "row_id") or row_id,
         video=media.video(values["video"]),
         question=values["question"],
         answer=values["answer"],
@@ -260,16 +329,20 @@ def own_row(fields: dict[str, Any], row_id: str, media: Media) -> Row:
 
 
 def _own_videos(fields: dict[str, Any]) -> list[str]:
-    return [str(fields["video"]).strip()] if fields.get("video") else []
+    video = plain_text(fields.get("video"), "video")
+    return [video] if video else []
 
 
 def _windows(value: Any) -> tuple[tuple[float, float], ...]:
     """Windows of an `evidence` column, from JSON if it is a string."""
+    if isinstance(value, str):
+        value = json_value(value, "evidence") if value.strip() else ()
     try:
-        value = json.loads(value) if isinstance(value, str) and value.strip() else value or ()
-        windows = tuple((float(start), float(end)) for start, end in value)
-    except (TypeError, ValueError) as error:
-        raise BadLine(f"evidence={value!r}; write [[start, end], ...] in seconds") from error
-    if not all(0 <= start < end for start, end in windows):
-        raise BadLine(f"evidence={value!r}; each window needs 0 <= start < end")
+        windows = tuple((float(start), float(end)) for start, end in value or ())
+    except (TypeError, ValueError, OverflowError) as error:
+        raise Unusable(
+            FIELD, f"evidence={value!r}; write [[start, end], ...] in seconds"
+        ) from error
+    if not all(0 <= start < end < math.inf for start, end in windows):
+        raise Unusable(FIELD, f"evidence={value!r}; each window needs 0 <= start < end")
     return windows

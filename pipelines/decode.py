@@ -15,6 +15,7 @@ import cv2
 import numpy as np
 
 from paravt_jax.records import VideoRef
+from pipelines.faults import UNREADABLE
 from pipelines.preprocess import resize
 
 REMEDY = (
@@ -45,6 +46,8 @@ Decoded = dict[int, np.ndarray | None]
 
 class UnreadableVideo(ValueError):
     """A video file is missing, is none, or is damaged. The message names file and remedy."""
+
+    kind = UNREADABLE
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

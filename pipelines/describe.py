@@ -90,7 +90,8 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
     spec = renderer.spec if renderer else SPECS[arguments.frames_as]().limited(*pixels)
     kinds = contents(arguments.path) if arguments.path else ("questions",)
     if "questions" in kinds:
-        yield from about_questions(read_questions(arguments), spec, budgets, renderer)
+        found = read_questions(arguments, renderer)
+        yield from about_questions(found, spec, budgets, renderer)
     if "conversations" in kinds:
         yield from about_conversations(sft_rows(arguments.path, arguments.root), spec, renderer)
 
@@ -107,8 +108,10 @@ def open_renderer(arguments: argparse.Namespace, pixels: tuple[int, int]) -> Any
     )
 
 
-def read_questions(arguments: argparse.Namespace) -> Found[Row]:
-    """The questions of a data set, or of the needle world."""
+def read_questions(arguments: argparse.Namespace, renderer: Any = None) -> Found[Row]:
+    """The questions of a data set that a renderer can put into prompts, or of the needle world."""
+    if arguments.path and renderer:
+        return question_rows(arguments.path, arguments.root, check=renderer.check_question)
     if arguments.path:
         return question_rows(arguments.path, arguments.root)
     folder = os.path.join(os.path.abspath(arguments.cache), "needle_world")
@@ -231,7 +234,11 @@ def _about_rejected(found: Found) -> Iterator[str]:
     for name, bucket in found.buckets.items():
         used = bucket.files - bucket.missing - bucket.unreadable
         yield f"  {name}: {used}, {bucket.missing}, {bucket.unreadable}"
+    if found.restated:
+        yield f"choice answers that were read as the letter of an option: {found.restated}"
     if found.rejected:
+        kinds = (f"{len(rows)} x {kind}" for kind, rows in found.faults.items())
+        yield f"why rows are rejected: {', '.join(kinds)}"
         yield f"rejected rows, {min(REASONS, len(found.rejected))} of {len(found.rejected)}:"
     for rejected in found.rejected[:REASONS]:
         yield f"  {rejected.where}: {rejected.reason}"

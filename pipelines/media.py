@@ -10,6 +10,7 @@ from typing import TypeVar
 
 from paravt_jax.records import ImageRef, VideoRef
 from pipelines.decode import video_ref
+from pipelines.faults import MISSING
 
 T = TypeVar("T")
 
@@ -34,6 +35,8 @@ class Bucket:
 
 class MissingFile(ValueError):
     """A file is not there, or not below the root."""
+
+    kind = MISSING
 
 
 class Media:

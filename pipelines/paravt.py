@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+from paravt_jax.protocol import DEEPEST_CALL, nests_beyond
 from paravt_jax.records import (
     Conversation,
     ImageRef,
@@ -18,7 +19,9 @@ from paravt_jax.records import (
     ToolCall,
     VideoRef,
 )
+from pipelines.faults import FIELD, Unusable
 from pipelines.media import Media
+from pipelines.tables import json_value, plain_text
 
 MARK = "<video>"
 """Stands in a prompt where a video is shown."""
@@ -91,7 +94,7 @@ def _messages(fields: dict[str, Any], name: str) -> list[dict[str, Any]]:
 
 
 def _message(message: dict[str, Any], media: Media) -> Message:
-    calls = tuple(_call(call) for call in message.get("tool_calls") or ())
+    calls = tuple(map(_call, _of_type(message.get("tool_calls") or [], list, "tool_calls")))
     if calls and message["role"] != "assistant":
         raise ValueError(
             f"a message of role {message['role']} has tool_calls; only the assistant calls"
@@ -103,9 +106,27 @@ def _message(message: dict[str, Any], media: Media) -> Message:
 def _call(call: Any) -> ToolCall:
     """An entry of `tool_calls`; its arguments may be JSON in a string."""
     own = call.get("function") or call if isinstance(call, dict) else None
-    if own is None or not isinstance(own.get("name"), str):
+    if not isinstance(own, dict) or not isinstance(own.get("name"), str):
         raise ValueError("an entry of tool_calls needs a function with a name")
-    return ToolCall(own["name"], _of_type(own.get("arguments"), dict, "arguments of a call"))
+    arguments = _of_type(own.get("arguments"), dict, "arguments of a call")
+    _check_writable(arguments)
+    return ToolCall(own["name"], arguments)
+
+
+def _check_writable(arguments: dict[str, Any]) -> None:
+    """Refuse arguments that an agent could not write, or that its calls are not read with.
+
+    Raises:
+        Unusable: they are no JSON, or nest too deeply.
+    """
+    try:
+        json.dumps(arguments, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise Unusable(FIELD, f"arguments of a call are not JSON ({error})") from error
+    if nests_beyond({"arguments": arguments}, DEEPEST_CALL):
+        raise Unusable(
+            FIELD, f"arguments of a call nest too deeply: calls of {DEEPEST_CALL} levels are read"
+        )
 
 
 def _parts(message: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,10 +166,10 @@ def _url(value: Any) -> str:
 
 
 def _answer(extra: dict[str, Any]) -> str:
-    answer = extra.get("answer")
-    if answer in (None, ""):
+    answer = plain_text(extra.get("answer"), "extra_info.answer")
+    if not answer:
         raise ValueError("extra_info.answer is missing")
-    return str(answer)
+    return answer
 
 
 def _question_type(extra: dict[str, Any]) -> str:
@@ -161,10 +182,7 @@ def _question_type(extra: dict[str, Any]) -> str:
 def _of_type(value: Any, kind: type, name: str) -> Any:
     """A list or dictionary, from JSON if it is a string."""
     if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{name} is not JSON ({error})") from error
+        value = json_value(value, name)
     if not isinstance(value, kind):
         raise ValueError(f"{name} is not a {kind.__name__}")
     return value

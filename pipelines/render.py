@@ -17,6 +17,7 @@ from paravt_jax.patches import join_patches, split_patches
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
+from pipelines.faults import CONTROL, Unusable
 from pipelines.preprocess import SPECS, FrameSpec, to_patches
 from pipelines.subtitles import subtitle_text
 
@@ -200,12 +201,21 @@ class ChatRenderer:
         Raises:
             ValueError: the question spells out a control token, or subtitles cannot be read.
         """
-        if found := self._control.search(row.question):
-            raise ValueError(
-                f"row {row.row_id}: the question contains the control token "
-                f"{found.group()!r}; rephrase it"
-            )
+        self.check_question(row)
         return "".join(map(self.subtitles, row.videos)) + row.question
+
+    def check_question(self, row: Row) -> None:
+        """Refuse a question that spells out a control token.
+
+        Raises:
+            Unusable: it does.
+        """
+        if found := self._control.search(row.question):
+            raise Unusable(
+                CONTROL,
+                f"row {row.row_id}: the question contains the control token "
+                f"{found.group()!r}; rephrase it",
+            )
 
     def subtitles(self, video: VideoRef) -> str:
         """The subtitles of a video with their times, as far as they are shown and it has any.

@@ -1,20 +1,39 @@
-"""Records of CSV, JSONL and parquet files."""
+"""Records of CSV, JSONL and parquet files.
+
+A file that is not what its name says ends the reading. A row that cannot be read is a record with
+a fault, and the rows beside it are kept.
+"""
 
 from __future__ import annotations
 
 import csv
+import itertools
 import json
+import math
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow
 import pyarrow.parquet
 
+from paravt_jax.protocol import nests_beyond
+from pipelines.faults import FIELD, MALFORMED, Unusable
+
 OWN_FILES = ("questions.csv", "questions.jsonl")
 """What a folder of a user's own questions holds."""
 BATCH = 256
 """Records of a parquet file that are in memory at once."""
+DEEPEST = 32
+"""Levels of lists and dictionaries in a row. Conversations with calls take a dozen; Python reads
+more than it can print or compare."""
+
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
+# UTF-16 begins with one of these marks, or has a NUL beside its first letter.
+_UTF_16 = (b"\xff\xfe", b"\xfe\xff")
+
+Fields = dict[str, Any]
 
 
 class Record(NamedTuple):
@@ -24,7 +43,9 @@ class Record(NamedTuple):
     """File below the folder of the data, and line (counted from 1) or row (counted from 0)."""
     where: str
     """The same in words, for messages."""
-    fields: dict[str, Any]
+    fields: Fields
+    fault: Unusable | None = None
+    """Why the row cannot be read; there are no fields then."""
 
 
 def data_files(path: str) -> list[str]:
@@ -52,62 +73,186 @@ def data_files(path: str) -> list[str]:
 
 
 def columns(file: str) -> list[str]:
-    """Names of the columns of a parquet file.
+    """Names of the columns of a parquet or CSV file.
 
     Raises:
-        ValueError: it is no parquet file.
+        ValueError: it is no such file.
     """
-    return _open(file).schema_arrow.names
+    if file.endswith(".parquet"):
+        return _open(file).schema_arrow.names
+    try:
+        return next(_reader(_lines(file)), [])
+    except csv.Error as error:
+        raise ValueError(f"{file}: its first line names no columns ({error})") from error
 
 
 def records(file: str, folder: str) -> Iterator[Record]:
     """The records of one file below the folder of a data set.
 
     Raises:
-        ValueError: the file is not what its name says; the message names file and line.
+        ValueError: the file is not what its name says; the message names it.
     """
     kind = os.path.splitext(file)[1]
     read = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[kind]
     word = "row" if kind == ".parquet" else "line"
     name = os.path.relpath(file, folder)
-    for number, fields in read(file):
-        yield Record(f"{name}:{number}", f"{file}, {word} {number}", fields)
+    for number, found in read(file):
+        fields, fault = ({}, found) if isinstance(found, Unusable) else (found, None)
+        yield Record(f"{name}:{number}", f"{file}, {word} {number}", fields, fault)
 
 
-def _csv(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(file, encoding="utf-8-sig", newline="") as stream:
-        table = csv.DictReader(stream)
-        for record in table:
-            yield table.line_num, record
+def json_value(text: str, name: str) -> Any:
+    """A value from JSON.
 
+    Args:
+        name: what the text is, for messages.
 
-def _jsonl(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    with open(file, encoding="utf-8-sig") as stream:
-        for line, text in enumerate(stream, start=1):
-            if text.strip():
-                yield line, _json_object(text, file, line)
-
-
-def _json_object(text: str, file: str, line: int) -> dict[str, Any]:
+    Raises:
+        Unusable: it is no JSON, nests too deeply, or holds what cannot be written as UTF-8.
+    """
     try:
-        record = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{file}, line {line}: not JSON ({error}); write one object") from error
+        value = json.loads(text)
+    except RecursionError as error:
+        raise Unusable(MALFORMED, f"{name} nests too deeply") from error
+    except ValueError as error:
+        raise Unusable(MALFORMED, f"{name} is not JSON ({error})") from error
+    if nests_beyond(value, DEEPEST):
+        raise Unusable(MALFORMED, f"{name} nests too deeply, beyond {DEEPEST} levels")
+    _check_letters(json.dumps(value, ensure_ascii=False), name)
+    return value
+
+
+def plain_text(value: Any, name: str) -> str:
+    """A text or a number as a text without white space around it; "" for nothing.
+
+    A list of numbers, as JSON writes a window of time, becomes "63, 71".
+
+    Raises:
+        Unusable: the value is something else.
+    """
+    if isinstance(value, list) and value and all(map(_is_number, value)):
+        return ", ".join(map(str, value))
+    if not (value is None or isinstance(value, str) or _is_number(value)):
+        raise Unusable(FIELD, f"{name} is a {type(value).__name__}; write a text")
+    return "" if value is None else str(value).strip()
+
+
+def _is_number(value: Any) -> bool:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    return number and (isinstance(value, int) or math.isfinite(value))
+
+
+def _check_letters(text: str, name: str) -> None:
+    if _LONE_SURROGATE.search(text):
+        raise Unusable(MALFORMED, f"{name} holds half of a surrogate pair, which is no letter")
+
+
+def _lines(file: str) -> Iterator[str]:
+    """The lines of a text file with their ends.
+
+    Raises:
+        ValueError: it is not in UTF-8.
+    """
+    with open(file, "rb") as raw:
+        head = raw.read(2)
+    if head in _UTF_16 or b"\0" in head:
+        raise ValueError(f"{file} is in UTF-16; save it as UTF-8")
+    try:
+        # Halves of surrogate pairs spoil their row, not the file.
+        with open(file, encoding="utf-8-sig", errors="surrogatepass", newline="") as stream:
+            yield from stream
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(
+            f"{file} is not in UTF-8 (byte 0x{byte:02x}), but in Latin-1, Windows-1252 or the "
+            "like; save it as UTF-8"
+        ) from error
+
+
+def _reader(lines: Iterator[str]) -> Any:
+    """Rows of cells. Quotes must close: else a row would silently swallow those that follow."""
+    return csv.reader(lines, strict=True, skipinitialspace=True)
+
+
+def _csv(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
+    """Rows by the line at which they end. Behind a row that cannot be read, reading goes on with
+    the next line, which its quotes may have swallowed."""
+    lines, header, at = list(_lines(file)), None, 0
+    while at < len(lines):
+        table, read = _reader(lines[number] for number in range(at, len(lines))), 0
+        try:
+            for cells in table:
+                read = table.line_num
+                if header is None:
+                    header = cells
+                elif cells:
+                    yield at + read, _fields(header, cells)
+            return
+        except csv.Error as error:
+            at += read + 1
+            yield at, Unusable(MALFORMED, f"{error}; close its quotes, or shorten the field")
+
+
+def _fields(header: Sequence[str], cells: Sequence[str]) -> Fields | Unusable:
+    if any(cells[len(header) :]):
+        return Unusable(
+            MALFORMED,
+            f"{len(cells)} fields for {len(header)} columns; put quotes around fields with commas",
+        )
+    try:
+        _check_letters("".join(cells), "the row")
+    except Unusable as fault:
+        return fault
+    return dict(itertools.zip_longest(header, cells[: len(header)]))
+
+
+def _jsonl(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
+    for line, text in enumerate(_lines(file), start=1):
+        if text.strip():
+            yield line, _json_object(text)
+
+
+def _json_object(text: str) -> Fields | Unusable:
+    try:
+        record = json_value(text, "the row")
+    except Unusable as fault:
+        return fault
     if not isinstance(record, dict):
-        raise ValueError(f"{file}, line {line}: not a JSON object; write {{...}} per line")
+        return Unusable(MALFORMED, "the row is not a JSON object; write {...} per line")
     return record
 
 
-def _parquet(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
+def _parquet(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
     number = 0
-    for batch in _open(file).iter_batches(BATCH):
-        for fields in batch.to_pylist():
-            yield number, fields
-            number += 1
+    try:
+        for batch in _open(file).iter_batches(BATCH):
+            for fields in _plain(batch):
+                yield number, fields
+                number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(
+            f"{file}: damaged behind row {number} ({error}); download it again"
+        ) from error
+
+
+def _plain(batch: pyarrow.RecordBatch) -> Iterator[Fields | Unusable]:
+    """Rows of a batch as Python values."""
+    try:
+        yield from batch.to_pylist()
+    except ValueError:  # A single value spoils the whole batch.
+        for number in range(batch.num_rows):
+            yield _plain_row(batch.slice(number, 1))
+
+
+def _plain_row(batch: pyarrow.RecordBatch) -> Fields | Unusable:
+    try:
+        return batch.to_pylist()[0]
+    except ValueError as error:
+        return Unusable(MALFORMED, f"a value that cannot be read ({error})")
 
 
 def _open(file: str) -> pyarrow.parquet.ParquetFile:
     try:
-        return pyarrow.parquet.ParquetFile(file)
+        return pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
     except (OSError, pyarrow.ArrowException) as error:
         raise ValueError(f"{file}: no parquet file ({error}); download it again") from error

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations
 from train.hindsight import open_feedback
 from train.optimizer import check_continued, warm_up_note
-from train.questions import read_questions
+from train.questions import read_questions, split_sets
 from train.scoring import Scorer
 from train.state import (
     is_trainable,
@@ -167,9 +169,23 @@ def describe(config: Config) -> None:
     if config.packs_conversations:
         print(describe_conversations(open_conversations(config)))
         return
-    for found in read_questions(config):
+    if config.data.path or config.data.mixture:
+        describe_questions(config)
+
+
+def describe_questions(config: Config) -> None:
+    """Print how many questions there are, which cannot be used, and how they are split."""
+    with tempfile.TemporaryDirectory() as folder:
+        # Without --model the tokenizer is made, and a dry run leaves nothing behind.
+        data = dataclasses.replace(config.data, cache_dir=folder)
+        aside = dataclasses.replace(config, data=data)
+        renderer = setup.Model.open(aside).renderer(aside)
+    sets = read_questions(config, renderer.check_question)
+    for found in sets:
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
+    if config.data.path:
+        print(split_sets(config, sets).report())
 
 
 def describe_conversations(found: Found[Conversation]) -> str:

@@ -1,10 +1,8 @@
-"""The questions of a run: read, checked, mixed, split into training and held-out ones."""
+"""The questions of a run: read, checked, mixed."""
 
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
 from train.config import Config, DataSettings
 from train.setup import needle_world, world_folder
+from train.split import Split, apart, one_per_video, split
 
 Questions = RowSource[Row] | Mixture
 
@@ -32,8 +31,15 @@ def identities(rows: Iterable[Row]) -> Iterator[bytes]:
         yield repr(said).encode()
 
 
-def read_questions(config: Config) -> list[Found[Row]]:
+Check = Callable[[Row], object]
+"""Raises a `ValueError` for a row that the run cannot use, though its files are there."""
+
+
+def read_questions(config: Config, check: Check = lambda row: None) -> list[Found[Row]]:
     """The questions of `--data` and of each data set that is mixed with it.
+
+    Args:
+      check: what else a row must pass, such as `ChatRenderer.check_question`.
 
     Raises:
       ValueError: a file that cannot be read, or more unusable rows than `data.max_rejected`.
@@ -44,7 +50,7 @@ def read_questions(config: Config) -> list[Found[Row]]:
         budgets.add(config.evaluation.frame_budget)
     sets: list[Found[Row]] = []
     for number, path in enumerate(path for path in (data.path, *data.mixture) if path):
-        found = question_rows(path, data.video_root, data.question_types, min(budgets))
+        found = question_rows(path, data.video_root, data.question_types, min(budgets), check)
         check_rejected(found, path, data.max_rejected)
         # Seeds are derived from ids, which are unique within one data set only.
         named = [dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in found.rows]
@@ -81,7 +87,7 @@ def check_subtitles(data: DataSettings, videos: Iterable[VideoRef]) -> None:
 
 
 def open_rows(
-    config: Config, tell: Callable[[str], None] = lambda line: None
+    config: Config, tell: Callable[[str], None] = lambda line: None, check: Check = lambda row: None
 ) -> tuple[Questions, list[Row]]:
     """Questions to train on (as ArrayRecord sources) and held-out ones to evaluate on.
 
@@ -89,27 +95,37 @@ def open_rows(
     training.
 
     Args:
-      tell: gets the lines of the report about rows that cannot be used.
+      tell: gets the lines of the report about rows that cannot be used and about the split.
+      check: what else a row must pass (`read_questions`).
 
     Raises:
       ValueError: a question or a video that cannot be read, or too few questions.
     """
-    sets = read_questions(config)
+    sets = read_questions(config, check)
     for line in (line for found in sets for line in found.report()):
         tell(line)
-    parts = [found.rows for found in sets]
-    if config.data.path:
-        parts[0], held_out = split_rows(parts[0], config.evaluation.rows)
-    else:
-        held_out = _needle_rows(config, "held_out")
-        parts.insert(0, _needle_rows(config, "train"))
-    held_out = held_out[: config.evaluation.rows]
-    parts = [without_videos(rows, held_out) for rows in parts]
+    parts = split_sets(config, sets)
+    tell(parts.report())
     cache = str(Path(config.data.cache_dir).absolute() / "rows")
-    sources = tuple(row_source(rows, cache) for rows in parts)
+    sources = tuple(row_source(rows, cache) for rows in parts.training)
     if len(sources) == 1:
-        return sources[0], held_out
-    return Mixture(sources, config.data.weights or tuple(map(len, sources))), held_out
+        return sources[0], parts.held_out
+    weights = config.data.weights or tuple(map(len, sources))
+    return Mixture(sources, weights), parts.held_out
+
+
+def split_sets(config: Config, sets: Sequence[Found[Row]]) -> Split:
+    """Training and held-out questions of what `read_questions` gave. Without `--data` they are
+    about the needle world, whose videos are written if need be.
+
+    Raises:
+      ValueError: nothing would be left to train on.
+    """
+    own = [found.rows for found in sets]
+    if config.data.path:
+        return split(own, config.evaluation.rows)
+    held_out = _needle_rows(config, "held_out")[: config.evaluation.rows]
+    return apart([_needle_rows(config, "train"), *own], held_out)
 
 
 def _needle_rows(config: Config, split: str) -> list[Row]:
@@ -118,37 +134,3 @@ def _needle_rows(config: Config, split: str) -> list[Row]:
     )
     rows = [question.row for question in questions]
     return one_per_video(rows) if split == "held_out" else rows
-
-
-def one_per_video(rows: Sequence[Row]) -> list[Row]:
-    """One question about each video, chosen by a hash, so that all kinds of question occur."""
-    chosen: dict[str, Row] = {}
-    for row in sorted(rows, key=lambda row: _hash(row.row_id)):
-        chosen.setdefault(row.video.path, row)
-    return sorted(chosen.values(), key=lambda row: row.row_id)
-
-
-def split_rows(rows: Sequence[Row], held_out: int) -> tuple[list[Row], list[Row]]:
-    """Hold out whole videos, those whose names hash lowest, until `held_out` questions are out.
-
-    Raises:
-      ValueError: nothing would be left to train on.
-    """
-    order = sorted(rows, key=lambda row: _hash(os.path.basename(row.video.path)))
-    training = without_videos(rows, order[:held_out])
-    if not training:
-        raise ValueError(
-            f"evaluation.rows={held_out} holds out every video of the {len(rows)} questions and "
-            "leaves none to train on; lower it"
-        )
-    return training, order[:held_out]
-
-
-def without_videos(rows: Sequence[Row], others: Iterable[Row]) -> list[Row]:
-    """The rows that show no video of any of the other rows."""
-    out = {video.path for row in others for video in row.videos}
-    return [row for row in rows if not any(video.path in out for video in row.videos)]
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

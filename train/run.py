@@ -116,7 +116,8 @@ class Run:
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
         tell = print if is_first() else lambda line: None
-        rows, held_out = everywhere(lambda: open_rows(self.config, tell))
+        check = self.renderer.check_question
+        rows, held_out = everywhere(lambda: open_rows(self.config, tell, check))
         require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
         return rows, held_out
 

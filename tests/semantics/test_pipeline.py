@@ -267,7 +267,10 @@ def test_types_can_be_chosen(folder):
     [
         (HEADER + "clips/a.mp4,What?,red,open\n", r"questions\.csv, line 2: question_type='open'"),
         (HEADER + "clips/a.mp4,What?,,oe\n", r"line 2: answer missing"),
-        ("video,question,answer\nclips/a.mp4,What?,red\n", r"line 2: question_type missing"),
+        (
+            "video,question,answer\nclips/a.mp4,What?,red\n",
+            "no column question_type; its first line is 'video,question,answer'",
+        ),
         (HEADER + "clips/b.mp4,What?,red,oe\n", r"line 2: clips/b\.mp4: no such file"),
         (HEADER, "no questions"),
     ],
@@ -281,7 +284,7 @@ def test_faulty_csv_names_line_and_remedy(folder, text, message):
 @pytest.mark.parametrize("text", ["{broken", "[1, 2]"])
 def test_faulty_jsonl_names_the_line(folder, text):
     (folder / "questions.jsonl").write_text(f"\n{text}\n")
-    with pytest.raises(ValueError, match=r"questions\.jsonl, line 2: not "):
+    with pytest.raises(ValueError, match=r"questions\.jsonl, line 2: the row is not "):
         question_rows(str(folder))
 
 
