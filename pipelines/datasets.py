@@ -282,11 +282,12 @@ def _media(folder: str, root: str | None, own: bool) -> Media:
     """The files that a data set may show.
 
     Args:
-        own: the user wrote the data set, which may then name any file absolutely.
+        own: the user wrote the data set, which may then name any file absolutely, or through a
+            link beside it.
     """
     if root is not None and not os.path.isdir(root):
         raise ValueError(f"video root {root}: no such folder; check the path")
-    return Media(root or folder, anywhere=own and root is None)
+    return Media(root or folder, own=own and root is None)
 
 
 def _made(make: Make[T], record: Record, media: Media) -> T:

@@ -49,12 +49,13 @@ class Media:
 
     Args:
         root: the folder.
-        anywhere: take absolute paths as they are, also outside of the root; for files of
-            questions that the user wrote.
+        own: the user wrote the data set himself and keeps it in the root. It may then name files
+            absolutely, and what he linked directly below the root counts as lying there: a path
+            may lead through this link, and must stay below what it points to.
     """
 
-    def __init__(self, root: str, anywhere: bool = False):
-        self.root, self._anywhere = os.path.realpath(root), anywhere
+    def __init__(self, root: str, own: bool = False):
+        self.root, self._own = os.path.realpath(root), own
         self._videos: dict[str, VideoRef | ValueError] = {}
         self._images: dict[str, ImageRef | ValueError] = {}
 
@@ -65,8 +66,9 @@ class Media:
             MissingFile: there is no such file, or it lies outside of the root.
         """
         plain = _plain(written)
-        path = os.path.realpath(os.path.join(self.root, plain))
-        if not (self._below(path) or (self._anywhere and os.path.isabs(plain))):
+        named = os.path.normpath(os.path.join(self.root, plain))
+        path = os.path.realpath(named)
+        if not (_below(self.root, path) or (self._own and self._is_own(plain, named, path))):
             raise MissingFile(
                 f"{written}: leads out of {self.root}; set the video root to the folder that "
                 "holds the files themselves (links are followed)"
@@ -74,6 +76,14 @@ class Media:
         if not os.path.isfile(path):
             raise MissingFile(f"{written}: no such file below {self.root}")
         return path
+
+    def _is_own(self, plain: str, named: str, path: str) -> bool:
+        """Whether the user pointed to a file outside of the root: absolutely, or by a link."""
+        if os.path.isabs(plain):
+            return True
+        first = os.path.relpath(named, self.root).partition(os.sep)[0]
+        link = os.path.join(self.root, first)
+        return first != os.pardir and os.path.islink(link) and _below(os.path.realpath(link), path)
 
     def video(self, written: str) -> VideoRef:
         """The video at a path.
@@ -112,15 +122,16 @@ class Media:
     def _open_video(self, written: str) -> VideoRef:
         return video_ref(self.find(written))
 
-    def _below(self, path: str) -> bool:
-        return os.path.commonpath([self.root, path]) == self.root
-
     def _bucket(self, written: str) -> str:
         path = os.path.normpath(os.path.join(self.root, _plain(written)))
-        if not self._below(path):
+        if not _below(self.root, path):
             return OUTSIDE
         first, _, rest = os.path.relpath(path, self.root).partition(os.sep)
         return first if rest else "."
+
+
+def _below(folder: str, path: str) -> bool:
+    return os.path.commonpath([folder, path]) == folder
 
 
 def _plain(written: str) -> str:

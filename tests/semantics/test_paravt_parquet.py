@@ -122,6 +122,51 @@ def test_own_files_may_name_videos_absolutely_unless_a_root_is_given(tmp_path):
         question_rows(str(table), str(tmp_path / "data"))
 
 
+@pytest.fixture
+def linked(tmp_path):
+    """A root beside a folder of films: a link to it, one to a film, and links that are no entry."""
+    films, root = tmp_path / "films", tmp_path / "root"
+    fixture.write_video(str(films / "a.mp4"), 0)
+    shutil.copy(films / "a.mp4", tmp_path / "secret.mp4")
+    (films / "out.mp4").symlink_to(tmp_path / "secret.mp4")
+    (root / "deep").mkdir(parents=True)
+    (root / "videos").symlink_to(films)
+    (root / "one.mp4").symlink_to(films / "a.mp4")
+    (root / "deep" / "videos").symlink_to(films)
+    return root
+
+
+OWN_LINKS = ["videos/a.mp4", "./videos/a.mp4", "one.mp4", "deep/../videos/a.mp4"]
+ESCAPES = [
+    "../secret.mp4", "videos/../../secret.mp4", "videos/out.mp4", "deep/videos/a.mp4",
+    "../films/a.mp4", "../../../etc/passwd", "file://../secret.mp4",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl"])
+@pytest.mark.parametrize("written", [*OWN_LINKS, *ESCAPES])
+def test_own_links_directly_beside_own_questions_are_followed(written, kind, linked):
+    row = {"video": written, "question": "What?", "answer": "red", "question_type": "oe"}
+    table = linked / f"questions.{kind}"
+    text = f"{','.join(row)}\n{','.join(row.values())}\n" if kind == "csv" else json.dumps(row)
+    table.write_text(text)
+    if written in ESCAPES:
+        with pytest.raises(ValueError, match="leads out of"):
+            question_rows(str(table))
+        return
+    (row,) = question_rows(str(table)).rows
+    assert row.video.path == os.path.realpath(linked / "videos" / "a.mp4")
+    with pytest.raises(ValueError, match="leads out of"):
+        question_rows(str(table), str(linked))
+
+
+@pytest.mark.parametrize("written", [*OWN_LINKS, *ESCAPES])
+def test_links_that_came_with_a_data_set_are_not(written, linked):
+    fixture.write_table(str(linked), "rl.parquet", [fixture.question([written], "<video>?", "x")])
+    with pytest.raises(ValueError, match="leads out of"):
+        question_rows(str(linked))
+
+
 BAD_QUESTIONS = {
     "no answer": ({"extra_info": {"answer": ""}}, "extra_info.answer is missing"),
     "unknown type": ({"extra_info": {"answer": "x", "question_type": "essay"}}, "essay"),
