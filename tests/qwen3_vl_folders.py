@@ -1,7 +1,8 @@
 """Folders of Qwen3-VL with the released tokenizer, chat template and processor settings.
 
 Two come from `shared/qwen3_vl_folder/make.py` beside this checkout, where it is at hand: an
-Instruct and a Thinking one, around tiny random weights. `QWEN3_VL_FOLDER=PATH` names one of yours instead.
+Instruct and a Thinking one, around tiny random weights. `QWEN3_VL_FOLDER=PATH` names one of yours
+instead.
 """
 
 from __future__ import annotations
