@@ -148,6 +148,10 @@ class Renderer(Protocol):
     eos_ids: tuple[int, ...]
     """Tokens that end a turn; the first is the one that the chat template writes."""
     pad_id: int
+    opening: str
+    """What the chat template itself puts at the head of the assistant's turns: `<think>` and a line
+    break in Thinking models, else nothing. It is left out of prompts and of tool turns, which end
+    with the header; whoever asks for a turn gives it first, as part of the turn."""
 
     def main_prompt(self, row: Row, frames: Frames | Sequence[Frames], tools: bool) -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header; with

@@ -176,6 +176,13 @@ def after_thinking(text: str) -> str:
     return text.rpartition(THINK_CLOSE)[2]
 
 
+def reported(text: str) -> str:
+    """What a turn says besides its thought: what follows the last `</think>`, nothing where a
+    thought was opened and never closed."""
+    said = after_thinking(text)
+    return "" if said.lstrip().startswith(THINK_OPEN) else said
+
+
 def parses_strictly(turn: str, prefix: str = "", *, syntax: str = "tool_call") -> bool:
     """Whether one assistant turn is well formed to the letter.
 

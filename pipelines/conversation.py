@@ -1,10 +1,14 @@
 """Conversations to token streams and loss weights, by the tokenizer's own chat template.
 
 What the assistant said is found by rendering: the template writes the conversation up to a turn of
-the assistant, and up to its end, and both must begin the whole conversation. Then the learned
-tokens are exactly those that follow, at inference, what the template asks the model to continue.
-A template for which this does not hold is refused: there, training would show the model another
-text than it reads later.
+the assistant, and up to its end. Then the learned tokens are exactly those that follow, at
+inference, what the template asks the model to continue, a `<think>` that it opens itself included
+in what it asks.
+
+The pieces are put one after the other, as rollouts do it, where nothing is rendered twice. Joined,
+they must be what the template writes of the whole conversation, but for thoughts of past turns,
+which the template of Thinking models drops before a new question and rollouts keep. A template for
+which this does not hold is refused: training would show the model another text than it reads later.
 """
 
 from __future__ import annotations
@@ -19,10 +23,11 @@ from PIL import Image
 
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.patches import join_patches
+from paravt_jax.protocol import THINK_CLOSE, THINK_OPEN, after_thinking
 from paravt_jax.records import Conversation, ImageRef, Message, Pack, Prompt, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
 from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
-from pipelines.render import ChatRenderer
+from pipelines.render import ChatRenderer, template_opening
 
 ASSISTANT = "assistant"
 LEARN = (ASSISTANT, "special")
@@ -207,46 +212,68 @@ class Timed:
 def turns(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
     """The rendered conversation in pieces, and whether the assistant said them.
 
-    A piece of the assistant reaches from what the template puts at the head of its turns to the
-    end-of-turn token. Joined, the pieces are the conversation as the template renders it.
+    A piece of the assistant reaches from what the template puts at the head of its turns, a
+    `<think>` included, to the end-of-turn token.
 
     Raises:
         ValueError: the assistant speaks first or twice in a row, or the template writes earlier
             turns otherwise than when they were the last.
     """
-    whole, at = _render(tokenizer, messages), 0
-    for number, message in enumerate(messages):
-        if message["role"] != ASSISTANT:
-            continue
+    pieces = list(_pieces(tokenizer, messages))
+    whole, joined = _render(tokenizer, messages), "".join(text for text, _ in pieces)
+    same = _without_thoughts if template_opening(tokenizer) else str
+    if same(whole) != same(joined):
+        raise ValueError(
+            "the chat template writes turns otherwise once more turns follow (a thought that it "
+            "drops, for instance), so that training would show what the model never reads; cut "
+            "the conversation there or use another template"
+        )
+    yield from pieces
+
+
+def _pieces(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+    """What is asked and what the assistant said, in turn; nothing is rendered twice."""
+    spoken = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
+    after = 0
+    for number in spoken:
         if not number or messages[number - 1]["role"] == ASSISTANT:
             raise ValueError("the assistant speaks first or twice in a row; join its messages")
         head = _render(tokenizer, messages[:number], asked=True)
-        said = _said(tokenizer, _render(tokenizer, messages[: number + 1]), head, message)
-        if not whole.startswith(head + said):
-            raise ValueError(
-                f"the chat template writes turn {number} otherwise once more turns follow (a "
-                "thought that it drops, for instance), so that training would show what the "
-                "model never reads; cut the conversation there or use another template"
-            )
-        yield whole[at : len(head)], False
-        yield said, True
-        at = len(head) + len(said)
-    yield whole[at:], False
+        yield (_following(tokenizer, messages[after:number], True) if after else head), False
+        yield _said(tokenizer, _render(tokenizer, messages[: number + 1]), head, messages[number])
+        after = number + 1
+    yield _following(tokenizer, messages[after:], False), False
 
 
-def _said(tokenizer: Any, turn: str, head: str, message: dict[str, Any]) -> str:
+def _following(tokenizer: Any, messages: Sequence[dict[str, Any]], asked: bool) -> str:
+    """What the template writes of messages after any turn of the assistant."""
+    before = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": "!"}]
+    text = _render(tokenizer, [*before, *messages], asked)
+    return text.partition("!" + tokenizer.eos_token)[2]
+
+
+def _said(tokenizer: Any, turn: str, head: str, message: dict[str, Any]) -> tuple[str, bool]:
     """What the template writes of a message of the assistant after the head of its turn."""
     end = tokenizer.eos_token
     said, closed, _ = turn.removeprefix(head).partition(end)
     words = "".join(part["text"] for part in message["content"])
-    written = _squeezed(said).startswith(_squeezed(words))
+    full = template_opening(tokenizer) + said
+    # A template that opens `<think>` closes it, too, before the words of whoever did not think.
+    written = _squeezed(full if THINK_CLOSE in words else after_thinking(full))
     called = all(call["function"]["name"] in said for call in message.get("tool_calls", ()))
-    if not turn.startswith(head) or not (closed and written and called):
+    told = turn.startswith(head) and closed and written.startswith(_squeezed(words)) and called
+    if not told:
         raise ValueError(
             f"the chat template does not write {words[:40]!r} as {head[-24:]!r}, the message, "
             f"{end!r}, so that what the assistant said cannot be told; use another template"
         )
-    return said + closed
+    return said + closed, True
+
+
+def _without_thoughts(text: str) -> str:
+    """Text without what stands between `<think>` and `</think>`, and the white space after it."""
+    first, *rest = text.split(THINK_OPEN)
+    return _squeezed(first + "".join(map(after_thinking, rest)))
 
 
 def _squeezed(text: str) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from transformers import AutoTokenizer
 
 from paravt_jax.patches import join_patches, split_patches
+from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
@@ -124,6 +125,7 @@ class ChatRenderer:
         subtitles: bool = False,
     ):
         self.tokenizer, self.spec, self.mode = tokenizer, spec, spec.mode
+        self.opening = template_opening(tokenizer)
         self._subtitles = subtitles
         self.texts = texts or PromptTexts()
         self.tools = list(tools)
@@ -362,9 +364,12 @@ class ChatRenderer:
         self._piece_ids = self._remembered()
 
     def _render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
-        return self.tokenizer.apply_chat_template(
+        """Messages up to and including the assistant header, without what the template puts at the
+        head of the turn itself."""
+        text = self.tokenizer.apply_chat_template(
             messages, tools=tools, add_generation_prompt=True, tokenize=False
         )
+        return text.removesuffix(self.opening)
 
     def frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
         """The frames as content of a message: timed images, or one video."""
@@ -391,6 +396,23 @@ class ChatRenderer:
         """What the processor puts in the place of a video's one vision token."""
         means = _mean_times(times, self.spec.temporal_patch_size)
         return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
+
+
+def template_opening(tokenizer: Any) -> str:
+    """What a chat template puts at the head of the assistant's turn when it asks for one: from
+    `<think>` on where it writes that (Thinking models), else nothing.
+
+    Raises:
+        ValueError: the tokenizer has no chat template.
+    """
+    asked, said = (
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": "?"}], add_generation_prompt=ask, tokenize=False
+        )
+        for ask in (True, False)
+    )
+    _, opened, rest = asked.removeprefix(said).partition(THINK_OPEN)
+    return opened + rest
 
 
 def _listed(frames: Overview) -> list[Frames | Clip]:

@@ -14,6 +14,7 @@ from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import Prompt, Row, Trajectory, Turn
 from rollout.evidence import Answer, Ask, Kit, Toolbox
+from rollout.limits import turn_head
 from rollout.record import Record, derive_seed, spoken_turn, was_cut_off
 from rollout.responses import response_turn
 from rollout.session import Generated, Stream
@@ -38,7 +39,7 @@ class Episodes:
     ) -> None:
         self._kit, self._session, self._toolbox = kit, session, toolbox
         self._policy_version = policy_version
-        self._prefix = kit.renderer.encode(kit.config.think_prefix)
+        self._prefix = turn_head(kit.config, kit.renderer)
         self._end = kit.renderer.eos_ids[0]
 
     def program(self, rollout: Rollout) -> Generator[Need, Any, Trajectory]:

@@ -12,8 +12,9 @@ from operator import itemgetter
 from typing import Any
 
 from paravt_jax.interfaces import FrameReader, Renderer
+from paravt_jax.protocol import reported
 from paravt_jax.records import Clip, Prompt, ToolCall, Trajectory, VideoRef
-from rollout.limits import CROP, AgentConfig, Room
+from rollout.limits import CROP, AgentConfig, Room, subagent_limit
 from rollout.record import Record, spoken_turn
 from rollout.responses import Response, strip_markup
 from rollout.tasks import DecodeSession, Need, Speak
@@ -68,6 +69,8 @@ class Toolbox:
         self._kit, self._session, self._workers = kit, session, workers
         self._policy_version = policy_version
         self._markup = len(kit.renderer.tool_turn([""]))
+        self._head = kit.renderer.encode(kit.renderer.opening)
+        self._limit = subagent_limit(kit.config, kit.renderer)
 
     def answer(self, ask: Ask) -> Generator[Need, Any, Answer]:
         """The program that answers one call. Never raises on anything that a model can write."""
@@ -129,15 +132,16 @@ class Toolbox:
             raise ToolError("this part has too many frames to be shown; ask for a shorter one")
 
     def _report(self, prompt: Prompt, seed: int) -> Generator[Need, Any, Answer]:
-        """Let a sub-agent look, and make what it says the response."""
+        """Let a sub-agent look, and make what it says after its thought the response."""
         kit = self._kit
-        config, record = kit.config, Record(prompt)
+        record, sampling = Record(prompt), kit.config.subagent_sampling
         (stream,) = self._session.open(CROP, prompt, [seed])
-        generated = yield Speak(stream, [], config.subagent_sampling, config.subagent_tokens)
+        record.give(self._head)
+        generated = yield Speak(stream, self._head, sampling, self._limit)
         self._session.close(stream)
-        record.speak(spoken_turn(generated, [], kit.renderer))
+        record.speak(spoken_turn(generated, self._head, kit.renderer))
         trajectory = record.finish(kit.renderer, self._policy_version)
-        answer = _answer(trajectory.full_text, "the sub-agent reported nothing")
+        answer = _answer(reported(trajectory.full_text), "the sub-agent reported nothing")
         return dataclasses.replace(answer, subagent=trajectory)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from paravt_jax.interfaces import Renderer
-from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, call_syntax
+from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, call_syntax
 from paravt_jax.windows import STRATEGIES
 from rollout.engine import Lane
 from rollout.sampler import SamplingConfig
@@ -41,7 +41,9 @@ class AgentConfig:
     """What a crop gives the main agent: `text` is the report of a sub-agent, as in ParaVT;
     `frames` are the frames themselves, as in LongVT and in the evaluation of ParaVT."""
     think_prefix: str = "<think>\n"
-    """Text that we put at the head of every turn; part of the scored text. May be empty."""
+    """Text that we put at the head of every turn; part of the scored text. May be empty. Where the
+    chat template opens turns with `<think>` itself, that is their head, and what follows a
+    `<think>` here comes after it (`turn_head`)."""
     turn_tokens: int = 192
     """Longest turn that may call tools, in generated tokens."""
     answer_tokens: int = 96
@@ -57,6 +59,9 @@ class AgentConfig:
     """How the main agent draws tokens."""
     subagent_tokens: int = 64
     """Longest report of a sub-agent, in generated tokens."""
+    subagent_thought_tokens: int = 1024
+    """Room for its thought besides, where the chat template opens `<think>`. A thought is no
+    report: only what follows it is shown to the main agent."""
     subagent_sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How sub-agents draw tokens."""
     subagent_batch: int = 128
@@ -145,6 +150,25 @@ class Room:
     """Everything after the prompt, at most: decides the size of the cache."""
 
 
+def turn_head(config: AgentConfig, renderer: Renderer) -> list[int]:
+    """Tokens that a main agent's turn begins with, whoever asks for them: template or settings."""
+    own = config.think_prefix
+    if renderer.opening:
+        own = own.lstrip().removeprefix(THINK_OPEN).lstrip("\n")
+    return renderer.encode(renderer.opening + own)
+
+
+def subagent_limit(config: AgentConfig, renderer: Renderer) -> int:
+    """Most tokens that a sub-agent generates: its report, and its thought if it has to think."""
+    thought = config.subagent_thought_tokens if renderer.opening else 0
+    return config.subagent_tokens + thought
+
+
+def subagent_room(config: AgentConfig, renderer: Renderer) -> int:
+    """Most tokens of a sub-agent's stream after its prompt."""
+    return len(renderer.encode(renderer.opening)) + subagent_limit(config, renderer)
+
+
 def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Room:
     """The room that episodes need.
 
@@ -155,7 +179,7 @@ def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Ro
     Raises:
         ValueError: `episode_tokens` leaves no room for one round of calls and an answer.
     """
-    prefix = len(renderer.encode(config.think_prefix))
+    prefix = len(turn_head(config, renderer))
     # One response for each allowed call, and one that all surplus calls can share.
     markup = renderer.tool_turn(["x"] * (config.calls_run + 1))
     shown = crop_tokens if config.evidence == "frames" else 0
@@ -194,4 +218,5 @@ def lanes(
     main = Lane(prompts, copies, prompt_tokens, room.suffix)
     if config.evidence == "frames" or not config.offers_tools:
         return {MAIN: main}
-    return {MAIN: main, CROP: Lane(config.subagent_batch, 1, crop_tokens, config.subagent_tokens)}
+    own = subagent_room(config, renderer)
+    return {MAIN: main, CROP: Lane(config.subagent_batch, 1, crop_tokens, own)}

@@ -36,6 +36,7 @@ class ToyRenderer:
 
     eos_ids = (IM_END, PAD)
     pad_id = PAD
+    opening = ""
 
     def main_prompt(self, row: Row, frames: Frames, tools: bool) -> Prompt:
         return text_prompt(f"<|im_start|>user\n{row.question}<|im_end|>\n<|im_start|>assistant\n")

@@ -63,6 +63,7 @@ CONFIG = AgentConfig(
     answer_tokens=9,
     response_tokens=12,
     subagent_tokens=10,
+    subagent_thought_tokens=5,
     think_prefix="<t>\n",
     sampling=SamplingConfig(temperature=0.8),
     subagent_sampling=SamplingConfig(temperature=1.2),

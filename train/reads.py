@@ -37,7 +37,9 @@ def agent_reads(
         return {MAIN: main}
     most, quota = crop_frames(config, renderer.spec)
     crops = tuple(_crop(renderer, frames, quota) for frames in range(1, most + 1))
-    return {MAIN: main, CROP: Reads(crops, sampling=config.agent.subagent_sampling)}
+    head = len(renderer.encode(renderer.opening))
+    given = (Extent(0, head, head),) if head else ()
+    return {MAIN: main, CROP: Reads(crops, given, config.agent.subagent_sampling)}
 
 
 def _ends(renderer: ChatRenderer, rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:

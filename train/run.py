@@ -25,7 +25,7 @@ from pipelines.sizes import prompt_tokens
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine import Engine
-from rollout.limits import MAIN
+from rollout.limits import MAIN, subagent_room
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
@@ -240,7 +240,8 @@ class Run:
         config = self.config
         if not config.rl.trains_subagents:
             return 0
-        length = crop_tokens(config, self.renderer) + config.agent.subagent_tokens
+        own = subagent_room(config.agent, self.renderer)
+        length = crop_tokens(config, self.renderer) + own
         calls = config.agent.rounds * config.agent.calls_run
         rows = possible_rows(calls, config.rl.group_size)
         self.log.console.print(f"learner: sub-agents of {length} tokens, {rows} rows per prompt")

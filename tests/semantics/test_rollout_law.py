@@ -100,6 +100,18 @@ def test_learner_and_engine_agree_about_every_token(evidence):
     check_same(groups, world.roll_out(engine, items[8:3:-1]))
 
 
+def test_learner_and_engine_agree_where_sub_agents_must_think():
+    world = toy("text", copies=4)
+    world.renderer.opening = "<t>\n"
+    items, engine = world.items(6), world.engine(Shape(prompts=8, crops=8))
+    groups = world.roll_out(engine, items)
+    check_variety(world, groups)
+    check_learner(world, groups, engine.tape, rows=24)
+    subagents = [s for group in groups for t in group.trajectories for s in t.subagents]
+    head = world.renderer.encode("<t>\n")
+    assert subagents and all(s.tokens[: len(head)].tolist() == head for s in subagents)
+
+
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_slots_and_visits_change_no_sample(evidence):
     world = toy(evidence, copies=2)

@@ -9,6 +9,10 @@ the reward), and a step has 8 prompts instead of 7. On-policy: one step per batc
 The release's own advantages: `--set advantages.reward_scale=10 --set advantages.reward_bias=-0.2
 --set advantages.reward_clip=20 --set advantages.kl_weight=0.01 --set advantages.whiten_tokens=true
 --set objective.anchor=sequence`.
+
+Qwen3-VL-Thinking folders work as well: their template opens `<think>` itself, which then is the
+head of every turn in place of `agent.think_prefix`. Their sub-agents think, too: a report is what
+follows the thought, for which `agent.subagent_thought_tokens` gives room.
 """
 
 import dataclasses
