@@ -7,7 +7,6 @@ import json
 import math
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -15,13 +14,12 @@ from models.qwen3_vl.adapter import check_adapter_config
 from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import format_table
 from paravt_jax.records import Conversation
-from paravt_jax.rewards.judge import WAY_TO_JUDGE
 from pipelines.datasets import Found
 from train import setup
 from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations
 from train.hindsight import open_feedback
-from train.optimizer import check_continued, warm_up_note
+from train.optimizer import warm_up_note
 from train.questions import read_questions, split_sets
 from train.scoring import Scorer
 from train.state import (
@@ -100,55 +98,6 @@ def check_rows_fit(config: Config, mesh: Mesh) -> None:
             f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
             "multiple"
         )
-
-
-MAY_CHANGE = (
-    "steps",
-    "mesh",
-    "data.max_bad_rows",
-    "output.",
-    "evaluation.batch",
-    "evaluation.frame_budget",
-    "optimizer.decay_steps",
-    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
-)
-"""Settings (or beginnings of their names) that a resumed run may give anew."""
-
-
-def check_same_run(config: Config, path: Path) -> None:
-    """Refuse to continue a run under another configuration than it began with.
-
-    Raises:
-      ValueError: naming a setting that differs.
-    """
-    if not path.exists():
-        return
-    began = json.loads(path.read_text(encoding="utf-8"))
-    before = _flatten(began)
-    now = _flatten(json.loads(json.dumps(to_dict(config))))
-    for key, value in now.items():
-        if not key.startswith(MAY_CHANGE) and before.get(key) != value:
-            raise ValueError(
-                f"{path.parent} holds a run with {key}={before.get(key)!r}, not {value!r}; "
-                "choose another --workdir, or give the settings that it began with"
-            )
-    check_continued(
-        began["optimizer"], _optimizer_steps(began), config.optimizer, config.optimizer_steps
-    )
-
-
-def _optimizer_steps(began: dict[str, Any]) -> int:
-    """`Config.optimizer_steps` of a `config.json`."""
-    rl = began["rl"]
-    return began["steps"] * (rl["epochs"] * rl["minibatches"] if began["stage"] == "rl" else 1)
-
-
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in section.items():
-        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
-        flat |= inner or {f"{prefix}{key}": value}
-    return flat
 
 
 def notes(config: Config) -> list[str]:

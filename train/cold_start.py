@@ -64,6 +64,6 @@ def cold_start(school: School, state: TrainState, first_step: int) -> tuple[Trai
             clock.lap("time/learn")
             record = metrics | lesson.figures | clock.figures()
             school.log.step(step, record)
-            stop_if_not_finite(record, step)
+            stop_if_not_finite(record, step, config)
             school.checkpoints.maybe_save(step + 1, state, position)
     return state, position

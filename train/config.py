@@ -130,7 +130,8 @@ class OutputSettings:
 
     checkpoint_every: Annotated[int, at_least(0)] = 0
     """Steps between checkpoints; 0 writes only the last one."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: Annotated[int, at_least(1)] = 2
+    """The newest ones that stay. With one there is none to fall back to if it is damaged."""
     rollouts: bool = True
     """Write `rollouts/*.jsonl`."""
     export_hf: bool = True

@@ -89,9 +89,9 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         record |= metrics | clock.figures()
         record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
-        stop_if_not_finite(record, step)
         if config.output.rollouts and is_first():
             write_rollouts(parts.workdir / "rollouts", step, drawn.everything)
+        stop_if_not_finite(record, step, config)
         parts.checkpoints.maybe_save(step + 1, state, parts.get_state())
     return state
 
@@ -155,7 +155,7 @@ def tokens_generated(groups: Sequence[RolloutGroup]) -> int:
     return int(sum(t.generated.sum() for t in everyone))
 
 
-def stop_if_not_finite(record: dict[str, float], step: int) -> None:
+def stop_if_not_finite(record: dict[str, float], step: int, config: Config) -> None:
     """Stop the run at the step whose loss or gradient is no number.
 
     Raises:
@@ -163,6 +163,7 @@ def stop_if_not_finite(record: dict[str, float], step: int) -> None:
     """
     if not np.isfinite(record["loss"] + record["grad_norm"]):
         raise ValueError(
-            f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; resume "
-            "from the last checkpoint with a lower optimizer.learning_rate"
+            f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; continue "
+            "from the last checkpoint with the same --workdir and a lower rate, for instance "
+            f"--set optimizer.learning_rate={config.optimizer.learning_rate / 2:g}"
         )

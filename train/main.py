@@ -14,7 +14,10 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
+from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
+
+DEFAULT_RECIPE = "needle_rl"
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,9 +31,9 @@ def make_parser() -> argparse.ArgumentParser:
     """The flags. They are a public contract, held by a test."""
     parser = Parser(prog="train/main.py", description=__doc__, allow_abbrev=False)
     add = parser.add_argument
-    add("--recipe", default="needle_rl", help="a complete configuration (default: %(default)s)")
+    add("--recipe", help="a complete configuration (default: the workdir's own, or needle_rl)")
     add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
-    add("--workdir", help="where the run writes (default: runs/RECIPE-TIME)")
+    add("--workdir", help="where the run writes, or went on writing (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")
     add("--data", help="folder or CSV/JSONL file of questions about your videos")
     add("--steps", type=int, help="optimiser steps")
@@ -48,15 +51,20 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def resolve(arguments: argparse.Namespace):
-    """The complete configuration: the recipe, then the flags, then `--set`.
+    """The complete configuration: the recipe, then the flags, then `--set`. Without `--recipe`, a
+    workdir that holds a run says all that the command line does not.
 
     Raises:
       ValueError: anything that the recipe, the flags or the overrides refuse.
     """
     from train.config import override
+    from train.config_file import read_config, with_whole_paths
     from train.recipes import get_recipe
 
-    config = get_recipe(arguments.recipe)
+    config = None
+    if arguments.recipe is None and arguments.workdir is not None:
+        config = read_config(Path(arguments.workdir))
+    config = config or get_recipe(arguments.recipe or DEFAULT_RECIPE)
     replace = dataclasses.replace
     if arguments.model is not None:
         config = replace(config, model=replace(config.model, folder=arguments.model))
@@ -64,7 +72,7 @@ def resolve(arguments: argparse.Namespace):
         config = replace(config, data=replace(config.data, path=arguments.data))
     plain = {name: getattr(arguments, name) for name in ("mesh", "steps", "seed")}
     config = replace(config, **{k: v for k, v in plain.items() if v is not None})
-    return override(config, arguments.set)
+    return with_whole_paths(override(config, arguments.set))
 
 
 def main(argv: list[str] | None = None) -> int:

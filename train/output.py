@@ -13,6 +13,7 @@ from rich.table import Table
 from tensorboardX import SummaryWriter
 
 from paravt_jax.records import RolloutGroup, Trajectory
+from train.workdir import write_whole
 
 SHOWN = (
     ("loss", "loss", "{:.3f}"),
@@ -47,11 +48,19 @@ class RunLog:
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)
 
     def _keep_before(self, step: int) -> None:
-        if self._path.exists():
-            # A run that was killed may have left half a line; it has no line break.
-            lines = self._path.read_text(encoding="utf-8").split("\n")[:-1]
-            kept = [line for line in lines if json.loads(line)["step"] < step]
-            self._path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        if not self._path.exists():
+            return
+        # A run that was killed may have left half a line; it has no line break.
+        lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
+        kept = [line for number, line in enumerate(lines, 1) if self._is_before(line, number, step)]
+        write_whole(self._path, "".join(line + "\n" for line in kept))
+
+    def _is_before(self, line: str, number: int, step: int) -> bool:
+        try:
+            return json.loads(line)["step"] < step
+        except (ValueError, KeyError, TypeError):
+            self.console.print(f"{self._path}: line {number} is damaged and is left out")
+            return False
 
     def step(self, step: int, metrics: Mapping[str, float]) -> None:
         """Record one step."""
@@ -80,10 +89,12 @@ class RunLog:
 def write_rollouts(folder: Path, step: int, groups: Sequence[RolloutGroup]) -> None:
     """One JSON object per trajectory in `step_NNNNNN.jsonl`, for people and for viewers."""
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / f"step_{step:06d}.jsonl").open("w", encoding="utf-8") as file:
-        for group in groups:
-            for index, trajectory in enumerate(group.trajectories):
-                file.write(json.dumps(_describe(group, index, trajectory)) + "\n")
+    lines = [
+        json.dumps(_describe(group, index, trajectory)) + "\n"
+        for group in groups
+        for index, trajectory in enumerate(group.trajectories)
+    ]
+    write_whole(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
 
 def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[str, Any]:

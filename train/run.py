@@ -7,7 +7,7 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ from rollout.limits import MAIN, subagent_room
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
-from train.checks import check_same_run
 from train.cluster import everywhere, is_first, require_same
 from train.cold_start import School, cold_start
 from train.compilations import Compilations
 from train.config import Config, Stage, to_dict
+from train.config_file import FILE, check_same_run, differences, read_config, younger_settings
 from train.conversations import open_conversations, packed_lessons
 from train.difficulty import Difficulty, hint_room
 from train.learner import Learner
@@ -54,6 +54,7 @@ from train.state import (
 from train.subagents import possible_rows
 from train.teacher import Teacher
 from train.warm_up import warm_up_run
+from train.workdir import Claim, write_whole
 
 Evaluation = dict[str, dict[str, float]]
 """Figures of each evaluation mode."""
@@ -80,12 +81,36 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     Raises:
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
-    if check_resume(workdir / "checkpoints", resume):
-        check_same_run(config, workdir / "config.json")
+    tell = print if is_first() else lambda line: None
+    everywhere(lambda: tell_changes(config, workdir, resume, tell))
     mesh = setup.open_mesh(config)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh)
-        (run.reinforce if config.stage is Stage.RL else run.cold_start)()
+        try:
+            (run.reinforce if config.stage is Stage.RL else run.cold_start)()
+        finally:
+            run.close()
+
+
+def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
+    """Name what differs from the run that the workdir holds. Nothing is written yet.
+
+    Raises:
+      ValueError: the run cannot go on like that.
+    """
+    resumes, before = check_resume(workdir / "checkpoints", resume), read_config(workdir)
+    if before is None:
+        return
+    if resumes:
+        changes = check_same_run(before, config, workdir)
+        younger = younger_settings(workdir, before)
+        if younger:
+            tell(f"{workdir} is older than these settings, which take their defaults: {younger}")
+    else:
+        changes = differences(before, config)
+        tell(f"{workdir} holds a run without a checkpoint: it begins anew")
+    for key, (old, new) in changes.items():
+        tell(f"{workdir}: {key} was {old!r} and is {new!r} from now on")
 
 
 class Run:
@@ -98,6 +123,8 @@ class Run:
         self.renderer: ChatRenderer = self.model.renderer(config)
         self.reader: VideoReader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
+        # All hosts have agreed on the questions; from here on there is something to write.
+        self.claim = everywhere(lambda: Claim(workdir) if is_first() else None)
         self.optimizer = make_optimizer(
             config.optimizer, config.optimizer_steps, self.model.policy.table
         )
@@ -144,9 +171,7 @@ class Run:
         """`config.json` of the run, and the model folder without weights for conversion."""
         if not is_first():
             return
-        self.workdir.mkdir(parents=True, exist_ok=True)
-        text = json.dumps(to_dict(self.config), indent=2)
-        (self.workdir / "config.json").write_text(text + "\n", encoding="utf-8")
+        write_whole(self.workdir / FILE, json.dumps(to_dict(self.config), indent=2) + "\n")
         setup.describe_checkpoints(self.model, self.workdir / "model")
 
     def reinforce(self) -> None:
@@ -352,9 +377,16 @@ class Run:
             self._report(before, after)
         if self.config.output.export_hf:
             self._export()
+        if self.claim is not None:
+            self.claim.check()
         self.log.console.print(f"everything is in {self.workdir}")
+
+    def close(self) -> None:
+        """Finish what is being written and let others write into the workdir."""
         self.checkpoints.close()
         self.log.close()
+        if self.claim is not None:
+            self.claim.release()
 
     def _export(self) -> None:
         """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""
@@ -375,7 +407,7 @@ class Run:
         self.log.console.print(comparison_table(title, rows))
         if is_first():
             summary = json.dumps({"before": before, "after": after}, indent=2)
-            (self.workdir / "evaluation.json").write_text(summary + "\n", encoding="utf-8")
+            write_whole(self.workdir / "evaluation.json", summary + "\n")
 
 
 def _figures(groups: Sequence[RolloutGroup]) -> dict[str, float]:

@@ -1,0 +1,60 @@
+"""One run per workdir, and files that are whole or not there."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from train.workdir import Claim, write_whole
+
+ROOT = Path(__file__).resolve().parents[2]
+HOLD = """
+import sys
+sys.path[0] = {root!r}
+from pathlib import Path
+from train.workdir import Claim
+claim = Claim(Path({workdir!r}))
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_workdir_is_one_run_s_until_its_process_ends_however_that_is(tmp_path):
+    workdir = tmp_path / "run"
+    code = HOLD.format(root=str(ROOT), workdir=str(workdir))
+    other = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert other.stdout is not None and other.stdout.readline() == "held\n"
+    with pytest.raises(ValueError, match=f"in use by process {other.pid} on .*another --workdir"):
+        Claim(workdir)
+    other.kill()
+    other.wait()
+    claim = Claim(workdir)
+    assert f"process {os.getpid()} on" in (workdir / ".lock").read_text()
+    claim.check()
+    claim.release()
+    Claim(workdir).release()
+
+
+@pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
+def test_a_workdir_that_is_gone_is_noticed(tmp_path, replaced):
+    claim = Claim(tmp_path / "run")
+    shutil.rmtree(tmp_path / "run")
+    if replaced:
+        Claim(tmp_path / "run").release()
+    with pytest.raises(OSError, match="was deleted or replaced"):
+        claim.check()
+
+
+def test_a_file_is_whole_or_as_it_was(tmp_path):
+    path = tmp_path / "config.json"
+    write_whole(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_whole(path, 100_000 * "new" + "\ud800")
+    assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
+    write_whole(path, "new")
+    assert path.read_text() == "new"

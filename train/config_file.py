@@ -1,0 +1,180 @@
+"""`config.json` of a workdir: read back, and compared with what a resumed run is told."""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+import json
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any
+
+from paravt_jax.rewards.judge import WAY_TO_JUDGE
+from train.config import Config, to_dict
+from train.optimizer import check_continued
+
+FILE = "config.json"
+
+MAY_CHANGE = (
+    "steps",
+    "mesh",
+    "model.remat",
+    "data.cache_dir",
+    "data.max_bad_rows",
+    "data.max_rejected",
+    "data.workers",
+    "rl.micro_groups",
+    "rl.warm_up",
+    "sft.micro_rows",
+    "agent.decode_threads",
+    "agent.subagent_batch",
+    "optimizer.learning_rate",
+    "optimizer.decay_steps",
+    "output.",
+    "evaluation.batch",
+    "evaluation.frame_budget",
+    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
+)
+"""Settings (or beginnings of their names) that a resumed run may give anew: none of them changes
+what is learned but the number of steps, and the learning rate, which a run that diverged needs."""
+
+PATHS = (
+    *("model.folder", "model.adapter"),
+    *("data.path", "data.video_root", "data.mixture", "data.cache_dir"),
+)
+"""Settings that name files: compared by what they lead to."""
+
+Difference = tuple[Any, Any]
+"""A setting as the workdir has it, and as the command line has it."""
+
+
+def read_config(workdir: Path) -> Config | None:
+    """The configuration of the run in a workdir; None if it holds none.
+
+    Settings that are younger than the file take their defaults.
+
+    Raises:
+      ValueError: the file is damaged, or holds settings or values that this version refuses.
+    """
+    path = workdir / FILE
+    if not path.exists():
+        return None
+    try:
+        return _revive(json.loads(path.read_text(encoding="utf-8")), Config, "")
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"{path} cannot be continued: {error}; mend it, use the version that wrote it, or "
+            "choose another --workdir"
+        ) from error
+
+
+def younger_settings(workdir: Path, config: Config) -> list[str]:
+    """Settings that the workdir's file does not hold, because it was written before them."""
+    held = _flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
+    return sorted(set(_flatten(to_dict(config))) - set(held))
+
+
+def _revive(value: Any, kind: Any, key: str) -> Any:
+    """A value of the declared type from JSON.
+
+    Raises:
+      ValueError: another type, or a key that the section does not have.
+    """
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if isinstance(kind, types.UnionType):
+        plain = next(a for a in inner if a is not type(None))
+        return None if value is None else _revive(value, plain, key)
+    if dataclasses.is_dataclass(kind):
+        return _revive_section(value, kind, key)
+    if origin is tuple and isinstance(value, list):
+        return tuple(_revive(item, inner[0], key) for item in value)
+    if origin is dict and isinstance(value, dict):
+        return {name: _revive(item, inner[1], f"{key}.{name}") for name, item in value.items()}
+    if isinstance(kind, enum.EnumType):
+        return kind(value)
+    if kind is float and type(value) is int:
+        return float(value)
+    if origin is not None or type(value) is not kind:
+        raise ValueError(f"{key}={value!r} is no {getattr(kind, '__name__', kind)}")
+    return value
+
+
+def _revive_section(value: Any, kind: Any, key: str) -> Any:
+    if not isinstance(value, dict):
+        raise ValueError(f"{key or 'the whole'} is no section but {value!r}")
+    hints = typing.get_type_hints(kind)
+    names = {field.name for field in dataclasses.fields(kind)}
+    prefix = f"{key}." if key else ""
+    unknown = [f"{prefix}{name}" for name in value if name not in names]
+    if unknown:
+        raise ValueError(f"this version knows no setting {', '.join(unknown)}")
+    return kind(**{name: _revive(v, hints[name], prefix + name) for name, v in value.items()})
+
+
+def differences(before: Config, now: Config) -> dict[str, Difference]:
+    """Settings that differ, by name."""
+    old, new = (_flatten(json.loads(json.dumps(to_dict(config)))) for config in (before, now))
+    keys = dict.fromkeys((*old, *new))
+    pairs = {key: (old.get(key), new.get(key)) for key in keys}
+    return {k: pair for k, pair in pairs.items() if _meant(k, pair[0]) != _meant(k, pair[1])}
+
+
+def _meant(key: str, value: Any) -> Any:
+    """What a setting stands for: of a path, the file that it leads to from here."""
+    if key not in PATHS or not value:
+        return value
+    return [os.path.realpath(p) for p in ([value] if isinstance(value, str) else value)]
+
+
+def check_same_run(before: Config, now: Config, workdir: Path) -> dict[str, Difference]:
+    """What a resumed run gives anew.
+
+    Raises:
+      ValueError: it also changes what it may not, naming all of that.
+    """
+    found = differences(before, now)
+    refused = [
+        f"{key}={old!r}, not {new!r}"
+        for key, (old, new) in found.items()
+        if not key.startswith(MAY_CHANGE)
+    ]
+    if refused:
+        raise ValueError(
+            f"{workdir} holds a run with {'; '.join(refused)}: choose another --workdir, or leave "
+            "out --recipe and what differs, and it goes on with its own settings"
+        )
+    began = dataclasses.asdict(before.optimizer)
+    check_continued(began, before.optimizer_steps, now.optimizer, now.optimizer_steps)
+    return found
+
+
+def with_whole_paths(config: Config) -> Config:
+    """The configuration with absolute paths, so that a run can be continued from anywhere."""
+    data, model = config.data, config.model
+    return dataclasses.replace(
+        config,
+        model=dataclasses.replace(
+            model, folder=_whole(model.folder), adapter=_whole(model.adapter)
+        ),
+        data=dataclasses.replace(
+            data,
+            path=_whole(data.path),
+            video_root=_whole(data.video_root),
+            mixture=tuple(_whole(path) or path for path in data.mixture),
+            cache_dir=_whole(data.cache_dir) or data.cache_dir,
+        ),
+    )
+
+
+def _whole(path: str | None) -> str | None:
+    return os.path.abspath(path) if path else path
+
+
+def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in section.items():
+        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        flat |= inner or {f"{prefix}{key}": value}
+    return flat
