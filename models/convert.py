@@ -33,6 +33,7 @@ from paravt_jax.checkpoint import (
     find_step,
     open_params,
 )
+from paravt_jax.flags import given
 
 
 class Parser(argparse.ArgumentParser):
@@ -105,6 +106,8 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("folder", metavar="HF_DIR")
     command.add_argument("out", metavar="OUT")
     command.set_defaults(run=lambda a: from_hf(a.folder, a.out))
+    for own in commands.choices.values():
+        own.register("type", None, given)  # of arguments without a type
     parsed = parser.parse_args(arguments)
     try:
         parsed.run(parsed)

@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from paravt_jax.flags import given
 from paravt_jax.records import Conversation, Row, VideoRef
 from pipelines.budget import shares
 from pipelines.datasets import (
@@ -51,6 +52,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The flags; defaults are those of the recipes."""
     parser = Parser(prog="pipelines/describe.py", description=__doc__, allow_abbrev=False)
+    parser.register("type", None, given)  # of flags without a type
     add = parser.add_argument
     add("path", nargs="?", help="file or folder of the data; none: the needle world")
     add("--root", help="folder below which the videos lie (default: the folder of the data)")

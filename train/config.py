@@ -15,6 +15,7 @@ import typing
 from typing import Annotated, Any
 
 from paravt_jax.advantages import AdvantageConfig
+from paravt_jax.flags import EMPTY, MAY_BE_EMPTY, check_given
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.ranges import above, at_least, check_ranges, within
@@ -171,7 +172,7 @@ class Config:
         return self.stage is Stage.SFT and not self.sft.phases
 
     def __post_init__(self) -> None:
-        for check in (_check_ranges, _check_choices, _check_cross):
+        for check in (check_given, _check_ranges, _check_choices, _check_cross):
             check(self)
 
     @property
@@ -438,12 +439,15 @@ def _parse(text: str, kind: Any, key: str) -> Any:
       ValueError: the text is no such value, or the field is no plain value.
     """
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if not text.strip() and key.rpartition(".")[2] not in MAY_BE_EMPTY:
+        raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
     if isinstance(kind, types.UnionType):
         if text.lower() in ("none", "null"):
             return None
         return _parse(text, next(a for a in inner if a is not type(None)), key)
     if origin is tuple and inner[0] in (int, float, str):
-        return tuple(_parse(part, inner[0], key) for part in text.split(",") if part)
+        parts = [] if text.lower() == "none" else text.split(",")
+        return tuple(_parse(part, inner[0], key) for part in parts)
     if kind is bool:
         kind = {"true": True, "1": True, "false": False, "0": False}.__getitem__
     elif not (kind in (int, float, str) or isinstance(kind, enum.EnumType)):

@@ -17,6 +17,8 @@ import dataclasses  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import NoReturn  # noqa: E402
 
+from paravt_jax.flags import given  # noqa: E402
+
 DEFAULT_RECIPE = "needle_rl"
 
 
@@ -30,6 +32,7 @@ class Parser(argparse.ArgumentParser):
 def make_parser() -> argparse.ArgumentParser:
     """The flags. They are a public contract, held by a test."""
     parser = Parser(prog="train/main.py", description=__doc__, allow_abbrev=False)
+    parser.register("type", None, given)  # of flags without a type
     add = parser.add_argument
     add("--recipe", help="a complete configuration (default: the workdir's own, or needle_rl)")
     add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")

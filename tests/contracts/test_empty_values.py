@@ -1,0 +1,100 @@
+"""An unset shell variable is refused by every flag and setting that names something."""
+
+import dataclasses
+from typing import Any
+
+import pytest
+
+from models import convert
+from paravt_jax.flags import MAY_BE_EMPTY
+from pipelines import describe
+from train import main
+from train.config import override
+from train.recipes import get_recipe
+
+CONFIG = get_recipe("needle_rl")
+FLAGS = ["--recipe", "--mesh", "--workdir", "--model", "--data", "--compile-only", "--set"]
+
+
+def settings(section: Any, prefix: str = ""):
+    """Full names of the settings that can be set, and their values."""
+    for field in dataclasses.fields(section):
+        value, name = getattr(section, field.name), prefix + field.name
+        if dataclasses.is_dataclass(value):
+            yield from settings(value, f"{name}.")
+        elif name not in ("sft.phases", "sft.tasks"):
+            yield name, value
+
+
+ALL = dict(settings(CONFIG))
+TEXTS = [
+    name
+    for name, value in ALL.items()
+    if (isinstance(value, str | None) or name == "data.mixture")
+    and name.rpartition(".")[2] not in MAY_BE_EMPTY
+]
+
+
+def complaint(door, arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as refusal:
+        door(arguments)
+    assert refusal.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(("error: ", "models/convert.py")) and "empty" in line
+    return line
+
+
+@pytest.mark.parametrize("value", ["", " "])
+@pytest.mark.parametrize("flag", FLAGS)
+def test_flags_of_a_run(flag, value, capsys):
+    assert flag in complaint(main.main, [flag, value, "--dry-run"], capsys)
+
+
+@pytest.mark.parametrize("flag", ["--root", "--model", "--budgets", "--pixels", "--cache"])
+def test_flags_of_a_description(flag, capsys):
+    assert flag in complaint(describe.main, ["own.csv", flag, ""], capsys)
+
+
+def test_a_description_of_nothing(capsys):
+    assert "path" in complaint(describe.main, [""], capsys)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["to-hf", "", "out"], ["to-hf", "run", ""], ["to-hf", "run", "out", "--base", ""],
+     ["from-hf", "", "out"], ["from-hf", "folder", ""]],
+)  # fmt: skip
+def test_arguments_of_a_conversion(arguments, capsys):
+    complaint(convert.main, arguments, capsys)
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_settings(name, capsys):
+    assert main.main(["--set", f"{name}=", "--dry-run"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert f"--set {name}:" in line and "empty" in line
+
+
+def test_the_list_of_settings_is_not_short():
+    assert len(TEXTS) > 30 and {"data.path", "data.cache_dir", "model.adapter"} < set(TEXTS)
+
+
+@pytest.mark.parametrize("text", ["data.mixture=a.csv,", "data.mixture=,a.csv", "data.mixture= "])
+def test_a_list_of_names_with_a_gap(text):
+    with pytest.raises(ValueError, match=r"data\.mixture.*empty"):
+        override(CONFIG, [text])
+
+
+@pytest.mark.parametrize("name", ["path", "video_root", "cache_dir", "mixture"])
+def test_recipes(name):
+    value = ("",) if name == "mixture" else ""
+    with pytest.raises(ValueError, match=rf"data\.{name} is empty"):
+        dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, **{name: value}))
+
+
+def test_what_may_be_empty_and_how_a_list_is_emptied():
+    config = override(
+        CONFIG,
+        ["agent.think_prefix=", "agent.sampling.constrain=", "data.mixture=none", "mesh=none"],
+    )
+    assert config.agent.think_prefix == "" and config.data.mixture == () and config.mesh is None
