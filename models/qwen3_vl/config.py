@@ -7,6 +7,7 @@ few that other programs read from the file; see `NUMERICALLY_SILENT`.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -26,12 +27,49 @@ ARCHITECTURES = {
 
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
+LAYERS, WIDTH, IDS = 1000, 2**20, 2**31 - 1
+MOST = {
+    **dict.fromkeys(("depth", "num_hidden_layers", "decoder_sparse_step"), LAYERS),
+    **dict.fromkeys(("num_heads", "num_attention_heads", "num_key_value_heads"), 4096),
+    **dict.fromkeys(("num_experts", "num_experts_per_tok"), 4096),
+    **dict.fromkeys(("in_channels", "temporal_patch_size", "spatial_merge_size"), 64),
+    "patch_size": 1024,
+    "head_dim": 2**14,
+    "vocab_size": 2**24,
+    "max_position_embeddings": IDS,
+}
+"""The largest of each size that is believed; `WIDTH` of the others. Far above any model, and low
+enough that a damaged config.json cannot ask for tables without end."""
+
 
 def _from_known_fields(cls: type, raw: Mapping[str, Any]) -> Any:
     names = {field.name for field in dataclasses.fields(cls)}
     given = {k: v for k, v in raw.items() if k in names and v is not None}
     known = {k: tuple(v) if isinstance(v, list) else v for k, v in given.items()}
+    for field in dataclasses.fields(cls):
+        if field.name in known:
+            _check_number(field.name, str(field.type), known[field.name])
     return cls(**known)
+
+
+def _check_number(name: str, kind: str, value: Any) -> None:
+    """A size is a whole number within `MOST`; token and layer numbers may be 0."""
+    if kind == "int":
+        _check_whole(name, value, 0 if name.endswith("_id") else 1)
+    elif kind == "float":
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        _require(number and math.isfinite(value), name, value, "give a finite number")
+    elif kind == "tuple[int, ...]":
+        _require(isinstance(value, tuple) and len(value) <= LAYERS, name, value, "give a list")
+        for number in value:
+            _check_whole(name, number, 0)
+
+
+def _check_whole(name: str, value: Any, least: int) -> None:
+    most = IDS if name.endswith("_id") else MOST.get(name, WIDTH)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    remedy = f"give a whole number from {least} to {most}; is config.json damaged?"
+    _require(whole and least <= value <= most, name, value, remedy)
 
 
 def _single(name: str, values: list | tuple) -> int:
@@ -143,6 +181,52 @@ class VisionConfig:
         return raw
 
 
+def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """How a `text_config` rotates: `rope_scaling`, which transformers trusts where both are there,
+    or `rope_parameters`.
+
+    Raises:
+      ValueError: they contradict each other, or ask for scaled rotary embeddings (YaRN and others).
+    """
+    given = {n: dict(raw[n]) for n in ("rope_scaling", "rope_parameters") if raw.get(n)}
+    for name, rope in given.items():
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        _require(
+            kind in ("default", "mrope"),
+            f"text_config.{name}.rope_type",
+            kind,
+            "use 'default'; scaled rotary embeddings (YaRN and others) are not supported",
+        )
+    sections = [rope["mrope_section"] for rope in given.values() if "mrope_section" in rope]
+    _require(
+        all(section == sections[0] for section in sections),
+        "text_config.rope_scaling.mrope_section",
+        sections,
+        "rope_parameters says otherwise; keep one of the two",
+    )
+    thetas = {float(r["rope_theta"]) for r in (raw, *given.values()) if r.get("rope_theta")}
+    _require(len(thetas) < 2, "text_config.rope_theta", sorted(thetas), "give one value")
+    return {**given.get("rope_parameters", {}), **given.get("rope_scaling", {})}
+
+
+def _part(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    part = raw.get(name) or {}
+    _require(isinstance(part, Mapping), name, part, "give an object")
+    return part
+
+
+def _check_not_quantised(*parts: Mapping[str, Any]) -> None:
+    for part in parts:
+        for name in ("quantization_config", "compression_config"):
+            _require(
+                not part.get(name),
+                name,
+                part.get(name),
+                "quantised weights (AWQ, GPTQ, FP8, ...) are not read; give the folder of the "
+                "original weights",
+            )
+
+
 @dataclasses.dataclass(frozen=True)
 class ExpertsConfig:
     """Mixture of experts in the language model. Defaults are those of transformers'
@@ -236,14 +320,7 @@ class TextConfig:
 
         Transformers 5 keeps `rope_parameters`; 4.57 keeps `rope_scaling` beside `rope_theta`.
         """
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        _require(
-            kind in ("default", "mrope"),
-            "text_config.rope_parameters.rope_type",
-            kind,
-            "use 'default'; scaled rotary embeddings are not supported",
-        )
+        rope = _rope(raw)
         dropout = raw.get("attention_dropout", 0.0)
         _require(not dropout, "text_config.attention_dropout", dropout, "set it to 0")
         if experts and not raw.get("head_dim"):
@@ -262,12 +339,15 @@ class TextConfig:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """The `text_config` object of a config.json, readable by transformers 4.57 and 5."""
+        """The `text_config` object of a config.json, readable by transformers 4.57 and 5: both
+        read `rope_scaling` beside `rope_theta`, and one place cannot contradict another."""
         raw = dataclasses.asdict(self)
         section = list(raw.pop("mrope_section"))
-        rope = {"rope_type": "default", "mrope_section": section, "mrope_interleaved": True}
-        raw["rope_scaling"] = rope
-        raw["rope_parameters"] = {**rope, "rope_theta": self.rope_theta}
+        raw["rope_scaling"] = {
+            "rope_type": "default",
+            "mrope_section": section,
+            "mrope_interleaved": True,
+        }
         experts = raw.pop("experts")
         if experts is None:
             return {"model_type": "qwen3_vl_text", **raw}
@@ -304,7 +384,8 @@ class Qwen3VLConfig:
         """
         kind = raw.get("model_type")
         _require(kind in ARCHITECTURES, "model_type", kind, "give a Qwen3-VL model")
-        text, vision = raw.get("text_config") or {}, raw.get("vision_config") or {}
+        text, vision = (_part(raw, name) for name in ("text_config", "vision_config"))
+        _check_not_quantised(raw, text)
         # transformers 5 goes by this value alone, whatever the one in text_config says.
         tie = raw.get("tie_word_embeddings", False)
         known = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}

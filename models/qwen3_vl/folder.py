@@ -55,6 +55,7 @@ def write_config(config: Qwen3VLConfig, dtype: str, base: Path | None, folder: P
             tower: {**(old.get(tower) or {}), **raw[tower]}
             for tower in ("text_config", "vision_config")
         }
+        towers["text_config"].pop("rope_parameters", None)  # ours is rope_scaling
         raw = {**old, **raw, **towers}
     for part in (raw["text_config"], raw["vision_config"]):
         part.update({key: dtype for key in ("dtype", "torch_dtype") if key in part})

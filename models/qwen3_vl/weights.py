@@ -41,6 +41,8 @@ from paravt_jax.records import ArrayLike
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5 * 2**30
+QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB")
+"""Ends of the names of tensors that AWQ, GPTQ, compressed-tensors, FP8 and bitsandbytes add."""
 COMPARED_ROWS = 4096
 """Rows of the vocabulary that are compared at once."""
 
@@ -72,7 +74,7 @@ class Weights:
         """A part of a parameter, in the given type.
 
         Raises:
-          ValueError: a file is damaged.
+          ValueError: a file is damaged, or holds values that are no finite numbers.
         """
         spec = self._table[name]
         value = np.empty([part.stop - part.start for part in box], dtype)
@@ -82,7 +84,18 @@ class Weights:
         for layer, hf_name in zip(layers, names, strict=True):
             tensor = self._tensors[hf_name]
             layer[...] = spec.box_from_hf(tensor, tensor.shape, inner)
+            _check_finite(layer, tensor)
         return value
+
+
+def _check_finite(values: np.ndarray, tensor: StoredTensor) -> None:
+    """One such value makes every loss NaN, many steps from its cause."""
+    finite = np.isfinite(values)
+    if not finite.all():
+        raise ValueError(
+            f"{tensor.path}: tensor {tensor.name} holds {finite.size - int(finite.sum())} values "
+            f"that are NaN or infinite as {values.dtype}: fetch it again, or repair it"
+        )
 
 
 def _check_head(tensors: dict[str, StoredTensor], table: Table, folder: Path) -> None:
@@ -108,6 +121,12 @@ def _equal(one: StoredTensor, other: StoredTensor) -> bool:
 
 
 def _check_tensors(tensors: dict[str, StoredTensor], table: Table, folder: Path) -> None:
+    quantised = sorted(name for name in tensors if name.endswith(QUANTISED))
+    if quantised:
+        raise ValueError(
+            f"{folder} holds quantised weights [{shorten(quantised)}], which are not read; give "
+            "the folder of the original weights"
+        )
     specs = {hf_name: spec for spec in table.values() for hf_name in spec.hf_names}
     both = [name for name in specs if name in tensors]
     shapes = [

@@ -293,7 +293,7 @@ def test_configuration_survives_both_dialects():
         "text_config": dict(raw["text_config"]),
         "vision_config": dict(raw["vision_config"]),
     }
-    del old["text_config"]["rope_parameters"], old["vision_config"]["rope_parameters"]
+    del old["vision_config"]["rope_parameters"]
     old["vision_config"]["rope_theta"] = CONFIG.vision.rope_theta
     assert Qwen3VLConfig.from_dict(old) == CONFIG
     experts = dataclasses.replace(CONFIG, text=dataclasses.replace(CONFIG.text, experts=EXPERTS))
@@ -302,7 +302,9 @@ def test_configuration_survives_both_dialects():
     raw_experts["text_config"]["num_local_experts"] = raw_experts["text_config"].pop("num_experts")
     assert Qwen3VLConfig.from_dict(raw_experts) == experts
     new = {**raw, "text_config": dict(raw["text_config"])}
-    del new["text_config"]["rope_scaling"], new["text_config"]["rope_theta"]
+    section = new["text_config"].pop("rope_scaling")
+    theta = new["text_config"].pop("rope_theta")
+    new["text_config"]["rope_parameters"] = section | {"rope_theta": theta}
     assert Qwen3VLConfig.from_dict(new) == CONFIG
 
 
@@ -311,7 +313,14 @@ def test_configuration_survives_both_dialects():
     [
         ("model_type", "llama", "model_type"),
         ("text_config.attention_dropout", 0.1, "attention_dropout"),
-        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_type"),
+        ("text_config.rope_parameters", {"rope_type": "yarn"}, "rope_parameters.rope_type"),
+        ("text_config.rope_scaling", {"rope_type": "yarn"}, "rope_scaling.rope_type"),
+        ("text_config.rope_scaling", {"type": "yarn"}, "rope_scaling.rope_type"),
+        ("text_config.rope_parameters", {"mrope_section": [2, 3, 3]}, "keep one of the two"),
+        ("text_config.rope_parameters", {"rope_theta": 7.0}, "rope_theta"),
+        ("quantization_config", {"quant_method": "awq"}, "quantised weights"),
+        ("text_config.quantization_config", {"quant_method": "fp8"}, "quantised weights"),
+        ("text_config", [1], "text_config"),
         ("text_config.num_key_value_heads", 3, "num_key_value_heads"),
         ("text_config.hidden_size", 48, "out_hidden_size"),
         ("text_config.hidden_act", "tanh", "hidden_act"),
