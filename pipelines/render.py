@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from transformers import AutoTokenizer
 
+from paravt_jax.markup import without_tags
 from paravt_jax.patches import join_patches, split_patches
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row, VideoRef
@@ -319,7 +320,9 @@ class ChatRenderer:
 
     def without_control(self, text: str) -> str:
         """Text without control tokens, for words that others wrote."""
-        while (plain := self._control.sub("", text)) != text:  # removal may join a new one
+        text = without_tags(text, self._control)
+        # A tokenizer may have control tokens that are no `<tags>`; Qwen's has none.
+        while (plain := self._control.sub("", text)) != text:
             text = plain
         return text
 

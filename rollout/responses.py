@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from paravt_jax.interfaces import Renderer
+from paravt_jax.markup import without_tags
 from paravt_jax.records import Clip, Prompt
 
 Response = str | Clip
@@ -19,9 +20,7 @@ _MARKUP = re.compile(
 
 def strip_markup(text: str) -> str:
     """Text without special tokens and structural tags, which would break out of a response."""
-    while (stripped := _MARKUP.sub("", text)) != text:  # removal may join a new tag
-        text = stripped
-    return text.strip()
+    return without_tags(text, _MARKUP).strip()
 
 
 def response_turn(
