@@ -19,13 +19,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.patches import join_patches
 from paravt_jax.protocol import THINK_CLOSE, THINK_OPEN, after_thinking
 from paravt_jax.records import Conversation, ImageRef, Message, Pack, Prompt, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
+from pipelines.images import read_image
 from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
 from pipelines.render import ChatRenderer, template_opening
 
@@ -295,19 +295,6 @@ def still_spec(spec: FrameSpec) -> ImageSpec:
     shared = {f.name: getattr(spec, f.name) for f in dataclasses.fields(FrameSpec)}
     most = spec.max_frame_pixels or spec.max_pixels
     return ImageSpec(**shared, min_pixels=spec.min_frame_pixels, max_pixels=most)
-
-
-def read_image(image: ImageRef) -> np.ndarray:
-    """The uint8 pixels `[h, w, 3]` of an image file.
-
-    Raises:
-        ValueError: the file cannot be read.
-    """
-    try:
-        with Image.open(image.path) as opened:
-            return np.asarray(opened.convert("RGB"))
-    except OSError as error:
-        raise ValueError(f"image {image.path}: {error}; check the file") from error
 
 
 def pack(drafts: Sequence[Draft]) -> Pack:

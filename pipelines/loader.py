@@ -14,7 +14,7 @@ from absl import flags
 from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Frames, Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
-from pipelines.decode import UnreadableVideo
+from pipelines.container import UnreadableVideo
 
 _LOG = logging.getLogger(__name__)
 

@@ -13,7 +13,9 @@ from typing import Generic, TypeVar
 import numpy as np
 
 from paravt_jax.records import Frames, VideoRef
-from pipelines.decode import ROUNDING, Decoded, Size, VideoInfo, complete, decode_present, probe
+from pipelines.decode import Decoded, Size, VideoInfo, complete, decode_present, probe
+from pipelines.decoders import ROUNDING
+from pipelines.patience import DECODE_SECONDS, Patience
 from pipelines.preprocess import FrameSpec
 
 # A video that is smaller than this when decoded is decoded whole, once, at its first use.
@@ -87,6 +89,8 @@ class VideoReader:
         spec: the size that frames are resized to before they are cached, so that no
             full-resolution frame is held. Without it frames keep the size of the file.
         overview_tokens: most vision tokens of an overview; None leaves that to the spec.
+        decode_seconds: most seconds that decoding the frames of one request may take, and finding
+            out which frames there are.
 
     Methods may be called from several threads, which never decode the same frame twice at a time,
     and do not change one another's results. A copy sent to another process starts empty.
@@ -99,6 +103,7 @@ class VideoReader:
         cache_bytes: int = 1 << 29,
         spec: FrameSpec | None = None,
         overview_tokens: int | None = None,
+        decode_seconds: float = DECODE_SECONDS,
     ):
         if not crop_fps > 0 or crop_cap < 1:
             raise ValueError(
@@ -107,11 +112,11 @@ class VideoReader:
             )
         self._crop_fps, self._crop_cap = crop_fps, crop_cap
         self._cache_bytes, self._spec = cache_bytes, spec
-        self._overview_tokens = overview_tokens
+        self._overview_tokens, self._limit = overview_tokens, decode_seconds
         self._clear()
 
     def _clear(self) -> None:
-        self._lock = threading.Lock()
+        self._lock, self._patience = threading.Lock(), Patience(self._limit)
         self._frames: Recent[Decoded] = Recent(self._cache_bytes)
         self._infos: Recent[VideoInfo] = Recent(TIMES_BYTES)
         self._coming: dict[Key, dict[int, Future[Decoded]]] = {}
@@ -119,7 +124,7 @@ class VideoReader:
         self._seconds = 0.0
 
     def __getstate__(self) -> dict:
-        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec", "_overview_tokens")
+        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec", "_overview_tokens", "_limit")
         return {name: self.__dict__[name] for name in kept}
 
     def __setstate__(self, state: dict) -> None:
@@ -180,7 +185,7 @@ class VideoReader:
             info = self._infos.get(video.path)
         if info is None:
             with self._busy():
-                info = probe(video.path)
+                info = self._patience(video.path, lambda: probe(video.path))
             with self._lock:
                 self._infos.put(video.path, info, info.times.nbytes)
         return info
@@ -249,7 +254,7 @@ class VideoReader:
         """Decode what was claimed, for the cache and for everybody who waits for it."""
         try:
             with self._busy():
-                present = decode_present(key[0], info, mine, key[1])
+                present = self._patience(key[0], lambda: decode_present(key[0], info, mine, key[1]))
         except BaseException as error:
             with self._lock:
                 self._forget(key, mine)

@@ -109,6 +109,9 @@ class DataSettings:
     max_bad_rows: Annotated[float, within(0, 1)] = 0.01
     """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
     a run with more of them stops."""
+    decode_seconds: Annotated[float, above(0)] = 300.0
+    """Longest time that the frames of one overview or crop may take to decode. A video that takes
+    longer counts as unreadable (`max_bad_rows`)."""
     cache_dir: str = "data"
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
 

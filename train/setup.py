@@ -186,7 +186,11 @@ def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
     """Decodes overviews and crops; frames are kept at the size that the model sees."""
     own = config.data
     return VideoReader(
-        own.crop_fps, own.crop_frames, spec=spec, overview_tokens=own.overview_tokens
+        own.crop_fps,
+        own.crop_frames,
+        spec=spec,
+        overview_tokens=own.overview_tokens,
+        decode_seconds=own.decode_seconds,
     )
 
 

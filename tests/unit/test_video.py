@@ -10,6 +10,7 @@ import pytest
 
 from paravt_jax.records import VideoRef
 from pipelines import decode, video
+from pipelines.container import UnreadableVideo
 from pipelines.decode import VideoInfo, complete, decode_present, probe, video_ref
 from pipelines.needle.world import write_mp4
 from pipelines.preprocess import ImageSpec, VideoSpec
@@ -215,6 +216,35 @@ def test_absent_frames_are_copies_within_each_request(clip_file):
             shown.append((index, frames.pixels[1]))
     np.testing.assert_array_equal(shown[0][1], shown[3][1])
     np.testing.assert_array_equal(shown[1][1], shown[2][1])
+
+
+def test_a_file_that_takes_too_long_is_given_up_and_named(clip_file):
+    reader = VideoReader(decode_seconds=1e-4)
+    for _ in range(2):
+        with pytest.raises(UnreadableVideo, match=r"grey\.mp4: .*data\.decode_seconds=0\.0001"):
+            pickle.loads(pickle.dumps(reader)).overview(clip_file, 4)
+    assert len(VideoReader(decode_seconds=60).overview(clip_file, 4).times) == 4
+
+
+def test_a_file_that_hangs_holds_up_one_request_for_its_time(clip_file, monkeypatch):
+    """The thread that hangs stays behind; others decode on, and nobody waits for the file again."""
+    release, tries = threading.Event(), []
+    original = video.probe
+
+    def hanging(path):
+        tries.append(path)
+        return original(path) if path == clip_file.path else release.wait()
+
+    monkeypatch.setattr(video, "probe", hanging)
+    reader, stuck = VideoReader(decode_seconds=0.5), VideoRef("/mnt/stuck.mp4", 4.0)
+    began = time.monotonic()
+    for _ in range(3):
+        with pytest.raises(UnreadableVideo, match=r"stuck\.mp4: decoding takes longer"):
+            reader.overview(stuck, 4)
+    assert 0.5 <= time.monotonic() - began < 1.4
+    assert len(reader.overview(clip_file, 4).times) == 4
+    assert tries == [stuck.path, clip_file.path]
+    release.set()
 
 
 def test_reader_goes_to_another_process(clip_file):

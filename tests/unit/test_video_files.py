@@ -1,11 +1,14 @@
 """Video files of all kinds: each reads as ffmpeg reads it, or is refused with a reason."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 
 from paravt_jax.records import VideoRef
 from pipelines import decode
 from pipelines.decode import probe, video_ref
+from pipelines.decoders import DECODERS, OpenCvDecoder
 from pipelines.preprocess import VideoSpec
 from pipelines.video import VideoReader
 from tests.ffmpeg import ffmpeg, frame_pixels, frame_times, numbered
@@ -79,6 +82,89 @@ READ = {
 }
 
 
+def interlaced(folder, name, *arguments, size="64x48"):
+    """20 frames of 40 fields of different moments."""
+    source = f"testsrc2=size={size}:rate=50:duration=0.8"
+    ffmpeg("-f", "lavfi", "-i", source, "-vf", "interlace", *arguments, folder / name)
+    return folder / name
+
+
+def partly_interlaced(folder):
+    """Nothing at its beginning announces what follows."""
+    steady = encoded(folder, "steady.ts", *X264, rate=25, seconds=1)
+    woven = interlaced(folder, "woven.ts", *X264, "-flags", "+ilme+ildct")
+    ffmpeg("-i", f"concat:{steady}|{woven}", "-c", "copy", folder / "both.ts")
+    return folder / "both.ts"
+
+
+WOVEN = ("-flags", "+ilme+ildct")
+BEYOND_OPENCV = {
+    "H.264": lambda f: interlaced(f, "i.mp4", *X264, *WOVEN, "-x264-params", "tff=1"),
+    "HEVC": lambda f: interlaced(
+        f, "i.mp4", "-c:v", "libx265", "-x265-params", "interlace=tff:log-level=error"
+    ),
+    "MPEG-2": lambda f: interlaced(f, "i.mpg", "-c:v", "mpeg2video", *WOVEN),
+    "MPEG-4": lambda f: interlaced(f, "i.mp4", "-c:v", "mpeg4", *WOVEN),
+    "DV": lambda f: interlaced(
+        f, "i.avi", "-c:v", "dvvideo", "-pix_fmt", "yuv420p", size="720x576"
+    ),
+    "AV1": lambda f: encoded(f, "a.mp4", "-c:v", "libaom-av1", "-cpu-used", "8", seconds=2),
+}
+
+
+@pytest.mark.parametrize("make", BEYOND_OPENCV.values(), ids=list(BEYOND_OPENCV))
+def test_what_opencv_cannot_read_is_read_as_ffmpeg_reads_it(make, tmp_path):
+    path = make(tmp_path)
+    info = probe(str(path))
+    assert info.decoder == "ffmpeg"
+    np.testing.assert_allclose(info.times - info.times[0], frame_times(path), atol=1e-3)
+    check_pixels(path, info, atol=3)
+
+
+def test_interlaced_frames_among_others_are_seen(tmp_path):
+    """The file looks like one for OpenCV, which does not tell that it cannot convert its end."""
+    path = partly_interlaced(tmp_path)
+    info = probe(str(path))
+    assert info.decoder == "opencv" and info.frames > 40
+    check_pixels(path, info, atol=3)
+
+
+def test_opencv_gives_no_frame_that_it_has_not_written(tmp_path):
+    decoder = OpenCvDecoder(str(BEYOND_OPENCV["H.264"](tmp_path)))
+    assert decoder.grab()
+    rest = [decoder.image() for _ in range(10) if decoder.grab()]
+    assert len(rest) == 10 and all(image is None for image in rest)
+
+
+def test_frames_that_repeat_the_one_before_are_shown(tmp_path):
+    source = ("-f", "lavfi", "-i", "color=red:size=64x48:rate=10:duration=9")
+    ffmpeg(*source, "-c:v", "mpeg4", tmp_path / "still.mp4")
+    info = probe(str(tmp_path / "still.mp4"))
+    assert info.decoder == "opencv" and info.frames == 90
+    check_pixels(tmp_path / "still.mp4", info, atol=3)
+
+
+def check_pixels(path, info, atol):
+    """All frames, and one alone, are what ffmpeg shows."""
+    pixels = frame_pixels(path, info.height, info.width).astype(int)
+    for indices in (list(range(info.frames)), [info.frames - 2]):
+        frames = decode.decode_present(str(path), info, indices)
+        assert list(frames) == indices
+        for index, frame in frames.items():
+            assert np.abs(pixels[index] - frame).max() <= atol
+
+
+@pytest.fixture(params=list(DECODERS))
+def every_decoder(request, monkeypatch):
+    """Files that OpenCV reads are read by PyAV as well."""
+    if request.param != "opencv":
+        found = decode.look
+        monkeypatch.setattr(
+            decode, "look", lambda path: dataclasses.replace(found(path), decoder=request.param)
+        )
+
+
+@pytest.mark.usefixtures("every_decoder")
 @pytest.mark.parametrize("make", READ.values(), ids=list(READ))
 def test_files_are_read_as_ffmpeg_reads_them(make, tmp_path, monkeypatch):
     """All frames at once, and some alone, by seeking with FFmpeg's threads as in large files; times
@@ -115,6 +201,20 @@ def test_durations(make, seconds, tmp_path):
     path = str(make(tmp_path))
     assert video_ref(path).duration == pytest.approx(seconds, abs=0.05)
     assert probe(path).duration == pytest.approx(seconds, abs=0.05)
+
+
+@pytest.mark.parametrize("name", ["cut.mp4", "cut.mov", "cut.mkv", "cut.ts"])
+@pytest.mark.parametrize("start", ["0", "3.7"])
+def test_a_clip_cut_without_encoding_is_as_long_as_what_it_shows(name, start, tmp_path):
+    """MP4 and MOV keep packets that are not shown, from the key frame before the beginning on."""
+    source = plain(tmp_path, 12, "-g", "50")
+    ffmpeg("-ss", start, "-t", "3.16", "-i", source, "-c", "copy", tmp_path / name)
+    path = str(tmp_path / name)
+    times = frame_times(tmp_path / name)
+    shown = times[-1] + 0.1
+    assert video_ref(path).duration == pytest.approx(shown, abs=0.021)
+    assert probe(path).duration == pytest.approx(shown, abs=0.021)
+    assert probe(path).frames == len(times)
 
 
 def test_a_crop_shows_what_is_on_screen_whatever_the_rate(tmp_path):

@@ -1,0 +1,24 @@
+"""Still images from files, as people see them."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image, ImageOps
+
+from paravt_jax.records import ImageRef
+
+
+def read_image(image: ImageRef) -> np.ndarray:
+    """The uint8 pixels `[h, w, 3]` of an image file, turned upright as its EXIF data say.
+
+    Raises:
+        ValueError: the file cannot be read, or has more pixels than Pillow believes (179 million).
+    """
+    try:
+        with Image.open(image.path) as opened:
+            return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
+    except Image.DecompressionBombError as error:
+        raise ValueError(f"image {image.path}: {error}; make it smaller") from error
+    # Pillow's readers raise all of these about damaged files.
+    except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError) as error:
+        raise ValueError(f"image {image.path}: {error}; check the file") from error
