@@ -22,6 +22,7 @@ MAY_CHANGE = (
     "mesh",
     "model.remat",
     "data.cache_dir",
+    "data.decode_seconds",
     "data.max_bad_rows",
     "data.max_rejected",
     "data.workers",
