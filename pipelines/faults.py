@@ -10,6 +10,7 @@ REPEATED = "row_id used twice"
 VIDEOS = "too many videos"
 MISSING = "missing file"
 UNREADABLE = "unreadable video"
+SUBTITLES = "unreadable subtitles"
 
 LONGEST = 400
 """Characters of a reason that are told; a hostile row is not printed whole."""

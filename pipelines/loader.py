@@ -15,6 +15,7 @@ from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Frames, Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
 from pipelines.container import UnreadableVideo
+from pipelines.subtitles import UnreadableSubtitles
 
 _LOG = logging.getLogger(__name__)
 
@@ -55,7 +56,7 @@ class PromptItem(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row whose video cannot be read."""
+    """A row whose video or subtitles cannot be read."""
 
     row_id: str
     reason: str
@@ -118,7 +119,7 @@ class PromptMaker:
         self._budgets, self._seed, self._tools = tuple(budgets), seed, tools
 
     def __call__(self, draw: Draw) -> PromptItem | BadRow:
-        """Draw K for the row, decode K frames, render; or say why a video cannot be read.
+        """Draw K for the row, decode K frames, render; or say what cannot be read.
 
         Raises:
             ValueError: there are more videos than frames.
@@ -127,9 +128,10 @@ class PromptMaker:
         budget = frame_budget(self._seed, draw.epoch, row.row_id, self._budgets)
         try:
             frames = overviews(self._reader, row, budget)
-        except UnreadableVideo as error:
+            prompt = self._renderer.main_prompt(row, frames, self._tools)
+        except (UnreadableVideo, UnreadableSubtitles) as error:
             return BadRow(row.row_id, str(error))
-        return PromptItem(row, budget, self._renderer.main_prompt(row, frames, self._tools))
+        return PromptItem(row, budget, prompt)
 
 
 def overviews(reader: FrameReader, row: Row, budget: int) -> list[Frames]:

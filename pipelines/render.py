@@ -208,10 +208,11 @@ class ChatRenderer:
         return "".join(map(self.subtitles, row.videos)) + row.question
 
     def check_question(self, row: Row) -> None:
-        """Refuse a question that spells out a control token.
+        """Refuse a question that spells out a control token, and subtitles that cannot be read.
 
         Raises:
             Unusable: it does.
+            UnreadableSubtitles: see `subtitle_text`.
         """
         if found := self._control.search(row.question):
             raise Unusable(
@@ -219,12 +220,14 @@ class ChatRenderer:
                 f"row {row.row_id}: the question contains the control token "
                 f"{found.group()!r}; rephrase it",
             )
+        for video in row.videos:
+            self.subtitles(video)
 
     def subtitles(self, video: VideoRef) -> str:
         """The subtitles of a video with their times, as far as they are shown and it has any.
 
         Raises:
-            ValueError: they cannot be read.
+            UnreadableSubtitles: they cannot be read.
         """
         return self.without_control(subtitle_text(video)) if self._subtitles else ""
 

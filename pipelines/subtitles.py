@@ -7,6 +7,7 @@ import os
 import re
 
 from paravt_jax.records import VideoRef
+from pipelines.faults import SUBTITLES
 
 HEAD = "Subtitles:\n"
 """Stands before the subtitles in a prompt."""
@@ -24,6 +25,12 @@ def subtitle_path(video: VideoRef) -> str:
     return os.path.splitext(video.path)[0] + ".srt"
 
 
+class UnreadableSubtitles(ValueError):
+    """A file of subtitles is none, or is not the video's own. The message names it and a remedy."""
+
+    kind = SUBTITLES
+
+
 def has_subtitles(video: VideoRef) -> bool:
     """Whether there is such a file."""
     return os.path.isfile(subtitle_path(video))
@@ -35,9 +42,22 @@ def subtitle_text(video: VideoRef) -> str:
     Times are written as those of frames are, so that the model can put both in one order.
 
     Raises:
-        ValueError: the file is no SubRip file in UTF-8.
+        UnreadableSubtitles: the file is no SubRip file in UTF-8, or a link that leads out of the
+            folder of the video.
     """
-    return _text(subtitle_path(video)) if has_subtitles(video) else ""
+    return _text(_own_path(video)) if has_subtitles(video) else ""
+
+
+def _own_path(video: VideoRef) -> str:
+    """Where the text itself is. Videos keep to the root of their data set; a link beside one must
+    not lead to other files of this machine, whose text the model would read."""
+    written, folder = subtitle_path(video), os.path.realpath(os.path.dirname(video.path))
+    path = os.path.realpath(written)
+    if os.path.commonpath([folder, path]) != folder:
+        raise UnreadableSubtitles(
+            f"{written}: the link leads out of {folder}; put the file itself beside the video"
+        )
+    return path
 
 
 @functools.lru_cache(KEPT)
@@ -53,17 +73,21 @@ def read_srt(path: str) -> list[tuple[float, float, str]]:
     Markup is dropped and the lines of a cue become one; cues without words are left out.
 
     Raises:
-        ValueError: the file is no SubRip file in UTF-8.
+        UnreadableSubtitles: the file is no SubRip file in UTF-8.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: {error}; write SubRip in UTF-8 or remove the file") from error
+        raise UnreadableSubtitles(
+            f"{path}: {error}; write SubRip in UTF-8 or remove the file"
+        ) from error
     cues = [_cue(block) for block in re.split(r"\n\s*\n", text.strip())]
     found = sorted(cue for cue in cues if cue is not None)
     if text.strip() and not found:
-        raise ValueError(f"{path}: no cue `0:00:01,000 --> 0:00:02,000`; write SubRip or remove it")
+        raise UnreadableSubtitles(
+            f"{path}: no cue `0:00:01,000 --> 0:00:02,000`; write SubRip or remove it"
+        )
     return [cue for cue in found if cue[2]]
 
 

@@ -56,6 +56,24 @@ def test_what_is_no_subrip_is_refused(tmp_path, content):
         subtitle_text(VideoRef(str(tmp_path / "bad.mp4"), 1.0))
 
 
+def test_a_link_that_leads_out_of_the_folder_of_the_video_is_not_read(tmp_path):
+    """A data set from elsewhere must not put other files of this machine into prompts."""
+    (tmp_path / "secret.txt").write_text(SRT)
+    folder = tmp_path / "videos"
+    (folder / "texts").mkdir(parents=True)
+    (folder / "texts" / "b.srt").write_text(SRT)
+    (folder / "a.srt").symlink_to(tmp_path / "secret.txt")
+    (folder / "b.srt").symlink_to(folder / "texts" / "b.srt")
+    a, b = (VideoRef(str(folder / f"{name}.mp4"), 2.0) for name in "ab")
+    with pytest.raises(ValueError, match=r"a\.srt: the link leads out of .*videos; put the file"):
+        subtitle_text(a)
+    assert "Hello, world." in subtitle_text(b)
+    renderer = ChatRenderer.from_folder(processor_folder(), "image", subtitles=True)
+    with pytest.raises(ValueError, match=r"a\.srt: the link"):
+        renderer.check_question(Row("a", a, "What is said?", "Hello", "oe"))
+    renderer.check_question(Row("b", b, "What is said?", "Hello", "oe"))
+
+
 def test_they_stand_in_prompts_and_conversations_when_asked_for(video):
     shown, plain = (
         ChatRenderer.from_folder(processor_folder(), texts=PromptTexts("", ""), subtitles=wanted)
