@@ -13,6 +13,10 @@ Blocks do not nest. A closing tag belongs to the tag before it if that is its op
 whose neighbour does not fit is opened or closed in vain. Between `<think>` and `</think>` other
 tags are only spoken of, as in `parse_tool_calls`: they belong to nothing and disturb nothing. What
 nobody of the policy's side said (prompts, tool responses) holds no tags and ends every block.
+
+What a token holds beside tags is content, unless it is white space: in Qwen's vocabulary
+`<answer>B</answer>` is `<` `answer` `>B` `</` `answer` `>`, and `>B` is the answer, while `>` with a
+line break is a tag. Credit for structure must not touch content (`tag_mask`).
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from paravt_jax.protocol import (
     ANSWER_CLOSE,
@@ -39,21 +43,26 @@ from paravt_jax.records import ArrayLike, pytree
 
 
 def anchor_tags(syntax: str = "tool_call") -> tuple[str, ...]:
-    """Tags at which the format anchor acts: the ones that collapse under temperature sampling.
+    """Tags at which the format anchor acts: all but `<think>`, which begins a turn.
+
+    Calls and answers are treated alike, opening tags included: a turn chooses between them by its
+    opening tag, and where `</think>` is missing that is the tag that stands in its place.
 
     Args:
         syntax: how calls are written, see `paravt_jax.protocol.SYNTAXES`.
     """
-    return (THINK_CLOSE, call_syntax(syntax).close, ANSWER_OPEN, ANSWER_CLOSE)
+    calls = call_syntax(syntax)
+    return (THINK_CLOSE, calls.open, calls.close, ANSWER_OPEN, ANSWER_CLOSE)
 
 
 ANCHOR_TAGS = anchor_tags()
 """Those of the syntax `tool_call`."""
+_WHITE_SPACE = np.frombuffer(b" \t\n\r\v\f", np.uint8)
 
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=("kinds", "blank", "exits", "completes", "continues", "within"),
+    data_fields=("kinds", "blank", "exits", "completes", "continues", "within", "filled"),
     meta_fields=("tags",),
 )
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,6 +82,9 @@ class TagTable:
     """Whether the tag begun in an earlier token is still incomplete after this one."""
     within: Int[ArrayLike, "kind m"]
     """Tags that lie within the token, in order; -1 fills up."""
+    filled: Bool[ArrayLike, "kind state gap"]
+    """Whether content stands before each of the tags within, and after the last (all further gaps
+    are that one). The tag that the token begins counts as a tag."""
     tags: tuple[str, ...]
     """The tags, in the order of their ids."""
 
@@ -90,7 +102,17 @@ class StructuralTokens:
     """Indices in `TagTable.tags` of the tags that a token has bytes of."""
     partners: Int[Array, "b t k"]
     """For an opening tag the first token of its closing tag, for a closing tag the last token of
-    its opening tag: what they enclose lies strictly between. -1 where a tag belongs to no pair."""
+    its opening tag: what they enclose lies strictly between, and in gaps of these two. -1 where a
+    tag belongs to no pair."""
+    astray: Int[Array, "b t k"]
+    """For a tag that cannot stand where it stands, the opening tag whose closing tag is missing
+    there: that of the block still open, or its own if none is open. -1 for all others.
+
+    Astray are a closing tag that closes nothing, an opening tag within an open block, and the first
+    tag in a thought that never ends."""
+    filled: Bool[Array, "b t gap"]
+    """Whether a token has content, bytes of no tag that are no white space, between its k-th tag
+    and the next."""
     counts: Int[Array, "b tag"]
     """How often each tag occurs in each row."""
     paired: Int[Array, "b tag"]
@@ -139,15 +161,17 @@ def tag_table(contents: Sequence[bytes], tags: Sequence[str] = STRUCTURAL_TAGS) 
             tag.isascii() and tag[:1] + tag[-1:] == "<>" and tag.count("<") == 1 == tag.count(">")
         ):
             raise ValueError(f"tag {tag!r} must be of the form <...> without further brackets")
-    rows = _read_tokens([*contents, b""], *_automaton(tags), [len(tag) for tag in tags])
+    forms = [_form(content, [tag.encode() for tag in tags]) for content in [*contents, b""]]
+    number = {form: n for n, form in enumerate(dict.fromkeys(forms))}
+    rows = _read_tokens(list(number), tags)
     _, first, kinds = np.unique(
         np.concatenate([row.reshape(len(row), -1) for row in rows], axis=1),
         axis=0,
         return_index=True,
         return_inverse=True,
     )
-    kinds = kinds.reshape(-1).astype(np.int32)
-    exits, completes, continues, within = (row[first] for row in rows)
+    kinds = kinds.reshape(-1).astype(np.int32)[[number[form] for form in forms]]
+    exits, completes, continues, within, filled = (row[first] for row in rows)
     return TagTable(
         kinds=kinds[:-1],
         blank=np.asarray(kinds[-1]),
@@ -155,6 +179,7 @@ def tag_table(contents: Sequence[bytes], tags: Sequence[str] = STRUCTURAL_TAGS) 
         completes=completes.astype(np.int32),
         continues=continues.astype(bool),
         within=within.astype(np.int32),
+        filled=filled,
         tags=tuple(tags),
     )
 
@@ -178,11 +203,12 @@ def structural_tokens(
     chex.assert_rank(tokens, 2)
     spoken = jnp.ones(tokens.shape, bool) if spoken is None else jnp.asarray(spoken)
     kinds = jnp.where(spoken, jnp.asarray(table.kinds)[tokens], table.blank)
-    completed, first = _completed(kinds, table)
+    before = _states_before(kinds, table)
+    completed, first = _completed(kinds, before, table)
     within = jnp.asarray(table.within)[kinds]
     tags = jnp.concatenate([completed[..., None], within], axis=2)
     slots = tags.shape[2]
-    partners = _partners(tags, spoken, table.tags)
+    partners, astray = _blocks(tags, spoken, table.tags)
     place = jnp.arange(tokens.shape[1])
     begins = jnp.concatenate([first[..., None], jnp.broadcast_to(place[:, None], within.shape)], 2)
     opened = jnp.take_along_axis(begins.reshape(len(begins), -1), jnp.maximum(partners, 0), axis=1)
@@ -190,9 +216,14 @@ def structural_tokens(
     own = jnp.arange(partners.shape[1])
     partners = jnp.where(partners > own, opened, partners // slots).reshape(tags.shape)
     present = tags[..., None] == jnp.arange(len(table.tags))
+    later = _later_tag(completed, first)
+    in_vain = (jnp.asarray(table.exits)[kinds, before] > 0) & (later < 0)
+    last_gap = jnp.arange(slots) >= (within >= 0).sum(axis=2, keepdims=True)
     return StructuralTokens(
-        tags=_with_next(tags, completed, first),
-        partners=_with_next(partners, completed, first),
+        tags=_with_next(tags, later),
+        partners=_with_next(partners, later),
+        astray=_with_next(astray.reshape(tags.shape), later),
+        filled=jnp.asarray(table.filled)[kinds, before] | (in_vain[..., None] & last_gap),
         counts=present.sum(axis=(1, 2)),
         paired=(present & (partners >= 0)[..., None]).sum(axis=(1, 2)),
     )
@@ -204,34 +235,75 @@ def tag_mask(
     tags: Sequence[str] = STRUCTURAL_TAGS,
     only_paired: bool = False,
 ) -> Bool[Array, "b t"]:
-    """Where a token has bytes of one of these tags; with `only_paired`, of one that belongs to a
-    pair."""
+    """Where a token is part of one of these tags and holds no content; with `only_paired`, of one
+    that belongs to a pair."""
     wanted = jnp.array([*(tag in tags for tag in table.tags), False])[found.tags]
-    return (wanted & (found.partners >= 0) if only_paired else wanted).any(axis=2)
+    wanted = wanted & (found.partners >= 0) if only_paired else wanted
+    return wanted.any(axis=2) & ~found.filled.any(axis=2)
 
 
-def _completed(
-    kinds: Int[Array, "b t"], table: TagTable
-) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
-    """Tag that each token completes after others began it, or -1; and the first of those others."""
-    exits, completes, continues = map(jnp.asarray, (table.exits, table.completes, table.continues))
+def tag_credit(
+    found: StructuralTokens,
+    table: TagTable,
+    tags: Sequence[str],
+    thinking: Float[ArrayLike, "b t"],
+    acting: Float[ArrayLike, "b t"],
+    only_paired: bool = False,
+) -> Float[Array, "b t"]:
+    """What the parts of a turn's anchor are to its tags: praise to those in place, blame to those
+    astray, and nothing to a tag for what another one lacks.
+
+    A part above 0 goes to the tags that belong to a pair: `thinking` to `</think>`, `acting` to
+    those of calls and answers. One below 0 goes to the tags that are astray, by the closing tag
+    that is missing where they stand. A token of several tags gets the sum, one with content 0.
+
+    Args:
+        found: the tags of the streams.
+        table: what found them.
+        tags: the tags to credit.
+        thinking, acting: normalised parts of the anchor of the turn that a token belongs to.
+        only_paired: credit tags that belong to a pair only.
+    """
+    thinking, acting = jnp.asarray(thinking)[..., None], jnp.asarray(acting)[..., None]
+    thought = jnp.array([*(tag in (THINK_OPEN, THINK_CLOSE) for tag in table.tags), False])
+    praise = jnp.maximum(jnp.where(thought[found.tags], thinking, acting), 0.0)
+    blame = jnp.minimum(jnp.where(thought[found.astray], thinking, acting), 0.0)
+    credit = jnp.where(found.partners >= 0, praise, 0.0)
+    if not only_paired:
+        credit += jnp.where(found.astray >= 0, blame, 0.0)
+    wanted = jnp.array([*(tag in tags for tag in table.tags), False])[found.tags]
+    return jnp.where(tag_mask(found, table, tags), (wanted * credit).sum(axis=2), 0.0)
+
+
+def _states_before(kinds: Int[Array, "b t"], table: TagTable) -> Int[Array, "b t"]:
+    """State of the automaton before each token."""
+    exits = jnp.asarray(table.exits)
 
     def forward(_, state):
         return exits[kinds, _from_left(state, 0)]
 
     longest = max(len(tag) for tag in table.tags)
-    before = _from_left(jax.lax.fori_loop(0, longest, forward, jnp.zeros_like(kinds)), 0)
+    return _from_left(jax.lax.fori_loop(0, longest, forward, jnp.zeros_like(kinds)), 0)
+
+
+def _completed(
+    kinds: Int[Array, "b t"], before: Int[Array, "b t"], table: TagTable
+) -> tuple[Int[Array, "b t"], Int[Array, "b t"]]:
+    """Tag that each token completes after others began it, or -1; and the first of those others."""
+    exits, completes, continues = map(jnp.asarray, (table.exits, table.completes, table.continues))
     begins = (exits[kinds, before] > 0) & ~continues[kinds, before]
     return completes[kinds, before], _last_before(begins)
 
 
-def _partners(
+def _blocks(
     tags: Int[Array, "b t m"], spoken: Bool[Array, "b t"], names: Sequence[str]
-) -> Int[Array, "b e"]:
-    """Where among the `e = t * m` places the partner of each tag stands; -1 if it has none."""
+) -> tuple[Int[Array, "b e"], Int[Array, "b e"]]:
+    """Where among the `e = t * m` places the partner of each tag stands, and `astray` of each
+    place."""
     opening = jnp.array(
         [names.index(n.replace("/", "")) if _closes(n, names) else -1 for n in names]
     )
+    opens_block = jnp.array([*(f"</{name[1:]}" in names for name in names), False])
     thought = jnp.array([*(name in (THINK_OPEN, THINK_CLOSE) for name in names), False])
     think_open = names.index(THINK_OPEN) if THINK_OPEN in names else len(names)
     flat = tags.reshape(len(tags), -1)
@@ -240,26 +312,33 @@ def _partners(
     thinking = _at(flat, _last_before(bounds)) == think_open
     live = bounds | ((flat >= 0) & ~thinking)
     before = _last_before(live)
-    closes = live & (flat >= 0) & (_at(flat, before) >= 0) & (opening[flat] == _at(flat, before))
+    left = _at(flat, before)
+    closes = live & (flat >= 0) & (left >= 0) & (opening[flat] == left)
     after = _next_after(live)
     opens = live & (flat >= 0) & _at(closes, after, False)
-    return jnp.where(closes, before, jnp.where(opens, after, -1))
+    partners = jnp.where(closes, before, jnp.where(opens, after, -1))
+    lost = live & (flat >= 0) & ~closes
+    astray = jnp.where(opens_block[left], left, opening[flat])
+    endless = thinking & ~_at(thought[flat], _next_after(bounds), False)
+    first = _last_before((flat >= 0) | silent) == _last_before(bounds)
+    in_its_place = (flat >= 0) & ~live & endless & first
+    return partners, jnp.where(lost, astray, jnp.where(in_its_place, think_open, -1))
 
 
 def _closes(name: str, names: Sequence[str]) -> bool:
     return name.startswith("</") and name.replace("/", "") in names
 
 
-def _with_next(
-    values: Int[Array, "b t m"], completed: Int[Array, "b t"], first: Int[Array, "b t"]
-) -> Int[Array, "b t k"]:
-    """Values of the tags that end in a token, and of the one that later tokens complete after it
-    or earlier ones began it."""
+def _later_tag(completed: Int[Array, "b t"], first: Int[Array, "b t"]) -> Int[Array, "b t"]:
+    """The token that completes a tag that each token begins or continues; -1 if none does."""
     later = _next_after(completed >= 0)
     place = jnp.arange(completed.shape[1])
-    begun = (later >= 0) & (_at(first, later) <= place)
-    following = jnp.where(begun, _at(values[..., 0], later), -1)
-    return jnp.concatenate([values, following[..., None]], axis=2)
+    return jnp.where((later >= 0) & (_at(first, later) <= place), later, -1)
+
+
+def _with_next(values: Int[Array, "b t m"], later: Int[Array, "b t"]) -> Int[Array, "b t k"]:
+    """Values of the tags that end in a token, and of the one that a later token completes."""
+    return jnp.concatenate([values, _at(values[..., 0], later)[..., None]], axis=2)
 
 
 def _automaton(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -280,35 +359,45 @@ def _automaton(tags: Sequence[str]) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return moves, hits, np.array([len(prefix) for prefix in prefixes])
 
 
-def _read_tokens(
-    contents: Sequence[bytes],
-    moves: np.ndarray,
-    hits: np.ndarray,
-    depths: np.ndarray,
-    tag_lengths: Sequence[int],
-) -> tuple[np.ndarray, ...]:
-    """Let every token act on every state: exits, completes, continues, within.
+def _form(content: bytes, tags: Sequence[bytes]) -> bytes:
+    """A token that moves the automaton alike: most of a vocabulary has nothing of a tag."""
+    if b"<" in content or b">" in content or any(content in tag for tag in tags):
+        return content
+    return b"\0" if content.strip() else b" "
+
+
+def _read_tokens(contents: Sequence[bytes], tags: Sequence[str]) -> tuple[np.ndarray, ...]:
+    """Let every token act on every state: exits, completes, continues, within, filled.
 
     All tokens that have an nth byte take their nth step at once.
     """
+    moves, hits, depths = _automaton(tags)
+    tag_lengths = np.array([len(tag) for tag in tags])
     lengths = np.array([len(content) for content in contents])
-    longest = lengths.max(initial=0)
     states = np.tile(np.arange(len(moves), dtype=np.int16), (len(contents), 1))
     completes = np.full_like(states, -1)
-    within = np.full((len(contents), longest // min(tag_lengths)), -1, np.int16)
+    most = max(sum(content.count(tag.encode()) for tag in tags) for content in contents)
+    within = np.full((len(contents), most), -1, np.int16)
+    filled = np.zeros((*states.shape, most + 1), bool)
     held = np.zeros(len(contents), np.int64)
-    for step in range(longest):
+    for step in range(lengths.max(initial=0)):
         rows = np.flatnonzero(lengths > step)
         byte = np.array([contents[int(row)][step] for row in rows])[:, None]
-        found = hits[states[rows], byte]
-        states[rows] = moves[states[rows], byte]
-        begun_before = np.array(tag_lengths)[found] > step + 1
+        before, found = states[rows], hits[states[rows], byte]
+        states[rows] = moves[before, byte]
+        begun_before = tag_lengths[found] > step + 1
         completes[rows] = np.where((found >= 0) & begun_before, found, completes[rows])
+        of_tag = (found >= 0) | (depths[states[rows]] == depths[before] + 1)
+        given_up = np.minimum(depths[before], step) > 0
+        plain = (states[rows] == 0) & ~np.isin(byte, _WHITE_SPACE)
+        filled[rows, :, held[rows]] |= ~of_tag & (given_up | plain)
         whole = (found[:, 0] >= 0) & ~begun_before[:, 0]
         within[rows[whole], held[rows[whole]]] = found[whole, 0]
         held[rows[whole]] += 1
     states[lengths == 0] = 0
-    return states, completes, depths[states] > lengths[:, None], within[:, : held.max(initial=0)]
+    last_gap = np.take_along_axis(filled, held[:, None, None], axis=2)
+    filled |= last_gap & (np.arange(most + 1) >= held[:, None, None])
+    return states, completes, depths[states] > lengths[:, None], within, filled
 
 
 def _from_left(values: Shaped[Array, "b t"], edge: int | bool) -> Shaped[Array, "b t"]:

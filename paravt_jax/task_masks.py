@@ -6,13 +6,18 @@ last answer do not see the first video; so that each next clip is found from the
 reasoning, and not copied from the clips before, the words of all calls but the first do not see
 the clips. The masks act on some of the rows only, a share that is drawn.
 
+A word is predicted at the token before it, and the first one at a token of the opening tag. The
+source leaves tags alone: there that token sees the video, and where the tokenizer glues a word to
+the tag (in Qwen's, `<answer>B</answer>` is `<` `answer` `>B` `</` `answer` `>`) it is all that
+decides a one-letter answer. So a token that holds words of a span counts as one of its words, and
+the token that predicts the first word is masked with them, unless `sft.mask_predictor` is off.
+
 A mask is two small numbers per token, bits of what it is and of what it may not see. No array of
 queries times keys is stored, and attention needs a single `&` per pair.
 """
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
@@ -31,11 +36,13 @@ def task_masks(
     videos: Int[ArrayLike, "b t"],
     rows: Bool[ArrayLike, " b"],
     tags: TagTable,
+    predictor: bool = True,
 ) -> HiddenKeys:
     """Task-decoupled attention masks of episodes (TDAM).
 
-    The content of a span is what stands between two tags that belong together (see
-    `structural_tokens`); the tags themselves, the reasoning and an unclosed span see everything.
+    The words of a span are the tokens between two tags that belong together (see
+    `structural_tokens`), and those that hold a tag's bytes and content of the span. Other tokens
+    of tags, white space glued to them included, the reasoning and an unclosed span see everything.
 
     Args:
         tokens: whole streams.
@@ -43,6 +50,8 @@ def task_masks(
         videos: 1 for a vision token of the first video, 2 for one of a later one, 0 for words.
         rows: the rows to mask; one that shows a single video is left alone.
         tags: must hold the tags of `<answer>` and `<grounding>`.
+        predictor: mask also the token that predicts the first word of a span; False, as in the
+            source, masks words alone.
 
     Raises:
         ValueError: `tags` lacks one of them.
@@ -50,26 +59,24 @@ def task_masks(
     if missing := [tag for tag in (*ANSWER, *CALL) if tag not in tags.tags]:
         raise ValueError(f"tags lacks {', '.join(missing)}; tabulate them too (`tag_table`)")
     found = structural_tokens(tokens, tags, written)
-    answers, calls = (_closings(found, tags.tags.index(opening)) for opening, _ in (ANSWER, CALL))
-    answer, call = _content(answers), _content(calls)
-    last = jnp.max(answers, axis=1, keepdims=True)
-    first = jnp.min(jnp.where(calls > 0, calls, calls.shape[1]), axis=1, keepdims=True)
-    blind = jnp.where((answer > 0) & (answer == last), FIRST_VIDEO, 0)
-    blind |= jnp.where(call > first, LATER_VIDEOS, 0)
+    answers, calls = (_spans(found, *map(tags.tags.index, pair)) for pair in (ANSWER, CALL))
+    last = found.paired[:, tags.tags.index(ANSWER_OPEN), None, None]
+    blind = jnp.where(((answers > 0) & (answers == last)).any(axis=2), FIRST_VIDEO, 0)
+    blind |= jnp.where((calls > 1).any(axis=2), LATER_VIDEOS, 0)
+    if predictor:
+        blind |= jnp.pad(blind[:, 1:], [(0, 0), (0, 1)])
     acts = jnp.asarray(rows)[:, None] & jnp.any(jnp.asarray(videos) > 1, axis=1, keepdims=True)
     return HiddenKeys(jnp.where(acts, blind, 0), jnp.asarray(videos))
 
 
-def _closings(found: StructuralTokens, opening: int) -> Int[Array, "b t"]:
-    """At the tokens of each opening tag that is closed, where its closing tag begins; else 0."""
-    paired = (found.tags == opening) & (found.partners >= 0)
-    return jnp.max(jnp.where(paired, found.partners, 0), axis=2)
-
-
-def _content(closings: Int[Array, "b t"]) -> Int[Array, "b t"]:
-    """At what stands between tags, where the closing one begins, which tells spans apart; else
-    0."""
-    place = jnp.arange(closings.shape[1])
-    opening = jax.lax.cummax(jnp.where(closings > 0, place, -1), axis=1)
-    end = jnp.take_along_axis(closings, jnp.maximum(opening, 0), axis=1)
-    return jnp.where((opening >= 0) & (opening < place) & (place < end), end, 0)
+def _spans(found: StructuralTokens, opening: int, closing: int) -> Int[Array, "b t gap"]:
+    """Number of the span, counted from 1 in each row, whose content stands in each gap between the
+    tags of each token; 0 where there is none."""
+    ended = found.tags[..., :-1]
+    shape, paired = ended.shape, found.partners[..., :-1] >= 0
+    opened, closed = (
+        jnp.cumsum(((ended == tag) & paired).reshape(shape[0], -1), axis=1).reshape(shape)
+        for tag in (opening, closing)
+    )
+    bare = jnp.all(found.tags < 0, axis=2, keepdims=True)
+    return jnp.where((opened > closed) & (found.filled | bare), opened, 0)

@@ -24,6 +24,8 @@ class TaskMasking:
     seed: int
     tags: TagTable
     """What finds answers and calls."""
+    predictor: bool = True
+    """Whether the token that predicts the first word of a span is masked too."""
 
     def __call__(
         self, batch: LearnerBatch, streams: Sequence[Stream], place: Sequence[int]
@@ -39,7 +41,7 @@ class TaskMasking:
 
     @functools.cached_property
     def _masks(self):
-        return jax.jit(task_masks)
+        return jax.jit(functools.partial(task_masks, predictor=self.predictor))
 
 
 def prompt_lengths(streams: Sequence[Stream]) -> np.ndarray:

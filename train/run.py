@@ -254,11 +254,11 @@ class Run:
 
     def _masking(self) -> TaskMasking | None:
         """What hides tokens from supervised rows, if the run asks for it."""
-        share = self.config.sft.task_masks
-        if not share:
+        sft = self.config.sft
+        if not sft.task_masks:
             return None
         tags = self.model.tags(self.config, self.renderer)
-        return TaskMasking(share, self.config.seed, tags)
+        return TaskMasking(sft.task_masks, self.config.seed, tags, sft.mask_predictor)
 
     def _subagent_length(self) -> int:
         """Most tokens of a sub-agent's stream; says for which shapes the learner compiles."""

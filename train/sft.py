@@ -81,6 +81,10 @@ class SftSettings:
     task_masks: Annotated[float, within(0, 1)] = 0.0
     """Share of rows whose last answer does not see the overview and whose later calls do not see
     earlier clips (Video-o3's task-decoupled attention masks; its share is 0.1)."""
+    mask_predictor: bool = True
+    """Whether `task_masks` also act on the token that predicts the first word of an answer or a
+    call. False, as in the source, lets the tag before it see the video: then one-letter answers are
+    hardly masked."""
 
     def check(self) -> None:
         """Refuse values that make no sense, or no difference.
@@ -88,6 +92,10 @@ class SftSettings:
         Raises:
           ValueError: naming the setting.
         """
+        if not (self.mask_predictor or self.task_masks):
+            raise ValueError(
+                "sft.mask_predictor=false has no effect with sft.task_masks=0; leave it out"
+            )
         if self.phases:
             self._check_phases()
         else:

@@ -1,5 +1,6 @@
 """Structural positions against a plain search in the bytes, on an adversarial byte-level BPE."""
 
+import dataclasses
 import random
 import re
 
@@ -73,71 +74,109 @@ def table(contents):
     return tag_table(contents)
 
 
+@dataclasses.dataclass
+class Found:
+    """A tag in a row: its first and last token and byte, and the tags that it has to do with."""
+
+    tag: str
+    first: int
+    last: int
+    start: int
+    stop: int
+    partner: "Found | None" = None
+    astray: str = ""
+
+
 def read_by_hand(ids, spoken, contents, tags):
     """What stands in one row, by joining bytes and reading tags one after the other.
 
     An id without bytes, or one that nobody spoke, is written as a zero byte, which no tag holds.
 
-    Returns occurrences `[tag, first token, last token, place of the partner in this list]`.
+    Returns the tags, and `(token, byte)` of all that is spoken.
     """
     pieces = [(contents[i] if own else b"") or b"\0" for i, own in zip(ids, spoken, strict=True)]
-    token_of = [number for number, piece in enumerate(pieces) for _ in piece]
+    text, token_of = b"".join(pieces), [n for n, piece in enumerate(pieces) for _ in piece]
     pattern = b"|".join(re.escape(tag.encode()) for tag in tags)
     found = []
-    for match in re.finditer(pattern, b"".join(pieces)):
-        tag = tags.index(match.group().decode())
-        found.append([tag, token_of[match.start()], token_of[match.end() - 1], None])
-    block, opened, seen = None, None, 0
-    for number, (tag, first, last, _) in enumerate(found):
-        if not all(spoken[seen : first + 1]):
-            block = None
-        seen = last
-        kind, closing = tags[tag].strip("</>"), tags[tag].startswith("</")
-        if block == "think" and kind != "think":
+    for match in re.finditer(pattern, text):
+        tokens = token_of[match.start()], token_of[match.end() - 1]
+        found.append(Found(match.group().decode(), *tokens, *match.span()))
+    relate(found, spoken)
+    heard = [spoken[token] and bool(contents[ids[token]]) for token in token_of]
+    return found, [(token_of[at], at, text[at : at + 1]) for at, own in enumerate(heard) if own]
+
+
+def relate(found, spoken):
+    """Fill in which tags belong together and which are astray."""
+    opened, after_opened, seen = None, 0, 0
+    for number, own in enumerate(found):
+        if not all(spoken[seen : own.first + 1]):
+            opened = None
+        seen = own.last
+        block, closes = opened.tag if opened else "", own.tag.startswith("</")
+        if block == "<think>" and own.tag.strip("</>") != "think":
+            rest = [f for f in found[number:] if all(spoken[own.first : f.first + 1])]
+            endless = not any(f.tag.strip("</>") == "think" for f in rest)
+            own.astray = "<think>" if endless and after_opened == number else ""
             continue
-        if closing and block == kind:
-            found[number][3], found[opened][3] = opened, number
-        block, opened = (None, None) if closing else (kind, number)
-    return found
+        if closes and block == own.tag.replace("/", ""):
+            own.partner, opened.partner = opened, own
+        elif block or closes:
+            own.astray = block or own.tag.replace("/", "")
+        opened, after_opened = (None if closes else own), number + 1
 
 
-def as_columns(found, length, tags, width):
-    """`tags`, `partners`, `counts` and `paired` of one row, as `structural_tokens` gives them."""
-    names, partners = np.full((2, length, width), -1)
+def as_columns(found, heard, shape, tags):
+    """`tags`, `partners`, `astray`, `filled`, `counts` and `paired` of one row, as
+    `structural_tokens` gives them."""
+    length, width = shape
+    names, partners, astray = np.full((3, length, width), -1)
     counts, paired = np.zeros((2, len(tags)), int)
     at = [[] for _ in range(length)]
-    for number, (tag, first, last, partner) in enumerate(found):
+    for own in found:
         where = -1
-        if partner is not None:
-            where = found[partner][1] if partner > number else found[partner][2]
-        for token in range(first, last + 1):
-            at[token].append((tag, where))
-        counts[tag] += 1
-        paired[tag] += partner is not None
+        if own.partner is not None:
+            where = own.partner.first if own.partner.start > own.start else own.partner.last
+        lacks = tags.index(own.astray) if own.astray else -1
+        for token in range(own.first, own.last + 1):
+            at[token].append((tags.index(own.tag), where, lacks))
+        counts[tags.index(own.tag)] += 1
+        paired[tags.index(own.tag)] += own.partner is not None
     for token, touched in enumerate(at):
-        for place, (tag, where) in enumerate(touched):
-            names[token, place], partners[token, place] = tag, where
-    return names, partners, counts, paired
+        for place, values in enumerate(touched):
+            names[token, place], partners[token, place], astray[token, place] = values
+    return names, partners, astray, gaps(found, heard, length, width - 1), counts, paired
+
+
+def gaps(found, heard, length, count):
+    """Which gaps between the tags of a token have content; those after the last are one."""
+    filled = np.zeros((length, count), bool)
+    whole = [[f for f in found if f.first == f.last == token] for token in range(length)]
+    inside = {at for own in found for at in range(own.start, own.stop)}
+    for token, at, byte in heard:
+        if at not in inside and byte.strip():
+            gap = sum(own.stop <= at for own in whole[token])
+            filled[token, gap : None if gap == len(whole[token]) else gap + 1] = True
+    return filled
 
 
 def in_order(result):
-    """Tags and partners of each token without the gaps between them."""
+    """Tags, partners and astray of each token without the gaps between them, and `filled`."""
     order = np.argsort(np.asarray(result.tags) < 0, axis=2, kind="stable")
-    return [
-        np.take_along_axis(np.asarray(x), order, axis=2) for x in (result.tags, result.partners)
-    ]
+    columns = (result.tags, result.partners, result.astray)
+    return *(np.take_along_axis(np.asarray(x), order, axis=2) for x in columns), result.filled
 
 
 def agrees(batch, spoken, contents, table):
     """Compare every position of every row with the reading by hand."""
     result = structural_tokens(batch, table, spoken)
-    width = result.tags.shape[2]
+    shape = result.tags.shape[1:]
     rows = [
-        as_columns(read_by_hand(ids, own, contents, table.tags), len(ids), table.tags, width)
+        as_columns(*read_by_hand(ids, own, contents, table.tags), shape, table.tags)
         for ids, own in zip(batch.tolist(), spoken.tolist(), strict=True)
     ]
-    names, partners, counts, paired = (np.array(column) for column in zip(*rows, strict=True))
-    for got, expected in zip(in_order(result), (names, partners), strict=True):
+    *places, counts, paired = (np.array(column) for column in zip(*rows, strict=True))
+    for got, expected in zip(in_order(result), places, strict=True):
         np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(result.counts, counts)
     np.testing.assert_array_equal(result.paired, paired)
@@ -179,7 +218,11 @@ def test_every_position_agrees_with_a_search_in_the_bytes(tokenizer, contents, t
     result = agrees(batch, partly_spoken(*batch.shape), contents, table)
     counts, paired = np.asarray(result.counts).sum(axis=0), np.asarray(result.paired).sum(axis=0)
     assert paired.min() > COUNT / 40 and (counts - paired).min() > COUNT / 40
-    assert (np.asarray(result.tags) >= 0).any(axis=2).mean() > 0.1
+    tags, astray, filled = map(np.asarray, (result.tags, result.astray, result.filled))
+    assert (tags >= 0).any(axis=2).mean() > 0.1
+    assert (astray >= 0).any(axis=2).mean() > 0.01
+    glued = filled.any(axis=2) & (tags >= 0).any(axis=2)
+    assert glued.sum() > COUNT / 40 and (filled[..., :-1] & ~filled[..., 1:]).any()
 
 
 def test_every_position_of_the_needle_tokenizer_agrees(tmp_path):
@@ -285,7 +328,7 @@ def test_columns_before_and_after_change_nothing(tokenizer, contents, table):
 
 def test_the_table_is_an_argument_not_a_constant(table):
     leaves = jax.tree.leaves(table)
-    assert len(leaves) == 6
+    assert len(leaves) == 7
     assert table.exits.shape[0] < len(table.kinds)
 
 
@@ -302,3 +345,45 @@ def test_vocabularies_that_are_not_byte_level_are_refused():
 def test_an_embedding_smaller_than_the_vocabulary_is_refused():
     with pytest.raises(ValueError, match="size=1"):
         token_bytes({"a": 0, "b": 1}, {}, size=1)
+
+
+# --- Tokens that hold a tag and content -----------------------------------------------------------
+
+GLUED = ["<", "answer", ">", ">B", ">The", ">\n", "</", ".</", "B", " man", "x<", "<answer>", "\n"]
+"""Splits as in Qwen's vocabulary, and two that it does not have."""
+
+
+def credited(pieces, tags=ANCHOR_TAGS):
+    """Which tokens of a row, given as texts, a `tag_mask` chooses."""
+    table = tag_table([piece.encode() for piece in GLUED])
+    tokens = np.array([[GLUED.index(piece) for piece in pieces]])
+    chosen = np.asarray(tag_mask(structural_tokens(tokens, table), table, tags))[0]
+    return [piece for piece, own in zip(pieces, chosen, strict=True) if own]
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (("<", "answer", ">", "B", "</", "answer", ">"), "< answer > </ answer >"),
+        (("<", "answer", ">B", "</", "answer", ">"), "< answer </ answer >"),
+        (("<", "answer", ">The", " man", "</", "answer", ">"), "< answer </ answer >"),
+        (("<", "answer", ">B", ".</", "answer", ">\n"), "< answer answer >\n"),
+        (("<", "answer", ">\n", "B", "\n", "</", "answer", ">"), "< answer >\n </ answer >"),
+        (("x<", "answer", ">B"), "answer"),
+        (("<answer>", "B", "</", "answer", ">The"), "<answer> </ answer"),
+        (("<", "answer", "B", "<", "answer", ">"), "< answer >"),
+    ],
+)
+def test_tags_are_chosen_and_content_that_shares_a_token_is_not(pieces, expected):
+    assert " ".join(credited(pieces)) == expected
+
+
+def test_most_of_a_vocabulary_moves_the_automaton_alike(contents, table):
+    """Tokens are read by one representative of theirs; one by one they give the same table."""
+    words = [b"answering", b"an answer", b"\r\n ", b"\n x", b"no>", b"thin", b"e", b" ", b""]
+    alone = tag_table(words)
+    for number, word in enumerate(words):
+        own = tag_table([word])
+        for name in ("exits", "completes", "continues", "filled"):
+            got = getattr(alone, name)[alone.kinds[number]]
+            np.testing.assert_array_equal(got, getattr(own, name)[own.kinds[0]], str(word))

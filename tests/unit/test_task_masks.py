@@ -1,6 +1,7 @@
 """Task-decoupled attention masks against a plain oracle that looks at every pair of tokens."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -21,6 +22,7 @@ pytestmark = pytest.mark.slow
 TAGS = SYNTAXES["grounding"].tags
 # A tag can be one token or several, and a token can hold the end of one and more besides.
 PIECES = [*TAGS, "<", "answer", ">", "</", "grounding", "ground", "ing>", ">x", "a", "b", "<think"]
+PIECES += [">B", ".</", ">\n", "<answer>B</answer>", "</answer><answer>"]
 IDS = {piece: index for index, piece in enumerate(PIECES)}
 TABLE = tag_table([piece.encode() for piece in PIECES], TAGS)
 VIDEO = IDS["a"]
@@ -28,8 +30,9 @@ VIDEO = IDS["a"]
 
 
 def oracle_spans(row, written, name):
-    """Content of each closed span: the tokens between two tags that follow each other. What was
-    not written ends everything; tags within thoughts are only spoken of."""
+    """Content of each closed span: the tokens between two tags that follow each other, and those
+    with letters between them. What was not written ends everything; tags within thoughts are only
+    spoken of."""
     text, owner = "", []
     for place, token in enumerate(row):
         piece = PIECES[token] if written[place] else "\x00"
@@ -39,21 +42,25 @@ def oracle_spans(row, written, name):
         tag = next((tag for tag in (*TAGS, "\x00") if text.startswith(tag, at)), None)
         if tag in ("<think>", "</think>", "\x00") or (tag and not thinking):
             thinking = tag == "<think>" or (thinking and tag not in ("</think>", "\x00"))
-            marks.append((tag, owner[at], owner[at + len(tag) - 1]))
-    pairs = itertools.pairwise(marks)
-    return [range(a[2] + 1, b[1]) for a, b in pairs if (a[0], b[0]) == (f"<{name}>", f"</{name}>")]
+            marks.append((tag, at, at + len(tag)))
+    spans = []
+    for (first, _, start), (second, stop, _) in itertools.pairwise(marks):
+        if (first, second) == (f"<{name}>", f"</{name}>"):
+            between = range(owner[start - 1] + 1, owner[stop])
+            spans.append({*between, *(owner[i] for i in range(start, stop) if text[i].strip())})
+    return spans
 
 
-def oracle(row, written, videos, active):
+def oracle(row, written, videos, active, predictor):
     """Whether query i sees key j, for each pair."""
     visible = np.ones((len(row), len(row)), bool)
     if not active or videos.max() < 2:
         return visible
     for place in (*oracle_spans(row, written, "answer")[-1:],):
-        for i in place:
+        for i in place | {i - 1 for i in place if predictor and i}:
             visible[i, videos == 1] = False
     for place in oracle_spans(row, written, "grounding")[1:]:
-        for i in place:
+        for i in place | {i - 1 for i in place if predictor and i}:
             visible[i, videos == 2] = False
     return visible
 
@@ -67,12 +74,14 @@ def random_rows(rng, count, length):
     return tokens, videos, rng.random((count, length)) < 0.95, rng.random(count) < 0.8
 
 
-def test_masks_equal_the_oracle_on_random_streams():
+@pytest.mark.parametrize("predictor", [True, False])
+def test_masks_equal_the_oracle_on_random_streams(predictor):
     rng = np.random.default_rng(0)
     tokens, videos, written, rows = random_rows(rng, 600, 40)
-    got = jax.jit(task_masks)(tokens, written, videos, rows, TABLE).visible(40, 40)
+    masks = jax.jit(functools.partial(task_masks, predictor=predictor))
+    got = masks(tokens, written, videos, rows, TABLE).visible(40, 40)
     for index, row in enumerate(tokens):
-        want = oracle(row, written[index], videos[index], rows[index])
+        want = oracle(row, written[index], videos[index], rows[index], predictor)
         np.testing.assert_array_equal(got[index], want, str([PIECES[t] for t in row]))
     hidden = ~np.asarray(got)
     assert hidden[:, :, :][rows].any() and not hidden[~rows].any()
@@ -100,10 +109,33 @@ def test_an_episode_by_hand():
     want[parts.index("<answer>") + 1] = 1
     second = [at for at, part in enumerate(parts) if part == "<grounding>"][1]
     want[second + 1] = 2
+    alone = task_masks(tokens, written, videos, np.ones(1, bool), TABLE, predictor=False)
+    np.testing.assert_array_equal(alone.blind[0], want)
+    want[:-1] |= want[1:]
     np.testing.assert_array_equal(masks.blind[0], want)
     whole = masks.visible(len(parts), len(parts))
     part = masks.visible(3, second + 2, first=second)
     np.testing.assert_array_equal(part, whole[:, second : second + 3, : second + 2])
+
+
+@pytest.mark.parametrize(
+    ("parts", "predictor", "blind"),
+    [
+        # As Qwen's tokenizer splits an answer of one letter, of words, and after a line break.
+        (("<", "answer", ">B", "</", "answer", ">"), False, (2,)),
+        (("<", "answer", ">B", "</", "answer", ">"), True, (1, 2)),
+        (("<", "answer", ">B", "b", ".</", "answer", ">"), False, (2, 3, 4)),
+        (("<", "answer", ">\n", "b", "</", "answer", ">"), False, (3,)),
+        (("<", "answer", ">\n", "b", "</", "answer", ">"), True, (2, 3)),
+        (("a", "<answer>B</answer>", "a"), True, (0, 1)),
+    ],
+)
+def test_an_answer_that_shares_tokens_with_its_tags(parts, predictor, blind):
+    """No token that decides the answer sees the overview: neither the letter nor, unless asked as
+    in the source, the token at which it is predicted."""
+    tokens, written, videos = stream(1, 2, *parts)
+    masks = task_masks(tokens, written, videos, np.ones(1, bool), TABLE, predictor)
+    assert np.flatnonzero(masks.blind[0]).tolist() == [2 + place for place in blind]
 
 
 def test_one_video_or_an_undrawn_row_is_left_alone():
@@ -159,7 +191,8 @@ def test_masked_rows_are_a_share_that_is_drawn_for_each_batch_anew():
     np.testing.assert_array_equal(first.kinds, np.repeat(videos, count, axis=0))
     rows = np.asarray(first.blind).any(axis=1)
     assert 20 < rows.sum() < 70
-    want = np.where(np.arange(len(parts)) == parts.index("<answer>") + 1, 1, 0)
+    answer = parts.index("<answer>")
+    want = np.isin(np.arange(len(parts)), (answer, answer + 1)).astype(int)
     assert (np.asarray(first.blind)[rows] == want).all()
     for place, same in (((0, 0), True), ((0, 400), False), ((1, 0), False)):
         again = masking(batch, streams, place).hidden_keys

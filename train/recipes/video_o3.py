@@ -21,7 +21,9 @@ no weight in the loss nor, as there, a say in the choice of groups. Its reward c
 
 Different here: at most 256 vision tokens for a pair of frames instead of 768, because every frame
 of a run is padded to the largest; no least number for a clip as a whole; an unreadable call is
-answered with an error and may be tried again; responses come through the chat template.
+answered with an error and may be tried again; responses come through the chat template; the masks
+also act on the token that predicts the first word of a span (the source's: `--set
+sft.mask_predictor=false`).
 """
 
 import dataclasses
