@@ -8,6 +8,7 @@ Everywhere, index t of a token-level array concerns the token at t (not the pred
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from typing import Annotated
 
 import chex
@@ -101,6 +102,33 @@ def rollout_advantages(
     if not config.difficulty_weighted:
         return advantages
     return advantages * difficulty_weights(rewards if difficulty is None else difficulty)
+
+
+def turn_advantages(
+    values: Float[np.ndarray, "p g n"],
+    config: AdvantageConfig,
+    difficulty: Float[np.ndarray, "p g"],
+) -> Float[np.ndarray, "p g n"]:
+    """`rollout_advantages` of each turn among the turns of the same number.
+
+    What one turn earns depends on no other turn of its rollout.
+
+    Args:
+        values: of each turn; NaN where a rollout has no such turn, whose advantage is 0.
+        config: how they are normalised.
+        difficulty: the whole rewards, see `rollout_advantages`.
+    """
+    plain = dataclasses.replace(config, difficulty_weighted=False)
+    pools = [slice(None)] if config.normalise == "batch" else range(len(values))
+    advantages = np.zeros(values.shape)
+    for pool, turn in itertools.product(pools, range(values.shape[2])):
+        present = np.isfinite(values[pool, ..., turn])
+        if present.any():
+            own = rollout_advantages(values[pool, ..., turn][present][None], plain)
+            advantages[pool, ..., turn][present] = own[0]
+    if config.difficulty_weighted:
+        advantages *= difficulty_weights(difficulty)[..., None]
+    return advantages
 
 
 def shape_rewards(
@@ -296,26 +324,24 @@ def whiten(
 
 def anchored_advantages(
     task: Float[ArrayLike, " b"],
-    anchor: Float[ArrayLike, " b"],
-    structural: Bool[ArrayLike, "b t"],
+    anchor: Float[ArrayLike, "b t"],
     mask: Shaped[ArrayLike, "b t"],
     weight: float | int,
 ) -> Float[Array, "b t"]:
-    """A_t = A_task + weight * s_t * A_anchor on generated tokens, 0 elsewhere.
+    """A_t = A_task + weight * A_anchor,t on generated tokens, 0 elsewhere.
 
     The "position" reading of ParaVT's selective anchoring (project page of arXiv 2605.20342):
-    the anchored part of the format reward acts only where s_t = 1, on structural tokens.
+    the anchored part of the format reward acts on structural tokens only.
 
     Args:
         task: group-normalised rewards without the anchor (`RewardBreakdown.task`).
-        anchor: group-normalised anchors (`RewardBreakdown.anchor`).
-        structural: where a token belongs to an anchored tag (`structure.tag_mask`).
+        anchor: what the anchor is to each token, 0 off the tags (`structure.tag_credit`).
         mask: nonzero where the token was generated.
         weight: lambda, `RewardRules.anchor_weight`.
     """
     task, anchor = jnp.asarray(task, jnp.float32), jnp.asarray(anchor, jnp.float32)
-    chex.assert_rank([task, anchor, structural, mask], [1, 1, 2, 2])
-    advantages = task[:, None] + weight * jnp.asarray(structural) * anchor[:, None]
+    chex.assert_rank([task, anchor, mask], [1, 2, 2])
+    advantages = task[:, None] + weight * anchor
     return jnp.where(jnp.asarray(mask) > 0, advantages, 0.0)
 
 

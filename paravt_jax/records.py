@@ -289,13 +289,14 @@ class Trajectory:
     """Reward by term; `total` is the one that trains."""
 
     @property
-    def spoken(self) -> np.ndarray:
-        """bool `[t]`: what the assistant says: generated tokens and the forced heads of turns."""
-        spoken = self.generated.copy()
-        starts = np.flatnonzero(np.diff(spoken, prepend=False) & spoken)
-        for start, turn in zip(starts, self.turns, strict=False):
-            spoken[start - len(turn.prefix) : start] = True
-        return spoken
+    def turn_numbers(self) -> np.ndarray:
+        """int `[t]`: which turn a token belongs to, counted from 1, be it generated or of the
+        forced head; 0 where the assistant does not speak."""
+        begins = np.diff(self.generated, prepend=False) & self.generated
+        numbers = np.cumsum(begins) * self.generated
+        for start, turn in zip(np.flatnonzero(begins), self.turns, strict=False):
+            numbers[start - len(turn.prefix) : start] = numbers[start]
+        return numbers
 
     @property
     def calls(self) -> int:

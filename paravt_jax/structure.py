@@ -15,8 +15,8 @@ tags are only spoken of, as in `parse_tool_calls`: they belong to nothing and di
 nobody of the policy's side said (prompts, tool responses) holds no tags and ends every block.
 
 What a token holds beside tags is content, unless it is white space: in Qwen's vocabulary
-`<answer>B</answer>` is `<` `answer` `>B` `</` `answer` `>`, and `>B` is the answer, while `>` with a
-line break is a tag. Credit for structure must not touch content (`tag_mask`).
+`<answer>B</answer>` is `<` `answer` `>B` `</` `answer` `>`; there `>B` is the answer, while `>`
+with a line break is a tag. Credit for structure must not touch content (`tag_mask`).
 """
 
 from __future__ import annotations

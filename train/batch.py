@@ -126,14 +126,14 @@ def packed_batch(
     )
 
 
-def spoken_mask(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
-    """bool `[b, length]`: where the assistant speaks in the rows of `streams_of_groups`."""
+def turn_numbers(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
+    """int32 `[b, length]`: `Trajectory.turn_numbers` in the rows of `streams_of_groups`."""
     rollouts = [t for group in groups for t in group.trajectories]
-    mask = np.zeros((len(rollouts), length), bool)
-    for row, rollout in zip(mask, rollouts, strict=True):
+    numbers = np.zeros((len(rollouts), length), np.int32)
+    for row, rollout in zip(numbers, rollouts, strict=True):
         start = len(rollout.prompt.tokens)
-        row[start : start + len(rollout.tokens)] = rollout.spoken
-    return mask
+        row[start : start + len(rollout.tokens)] = rollout.turn_numbers
+    return numbers
 
 
 def _rows(

@@ -11,14 +11,15 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array
 
 from paravt_jax.advantages import anchored_advantages, kl_to_go, rollout_advantages, whiten
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
-from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_mask
+from paravt_jax.structure import TagTable
 from pipelines.preprocess import FrameSpec
-from train.batch import Stream, learner_batch, spoken_mask, streams_of_groups
+from train.anchor import Anchor
+from train.batch import Stream, learner_batch, streams_of_groups
 from train.config import Config, generated_budget
 from train.layout import to_mesh
 from train.state import FlatParams, TrainState
@@ -66,8 +67,8 @@ class Learner:
         """With `subagent_length`, the longest stream that a sub-agent can have, rows of sub-agents
         have one length in all batches; with `longest`, that of a main agent, theirs have few."""
         self.lengths = static_lengths(longest)
-        self._config, self._mesh, self._tags = config, mesh, tags
-        self._pad_id, self._spec, self._subagent_length = pad_id, spec, subagent_length
+        self._config, self._mesh, self._pad_id = config, mesh, pad_id
+        self._spec, self._subagent_length = spec, subagent_length
         step = rl_step(policy, optimizer, config)
         self.step = jax.jit(step, donate_argnums=0)
         """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
@@ -82,7 +83,7 @@ class Learner:
         self._share = jax.jit(
             functools.partial(minibatch, count=shares, group_size=config.rl.group_size)
         )
-        self._find_tags = jax.jit(find_tags, static_argnames=("anchors", "only_paired"))
+        self._anchor = Anchor(config, tags, mesh)
         self.figures: dict[str, float] = {}
         """What the tags of the last batch looked like, for `metrics.jsonl`."""
 
@@ -91,15 +92,7 @@ class Learner:
         batch = self.padded(
             streams_of_groups(groups, self._config.rl.mask_over_turn), len(groups[0].trajectories)
         )
-        generated = batch.loss_weights > 0
-        structural, validity = self._find_tags(
-            batch.tokens,
-            to_mesh(spoken_mask(groups, batch.tokens.shape[1]), self._mesh),
-            generated,
-            self._tags,
-            anchors=anchor_tags(self._config.agent.call_syntax),
-            only_paired=self._config.objective.anchor_paired_only,
-        )
+        structural, validity = self._anchor.positions(groups, batch)
         self.figures = figures([{"format/tag_validity": validity}])
         return dataclasses.replace(
             batch,
@@ -160,7 +153,7 @@ class Learner:
     def with_advantages(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> LearnerBatch:
         """The batch with the advantage of every generated token filled in: from the rewards of its
         group, less the divergence from the reference, normalised over the batch, as configured."""
-        main = self._anchored(groups, batch.structural, batch.loss_weights > 0)
+        main = self._anchored(groups, batch)
         crops = batch.subagents
         if crops is None:
             (main,) = self._shaped([batch], [main])
@@ -192,18 +185,13 @@ class Learner:
         """The reward that all tokens share: without the anchor where that acts on tags only."""
         return "task" if self._config.objective.anchor == "position" else "total"
 
-    def _anchored(
-        self, groups: Sequence[RolloutGroup], structural: Array, generated: Array
-    ) -> Array:
+    def _anchored(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array:
         """Advantage per token. With the anchor at positions, its share acts on tags only."""
+        task, generated = self._normalised(groups, self._term), batch.loss_weights > 0
+        if self._term == "total":
+            return task[:, None] * generated
         weight = self._config.rewards.anchor_share
-        return anchored_advantages(
-            self._normalised(groups, self._term),
-            self._normalised(groups, "anchor"),
-            structural,
-            generated,
-            weight if self._term == "task" else 0.0,
-        )
+        return anchored_advantages(task, self._anchor.credit(groups, batch), generated, weight)
 
     def _normalised(self, groups: Sequence[RolloutGroup], term: str) -> np.ndarray:
         """Advantages of one reward term, float32 `[b]`."""
@@ -240,23 +228,6 @@ def static_length(longest: int, lengths: Sequence[int]) -> int:
     """The first of `lengths` that holds the longest stream; beyond them, a multiple of the step."""
     fitting = [length for length in lengths if length >= longest]
     return fitting[0] if fitting else -(-longest // LENGTH_STEP) * LENGTH_STEP
-
-
-def find_tags(
-    tokens: Int[Array, "b t"],
-    spoken: Bool[Array, "b t"],
-    generated: Bool[Array, "b t"],
-    table: TagTable,
-    anchors: tuple[str, ...],
-    only_paired: bool,
-) -> tuple[Bool[Array, "b t"], Float[Array, ""]]:
-    """Where the anchor may act, and which share of all spoken tags belongs to a pair.
-
-    A forced tag pairs with a generated one, but nothing acts on it: the policy did not choose it.
-    """
-    found = structural_tokens(tokens, table, spoken)
-    anchored = tag_mask(found, table, anchors, only_paired) & generated
-    return anchored, found.paired.sum() / jnp.maximum(found.counts.sum(), 1)
 
 
 def figures(learned: Sequence[Metrics]) -> dict[str, float]:

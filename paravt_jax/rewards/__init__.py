@@ -17,8 +17,9 @@ from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import ToolCall
 from paravt_jax.rewards import deepvideo_r1, fixed, longvt, reference, video_o3, visd, vital
 from paravt_jax.rewards.attempt import Attempt
+from paravt_jax.rewards.fixed import turn_anchors
 from paravt_jax.rewards.judge import JudgeSettings, LlmJudge, open_judge
-from paravt_jax.rewards.rules import SCHEMES, Ranges, RewardBreakdown, RewardRules
+from paravt_jax.rewards.rules import SCHEMES, Ranges, RewardBreakdown, RewardRules, TurnAnchor
 from paravt_jax.rewards.verdicts import Judge, judge_message
 
 __all__ = [
@@ -29,10 +30,12 @@ __all__ = [
     "LlmJudge",
     "RewardBreakdown",
     "RewardRules",
+    "TurnAnchor",
     "judge_message",
     "open_judge",
     "ranges",
     "score",
+    "turn_anchors",
 ]
 
 DEFAULT_RULES = RewardRules()

@@ -20,8 +20,9 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
-    anchor_term,
+    TurnAnchor,
     total_range,
+    turn_anchor,
 )
 
 _TURN_BREAK = re.compile(r"<\|im_end\|>|(?:(?<=</tool_call>)|(?<=</grounding>))\s*(?=<think>)")
@@ -44,9 +45,8 @@ def ranges(rules: RewardRules) -> Ranges:
 
 def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     """Reward by term; the format and the anchor are means over turns."""
-    turns, accuracy = attempt.turns, attempt.accuracy(rules.mode)
-    syntax, last = attempt.call_syntax, len(turns) - 1
-    forms = [_turn_form(turn, i == last, syntax) for i, turn in enumerate(turns)]
+    accuracy = attempt.accuracy(rules.mode)
+    forms = _turn_forms(attempt.turns, attempt.call_syntax)
     form_mean = _mean([form.score(rules) for form in forms])
     bare_rules = dataclasses.replace(rules, anchor_weight=0.0)
     bare = _mean([form.score(bare_rules) for form in forms])
@@ -56,9 +56,20 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
         accuracy=accuracy,
         format=form_mean,
         tool=tool,
-        anchor=_mean([form.anchor for form in forms]),
+        anchor=_mean([form.anchor.total for form in forms]),
         task=accuracy + rules.format_weight * bare + tool,
     )
+
+
+def turn_anchors(turns: Sequence[str], call_syntax: str = "tool_call") -> list[TurnAnchor]:
+    """The anchor of each turn by itself, in its parts: what credit at positions is made of
+    (`objective.anchor=position`), whatever `RewardRules.compat` says of the total.
+
+    Args:
+        turns: assistant turns, forced prefixes included.
+        call_syntax: how calls are written, a name of `protocol.SYNTAXES`.
+    """
+    return [form.anchor for form in _turn_forms(turns, call_syntax)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,8 +90,8 @@ class _TurnForm:
     """Every tag is opened as often as it is closed."""
 
     @property
-    def anchor(self) -> float:
-        return anchor_term(self.opened, self.closed, self.thinks, self.acts)
+    def anchor(self) -> TurnAnchor:
+        return turn_anchor(self.opened, self.closed, self.thinks, self.acts)
 
     def score(self, rules: RewardRules) -> float:
         """What the turn earns over what a perfect turn earns, clamped to [0, 1]."""
@@ -97,11 +108,16 @@ class _TurnForm:
             + act * self.acts
             + 0.3 * (self.strict and self.thinks and self.acts)
             + 0.1 * (self.balanced and (self.thinks or self.acts))
-            + rules.anchor_weight * self.anchor
+            + rules.anchor_weight * self.anchor.total
         )
 
 
 _PERFECT = _TurnForm(opened=True, closed=True, thinks=True, acts=True, strict=True, balanced=True)
+
+
+def _turn_forms(turns: Sequence[str], syntax: str) -> list[_TurnForm]:
+    last = len(turns) - 1
+    return [_turn_form(turn, at == last, syntax) for at, turn in enumerate(turns)]
 
 
 def _turn_form(turn: str, last: bool, syntax: str) -> _TurnForm:

@@ -17,10 +17,10 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
-    anchor_term,
     f1,
     interval_iou,
     total_range,
+    turn_anchor,
 )
 from paravt_jax.rewards.verdicts import Judge, judge_message
 
@@ -221,12 +221,12 @@ def _judged(judge: Judge, question: str, found: str, answer: str) -> float:
 
 
 def _anchor(completion: str) -> float:
-    return anchor_term(
+    return turn_anchor(
         opened=protocol.THINK_OPEN in completion,
         closed=protocol.THINK_CLOSE in completion,
         thinks=has_substantive_think(completion),
         acts=has_nonempty_answer(completion),
-    )
+    ).total
 
 
 def _balanced(completion: str) -> bool:

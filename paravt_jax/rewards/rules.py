@@ -139,7 +139,7 @@ Ranges = dict[str, tuple[float, float]]
 UNIT = (0.0, 1.0)
 """The range of a share."""
 ANCHOR = (-0.3, 0.7)
-"""The range of `anchor_term`."""
+"""The range of `TurnAnchor.total`."""
 
 
 def breakdown(
@@ -167,13 +167,30 @@ def total_range(rules: RewardRules, added: Mapping[str, tuple[float, float]]) ->
     return {"total": total, "task": total, "anchor": (0.0, 0.0), **added}
 
 
-def anchor_term(opened: bool, closed: bool, thinks: bool, acts: bool) -> float:
-    """R_anchor = 0.4 [closed, thinks] + 0.3 [closed, thinks, acts] - 0.3 [opened, not closed].
+@dataclasses.dataclass(frozen=True)
+class TurnAnchor:
+    """The anchor of one turn, in the parts that its tags are about.
 
-    Coefficients alpha, beta, gamma of ParaVT's selective anchoring. In [-0.3, 0.7].
+    R_anchor = 0.4 [closed, thinks] - 0.3 [opened, not closed] + 0.3 [closed, thinks, acts] with the
+    coefficients alpha, gamma and beta of ParaVT's selective anchoring.
     """
-    rise = 0.4 * (closed and thinks) + 0.3 * (closed and thinks and acts)
-    return rise - 0.3 * (opened and not closed)
+
+    thinking: float
+    """What ending the thought earns or costs, in [-0.3, 0.4]."""
+    acting: float
+    """What calling or answering after it earns, in [0, 0.3]."""
+
+    @property
+    def total(self) -> float:
+        """In [-0.3, 0.7]."""
+        return self.thinking + self.acting
+
+
+def turn_anchor(opened: bool, closed: bool, thinks: bool, acts: bool) -> TurnAnchor:
+    """The anchor of a text that has `<think>` or not, `</think>` or not, thoughts of substance or
+    not, and a call or an answer or not."""
+    thinking = 0.4 * (closed and thinks) - 0.3 * (opened and not closed)
+    return TurnAnchor(thinking, 0.3 * (closed and thinks and acts))
 
 
 def f1(common: int, predicted: int, expected: int) -> float:

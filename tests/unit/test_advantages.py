@@ -19,6 +19,7 @@ from paravt_jax.advantages import (
     rollout_advantages,
     shape_rewards,
     token_advantages,
+    turn_advantages,
     whiten,
 )
 
@@ -243,14 +244,45 @@ def test_padding_changes_nothing():
     )
 
 
-def test_anchor_acts_on_structural_generated_tokens_only():
-    structural = np.array([[1, 0, 1, 1, 0, 0]] * 3, bool)
-    result = anchored_advantages(
-        REWARDS, np.array([1.0, -2.0, 3.0], np.float32), structural, MASK, weight=0.5
-    )
+def test_the_anchor_is_added_at_generated_tokens_only():
+    anchor = np.array([[1.0, 0, 1, 1, 0, 0], [-2, 0, -2, -2, 0, 0], [3, 0, 3, 3, 0, 0]], np.float32)
+    result = anchored_advantages(REWARDS, anchor, MASK, weight=0.5)
     np.testing.assert_allclose(result[0], [0, 2, 2.5, 0, 2, 0])
     np.testing.assert_allclose(result[1], [0, -1, 0, 0, 0, 0])
     np.testing.assert_allclose(result[2], 0)
+
+
+TURNS = np.array(
+    [
+        [[0.4, 0.3, 0.0], [0.4, np.nan, np.nan], [-0.3, 0.0, np.nan], [0.1, 0.3, 0.3]],
+        [[0.4, np.nan, np.nan], [0.4, np.nan, np.nan], [0.4, np.nan, np.nan], [0.4, 0.2, np.nan]],
+    ]
+)
+TOTALS = np.array([[0.0, 1.0, 2.0, 3.0], [4.0, 4.0, 4.0, 4.0]])
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"scale_by_std": False}, {"leave_one_out": True}, {"normalise": "none"}, {"ddof": 0}],
+)
+def test_turns_are_normalised_among_those_of_their_number(settings):
+    config = AdvantageConfig(**settings)
+    result = turn_advantages(TURNS, config, TOTALS)
+    np.testing.assert_array_equal(result[0, :, :1].T, rollout_advantages(TURNS[:1, :, 0], config))
+    second = rollout_advantages(np.array([[0.3, 0.0, 0.3]]), config)[0]
+    np.testing.assert_array_equal(result[0, :, 1], [second[0], 0, second[1], second[2]])
+    if config.normalise != "none":
+        assert not result[1].any(), "equal turns, and a turn that no other rollout has"
+    assert not result[np.isnan(TURNS)].any()
+
+
+def test_turns_over_the_batch_and_by_difficulty():
+    whole = turn_advantages(TURNS, AdvantageConfig(normalise="batch"), TOTALS)
+    second = rollout_advantages(np.array([[0.3, 0.0, 0.3, 0.2]]), AdvantageConfig())[0]
+    np.testing.assert_allclose(whole[..., 1][np.isfinite(TURNS[..., 1])], second)
+    weighed = turn_advantages(TURNS, AdvantageConfig(difficulty_weighted=True), TOTALS)
+    plain = turn_advantages(TURNS, AdvantageConfig(), TOTALS)
+    np.testing.assert_allclose(weighed, plain * np.array([0.75, 0.5])[:, None, None])
 
 
 # --- VISD -----------------------------------------------------------------------------------------

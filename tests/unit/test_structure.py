@@ -13,14 +13,15 @@ from paravt_jax.protocol import STRUCTURAL_TAGS
 from paravt_jax.structure import (
     ANCHOR_TAGS,
     structural_tokens,
+    tag_credit,
     tag_mask,
     tag_table,
     token_bytes,
 )
 from pipelines.needle.tokenizer import write_processor_folder
-from pipelines.needle.world import NeedleWorld
+from pipelines.needle.world import COLOURS, SHAPES, NeedleWorld
 
-COUNT = 20_000
+COUNT = 10_000
 """Sequences that are read by hand."""
 ADDED = ["<|im_end|>", "<tool_call>", "</tool_call>"]
 SNIPPETS = [
@@ -180,7 +181,25 @@ def agrees(batch, spoken, contents, table):
         np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(result.counts, counts)
     np.testing.assert_array_equal(result.paired, paired)
+    credited_as_by_hand(result, table)
     return result
+
+
+def credited_as_by_hand(result, table):
+    """Compare the credit of every token with that of its tags, one by one."""
+    thinking, acting = np.random.default_rng(1).normal(size=(2, *result.tags.shape[:2]))
+    got = tag_credit(result, table, ANCHOR_TAGS, thinking, acting)
+    tags, partners, astray = map(np.asarray, (result.tags, result.partners, result.astray))
+    want = np.zeros(got.shape)
+    for row, token, slot in zip(*np.nonzero(tags >= 0), strict=True):
+        place = row, token, slot
+        part = {True: thinking[row, token], False: acting[row, token]}
+        name, missing = (table.tags[own[place]] for own in (tags, astray))
+        praise = max(part["think" in name], 0) if partners[place] >= 0 else 0
+        blame = min(part["think" in missing], 0) if astray[place] >= 0 else 0
+        want[row, token] += (praise + blame) * (name in ANCHOR_TAGS)
+    want[np.asarray(result.filled).any(axis=2)] = 0
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-7)
 
 
 def sequences(tokenizer, contents, count, length):
@@ -225,12 +244,30 @@ def test_every_position_agrees_with_a_search_in_the_bytes(tokenizer, contents, t
     assert glued.sum() > COUNT / 40 and (filled[..., :-1] & ~filled[..., 1:]).any()
 
 
-def test_every_position_of_the_needle_tokenizer_agrees(tmp_path):
-    write_processor_folder(str(tmp_path), NeedleWorld())
-    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
-    contents = contents_of(tokenizer)
-    batch = np.array(list(sequences(tokenizer, contents, COUNT // 4, length=40)), np.int32)
+@pytest.fixture(scope="module")
+def needle_tokenizer(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("needle")
+    write_processor_folder(str(folder), NeedleWorld())
+    return Tokenizer.from_file(str(folder / "tokenizer.json"))
+
+
+def test_every_position_of_the_needle_tokenizer_agrees(needle_tokenizer):
+    contents = contents_of(needle_tokenizer)
+    batch = np.array(list(sequences(needle_tokenizer, contents, COUNT // 4, length=40)), np.int32)
     agrees(batch, partly_spoken(*batch.shape), contents, tag_table(contents))
+
+
+def test_no_answer_of_the_needle_world_is_structure(needle_tokenizer):
+    """Some of its one-word answers are one token with the end of the tag."""
+    table, glued = tag_table(contents_of(needle_tokenizer)), []
+    for answer in (*COLOURS, *SHAPES, *"ABCD", *"0123456789", "3 to 7"):
+        text = f"<think>a</think>\n<answer>{answer}</answer>"
+        tokens = np.array([needle_tokenizer.encode(text).ids])
+        chosen = np.asarray(tag_mask(structural_tokens(tokens, table), table, ANCHOR_TAGS))[0]
+        pieces = [needle_tokenizer.decode([i]).strip() for i in tokens[0][chosen].tolist()]
+        assert all(any(piece in tag for tag in ANCHOR_TAGS) for piece in pieces), (answer, pieces)
+        glued += [answer for piece in needle_tokenizer.encode(text).tokens if f">{answer}" == piece]
+    assert len(glued) >= 5, "the tokenizer must glue answers to tags for this to test anything"
 
 
 def read(tokenizer, table, text, silent=()):

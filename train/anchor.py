@@ -1,0 +1,104 @@
+"""Where the format anchor acts, and what it is to each token there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int
+
+from paravt_jax.advantages import AdvantageConfig, turn_advantages
+from paravt_jax.records import LearnerBatch, RolloutGroup
+from paravt_jax.rewards import turn_anchors
+from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_credit, tag_mask
+from train.batch import turn_numbers
+from train.config import Config
+from train.layout import to_mesh
+
+
+class Anchor:
+    """The format anchor of a run, on token streams of its tokenizer."""
+
+    def __init__(self, config: Config, table: TagTable, mesh: Mesh) -> None:
+        self._config, self._table, self._mesh = config, table, mesh
+        self._rules = {
+            "anchors": anchor_tags(config.agent.call_syntax),
+            "only_paired": config.objective.anchor_paired_only,
+        }
+        self._find_tags = jax.jit(find_tags, static_argnames=tuple(self._rules))
+        self._credit_tags = jax.jit(credit_tags, static_argnames=tuple(self._rules))
+
+    def positions(
+        self, groups: Sequence[RolloutGroup], batch: LearnerBatch
+    ) -> tuple[Bool[Array, "b t"], Float[Array, ""]]:
+        """Where the anchor may act in the rows of these groups, and which share of all spoken tags
+        belongs to a pair."""
+        spoken = to_mesh(turn_numbers(groups, batch.tokens.shape[1]) > 0, self._mesh)
+        generated = batch.loss_weights > 0
+        return self._find_tags(batch.tokens, spoken, generated, self._table, **self._rules)
+
+    def credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Float[Array, "b t"]:
+        """What the anchor is to each token, before its weight: the parts of each turn's anchor,
+        normalised among turns of the same number, at the tags that they are about."""
+        numbers = turn_numbers(groups, batch.tokens.shape[1])
+        parts = turn_credits(groups, numbers, self._config.advantages)
+        spoken, thinking, acting = (to_mesh(x, self._mesh) for x in (numbers > 0, *parts))
+        return self._credit_tags(batch.tokens, spoken, thinking, acting, self._table, **self._rules)
+
+
+def find_tags(
+    tokens: Int[Array, "b t"],
+    spoken: Bool[Array, "b t"],
+    generated: Bool[Array, "b t"],
+    table: TagTable,
+    anchors: tuple[str, ...],
+    only_paired: bool,
+) -> tuple[Bool[Array, "b t"], Float[Array, ""]]:
+    """Where the anchor may act, and which share of all spoken tags belongs to a pair.
+
+    A forced tag pairs with a generated one, but nothing acts on it: the policy did not choose it.
+    """
+    found = structural_tokens(tokens, table, spoken)
+    anchored = tag_mask(found, table, anchors, only_paired) & generated
+    return anchored, found.paired.sum() / jnp.maximum(found.counts.sum(), 1)
+
+
+def credit_tags(
+    tokens: Int[Array, "b t"],
+    spoken: Bool[Array, "b t"],
+    thinking: Float[Array, "b t"],
+    acting: Float[Array, "b t"],
+    table: TagTable,
+    anchors: tuple[str, ...],
+    only_paired: bool,
+) -> Float[Array, "b t"]:
+    """`tag_credit` of token streams."""
+    found = structural_tokens(tokens, table, spoken)
+    return tag_credit(found, table, anchors, thinking, acting, only_paired)
+
+
+def turn_credits(
+    groups: Sequence[RolloutGroup], numbers: Int[np.ndarray, "b t"], config: AdvantageConfig
+) -> Float[np.ndarray, "part b t"]:
+    """The two parts of the anchor, thinking and acting, of the turn that each token belongs to,
+    normalised; 0 between turns.
+
+    Args:
+        groups: scored rollouts.
+        numbers: which turn each token belongs to, see `turn_numbers`.
+        config: how they are normalised, see `turn_advantages`.
+    """
+    totals_P_G = np.array([[t.rewards["total"] for t in g.trajectories] for g in groups])
+    turns = max(1, numbers.max(initial=0))
+    parts = np.full((2, *totals_P_G.shape, turns), np.nan)
+    for place in np.ndindex(*totals_P_G.shape):
+        rollout = groups[place[0]].trajectories[place[1]]
+        anchors = turn_anchors([turn.text for turn in rollout.turns], rollout.call_syntax)
+        for turn, anchor in enumerate(anchors):
+            parts[:, *place, turn] = anchor.thinking, anchor.acting
+    credits = np.stack([turn_advantages(part, config, totals_P_G) for part in parts])
+    by_number = np.pad(credits.reshape(2, -1, turns), [(0, 0), (0, 0), (1, 0)])
+    return np.take_along_axis(by_number, numbers[None], axis=2).astype(np.float32)
