@@ -1,0 +1,17 @@
+"""Workdirs that hold another run, none, or something else."""
+
+from tests.contracts.mistakes import Mistake
+
+ROWS = [
+    Mistake("--resume must --workdir empty", ("--workdir", "--resume must"), code=1),
+    Mistake("{small} --steps 2 --resume never --workdir {run}", "--resume never", code=1),
+    Mistake("{small} --steps 2 --seed 7 --workdir {run}", ("seed", "--workdir"), code=1),
+    Mistake(
+        "{small} --steps 2 --set optimizer.learning_rate=1e-3 --workdir {run}",
+        "optimizer.learning_rate",
+        code=1,
+    ),
+    Mistake("{small} --steps 2 --recipe needle_grpo --workdir {run}", "recipe", code=1),
+    Mistake("{small} --steps 2 --set rl.group_size=4 --workdir {run}", "rl.group_size", code=1),
+    Mistake("{small} --steps 2 --workdir file", "file", 1, {"file": "no folder"}),
+]

@@ -1,0 +1,162 @@
+"""Runs commands of this project in forked children of a process that has imported all of it.
+
+A child is the real command but for the start of the interpreter and the freeing of its memory at
+the end, which take seconds: `runpy` runs the door's file as `__main__`, with `sys.argv`, working
+folder, environment and file descriptors of its own, threads are waited for and exit handlers run.
+No backend of JAX may be there before the fork: its threads would not come along.
+
+Reads one request per line, answers each with one line, both JSON: `Request` and `Outcome`.
+"""
+
+from __future__ import annotations
+
+import atexit
+import gc
+import importlib
+import json
+import os
+import resource
+import runpy
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).resolve().parents[3]
+IMPORTED = ("train.run", "train.ahead", "pipelines.describe", "models.convert", "transformers")
+PATIENCE, WORK = 120, 20
+"""Seconds after which a command hangs, and of processor time after which it works for nothing."""
+
+
+class Outcome(NamedTuple):
+    """How a command ended."""
+
+    code: int
+    """Exit status; that of a signal is negative."""
+    stdout: str
+    stderr: str
+    seconds: float
+    """Processor time of the command and its children."""
+
+
+class Server:
+    """The process that forks, as the tests see it."""
+
+    def __init__(self, environment: Mapping[str, str]):
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "tests.contracts.mistakes.server"],
+            cwd=ROOT,
+            env=environment,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def run(
+        self, door: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]
+    ) -> Outcome:
+        """Run `python door arguments...` in a folder, with these variables besides one's own."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        request = [door, list(arguments), str(cwd), dict(environment)]
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return Outcome(*json.loads(self._process.stdout.readline()))
+
+    def close(self) -> None:
+        """End the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait(timeout=60)
+
+
+def run_fresh(
+    door: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]
+) -> Outcome:
+    """The same as `Server.run` in a process of its own, started as a user starts it."""
+    began = os.times()
+    done = subprocess.run(
+        [sys.executable, str(ROOT / door), *arguments],
+        cwd=cwd,
+        env=dict(environment),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE,
+    )
+    ended = os.times()
+    seconds = ended.children_user + ended.children_system
+    seconds -= began.children_user + began.children_system
+    return Outcome(done.returncode, done.stdout, done.stderr, seconds)
+
+
+def _serve() -> None:
+    for module in IMPORTED:
+        importlib.import_module(module)
+    from jax._src import xla_bridge
+
+    assert not xla_bridge.backends_are_initialized(), "an import has started a backend of JAX"
+    gc.freeze()  # or every child would copy all of it, just to look for garbage
+    for line in sys.stdin:
+        door, arguments, cwd, environment = json.loads(line)
+        outputs = [os.memfd_create(name) for name in ("stdout", "stderr")]
+        child = os.fork()
+        if not child:
+            _become(ROOT / door, arguments, cwd, environment, outputs)
+        code, seconds = _wait(child)
+        said = [_read(output) for output in outputs]
+        print(json.dumps(Outcome(code, *said, seconds)), flush=True)
+
+
+def _become(
+    door: Path, arguments: list[str], cwd: str, environment: dict[str, str], outputs: list[int]
+) -> None:
+    """The command itself, to the end of this process."""
+    os.setsid()
+    resource.setrlimit(resource.RLIMIT_CPU, (WORK, WORK))
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+    for descriptor, output in enumerate(outputs, start=1):
+        os.dup2(output, descriptor)
+    os.chdir(cwd)
+    os.environ.update(environment)
+    sys.argv = [str(door), *arguments]
+    sys.path[0] = str(door.parent)
+    code = 0
+    try:
+        runpy.run_path(str(door), run_name="__main__")
+    except SystemExit as exit:
+        code = int(exit.code or 0)
+    except BaseException:
+        sys.excepthook(*sys.exc_info())
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _wait(child: int) -> tuple[int, float]:
+    """Exit status and processor time; a child that hangs is killed with all its children."""
+    end = time.monotonic() + PATIENCE
+    while True:
+        ended, status, usage = os.wait4(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime
+        if time.monotonic() > end:
+            os.killpg(child, signal.SIGKILL)
+            end = float("inf")
+        time.sleep(0.01)
+
+
+def _read(output: int) -> str:
+    with os.fdopen(output, "rb") as file:
+        file.seek(0)
+        return file.read().decode(errors="replace")
+
+
+if __name__ == "__main__":
+    _serve()

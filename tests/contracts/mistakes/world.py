@@ -1,0 +1,81 @@
+"""The small world in which mistakes are made: a model, videos, questions, a run; made once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from pipelines.datasets import needle_questions
+from tests.command import SMALL
+from train.config import override, to_dict
+from train.recipes import get_recipe
+from train.recipes.needle import COLD_START
+from train.setup import needle_world, world_folder
+
+QUESTIONS = """video,question,answer,question_type
+a.mp4,What colour is the wall?,red,oe
+b.mp4,When is it bright?,"1, 3",tvg
+a.mp4,Which wall? A. red B. blue,A,mcq
+b.mp4,What colour is the floor?,grey,oe
+"""
+
+
+def make_world(folder: Path) -> dict[str, str]:
+    """Write the world below a folder; what its names stand for."""
+    (folder / "videos").mkdir(parents=True)
+    for number, name in enumerate("ab"):
+        write_video(folder / "videos" / f"{name}.mp4", shade=80 * number)
+    (folder / "videos" / "questions.csv").write_text(QUESTIONS)
+    (folder / "videos" / "chats.jsonl").write_text(json.dumps(conversation("a.mp4")) + "\n")
+    settings = [*SMALL, f"data.cache_dir={folder / 'cache'}"]
+    own = [text for text in settings if not text.startswith("evaluation.rows")]
+    names = {
+        "model": str(COLD_START),
+        "videos": str(folder / "videos"),
+        "questions": str(folder / "videos" / "questions.csv"),
+        "chats": str(folder / "videos" / "chats.jsonl"),
+        "run": str(_make_run(folder / "run", settings)),
+        "small": _flags(settings),
+        "own": _flags([*own, "evaluation.rows=0"])
+        + f" --data {folder / 'videos' / 'questions.csv'}",
+        "chatting": f"--recipe paravt_sft --model {COLD_START} --data {folder}/videos/chats.jsonl "
+        + _flags([f"data.cache_dir={folder / 'cache'}", "sft.packing.tokens=512"]),
+    }
+    return names
+
+
+def write_video(path: Path, shade: int, seconds: int = 4) -> None:
+    """An mp4 of one slowly changing colour."""
+    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (32, 32))
+    for number in range(5 * seconds):
+        writer.write(np.full((32, 32, 3), (shade, 9 * number, 90), np.uint8))
+    writer.release()
+
+
+def conversation(video: str) -> dict:
+    """A question about a video and its answer, as `paravt_sft` reads them."""
+    shown = {"type": "video_url", "video_url": {"url": video}}
+    asked = {"type": "text", "text": "What colour is it?"}
+    return {
+        "messages": [
+            {"role": "user", "content": [shown, asked]},
+            {"role": "assistant", "content": "<think>I look.</think><answer>red</answer>"},
+        ]
+    }
+
+
+def _make_run(folder: Path, settings: list[str]) -> Path:
+    """What a run leaves that is looked at before its weights are: no weights are in it."""
+    config = override(get_recipe("needle_rl"), [*settings, "steps=2"])
+    needle_questions(needle_world(config), world_folder(config), "train", ("oe",))
+    needle_questions(needle_world(config), world_folder(config), "held_out", ("oe",))
+    (folder / "checkpoints" / "1").mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
+    return folder
+
+
+def _flags(settings: list[str]) -> str:
+    return " ".join(f"--set {text}" for text in settings)
