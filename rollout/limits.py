@@ -189,8 +189,8 @@ def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Ro
     most, cap = config.rounds * turn + answer, config.episode_tokens
     if 0 < cap < turn + answer:
         raise ValueError(
-            f"episode_tokens={cap}: one turn with its responses ({turn}) and the forced answer "
-            f"({answer}) do not fit; raise it to {turn + answer} or more, or set it to 0"
+            f"agent.episode_tokens={cap}: one turn with its responses ({turn}) and the forced "
+            f"answer ({answer}) do not fit; raise it to {turn + answer} or more, or set it to 0"
         )
     return Room(prefix, response, turn, answer, min(cap, most) if cap else most)
 

@@ -237,7 +237,11 @@ def _check_cross(config: Config) -> None:
             f"data.question_types={','.join(kinds)}: choose from {', '.join(QuestionType)}"
         )
     if config.rewards.mode == "llm":
-        config.rewards.judge.check()
+        try:
+            config.rewards.judge.check()
+        except ValueError as error:
+            named = _named_in_full(str(error), config.rewards, "rewards.")
+            raise ValueError(named) from error
     agent_tools(config.agent)  # refuses names that no tool has
     _check_data(config.data)
     syntax, scheme = config.agent.call_syntax, config.rewards.scheme

@@ -15,7 +15,7 @@ called. In arguments (and in texts of `files`) these words stand for what `world
     {videos}     a folder with a.mp4 and b.mp4, 4 seconds each
     {questions}  a good CSV of questions about them
     {chats}      a good JSONL of conversations about them
-    {run}        the workdir of an RL run of `{small}` with a checkpoint at step 1 (no weights in it)
+    {run}        the workdir of an RL run of `{small}`; its checkpoint at step 1 is an empty folder
     {small}      `--set` for a short RL run on the needle world, whose videos are made already
     {own}        `--set` for a short RL run on {questions}, and `--data {questions}`
     {chatting}   all that `paravt_sft` needs for a short run on {chats}

@@ -56,7 +56,7 @@ ROWS = [
     conversations("{}\n", "messages"),
     conversations('{"messages": []}\n'),
     conversations('{"messages": [{"role": "user", "content": "hello"}]}\n', "assistant"),
-    conversations('{"messages": [{"role": "robot", "content": "hello"}]}\n', "robot"),
+    conversations('{"messages": [{"role": "robot", "content": "hello"}]}\n', "role"),
     conversations("not json\n", "line 1"),
     Mistake("{chatting} --data {questions}", "questions.csv", code=1),
     Mistake("lost.csv", "lost.csv", code=1, door="pipelines/describe.py"),

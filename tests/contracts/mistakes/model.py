@@ -88,7 +88,7 @@ ROWS = [
     while_loading("model.safetensors", cut_weights),
     while_loading("pytorch_model.bin", pickled),
     while_loading("model-00001-of-00002.safetensors", index_without_files),
-    while_loading("hidden_size", broken(config={"text_config.intermediate_size": 100}), "m"),
+    while_loading("mlp.down_proj", broken(config={"text_config.intermediate_size": 100}), "m"),
     while_loading("m", broken("tokenizer.json")),
     Mistake("--model {model} --set model.lora.rank=4 --set model.adapter=no/such", "no/such"),
     Mistake(

@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
 IMPORTED = ("train.run", "train.ahead", "pipelines.describe", "models.convert", "transformers")
-PATIENCE, WORK = 120, 20
+PATIENCE, WORK = 240, 20
 """Seconds after which a command hangs, and of processor time after which it works for nothing."""
 
 
