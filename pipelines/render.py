@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
-from transformers import AutoTokenizer
 
 from paravt_jax.markup import without_tags
 from paravt_jax.patches import join_patches, split_patches
@@ -166,6 +165,9 @@ class ChatRenderer:
         """
         if mode not in SPECS:
             raise ValueError(f"mode={mode!r}: frames are shown as one of {', '.join(SPECS)}")
+        # Imported here: it takes seconds, which an error in a setting need not wait for.
+        from transformers import AutoTokenizer
+
         try:
             tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         except (OSError, ValueError) as error:

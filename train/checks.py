@@ -106,6 +106,26 @@ def notes(config: Config) -> list[str]:
     return [found] if found else []
 
 
+def memory_remedies(config: Config) -> list[str]:
+    """Settings with which this run would need less memory on its devices, the cheapest first."""
+    model, rl, sft = config.model, config.rl, config.stage is Stage.SFT
+    micro = "sft.micro_rows" if sft else "rl.micro_groups"
+    smaller = config.sft.micro_rows if sft else rl.micro_groups
+    found = {
+        f"a smaller {micro} than {smaller}": smaller > 1,
+        "model.remat=true": not model.remat,
+        "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
+        "model.cache_dtype=int8": not sft and model.cache_dtype == "compute",
+        f"a smaller agent.subagent_batch than {config.agent.subagent_batch}": not sft,
+        "fewer data.frame_budgets or a smaller data.max_pixels": True,
+        "a smaller sft.packing.tokens": config.packs_conversations,
+        f"a smaller rl.prompts_per_step than {rl.prompts_per_step}": not sft,
+        "more devices on fsdp in --mesh": True,
+    }
+    helping = [remedy for remedy, helps in found.items() if helps]
+    return [f"what helps: {', '.join(helping)}; --dry-run shows what each device holds"]
+
+
 def describe(config: Config) -> None:
     """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
     print(json.dumps(to_dict(config), indent=2))

@@ -10,11 +10,12 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TypeVar, cast
 
 import jax
 import numpy as np
+from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from rollout.tools import ToolError
@@ -30,19 +31,22 @@ FAULTS: dict[str, type[Exception]] = {
 
 
 def start() -> None:
-    """Join the other hosts, if the environment names any.
+    """Join the other hosts, if there are any, and open the devices.
 
-    Set `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` by hand, or run under
-    SLURM, Open MPI or on a TPU pod slice, which JAX recognises itself.
+    Cloud TPU VMs, GKE, SLURM, Open MPI and Kubernetes are recognised by JAX. Elsewhere set
+    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; `JAX_NUM_PROCESSES=1`
+    alone keeps a host to itself.
 
     Raises:
-      ValueError: a variable is missing or no number.
+      ValueError: a variable is missing or no number, hosts cannot be joined, or there are no
+        devices of the kind that `JAX_PLATFORMS` names.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
         jax.distributed.initialize(address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
     elif _several_hosts():
         jax.distributed.initialize()
+    _open_devices()
 
 
 def _number(name: str) -> int:
@@ -53,9 +57,47 @@ def _number(name: str) -> int:
 
 
 def _several_hosts() -> bool:
-    workers = os.environ.get("TPU_WORKER_HOSTNAMES", "").split(",")
-    tasks = os.environ.get("SLURM_NTASKS", os.environ.get("OMPI_COMM_WORLD_SIZE", "1"))
-    return len(workers) > 1 or tasks not in ("", "1")
+    """Whether `jax.distributed.initialize` would find other hosts, by JAX's own detection.
+
+    Raises:
+      ValueError: a cluster that was recognised does not say how many hosts it has.
+    """
+    if os.environ.get("JAX_NUM_PROCESSES") == "1":
+        return False
+    # An interactive shell in a job of many tasks is one task, which would wait for the others.
+    if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
+        return False
+    kind = None
+    try:
+        kind = next((kind for kind in _detectors() if kind.is_env_present()), None)
+        return kind is not None and kind.get_process_count() > 1
+    except Exception as error:
+        raise ValueError(
+            f"a cluster was recognised ({getattr(kind, '__name__', 'of which kind is unknown')}), "
+            f"but not its hosts ({error}); set JAX_NUM_PROCESSES=1 for this host alone, or "
+            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
+        ) from error
+
+
+def _detectors() -> Iterator[type[ClusterEnv]]:
+    """The kinds of cluster that JAX looks for, in its order."""
+    return (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+
+
+def _open_devices() -> None:
+    """Open the devices, which may fail in ways that are no fault of a user's settings.
+
+    Raises:
+      ValueError: naming what was asked for and what is missing.
+    """
+    try:
+        jax.devices()
+    except Exception as error:  # a RuntimeError or a bare assertion, as the case may be
+        why = str(error).partition("\n")[0] or "no plug-in for it"
+        raise ValueError(
+            f"JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')}: no devices ({why}); install "
+            "jax[tpu] or jax[cuda13] beside it, or choose another"
+        ) from error
 
 
 def is_first() -> bool:

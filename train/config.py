@@ -28,6 +28,9 @@ from train.rl import RlSettings, check_lengths, check_subagents, check_updates
 from train.sft import SftSettings
 from train.variants import DifficultySettings, TeacherSettings
 
+RECIPE_ONLY = {"recipe only": True}
+"""Metadata of a field that `--set` cannot reach."""
+
 
 class Stage(enum.StrEnum):
     """What a run does."""
@@ -146,11 +149,11 @@ class OutputSettings:
 class Config:
     """Everything that decides a run."""
 
-    recipe: str
+    recipe: str = dataclasses.field(metadata=RECIPE_ONLY)
     stage: Stage
     steps: Annotated[int, at_least(1)]
     """Batches to learn from. In the rl stage each gets `rl.updates` optimiser steps."""
-    needs: tuple[str, ...] = ()
+    needs: tuple[str, ...] = dataclasses.field(default=(), metadata=RECIPE_ONLY)
     """Flags without which the recipe cannot run."""
     seed: Annotated[int, at_least(0)] = 0
     mesh: str | None = None
@@ -424,9 +427,11 @@ def _named_in_full(message: str, section: Any, prefix: str) -> str:
 
 def _new_value(section: Any, name: str, assignments: list[Assignment], prefix: str) -> Any:
     key, path, text = assignments[-1]
-    names = [field.name for field in dataclasses.fields(section)]
-    if name not in names:
-        raise ValueError(f"--set {key}: no such key; known here: {', '.join(names)}")
+    fields = {field.name: field for field in dataclasses.fields(section)}
+    if name not in fields:
+        raise ValueError(f"--set {key}: no such key; known here: {', '.join(fields)}")
+    if fields[name].metadata == RECIPE_ONLY:
+        raise ValueError(f"--set {key}: this key can be set in a recipe only")
     current = getattr(section, name)
     if dataclasses.is_dataclass(current):
         inner = ", ".join(field.name for field in dataclasses.fields(current))

@@ -15,9 +15,11 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 import argparse  # noqa: E402
 import dataclasses  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import NoReturn  # noqa: E402
+from typing import Any, NoReturn  # noqa: E402
 
+from paravt_jax.failures import complain  # noqa: E402
 from paravt_jax.flags import given  # noqa: E402
+from train.recipes import check_name, summaries  # noqa: E402
 
 DEFAULT_RECIPE = "needle_rl"
 
@@ -31,7 +33,13 @@ class Parser(argparse.ArgumentParser):
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags. They are a public contract, held by a test."""
-    parser = Parser(prog="train/main.py", description=__doc__, allow_abbrev=False)
+    parser = Parser(
+        prog="train/main.py",
+        description=__doc__,
+        epilog=_recipes(),
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.register("type", None, given)  # of flags without a type
     add = parser.add_argument
     add("--recipe", help="a complete configuration (default: the workdir's own, or needle_rl)")
@@ -51,6 +59,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--dry-run", action="store_true", help="print the resolved run, allocate nothing")
     add("--compile-only", metavar="TOPOLOGY", help="compile for a TPU topology, e.g. v5p:2x2x2")
     return parser
+
+
+def _recipes() -> str:
+    """The recipes, a line each."""
+    found = summaries()
+    width = max(map(len, found))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in found.items()]
+    return "\n".join(["recipes (each is a function in train/recipes/):", *lines])
 
 
 def resolve(arguments: argparse.Namespace):
@@ -81,18 +97,23 @@ def resolve(arguments: argparse.Namespace):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = make_parser().parse_args(argv)
+    config = workdir = None
+    code = 2  # until the run begins
     try:
+        check_name(arguments.recipe or DEFAULT_RECIPE)
+        if not (arguments.dry_run or arguments.compile_only):
+            # At once: what is imported next takes seconds.
+            named = arguments.recipe or arguments.workdir or DEFAULT_RECIPE
+            print(f"{named}: importing JAX and reading the configuration", flush=True)
         config = resolve(arguments)
         from train import checks, cluster, run
 
         cluster.start()
         checks.check(config, here=not arguments.compile_only)
         workdir = run.name_workdir(config, arguments.workdir)
-    except ValueError as error:
-        return _complain(error, code=2)
-    for note in checks.notes(config) if cluster.is_first() else ():
-        print(f"note: {note}")
-    try:
+        code = 1
+        for note in checks.notes(config) if cluster.is_first() else ():
+            print(f"note: {note}")
         if arguments.dry_run:
             checks.describe(config)
         elif arguments.compile_only:
@@ -101,19 +122,22 @@ def main(argv: list[str] | None = None) -> int:
             print(compile_only(config, arguments.compile_only))
         else:
             run.train(config, workdir, arguments.resume)
-    except (ValueError, OSError) as error:
-        if os.environ.get("PARAVT_TRACEBACK"):
-            raise
-        return _complain(error, code=1)
+    except Exception as error:
+        complain(error, remedies=_memory_remedies(config))
+        return code
     except KeyboardInterrupt:
-        return _complain(f"interrupted; continue with --workdir {workdir}", code=130)
+        complain(f"interrupted; continue with --workdir {workdir}" if workdir else "interrupted")
+        return 130
     return 0
 
 
-def _complain(error: object, code: int) -> int:
-    text = " ".join(str(error).split())
-    print(f"error: {text}", file=sys.stderr)
-    return code
+def _memory_remedies(config: Any) -> list[str]:
+    """What a run would need less memory with, if it had begun."""
+    if config is None:
+        return []
+    from train.checks import memory_remedies
+
+    return memory_remedies(config)
 
 
 if __name__ == "__main__":

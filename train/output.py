@@ -10,7 +10,6 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
-from tensorboardX import SummaryWriter
 
 from paravt_jax.records import RolloutGroup, Trajectory
 from train.workdir import write_whole
@@ -41,6 +40,9 @@ class RunLog:
         if silent:
             return
         workdir.mkdir(parents=True, exist_ok=True)
+        # Imported here: it takes seconds where torch is installed, for which no error need wait.
+        from tensorboardX import SummaryWriter
+
         self._steps = steps
         self._path = workdir / "metrics.jsonl"
         self._keep_before(first_step)

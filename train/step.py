@@ -179,13 +179,14 @@ def accumulate(
 def apply_gradients(
     optimizer: optax.GradientTransformation, state: TrainState, gradients: FlatParams
 ) -> TrainState:
-    """One optimiser step. Non-finite gradients leave weights and moments as they were."""
-    finite = jnp.isfinite(optax.tree.norm(gradients))
+    """One optimiser step. Non-finite gradients leave weights and moments as they were, and so does
+    a rehearsal, whose steps count below 0."""
+    learns = jnp.isfinite(optax.tree.norm(gradients)) & (state.step >= 0)
     updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
     weights = optax.apply_updates(state.trainable, updates)
 
     def keep(new: Any, old: Any) -> Any:
-        return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+        return jax.tree.map(lambda a, b: jnp.where(learns, a, b), new, old)
 
     return dataclasses.replace(
         state,

@@ -11,7 +11,6 @@ import dataclasses
 import time
 from collections.abc import Iterable
 
-import jax.numpy as jnp
 import numpy as np
 
 from paravt_jax.blocks import text_block
@@ -32,6 +31,9 @@ from train.learner import Learner
 from train.loop import Parts
 from train.reads import agent_reads
 from train.state import TrainState
+
+BELOW = 1 << 30
+"""More steps than any run has."""
 
 
 def warm_up_run(
@@ -65,11 +67,10 @@ def _rehearse_update(parts: Parts, state: TrainState, groups: list[RolloutGroup]
 
 
 def update_without_effect(learner: Learner, state: TrainState, batch: LearnerBatch) -> TrainState:
-    """The state unchanged, after all that an update computes: advantages that are no numbers give
-    gradients that are none, which leave weights and moments as they were. `state` is donated."""
-    batch = dataclasses.replace(batch, advantages=jnp.full_like(batch.advantages, jnp.nan))
-    after, learned = learner.update(state, batch)
-    return dataclasses.replace(after, step=after.step - len(learned))
+    """The state unchanged, after all that an update computes: as a rehearsal, whose steps count
+    below 0 (see `apply_gradients`). `state` is donated."""
+    after, learned = learner.update(dataclasses.replace(state, step=state.step - BELOW), batch)
+    return dataclasses.replace(after, step=after.step + (BELOW - len(learned)))
 
 
 def _blank_groups(parts: Parts, renderer: ChatRenderer, length: int) -> list[RolloutGroup]:

@@ -12,10 +12,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
+from typing import Any
 
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, trainers
 from tokenizers import pre_tokenizers as splits
-from transformers import PreTrainedTokenizerFast
 
 from paravt_jax.protocol import CROP_VIDEO_TOOL
 from pipelines.needle import traces
@@ -118,6 +118,9 @@ def write_processor_folder(folder: str, world: NeedleWorld | None = None) -> Non
 
     A 32x32 frame of the needle world stays as it is and becomes one vision token.
     """
+    # Imported here: it takes seconds, which an error in a setting need not wait for.
+    from transformers import PreTrainedTokenizerFast
+
     world = world or NeedleWorld()
     os.makedirs(folder, exist_ok=True)
     tokenizer = PreTrainedTokenizerFast(
@@ -139,7 +142,7 @@ def frame_spec(world: NeedleWorld) -> ImageSpec:
     return ImageSpec(min_pixels=world.size**2, max_pixels=world.size**2)
 
 
-def _settings(tokenizer: PreTrainedTokenizerFast, spec: ImageSpec) -> dict[str, dict]:
+def _settings(tokenizer: Any, spec: ImageSpec) -> dict[str, dict]:
     frames = {
         "patch_size": spec.patch_size,
         "merge_size": spec.merge_size,

@@ -3,7 +3,7 @@
 import pytest
 
 from train.config import override
-from train.recipes import RECIPES, get_recipe
+from train.recipes import RECIPES, get_recipe, recipe_function, summaries
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -13,7 +13,8 @@ def test_recipe_builds_and_knows_its_name(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_docstring_gives_a_command(name):
-    assert "train/main.py" in RECIPES[name].__doc__
+    assert "train/main.py" in (recipe_function(name).__doc__ or "")
+    assert 10 < len(summaries()[name]) < 100, "--help shows it"
 
 
 def test_override_parses_by_type():

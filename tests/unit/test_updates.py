@@ -173,7 +173,8 @@ def test_a_rehearsed_update_leaves_the_state_as_it_was(objective):
     own.step = jax.jit(dataclasses.replace(own.step.__wrapped__, optimizer=optimizer))
     state = dataclasses.replace(fresh(), optimizer=optimizer.init(weights()))
     state, _ = own.update(state, to_mesh(random_batch(), ALONE))
-    after = update_without_effect(own, state, to_mesh(random_batch(1), ALONE))
+    with jax.debug_nans(True):
+        after = update_without_effect(own, state, to_mesh(random_batch(1), ALONE))
     jax.tree.map(np.testing.assert_array_equal, after, state)
     assert int(after.step) == 4
 

@@ -1,29 +1,59 @@
-"""Recipes: functions that return a complete configuration. Add yours to `RECIPES`."""
+"""Recipes: functions that return a complete configuration. Add yours to `RECIPES`.
 
+Names and summaries are known without importing the recipes, which takes seconds.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
 from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
 
-from train.config import Config
-from train.recipes import deepvideo_r1, longvt, needle, paravt, video_o3, visd, vital
+if TYPE_CHECKING:
+    from train.config import Config
 
-RECIPES: dict[str, Callable[[], Config]] = {
-    "needle_rl": needle.needle_rl,
-    "needle_grpo": needle.needle_grpo,
-    "needle_sft": needle.needle_sft,
-    "paravt_rl": paravt.paravt_rl,
-    "paravt_grpo": paravt.paravt_grpo,
-    "paravt_sft": paravt.paravt_sft,
-    "longvt_rl": longvt.longvt_rl,
-    "needle_longvt": longvt.needle_longvt,
-    "vital_rl": vital.vital_rl,
-    "needle_vital": vital.needle_vital,
-    "video_o3_rl": video_o3.video_o3_rl,
-    "needle_video_o3": video_o3.needle_video_o3,
-    "needle_video_o3_sft": video_o3.needle_video_o3_sft,
-    "visd_rl": visd.visd_rl,
-    "needle_visd": visd.needle_visd,
-    "deepvideo_r1_rl": deepvideo_r1.deepvideo_r1_rl,
-    "needle_deepvideo_r1": deepvideo_r1.needle_deepvideo_r1,
+RECIPES: dict[str, str] = {
+    "needle_rl": "needle",
+    "needle_grpo": "needle",
+    "needle_sft": "needle",
+    "paravt_rl": "paravt",
+    "paravt_grpo": "paravt",
+    "paravt_sft": "paravt",
+    "longvt_rl": "longvt",
+    "needle_longvt": "longvt",
+    "vital_rl": "vital",
+    "needle_vital": "vital",
+    "video_o3_rl": "video_o3",
+    "needle_video_o3": "video_o3",
+    "needle_video_o3_sft": "video_o3",
+    "visd_rl": "visd",
+    "needle_visd": "visd",
+    "deepvideo_r1_rl": "deepvideo_r1",
+    "needle_deepvideo_r1": "deepvideo_r1",
 }
+"""The name of each recipe, which is that of its function, and its module of this package."""
+
+
+def check_name(name: str) -> None:
+    """Refuse a recipe that does not exist.
+
+    Raises:
+      ValueError: naming those that do.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"--recipe {name} is unknown; choose one of {', '.join(RECIPES)}")
+
+
+def recipe_function(name: str) -> Callable[[], Config]:
+    """The function of a recipe; its docstring says what to expect of it.
+
+    Raises:
+      ValueError: no recipe has this name.
+    """
+    check_name(name)
+    return getattr(importlib.import_module(f"{__name__}.{RECIPES[name]}"), name)
 
 
 def get_recipe(name: str) -> Config:
@@ -32,6 +62,16 @@ def get_recipe(name: str) -> Config:
     Raises:
       ValueError: no recipe has this name.
     """
-    if name not in RECIPES:
-        raise ValueError(f"--recipe {name} is unknown; choose one of {', '.join(RECIPES)}")
-    return RECIPES[name]()
+    return recipe_function(name)()
+
+
+def summaries() -> dict[str, str]:
+    """The first line of each recipe's docstring, read from the source."""
+    lines: dict[str, str] = {}
+    for module in dict.fromkeys(RECIPES.values()):
+        source = (Path(__file__).parent / f"{module}.py").read_text(encoding="utf-8")
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef) and RECIPES.get(node.name) == module:
+                text = (ast.get_docstring(node) or "").partition("\n\n")[0]
+                lines[node.name] = " ".join(text.split()).partition(": `python")[0]
+    return {name: lines[name] for name in RECIPES}

@@ -23,6 +23,9 @@ KEYS = [
     refused("=3"),
     refused("sft.phases=1", named=("recipe",)),
     refused("sft.tasks=frame", named=("recipe",)),
+    refused("needs=x", named=("recipe",)),
+    refused("needs=--model", named=("recipe",)),
+    refused("recipe=paravt_rl", named=("recipe",)),
 ]
 TYPES = [
     refused("optimizer.learning_rate=fast", named=("float",)),

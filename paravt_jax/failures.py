@@ -1,0 +1,74 @@
+"""A failure in one line: what a command says of it, whoever raised it."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+TRACEBACK = "PARAVT_TRACEBACK"
+"""With this variable in the environment, failures keep their traceback."""
+
+
+def explain(error: BaseException, memory_remedies: Sequence[str] = ()) -> str:
+    """What happened, in one line.
+
+    Our own refusals name setting, value and remedy, and the system's name the file: they stand as
+    they are. Of anything else the kind is told too, where in our code it happened, and how to see
+    more.
+
+    Args:
+      memory_remedies: what needs less memory on the devices.
+    """
+    text = " ".join(str(error).split())
+    if _is_own(error) or isinstance(error, OSError):
+        return text
+    more = f"{_place(error)}; {TRACEBACK}=1 in the environment shows all of it"
+    if "RESOURCE_EXHAUSTED" in text:
+        remedies = "".join(f"; {remedy}" for remedy in memory_remedies)
+        return f"a device is out of memory ({_first(error)}){remedies} ({more})"
+    if isinstance(error, MemoryError):
+        return f"this machine is out of memory ({more})"
+    return f"{type(error).__name__}: {_first(error)} ({more})"
+
+
+def complain(error: object, prefix: str = "error", remedies: Sequence[str] = ()) -> None:
+    """Print one line on stderr, after the traceback where it was asked for."""
+    if isinstance(error, BaseException):
+        if os.environ.get(TRACEBACK):
+            traceback.print_exception(error)
+        error = explain(error, remedies)
+    print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def _is_own(error: BaseException) -> bool:
+    """Whether our code raised it to be read: a ValueError, by a `raise` in a file of ours."""
+    frames = traceback.extract_tb(error.__traceback__)
+    raised = not frames or (_is_ours(frames[-1].filename) and _line(frames[-1]).startswith("raise"))
+    return isinstance(error, ValueError) and raised
+
+
+def _line(frame: traceback.FrameSummary) -> str:
+    return (frame.line or "").strip()
+
+
+def _is_ours(file: str) -> bool:
+    return file.startswith(f"{ROOT}{os.sep}") and "site-packages" not in file
+
+
+def _place(error: BaseException) -> str:
+    """The last line of our code on the way to the error."""
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_ours(f.filename)]
+    if not frames:
+        return "outside of this project"
+    last = frames[-1]
+    return f"at {Path(last.filename).relative_to(ROOT)}:{last.lineno} in {last.name}"
+
+
+def _first(error: BaseException) -> str:
+    """The first line of a message, which may go on for pages."""
+    lines = str(error).strip().splitlines() or ["no message"]
+    return " ".join(lines[0].split())[:300]

@@ -1,0 +1,93 @@
+"""Whatever fails, a user reads one line: what, where, and how to see more."""
+
+import csv
+import json
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from paravt_jax.failures import explain
+from paravt_jax.mesh import parse_mesh
+from train import main, run
+from train.checks import memory_remedies
+from train.recipes import get_recipe
+
+
+def too_large():
+    """A real refusal of the allocator: 8 petabytes."""
+    jnp.zeros((1 << 51,), jnp.float32).block_until_ready()
+
+
+def deep():
+    deep()
+
+
+FOREIGN = {
+    "KeyError": lambda: {}["answer"],
+    "ZeroDivisionError": lambda: 1 // 0,
+    "RecursionError": deep,
+    "JSONDecodeError": lambda: json.loads("{"),
+    "ValueError": lambda: np.zeros(2) + np.zeros(3),
+    "Error": lambda: next(csv.reader(['"a"b'], strict=True)),
+    "StopIteration": lambda: next(iter(())),
+    "jax": lambda: jnp.zeros(3).at[0].set(jnp.zeros(4)),
+}
+
+
+def failure(action) -> Exception:
+    with pytest.raises(Exception) as caught:
+        action()
+    return caught.value
+
+
+@pytest.mark.parametrize("action", FOREIGN.values(), ids=FOREIGN)
+def test_what_is_not_ours_is_named_and_located(action):
+    line = explain(failure(action))
+    assert "\n" not in line and "PARAVT_TRACEBACK=1" in line
+    assert "tests/unit/test_failures.py:" in line
+
+
+def test_our_refusals_stand_as_they_are():
+    error = failure(lambda: parse_mesh("data:3", 4))
+    assert explain(error) == " ".join(str(error).split())
+    missing = failure(Path("no/such/file").read_text)
+    assert explain(missing) == str(missing)
+
+
+def test_a_device_without_memory_says_which_settings_help():
+    line = explain(failure(too_large), memory_remedies(get_recipe("needle_rl")))
+    assert "out of memory" in line and "rl.micro_groups than 2" in line and "\n" not in line
+    assert "model.remat=true" in line and "PARAVT_TRACEBACK=1" in line
+
+
+def test_remedies_are_those_that_are_not_taken():
+    (line,) = memory_remedies(get_recipe("paravt_sft"))
+    assert "sft.micro_rows" in line and "rl." not in line and "agent." not in line
+
+
+@pytest.mark.parametrize("action", [deep, too_large, FOREIGN["KeyError"]])
+def test_no_run_ends_in_a_traceback(action, monkeypatch, capsys):
+    monkeypatch.setattr(run, "train", lambda *_: action())
+    monkeypatch.delenv("PARAVT_TRACEBACK", raising=False)
+    assert main.main(["--workdir", "unused"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch, capsys):
+    monkeypatch.setattr(run, "train", lambda *_: FOREIGN["KeyError"]())
+    monkeypatch.setenv("PARAVT_TRACEBACK", "1")
+    assert main.main(["--workdir", "unused"]) == 1
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert lines[0].startswith("Traceback") and lines[-1].startswith("error: KeyError")
+
+
+def test_an_interruption_at_any_time_is_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(main, "resolve", interrupt)
+    assert main.main([]) == 130
+    assert capsys.readouterr().err.strip() == "error: interrupted"
