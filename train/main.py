@@ -100,7 +100,7 @@ def main(argv: list[str] | None = None) -> int:
     config = workdir = None
     code = 2  # until the run begins
     try:
-        check_name(arguments.recipe or DEFAULT_RECIPE)
+        check_name(DEFAULT_RECIPE if arguments.recipe is None else arguments.recipe)
         if not (arguments.dry_run or arguments.compile_only):
             # At once: what is imported next takes seconds.
             named = arguments.recipe or arguments.workdir or DEFAULT_RECIPE

@@ -7,8 +7,8 @@ ROWS = [
     Mistake("{small} --steps 2 --resume never --workdir {run}", "--resume never", code=1),
     Mistake("{small} --steps 2 --seed 7 --workdir {run}", ("seed", "--workdir"), code=1),
     Mistake(
-        "{small} --steps 2 --set optimizer.learning_rate=1e-3 --workdir {run}",
-        "optimizer.learning_rate",
+        "{small} --steps 2 --set optimizer.b2=0.5 --workdir {run}",
+        "optimizer.b2",
         code=1,
     ),
     Mistake("{small} --steps 2 --recipe needle_grpo --workdir {run}", "recipe", code=1),
