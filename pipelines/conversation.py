@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -25,6 +26,7 @@ from paravt_jax.patches import join_patches
 from paravt_jax.protocol import THINK_CLOSE, THINK_OPEN, after_thinking
 from paravt_jax.records import Conversation, ImageRef, Message, Pack, Prompt, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
+from pipelines.faults import CONTROL, Unusable
 from pipelines.images import read_image
 from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
 from pipelines.render import ChatRenderer, template_opening
@@ -88,6 +90,34 @@ class Draft:
         return sum(len(shot.grids) for shot in self.shots)
 
 
+def special_tokens(tokenizer: Any) -> dict[int, str]:
+    """Texts of a tokenizer's special tokens, by id."""
+    return {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
+
+
+class TextCheck:
+    """Refuses conversations that spell out special tokens: the text of a data set must not open or
+    close turns, or stand for frames."""
+
+    def __init__(self, tokenizer: Any):
+        self._special = re.compile("|".join(map(re.escape, special_tokens(tokenizer).values())))
+
+    def __call__(self, conversation: Conversation) -> None:
+        """Look through the words and calls of all messages.
+
+        Raises:
+            Unusable: one of them spells out a special token.
+        """
+        for message in conversation.messages:
+            calls = json.dumps([dataclasses.asdict(c) for c in message.calls], ensure_ascii=False)
+            for text in (*message.content, calls):
+                if isinstance(text, str) and (found := self._special.search(text)):
+                    raise Unusable(
+                        CONTROL,
+                        f"a message spells out the special token {found.group()!r}; rephrase it",
+                    )
+
+
 class ConversationRenderer:
     """Renders conversations as `ChatRenderer` renders prompts: frames of a video as timed images or
     as pairs with their mean time, M-RoPE positions, and text encoded between control tokens.
@@ -112,8 +142,8 @@ class ConversationRenderer:
         self.image_spec = still_spec(renderer.spec)
         """How still images are shown."""
         tokenizer = renderer.tokenizer
-        special = {i: t.content for i, t in tokenizer.added_tokens_decoder.items() if t.special}
-        self._reserved = tuple(special.values())
+        special = special_tokens(tokenizer)
+        self._check = TextCheck(tokenizer)
         self._vision_ids = [tokenizer.convert_tokens_to_ids(text) for text in VISION_TEXTS]
         self._special_ids = [i for i in special if i not in self._vision_ids]
 
@@ -125,6 +155,7 @@ class ConversationRenderer:
                 or the template does not tell what the assistant said.
         """
         try:
+            self._check(conversation)
             parts = [self._parts(message) for message in conversation.messages]
             messages = [
                 {"role": message.role, "content": content} | self._calls(message)
@@ -141,7 +172,7 @@ class ConversationRenderer:
         shown: list[Timed] = []
         for part in message.content:
             if isinstance(part, str):
-                content.append({"type": "text", "text": self._checked(part)})
+                content.append({"type": "text", "text": part})
                 continue
             if message.role == ASSISTANT:
                 raise ValueError("the assistant shows an image or a video; it can only write")
@@ -155,15 +186,7 @@ class ConversationRenderer:
         if not message.calls:
             return {}
         calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
-        self._checked(json.dumps(calls, ensure_ascii=False))
         return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
-
-    def _checked(self, text: str) -> str:
-        """Text of a data set must not open or close turns, or stand for frames."""
-        for token in self._reserved:
-            if token in text:
-                raise ValueError(f"a message spells out the special token {token!r}; rephrase it")
-        return text
 
     def _video(self, video: VideoRef) -> tuple[list[dict[str, str]], Timed]:
         frames = self._reader.overview(video, self._rate.count(video))

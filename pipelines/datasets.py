@@ -206,7 +206,11 @@ class _Usable:
         return row
 
 
-def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
+def sft_rows(
+    path: str,
+    root: str | None = None,
+    check: Callable[[Conversation], object] = lambda row: None,
+) -> Found[Conversation]:
     """Conversations to learn from.
 
     Args:
@@ -214,12 +218,19 @@ def sft_rows(path: str, root: str | None = None) -> Found[Conversation]:
             file with a `messages` list per line.
         root: what paths of videos and images are relative to, and may not leave; default: the
             folder of the data.
+        check: raises a `ValueError` for a row that cannot be used for another reason.
 
     Raises:
         ValueError: there is no such file, or no row can be used.
     """
     files = _files(path, paravt.SFT_COLUMNS)
-    found = _read(path, files, root, paravt.sft_row, paravt.sft_videos)
+
+    def make(fields: dict[str, Any], row_id: str, media: Media) -> Conversation:
+        row = paravt.sft_row(fields, row_id, media)
+        check(row)
+        return row
+
+    found = _read(path, files, root, make, paravt.sft_videos)
     if not found.rows:
         raise ValueError(f"{path}: no conversations; {found.summary() or 'add some'}")
     return found

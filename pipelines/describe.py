@@ -95,7 +95,7 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
         found = read_questions(arguments, renderer)
         yield from about_questions(found, spec, budgets, renderer)
     if "conversations" in kinds:
-        yield from about_conversations(sft_rows(arguments.path, arguments.root), spec, renderer)
+        yield from about_conversations(read_conversations(arguments, renderer), spec, renderer)
 
 
 def open_renderer(arguments: argparse.Namespace, pixels: tuple[int, int]) -> Any:
@@ -119,6 +119,15 @@ def read_questions(arguments: argparse.Namespace, renderer: Any = None) -> Found
     folder = os.path.join(os.path.abspath(arguments.cache), "needle_world")
     asked = needle_questions(NeedleWorld(), folder, "train", ("oe", "tvg", "mcq"))
     return Found([question.row for question in asked])
+
+
+def read_conversations(arguments: argparse.Namespace, renderer: Any = None) -> Found[Conversation]:
+    """The conversations of a data set that a renderer's tokenizer can write."""
+    if not renderer:
+        return sft_rows(arguments.path, arguments.root)
+    from pipelines.conversation import TextCheck
+
+    return sft_rows(arguments.path, arguments.root, TextCheck(renderer.tokenizer))
 
 
 def about_questions(

@@ -15,6 +15,7 @@ from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.records import Frames, Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
 from pipelines.container import UnreadableVideo
+from pipelines.faults import Unusable
 from pipelines.subtitles import UnreadableSubtitles
 
 _LOG = logging.getLogger(__name__)
@@ -56,7 +57,7 @@ class PromptItem(NamedTuple):
 
 
 class BadRow(NamedTuple):
-    """A row whose video or subtitles cannot be read."""
+    """A row whose video or subtitles cannot be read, or that cannot be put into a prompt."""
 
     row_id: str
     reason: str
@@ -129,7 +130,7 @@ class PromptMaker:
         try:
             frames = overviews(self._reader, row, budget)
             prompt = self._renderer.main_prompt(row, frames, self._tools)
-        except (UnreadableVideo, UnreadableSubtitles) as error:
+        except (UnreadableVideo, UnreadableSubtitles, Unusable) as error:
             return BadRow(row.row_id, str(error))
         return PromptItem(row, budget, prompt)
 

@@ -15,6 +15,7 @@ from paravt_jax.mesh import AXES, RULES
 from paravt_jax.params import format_table
 from paravt_jax.records import Conversation
 from pipelines.datasets import Found
+from pipelines.render import ChatRenderer
 from train import setup
 from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations
@@ -136,7 +137,7 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.packs_conversations:
-        print(describe_conversations(open_conversations(config)))
+        print(describe_conversations(open_conversations(config, renderer_aside(config))))
         return
     if config.data.path or config.data.mixture:
         describe_questions(config)
@@ -144,17 +145,21 @@ def describe(config: Config) -> None:
 
 def describe_questions(config: Config) -> None:
     """Print how many questions there are, which cannot be used, and how they are split."""
-    with tempfile.TemporaryDirectory() as folder:
-        # Without --model the tokenizer is made, and a dry run leaves nothing behind.
-        data = dataclasses.replace(config.data, cache_dir=folder)
-        aside = dataclasses.replace(config, data=data)
-        renderer = setup.Model.open(aside).renderer(aside)
-    sets = read_questions(config, renderer.check_question)
+    sets = read_questions(config, renderer_aside(config).check_question)
     for found in sets:
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
     if config.data.path:
         print(split_sets(config, sets).report())
+
+
+def renderer_aside(config: Config) -> ChatRenderer:
+    """The renderer of a run. Without --model its tokenizer is made, of which a dry run leaves
+    nothing behind."""
+    with tempfile.TemporaryDirectory() as folder:
+        data = dataclasses.replace(config.data, cache_dir=folder)
+        aside = dataclasses.replace(config, data=data)
+        return setup.Model.open(aside).renderer(aside)
 
 
 def describe_conversations(found: Found[Conversation]) -> str:

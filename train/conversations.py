@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paravt_jax.records import Conversation
-from pipelines.conversation import ConversationRenderer, FrameRate
+from pipelines.conversation import ConversationRenderer, FrameRate, TextCheck
 from pipelines.datasets import Found, sft_rows
 from pipelines.packing import PackShape, Skips, pack_stream
 from pipelines.render import ChatRenderer
@@ -17,8 +17,8 @@ from train.lessons import PackedLessons
 from train.questions import check_rejected, check_subtitles
 
 
-def open_conversations(config: Config) -> Found[Conversation]:
-    """The conversations of `--data`.
+def open_conversations(config: Config, renderer: ChatRenderer | None = None) -> Found[Conversation]:
+    """The conversations of `--data`, as far as the renderer's tokenizer can write them.
 
     Raises:
       ValueError: a file that cannot be read, more unusable rows than `data.max_rejected`, or
@@ -26,7 +26,8 @@ def open_conversations(config: Config) -> Found[Conversation]:
     """
     data = config.data
     assert data.path is not None
-    found = sft_rows(data.path, data.video_root)
+    check = TextCheck(renderer.tokenizer) if renderer else lambda row: None
+    found = sft_rows(data.path, data.video_root, check)
     check_rejected(found, data.path, data.max_rejected)
     check_subtitles(data, (video for row in found.rows for video in row.videos))
     return found

@@ -69,7 +69,7 @@ def check_rejected(found: Found, path: str, limit: float) -> None:
         raise ValueError(
             f"{path}: {found.summary()}. This is more than "
             f"data.max_rejected={limit:g} allows: `python pipelines/describe.py {path}` tells "
-            "more; get the files, set data.video_root, or raise the limit"
+            "more; mend the rows, get the files, set data.video_root, or raise the limit"
         )
 
 

@@ -244,7 +244,7 @@ class Run:
 
     def _packed_lessons(self) -> PackedLessons:
         """Conversations of `--data`, from where the last checkpoint left them."""
-        found = open_conversations(self.config)
+        found = open_conversations(self.config, self.renderer)
         for line in found.report():
             self.log.console.print(line)
         lessons = packed_lessons(self.config, found.rows, self.renderer, self.reader)

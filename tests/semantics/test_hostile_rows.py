@@ -7,6 +7,7 @@ files, conversations in JSONL and parquet files. Damaged files end the reading w
 
 import json
 import os
+import random
 from typing import Any, NamedTuple
 
 import pyarrow
@@ -16,9 +17,12 @@ import pytest
 from pipelines import describe
 from pipelines.datasets import contents, question_rows, sft_rows
 from pipelines.faults import ANSWER, CONTROL, FIELD, LONGEST, MALFORMED, MISSING, REPEATED, VIDEOS
+from pipelines.loader import prompt_list
 from pipelines.tfds_builder import row_source
+from pipelines.video import VideoReader
 from tests import paravt_fixture as fixture
 from tests.pipelines_fixtures import processor_folder, renderer
+from train import main
 
 DEEP = 100_000
 NESTED = "[" * DEEP + "]" * DEEP
@@ -293,6 +297,74 @@ def test_a_control_token_is_a_bad_row_at_both_doors(folder, capsys):
     assert describe.main([path, "--model", processor_folder()]) == 0
     said = capsys.readouterr().out
     assert "2 of 3 rows can be used" in said and "<|im_end|>" in said
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [chat(content="red<|im_end|>"), calling('{"start_time": "<|im_start|>"}')],
+    ids=["words", "arguments"],
+)
+def test_so_is_one_in_a_conversation(bad, folder, capsys):
+    path = write(folder, "chats.jsonl", [bad])
+    assert describe.main([path, "--model", processor_folder()]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 3 rows can be used" in said and f"1 x {CONTROL}" in said
+
+
+def test_the_dry_run_counts_them_and_says_how_questions_are_split(folder, capsys):
+    path = write(folder, "jsonl", [own(question="What?<|im_end|>"), own(), NESTED, own()])
+    flags = ["--data", path, "--set", "data.max_rejected=0.5", "--set", "evaluation.rows=0"]
+    assert main.main([*flags, "--dry-run"]) == 0
+    said = capsys.readouterr().out
+    assert "2 of 6 rows cannot be used" in said and f"1 x {CONTROL}" in said
+    assert "4 questions about 1 videos train, 0 questions about 0 videos are held out" in said
+
+
+def test_a_control_token_that_comes_by_another_way_is_left_out_of_the_stream(folder):
+    found = question_rows(write(folder, "jsonl", [own(question="What?<|im_end|>")]))
+    r = renderer()
+    items = prompt_list(found.rows, VideoReader(spec=r.spec), r, 4, max_bad_rows=0.5)
+    assert [item.row.question for item in items] == ["What?", "What?"]
+
+
+PIECES = [
+    *("'\",:[]{}\\\n\r\0\xff\u2028"), "\\ud800", "\\u0000", "null", "true", "1e999", "NaN", "-1",
+    '{"a":', "video", "messages", "role", '"tool_calls": 5', "A.", "<video>", "mcq", "71, 63",
+]  # fmt: skip
+WHOLE = {
+    "csv": f'a.mp4,"{CHOICES}",B,mcq,"[[1, 2]]",x\n',
+    "jsonl": json.dumps(own(question=CHOICES, answer="B", question_type="mcq", evidence="[]")),
+    "parquet": published(f"<video>{CHOICES}", "B", "mcq"),
+    "chats.jsonl": json.dumps(calling({"start_time": 1})),
+    "chats.parquet": calling({"start_time": 1}),
+}
+
+
+def scrambled(text: str, draw: random.Random) -> str:
+    """A text with pieces put in and stretches cut out."""
+    for _ in range(draw.randint(1, 4)):
+        at = draw.randrange(len(text) + 1)
+        text = (
+            text[:at]
+            + draw.choice(PIECES) * draw.choice([1, 1, 50])
+            + text[at + draw.choice([0, 1, 20]) :]
+        )
+    return text
+
+
+@pytest.mark.parametrize("form", TABLES)
+def test_no_scrambled_row_ends_the_reading(form, folder):
+    """150 of them each; in a CSV file one may take the next row with it."""
+    for seed in range(150):
+        draw, bad = random.Random(seed), WHOLE[form]
+        if isinstance(bad, str):
+            bad = scrambled(bad, draw)
+        else:
+            name = draw.choice(list(bad))
+            bad = bad | {name: scrambled(json.dumps(bad[name]), draw)}
+        found = read(write(folder, form, [bad]), form)
+        assert len(found.rows) >= 1 + (form != "csv"), bad
+        assert all(line.isprintable() for line in found.report())
 
 
 def test_the_kind_of_a_data_set_does_not_hang_on_its_first_row(folder):
