@@ -34,6 +34,7 @@ from pipelines.datasets import (
 )
 from pipelines.needle.world import NeedleWorld
 from pipelines.preprocess import SPECS, FrameSpec
+from pipelines.trial import try_files
 from pipelines.video import VideoReader
 
 SAMPLE = 512
@@ -140,7 +141,13 @@ def about_questions(
     yield f"  with evidence windows: {sum(bool(row.evidence) for row in rows)}"
     yield from _about_videos([row.videos for row in rows])
     yield from _about_rejected(found)
-    reader, some = VideoReader(spec=spec), spread(rows)
+    reader = VideoReader(spec=spec)
+    trial = try_files(rows, reader)
+    yield from trial.report()
+    rows = [row for row in rows if trial.shows(row)]
+    if not rows:
+        raise ValueError("no question has videos that can be decoded")
+    some = spread(rows)
     yield f"tokens of a prompt, {len(some)} rows (frames of {spec.mode}s):"
     yield "      K  vision: median      max" + ("  room of a prompt" if renderer else "")
     for budget in budgets:
@@ -207,6 +214,7 @@ def about_conversations(
     yield f"  characters of a conversation: {_range([sum(row) for row in words], '{:,.0f}')}"
     yield from _about_videos([row.videos for row in rows])
     yield from _about_rejected(found)
+    yield from try_files(rows, VideoReader(spec=spec)).report()
     if renderer:
         some = spread(rows)
         counts = [_word_tokens(row, renderer) for row in some]

@@ -16,6 +16,8 @@ from paravt_jax.params import format_table
 from paravt_jax.records import Conversation
 from pipelines.datasets import Found
 from pipelines.render import ChatRenderer
+from pipelines.trial import try_files
+from pipelines.video import VideoReader
 from train import setup
 from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations
@@ -137,7 +139,9 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.packs_conversations:
-        print(describe_conversations(open_conversations(config, renderer_aside(config))))
+        found = open_conversations(config, renderer_aside(config))
+        print(describe_conversations(found))
+        try_media(config, found, "data.max_rejected")
         return
     if config.data.path or config.data.mixture:
         describe_questions(config)
@@ -149,6 +153,7 @@ def describe_questions(config: Config) -> None:
     for found in sets:
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
+        try_media(config, found, "data.max_bad_rows")
     if config.data.path:
         print(split_sets(config, sets).report())
 
@@ -160,6 +165,18 @@ def renderer_aside(config: Config) -> ChatRenderer:
         data = dataclasses.replace(config.data, cache_dir=folder)
         aside = dataclasses.replace(config, data=data)
         return setup.Model.open(aside).renderer(aside)
+
+
+def try_media(config: Config, found: Found, setting: str) -> None:
+    """Decode frames of the files of a data set and print which cannot be.
+
+    Raises:
+      ValueError: they are more than the setting allows.
+    """
+    reader = VideoReader(cache_bytes=0, decode_seconds=config.data.decode_seconds)
+    trial = try_files(found.rows, reader)
+    print(*trial.report(), sep="\n")
+    trial.check(setting, getattr(config.data, setting.removeprefix("data.")))
 
 
 def describe_conversations(found: Found[Conversation]) -> str:
