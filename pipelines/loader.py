@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import grain
@@ -72,7 +72,7 @@ class BadRows:
     """
 
     def __init__(self, rows: int, limit: float):
-        self._rows, self._limit = rows, limit
+        self.total, self._limit = rows, limit
         self.ids: set[str] = set()
         """The bad rows so far."""
 
@@ -87,9 +87,9 @@ class BadRows:
         if item.row_id not in self.ids:
             self.ids.add(item.row_id)
             _LOG.warning("row %s is left out: %s", item.row_id, item.reason)
-        if len(self.ids) > self._limit * self._rows or len(self.ids) == self._rows:
+        if len(self.ids) > self._limit * self.total or len(self.ids) == self.total:
             raise ValueError(
-                f"{len(self.ids)} of {self._rows} rows cannot be read, more than data.max_bad_rows="
+                f"{len(self.ids)} of {self.total} rows cannot be read, more than data.max_bad_rows="
                 f"{self._limit:g} allows; mend or remove them, or raise it. The last one is "
                 f"{item.row_id}: {item.reason}"
             )
@@ -175,20 +175,31 @@ class PromptStream(StepStream[PromptItem]):
 
     def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
         super().__init__(steps)
-        self._bad_rows = bad_rows
+        self._bad_rows, self._taken = bad_rows, 0
+
+    def __next__(self) -> list[PromptItem]:
+        items = super().__next__()
+        self._taken += len(items)
+        return items
 
     @property
     def figures(self) -> dict[str, float]:
-        """Bad rows so far, for `metrics.jsonl`."""
-        return {"data/bad_rows": float(len(self._bad_rows.ids))}
+        """How often all questions were shown, and the bad rows so far, for `metrics.jsonl`."""
+        return {
+            "data/epoch": self._taken / self._bad_rows.total,
+            "data/bad_rows": float(len(self._bad_rows.ids)),
+        }
 
     def get_state(self) -> dict[str, Any]:
-        """Position after the last step that was taken, and the bad rows, as JSON values."""
-        return {"position": super().get_state(), "bad_rows": sorted(self._bad_rows.ids)}
+        """Position after the last step that was taken, how many prompts that were, and the bad
+        rows, as JSON values."""
+        bad = sorted(self._bad_rows.ids)
+        return {"position": super().get_state(), "taken": self._taken, "bad_rows": bad}
 
     def set_state(self, state: dict[str, Any]) -> None:
         """Go on from a saved position; the arguments of the stream must be the same."""
         super().set_state(state["position"])
+        self._taken = state.get("taken", 0)
         self._bad_rows.ids = set(state["bad_rows"])
 
 
@@ -261,8 +272,10 @@ def prompt_list(
     budget: int,
     tools: bool = True,
     max_bad_rows: float = 0.0,
+    made: Callable[[], object] = lambda: None,
 ) -> list[PromptItem]:
     """One prompt of K = `budget` frames for every row, in their order: what an evaluation takes.
+    `made` is called after each.
 
     Raises:
         ValueError: `budget` is not positive, or more than a share of `max_bad_rows` of the rows
@@ -273,7 +286,12 @@ def prompt_list(
     every: Iterable[PromptItem | BadRow] = (
         make(Draw(rows[index], epoch=0)) for index in range(len(rows))
     )
-    return [item for item in every if bad_rows.is_good(item)]
+    good: list[PromptItem] = []
+    for item in every:
+        if bad_rows.is_good(item):
+            good.append(item)
+        made()
+    return good
 
 
 def _check(

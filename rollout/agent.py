@@ -8,7 +8,7 @@ crops of one are decoded and reported on while others still think.
 from __future__ import annotations
 
 import collections
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory
@@ -17,7 +17,7 @@ from rollout.episode import Episodes, Rollout
 from rollout.evidence import Kit, Toolbox
 from rollout.limits import MAIN, AgentConfig, measure
 from rollout.record import derive_seed
-from rollout.tasks import Agree, DecodeSession, Scheduler
+from rollout.tasks import Agree, DecodeSession, Program, Scheduler
 from rollout.tools import TOOLS, Tools
 from rollout.workers import Workers
 
@@ -58,6 +58,8 @@ class Agent:
         self._kit = Kit(renderer, reader, tools, config, room, crop_tokens)
         self.figures: dict[str, float] = {}
         """What the last run cost on the host, for `metrics.jsonl`."""
+        self.ended: Callable[[], object] = lambda: None
+        """Called whenever an episode has ended: how far a run is."""
 
     def run(
         self,
@@ -77,12 +79,20 @@ class Agent:
             toolbox = Toolbox(self._kit, session, workers, policy_version)
             episodes = Episodes(self._kit, session, toolbox, policy_version)
             rollouts = _open_rollouts(session, items, copies, seed)
-            done = scheduler.run([episodes.program(rollout) for rollout in rollouts])
+            programs = [_told(episodes.program(rollout), self.ended) for rollout in rollouts]
+            done = scheduler.run(programs)
         self.figures = _figures(done, scheduler, workers)
         return [
             RolloutGroup(row, budget, tuple(done[at * copies : (at + 1) * copies]))
             for at, (row, budget, _) in enumerate(items)
         ]
+
+
+def _told(program: Program, ended: Callable[[], object]) -> Program:
+    """The program, and a word when it has ended."""
+    result = yield from program
+    ended()
+    return result
 
 
 def _open_rollouts(

@@ -7,9 +7,11 @@ asked once, of a session, with requests that mean nothing.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 
@@ -76,14 +78,23 @@ def _few(most: int) -> int:
     return min(BATCH, most) // 4 + 1
 
 
+Told = AbstractContextManager[Callable[[], object]]
+"""Within it, the function that it gives is called whenever one more is done."""
+
+
 def warm_up(
-    engine: Engine, params: Params, reads: Mapping[str, Reads], patch_values: int = 0
+    engine: Engine,
+    params: Params,
+    reads: Mapping[str, Reads],
+    patch_values: int = 0,
+    progress: Callable[[int], Told] = lambda total: contextlib.nullcontext(lambda: None),
 ) -> int:
     """Compile all that requests within `reads` can need; how many functions that were.
 
     Args:
         reads: for each lane of the engine.
         patch_values: values of a flattened patch, where anything has frames.
+        progress: is told how many requests there will be, and of each that is done.
 
     Raises:
         ValueError: a lane is missing in `reads`.
@@ -93,11 +104,16 @@ def warm_up(
         raise ValueError(f"reads lacks the lanes {', '.join(sorted(missing))}; add them")
     before = engine.compilations
     rehearsal = _Rehearsal(engine, params, reads, patch_values)
-    for name in engine.lanes:
-        rehearsal.prompts(name)
-        rehearsal.given(name)
-    rehearsal.mixtures()
+    requests = list(rehearsal.requests())
+    with progress(len(requests)) as done:
+        for request in requests:
+            rehearsal.say(*request)
+            done()
     return engine.compilations - before
+
+
+Request = tuple[list[tuple[str, Size]], Size, int | None]
+"""Lanes and sizes of prompts, what is given to their streams, and to how many: all, if None."""
 
 
 class _Rehearsal:
@@ -112,31 +128,37 @@ class _Rehearsal:
             name: reads[name].prompt_sizes(lane)[0] for name, lane in engine.lanes.items()
         }
 
-    def prompts(self, name: str) -> None:
+    def requests(self) -> Iterator[Request]:
+        """All of them."""
+        for name in self._engine.lanes:
+            yield from self._prompts(name)
+            yield from self._given(name)
+        yield from self._mixtures()
+
+    def _prompts(self, name: str) -> Iterator[Request]:
         """Read each size of prompt, alone and in a batch."""
         lane = self._engine.lanes[name]
         for size in self._reads[name].prompt_sizes(lane):
             for count in sorted({1, _few(lane.prompts)}):
-                self._say([(name, size)] * count)
+                yield [(name, size)] * count, (0, 0), None
 
-    def given(self, name: str) -> None:
+    def _given(self, name: str) -> Iterator[Request]:
         """Give each size of block to one row, to a batch of rows and to all of them."""
         lane = self._engine.lanes[name]
         for size in self._reads[name].given_sizes():
             for rows in sorted({1, _few(lane.rows), lane.rows}):
-                self._say([(name, self._shortest[name])] * lane.prompts, size, rows)
+                yield [(name, self._shortest[name])] * lane.prompts, size, rows
 
-    def mixtures(self) -> None:
+    def _mixtures(self) -> Iterator[Request]:
         """Decode each set of lanes, each lane with few prompts live or all."""
         lanes = self._engine.lanes
         counts = [[0, *lane.compact, max(lane.compact, default=0) + 1] for lane in lanes.values()]
         for chosen in itertools.product(*counts):
             named = zip(lanes, chosen, strict=True)
-            self._say([(name, self._shortest[name]) for name, count in named for _ in range(count)])
+            opened = [(name, self._shortest[name]) for name, count in named for _ in range(count)]
+            yield opened, (0, 0), None
 
-    def _say(
-        self, opened: Sequence[tuple[str, Size]], given: Size = (0, 0), rows: int | None = None
-    ) -> None:
+    def say(self, opened: Sequence[tuple[str, Size]], given: Size, rows: int | None) -> None:
         """Open prompts, let the first `rows` of their streams say a token, close all."""
         session, speakers = self._session, []
         for lane, size in opened:

@@ -18,6 +18,7 @@ from train.learner import figures
 from train.lessons import Lessons
 from train.loop import Clock, stop_if_not_finite
 from train.output import RunLog
+from train.standing import learning_rates, standing
 from train.state import TrainState
 from train.step import SftStep
 
@@ -49,7 +50,7 @@ def cold_start(school: School, state: TrainState, first_step: int) -> tuple[Trai
         budgets=lessons.budgets,
         router_balance=config.model.router_balance,
     )
-    compiled = jax.jit(update, donate_argnums=0)
+    compiled, rates = jax.jit(update, donate_argnums=0), learning_rates(config)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lessons.take, first_step)
         for step in range(first_step, config.steps):
@@ -62,7 +63,7 @@ def cold_start(school: School, state: TrainState, first_step: int) -> tuple[Trai
             state, learned = compiled(state, batches)
             metrics = figures([learned])
             clock.lap("time/learn")
-            record = metrics | lesson.figures | clock.figures()
+            record = metrics | lesson.figures | clock.figures() | standing(rates, step)
             school.log.step(step, record)
             stop_if_not_finite(record, step, config)
             school.checkpoints.maybe_save(step + 1, state, position)

@@ -1,10 +1,29 @@
-"""How often a run stops to compile."""
+"""How often a run stops to compile, and the folder that keeps what was compiled."""
 
 from __future__ import annotations
 
+import os
+
 import jax
 
+LEAST_SECONDS = 0.2
+"""Compilations that take less are not worth a file."""
 _COMPILED = "/jax/core/compile/backend_compile_duration"
+
+
+def keep_compiled(folder: str | None) -> str | None:
+    """Keep compiled programs for later runs in a folder, which is returned; None keeps none.
+
+    What `JAX_COMPILATION_CACHE_DIR` names comes first. On several hosts JAX lets the first of them
+    write, and a file appears whole or not at all, so that runs and hosts may share the folder.
+    """
+    if jax.config.jax_compilation_cache_dir or folder is None:
+        return jax.config.jax_compilation_cache_dir
+    folder = os.path.abspath(os.path.expanduser(folder))
+    jax.config.update("jax_compilation_cache_dir", folder)
+    if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
+    return folder
 
 
 class Compilations:

@@ -143,6 +143,9 @@ class OutputSettings:
     """Write `rollouts/*.jsonl`."""
     export_hf: bool = True
     """Write `hf/` at the end."""
+    compile_cache: str | None = "~/.cache/paravt_jax/compiled"
+    """Folder that keeps compiled programs, so that a later run need not compile them again;
+    `JAX_COMPILATION_CACHE_DIR` comes first. None keeps none."""
 
 
 @dataclasses.dataclass(frozen=True)

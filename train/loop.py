@@ -22,8 +22,10 @@ from train.config import Config
 from train.difficulty import Difficulty
 from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
+from train.progress import Bar
 from train.sampling import draw_groups, with_length_penalty
 from train.scoring import Scorer, rollout_metrics
+from train.standing import standing
 from train.state import FlatParams, TrainState
 from train.teacher import Teacher
 
@@ -50,6 +52,8 @@ class Parts:
     log: RunLog
     workdir: Path
     compilations: Compilations
+    rates: np.ndarray
+    """Learning rate of each optimiser step, see `train.standing`."""
 
     def figures(self) -> dict[str, float]:
         """What the parts say of the last step."""
@@ -86,7 +90,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         clock.lap("time/learn")
 
         record = rollout_metrics(drawn.everything) | drawn.figures() | parts.figures()
-        record |= metrics | clock.figures()
+        record |= metrics | clock.figures() | standing(parts.rates, step, config.rl.updates)
         record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
         parts.log.step(step, record)
         if config.output.rollouts and is_first():
@@ -106,7 +110,10 @@ def roll_out(
     clock.lap("time/data")
 
     seed = rollout_seed(config.seed, step, number)
-    groups = parts.agent.run(params, items, config.rl.group_size, seed, policy_version=step)
+    size = config.rl.group_size
+    with Bar(parts.log.console, f"rollouts of step {step + 1}", len(items) * size) as ended:
+        parts.agent.ended = ended
+        groups = parts.agent.run(params, items, size, seed, policy_version=step)
     groups = parts.scorer(groups, progress=step / config.steps)
     groups = parts.difficulty.revise(params, items, groups, seed, step)
     groups = with_length_penalty(groups, config.rl)

@@ -31,7 +31,7 @@ from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
 from train.cluster import everywhere, is_first, require_same
 from train.cold_start import School, cold_start
-from train.compilations import Compilations
+from train.compilations import Compilations, keep_compiled
 from train.config import Config, Stage, to_dict
 from train.config_file import FILE, check_same_run, differences, read_config, younger_settings
 from train.conversations import open_conversations, packed_lessons
@@ -42,8 +42,10 @@ from train.loop import Parts, contents, reinforce
 from train.masking import TaskMasking
 from train.optimizer import make_optimizer
 from train.output import TABLE, RunLog, comparison_table
+from train.progress import Bar, introduction
 from train.questions import Questions, all_rows, identities, open_rows
 from train.scoring import Scorer, accuracy_by_type, rollout_metrics
+from train.standing import learning_rates
 from train.state import (
     FlatParams,
     TrainState,
@@ -81,9 +83,11 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     Raises:
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
-    tell = print if is_first() else lambda line: None
+    tell = functools.partial(print, flush=True) if is_first() else lambda line: None
     everywhere(lambda: tell_changes(config, workdir, resume, tell))
     mesh = setup.open_mesh(config)
+    for line in introduction(config, workdir, mesh, keep_compiled(config.output.compile_cache)):
+        tell(line)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh)
         try:
@@ -220,6 +224,7 @@ class Run:
             log=self.log,
             workdir=self.workdir,
             compilations=Compilations(),
+            rates=learning_rates(config),
         )
 
     def cold_start(self) -> None:
@@ -339,31 +344,36 @@ class Run:
         """Held-out figures: sampled as in training, greedy, and greedy without crops."""
         if not self.held_out:
             return {}
-        engine = self._evaluation_engine
+        engine, batch = self._evaluation_engine, self.config.evaluation.batch
         with_tools = self._items(tools=self.config.agent.offers_tools)
-        modes = [
-            Mode("sampled", self._runner(self.agent(engine)), with_tools),
-            Mode("greedy", self._runner(self.agent(engine, 0.0)), with_tools),
-            Mode(
-                "no crops",
-                self._runner(self.agent(engine, 0.0, crops=False)),
-                self._items(tools=False),
-            ),
-        ]
-        return evaluate(
-            params, modes, _figures, batch=self.config.evaluation.batch, seed=EVALUATION_SEED
-        )
+        without = self._items(tools=False)
+        agents = {
+            "sampled": (self.agent(engine), with_tools),
+            "greedy": (self.agent(engine, 0.0), with_tools),
+            "no crops": (self.agent(engine, 0.0, crops=False), without),
+        }
+        with Bar(self.log.console, "evaluating", 3 * len(with_tools)) as ended:
+            modes = [
+                Mode(name, self._runner(agent, ended), items)
+                for name, (agent, items) in agents.items()
+            ]
+            return evaluate(params, modes, _figures, batch=batch, seed=EVALUATION_SEED)
 
     def _items(self, tools: bool) -> Sequence[Item]:
         budget = self.config.evaluation.frame_budget
         bad = self.config.data.max_bad_rows
-        items = everywhere(
-            lambda: prompt_list(self.held_out, self.reader, self.renderer, budget, tools, bad)
-        )
+        with Bar(self.log.console, "reading held-out videos", len(self.held_out)) as made:
+            items = everywhere(
+                lambda: prompt_list(
+                    self.held_out, self.reader, self.renderer, budget, tools, bad, made
+                )
+            )
         require_same(contents(items), "the held-out prompts")
         return items
 
-    def _runner(self, agent: Agent):
+    def _runner(self, agent: Agent, ended: Callable[[], object]):
+        agent.ended = ended
+
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
             return self.scorer(agent.run(params, items, 1, seed))
 

@@ -8,6 +8,7 @@ responses, on rows of sub-agents, and what a teacher reads: their shapes depend 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import time
 from collections.abc import Iterable
 
@@ -29,6 +30,7 @@ from rollout.warm_up import warm_up
 from train.config import generated_budget
 from train.learner import Learner
 from train.loop import Parts
+from train.progress import Bar
 from train.reads import agent_reads
 from train.state import TrainState
 
@@ -48,11 +50,15 @@ def warm_up_run(
     `hints` tokens; returns the state, unchanged (its memory is handed on)."""
     began, config = time.perf_counter(), parts.config
     reads = agent_reads(config, renderer, rows, config.data.frame_budgets, hints)
-    count = warm_up(engine, state.params, reads, renderer.spec.patch_values)
-    for length in parts.learner.lengths:
-        state = _rehearse_update(parts, state, _blank_groups(parts, renderer, length))
-    parts.log.console.print(
-        f"warm-up: {count} shapes of rollouts, {len(parts.learner.lengths)} lengths of updates "
+    console, lengths = parts.log.console, parts.learner.lengths
+    rollouts = functools.partial(Bar, console, "compiling rollouts")
+    count = warm_up(engine, state.params, reads, renderer.spec.patch_values, rollouts)
+    with Bar(console, "compiling updates", len(lengths)) as done:
+        for length in lengths:
+            state = _rehearse_update(parts, state, _blank_groups(parts, renderer, length))
+            done()
+    console.print(
+        f"warm-up: {count} shapes of rollouts, {len(lengths)} lengths of updates "
         f"compiled in {time.perf_counter() - began:.0f} s"
     )
     return state

@@ -1,0 +1,114 @@
+"""A run is heard of from the beginning, and a log does not fill with it."""
+
+import dataclasses
+import io
+import os
+import subprocess
+import sys
+import time
+
+import jax
+import pytest
+from rich.console import Console
+
+from paravt_jax.mesh import make_mesh, parse_mesh
+from tests.command import ROOT
+from train import progress
+from train.compilations import keep_compiled
+from train.progress import Bar, introduction
+from train.recipes import get_recipe
+from train.standing import learning_rates, memory, standing
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_lines_instead_of_a_bar_come_ever_more_rarely(clock):
+    said = io.StringIO()
+    with Bar(Console(file=said), "evaluating", 400) as bar:
+        for _ in range(400):
+            clock[0] += 1
+            bar()
+    lines = said.getvalue().splitlines()
+    assert lines == [f"evaluating {n} of 400" for n in (10, 20, 40, 80, 160, 320)]
+
+
+def test_short_work_is_not_worth_a_line(clock):
+    said = io.StringIO()
+    with Bar(Console(file=said), "evaluating", 3) as bar:
+        for _ in range(3):
+            bar()
+    assert said.getvalue() == ""
+
+
+def test_a_terminal_gets_a_bar():
+    said = io.StringIO()
+    with Bar(Console(file=said, force_terminal=True), "compiling rollouts", 57) as bar:
+        for _ in range(12):
+            bar()
+    assert "compiling rollouts" in said.getvalue() and "12/57" in said.getvalue()
+
+
+def test_other_hosts_are_silent(clock):
+    said = io.StringIO()
+    with Bar(Console(file=said, quiet=True), "evaluating", 100) as bar:
+        for _ in range(99):
+            clock[0] += 60
+            bar()
+    assert said.getvalue() == ""
+
+
+def test_the_introduction_names_what_is_used(tmp_path):
+    mesh = make_mesh(parse_mesh("data:2,fsdp:4", 8))
+    text = "\n".join(introduction(get_recipe("needle_rl"), tmp_path, mesh, "/kept"))
+    for named in (str(tmp_path), "8 x cpu", "fsdp:4", "needle_sft", "needle_world", "/kept"):
+        assert named in text
+    own = get_recipe("paravt_sft")
+    own = dataclasses.replace(own, data=dataclasses.replace(own.data, path="chats.jsonl"))
+    assert "chats.jsonl" in "\n".join(introduction(own, tmp_path, mesh, None))
+
+
+@pytest.mark.slow
+def test_the_first_line_comes_before_the_imports(tmp_path):
+    door = [sys.executable, str(ROOT / "train" / "main.py"), "--workdir", str(tmp_path / "run")]
+    environment = {**os.environ, "PYTHONUNBUFFERED": ""}
+    began = time.monotonic()
+    with subprocess.Popen(door, cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as run:
+        assert run.stdout is not None
+        line = run.stdout.readline().decode()
+        seconds = time.monotonic() - began
+        run.kill()
+    assert "importing" in line and seconds < 3
+
+
+@pytest.fixture
+def no_cache():
+    before = jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    jax.config.update("jax_compilation_cache_dir", before)
+
+
+def test_compiled_programs_are_kept_in_a_folder_that_is_named(no_cache, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    kept = keep_compiled(get_recipe("needle_rl").output.compile_cache)
+    assert kept == str(tmp_path / ".cache" / "paravt_jax" / "compiled")
+    assert jax.config.jax_compilation_cache_dir == kept
+    assert keep_compiled("elsewhere") == kept, "what is set already comes first"
+
+
+def test_nothing_is_kept_if_so_asked(no_cache):
+    assert keep_compiled(None) is None and jax.config.jax_compilation_cache_dir is None
+
+
+def test_rate_and_memory_are_those_of_the_last_update():
+    rates = learning_rates(get_recipe("needle_rl"))
+    assert (
+        len(rates) == 40 and rates[0] == pytest.approx(3e-5) and rates[-1] == pytest.approx(1.5e-4)
+    )
+    assert standing(rates, 0, 2)["optimizer/learning_rate"] == rates[1]
+    assert 0.05 < memory()["memory/process_peak"] < 64

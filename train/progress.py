@@ -1,0 +1,81 @@
+"""Signs of life: where a run works and with what, and how far long work is."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from types import TracebackType
+
+import jax
+from jax.sharding import Mesh
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+
+from train.config import Config
+from train.setup import world_folder
+
+FIRST_LINE = 10.0
+"""Seconds until a long work is heard of where there is no terminal; each next line takes twice as
+long as the one before, so that a log does not fill."""
+
+
+def introduction(config: Config, workdir: Path, mesh: Mesh, compiled: str | None) -> list[str]:
+    """What a run is about to use, before it takes its time.
+
+    Args:
+      compiled: the folder that keeps compiled programs, if any does.
+    """
+    devices = jax.devices()
+    sizes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
+    hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    return [
+        f"workdir   {workdir}",
+        f"devices   {len(devices)} x {devices[0].device_kind}{hosts}, mesh {sizes}",
+        f"weights   {config.model.folder or f'random (seed {config.seed})'}",
+        f"data      {_data(config)}",
+        f"compiled  {compiled or 'programs are not kept (output.compile_cache=none)'}",
+    ]
+
+
+def _data(config: Config) -> str:
+    data = config.data
+    world = f"the needle world in {world_folder(config)}, written if it is not there"
+    return ", ".join([data.path or world, *data.mixture])
+
+
+class Bar:
+    """How far something is: a bar on a terminal, elsewhere a line now and then.
+
+    with Bar(console, "evaluating", total=64) as bar:
+        bar()  # one more is done
+    """
+
+    def __init__(self, console: Console, title: str, total: int):
+        self._console, self._title, self._total = console, title, total
+        self._done, self._began, self._wait = 0, time.monotonic(), FIRST_LINE
+        columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        shown = console.is_terminal and not console.quiet
+        self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
+        self._task = self._bar.add_task(title, total=total)
+
+    def __enter__(self) -> Bar:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def __call__(self) -> None:
+        """One more is done."""
+        self._done += 1
+        self._bar.advance(self._task)
+        if self._console.is_terminal or self._done >= self._total:
+            return
+        if time.monotonic() - self._began >= self._wait:
+            self._wait *= 2
+            self._console.print(f"{self._title} {self._done} of {self._total}", soft_wrap=True)
