@@ -8,6 +8,7 @@ import jax
 
 LEAST_SECONDS = 0.2
 """Compilations that take less are not worth a file."""
+_CACHE = "jax_compilation_cache_dir"
 _COMPILED = "/jax/core/compile/backend_compile_duration"
 
 
@@ -17,10 +18,11 @@ def keep_compiled(folder: str | None) -> str | None:
     What `JAX_COMPILATION_CACHE_DIR` names comes first. On several hosts JAX lets the first of them
     write, and a file appears whole or not at all, so that runs and hosts may share the folder.
     """
-    if jax.config.jax_compilation_cache_dir or folder is None:
-        return jax.config.jax_compilation_cache_dir
+    given: str | None = getattr(jax.config, _CACHE)
+    if given or folder is None:
+        return given
     folder = os.path.abspath(os.path.expanduser(folder))
-    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update(_CACHE, folder)
     if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" not in os.environ:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", LEAST_SECONDS)
     return folder
