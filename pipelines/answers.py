@@ -82,7 +82,8 @@ def choice(question: str, answer: str) -> str:
     if meant:
         either = " or ".join(sorted(meant))
         raise Unusable(ANSWER, f"answer {answer!r} may mean option {either}; write the letter")
-    raise Unusable(ANSWER, f"answer {answer!r} is none of the options {letters}; write a letter")
+    remedy = "write a letter (an index counts from 0)"
+    raise Unusable(ANSWER, f"answer {answer!r} is none of the options {letters}; {remedy}")
 
 
 def _readings(answer: str, named: dict[str, str]) -> Iterator[str]:

@@ -29,6 +29,7 @@ DEEPEST = 32
 """Levels of lists and dictionaries in a row. Conversations with calls take a dozen; Python reads
 more than it can print or compare."""
 
+QUOTES = "close its quotes and double those inside of a field, or shorten the field"
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 # UTF-16 begins with one of these marks, or has a NUL beside its first letter.
 _UTF_16 = (b"\xff\xfe", b"\xfe\xff")
@@ -190,7 +191,7 @@ def _csv(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
             return
         except csv.Error as error:
             at += read + 1
-            yield at, Unusable(MALFORMED, f"{error}; close its quotes, or shorten the field")
+            yield at, Unusable(MALFORMED, f"{error}; {QUOTES}")
 
 
 def _fields(header: Sequence[str], cells: Sequence[str]) -> Fields | Unusable:

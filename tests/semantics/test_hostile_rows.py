@@ -168,7 +168,7 @@ ANSWERS = {
     "no options": ("Which?", "B", "mcq", "no options"),
     "one option": ("Which? A. red", "A", "mcq", "no options"),
     "no option": (CHOICES, "E", "mcq", "none of the options A, B"),
-    "an index that counts from 1": (CHOICES, "2", "mcq", "none of the options A, B"),
+    "an index that counts from 1": (CHOICES, "2", "mcq", "an index counts from 0"),
     "other words": (CHOICES, "green", "mcq", "none of the options A, B"),
     "letter and words of two": (CHOICES, "A. blue", "mcq", "may mean option A or B"),
     "index or words": ("Which? A. 1 B. 0", "1", "mcq", "may mean option A or B"),
@@ -288,6 +288,32 @@ def test_answers_that_nobody_can_give_are_left_out(name, form, folder):
     found = question_rows(write(folder, form, [bads[form]]))
     (rejected,) = found.rejected
     assert len(found.rows) == 2 and rejected.kind == ANSWER and words in rejected.reason
+
+
+CHOSEN = {
+    "a letter": (CHOICES, "B", "B"),
+    "a small letter in brackets": (CHOICES, "(b)", "B"),
+    "letter and words": (CHOICES, "B. blue", "B"),
+    "a sentence": (CHOICES, "The answer is B.", "B"),
+    "words": (CHOICES, "Blue", "B"),
+    "an index": (CHOICES, "1", "B"),
+    "options on lines": ("Which?\n(a) red\n(b) blue\nAnswer with a letter.", "blue", "B"),
+    "words that look like a letter": ("Which? A. Vitamin D B. Vitamin A", "Vitamin A", "B"),
+    "an article": ("What? A. the cat B. a dog", "A dog", "B"),
+    "a name before the options": ("Is J. Smith in the U.S.A.? A. yes B. no", "No", "B"),
+    "numbers for words": ("How many? A. 12 B. 13", "13", "B"),
+}
+
+
+@pytest.mark.parametrize("name", CHOSEN)
+def test_the_option_that_an_answer_means_becomes_its_letter(name, folder):
+    question, answer, letter = CHOSEN[name]
+    row = own(question=question, answer=answer, question_type="mcq")
+    found = question_rows(write(folder, "jsonl", [row]))
+    assert found.rows[1].answer == letter and not found.rejected
+    assert found.restated == (answer != letter)
+    said = "1 choice answers were read as the letter of an option"
+    assert found.report() == [said] * found.restated
 
 
 def test_a_control_token_is_a_bad_row_at_both_doors(folder, capsys):
