@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import TypeVar
 
 from pipelines.container import UnreadableVideo
@@ -34,15 +35,15 @@ class Patience:
             UnreadableVideo: it takes longer, or once did.
             Exception: whatever the work raises.
         """
-        done: Future[T] = Future()
         if path not in self._given_up:
+            done: Future[T] = Future()
+            end = time.monotonic() + self._seconds
             threading.Thread(target=_work, args=(work, done), daemon=True).start()
-            try:
-                return done.result(self._seconds)
-            except TimeoutError:
-                if done.done():
-                    raise
-                self._given_up.add(path)
+            wait([done], min(self._seconds, threading.TIMEOUT_MAX))
+            # Also what came late while this thread had to wait for its turn was late.
+            if done.done() and time.monotonic() <= end:
+                return done.result()
+            self._given_up.add(path)
         raise UnreadableVideo(
             f"video {path}: decoding takes longer than data.decode_seconds={self._seconds:g}; "
             "re-encode the file with a key frame every few seconds, or raise the limit"

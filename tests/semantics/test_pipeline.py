@@ -184,6 +184,18 @@ def test_rows_that_are_all_bad_stop_the_stream_whatever_the_limit(tmp_path):
         take(stream(with_broken(tmp_path, every=1), max_bad_rows=1.0), 1)
 
 
+@pytest.mark.parametrize("workers", [0, pytest.param(1, marks=pytest.mark.slow)])
+def test_files_that_take_too_long_are_bad_rows_in_threads_and_processes(workers, caplog):
+    reader = VideoReader(decode_seconds=1e-6)
+    told = r"cannot be read.*\.mp4: decoding takes longer than data\.decode_seconds=1e-06"
+    prompts = prompt_stream(
+        rows(), reader, renderer(), BUDGETS, 4, seed=0, workers=workers, max_bad_rows=1.0
+    )
+    with pytest.raises(ValueError, match=told):
+        next(prompts)
+    assert len(caplog.messages) == len(rows())
+
+
 def test_evaluation_leaves_bad_rows_out(tmp_path):
     source = with_broken(tmp_path, every=4)
     items = prompt_list(source, VideoReader(), renderer(), 2, max_bad_rows=0.5)
