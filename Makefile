@@ -2,11 +2,15 @@
 # Everything is installed into .venv of this checkout; PYTHON names the interpreter.
 
 PYTHON ?= python3
-BIN := .venv/bin
+VENV ?= .venv
+BIN := $(VENV)/bin
+# Python versions for which the tested versions of all packages are locked, with their hashes.
+# Others, and `LOCKED=`, take the newest that the ranges of requirements*.txt allow.
+LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test check setup setup-dev clean
+.PHONY: demo test test-newest check lock setup setup-dev clean
 
 demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
@@ -14,32 +18,51 @@ demo: setup
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not study"
 
+# The same tests on the newest versions that the ranges allow.
+test-newest:
+	$(MAKE) test VENV=.venv-newest LOCKED=
+
 check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not study"
 
-setup: .venv/.runtime
+setup: $(VENV)/.runtime
 
-setup-dev: .venv/.dev
+setup-dev: $(VENV)/.dev
 
-.venv/.runtime: requirements.txt
-	@test -x $(BIN)/python || $(PYTHON) -m venv .venv || \
-		{ rm -rf .venv; echo "error: no virtual environment; on Debian: apt install python3-venv"; exit 1; }
-	$(PIP) -r requirements.txt
+# $(call install,NAME): the packages of NAME.lock where there is one for this Python.
+install = if $(BIN)/python -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] not in "$(LOCKED)".split())'; \
+	then $(PIP) --require-hashes -r $(1).lock; \
+	else echo "note: no lock for this Python; newest versions of $(1).txt"; $(PIP) -r $(1).txt; fi
+
+$(VENV)/.runtime: requirements.txt requirements.lock
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+		{ rm -rf $(VENV); echo "error: no virtual environment; on Debian: apt install python3-venv"; exit 1; }
+	@$(call install,requirements)
 	@touch $@
 
 # torchvision declares a torch build of its own; its pure-Python part, which is all that
 # transformers' processors need, works beside any once it does not register compiled operators.
 NO_OPERATORS := import sys, types; sys.modules.setdefault("torchvision._meta_registrations", types.ModuleType("torchvision._meta_registrations"))
 
-.venv/.dev: requirements-dev.txt .venv/.runtime
-	$(PIP) -r requirements-dev.txt
+$(VENV)/.dev: requirements-dev.txt requirements-dev.lock requirements-torch.txt $(VENV)/.runtime
+	@$(call install,requirements-dev)
+	$(PIP) -r requirements-torch.txt
 	$(PIP) --no-deps torchvision==0.28.0
 	@$(BIN)/python -c "import torchvision" 2>/dev/null || echo '$(NO_OPERATORS)' > \
 		"$$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torchvision_without_operators.pth"
 	@touch $@
 
+# Writes the locks anew, versions kept where the ranges allow; UPGRADE=--upgrade takes the newest.
+COMPILE = $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-annotate --no-emit-index-url --custom-compile-command "make lock" $(UPGRADE)
+
+lock: setup-dev
+	$(PIP) uv
+	$(COMPILE) requirements.txt --output-file requirements.lock
+	$(COMPILE) requirements-dev.txt --constraint requirements.lock --output-file requirements-dev.lock
+
 clean:
-	rm -rf .venv runs data
+	rm -rf .venv .venv-newest runs data

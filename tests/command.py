@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -36,7 +37,7 @@ CONTRACT = set(
 )
 """What every line of `metrics.jsonl` of an RL run holds."""
 READING = ("data/wait", "frames/asked", "frames/cache", "frames/decode")
-TIMED = ("time/", "tokens_per_second", "compile/", *READING)
+TIMED = ("time/", "tokens_per_second", "compile/", "memory/", *READING)
 """Beginnings of the names of figures that a second run does not repeat."""
 
 
@@ -67,6 +68,14 @@ def start(workdir: Path, cache: Path, *arguments: str, settings: Sequence[str] =
 def metrics(workdir: Path) -> list[dict[str, float]]:
     """The lines of `metrics.jsonl`."""
     return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def documented(name: str) -> bool:
+    """Whether `docs/metrics.md` explains this metric, or its family."""
+    text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    names = set(re.findall("`([^`]+)`", " ".join(cells)))
+    return name in names or (name.startswith("reward/") and "reward/*" in names)
 
 
 def untimed(record: dict[str, float]) -> dict[str, float]:

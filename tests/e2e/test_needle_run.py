@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.command import CONTRACT, metrics, start, untimed
+from tests.command import CONTRACT, documented, metrics, start, untimed
 
 pytestmark = pytest.mark.slow
 
@@ -37,6 +37,7 @@ def test_metrics_hold_the_contract(run):
     assert [record["step"] for record in records] == [0, 1, 2]
     for record in records:
         assert set(record) >= CONTRACT
+        assert all(map(documented, record)), "docs/metrics.md explains what a run tells"
         assert all(np.isfinite(value) for value in record.values())
     assert records[0]["tool/calls_per_rollout"] > 0, "the cold start must call the tool"
 
