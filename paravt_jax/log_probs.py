@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from paravt_jax.shaping import Shaper, Shaping, within
+
 Head = Callable[[Float[Array, "b c d"]], Float[Array, "b c vocab"]]
+UNSHAPED = Shaping()
 
 
 def gathered_log_probs(
@@ -26,10 +30,12 @@ def gathered_log_probs(
     temperature: Float[Array, ""] | float,
     budget: int,
     chunk: int = 128,
+    shaping: Shaping = UNSHAPED,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """Log-probability of each chosen token given those before it, and the entropy there.
 
-    `log p(y_t) = z_t[y_t] / T - logsumexp(z_t / T)` where `z_t` are the logits at t - 1.
+    `log p(y_t) = z_t[y_t] / T - logsumexp(z_t / T)` where `z_t` are the logits at t - 1, penalised
+    and restricted as they were when the token was drawn (`paravt_jax.shaping`).
 
     Args:
       hidden: final hidden states of the whole stream.
@@ -39,6 +45,7 @@ def gathered_log_probs(
       budget: most chosen tokens in a row (static). Chosen tokens beyond it are dropped,
         so the caller must pass a bound.
       chunk: positions whose logits exist at one time.
+      shaping: what shaped the draws besides temperature.
 
     Returns:
       log-probabilities and entropies (no gradient), both 0 where not chosen.
@@ -46,12 +53,15 @@ def gathered_log_probs(
     budget, chunk = _whole_chunks(budget, chunk)
     index, inputs = _before_chosen(hidden, chosen, budget)
     targets = jnp.take_along_axis(tokens, index, axis=1)
+    shaper = Shaper(shaping, tokens, _vocab(head, inputs), temperature)
 
     @jax.checkpoint
     def one_chunk(_, piece):
-        return None, _token_statistics(head(piece[0]) / temperature, piece[1])
+        own, target, places = piece
+        scores = shaper.tempered(head(own), places)
+        return None, _token_statistics(scores, target, shaper.support(scores, target, places))
 
-    pieces = (_chunks(inputs, chunk), _chunks(targets, chunk))
+    pieces = _chunks((inputs, targets, shaping.places(index)), chunk)
     _, (log_probs, entropies) = jax.lax.scan(one_chunk, None, pieces)
     shape = tokens.shape
     entropies = jax.lax.stop_gradient(_scatter(index, entropies, shape))
@@ -79,6 +89,7 @@ def teacher_gap(
     temperature: Float[Array, ""] | float,
     budget: int,
     chunk: int = 128,
+    shaping: Shaping = UNSHAPED,
 ) -> Float[Array, "b t"]:
     """By how much a teacher finds each chosen token of the student likelier than the student does.
 
@@ -86,13 +97,13 @@ def teacher_gap(
 
     where S holds the teacher's `support` likeliest tokens and y_t itself, and both policies are
     renormalised on it (VISD, arXiv 2605.06094): the tail of the vocabulary, where two policies
-    differ by noise, has no say. No gradient.
+    differ by noise, has no say. Both are shaped as the student's draws were. No gradient.
 
     Args:
       tokens: the student's streams.
       support: likeliest tokens of the teacher.
       full_weight: share of the gap on the whole vocabulary in the result; 1 leaves nothing of S.
-      temperature, budget, chunk: see `gathered_log_probs`.
+      temperature, budget, chunk, shaping: see `gathered_log_probs`.
 
     Returns:
       the gap at the student's chosen tokens, 0 elsewhere.
@@ -101,13 +112,19 @@ def teacher_gap(
     index, ours = _before_chosen(student.hidden, student.chosen, budget)
     _, theirs = _before_chosen(teacher.hidden, teacher.chosen, budget)
     targets = jnp.take_along_axis(tokens, index, axis=1)
+    shaper = Shaper(shaping, tokens, _vocab(student.head, ours), temperature)
 
     def one_chunk(_, piece):
-        own, other, target = piece
-        views = teacher.head(other) / temperature, student.head(own) / temperature
-        return None, _gap(*views, target, support, full_weight)
+        own, other, target, places = piece
+        # What the student had said and could say there holds for its teacher too.
+        view = shaper.tempered(student.head(own), places)
+        advised = shaper.tempered(teacher.head(other), places)
+        inside = shaper.support(view, target, places)
+        return None, _gap(
+            within(inside, advised), within(inside, view), target, support, full_weight
+        )
 
-    pieces = (_chunks(ours, chunk), _chunks(theirs, chunk), _chunks(targets, chunk))
+    pieces = _chunks((ours, theirs, targets, shaping.places(index)), chunk)
     _, gaps = jax.lax.scan(one_chunk, None, pieces)
     return jax.lax.stop_gradient(_scatter(index, gaps, tokens.shape))
 
@@ -158,18 +175,33 @@ def _scatter(
 
 
 def _token_statistics(
-    logits: Float[Array, "b c vocab"], targets: Int[Array, "b c"]
+    logits: Float[Array, "b c vocab"],
+    targets: Int[Array, "b c"],
+    support: Bool[Array, "b c vocab"] | None,
 ) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    """Log-probabilities of the targets, which are in the support, and entropies."""
+    logits = within(support, logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]
     probabilities = jnp.exp(logits - normaliser[..., None])
-    entropy = normaliser - jnp.sum(probabilities * logits, axis=-1)
+    # What is impossible has no part in the entropy: 0 times minus infinity is no number.
+    possible = logits if support is None else jnp.where(support, logits, 0.0)
+    entropy = normaliser - jnp.sum(probabilities * possible, axis=-1)
     return picked - normaliser, jax.lax.stop_gradient(entropy)
 
 
-def _chunks(x: Array, size: int) -> Array:
-    rows, length = x.shape[:2]
-    return jnp.swapaxes(x.reshape(rows, length // size, size, *x.shape[2:]), 0, 1)
+def _vocab(head: Head, inputs: Float[Array, "b c d"]) -> int:
+    return jax.eval_shape(head, inputs[:, :1]).shape[-1]
+
+
+def _chunks(tree: Any, size: int) -> Any:
+    """Every `[b, c, ...]` as `[c / size, b, size, ...]`."""
+
+    def cut(x: Array) -> Array:
+        rows, length = x.shape[:2]
+        return jnp.swapaxes(x.reshape(rows, length // size, size, *x.shape[2:]), 0, 1)
+
+    return jax.tree.map(cut, tree)
 
 
 def _unchunk(x: Array) -> Array:

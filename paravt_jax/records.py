@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import jax
@@ -231,6 +231,32 @@ class ToolCall:
 
 
 @dataclasses.dataclass(frozen=True)
+class Choices:
+    """How tokens were chosen, where more than temperature shapes the draw."""
+
+    own: np.ndarray
+    """bool `[t]`: False where a grammar changed the token or left no other: the policy did not
+    choose it, so nothing is learned there."""
+    floors: np.ndarray
+    """float32 `[t]`: log-probability below which truncation cut tokens off; minus infinity where
+    it cut none."""
+    grammar: np.ndarray
+    """int32 `[t]`: state of the engine's grammar before the token; 0 allows all."""
+
+    @classmethod
+    def free(cls, count: int) -> Choices:
+        """Of tokens that nothing shaped."""
+        floors = np.full(count, -np.inf, np.float32)
+        return cls(np.ones(count, bool), floors, np.zeros(count, np.int32))
+
+    @classmethod
+    def joined(cls, parts: Sequence[Choices]) -> Choices:
+        """Those of several pieces of a stream, one after the other."""
+        columns = zip(*((part.own, part.floors, part.grammar) for part in parts), strict=True)
+        return cls(*map(np.concatenate, columns))
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
     """One assistant turn: a forced prefix, then generated tokens."""
 
@@ -240,8 +266,8 @@ class Turn:
     tokens: np.ndarray
     """int32 `[t1]`: the generated tokens, the end-of-turn token included if there was one."""
     log_probs: np.ndarray
-    """float32 `[t1]`: log-probability of each generated token under the tempered, untruncated
-    distribution that it was drawn from."""
+    """float32 `[t1]`: log-probability of each generated token under the distribution that it was
+    drawn from: tempered, penalised, truncated and constrained."""
     stop_reason: StopReason
     text: str = ""
     """Prefix and generated tokens as text, special tokens kept: what is scored."""
@@ -249,6 +275,8 @@ class Turn:
     """Tool calls of this turn, in order, malformed ones included."""
     executed: int = 0
     """How many of `calls` ran to a result."""
+    choices: Choices | None = None
+    """How each of `tokens` was chosen; None if nothing but temperature shaped them."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -269,7 +297,8 @@ class Trajectory:
     tokens: np.ndarray
     """int32 `[t]`: everything after the prompt: prefixes, generated tokens, tool responses."""
     generated: np.ndarray
-    """bool `[t]`: True where the policy generated the token (those are trained)."""
+    """bool `[t]`: True where the token was generated. Those that the policy chose itself are
+    trained, see `chosen`."""
     log_probs: np.ndarray
     """float32 `[t]`: sampler's log-probability where `generated`, 0 elsewhere."""
     turns: tuple[Turn, ...]
@@ -287,6 +316,13 @@ class Trajectory:
     """Optimiser step of the weights that sampled this."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
     """Reward by term; `total` is the one that trains."""
+    choices: Choices | None = None
+    """How each of `tokens` was chosen; None if nothing but temperature shaped them."""
+
+    @property
+    def chosen(self) -> np.ndarray:
+        """bool `[t]`: True where the policy chose the token, and no grammar did."""
+        return self.generated if self.choices is None else self.generated & self.choices.own
 
     @property
     def turn_numbers(self) -> np.ndarray:
@@ -493,7 +529,8 @@ class LearnerBatch:
     loss_weights: Float[ArrayLike, "b t"]
     """Weight of predicting the token at this index from those before it; 0 where not trained."""
     behaviour_log_probs: Float[ArrayLike, "b t"]
-    """Sampler's log-probability of the token at this index (0 where not generated)."""
+    """Log-probability of the token at this index in the distribution that the sampler drew it from
+    (0 where not generated)."""
     reference_log_probs: Float[ArrayLike, "b t"]
     """Frozen initial policy's log-probability of the token (0 where not generated)."""
     advantages: Float[ArrayLike, "b t"]
@@ -510,5 +547,11 @@ class LearnerBatch:
     token sees another stream's. None where each row is one stream."""
     hidden_keys: HiddenKeys | None = None
     """What some tokens may not see although it stands before them; None: they see it all."""
+    prompt_lengths: Int[ArrayLike, " b"] | None = None
+    """Tokens of each row's prompt; None without a repetition penalty."""
+    floors: Float[ArrayLike, "b t"] | None = None
+    """See `Choices.floors`; None without truncation."""
+    grammar: Int[ArrayLike, "b t"] | None = None
+    """See `Choices.grammar`; None without a grammar."""
     subagents: LearnerBatch | None = None
     """Rows of sub-agents that train with these, equally many for each group; None: they do not."""

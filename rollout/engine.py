@@ -110,8 +110,11 @@ class Spoken:
     tokens: Int[ArrayLike, "n columns"]
     log_probs: Float[ArrayLike, "n columns"]
     counts: Int[ArrayLike, " n"]
-    constrained: Int[ArrayLike, " n"]
-    """Tokens that would have been others without the grammar."""
+    own: Bool[ArrayLike, "n columns"]
+    """Whether the policy chose: the grammar did not change the token, and left others."""
+    floors: Float[ArrayLike, "n columns"]
+    grammar: Int[ArrayLike, "n columns"]
+    """State of the grammar before each token."""
     automata: Int[ArrayLike, "n 2"]
     ended: Bool[ArrayLike, " n"]
 
@@ -271,11 +274,14 @@ class Engine:
     def _silence(self, speakers: Speakers) -> Spoken:
         """Nothing said yet."""
         rows = len(speakers.positions)
+        shape = rows, self.visit
         return Spoken(
-            tokens=jnp.full((rows, self.visit), self.pad_id, jnp.int32),
-            log_probs=jnp.zeros((rows, self.visit), jnp.float32),
+            tokens=jnp.full(shape, self.pad_id, jnp.int32),
+            log_probs=jnp.zeros(shape, jnp.float32),
             counts=jnp.zeros(rows, jnp.int32),
-            constrained=jnp.zeros(rows, jnp.int32),
+            own=jnp.zeros(shape, bool),
+            floors=jnp.zeros(shape, jnp.float32),
+            grammar=jnp.zeros(shape, jnp.int32),
             automata=jnp.asarray(speakers.automata),
             ended=jnp.zeros(rows, bool),
         )
@@ -293,15 +299,18 @@ class Engine:
         )
         ended = running & has_stopped(automata)
         counts = spoken.counts + running
+        at = slice(None), loop.step
         return _Loop(
             step=loop.step + 1,
             states=_advance(loop.states, grown, after, tokens, running),
             running=running & ~ended & (counts < speakers.draw.limits),
             spoken=Spoken(
-                tokens=spoken.tokens.at[:, loop.step].set(tokens),
-                log_probs=spoken.log_probs.at[:, loop.step].set(drawn.log_probs),
+                tokens=spoken.tokens.at[at].set(tokens),
+                log_probs=spoken.log_probs.at[at].set(drawn.log_probs),
                 counts=counts,
-                constrained=spoken.constrained + (running & drawn.constrained),
+                own=spoken.own.at[at].set(~(drawn.constrained | drawn.forced)),
+                floors=spoken.floors.at[at].set(drawn.floors),
+                grammar=spoken.grammar.at[at].set(spoken.automata[:, 1]),
                 automata=automata,
                 ended=spoken.ended | ended,
             ),

@@ -18,9 +18,7 @@ from jaxtyping import Bool, Int
 
 from paravt_jax.protocol import THINK_OPEN, CallSyntax, call_syntax
 from paravt_jax.records import ArrayLike
-
-DEAD = -1
-"""The state of a text that can no longer become right."""
+from paravt_jax.shaping import DEAD
 
 LONGEST_SPACE = 2
 """Most white space between two parts of a tool call: a model must not loop in it."""

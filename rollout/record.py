@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paravt_jax.interfaces import Renderer
-from paravt_jax.records import Prompt, Shown, StopReason, Trajectory, Turn
+from paravt_jax.records import Choices, Prompt, Shown, StopReason, Trajectory, Turn
 from rollout.session import Generated
 
 
@@ -26,16 +26,17 @@ class Record:
         self.turns: list[Turn] = []
         self.shown: list[Shown] = []
         self.subagents: list[Trajectory] = []
-        self._parts: list[tuple[np.ndarray, bool, np.ndarray]] = []
+        self._parts: list[tuple[np.ndarray, bool, np.ndarray, Choices]] = []
 
     def __len__(self) -> int:
         """Tokens after the prompt."""
-        return sum(len(tokens) for tokens, _, _ in self._parts)
+        return sum(len(tokens) for tokens, *_ in self._parts)
 
     def give(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append tokens that the policy did not generate."""
         given = np.asarray(tokens, np.int32)
-        self._parts.append((given, False, np.zeros(len(given), np.float32)))
+        nothing = np.zeros(len(given), np.float32)
+        self._parts.append((given, False, nothing, Choices.free(len(given))))
 
     def show(self, block: Prompt) -> None:
         """Append tool responses with frames."""
@@ -45,22 +46,26 @@ class Record:
     def speak(self, turn: Turn) -> None:
         """Append a generated turn (its prefix was given before)."""
         self.turns.append(turn)
-        self._parts.append((turn.tokens, True, turn.log_probs))
+        choices = turn.choices or Choices.free(len(turn.tokens))
+        self._parts.append((turn.tokens, True, turn.log_probs, choices))
 
     def finish(self, renderer: Renderer, policy_version: int) -> Trajectory:
         """The record of the whole stream."""
-        tokens = np.concatenate([part for part, _, _ in self._parts])
+        parts, own, log_probs, choices = zip(*self._parts, strict=True)
+        tokens = np.concatenate(parts)
+        sizes = [len(part) for part in parts]
         return Trajectory(
             prompt=self.prompt,
             tokens=tokens,
-            generated=np.concatenate([np.full(len(part), own) for part, own, _ in self._parts]),
-            log_probs=np.concatenate([log_probs for _, _, log_probs in self._parts]),
+            generated=np.repeat(own, sizes),
+            log_probs=np.concatenate(log_probs),
             turns=tuple(self.turns),
             scored_text="".join(turn.text for turn in self.turns),
             full_text=renderer.decode(tokens.tolist()),
             subagents=tuple(self.subagents),
             shown=tuple(self.shown),
             policy_version=policy_version,
+            choices=Choices.joined(choices),
         )
 
 
@@ -71,6 +76,7 @@ def spoken_turn(generated: Generated, prefix: Sequence[int], renderer: Renderer)
         tokens=generated.tokens,
         log_probs=generated.log_probs,
         stop_reason=generated.stop_reason,
+        choices=generated.choices,
         text=renderer.decode([*prefix, *generated.tokens.tolist()]),
     )
 

@@ -5,7 +5,9 @@ neither the place in the batch nor its neighbours enter. All settings are arrays
 value per row, so that requests of any kind share one compiled step.
 
 The settings act in the order of transformers' logits processors: repetition penalty,
-structural constraint, temperature, top-k, top-p, min-p.
+structural constraint, temperature, top-k, top-p, min-p. The log-probability of a token is that
+under the distribution that they leave, and what the learner needs to compute it again is noted
+(`paravt_jax.shaping`).
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.shaping import penalised, within
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +44,11 @@ class SamplingConfig:
     """Token ids that end a turn, besides the model's own."""
     constrain: str = ""
     """Name of the grammar that the turn must follow; empty for free text."""
+
+    @property
+    def truncates(self) -> bool:
+        """Whether unlikely tokens are cut off."""
+        return bool(self.top_k or self.top_p < 1 or self.min_p)
 
     def __post_init__(self) -> None:
         """Refuse impossible settings, naming field, value and remedy."""
@@ -108,10 +116,15 @@ class Drawn:
 
     tokens: Int[Array, " b"]
     log_probs: Float[Array, " b"]
-    """Under the tempered distribution: no penalty, no constraint, no truncation. It is the one
-    that the learner recomputes. Greedy rows report temperature 1."""
+    """Under the distribution that the token was drawn from: tempered, penalised, truncated and
+    constrained. Greedy rows report temperature 1."""
     constrained: Bool[Array, " b"]
     """Whether the structural constraint changed the token."""
+    forced: Bool[Array, " b"]
+    """Whether it left no other."""
+    floors: Float[Array, " b"]
+    """Log-probability, before truncation, between those of the tokens that could be drawn and
+    those that were cut off; minus infinity if none was."""
 
 
 def row_keys(seeds: UInt[Array, " b"], positions: Int[Array, " b"]) -> Key[Array, " b"]:
@@ -142,20 +155,23 @@ def draw_tokens(
     greedy = draw.temperature == 0
     scale = jnp.where(greedy, 1.0, draw.temperature)[:, None]
     logits = logits.astype(jnp.float32)
-    log_probs = jax.nn.log_softmax(logits / scale, axis=-1)
-    scores = log_probs
     if seen is not None:
-        scores = jax.nn.log_softmax(_penalised(logits, seen, draw.repetition_penalty) / scale)
+        logits = penalised(logits, seen, jnp.asarray(draw.repetition_penalty)[:, None])
+    scores = jax.nn.log_softmax(logits / scale, axis=-1)
     noise = _noise(keys, greedy, logits.shape[1])
-    tokens = free = _pick(scores, noise, draw)
+    choice = _free(scores, noise, draw)
     if allowed is not None:
-        tokens = jax.lax.cond(
+        choice = jax.lax.cond(
             jnp.all(allowed),
-            lambda: free,
-            lambda: _pick(jnp.where(allowed, scores, -jnp.inf), noise, draw),
+            lambda: choice,
+            lambda: _obedient(scores, noise, draw, allowed, choice),
         )
-    chosen = jnp.take_along_axis(log_probs, tokens[:, None], axis=-1)[:, 0]
-    return Drawn(tokens=tokens, log_probs=chosen, constrained=tokens != free)
+    everything = jnp.zeros(len(scores)), jnp.full(len(scores), -jnp.inf)
+    masses, floors = jax.lax.cond(
+        jnp.all(choice.kept), lambda: everything, lambda: _extent(scores, choice.kept, allowed)
+    )
+    chosen = jnp.take_along_axis(scores, choice.tokens[:, None], axis=-1)[:, 0]
+    return Drawn(choice.tokens, chosen - masses, choice.constrained, choice.forced, floors)
 
 
 def mark_seen(
@@ -201,12 +217,65 @@ def _noise(
     return jax.lax.cond(jnp.all(greedy), lambda: jnp.zeros((len(keys), vocab)), drawn)
 
 
+@pytree
+@dataclasses.dataclass(frozen=True)
+class _Choice:
+    """What is drawn, and which tokens could have been."""
+
+    tokens: Int[Array, " b"]
+    kept: Bool[Array, "b vocab"]
+    constrained: Bool[Array, " b"]
+    forced: Bool[Array, " b"]
+
+
+def _free(scores: Float[Array, "b vocab"], noise: Float[Array, "b vocab"], draw: Draw) -> _Choice:
+    """The draw without a constraint."""
+    kept, never = _kept(scores, draw), jnp.zeros(len(scores), bool)
+    return _Choice(_pick(scores, noise, kept), kept, never, never)
+
+
+def _obedient(
+    scores: Float[Array, "b vocab"],
+    noise: Float[Array, "b vocab"],
+    draw: Draw,
+    allowed: Bool[Array, "b vocab"],
+    free: _Choice,
+) -> _Choice:
+    """The draw under a constraint, and whether the same noise leads elsewhere without it.
+
+    Without truncation, the tokens that both draws have in common are a fair sample of those drawn
+    under the constraint: which token wins among the allowed ones says nothing about how high it
+    wins, hence about whether another one wins over it.
+    """
+    kept = allowed & _kept(within(allowed, scores), draw)
+    tokens = _pick(scores, noise, kept)
+    return _Choice(tokens, kept, tokens != free.tokens, allowed.sum(axis=-1) == 1)
+
+
+def _kept(scores: Float[Array, "b vocab"], draw: Draw) -> Bool[Array, "b vocab"]:
+    """Tokens that truncation leaves."""
+    return scores >= lowest_score(scores, draw)[:, None]
+
+
 def _pick(
-    scores: Float[Array, "b vocab"], noise: Float[Array, "b vocab"], draw: Draw
+    scores: Float[Array, "b vocab"], noise: Float[Array, "b vocab"], kept: Bool[Array, "b vocab"]
 ) -> Int[Array, " b"]:
-    """The token that wins after truncation."""
-    kept = scores >= lowest_score(scores, draw)[:, None]
-    return jnp.argmax(jnp.where(kept, scores + noise, -jnp.inf), axis=-1).astype(jnp.int32)
+    """The token that wins among those that are kept."""
+    return jnp.argmax(within(kept, scores + noise), axis=-1).astype(jnp.int32)
+
+
+def _extent(
+    scores: Float[Array, "b vocab"],
+    kept: Bool[Array, "b vocab"],
+    allowed: Bool[Array, "b vocab"] | None,
+) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
+    """Log of the probability of all kept tokens, 0 if nothing is missing; and the floor of the
+    truncation: halfway, so that rounding does not move a token to its other side."""
+    mass = jnp.where(kept.all(axis=-1), 0.0, jax.nn.logsumexp(within(kept, scores), axis=-1))
+    cut_off = ~kept if allowed is None else allowed & ~kept
+    highest = within(cut_off, scores).max(axis=-1)
+    lowest = jnp.where(kept, scores, jnp.inf).min(axis=-1)
+    return mass, jnp.where(cut_off.any(axis=-1), (highest + lowest) / 2, -jnp.inf)
 
 
 def _top_k(scores: Float[Array, "b vocab"], top_k: Int[ArrayLike, " b"]) -> Float[Array, " b"]:
@@ -245,15 +314,3 @@ def _reached(
     found = jax.lax.fori_loop(0, 32, narrow, jnp.zeros(len(total), jnp.uint32))
     value = jnp.where(found < sign, ~found, found ^ sign)
     return jnp.where(found > 0, jax.lax.bitcast_convert_type(value, jnp.float32), -jnp.inf)
-
-
-def _penalised(
-    logits: Float[Array, "b vocab"], seen: Bool[Array, "b vocab"], penalty: Float[Array, " b"]
-) -> Float[Array, "b vocab"]:
-    """Logits of seen tokens moved towards less likely.
-
-    Source: Keskar et al. 2019 (arXiv:1909.05858), section 4.1, with transformers' multiplication
-    of negative logits, which a division would make likelier.
-    """
-    factor = penalty[:, None]
-    return jnp.where(seen, jnp.where(logits < 0, logits * factor, logits / factor), logits)

@@ -22,7 +22,7 @@ import numpy as np
 from paravt_jax.blocks import text_block
 from paravt_jax.interfaces import Params
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Prompt, StopReason, VisionFeatures
+from paravt_jax.records import Choices, Prompt, StopReason, VisionFeatures
 from paravt_jax.rope_index import next_position
 from rollout.engine import Block, Engine, Lane, LaneState, Speakers, Spoken
 from rollout.sampler import Draw, SamplingConfig
@@ -51,10 +51,10 @@ class Generated:
     tokens: np.ndarray
     """int32 `[t]`, the end-of-turn token included if there was one."""
     log_probs: np.ndarray
-    """float32 `[t]`, under the tempered, untruncated distribution."""
+    """float32 `[t]`, under the distribution that each token was drawn from."""
     stop_reason: StopReason
-    constrained: int = 0
-    """Tokens that would have been others without the grammar."""
+    choices: Choices | None = None
+    """How each token was chosen; None if nothing but temperature shaped them."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -77,18 +77,18 @@ class _Row:
     """Tokens that it may still draw in this turn; 0 while it is silent."""
     automata: Sequence[int] = (0, 0)
     """States of its search for an end and of its grammar."""
-    constrained: int = 0
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    choices: list[Choices] = dataclasses.field(default_factory=list)
 
     def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
         """The turn that just ended; the row is silent again."""
         tokens, reason = np.concatenate(self.tokens), StopReason.LENGTH
         if stopped:
             reason = StopReason.END if tokens[-1] in eos_ids else StopReason.STOP
-        turn = Generated(tokens, np.concatenate(self.log_probs), reason, self.constrained)
-        self.tokens, self.log_probs, self.left, self.constrained = [], [], 0, 0
-        return turn
+        log_probs, choices = np.concatenate(self.log_probs), Choices.joined(self.choices)
+        self.tokens, self.log_probs, self.choices, self.left = [], [], [], 0
+        return Generated(tokens, log_probs, reason, choices)
 
 
 @dataclasses.dataclass(eq=False)
@@ -373,9 +373,10 @@ def _hear(row: _Row, number: int, spoken: Spoken, eos_ids: Sequence[int]) -> Gen
     count = int(spoken.counts[number])
     row.tokens.append(spoken.tokens[number, :count].copy())
     row.log_probs.append(spoken.log_probs[number, :count].copy())
+    noted = spoken.own, spoken.floors, spoken.grammar
+    row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
     row.length, row.position, row.left = row.length + count, row.position + count, row.left - count
     row.automata = spoken.automata[number].tolist()
-    row.constrained += int(spoken.constrained[number])
     stopped = bool(spoken.ended[number])
     return row.take_turn(stopped, eos_ids) if stopped or not row.left else None
 

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.qwen3_vl import Qwen3VLConfig, VisionConfig
 from paravt_jax.mesh import make_mesh, parse_mesh, partition
@@ -16,7 +16,7 @@ from paravt_jax.records import LearnerBatch, VisionFeatures
 from pipelines.preprocess import SPECS
 from train import setup
 from train.config import Config, DataSettings, Stage, generated_budget
-from train.learner import rl_step
+from train.learner import rl_step, with_what_shaped
 from train.optimizer import make_optimizer
 from train.state import abstract_state
 from train.subagents import possible_rows
@@ -38,7 +38,7 @@ def compile_only(config: Config, topology: str) -> str:
         state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
         batch = abstract_batch(config, policy.config, mesh)
         step = jax.jit(rl_step(policy, optimizer, config), donate_argnums=0)
-        compiled = step.lower(state, batch).compile()
+        compiled = step.lower(state, batch, abstract_table(config, policy.config, mesh)).compile()
     return _report(topology, mesh, compiled)
 
 
@@ -63,6 +63,18 @@ def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerB
     return jax.tree.map(lay_out, jax.eval_shape(lambda: _largest_batch(config, model)))
 
 
+GRAMMAR_STATES = 256
+"""Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
+
+
+def abstract_table(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
+    """Shape of the table of a grammar, on every device; None without one."""
+    if not config.agent.sampling.constrain and not config.agent.subagent_sampling.constrain:
+        return None
+    home = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((GRAMMAR_STATES, model.text.vocab_size), jnp.int16, sharding=home)
+
+
 def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
     agent, rl = config.agent, config.rl
     groups = rl.prompts_per_step // rl.minibatches
@@ -70,11 +82,13 @@ def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
     own = generated_budget(config) + responses
     main = _batch(config, model, groups * rl.group_size, groups, seen, own)
+    main = with_what_shaped(main, agent.sampling)
     if not rl.trains_subagents:
         return main
     rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
     seen = most_vision_tokens(config.data, model.vision, config.data.crop_frames)
     crops = _batch(config, model, rows, rows, seen, agent.subagent_tokens)
+    crops = with_what_shaped(crops, agent.subagent_sampling)
     return dataclasses.replace(main, subagents=crops)
 
 
@@ -103,6 +117,9 @@ def _batch(
             deepstack=jnp.zeros((groups, taps, seen, width), dtype),
         ),
         proximal_log_probs=values if config.rl.updates > 1 else None,
+        prompt_lengths=jnp.zeros(rows, jnp.int32),
+        floors=values,
+        grammar=integers,
     )
 
 

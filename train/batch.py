@@ -9,7 +9,16 @@ import numpy as np
 
 from paravt_jax.blocks import whole_stream
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Example, LearnerBatch, Pack, Prompt, RolloutGroup, Shown, Trajectory
+from paravt_jax.records import (
+    Choices,
+    Example,
+    LearnerBatch,
+    Pack,
+    Prompt,
+    RolloutGroup,
+    Shown,
+    Trajectory,
+)
 from paravt_jax.shapes import bucket
 
 
@@ -26,6 +35,15 @@ class Stream:
     """float32 `[t]`, the sampler's; 0 where it did not sample."""
     shown: tuple[Shown, ...] = ()
     """Frames that came after the prompt."""
+    generated: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0, bool))
+    """bool `[t]`: what the sampler drew; empty without one."""
+    choices: Choices | None = None
+    """How the tokens were chosen; None if nothing but temperature shaped them."""
+
+    @property
+    def noted(self) -> Choices:
+        """`choices`, of free tokens where there are none."""
+        return self.choices or Choices.free(len(self.tokens))
 
 
 def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
@@ -36,8 +54,8 @@ def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
 
 
 def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = False) -> list[Stream]:
-    """Streams of all rollouts, group by group; what the policy generated is trained, of
-    `over_turn` rollouts nothing if so wished."""
+    """Streams of all rollouts, group by group; what the policy chose is trained, of `over_turn`
+    rollouts nothing if so wished."""
     return [
         stream_of(t, not (mask_over_turn and t.over_turn))
         for group in groups
@@ -46,9 +64,18 @@ def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = Fal
 
 
 def stream_of(rollout: Trajectory, learned: bool = True) -> Stream:
-    """One rollout, of a main agent or a sub-agent; what the policy generated is trained."""
-    weights = (rollout.generated & learned).astype(np.float32)
-    return Stream(rollout.prompt, rollout.tokens, weights, rollout.log_probs, rollout.shown)
+    """One rollout, of a main agent or a sub-agent; what the policy chose is trained. What a grammar
+    wrote in its place is not: it stays context."""
+    weights = (rollout.chosen & learned).astype(np.float32)
+    return Stream(
+        prompt=rollout.prompt,
+        tokens=rollout.tokens,
+        loss_weights=weights,
+        log_probs=rollout.log_probs,
+        shown=rollout.shown,
+        generated=rollout.generated,
+        choices=rollout.choices,
+    )
 
 
 def learner_batch(
@@ -82,6 +109,7 @@ def learner_batch(
         most_patches = max(most_patches, frame_patches)
         patches, grids = stack_patches(seen, most_frames, most_patches)
     zeros = np.zeros((len(streams), length), np.float32)
+    noted = [s.noted for s in streams]
     return LearnerBatch(
         tokens=_rows([whole.tokens for whole in wholes], length, pad_id),
         positions=_rows([whole.positions for whole in wholes], length, 0),
@@ -95,6 +123,9 @@ def learner_batch(
         patches=patches,
         grids=grids,
         features=None,
+        prompt_lengths=np.array([len(s.prompt.tokens) for s in streams], np.int32),
+        floors=_values([own.floors for own in noted], streams, length, -np.inf),
+        grammar=_values([own.grammar for own in noted], streams, length, 0, np.int32),
     )
 
 
@@ -145,8 +176,14 @@ def _rows(
     return out
 
 
-def _values(values: list[np.ndarray], streams: Sequence[Stream], length: int) -> np.ndarray:
-    out = np.zeros((len(values), length), np.float32)
+def _values(
+    values: list[np.ndarray],
+    streams: Sequence[Stream],
+    length: int,
+    fill: float | int = 0.0,
+    dtype: type[np.number] = np.float32,
+) -> np.ndarray:
+    out = np.full((len(values), length), fill, dtype)
     for target, value, stream in zip(out, values, streams, strict=True):
         start = len(stream.prompt.tokens)
         target[start : start + len(value)] = value

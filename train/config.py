@@ -24,7 +24,7 @@ from paravt_jax.rewards import RewardRules
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
 from train.optimizer import OptimizerSettings
-from train.rl import RlSettings, check_lengths, check_subagents, check_updates
+from train.rl import RlSettings, check_choice, check_lengths, check_subagents, check_updates
 from train.sft import SftSettings
 from train.variants import DifficultySettings, TeacherSettings
 
@@ -345,6 +345,7 @@ def _check_rl(config: Config) -> None:
         )
     check_updates(rl, objective)
     check_subagents(rl, config.agent, objective)
+    check_choice(rl, config.agent)
     check_lengths(rl, generated_budget(config))
     _check_variants(config)
 

@@ -18,6 +18,7 @@ from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.structure import TagTable
 from pipelines.preprocess import FrameSpec
+from rollout.sampler import SamplingConfig
 from train.anchor import Anchor
 from train.batch import Stream, learner_batch, streams_of_groups
 from train.config import Config, generated_budget
@@ -46,6 +47,8 @@ def rl_step(
         group_size=rl.group_size,
         subagent_temperature=config.agent.subagent_sampling.temperature,
         subagent_budget=config.agent.subagent_tokens,
+        penalty=config.agent.sampling.repetition_penalty,
+        subagent_penalty=config.agent.subagent_sampling.repetition_penalty,
     )
 
 
@@ -63,15 +66,18 @@ class Learner:
         spec: FrameSpec,
         subagent_length: int = 0,
         longest: int = 0,
+        table: Array | None = None,
     ):
         """With `subagent_length`, the longest stream that a sub-agent can have, rows of sub-agents
-        have one length in all batches; with `longest`, that of a main agent, theirs have few."""
+        have one length in all batches; with `longest`, that of a main agent, theirs have few.
+        `table` is that of the engine's automata, needed if a grammar constrains what it draws."""
         self.lengths = static_lengths(longest)
         self._config, self._mesh, self._pad_id = config, mesh, pad_id
         self._spec, self._subagent_length = spec, subagent_length
+        self.table = table
         step = rl_step(policy, optimizer, config)
         self.step = jax.jit(step, donate_argnums=0)
-        """`(state, batch) -> (state, metrics)`: one optimiser step; `state` is donated."""
+        """`(state, batch, table) -> (state, metrics)`: one optimiser step; `state` is donated."""
         self._encode = jax.jit(policy.encode)
         shares = config.rl.minibatches
         whole = dataclasses.replace(step, micro_batches=step.micro_batches * shares)
@@ -89,29 +95,31 @@ class Learner:
 
     def batch(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch:
         """Device batch of all rollouts: streams, structure, and vision features seen once."""
-        batch = self.padded(
-            streams_of_groups(groups, self._config.rl.mask_over_turn), len(groups[0].trajectories)
-        )
+        streams = streams_of_groups(groups, self._config.rl.mask_over_turn)
+        batch = self.padded(streams, len(groups[0].trajectories))
         structural, validity = self._anchor.positions(groups, batch)
         self.figures = figures([{"format/tag_validity": validity}])
+        crops = self._subagent_streams(groups) if self._config.rl.trains_subagents else []
+        self.figures |= token_shares([*streams, *crops])
         return dataclasses.replace(
             batch,
             structural=structural,
             features=self._encode(params, batch.patches, batch.grids),
             patches=None,
             grids=None,
-            subagents=self._subagents(params, groups) if self._config.rl.trains_subagents else None,
+            subagents=self._subagents(params, crops) if crops else None,
         )
 
-    def _subagents(self, params: FlatParams, groups: Sequence[RolloutGroup]) -> LearnerBatch | None:
-        """Rows of the sub-agents of all rollouts; None if there are none."""
+    def _subagent_streams(self, groups: Sequence[RolloutGroup]) -> list[Stream]:
+        """Rows of the sub-agents of all rollouts; none if there are none."""
         rows = rows_per_group(most_crops(groups), len(groups[0].trajectories))
         self.figures["subagents/rows"] = float(rows * len(groups))
-        if not rows:
-            return None
-        streams = subagent_streams(groups, rows, self._config.rl.mask_over_turn)
+        return subagent_streams(groups, rows, self._config.rl.mask_over_turn) if rows else []
+
+    def _subagents(self, params: FlatParams, streams: Sequence[Stream]) -> LearnerBatch:
         frames = self._spec.group_count(self._config.data.crop_frames)
-        batch = self.padded(streams, 1, frames, self._subagent_length)
+        sampling = self._config.agent.subagent_sampling
+        batch = self.padded(streams, 1, frames, self._subagent_length, sampling)
         features = self._encode_parts(params, batch)
         return dataclasses.replace(batch, features=features, patches=None, grids=None)
 
@@ -121,9 +129,11 @@ class Learner:
         group_size: int,
         frames: int | None = None,
         length: int = 0,
+        sampling: SamplingConfig | None = None,
     ) -> LearnerBatch:
         """Streams on the mesh, their frames as patches, in one of few lengths; at least `frames` in
-        each group, by default those of the largest prompt, and at least `length` tokens."""
+        each group, by default those of the largest prompt, and at least `length` tokens. They were
+        drawn by `sampling`, by default that of main agents."""
         budget = self._spec.group_count(max(self._config.data.frame_budgets))
         longest = max(length, *(len(s.prompt.tokens) + len(s.tokens) for s in streams))
         host = learner_batch(
@@ -134,7 +144,8 @@ class Learner:
             frames=budget if frames is None else frames,
             frame_patches=self._spec.max_patches,
         )
-        return to_mesh(host, self._mesh)
+        needed = with_what_shaped(host, sampling or self._config.agent.sampling)
+        return to_mesh(needed, self._mesh)
 
     def with_reference(self, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch with the log-probabilities of the reference policy filled in."""
@@ -142,10 +153,10 @@ class Learner:
 
     def _with_log_probs(self, name: str, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch, sub-agents included, with log-probabilities under some weights filled in."""
-        batch = dataclasses.replace(batch, **{name: self._log_probs(params, batch)})
+        batch = dataclasses.replace(batch, **{name: self._log_probs(params, batch, self.table)})
         if batch.subagents is None:
             return batch
-        values = self._subagent_log_probs(params, batch.subagents)
+        values = self._subagent_log_probs(params, batch.subagents, self.table)
         return dataclasses.replace(
             batch, subagents=dataclasses.replace(batch.subagents, **{name: values})
         )
@@ -213,9 +224,44 @@ class Learner:
             batch = self._with_log_probs("proximal_log_probs", state.params, batch)
         for number in range(rl.updates):
             share = batch if rl.minibatches == 1 else self._share(batch, number % rl.minibatches)
-            state, metrics = self.step(state, share)
+            state, metrics = self.step(state, share, self.table)
             learned.append(metrics)
         return state, learned
+
+
+def with_what_shaped(batch: LearnerBatch, sampling: SamplingConfig) -> LearnerBatch:
+    """The batch without what these settings do not need: the step then computes none of it."""
+    return dataclasses.replace(
+        batch,
+        prompt_lengths=batch.prompt_lengths if sampling.repetition_penalty != 1 else None,
+        floors=batch.floors if sampling.truncates else None,
+        grammar=batch.grammar if sampling.constrain else None,
+    )
+
+
+def token_shares(streams: Sequence[Stream]) -> dict[str, float]:
+    """Who chose the tokens of a batch, and which of them are learned, for `metrics.jsonl`.
+
+    * `tokens/learned`: share of generated tokens that are learned.
+    * `tokens/not_chosen`: share of generated tokens that the grammar put in the place of another,
+      or where it left one only. They are not learned.
+    * `tokens/learned_not_chosen`: share of learned tokens that the policy did not choose; 0.
+    * `tokens/truncated`: share of learned tokens where top-k, top-p or min-p cut others off.
+    """
+    generated, learned, own, floors = (
+        np.concatenate(columns)
+        for columns in zip(
+            *((s.generated, s.loss_weights > 0, s.noted.own, s.noted.floors) for s in streams),
+            strict=True,
+        )
+    )
+    drawn, trained = max(generated.sum(), 1), max(learned.sum(), 1)
+    return {
+        "tokens/learned": float(learned.sum() / drawn),
+        "tokens/not_chosen": float((generated & ~own).sum() / drawn),
+        "tokens/learned_not_chosen": float((learned & ~own).sum() / trained),
+        "tokens/truncated": float((learned & (floors > -np.inf)).sum() / trained),
+    }
 
 
 def static_lengths(longest: int) -> list[int]:

@@ -118,6 +118,8 @@ def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[s
         "policy_version": trajectory.policy_version,
         "tokens": trajectory.tokens.tolist(),
         "generated": trajectory.generated.astype(int).tolist(),
+        "chosen": trajectory.chosen.astype(int).tolist(),
+        "log_probs": [round(value, 5) for value in trajectory.log_probs.tolist()],
     }
 
 

@@ -145,6 +145,36 @@ def check_subagents(rl: RlSettings, agent: AgentConfig, objective: ObjectiveConf
         )
 
 
+def check_choice(rl: RlSettings, agent: AgentConfig) -> None:
+    """Refuse to sample what is to be learned from a distribution that holds one token, or one of
+    which the policy's own choices are no fair sample (`docs/adr/0020`).
+
+    Raises:
+      ValueError: naming the setting.
+    """
+    learned = {"agent.sampling": agent.sampling}
+    if rl.trains_subagents:
+        learned["agent.subagent_sampling"] = agent.subagent_sampling
+    for name, own in learned.items():
+        if own.top_k == 1:
+            raise ValueError(
+                f"{name}.top_k=1 leaves one token to draw, so that there is no choice to learn "
+                "from; set it to 0, which keeps every token, or to 2 or more"
+            )
+        if own.min_p == 1:
+            raise ValueError(
+                f"{name}.min_p=1 leaves only the likeliest token to draw, so that there is no "
+                "choice to learn from; set it below 1, or to 0, which keeps every token"
+            )
+        if own.constrain and own.truncates:
+            raise ValueError(
+                f"{name}.constrain={own.constrain} with {name}.top_k={own.top_k}, top_p="
+                f"{own.top_p} and min_p={own.min_p}: what truncation leaves of the allowed tokens "
+                "is not what it leaves of all, so the tokens that the policy chose itself are no "
+                "fair sample to learn from; set top_k=0, top_p=1 and min_p=0, or no grammar"
+            )
+
+
 def check_lengths(rl: RlSettings, longest: int) -> None:
     """Refuse lengths that no rollout of at most `longest` generated tokens reaches.
 

@@ -209,6 +209,7 @@ class Run:
             self.renderer.spec,
             self._subagent_length(),
             longest=main.prompt_tokens + main.suffix,
+            table=engine.automata.table if engine.automata.constrains else None,
         )
         return Parts(
             config=config,

@@ -17,11 +17,12 @@ import optax
 from jaxtyping import Array, Float, Int
 
 from paravt_jax.interfaces import TrainablePolicy
-from paravt_jax.log_probs import gathered_log_probs
+from paravt_jax.log_probs import UNSHAPED, gathered_log_probs
 from paravt_jax.mesh import constrain
 from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
-from paravt_jax.records import LearnerBatch, VisionFeatures
+from paravt_jax.records import ArrayLike, LearnerBatch, VisionFeatures
 from paravt_jax.routing import load_balance
+from paravt_jax.shaping import Shaping
 from train.state import FlatParams, TrainState
 
 Metrics = dict[str, Any]
@@ -35,6 +36,7 @@ def batch_log_probs(
     *,
     temperature: float,
     budget: int,
+    shaping: Shaping = UNSHAPED,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
     """Log-probability and entropy of every token with a loss weight, by a full forward; and how
     evenly each row used the experts, 0 in a dense model (see `load_balance`)."""
@@ -46,8 +48,21 @@ def batch_log_probs(
         lambda h: policy.logits(params, h),
         temperature=temperature,
         budget=budget,
+        shaping=shaping,
     )
     return log_probs, entropy, _balance(policy, router_logits, batch)
+
+
+def shaping_of(batch: LearnerBatch, penalty: float, table: ArrayLike | None) -> Shaping:
+    """What shaped the draws of a batch: the penalty of its sampling settings, the table of its
+    engine's automata, and what the batch holds."""
+    return Shaping(
+        penalty=None if penalty == 1 else penalty,
+        prompt_lengths=batch.prompt_lengths,
+        floors=batch.floors,
+        grammar=batch.grammar,
+        table=table,
+    )
 
 
 def batch_hidden(
@@ -256,9 +271,15 @@ class RlStep:
     subagent_temperature: float = 1.0
     subagent_budget: int = 0
     """Most generated tokens of a sub-agent."""
+    penalty: float = 1.0
+    """Repetition penalty of the sampler."""
+    subagent_penalty: float = 1.0
 
-    def __call__(self, state: TrainState, batch: LearnerBatch) -> tuple[TrainState, Metrics]:
-        loss = functools.partial(self._loss, frozen=state.frozen)
+    def __call__(
+        self, state: TrainState, batch: LearnerBatch, table: Int[ArrayLike, "s vocab"] | None = None
+    ) -> tuple[TrainState, Metrics]:
+        """`table` is that of the engine's automata, if a grammar constrained it."""
+        loss = functools.partial(self._loss, frozen=state.frozen, table=table)
         value, gradients, (watched, balance, rows) = accumulate(
             loss, state.trainable, batch, self.micro_batches, _merge, self.group_size
         )
@@ -267,12 +288,15 @@ class RlStep:
             metrics["router/balance"] = balance / jnp.maximum(rows, 1.0)
         return apply_gradients(self.optimizer, state, gradients), metrics
 
-    def log_probs(self, params: FlatParams, batch: LearnerBatch) -> Float[Array, "b t"]:
+    def log_probs(
+        self,
+        params: FlatParams,
+        batch: LearnerBatch,
+        table: Int[ArrayLike, "s vocab"] | None = None,
+    ) -> Float[Array, "b t"]:
         """Log-probabilities under any weights, in the micro-batches of the step itself."""
         pieces = jax.lax.map(
-            lambda piece: batch_log_probs(
-                self.policy, params, piece, temperature=self.temperature, budget=self.budget
-            )[0],
+            lambda piece: self._of_tokens(params, piece, table)[0],
             split_micro(batch, self.micro_batches, self.group_size),
         )
         return join_micro(pieces, _groups(batch, self.group_size))
@@ -283,24 +307,43 @@ class RlStep:
             self,
             temperature=self.subagent_temperature,
             budget=self.subagent_budget,
+            penalty=self.subagent_penalty,
             group_size=None,
         )
 
+    def _of_tokens(
+        self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
+    ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
+        """`batch_log_probs` in the distribution that the sampler drew from."""
+        return batch_log_probs(
+            self.policy,
+            params,
+            batch,
+            temperature=self.temperature,
+            budget=self.budget,
+            shaping=shaping_of(batch, self.penalty, table),
+        )
+
     def _loss(
-        self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams
+        self,
+        trainable: FlatParams,
+        batch: LearnerBatch,
+        *,
+        frozen: FlatParams,
+        table: ArrayLike | None,
     ) -> tuple[Array, Sums]:
         """Sums over main agents and sub-agents; divided by one count, they weigh alike."""
         params = {**trainable, **frozen}
-        total, (count, watched) = self._row_loss(params, batch)
+        total, (count, watched) = self._row_loss(params, batch, table)
         if batch.subagents is None:
             return total, (count, watched)
-        more, (rest, seen) = self.of_subagents()._row_loss(params, batch.subagents)
+        more, (rest, seen) = self.of_subagents()._row_loss(params, batch.subagents, table)
         return total + more, (count + rest, _merge(watched, seen))
 
-    def _row_loss(self, params: FlatParams, batch: LearnerBatch) -> tuple[Array, Sums]:
-        log_probs, entropy, balance = batch_log_probs(
-            self.policy, params, batch, temperature=self.temperature, budget=self.budget
-        )
+    def _row_loss(
+        self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
+    ) -> tuple[Array, Sums]:
+        log_probs, entropy, balance = self._of_tokens(params, batch, table)
         weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
         proximal = batch.proximal_log_probs
         total, count, watched = policy_loss(

@@ -42,7 +42,8 @@ def subagent_streams(
     (see `streams_of_groups`), then copies of the first of the batch that are not trained."""
     first = next(stream_of(crop) for group in groups for crop in _crops(group))
     nothing = np.zeros_like(first.log_probs)
-    idle = dataclasses.replace(first, loss_weights=nothing, log_probs=nothing)
+    silent = np.zeros_like(first.generated)
+    idle = dataclasses.replace(first, loss_weights=nothing, log_probs=nothing, generated=silent)
     streams: list[Stream] = []
     for group in groups:
         own = [

@@ -6,7 +6,7 @@ delta_t says by how much the teacher, told the answer, finds the student's token
 the student did. Rewards alone decide the direction of an update; the teacher says which tokens
 deserve more of it. Its share lambda falls linearly to 0: training ends as plain GRPO.
 
-What the paper leaves open, by our choice: both policies are tempered like the sampler, and the
+What the paper leaves open, by our choice: both policies are shaped like the sampler's, and the
 gap on the teacher's likeliest tokens goes over to that on the vocabulary linearly.
 """
 
@@ -31,7 +31,7 @@ from train.config import Config, generated_budget
 from train.hindsight import hindsight, open_feedback
 from train.learner import Learner
 from train.state import FlatParams, TrainState
-from train.step import batch_hidden, join_micro, split_micro, vision_groups
+from train.step import batch_hidden, join_micro, shaping_of, split_micro, vision_groups
 
 
 class Teacher:
@@ -89,7 +89,8 @@ class Teacher:
         hinted = self._learner.padded(self.streams(groups), len(groups[0].trajectories))
         # The same frames under the same tower: their features are there already.
         hinted = dataclasses.replace(hinted, patches=None, grids=None, features=batch.features)
-        return self._gaps(state.params, {**state.frozen, **state.teacher}, batch, hinted)
+        teacher = {**state.frozen, **state.teacher}
+        return self._gaps(state.params, teacher, batch, hinted, self._learner.table)
 
     def streams(self, groups: Sequence[RolloutGroup]) -> list[Stream]:
         """The student's streams after prompts that end with a hint: what follows is the same token
@@ -104,10 +105,15 @@ class Teacher:
         return [dataclasses.replace(stream, prompt=prompt) for stream, prompt in streams]
 
     def _compare(
-        self, student: FlatParams, teacher: FlatParams, batch: LearnerBatch, hinted: LearnerBatch
+        self,
+        student: FlatParams,
+        teacher: FlatParams,
+        batch: LearnerBatch,
+        hinted: LearnerBatch,
+        table: Array | None,
     ) -> Float[Array, "b t"]:
         """In micro-batches of the train step, which bound the memory."""
-        rl = self._config.rl
+        rl, sampling = self._config.rl, self._config.agent.sampling
         count = batch.tokens.shape[0] // (rl.micro_groups * rl.group_size)
 
         def compare(pair: tuple[LearnerBatch, LearnerBatch]) -> Float[Array, "b t"]:
@@ -118,8 +124,9 @@ class Teacher:
                 own.tokens,
                 support=self._own.support,
                 full_weight=self._own.full_weight,
-                temperature=self._config.agent.sampling.temperature,
+                temperature=sampling.temperature,
                 budget=generated_budget(self._config),
+                shaping=shaping_of(own, sampling.repetition_penalty, table),
             )
 
         pieces = jax.lax.map(compare, (split_micro(batch, count), split_micro(hinted, count)))

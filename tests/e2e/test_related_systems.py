@@ -58,13 +58,31 @@ def test_longvt_sees_the_frames_of_one_crop_a_turn(cache, tmp_path):
 
 
 def test_vital_calls_its_own_tool(cache, tmp_path):
-    records = run("needle_vital", cache, tmp_path)
+    """With the repetition penalty of `vital_rl`: under it and a grammar, `check` says, sampler and
+    learner mean the same distribution, and nothing is learned that the grammar wrote."""
+    penalty = ("agent.sampling.repetition_penalty=1.05",)
+    records = run("needle_vital", cache, tmp_path, settings=penalty)
     check(records)
     assert abs(records[0]["kl"]) < 1e-6
+    for record in records:
+        assert record["tokens/learned_not_chosen"] == 0 < record["tokens/not_chosen"]
+        assert record["tokens/learned"] == pytest.approx(1 - record["tokens/not_chosen"])
+    check_choices(rollouts(tmp_path))
     assert max(record["tool/success_rate"] for record in records) > 0
     texts = [rollout["text"] for rollout in rollouts(tmp_path)]
     assert any('{"name": "get_video_clip_frame"' in text for text in texts)
     assert not any('<tool_call>\n{"name": "crop_video"' in text for text in texts)
+
+
+def check_choices(written):
+    """The token that a grammar forces on a policy is one that it finds unlikely, seldom its own."""
+    generated, chosen, log_probs = (
+        np.concatenate([rollout[name] for rollout in written])
+        for name in ("generated", "chosen", "log_probs")
+    )
+    assert 0 < chosen.sum() < generated.sum() and not (chosen > generated).any()
+    assert (log_probs[chosen == 1] < -5).mean() < 0.05
+    assert (log_probs[generated == 0] == 0).all()
 
 
 @pytest.fixture(scope="module")

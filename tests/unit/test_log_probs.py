@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from paravt_jax.log_probs import View, gathered_log_probs, teacher_gap
+from paravt_jax.shaping import DEAD, Shaping
 
 pytestmark = pytest.mark.slow
 
@@ -58,6 +59,88 @@ def test_nothing_chosen_gives_zeros_and_finite_gradients():
 
     value, slope = jax.value_and_grad(total)(HEAD)
     assert value == 0 and not slope.any()
+
+
+SEEN_FROM = jnp.asarray([2, 0, 5], jnp.int32)
+FLOORS = jnp.asarray(rng.choice([-np.inf, -2.0, -2.8], (B, T)), jnp.float32)
+STATES = jnp.asarray(rng.integers(0, 3, (B, T)), jnp.int32)
+TABLE = jnp.asarray(np.where(rng.random((3, V)) < 0.4, DEAD, 1), jnp.int16).at[0].set(0)
+
+
+def shaped_logits(head, shaping):
+    """Penalised and tempered, by loops over the stream."""
+    logits = HIDDEN[:, :-1] @ head
+    if shaping.penalty is not None:
+        factors = np.ones((B, T - 1, V), np.float32)
+        for row, at in np.ndindex(B, T - 1):
+            said = TOKENS[row, SEEN_FROM[row] : at + 1]
+            factors[row, at, said] = shaping.penalty
+        logits = jnp.where(logits < 0, logits * factors, logits / factors)
+    return logits / 0.7
+
+
+def drawable(shaping):
+    """Which tokens could be drawn: the same set for all weights."""
+    inside = np.ones((B, T - 1, V), bool)
+    if shaping.floors is not None:
+        inside &= np.asarray(
+            jax.nn.log_softmax(shaped_logits(HEAD, shaping)) >= FLOORS[:, 1:, None]
+        )
+    if shaping.grammar is not None:
+        inside &= np.asarray(TABLE)[STATES[:, 1:]] != DEAD
+    return inside | (np.asarray(jax.nn.one_hot(TOKENS[:, 1:], V)) > 0)
+
+
+def shaped_plain(head, shaping, inside):
+    table = jnp.where(inside, shaped_logits(head, shaping), -1e9)
+    table -= jax.nn.logsumexp(table, axis=-1, keepdims=True)
+    picked = jnp.take_along_axis(table, TOKENS[:, 1:, None], axis=-1)[..., 0]
+    entropy = -(jnp.exp(table) * table).sum(-1)
+    return tuple(jnp.pad(x * CHOSEN[:, 1:], ((0, 0), (1, 0))) for x in (picked, entropy))
+
+
+@pytest.mark.parametrize(
+    "shaping",
+    [
+        Shaping(penalty=1.3, prompt_lengths=SEEN_FROM),
+        Shaping(floors=FLOORS),
+        Shaping(grammar=STATES, table=TABLE),
+        Shaping(1.3, SEEN_FROM, FLOORS, STATES, TABLE),
+    ],
+    ids=["penalty", "truncation", "grammar", "all"],
+)
+def test_what_shaped_the_draws_shapes_value_and_gradient(shaping):
+    def ours(head):
+        return gathered_log_probs(
+            HIDDEN,
+            TOKENS,
+            CHOSEN,
+            lambda h: h @ head,
+            temperature=0.7,
+            budget=T,
+            chunk=4,
+            shaping=shaping,
+        )
+
+    inside = drawable(shaping)
+    for got, want in zip(jax.jit(ours)(HEAD), shaped_plain(HEAD, shaping, inside), strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    slope = jax.grad(lambda head: ours(head)[0].sum())(HEAD)
+    want = jax.grad(lambda head: shaped_plain(head, shaping, inside)[0].sum())(HEAD)
+    np.testing.assert_allclose(slope, want, atol=1e-4)
+
+
+def test_a_teacher_is_shaped_like_its_student():
+    """Equal policies have no gap; a grammar that leaves one token leaves nothing to advise."""
+    own = View(HIDDEN, CHOSEN, lambda h: h @ HEAD)
+    other = View(HIDDEN, CHOSEN, lambda h: h @ (2 * HEAD))
+    settings = {"support": 4, "temperature": 0.7, "budget": T, "chunk": 4}
+    shaping = Shaping(1.3, SEEN_FROM, FLOORS, STATES, TABLE)
+    assert not teacher_gap(own, own, TOKENS, shaping=shaping, **settings).any()
+    gaps = np.asarray(teacher_gap(other, own, TOKENS, shaping=shaping, **settings))
+    assert np.isfinite(gaps).all() and gaps.any()
+    nothing_else = Shaping(grammar=STATES, table=jnp.full((3, V), DEAD, jnp.int16))
+    assert not teacher_gap(other, own, TOKENS, shaping=nothing_else, **settings).any()
 
 
 # Logits of one prediction over four tokens, and the policy that will be compared with it.

@@ -10,6 +10,7 @@ import torch
 from transformers.generation import logits_process as theirs
 
 from rollout.sampler import Draw, SamplingConfig, draw_tokens, lowest_score, mark_seen, row_keys
+from tests.processed import processed
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 VOCAB = 500
@@ -54,12 +55,52 @@ def test_truncated_and_penalised_draws_follow_their_own_distribution(settings):
     np.testing.assert_allclose(np.bincount(tokens, minlength=kept) / 20_000, expected, atol=0.012)
 
 
-def test_log_prob_is_tempered_and_nothing_else():
-    seen, allowed = jnp.array([True, False, False, False]), jnp.array([False, True, True, True])
-    everything = {"top_p": 0.8, "top_k": 3, "min_p": 0.2, "repetition_penalty": 2.0}
-    drawn = draw_many(64, seen, allowed, temperature=0.5, **everything)
-    expected = jax.nn.log_softmax(LOGITS[0] / 0.5)[drawn.tokens]
-    np.testing.assert_allclose(drawn.log_probs, expected, rtol=1e-6)
+@pytest.mark.parametrize("constrained", [False, True])
+def test_log_probs_are_those_of_the_distribution_that_was_sampled(constrained):
+    """Each setting alone, and many together, against float64."""
+    alone = [{"top_p": 0.8}, {"top_k": 3}, {"min_p": 0.2}, {"repetition_penalty": 1.3}, {}]
+    sampling = [SamplingConfig(**own) for own in alone] + random_settings(59)
+    rows, dice = len(sampling), np.random.default_rng(5)
+    logits, seen = random_logits(rows), dice.random((rows, VOCAB)) < 0.3
+    allowed = dice.random((rows, VOCAB)) < 0.2 if constrained else None
+    everything = [logits, sampling, seen, [None] * rows if allowed is None else allowed]
+    tables = [processed(*row) for row in zip(*everything, strict=True)]
+    for seed in range(20):
+        masks = [None if own is None else jnp.array(own) for own in (seen, allowed)]
+        drawn = draw_rows(logits, sampling, range(seed, seed + rows), *masks)
+        expected = np.array(tables)[np.arange(rows), drawn.tokens]
+        np.testing.assert_allclose(drawn.log_probs, expected, atol=2e-5)
+
+
+def test_floors_part_what_can_be_drawn_from_what_was_cut_off():
+    rows = 64
+    logits, sampling = random_logits(rows), random_settings(rows)
+    drawn = draw_rows(logits, sampling, range(rows))
+    for row, own in enumerate(sampling):
+        plain = dataclasses.replace(own, top_k=0, top_p=1.0, min_p=0.0)
+        above = processed(logits[row], plain) >= drawn.floors[row]
+        np.testing.assert_array_equal(above, np.isfinite(processed(logits[row], own)))
+        assert np.isfinite(drawn.floors[row]) == (not above.all())
+
+
+@pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}])
+def test_tokens_that_a_constraint_left_alone_are_a_fair_sample_of_those_drawn(settings):
+    """Learning from them only must not prefer any token, or it would teach the grammar."""
+    allowed = jnp.array([True, False, True, True])
+    drawn = draw_many(40_000, allowed=allowed, **settings)
+    table = np.exp(processed(LOGITS[0], SamplingConfig(**settings), allowed=np.array(allowed)))
+    for tokens in (drawn.tokens, drawn.tokens[~drawn.constrained]):
+        shares = np.bincount(tokens, minlength=4) / len(tokens)
+        np.testing.assert_allclose(shares, table, atol=0.012)
+    assert 0.1 < drawn.constrained.mean() < 0.9 and not drawn.forced.any()
+
+
+def test_the_only_token_that_is_allowed_is_forced():
+    drawn = draw_many(64, allowed=jnp.array([False, True, False, False]))
+    assert (drawn.tokens == 1).all() and drawn.forced.all()
+    np.testing.assert_allclose(drawn.log_probs, 0.0, atol=1e-6)
+    # A likeliest token that alone is left by truncation is the policy's own choice.
+    assert not draw_many(64, top_k=1).forced.any()
 
 
 def test_temperature_zero_is_greedy_and_reports_temperature_one():
@@ -146,8 +187,8 @@ def test_draws_and_log_probs_do_not_depend_on_the_batch():
         )
         np.testing.assert_array_equal(few.tokens, whole.tokens[part])
         np.testing.assert_array_equal(few.constrained, whole.constrained[part])
-        # XLA sums a row in another order when the batch has another shape.
-        np.testing.assert_allclose(few.log_probs, whole.log_probs[part], rtol=2e-6)
+        # XLA sums a row in another order when the batch has another shape; 0 is certainty.
+        np.testing.assert_allclose(few.log_probs, whole.log_probs[part], rtol=2e-6, atol=1e-6)
     alone = draw_rows(logits[:1], sampling[:1], [0])
     assert alone.tokens[0] == whole.tokens[0]
 

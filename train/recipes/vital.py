@@ -10,7 +10,7 @@ From the source (its code): 8 rollouts of 64 prompts in one optimiser step, Adam
 penalty 1.05, 1024 tokens a turn, one call of `get_video_clip_frame`, 2 frames a second, at most 64
 frames of 4 to 64 vision tokens, one epoch of its 16,000 questions. Left open there and chosen here:
 temperature 1, the default of its trainer, and 32 frames of overview, which fit its prompts of 3072
-tokens.
+tokens. The learner computes log-probabilities under the penalty too (`docs/adr/0020`).
 
 Different here: Qwen3-VL instead of Qwen2.5-VL, so that a vision token is 32 x 32 pixels instead of
 28 x 28; responses come through the chat template; what the paper writes as a weight of rewards acts
@@ -82,7 +82,10 @@ def needle_vital() -> Config:
     """The same on the needle world, from the committed cold start, for trying it out:
     `python train/main.py --recipe needle_vital`.
 
-    The cold start knows another tool; the grammar lets it write calls of this one only.
+    The cold start knows another tool; the grammar lets it write calls of this one only. What the
+    grammar wrote in the policy's place is not learned (`tokens/not_chosen` of `metrics.jsonl`).
+    Without the repetition penalty of `vital_rl`, which would punish the short words of this world;
+    `--set agent.sampling.repetition_penalty=1.05` brings it back.
     """
     base = needle_frames("needle_vital")
     agent = base.agent
