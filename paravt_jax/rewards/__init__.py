@@ -89,6 +89,11 @@ def score(
     * R20 F1 counts repeated words; R21 option letters are read as letters, "A" is no article;
       R22 intervals may be written "36 to 40 seconds", "0:36-0:40", "[36, 40]", and never raise.
     * R25 a judge's reply outside [0, 1] is no verdict.
+    * A letter that the answer denies ("The answer is not B.") is no choice.
+
+    What pays for hedging by the published rules, F1 for a list of all answers and tool credit for
+    calls that look at nothing, stays as published, so that rewards can be compared with the
+    papers'; `RewardRules.mode="precise"` and `fresh_seconds` are the switches beside it.
 
     Args:
         completion: assistant text of all turns, forced prefixes included, tool responses excluded.

@@ -6,7 +6,13 @@ import re
 from collections.abc import Sequence
 
 from paravt_jax import protocol
-from paravt_jax.rewards.metrics import choice_accuracy, normalise, temporal_iou, token_f1
+from paravt_jax.rewards.metrics import (
+    choice_accuracy,
+    normalise,
+    precise_f1,
+    temporal_iou,
+    token_f1,
+)
 from paravt_jax.rewards.verdicts import Judge, judge_message, verdict
 
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
@@ -53,7 +59,9 @@ def accuracy_score(found: str, answer: str, question_type: str, mode: str) -> fl
         normalise(found) and normalise(found) == normalise(answer)
     ):
         return 1.0
-    return 0.0 if mode == "exact" else token_f1(found, answer)
+    if mode == "exact":
+        return 0.0
+    return precise_f1(found, answer) if mode == "precise" else token_f1(found, answer)
 
 
 def judged_accuracy(judge: Judge | None, question: str, found: str, answer: str) -> float:

@@ -7,6 +7,7 @@ import dataclasses
 from paravt_jax.protocol import TURN_END, Window
 from paravt_jax.records import ToolCall
 from paravt_jax.rewards.answers import accuracy_score, extract_answer, judged_accuracy
+from paravt_jax.rewards.overlap import stale_calls
 from paravt_jax.rewards.verdicts import Judge
 
 
@@ -45,8 +46,14 @@ class Attempt:
         """The answer of the last turn, or ""."""
         return extract_answer(self.turns)
 
+    def counted_calls(self, fresh_seconds: float | int) -> int:
+        """Calls that ran and count as uses of the tool, see `RewardRules.fresh_seconds`."""
+        if not fresh_seconds:
+            return self.executed_calls
+        return self.executed_calls - stale_calls(self.calls[: self.executed_calls], fresh_seconds)
+
     def accuracy(self, mode: str, question_type: str | None = None) -> float:
-        """How right the answer is, in [0, 1]; open answers by `mode`: "f1", "exact" or "llm"."""
+        """How right the answer is, in [0, 1]; open answers by `RewardRules.mode`."""
         kind = self.question_type if question_type is None else question_type
         if mode == "llm" and kind not in ("mcq", "tvg"):
             return judged_accuracy(self.judge, self.question, self.found, self.answer)

@@ -50,7 +50,8 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     form_mean = _mean([form.score(rules) for form in forms])
     bare_rules = dataclasses.replace(rules, anchor_weight=0.0)
     bare = _mean([form.score(bare_rules) for form in forms])
-    tool = (rules.tool_base + rules.tool_bonus * accuracy) if attempt.executed_calls else 0.0
+    counted = attempt.counted_calls(rules.fresh_seconds) / max(attempt.executed_calls, 1)
+    tool = (rules.tool_base + rules.tool_bonus * accuracy) * counted
     return RewardBreakdown(
         total=accuracy + rules.format_weight * form_mean + tool,
         accuracy=accuracy,

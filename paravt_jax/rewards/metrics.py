@@ -29,8 +29,23 @@ def normalise(text: str) -> str:
 
 def token_f1(prediction: str, answer: str) -> float:
     """F1 of the two multisets of normalised words (SQuAD, arXiv 1606.05250)."""
+    return f1(*_word_counts(prediction, answer))
+
+
+def precise_f1(prediction: str, answer: str) -> float:
+    """`token_f1` times the share of predicted words that are right.
+
+    Of k answers without common words, one of them right, F1 gives 2 / (k + 1): more than the 1 / k
+    that guessing one of them earns on average. This gives 2 / (k (k + 1)).
+    """
+    common, predicted, expected = _word_counts(prediction, answer)
+    return f1(common, predicted, expected) * common / max(predicted, 1)
+
+
+def _word_counts(prediction: str, answer: str) -> tuple[int, int, int]:
+    """Words that two texts have in common, and those of each, repeated ones counted."""
     predicted, expected = Counter(normalise(prediction).split()), Counter(normalise(answer).split())
-    return f1((predicted & expected).total(), predicted.total(), expected.total())
+    return (predicted & expected).total(), predicted.total(), expected.total()
 
 
 def choice_letter(text: str) -> str | None:
@@ -38,9 +53,10 @@ def choice_letter(text: str) -> str | None:
 
     In order: the text is a letter; the last "answer is X" or "option X"; a letter with a
     delimiter at the head ("B. the door"); the only capital letter that stands alone. An "A" or
-    "I" followed by a word is an article or a pronoun, not a letter.
+    "I" followed by a word is an article or a pronoun, not a letter. A letter that the text denies
+    ("not B", "neither A nor B", "C is wrong") is not there.
     """
-    text = text.strip()[:_LONGEST_ANSWER]
+    text = _DENIED.sub(" ", text.strip()[:_LONGEST_ANSWER]).strip()
     for pattern in (_BARE_LETTER, _STATED_LETTER, _LEADING_LETTER):
         found = pattern.findall(text)
         if found:
@@ -92,6 +108,18 @@ _STATED_LETTER = re.compile(
     rf"([A-J]{_FREE_LETTER}|[a-j](?=\s{{0,3}}[).:,;\]]|\s*\Z))"
 )
 _LEADING_LETTER = re.compile(r"\A[(\[]?([A-Ja-j])[).:\]]")
+_OPTION = (
+    r"[(\[]?(?-i:[A-J])(?![\w'’])"
+    r"(?!(?<=[AI])\s+(?!(?:or|nor|and|is|was|cannot|can)\b)(?-i:[a-z]))[)\]]?"
+)
+_DENIED = re.compile(
+    r"(?:\b(?:not|never|neither|nor|cannot|except|excluding)|n['’]t)\s{1,3}"
+    r"(?:(?:be|the|answer|option|choice|letter|is)\s{1,3}){0,4}"
+    rf"{_OPTION}(?:\s{{1,3}}(?:or|nor|and)\s{{1,3}}{_OPTION}){{0,9}}"
+    rf"|(?<![\w'’]){_OPTION}\s{{1,3}}(?:(?:is|was)(?:n['’]t|\s{{1,3}}(?:not|wrong|incorrect|false))"
+    r"|can(?:not|['’]t)\s{1,3}be)\b",
+    re.IGNORECASE,
+)
 _LONE_LETTER = re.compile(rf"(?<![\w'’])([A-J]){_FREE_LETTER}")
 
 _MINUTES_SECONDS = re.compile(

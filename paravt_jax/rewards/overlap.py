@@ -12,6 +12,8 @@ from paravt_jax.records import ToolCall
 LATEST = 1e7
 """Seconds, some 16 weeks. Windows that end later are taken for none: no video is so long, and
 squares of times stay far from overflow."""
+_ROUNDING = 1e-6
+"""Seconds that sums of times may be off."""
 
 
 def asked_window(call: ToolCall) -> Window | None:
@@ -43,6 +45,24 @@ def merged(windows: Iterable[Window]) -> list[Window]:
 def length(windows: Iterable[Window]) -> float:
     """Seconds that the windows cover together."""
     return math.fsum(end - start for start, end in merged(windows))
+
+
+def stale_calls(calls: Sequence[ToolCall], fresh_seconds: float | int) -> int:
+    """How many calls look at less than `fresh_seconds` of what no call before them looked at.
+
+    Of those that ask for no window, how many repeat an earlier call. Ends beyond the video count as
+    asked; a tool refuses windows that begin there.
+    """
+    seen: list[Window] = []
+    stale = 0
+    for at, call in enumerate(calls):
+        window = asked_window(call)
+        if window is None:
+            stale += call in calls[:at]
+        else:
+            stale += length([*seen, window]) - length(seen) < fresh_seconds - _ROUNDING
+            seen.append(window)
+    return stale
 
 
 def hull(windows: Sequence[Window]) -> Window:

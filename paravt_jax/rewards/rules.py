@@ -18,7 +18,7 @@ SCHEMES = ("paravt", "longvt", "vital", "deepvideo_r1", "video_o3", "visd")
 _CHOICES = {
     "scheme": SCHEMES,
     "compat": ("fixed", "reference"),
-    "mode": ("f1", "exact", "llm"),
+    "mode": ("f1", "precise", "exact", "llm"),
     "window_term": ("iou", "recall", "tool", "none"),
 }
 _READERS = {
@@ -28,6 +28,7 @@ _READERS = {
     "mode": ("paravt", "longvt", "video_o3"),
     "tool_base": ("paravt",),
     "tool_bonus": ("paravt",),
+    "fresh_seconds": ("paravt", "vital"),
     "window_term": ("longvt",),
     "iou_scale": ("vital",),
     "grounded": ("vital", "deepvideo_r1", "visd"),
@@ -55,13 +56,21 @@ class RewardRules:
     format_weight: float | int = 1.0
     """Weight of the format score in the total."""
     mode: str = "f1"
-    """How an open answer that differs from the ground truth is judged: "f1", "exact" or "llm"."""
+    """How an open answer that differs from the ground truth is judged: "f1", "precise", "exact" or
+    "llm". By F1, the source's, a list of all six colours earns 0.286, and naming one 0.167 on
+    average; "precise" is F1 times the share of words that are right, by which naming several
+    answers that share no words earns less than naming one. Only for compat="fixed"."""
     judge: JudgeSettings = dataclasses.field(default_factory=JudgeSettings)
     """The judge of mode="llm"."""
     tool_base: float | int = 0.1
     """Credit for at least one executed call. Only for compat="fixed"."""
     tool_bonus: float | int = 0.5
     """Further credit, times accuracy, if a call was executed. Only for compat="fixed"."""
+    fresh_seconds: float | int = 0.0
+    """Seconds of the video that a call must look at, and no earlier call did, to count as a use of
+    the tool. Credit is multiplied by the share of calls that count; scheme="vital" pays for those
+    alone. 0, the source's rule, counts whatever ran: a crop of 0.001 s, the same crop five times.
+    Only for compat="fixed"."""
     window_term: str = "iou"
     """What scheme="longvt" gives for its last crop: "iou" with the evidence, "recall" of it, "tool"
     for having used it and being right, or "none"."""
@@ -76,7 +85,7 @@ class RewardRules:
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_any_of(known)}")
-        for name in ("anchor_weight", "format_weight", "tool_base", "tool_bonus"):
+        for name in ("anchor_weight", "format_weight", "tool_base", "tool_bonus", "fresh_seconds"):
             self._check_weight(name)
         if not (len(self.iou_scale) == 2 and 0 <= self.iou_scale[0] < self.iou_scale[1] <= 1):
             raise ValueError(f"iou_scale={self.iou_scale}: give two rising numbers in [0, 1]")
@@ -96,6 +105,12 @@ class RewardRules:
                 raise ValueError(
                     f"{field.name}={value} has no effect with scheme={self.scheme}, only with "
                     f"{_any_of(readers)}; leave it out"
+                )
+        for name, own in (("mode", self.mode == "precise"), ("fresh_seconds", self.fresh_seconds)):
+            if self.compat == "reference" and own:
+                raise ValueError(
+                    f"{name}={getattr(self, name)} is no rule of any release, which "
+                    "compat=reference repeats; set compat=fixed"
                 )
         if self.mode != "llm" and self.judge != JudgeSettings():
             raise ValueError(f"judge.* has no effect with mode={self.mode}; set mode=llm")

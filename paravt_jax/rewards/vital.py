@@ -8,7 +8,7 @@
   counts.
 * R_format, 0 or 1: the rollout is blocks of think, tool_call and answer with white space between
   them, the first a think, the last an answer, no two equal ones side by side.
-* R_tool = 0.5 * min(calls that ran, 2).
+* R_tool = 0.5 * min(calls that ran, 2); with `fresh_seconds`, those that looked at anything new.
 * With `grounded=True` an answer in words or options also names the window: the term `grounding`,
   S(IoU with the evidence), is added. The source computes both and returns only the IoU, which
   `compat="reference"` repeats.
@@ -58,7 +58,7 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
         rules,
         accuracy=accuracy,
         format=format_score(attempt.said),
-        tool=0.5 * min(attempt.executed_calls, _MOST_CALLS),
+        tool=0.5 * min(attempt.counted_calls(rules.fresh_seconds), _MOST_CALLS),
         added=added,
     )
 

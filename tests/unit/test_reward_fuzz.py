@@ -52,9 +52,12 @@ def rules_of(scheme):
     """The settings of a scheme that change what is computed."""
     variants = [{}, {"format_weight": 0.25}]
     variants += {
-        "paravt": [{"anchor_weight": 7.0}, {"answer_suffix": False, "mode": "exact"}],
+        "paravt": [
+            {"anchor_weight": 7.0, "mode": "precise", "fresh_seconds": 1.0},
+            {"answer_suffix": False, "mode": "exact"},
+        ],
         "longvt": [{"window_term": "recall"}, {"compat": "reference"}],
-        "vital": [{"grounded": True}, {"grounded": True, "compat": "reference"}],
+        "vital": [{"grounded": True, "fresh_seconds": 1.0}, {"grounded": True, "compat": "reference"}],
         "deepvideo_r1": [{"grounded": True}],
         "video_o3": [{"mode": "exact"}, {"compat": "reference"}],
         "visd": [{"grounded": True}],

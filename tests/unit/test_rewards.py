@@ -13,6 +13,7 @@ from paravt_jax.rewards.metrics import (
     choice_letter,
     interval,
     normalise,
+    precise_f1,
     temporal_iou,
     token_f1,
 )
@@ -164,6 +165,46 @@ def test_a_perfect_tool_rollout_gets_the_whole_total():
     assert result.total > score(ANSWER, "door").total
 
 
+FRESH = RewardRules(fresh_seconds=1.0)
+
+
+def crops(*windows):
+    """A turn of these crops."""
+    calls = [
+        f'<tool_call>{{"name": "crop_video", "arguments": {{"start_time": {a}, "end_time": {b}}}}}'
+        "</tool_call>"
+        for a, b in windows
+    ]
+    return f"{THINK}{''.join(calls)}<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("windows", "share"),
+    [
+        ([(3, 3.001)], 0),
+        ([(3, 8)] * 5, 1 / 5),
+        ([(3, 8), (3.5, 8.5)], 1 / 2),
+        ([(3, 8), (8, 9)], 1),
+        ([(0, 10), (2, 3), (4, 12)], 2 / 3),
+    ],
+)
+def test_credit_for_calls_that_look_at_anything_new(windows, share):
+    """By the source's rule each of these earns the credit of a call that found the answer."""
+    text = crops(*windows) + ANSWER
+    assert score(text, "door", executed_calls=len(windows)).tool == pytest.approx(0.6)
+    fresh = score(text, "door", executed_calls=len(windows), rules=FRESH)
+    assert fresh.tool == pytest.approx(0.6 * share)
+    vital = RewardRules(scheme="vital", fresh_seconds=1.0)
+    paid = min(round(share * len(windows)), 2)
+    assert score(text, "door", executed_calls=len(windows), rules=vital).tool == 0.5 * paid
+
+
+def test_calls_that_ask_for_no_window_count_once():
+    look = '<tool_call>{"name": "look", "arguments": {"at": %d}}</tool_call>'
+    text = THINK + look % 1 + look % 1 + look % 2 + "<|im_end|>" + ANSWER
+    assert score(text, "door", executed_calls=3, rules=FRESH).tool == pytest.approx(0.6 * 2 / 3)
+
+
 # --- Accuracy -------------------------------------------------------------------------------------
 
 
@@ -183,6 +224,25 @@ def test_f1_counts_repeated_words():
     assert token_f1("cat cat", "cat") == pytest.approx(2 / 3)
     assert token_f1("a red door", "the door") == pytest.approx(2 / 3)
     assert token_f1("", "door") == 0.0
+
+
+COLOURS = ["red", "green", "blue", "yellow", "white", "purple"]
+
+
+def test_a_list_of_answers_earns_less_than_one():
+    """By F1 all six colours earn more than guessing one of them; by "precise" no list does."""
+    rules = {mode: RewardRules(mode=mode) for mode in ("f1", "precise")}
+
+    def earned(mode, count):
+        said = f"{THINK}<answer>{', '.join(COLOURS[:count])}</answer>"
+        return sum(score(said, colour, rules=rules[mode]).accuracy for colour in COLOURS) / 6
+
+    assert [earned("f1", count) for count in (1, 6)] == pytest.approx([1 / 6, 2 / 7])
+    lists = [earned("precise", count) for count in range(1, 7)]
+    assert lists == pytest.approx([count / 6 * 2 / (count * (count + 1)) for count in range(1, 7)])
+    assert lists == sorted(lists, reverse=True)
+    assert precise_f1("a red door", "the door") == pytest.approx(2 / 3 / 2)
+    assert precise_f1("", "door") == precise_f1("cat", "door") == 0.0
 
 
 @pytest.mark.parametrize(
@@ -206,6 +266,10 @@ def test_normalised_words(text, words):
         *(("A; but Option B", "B"), ("A dog and B", "B"), ("I think B", "B"), ("Option E", "E")),
         *(("The answer is A dog", None), ("the answer is a dog", None), ("B or C", None)),
         *(("the", None), ("", None), ("Bob", None), ("A B C D", None)),
+        *(("The answer is not B.", None), ("It isn't B", None), ("It cannot be (B)", None)),
+        *(("Neither A nor B", None), ("not A or B", None), ("B is wrong", None)),
+        *(("Not option B but (C)", "C"), ("The answer is B, not A", "B"), ("B isn't it, D", "D")),
+        *(("Not shown, so B", "B"), ("not A dog but B", "B"), ("B can be seen", "B")),
     ],
 )
 def test_option_letters(text, letter):

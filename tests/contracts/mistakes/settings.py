@@ -111,6 +111,9 @@ RANGES = [
     refused("rewards.anchor_weight=-1"),
     refused("rewards.format_weight=nan"),
     refused("rewards.tool_bonus=inf"),
+    refused("rewards.fresh_seconds=-1"),
+    refused("rewards.compat=reference", "rewards.mode=precise", named=("compat=fixed",)),
+    refused("rewards.compat=reference", "rewards.fresh_seconds=1", named=("compat=fixed",)),
     refused("rewards.scheme=vital", "objective.anchor=sequence", "rewards.iou_scale=0.8,0.2"),
     refused("rewards.mode=llm", "rewards.judge.url=", named=("rewards.judge.model",)),
     refused("rewards.mode=llm", "rewards.judge.model=m", "rewards.judge.url=ftp://x/v1"),
@@ -162,6 +165,7 @@ WITHOUT_EFFECT = [
     refused("data.workers=2", flags="--recipe needle_sft", named=("data.mixture",)),
     refused("sft.task_masks=0.5", flags="--recipe needle_sft", named=("grounding",)),
     refused("sft.micro_rows=7", flags="--recipe needle_sft", named=("task",)),
+    refused("sft.mask_predictor=false", flags="--recipe needle_sft", named=("sft.task_masks",)),
 ]
 CONVERSATIONS = [
     refused("sft.packing.tokens=0", flags="{chatting}"),
