@@ -57,7 +57,10 @@ def rules_of(scheme):
             {"answer_suffix": False, "mode": "exact"},
         ],
         "longvt": [{"window_term": "recall"}, {"compat": "reference"}],
-        "vital": [{"grounded": True, "fresh_seconds": 1.0}, {"grounded": True, "compat": "reference"}],
+        "vital": [
+            {"grounded": True, "fresh_seconds": 1.0},
+            {"grounded": True, "compat": "reference"},
+        ],
         "deepvideo_r1": [{"grounded": True}],
         "video_o3": [{"mode": "exact"}, {"compat": "reference"}],
         "visd": [{"grounded": True}],
