@@ -108,7 +108,8 @@ class DataSettings:
     train_videos: Annotated[int, at_least(1)] = 2000
     """Videos of the needle world to train on."""
     held_out_videos: Annotated[int, at_least(1)] = 256
-    """Videos of the needle world that are only evaluated on."""
+    """Videos of the needle world that are only evaluated on, and as many that settings are not
+    even compared by (`evaluation.split`)."""
     max_bad_rows: Annotated[float, within(0, 1)] = 0.01
     """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
     a run with more of them stops."""
@@ -125,6 +126,9 @@ class EvaluationSettings:
 
     rows: Annotated[int, at_least(0)] = 0
     """Held-out questions; 0 skips the evaluation."""
+    split: str = "held_out"
+    """Which videos of the needle world: `held_out` to compare settings by, `test` for figures to
+    report, on which nothing is tuned. `--data` has no `test`."""
     batch: Annotated[int, at_least(1)] = 128
     """Rollouts at once."""
     frame_budget: Annotated[int, at_least(1)] = 4
@@ -221,6 +225,7 @@ def _check_choices(config: Config) -> None:
         "model.cache_dtype": (config.model.cache_dtype, ("compute", "int8")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
         "data.instructions": (config.data.instructions, ("full", "terse", "timed")),
+        "evaluation.split": (config.evaluation.split, ("held_out", "test")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
         "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
     }
@@ -250,6 +255,11 @@ def _check_cross(config: Config) -> None:
             raise ValueError(named) from error
     agent_tools(config.agent)  # refuses names that no tool has
     _check_data(config.data)
+    if config.data.path and config.evaluation.split != "held_out":
+        raise ValueError(
+            f"evaluation.split={config.evaluation.split} is a part of the needle world, and --data "
+            "has none of that name; leave it out"
+        )
     syntax, scheme = config.agent.call_syntax, config.rewards.scheme
     if SYNTAX_OF.get(scheme, syntax) != syntax:
         raise ValueError(

@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
+    "evaluation.split",
     *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
 )
 """Settings (or beginnings of their names) that a resumed run may give anew: none of them changes

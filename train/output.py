@@ -8,9 +8,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from evaluate.intervals import Accuracy
 from paravt_jax.records import RolloutGroup, Trajectory
 from train.workdir import write_whole
 
@@ -146,3 +148,41 @@ def comparison_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Tab
         cells = [f"{figures[name]:.3f}" if name in figures else "-" for name in present]
         table.add_row(row, *cells)
     return table
+
+
+INTERVALS = "accuracy in percent, and its 95 % interval (Wilson)"
+
+
+def flat(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
+    """Accuracies as figures: of each `NAME`, and `NAME/low`, `NAME/high` and `NAME/videos`."""
+    return {
+        name if field == "mean" else f"{name}/{field}": float(value)
+        for name, accuracy in accuracies.items()
+        for field, value in accuracy._asdict().items()
+    }
+
+
+def interval_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
+    """Accuracies of several evaluations, one row each, and how sure they are: of the parts that
+    question types are told apart by, or of the types where there are none."""
+    named = (name for figures in rows.values() for name in figures if name.endswith("/low"))
+    every = sorted({name.removesuffix("/low") for name in named})
+    parts = [name for name in every if name.count("/") == 2]
+    shown = ["accuracy", *(parts or every[1:])]
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
+    table.add_column("")
+    for name in shown:
+        videos = max(int(figures.get(f"{name}/videos", 0)) for figures in rows.values())
+        kind, _, part = name.removeprefix("accuracy/").partition("/")
+        titled = [TABLE.get(f"accuracy/{kind}", "all"), part, f"({videos} videos)"]
+        table.add_column("\n".join(filter(None, titled)), justify="right")
+    for row, figures in rows.items():
+        table.add_row(row, *(_interval(figures, name) for name in shown))
+    return table
+
+
+def _interval(figures: Mapping[str, float], name: str) -> str:
+    if name not in figures:
+        return "-"
+    mean, low, high = (100 * figures[key] for key in (name, f"{name}/low", f"{name}/high"))
+    return f"{mean:.1f} {low:.0f}-{high:.0f}"

@@ -9,6 +9,7 @@ from pathlib import Path
 from paravt_jax.records import Row, VideoRef
 from pipelines.datasets import Found, needle_questions, question_rows
 from pipelines.loader import Mixture
+from pipelines.needle.questions import NeedleQuestion
 from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
 from train.config import Config, DataSettings
@@ -124,13 +125,21 @@ def split_sets(config: Config, sets: Sequence[Found[Row]]) -> Split:
     own = [found.rows for found in sets]
     if config.data.path:
         return split(own, config.evaluation.rows)
-    held_out = _needle_rows(config, "held_out")[: config.evaluation.rows]
-    return apart([_needle_rows(config, "train"), *own], held_out)
+    asked = (_needle(config, split) for split in ("train", config.evaluation.split))
+    training, held_out = ([question.row for question in questions] for questions in asked)
+    return apart([training, *own], one_per_video(held_out)[: config.evaluation.rows])
 
 
-def _needle_rows(config: Config, split: str) -> list[Row]:
-    questions = needle_questions(
+def strata(config: Config) -> dict[str, str]:
+    """What evaluations are told apart by, of each row id: how many events the video has. Questions
+    of `--data` have nothing of the kind."""
+    if config.data.path:
+        return {}
+    asked = _needle(config, config.evaluation.split)
+    return {q.row.row_id: f"{len(q.events)} event{'s' * (len(q.events) > 1)}" for q in asked}
+
+
+def _needle(config: Config, split: str) -> list[NeedleQuestion]:
+    return needle_questions(
         needle_world(config), world_folder(config), split, config.data.question_types
     )
-    rows = [question.row for question in questions]
-    return one_per_video(rows) if split == "held_out" else rows

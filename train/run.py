@@ -15,6 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from evaluate.held_out import Mode, evaluate
+from evaluate.intervals import accuracies
 from models.qwen3_vl import save_folder
 from models.qwen3_vl.adapter import ADAPTER, save_adapter
 from paravt_jax.params import abstract_params
@@ -41,10 +42,10 @@ from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, contents, reinforce
 from train.masking import TaskMasking
 from train.optimizer import make_optimizer
-from train.output import TABLE, RunLog, comparison_table
+from train.output import INTERVALS, TABLE, RunLog, comparison_table, flat, interval_table
 from train.progress import Bar, introduction
-from train.questions import Questions, all_rows, identities, open_rows
-from train.scoring import Scorer, accuracy_by_type, rollout_metrics
+from train.questions import Questions, all_rows, identities, open_rows, strata
+from train.scoring import Scorer, rollout_metrics
 from train.standing import learning_rates
 from train.state import (
     FlatParams,
@@ -358,7 +359,7 @@ class Run:
                 Mode(name, self._runner(agent, ended), items)
                 for name, (agent, items) in agents.items()
             ]
-            return evaluate(params, modes, _figures, batch=batch, seed=EVALUATION_SEED)
+            return evaluate(params, modes, self._figures, batch=batch, seed=EVALUATION_SEED)
 
     def _items(self, tools: bool) -> Sequence[Item]:
         budget = self.config.evaluation.frame_budget
@@ -379,6 +380,17 @@ class Run:
             return self.scorer(agent.run(params, items, 1, seed))
 
         return run
+
+    def _figures(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Accuracies with their intervals, and how the tool was used."""
+        figures = rollout_metrics(groups)
+        shown = {name: figures[name] for name in TABLE if name in figures}
+        return flat(accuracies(groups, self._strata)) | shown
+
+    @functools.cached_property
+    def _strata(self) -> dict[str, str]:
+        """What the table tells apart besides types of questions."""
+        return strata(self.config)
 
     def _finish(self, before: Evaluation, data_state: Any) -> None:
         """Last checkpoint, evaluation, table and export."""
@@ -414,14 +426,11 @@ class Run:
             if mode in before:
                 rows[f"{mode}, before"] = before[mode]
             rows[f"{mode}, after"] = figures
-        title = f"{len(self.held_out)} held-out questions, K={self.config.evaluation.frame_budget}"
+        own = self.config.evaluation
+        part = "held-out" if own.split == "held_out" else own.split
+        title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
         self.log.console.print(comparison_table(title, rows))
+        self.log.console.print(interval_table(INTERVALS, rows))
         if is_first():
             summary = json.dumps({"before": before, "after": after}, indent=2)
             write_whole(self.workdir / "evaluation.json", summary + "\n")
-
-
-def _figures(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    figures = rollout_metrics(groups)
-    shown = {name: figures[name] for name in TABLE if name in figures}
-    return {"accuracy": figures["reward/accuracy"], **accuracy_by_type(groups), **shown}

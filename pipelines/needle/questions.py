@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 
@@ -12,6 +13,11 @@ from paravt_jax.records import QuestionType, Row
 from pipelines.needle.world import COLOURS, SHAPES, Event, NeedleVideo
 
 LETTERS = "ABCD"
+
+Asked = Literal["colour", "shape", "time"]
+ASKED: tuple[Asked, ...] = ("colour", "shape", "time")
+"""What a question asks for: the colour of a shape, the shape of a coloured thing, the time of a
+thing whose colour and shape it names."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +31,7 @@ class NeedleQuestion:
     """The event asked about."""
     vocabulary: tuple[str, ...]
     """What a guess is drawn from; empty for grounding, where a guess is a time."""
+    asked: Asked
 
 
 def ask(
@@ -58,16 +65,18 @@ def _ask_about(
         colour = f"What colour is the {event.shape}?"
         shape = f"What shape is the {event.colour} thing?"
         return [
-            _question(video, event, f"{name}/colour", colour, event.colour, kind, tuple(COLOURS)),
-            _question(video, event, f"{name}/shape", shape, event.shape, kind, SHAPES),
+            _question(
+                video, event, f"{name}/colour", colour, event.colour, kind, tuple(COLOURS), "colour"
+            ),
+            _question(video, event, f"{name}/shape", shape, event.shape, kind, SHAPES, "shape"),
         ]
     if kind is QuestionType.GROUNDING:
         when = f"When is the {event.name} visible?"
         answer = f"{event.start}, {event.end}"
-        return [_question(video, event, f"{name}/when", when, answer, kind, ())]
+        return [_question(video, event, f"{name}/when", when, answer, kind, (), "time")]
     options, letter = _options(f"{name}/choice", event.colour)
     text = f"What colour is the {event.shape}?\n{options}"
-    return [_question(video, event, f"{name}/choice", text, letter, kind, tuple(LETTERS))]
+    return [_question(video, event, f"{name}/choice", text, letter, kind, tuple(LETTERS), "colour")]
 
 
 def _options(row_id: str, colour: str) -> tuple[str, str]:
@@ -89,7 +98,8 @@ def _question(
     answer: str,
     kind: QuestionType,
     vocabulary: tuple[str, ...],
+    asked: Asked,
 ) -> NeedleQuestion:
     evidence = ((float(event.start), float(event.end)),)
     row = Row(row_id, video.video, text, answer, kind.value, evidence)
-    return NeedleQuestion(row, video.events, event, vocabulary)
+    return NeedleQuestion(row, video.events, event, vocabulary, asked)

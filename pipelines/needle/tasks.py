@@ -1,8 +1,8 @@
 """Supervised tasks of the cold start, made from real frames and ground truth.
 
-They build on one another: name what a frame shows, report what happens in a crop, answer from
-reports, and then whole episodes. Every task stays in every mix, because a model this small
-forgets what it no longer sees.
+They build on one another: name what a frame shows, tell things apart that a text names, report
+what happens in a crop, answer from reports, and then whole episodes. Every task stays in every mix,
+because a model this small forgets what it no longer sees.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ import numpy as np
 
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import TOOL_NAME
-from paravt_jax.records import Clip, Example, Prompt
+from paravt_jax.records import Clip, Example, Prompt, VideoRef
 from pipelines.needle import traces
-from pipelines.needle.questions import NeedleQuestion
-from pipelines.needle.world import NeedleWorld
+from pipelines.needle.questions import Asked, NeedleQuestion, ask
+from pipelines.needle.world import SHAPES, NeedleVideo, NeedleWorld, draw_events
 from pipelines.render import ChatRenderer
 
 Window = tuple[int, int]
+
+RECALLED = 12
+"""Statements of an example of `recall`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,17 +87,40 @@ def clip(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Ex
     return _reply(kit, prompt, traces.report(question.events, *window))
 
 
-def qa(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:
-    """Answer from tool responses alone, without frames. Only the last turn is learned.
+def recall(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:
+    """Read which things there are, then say again and again which colour the circle or which shape
+    the red thing has, or that there is none. No frames.
 
-    Nine times in ten one of the responses reports the event asked about.
+    What is named is drawn by dice and not learned; what is found of it is.
     """
+    events = _imagine(kit, len(SHAPES), rng).events
+    things = [events[i] for i in rng.permutation(len(events))]
+    seen = int(rng.integers(1, len(things)))
+    listed = " ".join(map(traces.caption, things[:seen]))
+    parts, encode = list[traces.Part](), kit.renderer.encode
+    for _ in range(RECALLED):
+        found = rng.random() < 0.7
+        thing = things[rng.integers(seen) if found else rng.integers(seen, len(things))]
+        asked: Asked = "colour" if rng.random() < 0.5 else "shape"
+        span = (thing.start, thing.end) if found else None
+        named, answer = traces.statement(asked, thing, span)
+        parts += [(encode(named), -1), (encode(f" {answer}\n"), 0)]
+    return _example(kit.renderer.prompt(None, listed), parts)
+
+
+def qa(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:
+    """Answer from tool responses that nobody asked for, without frames, about a video of up to four
+    events. Four times in five all of them are reported, so that the question has to decide."""
+    video = _imagine(kit, int(rng.integers(1, len(SHAPES) + 1)), rng)
+    asked = ask([video], [question.row.question_type])
+    question = asked[rng.integers(len(asked))]
     windows = _choose(kit, int(rng.integers(1, len(kit.world.windows) + 1)), rng)
-    needed = _window_of(kit, question)
-    if needed not in windows and rng.random() < 0.9:
-        windows = sorted([*windows[1:], needed])
-    prompt = kit.renderer.main_prompt(question.row, None, tools=True)
-    return _episode(kit, question, prompt, np.zeros(0), windows, rng, learn_from=1)
+    if rng.random() < 0.8:
+        full = {w for w in kit.world.windows if any(e.visible(*w) for e in video.events)}
+        windows = sorted(full.union(windows))
+    prompt, unseen = kit.renderer.main_prompt(question.row, None, tools=True), np.zeros(0)
+    told = traces.conclusion(question, kit.world, kit.renderer, unseen, windows, rng)
+    return _example(prompt, told)
 
 
 def trace(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:
@@ -134,6 +160,7 @@ def direct(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> 
 
 TASKS: dict[str, Task] = {
     "frame": frame,
+    "recall": recall,
     "clip": clip,
     "qa": qa,
     "trace": trace,
@@ -173,17 +200,28 @@ def _episode(
     times: np.ndarray,
     windows: Sequence[Window],
     rng: np.random.Generator,
-    learn_from: int = 0,
 ) -> Example:
-    """The oracle's episode; turns from number `learn_from` on are learned."""
-    tokens, turns = traces.trace(question, kit.world, kit.renderer, times, windows, rng)
-    return Example(prompt, tokens, (turns >= learn_from).astype(np.float32))
+    """The oracle's episode."""
+    return _example(prompt, traces.trace(question, kit.world, kit.renderer, times, windows, rng))
+
+
+def _example(prompt: Prompt, parts: Sequence[traces.Part]) -> Example:
+    """A stream of which everything is learned that the agent writes."""
+    tokens, turns = traces.join(parts)
+    return Example(prompt, tokens, (turns >= 0).astype(np.float32))
 
 
 def _reply(kit: TaskKit, prompt: Prompt, text: str) -> Example:
     """One assistant turn without a thought, all of it learned."""
     tokens = np.asarray(kit.renderer.encode(text + traces.TURN_END), np.int32)
     return Example(prompt, tokens, np.ones(len(tokens), np.float32))
+
+
+def _imagine(kit: TaskKit, events: int, rng: np.random.Generator) -> NeedleVideo:
+    """A video that is never written, with so many events: for tasks that show no frames."""
+    world = dataclasses.replace(kit.world, events=(events, events))
+    drawn = draw_events(world, "train", int(rng.integers(1 << 31)))
+    return NeedleVideo("imagined", VideoRef("imagined", float(world.duration)), drawn)
 
 
 def _choose(kit: TaskKit, count: int, rng: np.random.Generator) -> list[Window]:

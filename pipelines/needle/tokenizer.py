@@ -200,8 +200,10 @@ def _fixed_phrases(world: NeedleWorld) -> list[str]:
 def _phrases(thing: Event) -> list[str]:
     """What is said and asked about one thing."""
     answers = [
-        traces.Answer(f"I saw a {thing.name}.", thing.colour),
-        traces.Answer("I saw nothing.", thing.shape),
+        traces.Answer(" ".join(traces.statement("colour", thing, (4, 9))), thing.colour),
+        traces.Answer(" ".join(traces.statement("shape", thing, (4, 9))), thing.shape),
+        traces.Answer(" ".join(traces.statement("time", thing, (4, 9))), "4 to 9 seconds"),
+        traces.Answer(" ".join(traces.statement("colour", thing, None)), thing.shape),
         traces.Answer("I can see it.", thing.colour),
         traces.Answer("I guess.", "4 to 9 seconds"),
     ]

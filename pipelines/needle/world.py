@@ -30,7 +30,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 }
 """RGB of each colour."""
 SHAPES = ("circle", "square", "triangle", "cross")
-SPLITS = ("train", "held_out")
+SPLITS = ("train", "held_out", "test")
+"""Settings are compared on `held_out`. Figures to report are of `test`, on which no recipe, no
+curriculum and no reward is tuned."""
 MANIFEST = "manifest.json"
 
 
@@ -41,6 +43,7 @@ class NeedleWorld:
     seed: int = 0
     train_videos: int = 2000
     held_out_videos: int = 256
+    """Of `held_out`, and as many of `test`."""
     duration: int = 64
     """Seconds, and frames: videos have one frame per second."""
     window: int = 16
@@ -258,7 +261,11 @@ def _complete(world: NeedleWorld, folder: str) -> bool:
     """Whether the folder holds the manifest and every video."""
     if not os.path.isfile(os.path.join(folder, MANIFEST)):
         return False
-    return all(len(os.listdir(os.path.join(folder, s))) == world.count(s) for s in SPLITS)
+    folders = {split: os.path.join(folder, split) for split in SPLITS}
+    return all(
+        os.path.isdir(path) and len(os.listdir(path)) == world.count(split)
+        for split, path in folders.items()
+    )
 
 
 def _move(world: NeedleWorld, made: str, target: str) -> None:

@@ -56,7 +56,7 @@ def test_sampler_and_learner_agree(run):
 
 def test_everything_is_left_in_the_workdir(run):
     workdir, output = run
-    assert "held-out questions" in output and "sampled" in output
+    assert "4 test questions" in output and "95 % interval" in output and "1 event" in output
     assert json.loads((workdir / "config.json").read_text())["steps"] == 3
     assert (workdir / "checkpoints" / "3").is_dir()
     assert list((workdir / "tensorboard").iterdir())
@@ -64,6 +64,9 @@ def test_everything_is_left_in_the_workdir(run):
     assert len(rollouts) == 4 and all(r["rewards"]["total"] is not None for r in rollouts)
     figures = json.loads((workdir / "evaluation.json").read_text())
     assert set(figures["before"]) == {"sampled", "greedy", "no crops"} == set(figures["after"])
+    greedy = figures["after"]["greedy"]
+    assert greedy["accuracy/low"] <= greedy["accuracy"] <= greedy["accuracy/high"]
+    assert greedy["accuracy/videos"] == 4
 
 
 def test_exported_folder_gives_the_same_logits_in_transformers(run):

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import time
 from collections import Counter
 
@@ -12,6 +13,7 @@ import pytest
 from paravt_jax.protocol import crop_window, parse_tool_calls, parses_strictly
 from paravt_jax.records import QuestionType
 from pipelines.needle import tasks, tokenizer, traces
+from pipelines.needle.questions import ASKED
 from pipelines.needle.world import (
     COLOURS,
     SHAPES,
@@ -58,7 +60,7 @@ def test_splits_and_seeds_give_different_videos():
     drawn = [
         draw_events(NeedleWorld(seed=seed), split, 0)
         for seed in range(5)
-        for split in ("train", "held_out")
+        for split in ("train", "held_out", "test")
     ]
     assert len(set(drawn)) == len(drawn)
 
@@ -193,7 +195,8 @@ def question_about(event: Event, kind: str):
     q = next(q for q in questions() if q.row.question_type == kind)
     row = dataclasses.replace(q.row, answer=event.colour if kind == "oe" else q.row.answer)
     vocabulary = tuple(COLOURS) if kind == "oe" else q.vocabulary
-    return dataclasses.replace(q, row=row, target=event, vocabulary=vocabulary, events=(event,))
+    found = {"row": row, "target": event, "vocabulary": vocabulary, "events": (event,)}
+    return dataclasses.replace(q, asked="colour" if kind == "oe" else "time", **found)
 
 
 def decide(kind, times, windows, seed=0):
@@ -201,14 +204,28 @@ def decide(kind, times, windows, seed=0):
     return traces.decide(q, WORLD, np.array(times), windows, np.random.default_rng(seed))
 
 
+def test_a_thought_names_what_was_asked_and_then_at_once_what_was_found():
+    """The last word before what was found is in the question, and is looked up in the reports."""
+    said = {asked: traces.statement(asked, CIRCLE, (36, 40)) for asked in ASKED}
+    assert said == {
+        "colour": ("I find the circle", "red."),
+        "shape": ("I find the red", "circle."),
+        "time": ("I find the red circle", "from 36 to 40 seconds."),
+    }
+    for q in questions():
+        named, _ = traces.statement(q.asked, q.target, None)
+        subject = named.removeprefix("I find the ")
+        assert f" the {subject}" in q.row.question
+
+
 def test_what_was_seen_is_answered_and_what_was_not_is_guessed():
-    assert decide("oe", [0], [(32, 48)]) == traces.Answer("I saw a red circle.", "red")
+    assert decide("oe", [0], [(32, 48)]) == traces.Answer("I find the circle red.", "red")
     assert decide("oe", [37], []) == traces.Answer("I can see it.", "red")
-    assert decide("oe", [37], [(0, 16)]) == traces.Answer("I saw a red circle.", "red")
+    assert decide("oe", [37], [(0, 16)]) == traces.Answer("I find the circle red.", "red")
     guesses = Counter(decide("oe", [0], [], seed).text for seed in range(600))
     assert set(guesses) == set(COLOURS) and max(guesses.values()) < 150
     assert decide("oe", [0], []).thought == "I guess."
-    assert decide("oe", [0], [(0, 16)]).thought == "I saw nothing."
+    assert decide("oe", [0], [(0, 16)]).thought == "I find the circle nowhere."
 
 
 def test_times_come_from_crops_exactly_and_from_glimpses_roughly():
@@ -243,12 +260,36 @@ def test_clip_examples_show_events_about_half_the_time():
     assert 15 < nothing < 45
 
 
+def test_recall_learns_what_is_found_of_whatever_is_named():
+    several, nowhere = 0, 0
+    for i in range(60):
+        example = tasks.needle_examples(kit(), "recall", 0)[i]
+        prompt, learned = text_of(example)
+        things = re.findall(r"A (\w+) (\w+)\.", prompt)
+        facts = dict(things) | {shape: colour for colour, shape in things}
+        lines = episode_text(example).split(".\n")
+        for line, found in zip(lines, learned.split(".\n"), strict=True):
+            named = line.removesuffix(found).removeprefix("I find the ")
+            assert not line or found == f" {facts.get(named, 'nowhere')}"
+            nowhere += found == " nowhere"
+        several += len(things) > 1
+    assert "image_pad" not in prompt and 120 < nowhere < 360 and several > 20
+
+
 def test_qa_examples_learn_only_the_answer_from_reports():
     for i in range(20):
         example = tasks.needle_examples(kit(), "qa", 0)[i]
         prompt, learned = text_of(example)
         assert "image_pad" not in prompt and "tool_call" not in learned
         assert "<answer>" in learned and "appears" not in learned
+
+
+def test_qa_examples_often_report_events_that_nobody_asked_about():
+    """Otherwise the question need not be read: more than half the examples make it decide."""
+    reported = [
+        episode_text(tasks.needle_examples(kit(), "qa", 0)[i]).count("appears") for i in range(100)
+    ]
+    assert sum(count > 1 for count in reported) > 50 and max(reported) == 4
 
 
 def episode_text(example) -> str:
