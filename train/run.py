@@ -427,7 +427,8 @@ class Run:
                 rows[f"{mode}, before"] = before[mode]
             rows[f"{mode}, after"] = figures
         own = self.config.evaluation
-        part = "held-out" if own.split == "held_out" else own.split
+        test = own.split == "test" and not self.config.data.path
+        part = "test" if test else "held-out"
         title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
         self.log.console.print(comparison_table(title, rows))
         self.log.console.print(interval_table(INTERVALS, rows))

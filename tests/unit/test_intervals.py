@@ -1,6 +1,7 @@
 """Accuracies with their intervals, told apart by type of question and by part of the world."""
 
 import io
+import os
 
 import numpy as np
 import pytest
@@ -8,8 +9,13 @@ from rich.console import Console
 
 from evaluate.intervals import Accuracy, accuracies
 from paravt_jax.records import RolloutGroup, Row, VideoRef
+from pipelines.needle.world import draw_events
 from tests.unit.test_sampling import rollout
+from train.config import override
 from train.output import INTERVALS, flat, interval_table
+from train.questions import all_rows, open_rows, strata
+from train.recipes import get_recipe
+from train.setup import needle_world
 
 
 def test_wilsons_interval_by_hand():
@@ -61,3 +67,35 @@ def test_the_table_fits_80_columns_and_shows_parts():
     assert max(map(len, lines)) <= 80
     assert sum("100.0 97-100" in line for line in lines) == 3
     assert any(line.count("2 events") == 2 for line in lines), out.getvalue()
+
+
+@pytest.fixture(scope="module")
+def configs(tmp_path_factory):
+    """The demo on a small world, one configuration per split."""
+    cache = tmp_path_factory.mktemp("cache")
+    small = [f"data.cache_dir={cache}", "data.train_videos=2", "data.held_out_videos=6"]
+    return {
+        split: override(get_recipe("needle_rl"), [*small, f"evaluation.split={split}"])
+        for split in ("held_out", "test")
+    }
+
+
+def test_the_test_split_shares_no_video_with_the_others(configs):
+    shown = {}
+    for split, config in configs.items():
+        training, held_out = open_rows(config)
+        shown["train"] = {row.video.path for row in all_rows(training)}
+        shown[split] = {row.video.path for row in held_out}
+        assert len(held_out) == 6 == len(shown[split])
+    assert len(set.union(*shown.values())) == sum(map(len, shown.values()))
+    assert get_recipe("needle_rl").evaluation.split == "test"
+
+
+def test_questions_of_the_needle_world_are_told_apart_by_events(configs):
+    _, held_out = open_rows(configs["test"])
+    parts = strata(configs["test"])
+    world = needle_world(configs["test"])
+    for row in held_out:
+        index = int(os.path.basename(row.video.path).removesuffix(".mp4"))
+        count = len(draw_events(world, "test", index))
+        assert parts[row.row_id] == ("1 event" if count == 1 else "2 events")
