@@ -15,9 +15,11 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+TWO = "accuracy/oe/2 events"
 COLUMNS = (
     "commit | seed | command | hardware | minutes | sampled before -> after"
-    " | greedy before -> after | no crops after | compliance | crops per using rollout"
+    " | greedy before -> after | two events, open: sampled | greedy | no crops after | compliance"
+    " | crops per using rollout"
     " | gap max | seconds per step"
 )
 
@@ -36,6 +38,11 @@ def hardware() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores"
 
 
+def interval(figures: dict[str, float], name: str) -> str:
+    """A figure with its 95 % interval."""
+    return f"{figures[name]:.3f} ({figures[f'{name}/low']:.2f} to {figures[f'{name}/high']:.2f})"
+
+
 def run(seed: int, extra: list[str]) -> str:
     """Run one seed and describe it as a row of the table."""
     workdir = Path(tempfile.mkdtemp(prefix=f"demo-{seed}-")) / "run"
@@ -51,6 +58,7 @@ def run(seed: int, extra: list[str]) -> str:
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     before, after = figures["before"], figures["after"]
     arrow = lambda mode: f"{before[mode]['accuracy']:.3f} -> {after[mode]['accuracy']:.3f}"  # noqa: E731
+    span = lambda mode: " -> ".join(interval(part[mode], TWO) for part in (before, after))  # noqa: E731
     seconds = sorted(step["time/step"] for step in steps)[len(steps) // 2]
     cells = [
         commit(),
@@ -60,6 +68,8 @@ def run(seed: int, extra: list[str]) -> str:
         f"{minutes:.1f}",
         arrow("sampled"),
         arrow("greedy"),
+        span("sampled"),
+        span("greedy"),
         f"{after['no crops']['accuracy']:.3f}",
         f"{after['sampled']['format/compliance']:.3f}",
         f"{after['sampled']['tool/calls_per_using_rollout']:.2f}",
