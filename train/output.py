@@ -150,7 +150,7 @@ def comparison_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Tab
     return table
 
 
-INTERVALS = "accuracy in percent, and its 95 % interval (Wilson)"
+INTERVALS = "accuracy in percent, its 95 % interval (Wilson), videos"
 
 
 def flat(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
@@ -174,7 +174,7 @@ def interval_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table
     for name in shown:
         videos = max(int(figures.get(f"{name}/videos", 0)) for figures in rows.values())
         kind, _, part = name.removeprefix("accuracy/").partition("/")
-        titled = [TABLE.get(f"accuracy/{kind}", "all"), part, f"({videos} videos)"]
+        titled = [TABLE.get(f"accuracy/{kind}", "all"), part, f"n={videos}"]
         table.add_column("\n".join(filter(None, titled)), justify="right")
     for row, figures in rows.items():
         table.add_row(row, *(_interval(figures, name) for name in shown))

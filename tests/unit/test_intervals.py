@@ -66,7 +66,8 @@ def test_the_table_fits_80_columns_and_shows_parts():
     lines = out.getvalue().splitlines()
     assert max(map(len, lines)) <= 80
     assert sum("100.0 97-100" in line for line in lines) == 3
-    assert any(line.count("2 events") == 2 for line in lines), out.getvalue()
+    assert any(line.count("2 events") == 2 for line in lines)
+    assert sum("before" in line for line in lines) == 3 and "n=128" in out.getvalue()
 
 
 @pytest.fixture(scope="module")
