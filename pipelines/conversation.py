@@ -14,6 +14,7 @@ which this does not hold is refused: training would show the model another text 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
@@ -32,6 +33,10 @@ from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
 from pipelines.render import ChatRenderer, template_opening
 
 ASSISTANT = "assistant"
+AGENT, OWN = "agent", "own"
+SYSTEMS = (AGENT, OWN)
+"""What a conversation begins with: the system text and the tools of the main agent's prompts in
+place of its own system message, or that alone."""
 LEARN = (ASSISTANT, "special")
 """What is learned: the assistant's text with its end-of-turn tokens; or, as in ParaVT's release,
 also the line break after it and every special token of all turns, vision padding excepted."""
@@ -127,6 +132,9 @@ class ConversationRenderer:
         reader: decodes videos, at the size of the renderer's specification.
         rate: how many frames of a video are shown.
         learn: which tokens are learned, one of `LEARN`.
+        system: what conversations begin with, one of `SYSTEMS`.
+        tools: whether the agent's prompts offer its tools.
+        most: tokens of the longest prompt, and of the longest conversation; None for any.
     """
 
     def __init__(
@@ -135,7 +143,18 @@ class ConversationRenderer:
         reader: FrameReader,
         rate: FrameRate = FrameRate(),
         learn: str = ASSISTANT,
+        system: str = OWN,
+        tools: bool = True,
+        most: tuple[int, int] | None = None,
     ):
+        if system not in SYSTEMS:
+            raise ValueError(f"system={system!r} is unknown; choose one of {', '.join(SYSTEMS)}")
+        self._head: tuple[Message, ...] | None = None
+        self._tools, self._most = None, most
+        if system == AGENT:
+            text = renderer.system_text(tools)
+            self._head = (Message("system", (text,)),) if text else ()
+            self._tools = renderer.described(tools)
         if learn not in LEARN:
             raise ValueError(f"learn={learn!r} is unknown; choose one of {', '.join(LEARN)}")
         self._renderer, self._reader, self._rate, self._learn = renderer, reader, rate, learn
@@ -156,27 +175,57 @@ class ConversationRenderer:
         """
         try:
             self._check(conversation)
-            parts = [self._parts(message) for message in conversation.messages]
+            said = self._said(conversation)
+            parts = [self._parts(message) for message in said]
             messages = [
                 {"role": message.role, "content": content} | self._calls(message)
-                for message, (content, _) in zip(conversation.messages, parts, strict=True)
+                for message, (content, _) in zip(said, parts, strict=True)
             ]
-            pieces = list(turns(self._renderer.tokenizer, messages))
-            return self._draft(pieces, [shot for _, shots in parts for shot in shots])
+            pieces = list(turns(self._renderer.tokenizer, messages, self._tools))
+            draft = self._draft(pieces, [shot for _, shots in parts for shot in shots])
+            self._check_length(draft)
+            return draft
         except ValueError as error:
             raise ValueError(f"row {conversation.row_id}: {error}") from error
+
+    def _said(self, conversation: Conversation) -> tuple[Message, ...]:
+        """The messages, with what the agent's prompts begin with if so wished."""
+        if self._head is None:
+            return conversation.messages
+        first = sum(1 for _ in itertools.takewhile(is_system, conversation.messages))
+        return (*self._head, *conversation.messages[first:])
+
+    def _check_length(self, draft: Draft) -> None:
+        """Raises ValueError for prompts and conversations that are too long."""
+        if self._most is None:
+            return
+        lengths = int(np.argmax(draft.weights > 0)), len(draft.tokens)
+        for length, most, name in zip(
+            lengths,
+            self._most,
+            ("a prompt (data.max_prompt_tokens)", "a conversation (max_position_embeddings)"),
+            strict=True,
+        ):
+            if length > most:
+                raise ValueError(f"{length} tokens are more than {most}, the most of {name}")
 
     def _parts(self, message: Message) -> tuple[list[dict[str, str]], list[Timed]]:
         """Content of a message as templates take it, and what it shows."""
         content: list[dict[str, str]] = []
         shown: list[Timed] = []
+        videos = [part for part in message.content if isinstance(part, VideoRef)]
+        numbers = iter(range(1, len(videos) + 1) if self._head is not None else ())
         for part in message.content:
             if isinstance(part, str):
                 content.append({"type": "text", "text": part})
                 continue
             if message.role == ASSISTANT:
                 raise ValueError("the assistant shows an image or a video; it can only write")
-            more, timed = self._still(part) if isinstance(part, ImageRef) else self._video(part)
+            number = None if isinstance(part, ImageRef) else next(numbers, None)
+            number = number if len(videos) > 1 else None
+            more, timed = (
+                self._still(part) if isinstance(part, ImageRef) else self._video(part, number)
+            )
             content += more
             shown.append(timed)
         return content, shown
@@ -188,9 +237,9 @@ class ConversationRenderer:
         calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
         return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
-    def _video(self, video: VideoRef) -> tuple[list[dict[str, str]], Timed]:
+    def _video(self, video: VideoRef, number: int | None) -> tuple[list[dict[str, str]], Timed]:
         frames = self._reader.overview(video, self._rate.count(video))
-        content = self._renderer.frame_parts(frames.times)
+        content = self._renderer.video_parts(frames.times, number)
         if words := self._renderer.subtitles(video):
             content = [*content, {"type": "text", "text": words}]
         return content, Timed(Shot(frames.pixels, self._renderer.spec), frames.times)
@@ -232,7 +281,18 @@ class Timed:
     times: np.ndarray | None = None
 
 
-def turns(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+def is_system(message: Message) -> bool:
+    """Whether it tells the assistant what to do."""
+    return message.role == "system"
+
+
+Tools = list[dict[str, Any]] | None
+"""Schemas that the template describes."""
+
+
+def turns(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Tools = None
+) -> Iterator[tuple[str, bool]]:
     """The rendered conversation in pieces, and whether the assistant said them.
 
     A piece of the assistant reaches from what the template puts at the head of its turns, a
@@ -242,8 +302,8 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[
         ValueError: the assistant speaks first or twice in a row, or the template writes earlier
             turns otherwise than when they were the last.
     """
-    pieces = list(_pieces(tokenizer, messages))
-    whole, joined = _render(tokenizer, messages), "".join(text for text, _ in pieces)
+    pieces = list(_pieces(tokenizer, messages, tools))
+    whole, joined = _render(tokenizer, messages, tools), "".join(text for text, _ in pieces)
     same = _without_thoughts if template_opening(tokenizer) else str
     if same(whole) != same(joined):
         raise ValueError(
@@ -254,16 +314,19 @@ def turns(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[
     yield from pieces
 
 
-def _pieces(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tuple[str, bool]]:
+def _pieces(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Tools
+) -> Iterator[tuple[str, bool]]:
     """What is asked and what the assistant said, in turn; nothing is rendered twice."""
     spoken = [number for number, message in enumerate(messages) if message["role"] == ASSISTANT]
     after = 0
     for number in spoken:
         if not number or messages[number - 1]["role"] == ASSISTANT:
             raise ValueError("the assistant speaks first or twice in a row; join its messages")
-        head = _render(tokenizer, messages[:number], asked=True)
+        head = _render(tokenizer, messages[:number], tools, asked=True)
         yield (_following(tokenizer, messages[after:number], True) if after else head), False
-        yield _said(tokenizer, _render(tokenizer, messages[: number + 1]), head, messages[number])
+        turn = _render(tokenizer, messages[: number + 1], tools)
+        yield _said(tokenizer, turn, head, messages[number])
         after = number + 1
     yield _following(tokenizer, messages[after:], False), False
 
@@ -271,7 +334,7 @@ def _pieces(tokenizer: Any, messages: Sequence[dict[str, Any]]) -> Iterator[tupl
 def _following(tokenizer: Any, messages: Sequence[dict[str, Any]], asked: bool) -> str:
     """What the template writes of messages after any turn of the assistant."""
     before = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": "!"}]
-    text = _render(tokenizer, [*before, *messages], asked)
+    text = _render(tokenizer, [*before, *messages], asked=asked)
     return text.partition("!" + tokenizer.eos_token)[2]
 
 
@@ -304,9 +367,11 @@ def _squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _render(tokenizer: Any, messages: Sequence[dict[str, Any]], asked: bool = False) -> str:
+def _render(
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Tools = None, asked: bool = False
+) -> str:
     return tokenizer.apply_chat_template(
-        list(messages), add_generation_prompt=asked, tokenize=False
+        list(messages), tools=tools, add_generation_prompt=asked, tokenize=False
     )
 
 

@@ -165,13 +165,7 @@ class ChatRenderer:
         """
         if mode not in SPECS:
             raise ValueError(f"mode={mode!r}: frames are shown as one of {', '.join(SPECS)}")
-        # Imported here: it takes seconds, which an error in a setting need not wait for.
-        from transformers import AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        except (OSError, ValueError) as error:
-            raise ValueError(f"{folder}: no tokenizer to load ({error})") from error
+        tokenizer = open_tokenizer(folder)
         spec = SPECS[mode].from_folder(folder)
         spec = spec.limited(*pixels) if pixels else spec
         return cls(tokenizer, spec, texts, _eos_ids(folder), tools, subtitles)
@@ -193,11 +187,18 @@ class ChatRenderer:
         """
         if tools and not self.tools:
             raise ValueError("tools=True, but the renderer has none: give it tools=[schema, ...]")
-        system = self.texts.system + (self.texts.tools if tools else "")
         request = self.request(row)
         if hint:
             request = f"{request}\n\n{self.without_control(hint)}"
-        return self.prompt(frames, request, system, tools)
+        return self.prompt(frames, request, self.system_text(tools), tools)
+
+    def system_text(self, tools: bool) -> str:
+        """What the main agent is told, with tools or without; may be empty."""
+        return self.texts.system + (self.texts.tools if tools else "")
+
+    def described(self, tools: bool) -> list[dict[str, Any]] | None:
+        """The schemas that the chat template describes to it, if it does."""
+        return self.tools if tools and not self.texts.describe_tools else None
 
     def request(self, row: Row) -> str:
         """What the main agent is asked: the question, after the subtitles of its videos if they
@@ -264,8 +265,7 @@ class ChatRenderer:
         messages = [{"role": "user", "content": content}]
         if system:
             messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
-        described = tools and not self.texts.describe_tools
-        text = self._render(messages, self.tools if described else None)
+        text = self._render(messages, self.described(tools))
         times = tuple(video.times for video in shown)
         tokens = self.encode(self.with_times(text, times))
         patches = join_patches([self._patches(video) for video in shown])
@@ -276,9 +276,7 @@ class ChatRenderer:
         """Videos as content of a message; several are numbered."""
         parts: list[dict[str, str]] = []
         for number, video in enumerate(shown, start=1):
-            if len(shown) > 1:
-                parts.append({"type": "text", "text": self.texts.video.format(number=number)})
-            parts += self.frame_parts(video.times)
+            parts += self.video_parts(video.times, number if len(shown) > 1 else None)
         return parts
 
     def _patches(self, frames: Frames | Clip) -> Patches:
@@ -379,6 +377,11 @@ class ChatRenderer:
         )
         return text.removesuffix(self.opening)
 
+    def video_parts(self, times: np.ndarray, number: int | None) -> list[dict[str, str]]:
+        """The frames of a video, after its number where several are shown."""
+        head = "" if number is None else self.texts.video.format(number=number)
+        return [*_words(head), *self.frame_parts(times)]
+
     def frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
         """The frames as content of a message: timed images, or one video."""
         if self.mode == "video":
@@ -404,6 +407,28 @@ class ChatRenderer:
         """What the processor puts in the place of a video's one vision token."""
         means = _mean_times(times, self.spec.temporal_patch_size)
         return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
+
+
+def open_tokenizer(folder: str) -> Any:
+    """The tokenizer of a model folder.
+
+    Raises:
+        ValueError: its files are missing, damaged, or without a chat template.
+    """
+    # Imported here: it takes seconds, which an error in a setting need not wait for.
+    from transformers import AutoTokenizer
+
+    files = ("tokenizer.json", "vocab.json", "tokenizer.model")
+    remedy = "fetch tokenizer.json, tokenizer_config.json and chat_template.json again"
+    if not any(os.path.isfile(os.path.join(folder, name)) for name in files):
+        raise ValueError(f"{folder} holds no tokenizer ({', '.join(files)}): {remedy}")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # the library raises whatever damaged files bring about
+        raise ValueError(f"{folder}: no tokenizer to load ({error!r}); {remedy}") from error
+    if not tokenizer.chat_template:
+        raise ValueError(f"{folder}: the tokenizer has no chat template; {remedy}")
+    return tokenizer
 
 
 def template_opening(tokenizer: Any) -> str:

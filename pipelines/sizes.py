@@ -9,6 +9,7 @@ import numpy as np
 
 from paravt_jax.records import Frames, Prompt, Row
 from pipelines.budget import shares
+from pipelines.faults import LONG_PROMPT, Unusable
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 
@@ -59,6 +60,52 @@ def prompt_tokens(
         if videos not in longest or length > longest[videos][0]:
             longest[videos] = length, row
     return max(_full_prompt(renderer, row, frames, quota) for _, row in longest.values())
+
+
+class PromptLimit:
+    """Refuses questions whose prompts are too long, shown with the most frames of full size.
+
+    Args:
+        renderer: makes the prompts.
+        frames: the largest frame budget.
+        quota: most vision tokens of one video's frames, if that is limited.
+        most: tokens of the longest prompt that is accepted.
+        why: what `most` comes from, for the message.
+    """
+
+    def __init__(
+        self, renderer: ChatRenderer, frames: int, quota: int | None, most: int, why: str
+    ) -> None:
+        self._renderer, self._frames, self._quota = renderer, frames, quota
+        self._most, self._why = most, why
+        self._around: dict[int, int] = {}
+
+    def __call__(self, row: Row) -> None:
+        """Look at one question.
+
+        Raises:
+            Unusable: its prompt is too long.
+        """
+        tokens = self.tokens(row)
+        if tokens > self._most:
+            raise Unusable(
+                LONG_PROMPT,
+                f"a prompt of {tokens} tokens with {self._frames} frames is longer than "
+                f"{self._most} ({self._why}); shorten the question, or lower data.frame_budgets or "
+                "data.max_pixels",
+            )
+
+    def tokens(self, row: Row) -> int:
+        """Tokens of a question's prompt. All but its words is counted once, for each number of
+        videos: no merge crosses the control tokens around the words."""
+        videos = len(row.videos)
+        if videos not in self._around:
+            full = _full_prompt(self._renderer, row, self._frames, self._quota)
+            self._around[videos] = full - self._words(row)
+        return self._around[videos] + self._words(row)
+
+    def _words(self, row: Row) -> int:
+        return len(self._renderer.encode(self._renderer.request(row)))
 
 
 def _full_prompt(renderer: ChatRenderer, row: Row, frames: int, quota: int | None) -> int:

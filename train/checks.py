@@ -20,10 +20,10 @@ from pipelines.trial import try_files
 from pipelines.video import VideoReader
 from train import setup
 from train.config import Config, Stage, to_dict
-from train.conversations import open_conversations
+from train.conversations import open_conversations, system_note
 from train.hindsight import open_feedback
 from train.optimizer import warm_up_note
-from train.questions import read_questions, split_sets
+from train.questions import question_check, read_questions, split_sets
 from train.scoring import Scorer
 from train.state import (
     is_trainable,
@@ -55,6 +55,8 @@ def check(config: Config, here: bool = True) -> None:
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
         check_rows_fit(config, setup.open_mesh(config))
+    if here and config.model.folder is not None:
+        setup.open_renderer(config, config.model.folder)
 
 
 def check_model(config: Config, here: bool) -> None:
@@ -139,8 +141,9 @@ def describe(config: Config) -> None:
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
     if config.packs_conversations:
-        found = open_conversations(config, renderer_aside(config))
-        print(describe_conversations(found))
+        renderer = renderer_aside(config)
+        found = open_conversations(config, renderer)
+        print(describe_conversations(found), *system_note(config, found.rows), sep="\n")
         try_media(config, found, "data.max_rejected")
         return
     if config.data.path or config.data.mixture:
@@ -149,7 +152,8 @@ def describe(config: Config) -> None:
 
 def describe_questions(config: Config) -> None:
     """Print how many questions there are, which cannot be used, and how they are split."""
-    sets = read_questions(config, renderer_aside(config).check_question)
+    positions = setup.abstract_policy(config).config.text.max_position_embeddings
+    sets = read_questions(config, question_check(config, renderer_aside(config), positions))
     for found in sets:
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")

@@ -100,6 +100,10 @@ class DataSettings:
     min_pixels: Annotated[int, at_least(1)] = 784
     max_pixels: Annotated[int, at_least(1)] = 50176
     """Least and most pixels of a frame after resizing."""
+    max_prompt_tokens: Annotated[int | None, at_least(1)] = None
+    """Tokens of the longest prompt, shown with the most frames; rows with longer ones are left out
+    and counted (`data.max_rejected`). None: what the model's `max_position_embeddings` leaves
+    beside an episode. In the sft stage, of what stands before the first learned token."""
     overview_tokens: Annotated[int | None, at_least(1)] = None
     """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
     until they fit. None: pixels alone decide."""

@@ -6,7 +6,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from paravt_jax.records import Conversation
-from pipelines.conversation import ConversationRenderer, FrameRate, TextCheck
+from pipelines.conversation import (
+    AGENT,
+    ConversationRenderer,
+    FrameRate,
+    TextCheck,
+    is_system,
+)
 from pipelines.datasets import Found, sft_rows
 from pipelines.packing import PackShape, Skips, pack_stream
 from pipelines.render import ChatRenderer
@@ -14,7 +20,8 @@ from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from train.config import Config
 from train.lessons import PackedLessons
-from train.questions import check_rejected, check_subtitles
+from train.questions import check_rejected, check_subtitles, prompt_room
+from train.setup import prompt_texts
 
 
 def open_conversations(config: Config, renderer: ChatRenderer | None = None) -> Found[Conversation]:
@@ -33,16 +40,39 @@ def open_conversations(config: Config, renderer: ChatRenderer | None = None) -> 
     return found
 
 
+def system_note(config: Config, conversations: Sequence[Conversation]) -> list[str]:
+    """Says, if so, that the agent's system text takes the place of other ones."""
+    texts = prompt_texts(config)
+    agents = texts.system + (texts.tools if config.agent.offers_tools else "")
+    others = sum(
+        any(is_system(m) and m.content != (agents,) for m in own.messages) for own in conversations
+    )
+    if config.sft.packing.system != AGENT or not others:
+        return []
+    return [
+        f"{others} of {len(conversations)} conversations have a system message of their own: the "
+        "text and the tools of rollouts take its place (sft.packing.system=own keeps it)"
+    ]
+
+
 def packed_lessons(
     config: Config,
     conversations: Sequence[Conversation],
     renderer: ChatRenderer,
     reader: VideoReader,
+    positions: int,
 ) -> PackedLessons:
-    """The stream of packed conversations, which are written to the data cache first."""
+    """The stream of packed conversations, which are written to the data cache first; those with
+    longer prompts than `data.max_prompt_tokens`, or more tokens than `positions`, are skipped."""
     own, skips = config.sft.packing, Skips(config.data.max_rejected)
     render = ConversationRenderer(
-        renderer, reader, FrameRate(own.fps, most=own.max_frames), own.learn
+        renderer,
+        reader,
+        FrameRate(own.fps, most=own.max_frames),
+        own.learn,
+        own.system,
+        config.agent.offers_tools,
+        (prompt_room(config, renderer, positions)[0], positions),
     )
     stream = pack_stream(
         row_source(conversations, str(Path(config.data.cache_dir).absolute() / "rows")),

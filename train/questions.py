@@ -10,9 +10,14 @@ from paravt_jax.records import Row, VideoRef
 from pipelines.datasets import Found, needle_questions, question_rows
 from pipelines.loader import Mixture
 from pipelines.needle.questions import NeedleQuestion
+from pipelines.render import ChatRenderer
+from pipelines.sizes import PromptLimit
 from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
-from train.config import Config, DataSettings
+from rollout.limits import measure
+from train.agent import crop_tokens
+from train.config import Config, DataSettings, Stage
+from train.difficulty import hint_room
 from train.setup import needle_world, world_folder
 from train.split import Split, apart, one_per_video, split
 
@@ -36,11 +41,53 @@ Check = Callable[[Row], object]
 """Raises a `ValueError` for a row that the run cannot use, though its files are there."""
 
 
+def question_check(config: Config, renderer: ChatRenderer, positions: int) -> Check:
+    """What a question must pass: words without control tokens, and a prompt of a length that the
+    settings, and an episode within the model's `positions`, leave room for.
+
+    Raises:
+      ValueError: naming the settings, if the model has too few positions for any prompt.
+    """
+    data, budgets = config.data, set(config.data.frame_budgets)
+    if config.evaluation.rows:
+        budgets.add(config.evaluation.frame_budget)
+    most, why = prompt_room(config, renderer, positions)
+    limit = PromptLimit(renderer, max(budgets), data.overview_tokens, most, why)
+
+    def check(row: Row) -> None:
+        renderer.check_question(row)
+        limit(row)
+
+    return check
+
+
+def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> tuple[int, str]:
+    """Most tokens of a main agent's prompt, and what they come from.
+
+    Raises:
+      ValueError: naming the settings, if nothing is left.
+    """
+    episode = 0
+    if config.stage is Stage.RL:
+        episode = measure(config.agent, renderer, crop_tokens(config, renderer)).suffix
+        episode += hint_room(config.difficulty, renderer)
+    left, asked = positions - episode, config.data.max_prompt_tokens
+    if left < (asked or 1):
+        raise ValueError(
+            f"data.max_prompt_tokens={asked}: an episode takes {episode} tokens after its prompt, "
+            f"and the model has max_position_embeddings={positions}; lower it, agent.turn_tokens, "
+            "agent.response_tokens, agent.max_tool_rounds or agent.episode_tokens"
+        )
+    if asked is not None:
+        return asked, f"data.max_prompt_tokens={asked}"
+    return left, f"max_position_embeddings={positions} less an episode of {episode}"
+
+
 def read_questions(config: Config, check: Check = lambda row: None) -> list[Found[Row]]:
     """The questions of `--data` and of each data set that is mixed with it.
 
     Args:
-      check: what else a row must pass, such as `ChatRenderer.check_question`.
+      check: what else a row must pass (`question_check`).
 
     Raises:
       ValueError: a file that cannot be read, or more unusable rows than `data.max_rejected`.

@@ -35,7 +35,7 @@ from train.cold_start import School, cold_start
 from train.compilations import Compilations, keep_compiled
 from train.config import Config, Stage, to_dict
 from train.config_file import FILE, check_same_run, differences, read_config, younger_settings
-from train.conversations import open_conversations, packed_lessons
+from train.conversations import open_conversations, packed_lessons, system_note
 from train.difficulty import Difficulty, hint_room
 from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
@@ -44,7 +44,14 @@ from train.masking import TaskMasking
 from train.optimizer import make_optimizer
 from train.output import INTERVALS, TABLE, RunLog, comparison_table, flat, interval_table
 from train.progress import Bar, introduction
-from train.questions import Questions, all_rows, identities, open_rows, strata
+from train.questions import (
+    Questions,
+    all_rows,
+    identities,
+    open_rows,
+    question_check,
+    strata,
+)
 from train.scoring import Scorer, rollout_metrics
 from train.standing import learning_rates
 from train.state import (
@@ -145,10 +152,15 @@ class Run:
         self._prepare_workdir()
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
 
+    @property
+    def _positions(self) -> int:
+        """How long a stream of the model may be."""
+        return self.model.policy.config.text.max_position_embeddings
+
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
         tell = print if is_first() else lambda line: None
-        check = self.renderer.check_question
+        check = question_check(self.config, self.renderer, self._positions)
         rows, held_out = everywhere(lambda: open_rows(self.config, tell, check))
         require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
         return rows, held_out
@@ -252,9 +264,11 @@ class Run:
     def _packed_lessons(self) -> PackedLessons:
         """Conversations of `--data`, from where the last checkpoint left them."""
         found = open_conversations(self.config, self.renderer)
-        for line in found.report():
+        for line in [*found.report(), *system_note(self.config, found.rows)]:
             self.log.console.print(line)
-        lessons = packed_lessons(self.config, found.rows, self.renderer, self.reader)
+        lessons = packed_lessons(
+            self.config, found.rows, self.renderer, self.reader, self._positions
+        )
         if self.data_state is not None:
             lessons.stream.set_state(self.data_state)
         return lessons

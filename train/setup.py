@@ -60,6 +60,18 @@ def prompt_texts(config: Config) -> PromptTexts:
     return texts.with_times() if config.data.instructions == "timed" else texts
 
 
+def open_renderer(config: Config, folder: str) -> ChatRenderer:
+    """What makes the prompts of every stage, in the chat template of a model folder.
+
+    Raises:
+      ValueError: the folder lacks a tokenizer, a chat template or a processor.
+    """
+    data = config.data
+    schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
+    texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
+    return ChatRenderer.from_folder(folder, data.frames_as, texts, pixels, schemas, data.subtitles)
+
+
 @dataclasses.dataclass(frozen=True)
 class Model:
     """A policy and the folder that its tokenizer and processor come from."""
@@ -85,12 +97,7 @@ class Model:
 
     def renderer(self, config: Config) -> ChatRenderer:
         """Prompts in the model's own chat template."""
-        data = config.data
-        schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
-        texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
-        return ChatRenderer.from_folder(
-            str(self.base), data.frames_as, texts, pixels, schemas, data.subtitles
-        )
+        return open_renderer(config, str(self.base))
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
         """What finds structural tags in token streams of this tokenizer."""

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Annotated
 
 from paravt_jax.ranges import above, at_least, within
-from pipelines.conversation import LEARN
+from pipelines.conversation import LEARN, SYSTEMS
 from pipelines.packing import FITS
 
 
@@ -50,6 +50,9 @@ class PackSettings:
     """Frames shown per second of a video."""
     max_frames: Annotated[int, at_least(1)] = 64
     """Most frames shown of a video."""
+    system: str = "agent"
+    """What conversations begin with. `agent`: the system text and tools of rollouts, whatever
+    system message they have. `own`: their system message, and no tools."""
     learn: str = "assistant"
     """`assistant`: its text and end-of-turn tokens. `special`: every special token of all turns
     besides, as in ParaVT's release."""
@@ -60,7 +63,7 @@ class PackSettings:
         Raises:
           ValueError: naming the setting.
         """
-        for name, allowed in (("fit", FITS), ("learn", LEARN)):
+        for name, allowed in (("fit", FITS), ("learn", LEARN), ("system", SYSTEMS)):
             if getattr(self, name) not in allowed:
                 raise ValueError(
                     f"sft.packing.{name}={getattr(self, name)!r} is unknown; choose one of "

@@ -39,7 +39,6 @@ def paravt_rl() -> Config:
     `python train/main.py --recipe paravt_rl --model QWEN3_VL --data QUESTIONS.csv
     --mesh data:1,fsdp:-1,tensor:1`. The paper trains 54 steps from an SFT checkpoint.
     """
-    sampling = SamplingConfig(temperature=0.7)
     return Config(
         recipe="paravt_rl",
         needs=("--model", "--data"),
@@ -47,20 +46,26 @@ def paravt_rl() -> Config:
         steps=54,
         model=ModelSettings(compute_dtype="bfloat16", remat=True),
         data=DataSettings(),
-        agent=AgentConfig(
-            sampling=sampling,
-            subagent_sampling=sampling,
-            max_tool_rounds=3,
-            turn_tokens=2048,
-            answer_tokens=2048,
-            subagent_tokens=512,
-            response_tokens=512,
-            subagent_batch=32,
-        ),
+        agent=_agent(),
         objective=ObjectiveConfig(anchor="position"),
         optimizer=OptimizerSettings(learning_rate=2e-6, weight_decay=0.01),
         rl=RlSettings(prompts_per_step=8, group_size=8, micro_groups=1, warm_up=True),
         output=OutputSettings(checkpoint_every=5),
+    )
+
+
+def _agent() -> AgentConfig:
+    """The agent that is trained; its prompts are those of the cold start, too."""
+    sampling = SamplingConfig(temperature=0.7)
+    return AgentConfig(
+        sampling=sampling,
+        subagent_sampling=sampling,
+        max_tool_rounds=3,
+        turn_tokens=2048,
+        answer_tokens=2048,
+        subagent_tokens=512,
+        response_tokens=512,
+        subagent_batch=32,
     )
 
 
@@ -69,15 +74,19 @@ def paravt_sft() -> Config:
 
     `python train/main.py --recipe paravt_sft --model QWEN3_VL --data CONVERSATIONS
     --mesh fsdp:-1`. The release trains 1500 steps, its model card says 500, on 8 GPUs with 4 packs
-    each. As there, frames are shown as a video and the vision tower trains.
+    each. As there, the vision tower trains.
 
-    Packs, rates, frames, pixels and optimiser are the release's. Corrected: timestamps stand before
-    the frames' start mark and vision tokens have M-RoPE positions, as Qwen3-VL's processor has it
-    and as rollouts do; paths with `file://` are read; only what the assistant wrote is learned
-    (`sft.packing.learn=special` adds the special tokens of all turns, never tool responses); the
-    loss is the mean over the tokens of the global batch, not of each device's; packing is first fit
-    over 64 open rows instead of next fit; no system message is invented; weights, moments and
-    gradients are float32.
+    Prompts are those of `paravt_rl` to the token: its system text and tools instead of the data's
+    own system message ("You are a helpful assistant." in ParaVT-Parquet; `sft.packing.system=own`
+    keeps it), and frames as images with their times (`data.frames_as=video` is the release's form,
+    to be set for both stages). In the release cold start, RL and evaluation each have their own.
+
+    Packs, rates, pixels and optimiser are the release's. Corrected: vision tokens have M-RoPE
+    positions, as Qwen3-VL's processor has it and as rollouts do; paths with `file://` are read;
+    only what the assistant wrote is learned (`sft.packing.learn=special` adds the special tokens of
+    all turns, never tool responses); the loss is the mean over the tokens of the global batch, not
+    of each device's; packing is first fit over 64 open rows instead of next fit; weights, moments
+    and gradients are float32.
     """
     return Config(
         recipe="paravt_sft",
@@ -85,7 +94,8 @@ def paravt_sft() -> Config:
         stage=Stage.SFT,
         steps=1500,
         model=ModelSettings(compute_dtype="bfloat16", remat=True, train_vision=True),
-        data=DataSettings(frames_as="video"),
+        data=DataSettings(),
+        agent=_agent(),
         optimizer=OptimizerSettings(
             learning_rate=2e-5, warmup_steps=75, decay="cosine", weight_decay=0.01
         ),
