@@ -37,6 +37,7 @@ class Agent:
         config: AgentConfig = AgentConfig(),
         crop_tokens: int | None = None,
         agree: Agree = list,
+        between: Callable[[], None] = lambda: None,
     ) -> None:
         """The engine must have the lanes that `rollout.limits.lanes` computes, and the prompts
         must offer the tools' schemas.
@@ -46,6 +47,7 @@ class Agent:
                 response. A larger one is answered with an error. Needed where frames are shown.
             agree: what counts as a tool's failure where several hosts run the same tools. What
                 tools find must be the same on all of them anyway.
+            between: called before each visit of the device; what it raises ends `run`.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -53,7 +55,7 @@ class Agent:
         """
         if config.evidence == "frames" and crop_tokens is None:
             raise ValueError("evidence='frames' needs crop_tokens: the room that a crop takes")
-        self._engine, self._agree = engine, agree
+        self._engine, self._agree, self._between = engine, agree, between
         room = measure(config, renderer, crop_tokens or 0)
         self._kit = Kit(renderer, reader, tools, config, room, crop_tokens)
         self.figures: dict[str, float] = {}
@@ -74,7 +76,7 @@ class Agent:
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
         session = self._engine.session(params)
-        scheduler = Scheduler(session, self._agree)
+        scheduler = Scheduler(session, self._agree, self._between)
         with Workers(self._kit.config.decode_threads) as workers:
             toolbox = Toolbox(self._kit, session, workers, policy_version)
             episodes = Episodes(self._kit, session, toolbox, policy_version)

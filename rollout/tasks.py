@@ -87,8 +87,14 @@ class _Task:
 class Scheduler:
     """Drives programs over one session until all of them have ended."""
 
-    def __init__(self, session: DecodeSession, agree: Agree = list) -> None:
-        self._session, self._agree = session, agree
+    def __init__(
+        self,
+        session: DecodeSession,
+        agree: Agree = list,
+        between: Callable[[], None] = lambda: None,
+    ) -> None:
+        """`between` is called before each visit of the device, and may raise to give up all."""
+        self._session, self._agree, self._between = session, agree, between
         self._speakers: dict[Stream, _Task] = {}
         self._waiting: list[tuple[_Task, Job]] = []
         self.visits = 0
@@ -111,6 +117,7 @@ class Scheduler:
         return results
 
     def _visit(self) -> None:
+        self._between()
         self.visits += 1
         for stream, generated in self._session.visit():
             self._resume(self._speakers.pop(stream), generated)

@@ -5,7 +5,9 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.xla_flags import quick_compile
@@ -63,6 +65,50 @@ def start(workdir: Path, cache: Path, *arguments: str, settings: Sequence[str] =
     """A small run on the needle world, whose videos are in `cache`."""
     sets = [*SMALL, f"data.cache_dir={cache}", *settings]
     return run(command(workdir, *arguments, sets=sets), cache, devices)
+
+
+def send(
+    number: int,
+    when: Callable[[], bool],
+    workdir: Path,
+    cache: Path,
+    *arguments: str,
+    settings: Sequence[str] = (),
+) -> tuple[int, str]:
+    """Start the same, send it a signal when something holds; its exit code, and what it said."""
+    sets = [*SMALL, f"data.cache_dir={cache}", *settings]
+    with tempfile.TemporaryFile("w+") as said:
+        process = subprocess.Popen(
+            command(workdir, *arguments, sets=sets),
+            cwd=cache,
+            env=environment(),
+            stdout=said,
+            stderr=subprocess.STDOUT,
+        )
+        while process.poll() is None and not when():
+            time.sleep(0.005)
+        process.send_signal(number)
+        code = process.wait(timeout=900)
+        said.seek(0)
+        return code, said.read()
+
+
+def is_saving(workdir: Path) -> bool:
+    """Whether a checkpoint is being written (Orbax names its folder last of all)."""
+    return any((workdir / "checkpoints").glob("*tmp*"))
+
+
+def logged(workdir: Path) -> int:
+    """Steps in `metrics.jsonl` so far."""
+    path = workdir / "metrics.jsonl"
+    return path.read_text().count("\n") if path.exists() else 0
+
+
+def saved(workdir: Path, step: int) -> dict[str, int]:
+    """Checksums of all weights and moments of a checkpoint."""
+    return json.loads((workdir / "checkpoints" / str(step) / "meta" / "metadata").read_text())[
+        "arrays"
+    ]
 
 
 def metrics(workdir: Path) -> list[dict[str, float]]:

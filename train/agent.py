@@ -18,6 +18,7 @@ from rollout.limits import AgentConfig, lanes
 from rollout.tools import agent_tools
 from train.cluster import faults_of_all
 from train.config import Config
+from train.interrupt import SIGNALS_OF_RUN
 
 CALLS = "calls"
 """Name of the grammar that lets a turn hold valid calls only."""
@@ -36,7 +37,11 @@ def open_agent(
     rules, of the same room or less, on request."""
     room = crop_tokens(config, renderer)
     tools = agent_tools(config.agent)
-    return Agent(engine, renderer, reader, tools, rules or config.agent, room, agree=faults_of_all)
+    return Agent(
+        *(engine, renderer, reader, tools, rules or config.agent, room),
+        agree=faults_of_all,
+        between=SIGNALS_OF_RUN.check,
+    )
 
 
 def open_engine(

@@ -41,6 +41,8 @@ def start() -> None:
       ValueError: a variable is missing or no number, hosts cannot be joined, or there are no
         devices of the kind that `JAX_PLATFORMS` names.
     """
+    # Its handler would take SIGTERM from `train.interrupt`.
+    jax.config.update("jax_enable_preemption_service", False)
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address:
         jax.distributed.initialize(address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
@@ -110,6 +112,14 @@ def from_first(values: np.ndarray) -> np.ndarray:
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.float32)))
+
+
+def largest(numbers: Sequence[int]) -> list[int]:
+    """The largest of each number over all hosts, on every host."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    gathered = multihost_utils.process_allgather(np.array(numbers, np.int32))
+    return np.asarray(gathered).reshape(-1, len(numbers)).max(0).tolist()
 
 
 def texts_from_first(texts: Sequence[str]) -> list[str]:

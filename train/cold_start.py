@@ -11,13 +11,13 @@ import optax
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import TrainablePolicy
-from train.checkpoint import Checkpoints
 from train.config import Config
 from train.layout import to_mesh
 from train.learner import figures
 from train.lessons import Lessons
 from train.loop import Clock, stop_if_not_finite
 from train.output import RunLog
+from train.saving import Saver
 from train.standing import learning_rates, standing
 from train.state import TrainState
 from train.step import SftStep
@@ -32,17 +32,19 @@ class School:
     policy: TrainablePolicy
     optimizer: optax.GradientTransformation
     mesh: Mesh
-    checkpoints: Checkpoints
+    saver: Saver
     log: RunLog
 
 
-def cold_start(school: School, state: TrainState, first_step: int) -> tuple[TrainState, Any]:
+def cold_start(
+    school: School, state: TrainState, first_step: int, position: Any = None
+) -> tuple[TrainState, Any]:
     """Run the supervised steps from `first_step` on; each lesson is made during the one before it.
 
     Returns:
       the trained state, and the position of the data after the last step.
     """
-    config, lessons, position = school.config, school.lessons, None
+    config, lessons = school.config, school.lessons
     update = SftStep(
         policy=school.policy,
         optimizer=school.optimizer,
@@ -54,17 +56,18 @@ def cold_start(school: School, state: TrainState, first_step: int) -> tuple[Trai
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lessons.take, first_step)
         for step in range(first_step, config.steps):
+            school.saver.between(step, state, position)
             clock = Clock()
             lesson = following.result()
             batches, position = to_mesh(lesson.batches, school.mesh), lesson.position
             clock.lap("time/data")
             if step + 1 < config.steps:
                 following = pool.submit(lessons.take, step + 1)
+            school.saver.begin_update()
             state, learned = compiled(state, batches)
             metrics = figures([learned])
             clock.lap("time/learn")
             record = metrics | lesson.figures | clock.figures() | standing(rates, step)
             school.log.step(step, record)
             stop_if_not_finite(record, step, config)
-            school.checkpoints.maybe_save(step + 1, state, position)
     return state, position

@@ -144,7 +144,10 @@ class OutputSettings:
     """What a run leaves in its workdir."""
 
     checkpoint_every: Annotated[int, at_least(0)] = 0
-    """Steps between checkpoints; 0 writes only the last one."""
+    """Steps between checkpoints; 0 leaves it to the minutes. The last step is always saved, and so
+    is the state that a signal finds."""
+    checkpoint_minutes: Annotated[float, at_least(0)] = 10.0
+    """Minutes between checkpoints, at the next step; 0 leaves it to the steps."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2
     """The newest ones that stay. With one there is none to fall back to if it is damaged."""
     rollouts: bool = True

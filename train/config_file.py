@@ -17,8 +17,7 @@ from train.optimizer import check_continued
 
 FILE = "config.json"
 
-MAY_CHANGE = (
-    "steps",
+SAME_RESULTS = (
     "mesh",
     "model.remat",
     "data.cache_dir",
@@ -31,16 +30,21 @@ MAY_CHANGE = (
     "sft.micro_rows",
     "agent.decode_threads",
     "agent.subagent_batch",
+    "output.",
+    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
+)
+"""Settings (or beginnings of their names) that decide where and how fast, not what is learned."""
+
+MAY_CHANGE = (
+    *SAME_RESULTS,
+    "steps",
     "optimizer.learning_rate",
     "optimizer.decay_steps",
-    "output.",
     "evaluation.batch",
     "evaluation.frame_budget",
     "evaluation.split",
-    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
 )
-"""Settings (or beginnings of their names) that a resumed run may give anew: none of them changes
-what is learned but the number of steps, and the learning rate, which a run that diverged needs."""
+"""Settings that a resumed run may give anew; a run that diverged needs another learning rate."""
 
 PATHS = (
     *("model.folder", "model.adapter"),
@@ -75,7 +79,7 @@ def read_config(workdir: Path) -> Config | None:
 def younger_settings(workdir: Path, config: Config) -> list[str]:
     """Settings that the workdir's file does not hold, because it was written before them."""
     held = _flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
-    return sorted(set(_flatten(to_dict(config))) - set(held))
+    return sorted(set(flat_settings(config)) - set(held))
 
 
 def _revive(value: Any, kind: Any, key: str) -> Any:
@@ -115,9 +119,14 @@ def _revive_section(value: Any, kind: Any, key: str) -> Any:
     return kind(**{name: _revive(v, hints[name], prefix + name) for name, v in value.items()})
 
 
+def flat_settings(config: Config) -> dict[str, Any]:
+    """All settings by their dotted names, as JSON values."""
+    return _flatten(json.loads(json.dumps(to_dict(config))))
+
+
 def differences(before: Config, now: Config) -> dict[str, Difference]:
     """Settings that differ, by name."""
-    old, new = (_flatten(json.loads(json.dumps(to_dict(config)))) for config in (before, now))
+    old, new = flat_settings(before), flat_settings(now)
     keys = dict.fromkeys((*old, *new))
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
     return {k: pair for k, pair in pairs.items() if _meant(k, pair[0]) != _meant(k, pair[1])}

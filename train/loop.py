@@ -15,7 +15,6 @@ from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptStream
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
-from train.checkpoint import Checkpoints
 from train.cluster import everywhere, is_first, require_same
 from train.compilations import Compilations
 from train.config import Config
@@ -24,6 +23,7 @@ from train.learner import Learner, figures
 from train.output import RunLog, write_rollouts
 from train.progress import Bar
 from train.sampling import draw_groups, with_length_penalty
+from train.saving import Saver
 from train.scoring import Scorer, rollout_metrics
 from train.standing import standing
 from train.state import FlatParams, TrainState
@@ -48,7 +48,7 @@ class Parts:
     """Scales advantages token by token, where the configuration says so."""
     reference: FlatParams
     """The trainable weights at step 0, for the KL term; the frozen ones never change."""
-    checkpoints: Checkpoints
+    saver: Saver
     log: RunLog
     workdir: Path
     compilations: Compilations
@@ -76,6 +76,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
     """Run the RL steps from `first_step` on. The order of operations matters; keep it."""
     config = parts.config
     for step in range(first_step, config.steps):
+        parts.saver.between(step, state, parts.get_state())
         clock = Clock()
         draw = functools.partial(roll_out, parts, state.params, step, clock)
         drawn = draw_groups(draw, config.rl)
@@ -84,6 +85,7 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
         batch = parts.learner.with_advantages(drawn.groups, batch)
         batch = parts.teacher.reweight(state, drawn.groups, batch, step)
+        parts.saver.begin_update()
         state, learned = parts.learner.update(state, batch)
         state = parts.teacher.follow(state, step)
         metrics = figures(learned)
@@ -96,7 +98,6 @@ def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
         if config.output.rollouts and is_first():
             write_rollouts(parts.workdir / "rollouts", step, drawn.everything)
         stop_if_not_finite(record, step, config)
-        parts.checkpoints.maybe_save(step + 1, state, parts.get_state())
     return state
 
 

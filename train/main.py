@@ -19,6 +19,7 @@ from typing import Any, NoReturn  # noqa: E402
 
 from paravt_jax.failures import complain  # noqa: E402
 from paravt_jax.flags import given  # noqa: E402
+from train.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
 from train.recipes import check_name, summaries  # noqa: E402
 
 DEFAULT_RECIPE = "needle_rl"
@@ -125,6 +126,10 @@ def main(argv: list[str] | None = None) -> int:
     except Exception as error:
         complain(error, remedies=_memory_remedies(config))
         return code
+    except Interrupted as error:
+        more = f"; continue with --workdir {workdir}" if workdir else ""
+        complain(f"interrupted{more}", prefix=error.number.name)
+        return error.code
     except KeyboardInterrupt:
         complain(f"interrupted; continue with --workdir {workdir}" if workdir else "interrupted")
         return 130
@@ -140,5 +145,16 @@ def _memory_remedies(config: Any) -> list[str]:
     return memory_remedies(config)
 
 
+def run_command() -> int:
+    """`main` in a process of its own, which ends with it."""
+    SIGNALS_OF_RUN.install()
+    try:
+        code = main()
+    except Interrupted as error:  # before there was a workdir
+        code = error.code
+    end_process(code)
+    return code
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_command())

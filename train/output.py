@@ -71,8 +71,11 @@ class RunLog:
         if self._silent:
             return
         record = {"step": step, **{name: float(value) for name, value in metrics.items()}}
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps(record) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(f"{self._path} could not be written: {error.strerror}") from error
         for name, value in metrics.items():
             self._board.add_scalar(name, float(value), step)
         shown = [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -30,13 +31,15 @@ from rollout.limits import MAIN, subagent_room
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.checkpoint import Checkpoints, check_resume
-from train.cluster import everywhere, is_first, require_same
+from train.cluster import everywhere, is_first, largest, require_same
 from train.cold_start import School, cold_start
 from train.compilations import Compilations, keep_compiled
 from train.config import Config, Stage, to_dict
 from train.config_file import FILE, check_same_run, differences, read_config, younger_settings
 from train.conversations import open_conversations, packed_lessons, system_note
 from train.difficulty import Difficulty, hint_room
+from train.evaluations import Evaluation, fingerprint, read_before, write_figures
+from train.interrupt import SIGNALS_OF_RUN
 from train.learner import Learner
 from train.lessons import PackedLessons, TaskLessons
 from train.loop import Parts, contents, reinforce
@@ -52,6 +55,7 @@ from train.questions import (
     question_check,
     strata,
 )
+from train.saving import Saver
 from train.scoring import Scorer, rollout_metrics
 from train.standing import learning_rates
 from train.state import (
@@ -65,9 +69,6 @@ from train.subagents import possible_rows
 from train.teacher import Teacher
 from train.warm_up import warm_up_run
 from train.workdir import Claim, write_whole
-
-Evaluation = dict[str, dict[str, float]]
-"""Figures of each evaluation mode."""
 
 EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
@@ -93,6 +94,7 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     """
     tell = functools.partial(print, flush=True) if is_first() else lambda line: None
     everywhere(lambda: tell_changes(config, workdir, resume, tell))
+    SIGNALS_OF_RUN.agree_by(lambda number: largest([number])[0])
     mesh = setup.open_mesh(config)
     for line in introduction(config, workdir, mesh, keep_compiled(config.output.compile_cache)):
         tell(line)
@@ -100,8 +102,10 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         run = Run(config, workdir, mesh)
         try:
             (run.reinforce if config.stage is Stage.RL else run.cold_start)()
-        finally:
-            run.close()
+        except BaseException:
+            run.close(failed=True)
+            raise
+        run.close()
 
 
 def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
@@ -130,6 +134,7 @@ class Run:
 
     def __init__(self, config: Config, workdir: Path, mesh: Mesh):
         self.config, self.workdir, self.mesh = config, workdir, mesh
+        self._evaluation_of = ""
         self.model = setup.Model.open(config)
         self.scorer = Scorer(config.rewards)
         self.renderer: ChatRenderer = self.model.renderer(config)
@@ -142,7 +147,6 @@ class Run:
         )
         self.checkpoints = Checkpoints(
             workdir / "checkpoints",
-            config.output.checkpoint_every,
             config.output.keep_checkpoints,
             self.model.policy.table,
         )
@@ -150,6 +154,10 @@ class Run:
         self.state, self.first_step, self.data_state = self._first_state(start)
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
+        self.checkpoints.rehearse(self.state)
+        self.saver = Saver(
+            self.checkpoints, config.output, SIGNALS_OF_RUN, self.claim, self.first_step
+        )
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
 
     @property
@@ -182,7 +190,8 @@ class Run:
                 f"--steps {config.steps}: {self.workdir} is already at step {latest}; ask for more"
             )
         params = abstract_params(self.model.policy.table, mesh)
-        return self.checkpoints.restore(abstract_state(params, config, mesh, self.optimizer))
+        like = abstract_state(params, config, mesh, self.optimizer)
+        return self.checkpoints.restore(like, print if is_first() else lambda line: None)
 
     def _prepare_workdir(self) -> None:
         """`config.json` of the run, and the model folder without weights for conversion."""
@@ -193,7 +202,7 @@ class Run:
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
-        before = self.evaluate({**self.state.frozen, **self.reference})
+        before = self._evaluate_before({**self.state.frozen, **self.reference})
         engine = self._training_engine()
         parts = self._parts(engine)
         if self.data_state is not None:
@@ -203,10 +212,11 @@ class Run:
             self.state = warm_up_run(
                 parts, engine, self.renderer, all_rows(self.rows), self.state, hints
             )
-        self.state = reinforce(parts, self.state, self.first_step)
-        position = parts.get_state()
+        with self.saver.guard():
+            self.state = reinforce(parts, self.state, self.first_step)
+            self.saver.finish(self.config.steps, self.state, parts.get_state())
         parts.prompts.close()
-        self._finish(before, position)
+        self._finish(before)
 
     def _parts(self, engine: Engine) -> Parts:
         """What the loop works with."""
@@ -234,7 +244,7 @@ class Run:
             learner=learner,
             teacher=Teacher(config, policy, learner, self.renderer),
             reference=self.reference,
-            checkpoints=self.checkpoints,
+            saver=self.saver,
             log=self.log,
             workdir=self.workdir,
             compilations=Compilations(),
@@ -250,11 +260,13 @@ class Run:
             policy=self.model.policy,
             optimizer=self.optimizer,
             mesh=self.mesh,
-            checkpoints=self.checkpoints,
+            saver=self.saver,
             log=self.log,
         )
-        self.state, position = cold_start(school, self.state, self.first_step)
-        self._finish({}, position)
+        with self.saver.guard():
+            self.state, position = cold_start(school, self.state, self.first_step, self.data_state)
+            self.saver.finish(self.config.steps, self.state, position)
+        self._finish({})
 
     def _task_lessons(self) -> TaskLessons:
         """Tasks of the needle world."""
@@ -356,6 +368,17 @@ class Run:
             agent = dataclasses.replace(agent, max_tool_rounds=0)
         return open_agent(self.config, engine, self.renderer, self.reader, agent)
 
+    def _evaluate_before(self, params: FlatParams) -> Evaluation:
+        """The figures that the run begins from; a resumed run reads them where they are kept."""
+        if not self.held_out:
+            return {}
+        of = self._evaluation_of = fingerprint(self.config, self.held_out, params)
+        before = read_before(self.workdir, of)
+        if before is None:
+            before = self.evaluate(params)
+            write_figures(self.workdir, of, before)
+        return before
+
     def evaluate(self, params: FlatParams) -> Evaluation:
         """Held-out figures: sampled as in training, greedy, and greedy without crops."""
         if not self.held_out:
@@ -368,7 +391,8 @@ class Run:
             "greedy": (self.agent(engine, 0.0), with_tools),
             "no crops": (self.agent(engine, 0.0, crops=False), without),
         }
-        with Bar(self.log.console, "evaluating", 3 * len(with_tools)) as ended:
+        bar = Bar(self.log.console, "evaluating", 3 * len(with_tools))
+        with SIGNALS_OF_RUN.deferred(), bar as ended:
             modes = [
                 Mode(name, self._runner(agent, ended), items)
                 for name, (agent, items) in agents.items()
@@ -406,9 +430,8 @@ class Run:
         """What the table tells apart besides types of questions."""
         return strata(self.config)
 
-    def _finish(self, before: Evaluation, data_state: Any) -> None:
-        """Last checkpoint, evaluation, table and export."""
-        self.checkpoints.save(self.config.steps, self.state, data_state)
+    def _finish(self, before: Evaluation) -> None:
+        """Evaluation, table and export."""
         after = self.evaluate(self.state.params)
         if after:
             self._report(before, after)
@@ -418,9 +441,11 @@ class Run:
             self.claim.check()
         self.log.console.print(f"everything is in {self.workdir}")
 
-    def close(self) -> None:
-        """Finish what is being written and let others write into the workdir."""
-        self.checkpoints.close()
+    def close(self, failed: bool = False) -> None:
+        """Finish what is being written and let others write into the workdir; if the run failed,
+        why is told already."""
+        with SIGNALS_OF_RUN.deferred(), contextlib.suppress(*[OSError] * failed):
+            self.checkpoints.close()
         self.log.close()
         if self.claim is not None:
             self.claim.release()
@@ -446,6 +471,4 @@ class Run:
         title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
         self.log.console.print(comparison_table(title, rows))
         self.log.console.print(interval_table(INTERVALS, rows))
-        if is_first():
-            summary = json.dumps({"before": before, "after": after}, indent=2)
-            write_whole(self.workdir / "evaluation.json", summary + "\n")
+        write_figures(self.workdir, self._evaluation_of, before, after)

@@ -4,13 +4,25 @@ One short RL run is shared by the tests of this module.
 """
 
 import json
-import shutil
+import signal
 
 import cv2
 import numpy as np
 import pytest
 
-from tests.command import CONTRACT, documented, metrics, start, untimed
+from tests.command import (
+    CONTRACT,
+    command,
+    documented,
+    is_saving,
+    logged,
+    metrics,
+    saved,
+    send,
+    start,
+    untimed,
+)
+from tests.command import run as run_command
 
 pytestmark = pytest.mark.slow
 
@@ -104,15 +116,27 @@ def test_same_seed_same_metrics_other_seed_differs(run, cache, tmp_path):
     assert untimed(metrics(other)[0]) != first[0]
 
 
-def test_resume_continues_where_the_run_stopped(run, cache, tmp_path):
-    """A run cut after its second checkpoint ends with the metrics of the uninterrupted one."""
+def test_a_run_that_is_stopped_and_killed_ends_like_one_that_was_not(run, cache, tmp_path):
+    """SIGTERM within a step saves what came before it; SIGKILL costs the steps since; then
+    `--workdir` alone goes on."""
     cut = tmp_path / "cut"
-    shutil.copytree(run[0], cut)
-    # Steps 0 and 1 have moved weights and moments; step 2 shows whether they came back.
-    shutil.rmtree(cut / "checkpoints" / "3")
-    done = start(cut, cache, "--steps", "3", "--resume", "must", settings=QUICK)
+    quick = (*QUICK, "output.checkpoint_every=0", "output.checkpoint_minutes=0")
+    code, said = send(
+        *(signal.SIGTERM, lambda: logged(cut) > 0, cut, cache, "--steps", "3"), settings=quick
+    )
+    assert code == 0, said
+    assert f"SIGTERM: interrupted; continue with --workdir {cut}" in said
+    assert [path.name for path in (cut / "checkpoints").iterdir()] in (["1"], ["2"])
+    assert list(json.loads((cut / "evaluation.json").read_text())) == ["of", "before"]
+    before = (cut / "evaluation.json").stat().st_mtime_ns
+    send(signal.SIGKILL, lambda: logged(cut) == 3, cut, cache, settings=quick)
+    assert (cut / "evaluation.json").stat().st_mtime_ns == before, "before is evaluated once"
+    done = run_command(command(cut, sets=()), cache)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(run[0])]
+    assert saved(cut, 3) == saved(run[0], 3), "all weights and moments, bit by bit"
+    figures = [json.loads((w / "evaluation.json").read_text()) for w in (cut, run[0])]
+    assert figures[0] == figures[1]
 
 
 @pytest.mark.parametrize(
@@ -170,6 +194,13 @@ def test_cold_start_from_random_weights_and_its_resume(cache, tmp_path):
     done = start(whole, cache, *recipe, "--steps", "3", settings=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert (whole / "hf" / "model.safetensors").exists()
-    assert start(cut, cache, *recipe, "--steps", "2", settings=settings).returncode == 0
-    assert start(cut, cache, *recipe, "--steps", "3", settings=settings).returncode == 0
+    code, said = send(
+        *(signal.SIGKILL, lambda: is_saving(cut), cut, cache, *recipe, "--steps", "3"),
+        settings=settings,
+    )
+    assert code == -signal.SIGKILL, said
+    code, said = send(signal.SIGINT, lambda: logged(cut) > 1, cut, cache)
+    assert code == 130 and f"SIGINT: interrupted; continue with --workdir {cut}" in said
+    assert run_command(command(cut, sets=()), cache).returncode == 0
     assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(whole)]
+    assert saved(cut, 3) == saved(whole, 3)

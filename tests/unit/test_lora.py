@@ -195,7 +195,7 @@ def test_a_resumed_run_goes_on_as_if_never_cut(tmp_path):
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
     optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-2), 2, POLICY.table)
     step = jax.jit(SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": 24}))
-    checkpoints = Checkpoints(tmp_path, every=0, keep=1, table=POLICY.table)
+    checkpoints = Checkpoints(tmp_path, keep=1, table=POLICY.table)
     with jax.set_mesh(mesh):
         params = initialise(POLICY.table, jax.random.key(0), mesh)
         state, _ = step(

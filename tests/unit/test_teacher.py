@@ -180,7 +180,7 @@ def test_it_is_laid_out_like_the_weights_and_comes_back_from_a_checkpoint(tmp_pa
         state = make_state(params, CONFIG, mesh, optimizer)
         moved = {name: value + 0.5 for name, value in state.teacher.items()}
         saved = dataclasses.replace(state, teacher=moved)
-        checkpoints = Checkpoints(tmp_path, 1, 1, POLICY.table)
+        checkpoints = Checkpoints(tmp_path, 1, POLICY.table)
         checkpoints.save(7, saved, {"prompts": 3})
         back, step, memory = checkpoints.restore(state)
         checkpoints.close()

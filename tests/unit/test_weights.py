@@ -273,7 +273,9 @@ def test_a_run_lays_out_its_checkpoints_in_parts(tmp_path, params, monkeypatch):
     placed = {name: jax.device_put(params[name], home) for name, home in homes.items()}
     step = jnp.zeros((), jnp.int32)
     state = TrainState(trainable=placed, frozen={}, optimizer={"count": step}, step=step)
-    Checkpoints(tmp_path, every=0, keep=1, table=table).save(3, state)
+    checkpoints = Checkpoints(tmp_path, keep=1, table=table)
+    checkpoints.save(3, state)
+    checkpoints.close()
     for name, stored in open_params(tmp_path / "3", table).items():
         pairs = zip(table[name].axes, stored.chunk, strict=True)
         assert all(size == 1 for axis, size in pairs if axis in ("layers", "expert")), name

@@ -1,0 +1,120 @@
+"""SIGTERM and SIGINT: what they end at once, and what they end after the state is saved.
+
+Without `deferred` a first signal ends the run where it stands, as there is nothing to save. Within
+it the run goes on to the next `check`, which several hosts pass together. A second signal always
+ends the process at once. This module imports nothing heavy: it is there before JAX is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT)
+PATIENCE = 5.0
+"""Seconds after which a process that has nothing to save is ended, also within a compilation."""
+
+
+class Interrupted(BaseException):
+    """A signal asked the run to end. No `Exception`, so that nothing takes it for a failure."""
+
+    def __init__(self, number: int):
+        super().__init__(number)
+        self.number = signal.Signals(number)
+
+    @property
+    def code(self) -> int:
+        """The exit code: 0 for SIGTERM, which schedulers send; 130 for SIGINT, as in shells."""
+        return exit_code(self.number)
+
+
+def exit_code(number: int) -> int:
+    """See `Interrupted.code`."""
+    return 0 if number == signal.SIGTERM else 130
+
+
+class Signals:
+    """What arrived, and how it is acted upon."""
+
+    def __init__(self) -> None:
+        self.received = 0
+        """Number of the first signal, 0 before."""
+        self._deferred = 0
+        self._agree: Callable[[int], int] = lambda number: number
+
+    def install(self) -> None:
+        """Take both signals, for the main thread; what they did before is over."""
+        for number in SIGNALS:
+            signal.signal(number, self._handle)
+        # Python calls handlers between two steps of its own. A thread that reads this pipe hears
+        # of a signal also while the main thread is in a compilation.
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
+        threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
+
+    def agree_by(self, agree: Callable[[int], int]) -> None:
+        """How hosts make one of the signals that reached them: the largest number."""
+        self._agree = agree
+
+    @contextlib.contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Signals wait for `check`."""
+        self._deferred += 1
+        try:
+            yield
+        finally:
+            self._deferred -= 1
+
+    def check(self) -> None:
+        """Where a run can be ended; raises Interrupted if a signal has reached any host."""
+        number = self._agree(self.received)
+        if number:
+            raise Interrupted(number)
+
+    def _handle(self, number: int, frame: object) -> None:
+        self.received = self.received or number
+        if not self._deferred:
+            raise Interrupted(number)
+
+    def _watch(self, reading: int) -> None:
+        first = 0
+        while heard := os.read(reading, 1):
+            number = heard[0]
+            if number not in SIGNALS:
+                continue
+            if first:
+                os._exit(128 + number)
+            first = self.received = number
+            if self._deferred:
+                _tell(f"{signal.Signals(number).name}: ending; once more ends at once")
+            else:
+                threading.Thread(target=self._end_if_stuck, args=(number,), daemon=True).start()
+
+    def _end_if_stuck(self, number: int) -> None:
+        time.sleep(PATIENCE)
+        if not self._deferred:
+            os._exit(exit_code(number))
+
+
+def _tell(line: str) -> None:
+    with contextlib.suppress(OSError):
+        os.write(2, f"{line}\n".encode())
+
+
+SIGNALS_OF_RUN = Signals()
+"""Signals come to the process; so there is one of these."""
+
+
+def end_process(code: int, patience: float = 10.0) -> None:
+    """End the process within some seconds, also where a thread of a library hangs."""
+
+    def end() -> None:
+        time.sleep(patience)
+        os._exit(code)
+
+    threading.Thread(target=end, daemon=True).start()
