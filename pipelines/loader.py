@@ -75,6 +75,8 @@ class BadRows:
         self.total, self._limit = rows, limit
         self.ids: set[str] = set()
         """The bad rows so far."""
+        self.seen = 0
+        """Rows looked at so far, bad ones included."""
 
     def is_good(self, item: PromptItem | BadRow) -> TypeGuard[PromptItem]:
         """Whether there is a prompt; if not, take note of why.
@@ -82,6 +84,7 @@ class BadRows:
         Raises:
             ValueError: the share of bad rows is above the limit, or all are bad.
         """
+        self.seen += 1
         if isinstance(item, PromptItem):
             return True
         if item.row_id not in self.ids:
@@ -173,34 +176,41 @@ class StepStream(Generic[T]):
 class PromptStream(StepStream[PromptItem]):
     """Steps of prompts, without the rows that cannot be read."""
 
-    def __init__(self, steps: grain.IterDataset, bad_rows: BadRows):
-        super().__init__(steps)
-        self._bad_rows, self._taken = bad_rows, 0
-
-    def __next__(self) -> list[PromptItem]:
-        items = super().__next__()
-        self._taken += len(items)
-        return items
+    def __init__(self, steps_from: Callable[[int], grain.IterDataset], bad_rows: BadRows):
+        """`steps_from` gives the steps that begin with a row of the stream."""
+        super().__init__(steps_from(0))
+        self._steps_from, self._bad_rows = steps_from, bad_rows
 
     @property
     def figures(self) -> dict[str, float]:
         """How often all questions were shown, and the bad rows so far, for `metrics.jsonl`."""
         return {
-            "data/epoch": self._taken / self._bad_rows.total,
+            "data/epoch": self._bad_rows.seen / self._bad_rows.total,
             "data/bad_rows": float(len(self._bad_rows.ids)),
         }
 
     def get_state(self) -> dict[str, Any]:
-        """Position after the last step that was taken, how many prompts that were, and the bad
-        rows, as JSON values."""
-        bad = sorted(self._bad_rows.ids)
-        return {"position": super().get_state(), "taken": self._taken, "bad_rows": bad}
+        """Position after the last step that was taken, and the bad rows, as JSON values."""
+        return {"position": self._bad_rows.seen, "bad_rows": sorted(self._bad_rows.ids)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from a saved position; the arguments of the stream must be the same."""
-        super().set_state(state["position"])
-        self._taken = state.get("taken", 0)
-        self._bad_rows.ids = set(state["bad_rows"])
+        """Go on from a saved position; the arguments of the stream must be the same, but for the
+        number of workers: a position counts rows, whoever decodes them.
+
+        Raises:
+            ValueError: an earlier version wrote it, which knew its own worker processes only.
+        """
+        position = state["position"]
+        if isinstance(position, dict):  # as Grain has it, where it counts rows with threads alone
+            position = position.get("next_index")
+        if position is None:
+            raise ValueError(
+                "the position of the data was saved by an earlier version with data.workers above "
+                "0; continue with that version, or start again with another --workdir"
+            )
+        self.close()
+        super().__init__(self._steps_from(position))
+        self._bad_rows.ids, self._bad_rows.seen = set(state["bad_rows"]), position
 
 
 def prompt_stream(
@@ -230,7 +240,7 @@ def prompt_stream(
             common order (of each data set).
         threads: rows decoded side by side, ahead of their use.
         workers: decode in this many worker processes instead, each with `threads` threads. The
-            order stays the same; a saved position fits the same number of workers only.
+            order and saved positions stay the same.
         max_bad_rows: share of the rows that may turn out to be unreadable and are left out.
 
     Raises:
@@ -243,19 +253,22 @@ def prompt_stream(
         for number, source in enumerate(mixed.sources)
     ]
     draws = grain.MapDataset.mix(parts, mixed.weights) if len(parts) > 1 else parts[0]
-    prompts = draws.map(PromptMaker(reader, renderer, budgets, seed, tools))
+    made = draws.map(PromptMaker(reader, renderer, budgets, seed, tools))
     ahead = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, 2 * groups_per_step)
     )
-    prompts = prompts.to_iter_dataset(ahead)
-    if workers:
-        # Grain reads absl flags when it starts workers, and insists that they were parsed.
-        flags.FLAGS.mark_as_parsed()
-        prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
-    # Behind the worker processes, so that one place sees every row that is left out.
     bad_rows = BadRows(len(rows), max_bad_rows)
-    prompts = prompts.filter(bad_rows.is_good)
-    return PromptStream(prompts.batch(groups_per_step, batch_fn=list), bad_rows)
+
+    def steps_from(start: int) -> grain.IterDataset:
+        prompts = made[start:].to_iter_dataset(ahead)
+        if workers:
+            # Grain reads absl flags when it starts workers, and insists that they were parsed.
+            flags.FLAGS.mark_as_parsed()
+            prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+        # Behind the worker processes, so that one place sees every row that is left out.
+        return prompts.filter(bad_rows.is_good).batch(groups_per_step, batch_fn=list)
+
+    return PromptStream(steps_from, bad_rows)
 
 
 def _draws(rows: Rows, seed: int) -> grain.MapDataset[Draw]:

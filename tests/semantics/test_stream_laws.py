@@ -106,6 +106,16 @@ def test_a_stream_resumes_at_any_element(processes):
             resumed.close()
 
 
+def test_a_position_of_an_earlier_version_is_read_where_it_counts_rows():
+    rows = make_rows(7)
+    prompts, resumed = stream(rows), stream(rows)
+    first = seen(prompts, 9)
+    resumed.set_state({"position": {"next_index": 4}, "bad_rows": []})
+    assert seen(resumed, 5) == first[4:]
+    with pytest.raises(ValueError, match="earlier version with data.workers"):
+        resumed.set_state({"position": {"workers_state": {}}, "bad_rows": []})
+
+
 @pytest.mark.parametrize("processes", [1, 2, 3])
 def test_processes_together_show_every_row_once_per_epoch(processes):
     rows, epochs = make_rows(6), 3
@@ -197,7 +207,8 @@ def whole(prompts, count: int) -> list[tuple]:
 
 
 def check_workers(workers: int, processes: int, total: int, at: tuple[int, ...]) -> None:
-    """With workers, the stream is that without them, and resumes at these elements."""
+    """With workers, the stream is that without them, and resumes at these elements: at even ones
+    without workers, at odd ones with as many."""
     rows = row_source([question.row for question in questions()][:5], data_folder())
 
     def real(workers: int, process: int):
@@ -215,14 +226,14 @@ def check_workers(workers: int, processes: int, total: int, at: tuple[int, ...])
         prompts.close()
         assert items == expected
         for step in at:
-            resumed = real(workers, process)
+            resumed = real(step % 2 * workers, process)
             resumed.set_state(states[step])
             assert whole(resumed, total - step) == items[step:], f"element {step}"
             resumed.close()
 
 
 @pytest.mark.slow
-def test_a_stream_with_a_worker_resumes():
+def test_a_stream_with_a_worker_resumes_without_one():
     check_workers(workers=1, processes=1, total=7, at=(4,))
 
 
