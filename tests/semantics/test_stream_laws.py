@@ -112,7 +112,7 @@ def test_a_position_of_an_earlier_version_is_read_where_it_counts_rows():
     first = seen(prompts, 9)
     resumed.set_state({"position": {"next_index": 4}, "bad_rows": []})
     assert seen(resumed, 5) == first[4:]
-    with pytest.raises(ValueError, match="earlier version with data.workers"):
+    with pytest.raises(ValueError, match=r"earlier version with data\.workers"):
         resumed.set_state({"position": {"workers_state": {}}, "bad_rows": []})
 
 
