@@ -1,7 +1,7 @@
 """Checkpoints of a run with Orbax: weights, moments, teacher, step and what the loop remembers.
 
 A checkpoint is written beside the steps that follow it, and verified when it is restored: it holds
-a checksum of each of its arrays, and of what it says besides. docs/adr/0020 tells why.
+a checksum of each of its arrays, and of what it says besides. docs/adr/0021 tells why.
 """
 
 from __future__ import annotations
