@@ -12,9 +12,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array
 
+AnyMesh = Mesh | AbstractMesh
+"""A mesh of devices, or of devices that are elsewhere."""
 AXES = ("data", "fsdp", "expert", "tensor")
 
 RULES: dict[str, tuple[str, ...]] = {
@@ -126,7 +128,7 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     return RULES[axis]
 
 
-def sharding(mesh: Mesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """Where an array with these logical axes lives on the mesh; errors as `partition`."""
     return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
 

@@ -21,7 +21,7 @@ from flax import nnx
 from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array
 
-from paravt_jax.mesh import sharding
+from paravt_jax.mesh import AnyMesh, sharding
 
 Params = dict[str, Array]
 Box = tuple[slice, ...]
@@ -271,7 +271,7 @@ def _initial_value(spec: ParamSpec, key: Array, dtype: jnp.dtype) -> Array:
     return spec.init(own_key, spec.shape, jnp.dtype("float32")).astype(dtype)
 
 
-def param_shardings(table: Table, mesh: Mesh | None) -> dict[str, jax.sharding.Sharding]:
+def param_shardings(table: Table, mesh: AnyMesh | None) -> dict[str, jax.sharding.Sharding]:
     """Where each parameter lives; without a mesh, on the first device."""
     if mesh is None:
         return dict.fromkeys(table, SingleDeviceSharding(jax.local_devices()[0]))
@@ -279,7 +279,7 @@ def param_shardings(table: Table, mesh: Mesh | None) -> dict[str, jax.sharding.S
 
 
 def abstract_params(
-    table: Table, mesh: Mesh | None = None, dtype: jnp.dtype | str = "float32"
+    table: Table, mesh: AnyMesh | None = None, dtype: jnp.dtype | str = "float32"
 ) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes, types and shardings of all parameters, with no memory behind them."""
     homes = param_shardings(table, mesh)
@@ -289,7 +289,9 @@ def abstract_params(
     }
 
 
-def format_table(table: Table, mesh: Mesh | None = None, dtype: jnp.dtype | str = "float32") -> str:
+def format_table(
+    table: Table, mesh: AnyMesh | None = None, dtype: jnp.dtype | str = "float32"
+) -> str:
     """A table for people: name, shape, logical axes, partition, bytes on one device."""
     lines, total = [], 0
     width = max(map(len, table))

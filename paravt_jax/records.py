@@ -218,6 +218,8 @@ class Pack:
     """float32 `[t]`: loss weight of predicting each token; 0 where it is only context."""
     segments: np.ndarray
     """int32 `[t]`: which stream a token belongs to, counted from 1."""
+    drawn: int = 0
+    """Of a shuffled data set: how many of its items were drawn up to the last one of this row."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,6 +6,7 @@ at a time); their tokens and frames are put together when a row is complete.
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -68,9 +69,9 @@ class DraftMaker:
     def __init__(self, render: Callable[[Conversation], Draft], shape: PackShape, skips: Skips):
         self._render, self._shape, self._skips = render, shape, skips
 
-    def __call__(self, conversation: Conversation) -> dict[str, Any] | None:
-        """What Grain packs by: arrays as long as the room that each thing takes, and the draft.
-        None is left out by Grain.
+    def __call__(self, index: int, conversation: Conversation) -> dict[str, Any] | None:
+        """What Grain packs by: arrays as long as the room that each thing takes, the draft,
+        and how many conversations were drawn up to it. None is left out by Grain.
 
         Raises:
             ValueError: too many conversations cannot be used.
@@ -83,7 +84,8 @@ class DraftMaker:
             return None
         self._skips(None)
         room = {"tokens": len(draft.tokens), "frames": draft.frames}
-        return {name: np.zeros(size, np.uint8) for name, size in room.items()} | {"draft": draft}
+        arrays = {name: np.zeros(size, np.uint8) for name, size in room.items()}
+        return arrays | {"draft": draft, "drawn": index + 1}
 
     def _check_room(self, conversation: Conversation, draft: Draft) -> None:
         size = PackShape(len(draft.tokens), draft.frames)
@@ -131,20 +133,21 @@ def pack_stream(
     if fit not in FITS:
         raise ValueError(f"fit={fit!r} is unknown; choose one of {', '.join(FITS)}")
     order = grain.MapDataset.source(conversations).seed(seed).shuffle().repeat()
-    drafts = order[process_index::process_count].map(DraftMaker(render, shape, skips))
+    own = order[process_index::process_count]
+    drafts = own.map_with_index(DraftMaker(render, shape, skips))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     packed = FITS[fit](
         drafts.to_iter_dataset(ahead),
         length_struct=shape._asdict(),
         num_packing_bins=bins,
         seed=seed,
-        meta_features=("draft",),
+        meta_features=("draft", "drawn"),
     )
     return StepStream(packed.map(_row).batch(packs_per_step, batch_fn=list))
 
 
 def _row(packed: dict[str, Any]) -> Pack:
-    return pack(packed["draft"])
+    return dataclasses.replace(pack(packed["draft"]), drawn=max(packed["drawn"]))
 
 
 def fill(packs: Sequence[Pack], tokens: int) -> float:

@@ -8,12 +8,12 @@ import math
 import tempfile
 from pathlib import Path
 
-from jax.sharding import Mesh
+import jax
 
 from models.qwen3_vl.adapter import check_adapter_config
-from paravt_jax.mesh import AXES, RULES
+from paravt_jax.mesh import AXES, RULES, AnyMesh
 from paravt_jax.params import format_table
-from paravt_jax.records import Conversation
+from paravt_jax.records import Conversation, Row
 from pipelines.datasets import Found
 from pipelines.render import ChatRenderer
 from pipelines.trial import try_files
@@ -21,6 +21,7 @@ from pipelines.video import VideoReader
 from train import setup
 from train.config import Config, Stage, to_dict
 from train.conversations import open_conversations, system_note
+from train.footprint import footprint, format_footprint, planned_mesh
 from train.hindsight import open_feedback
 from train.optimizer import warm_up_note
 from train.questions import question_check, read_questions, split_sets
@@ -30,11 +31,12 @@ from train.state import (
 )
 
 
-def check(config: Config, here: bool = True) -> None:
+def check(config: Config, here: bool = True, planned: bool = False) -> None:
     """Refuse what cannot run, before anything is allocated.
 
     Args:
       here: the run is for the devices of this machine (not compiled ahead for others).
+      planned: it is only looked at, and may be for a mesh of other devices.
 
     Raises:
       ValueError: a flag that the recipe needs is missing, or mesh, model folder or data path do
@@ -54,7 +56,7 @@ def check(config: Config, here: bool = True) -> None:
         if path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
-        check_rows_fit(config, setup.open_mesh(config))
+        check_rows_fit(config, planned_mesh(config) if planned else setup.open_mesh(config))
     if here and config.model.folder is not None:
         setup.open_renderer(config, config.model.folder)
 
@@ -82,7 +84,7 @@ def check_model(config: Config, here: bool) -> None:
         check_adapter_config(model.adapter, model.lora)
 
 
-def check_rows_fit(config: Config, mesh: Mesh) -> None:
+def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
     """The rows of a gradient micro-batch must divide over the mesh, or devices repeat each other.
 
     Raises:
@@ -134,24 +136,33 @@ def memory_remedies(config: Config) -> list[str]:
 def describe(config: Config) -> None:
     """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
     print(json.dumps(to_dict(config), indent=2))
-    mesh = setup.open_mesh(config)
-    print("mesh " + ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES))
+    mesh = planned_mesh(config)
+    axes = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES)
+    print(f"mesh {axes}: {mesh.size} devices ({jax.device_count()} here)")
     table = setup.abstract_policy(config).table
     print(format_table(table, mesh))
     sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
     print(f"{sum(sizes):,} of the parameters train")
+    rows = describe_data(config)
+    print(format_footprint(footprint(config, mesh, renderer_aside(config), rows)))
+
+
+def describe_data(config: Config) -> list[Row]:
+    """Print what `--data` and what is mixed with it hold; returns the questions."""
     if config.packs_conversations:
         renderer = renderer_aside(config)
         found = open_conversations(config, renderer)
         print(describe_conversations(found), *system_note(config, found.rows), sep="\n")
         try_media(config, found, "data.max_rejected")
-        return
+        return []
     if config.data.path or config.data.mixture:
-        describe_questions(config)
+        return describe_questions(config)
+    return []
 
 
-def describe_questions(config: Config) -> None:
-    """Print how many questions there are, which cannot be used, and how they are split."""
+def describe_questions(config: Config) -> list[Row]:
+    """Print how many questions there are, which cannot be used, and how they are split; returns
+    those that can be used."""
     positions = setup.abstract_policy(config).config.text.max_position_embeddings
     sets = read_questions(config, question_check(config, renderer_aside(config), positions))
     for found in sets:
@@ -160,6 +171,7 @@ def describe_questions(config: Config) -> None:
         try_media(config, found, "data.max_bad_rows")
     if config.data.path:
         print(split_sets(config, sets).report())
+    return [row for found in sets for row in found.rows]
 
 
 def renderer_aside(config: Config) -> ChatRenderer:

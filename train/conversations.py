@@ -85,4 +85,4 @@ def packed_lessons(
         bins=own.bins,
     )
     patches = max(renderer.spec.max_patches, render.image_spec.max_patches)
-    return PackedLessons(own, stream, skips, renderer.pad_id, patches)
+    return PackedLessons(own, stream, skips, renderer.pad_id, patches, len(conversations))

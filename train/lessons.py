@@ -100,6 +100,8 @@ class PackedLessons:
     pad_id: int
     frame_patches: int
     """Patches of the largest frame."""
+    total: int
+    """Conversations of the data set."""
 
     @property
     def budgets(self) -> dict[str, int]:
@@ -117,6 +119,7 @@ class PackedLessons:
             frame_patches=self.frame_patches,
         )
         figures = {
+            "data/epoch": max(item.drawn for item in packs) / self.total,
             "data/fill": fill(packs, self.settings.tokens),
             "data/conversations": float(conversations_in(packs)),
             "data/skipped": float(self.skips.skipped),

@@ -57,7 +57,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="continue from the workdir's last checkpoint if there is one (default: %(default)s)",
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting")
-    add("--dry-run", action="store_true", help="print the resolved run, allocate nothing")
+    add("--dry-run", action="store_true", help="print the resolved run and its memory, then end")
     add("--compile-only", metavar="TOPOLOGY", help="compile for a TPU topology, e.g. v5p:2x2x2")
     return parser
 
@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> int:
         from train import checks, cluster, run
 
         cluster.start()
-        checks.check(config, here=not arguments.compile_only)
+        checks.check(config, not arguments.compile_only, planned=arguments.dry_run)
         workdir = run.name_workdir(config, arguments.workdir)
         code = 1
         for note in checks.notes(config) if cluster.is_first() else ():

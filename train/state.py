@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Int
 
 from paravt_jax.lora import is_adapter
+from paravt_jax.mesh import AnyMesh
 from paravt_jax.records import pytree
 from train.config import Config
 
@@ -50,7 +51,7 @@ def make_state(
 ) -> TrainState:
     """Split the weights and set up the optimiser and, if there is one, the teacher; moments and
     teacher are sharded like their weights."""
-    trainable, frozen = _split(params, config)
+    trainable, frozen = split(params, config)
     init = jax.jit(optimizer.init, out_shardings=moment_shardings(optimizer, trainable, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     # A copy each: a step donates its state, and no buffer can be donated twice.
@@ -65,25 +66,33 @@ def abstract_state(
     optimizer: optax.GradientTransformation,
 ) -> TrainState:
     """Shapes and shardings of `make_state`, with no memory behind them."""
-    trainable, frozen = _split(params, config)
-    moments = jax.tree.map(
-        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
-        jax.eval_shape(optimizer.init, trainable),
-        moment_shardings(optimizer, trainable, mesh),
-    )
+    trainable, frozen = split(params, config)
+    moments = abstract_moments(optimizer, trainable, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     teacher = dict(trainable) if config.teacher.strength else {}
     return TrainState(trainable, frozen, moments, step, teacher)
 
 
-def _split(params: dict, config: Config) -> tuple[dict, dict]:
+def split(params: dict, config: Config) -> tuple[dict, dict]:
+    """Weights that train, and those that do not."""
     trainable = {name: value for name, value in params.items() if is_trainable(name, config)}
     return trainable, {name: value for name, value in params.items() if name not in trainable}
 
 
+def abstract_moments(
+    optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: AnyMesh
+) -> optax.OptState:
+    """Shapes and shardings of the optimiser's state, with no memory behind them."""
+    return jax.tree.map(
+        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+        jax.eval_shape(optimizer.init, trainable),
+        moment_shardings(optimizer, trainable, mesh),
+    )
+
+
 def moment_shardings(
-    optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: Mesh
+    optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: AnyMesh
 ) -> optax.OptState:
     """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise.
 

@@ -56,6 +56,7 @@ def test_two_steps_from_parquet_and_a_resume_that_repeats_the_second(data, tmp_p
     assert done.returncode == 0, done.stderr[-3000:]
     assert "1 of 4 rows cannot be used" in done.stdout
     first, second = records(whole)
+    assert 0 < first["data/epoch"] <= second["data/epoch"]
     assert 0.3 < first["data/fill"] <= 1 and first["data/conversations"] >= 2
     assert first["grad_norm"] > 0 and second["loss"] != first["loss"]
     assert (whole / "hf" / "model.safetensors").exists()

@@ -165,13 +165,21 @@ def test_rows_are_filled(fit):
 def test_every_conversation_once_per_epoch_and_the_same_after_a_resume():
     lengths = 20 + np.arange(40)
     packs, _ = stream(lengths, bins=4, shape=PackShape(256, 16), rows=2)
-    first = [[item.segments.tolist() for item in next(packs)] for _ in range(3)]
+
+    def take(source):
+        return [(item.segments.tolist(), item.drawn) for _ in range(3) for item in next(source)]
+
+    first = take(packs)
     position = packs.get_state()
-    after = [[item.segments.tolist() for item in next(packs)] for _ in range(3)]
+    after = take(packs)
     again, _ = stream(lengths, bins=4, shape=PackShape(256, 16), rows=2)
     again.set_state(json.loads(json.dumps(position)))
-    assert [[item.segments.tolist() for item in next(again)] for _ in range(3)] == after
-    seen = [np.bincount(row)[1:].tolist() for step in first + after for row in step]
+    assert take(again) == after
+    taken_so_far = np.cumsum([row[-1] for row, _ in first + after])
+    drawn = np.maximum.accumulate([count for _, count in first + after])
+    assert np.all(drawn >= taken_so_far), "no more can be shown than were drawn"
+    assert np.all(drawn <= taken_so_far + 4 * 256 // 20), "and four open rows hold the others"
+    seen = [np.bincount(row)[1:].tolist() for row, _ in first + after]
     assert len({tuple(row) for row in seen}) > 6
     taken = sorted(size for row in seen for size in row)
     assert len(taken) > 40 and set(lengths) <= set(taken)

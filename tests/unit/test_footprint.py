@@ -1,0 +1,126 @@
+"""What a pod's devices would hold is known on a laptop."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from paravt_jax.params import abstract_params
+from pipelines.needle.world import write_mp4
+from pipelines.sizes import prompt_tokens
+from tests.unit.test_released_shapes import MODELS
+from train import checks, main, setup
+from train.agent import open_engine
+from train.config import Config, override
+from train.footprint import EXAMPLE, footprint, format_footprint, planned_mesh
+from train.recipes import get_recipe
+from train.recipes.needle import COLD_START
+from train.state import is_trainable
+
+
+def needle(mesh: str | None, *settings: str) -> Config:
+    return dataclasses.replace(override(get_recipe("needle_rl"), list(settings)), mesh=mesh)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "devices"),
+    [("fsdp:8,tensor:4", 32), ("data:2,fsdp:2", 4), ("fsdp:-1", 8), (None, 8), ("data:64", 64)],
+)
+def test_a_mesh_of_devices_that_are_elsewhere(mesh, devices):
+    assert jax.device_count() == 8
+    assert planned_mesh(needle(mesh)).size == devices
+
+
+@pytest.mark.parametrize("mesh", ["pipeline:2", "data:2,data:4", "data:0", "data:3,fsdp:-1"])
+def test_a_wrong_mesh_is_refused_as_ever(mesh):
+    with pytest.raises(ValueError, match="--mesh"):
+        planned_mesh(needle(mesh))
+
+
+def test_it_is_what_real_devices_hold():
+    """Bytes of weights that are really laid out over eight devices."""
+    config = needle("data:2,fsdp:2,tensor:2")
+    renderer = checks.renderer_aside(config)
+    mesh = setup.open_mesh(config)
+    planned = footprint(config, planned_mesh(config), renderer)
+    assert planned == footprint(config, mesh, renderer)
+    params = setup.Model.open(config).params(config, mesh)
+    held = {name: x.addressable_shards[0].data.nbytes for name, x in params.items()}
+    trains = sum(size for name, size in held.items() if is_trainable(name, config))
+    assert planned["parameters"] == sum(held.values())
+    assert planned["gradients"] == planned["reference"] == trains
+    assert 2 * trains <= planned["moments"] <= 2 * trains + 64
+    assert "together" in format_footprint(planned)
+
+
+def test_more_devices_hold_less_each():
+    sizes = []
+    for mesh in ("data:1", "fsdp:8", "fsdp:8,tensor:4"):
+        config = needle(mesh)
+        found = footprint(config, planned_mesh(config), checks.renderer_aside(config))
+        sizes.append(found["parameters"] + found["moments"])
+    assert sizes[0] > 4 * sizes[1] and sizes[1] > 1.2 * sizes[2]
+
+
+def test_supervised_runs_have_no_caches():
+    config = get_recipe("needle_sft")
+    mesh = planned_mesh(config)
+    found = footprint(config, mesh, checks.renderer_aside(config))
+    assert set(found) == {"parameters", "moments", "gradients"}
+    assert found["parameters"] == 4 * sum(
+        x.size for x in abstract_params(setup.abstract_policy(config).table).values()
+    )
+
+
+def test_caches_are_those_of_the_engine():
+    config = needle("data:1")
+    renderer = checks.renderer_aside(config)
+    own = config.data
+    engine = open_engine(
+        config,
+        setup.abstract_policy(config),
+        renderer,
+        prompts=config.rl.prompts_per_step,
+        copies=config.rl.group_size,
+        prompt_tokens=prompt_tokens(
+            renderer, [EXAMPLE], max(own.frame_budgets), own.overview_tokens
+        ),
+    )
+    planned = footprint(config, planned_mesh(config), renderer)["rollout caches"]
+    assert planned == engine.cache_bytes()
+
+
+@pytest.fixture
+def released(tmp_path):
+    """The shape of the released 8B, without weights, and a question about a video."""
+    folder = tmp_path / "8B"
+    shutil.copytree(COLD_START, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    made, shape = json.loads((folder / "config.json").read_text()), MODELS["8B"][0]
+    (folder / "config.json").write_text(json.dumps(made | shape))
+    write_mp4(str(tmp_path / "v.mp4"), np.zeros((40, 32, 32, 3), np.uint8), 10.0)
+    (tmp_path / "q.csv").write_text(
+        "video,question,answer,question_type\nv.mp4,What is seen?,nothing,oe\n"
+    )
+    return ["--model", str(folder), "--data", str(tmp_path / "q.csv")]
+
+
+def test_the_command_shows_the_layout_of_a_pod(released, capsys):
+    recipe = ["--recipe", "paravt_rl", "--mesh", "fsdp:8,tensor:4", "--dry-run"]
+    assert main.main([*recipe, *released]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "fsdp:8,expert:1,tensor:4: 32 devices (8 here)" in said
+    assert "8,767,123,696 parameters" in said
+    lines = [line.split() for line in said.partition("on each device:")[2].splitlines()]
+    mebibytes = {" ".join(x[:-2]): float(x[-2].replace(",", "")) for x in lines if x}
+    whole = 8_767_123_696 * 4 / 32 / 2**20
+    assert whole <= mebibytes["parameters"] < 1.01 * whole
+    assert mebibytes["moments"] == pytest.approx(2 * mebibytes["gradients"], abs=0.2)
+    assert mebibytes["rollout caches"] > 0
+
+
+def test_a_run_itself_needs_the_devices(capsys):
+    assert main.main(["--mesh", "fsdp:8,tensor:4"]) == 2
+    assert "--mesh" in capsys.readouterr().err
