@@ -30,7 +30,8 @@ from paravt_jax.rope_index import mrope_positions, vision_index
 from pipelines.faults import CONTROL, Unusable
 from pipelines.images import read_image
 from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
-from pipelines.render import ChatRenderer, template_opening
+from pipelines.render import ChatRenderer
+from pipelines.tokenizer import template_opening
 
 ASSISTANT = "assistant"
 AGENT, OWN = "agent", "own"

@@ -12,6 +12,8 @@ import dataclasses
 import json
 import math
 import os
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import numpy as np
@@ -21,6 +23,13 @@ from paravt_jax.records import Patches
 
 # Frames longer than this many times their width, or the reverse, are refused.
 MOST_SLENDER = 200
+
+TOGETHER = "processor_config.json"
+"""Where transformers 5 keeps the settings of all processors of a folder."""
+OUTER, EACH = "outer", "each"
+MARKS = {OUTER: "transformers>=5.10", EACH: "transformers<5.10"}
+"""Where vision marks stand in a video, and who writes them so: around each pair of frames, and
+`outer`: around the whole video besides. As the processors of 5.0, 5.9, 5.10 and 5.23 do."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,20 +76,49 @@ class FrameSpec(abc.ABC):
         in which transformers 5 keeps either.
 
         Raises:
-            ValueError: the file is missing or lacks a field.
+            ValueError: the file is missing, lacks a field or holds an unknown `video_marks`.
         """
         path = os.path.join(folder, cls._file)
-        combined = os.path.join(folder, "processor_config.json")
+        combined = os.path.join(folder, TOGETHER)
         together = not os.path.exists(path) and os.path.exists(combined)
         path = combined if together else path
         try:
             with open(path, encoding="utf-8") as file:
                 config = json.load(file)
             return cls._from_config(config[cls._part] if together else config)
-        except (OSError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (OSError, KeyError, TypeError, ValueError) as error:
             raise ValueError(
                 f"{path}: {error!r}; the folder must hold a Qwen3-VL {cls.mode} processor"
             ) from error
+
+    @classmethod
+    def limit_folder(
+        cls, folder: str, pixels: tuple[int, int], more: Mapping[str, Any] = MappingProxyType({})
+    ) -> None:
+        """Write limits for the pixels of a frame (see `limited`) over the settings of a folder's
+        processor, wherever it keeps them, so that transformers resizes frames as we do.
+
+        Settings that a folder lacks, or that cannot be read, stay as they are.
+
+        Args:
+            folder: a Hugging Face model folder.
+            pixels: fewest and most pixels of a frame.
+            more: further settings to write beside them.
+        """
+        for name, part in ((cls._file, None), (TOGETHER, cls._part)):
+            path = os.path.join(folder, name)
+            try:
+                with open(path, encoding="utf-8") as file:
+                    whole = json.load(file)
+                own = whole if part is None else whole[part]
+                limits = cls._from_config(own).limited(*pixels)._settings()
+            except (OSError, KeyError, TypeError, ValueError):
+                continue
+            for overruling in ("min_pixels", "max_pixels"):  # of transformers 4
+                own.pop(overruling, None)
+            own.update({**limits, **more})
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(whole, file, indent=2)
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> Self:
@@ -97,6 +135,10 @@ class FrameSpec(abc.ABC):
     @abc.abstractmethod
     def _limits(cls, config: dict[str, Any]) -> dict[str, Any]:
         """The fields about numbers of pixels, from a processor's settings."""
+
+    @abc.abstractmethod
+    def _settings(self) -> dict[str, Any]:
+        """The limits as settings of a processor, as far as those can say it."""
 
     @abc.abstractmethod
     def _most_frame_pixels(self) -> int:
@@ -177,6 +219,9 @@ class ImageSpec(FrameSpec):
         size = config["size"]
         return {"min_pixels": size["shortest_edge"], "max_pixels": size["longest_edge"]}
 
+    def _settings(self) -> dict[str, Any]:
+        return {"size": {"shortest_edge": self.min_pixels, "longest_edge": self.max_pixels}}
+
     def _most_frame_pixels(self) -> int:
         return self.max_pixels
 
@@ -218,6 +263,8 @@ class VideoSpec(FrameSpec):
     max_frame_pixels: int | None = None
     """Most pixels of one frame, but never below 1.05 `min_pixels`; None lets few frames use up the
     budget of all. The processor's `max_video_tokens`, if it has `cap_pixels_per_frame`."""
+    marks: str = OUTER
+    """Where vision marks stand, one of `MARKS`. `video_marks` in the settings that we write."""
 
     mode: ClassVar[str] = "video"
     _file: ClassVar[str] = "video_preprocessor_config.json"
@@ -233,6 +280,27 @@ class VideoSpec(FrameSpec):
             "min_pixels": size["shortest_edge"],
             "max_pixels": size["longest_edge"],
             "max_frame_pixels": cap,
+            "marks": config.get("video_marks", OUTER),
+        }
+
+    def __post_init__(self) -> None:
+        if self.marks not in MARKS:
+            raise ValueError(
+                f"video_marks={self.marks!r} is unknown; choose one of {', '.join(MARKS)}"
+            )
+
+    def _settings(self) -> dict[str, Any]:
+        """A processor has no least size of a frame. What comes closest is that of the shortest
+        clip for all frames together, as far as that leaves the most of a frame as it is; the most
+        is told in whole vision tokens."""
+        assert self.max_frame_pixels is not None, "limits are written by limit_folder"
+        tokens = max(self.max_frame_pixels // self.factor**2, 1)
+        shortest = max(self.min_pixels, self.temporal_patch_size * self.min_frame_pixels)
+        least = min(shortest, int(tokens * self.factor**2 / 1.05))
+        return {
+            "size": {"shortest_edge": least, "longest_edge": self.max_pixels},
+            "cap_pixels_per_frame": True,
+            "max_video_tokens": tokens,
         }
 
     def _most_frame_pixels(self) -> int:
@@ -250,6 +318,14 @@ class VideoSpec(FrameSpec):
         return dataclasses.replace(
             self, min_pixels=0, min_frame_pixels=min_pixels, max_frame_pixels=max_pixels
         )
+
+    def marked(self, marks: str) -> Self:
+        """This specification, with vision marks elsewhere.
+
+        Raises:
+            ValueError: none of `MARKS`.
+        """
+        return dataclasses.replace(self, marks=marks)
 
     def target_size(self, height: int, width: int, count: int = 1) -> tuple[int, int]:
         """See `FrameSpec`. A lone frame, which the processor refuses, counts as a pair of it."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
-import os
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -14,13 +12,13 @@ import numpy as np
 
 from paravt_jax.markup import without_tags
 from paravt_jax.patches import join_patches, split_patches
-from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
 from pipelines.faults import CONTROL, Unusable
-from pipelines.preprocess import SPECS, FrameSpec, to_patches
+from pipelines.preprocess import EACH, SPECS, FrameSpec, VideoSpec, to_patches
 from pipelines.subtitles import subtitle_text
+from pipelines.tokenizer import end_tokens, open_tokenizer, template_opening
 
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
@@ -102,9 +100,9 @@ class ChatRenderer:
 
     Each frame is shown as the text `<t seconds>`, then its vision tokens between start and end
     marks: as one image per frame (an `ImageSpec`, as in ParaVT's RL), or as frame pairs of a
-    video that carry their mean time (a `VideoSpec`). The tokens are those of transformers 5's
-    `Qwen3VLProcessor`, which keeps the template's marks around the whole video besides; 4.57
-    did not.
+    video that carry their mean time (a `VideoSpec`). The tokens are those of transformers'
+    `Qwen3VLProcessor`, which from 5.10 on keeps the template's marks around the whole video
+    besides; `VideoSpec.marks` says whether we do.
 
     Args:
         tokenizer: a Hugging Face tokenizer with a Qwen3-VL chat template.
@@ -148,6 +146,7 @@ class ChatRenderer:
         pixels: tuple[int, int] | None = None,
         tools: Sequence[dict[str, Any]] = (),
         subtitles: bool = False,
+        marks: str | None = None,
     ) -> ChatRenderer:
         """Load tokenizer, frame specification and end-of-turn tokens from a model folder.
 
@@ -159,16 +158,20 @@ class ChatRenderer:
                 folder's own limits.
             tools: schemas of the tools that prompts offer.
             subtitles: show the subtitles beside a video before the question.
+            marks: where vision marks of videos stand (see `VideoSpec`), instead of what the
+                folder says.
 
         Raises:
-            ValueError: an unknown mode, or the folder lacks a tokenizer or the mode's processor.
+            ValueError: an unknown mode or marks, or the folder lacks a tokenizer or the mode's
+                processor.
         """
         if mode not in SPECS:
             raise ValueError(f"mode={mode!r}: frames are shown as one of {', '.join(SPECS)}")
         tokenizer = open_tokenizer(folder)
         spec = SPECS[mode].from_folder(folder)
         spec = spec.limited(*pixels) if pixels else spec
-        return cls(tokenizer, spec, texts, _eos_ids(folder), tools, subtitles)
+        spec = spec.marked(marks) if marks and isinstance(spec, VideoSpec) else spec
+        return cls(tokenizer, spec, texts, end_tokens(folder), tools, subtitles)
 
     def main_prompt(self, row: Row, frames: Overview, tools: bool, hint: str = "") -> Prompt:
         """System and user turn of the main agent, up to and including the assistant header.
@@ -397,8 +400,10 @@ class ChatRenderer:
         Args:
             times: seconds of the frames of each video; more may follow for texts to come.
         """
-        if self.mode != "video":
+        if not isinstance(self.spec, VideoSpec):
             return text
+        if self.spec.marks == EACH:
+            text = text.replace(_marked(self._pad_text), self._pad_text)
         first, *rest = text.split(self._pad_text)
         following = iter(times)
         return first + "".join(self._video_text(next(following)) + after for after in rest)
@@ -406,46 +411,7 @@ class ChatRenderer:
     def _video_text(self, times: np.ndarray) -> str:
         """What the processor puts in the place of a video's one vision token."""
         means = _mean_times(times, self.spec.temporal_patch_size)
-        return "".join(f"{_stamp(t)}<|vision_start|>{self._pad_text}<|vision_end|>" for t in means)
-
-
-def open_tokenizer(folder: str) -> Any:
-    """The tokenizer of a model folder.
-
-    Raises:
-        ValueError: its files are missing, damaged, or without a chat template.
-    """
-    # Imported here: it takes seconds, which an error in a setting need not wait for.
-    from transformers import AutoTokenizer
-
-    files = ("tokenizer.json", "vocab.json", "tokenizer.model")
-    remedy = "fetch tokenizer.json, tokenizer_config.json and chat_template.json again"
-    if not any(os.path.isfile(os.path.join(folder, name)) for name in files):
-        raise ValueError(f"{folder} holds no tokenizer ({', '.join(files)}): {remedy}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # the library raises whatever damaged files bring about
-        raise ValueError(f"{folder}: no tokenizer to load ({error!r}); {remedy}") from error
-    if not tokenizer.chat_template:
-        raise ValueError(f"{folder}: the tokenizer has no chat template; {remedy}")
-    return tokenizer
-
-
-def template_opening(tokenizer: Any) -> str:
-    """What a chat template puts at the head of the assistant's turn when it asks for one: from
-    `<think>` on where it writes that (Thinking models), else nothing.
-
-    Raises:
-        ValueError: the tokenizer has no chat template.
-    """
-    asked, said = (
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": "?"}], add_generation_prompt=ask, tokenize=False
-        )
-        for ask in (True, False)
-    )
-    _, opened, rest = asked.removeprefix(said).partition(THINK_OPEN)
-    return opened + rest
+        return "".join(f"{_stamp(t)}{_marked(self._pad_text)}" for t in means)
 
 
 def _listed(frames: Overview) -> list[Frames | Clip]:
@@ -459,22 +425,16 @@ def _words(text: str) -> list[dict[str, str]]:
     return [{"type": "text", "text": text}] if text else []
 
 
+def _marked(pad: str) -> str:
+    return f"<|vision_start|>{pad}<|vision_end|>"
+
+
 def _stamp(time: float) -> str:
     return f"<{time:.1f} seconds>"
 
 
 def _first(value: int | None, default: int) -> int:
     return default if value is None else value
-
-
-def _eos_ids(folder: str) -> tuple[int, ...]:
-    """`eos_token_id` of the folder's generation_config.json; empty if there is none."""
-    path = os.path.join(folder, "generation_config.json")
-    if not os.path.isfile(path):
-        return ()
-    with open(path, encoding="utf-8") as file:
-        ids = json.load(file).get("eos_token_id", ())
-    return (ids,) if isinstance(ids, int) else tuple(ids)
 
 
 def _mean_times(times: np.ndarray, size: int) -> np.ndarray:

@@ -21,6 +21,7 @@ from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.ranges import above, at_least, check_ranges, within
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
+from pipelines.preprocess import MARKS, OUTER
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
 from train.optimizer import OptimizerSettings
@@ -87,6 +88,9 @@ class DataSettings:
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: str = "image"
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
+    video_marks: str | None = None
+    """Vision marks of videos: `outer`, around each pair of frames and the whole video, as
+    transformers from 5.10 on; `each`, as before. None: what the model folder says, else `outer`."""
     instructions: str = "full"
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
     next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
@@ -231,6 +235,7 @@ def _check_choices(config: Config) -> None:
         "model.compute_dtype": (config.model.compute_dtype, ("float32", "bfloat16")),
         "model.cache_dtype": (config.model.cache_dtype, ("compute", "int8")),
         "data.frames_as": (config.data.frames_as, ("image", "video")),
+        "data.video_marks": (config.data.video_marks or OUTER, tuple(MARKS)),
         "data.instructions": (config.data.instructions, ("full", "terse", "timed")),
         "evaluation.split": (config.evaluation.split, ("held_out", "test")),
         "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
@@ -280,6 +285,11 @@ def _check_data(data: DataSettings) -> None:
         )
     if data.weights and not data.mixture:
         raise ValueError("data.weights has no effect without data.mixture; leave it out")
+    if data.video_marks and data.frames_as != "video":
+        raise ValueError(
+            f"data.video_marks={data.video_marks} has no effect with data.frames_as="
+            f"{data.frames_as}; leave it out or set data.frames_as=video"
+        )
     if data.video_root and not (data.path or data.mixture):
         raise ValueError("data.video_root has no effect without --data; leave it out")
 

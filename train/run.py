@@ -19,6 +19,7 @@ from evaluate.held_out import Mode, evaluate
 from evaluate.intervals import accuracies
 from models.qwen3_vl import save_folder
 from models.qwen3_vl.adapter import ADAPTER, save_adapter
+from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.params import abstract_params
 from paravt_jax.records import RolloutGroup, Row
 from pipelines.loader import PromptStream, prompt_list, prompt_stream
@@ -198,7 +199,8 @@ class Run:
         if not is_first():
             return
         write_whole(self.workdir / FILE, json.dumps(to_dict(self.config), indent=2) + "\n")
-        setup.describe_checkpoints(self.model, self.workdir / "model")
+        spec, folder = self.renderer.spec, self.workdir / MODEL_FILES
+        setup.describe_checkpoints(self.model, self.config, spec, folder)
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
@@ -452,11 +454,11 @@ class Run:
 
     def _export(self) -> None:
         """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""
-        policy, params, base = self.model.policy, self.state.params, self.model.base
+        policy, params, base = self.model.policy, self.state.params, self.workdir / MODEL_FILES
         save_folder(policy.merge(params), policy.config, self.workdir / "hf", base=base)
         if policy.lora.rank:
-            folder = self.workdir / ADAPTER
-            save_adapter(params, policy.table, policy.lora, folder, base.absolute())
+            folder, origin = self.workdir / ADAPTER, self.model.base.absolute()
+            save_adapter(params, policy.table, policy.lora, folder, origin)
 
     def _report(self, before: Evaluation, after: Evaluation) -> None:
         """The table, on the console and as `evaluation.json`."""

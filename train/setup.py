@@ -36,6 +36,7 @@ from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
 from rollout.tools import agent_tools
 from train.config import Config
+from train.processors import write_processors
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
 
@@ -69,7 +70,9 @@ def open_renderer(config: Config, folder: str) -> ChatRenderer:
     data = config.data
     schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
     texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
-    return ChatRenderer.from_folder(folder, data.frames_as, texts, pixels, schemas, data.subtitles)
+    return ChatRenderer.from_folder(
+        folder, data.frames_as, texts, pixels, schemas, data.subtitles, data.video_marks
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -117,10 +120,11 @@ def _policy(architecture: Qwen3VLConfig, config: Config) -> Qwen3VLPolicy:
     return Qwen3VLPolicy(architecture, own.compute_dtype, own.remat, own.lora, own.cache_dtype)
 
 
-def describe_checkpoints(model: Model, target: Path) -> None:
-    """What a checkpoint needs to become a model folder again: configuration, tokenizer and
-    processor files, and which adapters it holds. No weights."""
+def describe_checkpoints(model: Model, config: Config, spec: FrameSpec, target: Path) -> None:
+    """What a checkpoint needs to become a model folder again: configuration, tokenizer, processor
+    files that show frames as the run does (`spec`), and which adapters it holds. No weights."""
     copy_model_files(model.base, target)
+    write_processors(config, spec, target)
     if model.policy.lora.rank:
         write_adapter_config(model.policy.lora, target / ADAPTER, model.base)
 

@@ -5,8 +5,12 @@ import json
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from transformers import AutoProcessor
+from transformers.video_utils import VideoMetadata
 
+from models import convert
 from tests.command import command, metrics, run, untimed
 from tests.paravt_fixture import VIDEOS, write_paravt
 from train.checks import describe_conversations
@@ -26,6 +30,7 @@ SMALL = (
     "sft.packing.bins=2",
     "sft.micro_rows=1",
     "sft.packing.max_frames=4",
+    "data.frames_as=video",
     "data.min_pixels=1024",
     "data.max_pixels=1024",
     "optimizer.warmup_steps=1",
@@ -60,10 +65,31 @@ def test_two_steps_from_parquet_and_a_resume_that_repeats_the_second(data, tmp_p
     assert 0.3 < first["data/fill"] <= 1 and first["data/conversations"] >= 2
     assert first["grad_norm"] > 0 and second["loss"] != first["loss"]
     assert (whole / "hf" / "model.safetensors").exists()
+    check_export(whole, tmp_path / "converted")
     shutil.rmtree(whole / "checkpoints" / "2")
     done = start(whole, data, settings=("output.export_hf=false",))
     assert done.returncode == 0, done.stderr[-3000:]
     assert records(whole) == [first, second]
+
+
+def shown(folder):
+    """Grid of eight frames, and how many frames of a minute are sampled, as transformers has it."""
+    processor = AutoProcessor.from_pretrained(folder).video_processor
+    clip = np.zeros((8, 3, 96, 64), np.uint8)
+    grid = processor(videos=[clip], do_sample_frames=False)["video_grid_thw"]
+    minute = VideoMetadata(total_num_frames=1800, fps=30.0)
+    return grid.tolist(), len(processor.sample_frames(minute))
+
+
+def check_export(workdir, converted):
+    """Both ways to a folder for serving tell transformers how the run showed videos (`SMALL`)."""
+    assert convert.main(["to-hf", str(workdir), str(converted)]) == 0
+    assert shown(COLD_START) == ([[4, 6, 4]], 120)
+    for folder in (workdir / "hf", converted):
+        assert shown(folder) == ([[4, 2, 2]], 4)
+        settings = json.loads((folder / "video_preprocessor_config.json").read_text())
+        assert settings["video_marks"] == "outer"
+        assert settings["video_marks_as_in"] == "transformers>=5.10"
 
 
 def recipe(path, *settings):

@@ -287,3 +287,79 @@ def test_positions_of_padded_rows_of_images_and_videos(processors, rope_index, s
         own = ours.positions[row, : mask.sum()]
         np.testing.assert_array_equal(own, positions[:, row, mask].T)
     assert not theirs["attention_mask"][1].all()
+
+
+def test_vision_marks_around_each_pair_alone(processors, folders, rope_index):
+    """`video_marks=each` is what processors before 5.10 wrote: they put the pairs in the place of
+    the template's marks as well. Later ones do the same for a text without those marks."""
+    frames, indices = scene(5, 121, 243), np.arange(5) * 11 + 3
+    processor = processors["small"]
+    text = as_template(processor, [{"type": "video"}])
+    bare = text.replace("<|vision_start|><|video_pad|><|vision_end|>", "<|video_pad|>")
+    assert bare != text
+    theirs = apply(
+        processor,
+        [bare],
+        videos=[frames.transpose(0, 3, 1, 2)],
+        video_metadata=[clip_metadata(indices)],
+    )
+    renderer = ChatRenderer.from_folder(folders["small"], "video", marks="each")
+    ours = renderer.prompt(Frames(renderer.spec.resize(frames), indices / FPS), QUESTION)
+
+    np.testing.assert_array_equal(ours.tokens, theirs["input_ids"][0])
+    np.testing.assert_array_equal(ours.positions, rope_index(theirs)[:, 0].T)
+    assert renderer.decode(ours.tokens).count("<|vision_start|>") == 3
+
+
+def shown_sizes(folder, frames: np.ndarray) -> tuple[list, list]:
+    """Grids that the folder's own processors make of frames as a video, and of one as an image."""
+    processor = AutoProcessor.from_pretrained(folder)
+    indices = np.arange(len(frames)) * 11
+    as_video = by_processor(processor, "video", frames, indices)["video_grid_thw"]
+    as_image = by_processor(processor, "image", frames[:1], indices[:1])["image_grid_thw"]
+    return as_video[:, 1:].tolist(), as_image[:, 1:].tolist()
+
+
+@pytest.mark.parametrize("kept", ["apart", "together"])
+def test_limited_folders_show_frames_as_the_limits_say(folders, processors, tmp_path, kept):
+    """Large frames and small ones, by transformers' own processors."""
+    limits, folder = (9 * 32**2, 30 * 32**2), tmp_path / "model"
+    if kept == "together":
+        processors["released"].save_pretrained(folder)
+        assert not (folder / "preprocessor_config.json").exists()
+    else:
+        shutil.copytree(folders["released"], folder)
+    for spec in SPECS.values():
+        spec.limit_folder(str(folder), limits, {"unknown_to_transformers": "text"})
+    # A pair of tiny frames is enlarged as in training; more of them cannot be told.
+    for frames in (scene(8, 360, 640), scene(33, 333, 500), scene(2, 40, 50)):
+        video, image = (
+            SPECS[mode].from_folder(folders["released"]).limited(*limits)
+            for mode in ("video", "image")
+        )
+        sizes = [
+            [[side // 16 for side in spec.target_size(*frames.shape[1:3], len(frames))]]
+            for spec in (video, image)
+        ]
+        assert list(shown_sizes(folder, frames)) == sizes
+        assert list(shown_sizes(folders["released"], frames)) != sizes
+
+
+def test_a_limited_folder_is_trained_on_as_the_base_is(folders, tmp_path):
+    """Our own limits take the place of those that an export holds."""
+    folder = shutil.copytree(folders["released"], tmp_path / "model")
+    for spec in SPECS.values():
+        spec.limit_folder(str(folder), (784, 50176))
+        ours, base = (spec.from_folder(str(f)) for f in (folder, folders["released"]))
+        assert ours != base
+        assert ours.limited(1000, 90000) == base.limited(1000, 90000)
+
+
+def test_numbers_of_frames_reach_the_processors_sampling(folders, tmp_path):
+    folder = shutil.copytree(folders["released"], tmp_path / "model")
+    VideoSpec.limit_folder(str(folder), (784, 50176), {"min_frames": 6, "max_frames": 6})
+    sample = AutoProcessor.from_pretrained(folder).video_processor.sample_frames
+    for count in (20, 3000):
+        np.testing.assert_array_equal(
+            sample(VideoMetadata(total_num_frames=count, fps=30.0)), overview_indices(count, 6)
+        )

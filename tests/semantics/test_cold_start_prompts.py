@@ -7,7 +7,7 @@ import pytest
 
 from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate, pack
-from pipelines.render import open_tokenizer
+from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder
 from train.config import override
 from train.conversations import system_note

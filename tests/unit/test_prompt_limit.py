@@ -6,8 +6,9 @@ import pytest
 
 from paravt_jax.records import Row, VideoRef
 from pipelines.faults import Unusable
-from pipelines.render import ChatRenderer, open_tokenizer
+from pipelines.render import ChatRenderer
 from pipelines.sizes import PromptLimit, prompt_tokens
+from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder, renderer
 from train.config import override
 from train.questions import prompt_room, question_check, read_questions

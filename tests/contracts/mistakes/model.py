@@ -69,6 +69,11 @@ def index_without_files(folder: Path) -> None:
     (folder / "m" / "model.safetensors.index.json").write_text(json.dumps(index))
 
 
+MARKED_AT_RANDOM = json.dumps(
+    json.loads((Path(COLD_START) / "video_preprocessor_config.json").read_text())
+    | {"video_marks": "random"}
+)
+
 ROWS = [
     at_the_door("m/config.json", empty),
     at_the_door("config.json", broken("config.json")),
@@ -90,6 +95,11 @@ ROWS = [
     while_loading("model-00001-of-00002.safetensors", index_without_files),
     while_loading("mlp.down_proj", broken(config={"text_config.intermediate_size": 100}), "m"),
     while_loading("m", broken("tokenizer.json")),
+    Mistake(
+        "{small} --model m --set data.frames_as=video",
+        ("m/video_preprocessor_config.json", "video_marks", "outer"),
+        prepare=broken(video_preprocessor_config__json=MARKED_AT_RANDOM),
+    ),
     Mistake("--model {model} --set model.lora.rank=4 --set model.adapter=no/such", "no/such"),
     Mistake(
         "--model {model} --set model.lora.rank=4 --set model.adapter=a",

@@ -56,6 +56,8 @@ RANGES = [
     refused("data.min_pixels=100000", named=("data.max_pixels",)),
     refused("data.overview_tokens=1"),
     refused("data.frames_as=gif", named=("video",)),
+    refused("data.frames_as=video", "data.video_marks=inner", named=("outer", "each")),
+    refused("data.video_marks=each", named=("data.frames_as",)),
     refused("data.instructions=loud", named=("terse",)),
     refused("model.compute_dtype=float16", named=("bfloat16",)),
     refused("model.cache_dtype=int4", named=("int8",)),
