@@ -238,8 +238,6 @@ def _check_choices(config: Config) -> None:
         "data.video_marks": (config.data.video_marks or OUTER, tuple(MARKS)),
         "data.instructions": (config.data.instructions, ("full", "terse", "timed")),
         "evaluation.split": (config.evaluation.split, ("held_out", "test")),
-        "optimizer.name": (config.optimizer.name, ("adamw", "muon")),
-        "optimizer.decay": (config.optimizer.decay, ("constant", "cosine")),
     }
     for name, (value, allowed) in choices.items():
         if value not in allowed:

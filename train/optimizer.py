@@ -37,6 +37,20 @@ class OptimizerSettings:
     clip_norm: Annotated[float | None, above(0)] = 1.0
     """Largest global norm of a gradient; none clips nothing."""
 
+    def __post_init__(self) -> None:
+        """Raises ValueError for an unknown choice, or a setting without effect."""
+        for name, known in (("name", ("adamw", "muon")), ("decay", ("constant", "cosine"))):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
+                )
+        for name in ("decay_steps", "final_fraction"):
+            if self.decay == "constant" and getattr(self, name):
+                raise ValueError(
+                    f"{name}={getattr(self, name)} has no effect with decay=constant; leave it "
+                    "out, or set decay=cosine"
+                )
+
 
 def make_optimizer(
     settings: OptimizerSettings, steps: int, table: Table
