@@ -44,12 +44,11 @@ class OptimizerSettings:
                 raise ValueError(
                     f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
                 )
-        for name in ("decay_steps", "final_fraction"):
-            if self.decay == "constant" and getattr(self, name):
-                raise ValueError(
-                    f"{name}={getattr(self, name)} has no effect with decay=constant; leave it "
-                    "out, or set decay=cosine"
-                )
+        if self.decay == "constant" and self.decay_steps:
+            raise ValueError(
+                f"decay_steps={self.decay_steps} has no effect with decay=constant; leave it out, "
+                "or set decay=cosine"
+            )
 
 
 def make_optimizer(
