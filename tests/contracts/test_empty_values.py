@@ -9,7 +9,7 @@ from models import convert
 from paravt_jax.flags import MAY_BE_EMPTY
 from pipelines import describe
 from train import main
-from train.config import override
+from train.config import RECIPE_ONLY, override
 from train.recipes import get_recipe
 
 CONFIG = get_recipe("needle_rl")
@@ -22,7 +22,7 @@ def settings(section: Any, prefix: str = ""):
         value, name = getattr(section, field.name), prefix + field.name
         if dataclasses.is_dataclass(value):
             yield from settings(value, f"{name}.")
-        elif name not in ("sft.phases", "sft.tasks"):
+        elif name not in ("sft.phases", "sft.tasks") and field.metadata != RECIPE_ONLY:
             yield name, value
 
 

@@ -227,7 +227,7 @@ def test_format_rewards_read_the_syntax_of_the_rollout():
         ("needle_video_o3", "rewards.scheme=longvt", "agent.call_syntax=tool_call"),
         ("needle_longvt", "rewards.scheme=video_o3", "agent.call_syntax=grounding"),
         ("needle_longvt", "agent.tools=zoom", "unknown"),
-        ("needle_video_o3_sft", "sft.task_masks=1.5", "from 0 to 1"),
+        ("needle_video_o3_sft", "sft.task_masks=1.5", "between 0 and 1"),
         ("needle_sft", "sft.task_masks=0.1", "no effect"),
         ("needle_rl", "data.overview_tokens=7", "at least one|less than one"),
         ("needle_rl", "rl.mask_over_turn=maybe", "expected bool"),

@@ -28,8 +28,11 @@ except interrupt.Interrupted as error:
     sys.exit(error.code)
 """
 STUCK = """
-say("ready")
-busy()
+try:
+    say("ready")
+    busy()
+except interrupt.Interrupted as error:  # it came before
+    sys.exit(error.code)
 """
 STEPS = """
 with signals.deferred():

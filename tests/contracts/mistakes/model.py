@@ -94,7 +94,7 @@ ROWS = [
     while_loading("pytorch_model.bin", pickled),
     while_loading("model-00001-of-00002.safetensors", index_without_files),
     while_loading("mlp.down_proj", broken(config={"text_config.intermediate_size": 100}), "m"),
-    while_loading("m", broken("tokenizer.json")),
+    at_the_door("tokenizer.json", broken("tokenizer.json")),
     Mistake(
         "{small} --model m --set data.frames_as=video",
         ("m/video_preprocessor_config.json", "video_marks", "outer"),

@@ -117,7 +117,7 @@ RANGES = [
     refused("rewards.compat=reference", "rewards.mode=precise", named=("compat=fixed",)),
     refused("rewards.compat=reference", "rewards.fresh_seconds=1", named=("compat=fixed",)),
     refused("rewards.scheme=vital", "objective.anchor=sequence", "rewards.iou_scale=0.8,0.2"),
-    refused("rewards.mode=llm", "rewards.judge.url=", named=("rewards.judge.model",)),
+    refused("rewards.mode=llm", "rewards.judge.url=http://x/v1", named=("rewards.judge.model",)),
     refused("rewards.mode=llm", "rewards.judge.model=m", "rewards.judge.url=ftp://x/v1"),
     refused("rewards.mode=llm", "rewards.judge.model=m", "rewards.judge.url=http://x:port/v1"),
     refused("rewards.mode=llm", "rewards.judge.model=m", "rewards.judge.url=https://k@x/v1"),
