@@ -44,3 +44,13 @@ def instruct_folder(_folders) -> Path:
 def thinking_folder(_folders) -> Path:
     """The Thinking variant, whose template opens `<think>`, around tiny random weights."""
     return named_folder("thinking", _folders)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests on folders with the released tokenizer are slow: making one takes ten seconds."""
+    folders = {"qwen3_vl_folder", "instruct_folder", "thinking_folder"}
+    for item in items:
+        chosen = item.name.partition("[")[2]
+        by_name = "released" in chosen or "_folder" in chosen
+        if by_name or folders & set(getattr(item, "fixturenames", ())):
+            item.add_marker(pytest.mark.slow)

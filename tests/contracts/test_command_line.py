@@ -31,6 +31,7 @@ def test_flags_are_frozen():
     assert found - {"-h"} == FLAGS
 
 
+@pytest.mark.slow
 def test_dry_run_from_a_foreign_directory(tmp_path):
     done = command("--dry-run", "--mesh=data:2,fsdp:2,tensor:2", cwd=tmp_path)
     assert done.returncode == 0, done.stderr

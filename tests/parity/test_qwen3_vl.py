@@ -85,6 +85,7 @@ def check_logits(reference, model, inputs):
     assert found < TOLERANCE
 
 
+@pytest.mark.slow
 def test_ten_grids_of_processor_inputs_compile_once(plain):
     """Prompts with an image of another size each, within one bucket of tokens and patches."""
     reference, model = plain
@@ -205,6 +206,7 @@ def test_decoder_layer_by_layer(plain):
         assert gap(output, theirs[f"model.language_model.{name}"]) < TOLERANCE, name
 
 
+@pytest.mark.slow
 def test_gradients(plain):
     """Of every parameter, through both towers."""
     reference, model = plain

@@ -142,6 +142,7 @@ def learned_log_probs(world: World, own: SamplingConfig, batch, table) -> np.nda
     return np.asarray(log_probs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_sampler_and_learner_agree_about_what_was_sampled(name, engine):
     main, sub = SETTINGS[name], list(SETTINGS.values())[::-1][list(SETTINGS).index(name)]

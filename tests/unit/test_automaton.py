@@ -295,6 +295,7 @@ def test_free_rows_are_free_and_padding_ids_write_nothing(automata, contents):
     assert not allowed[1][-3:].any()
 
 
+@pytest.mark.slow
 def test_the_table_of_qwen_fits():
     contents = [bytes([n % 256]) for n in range(151_936)]
     automata = TokenAutomata(contents, [7], {"calls": response_grammar([CROP_VIDEO_TOOL])})

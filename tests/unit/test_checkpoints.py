@@ -172,6 +172,7 @@ except OSError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full_costs_no_older_checkpoint_and_ends_in_one_line(tmp_path):
     assert resource.RLIMIT_FSIZE, "stands in for the disk: writes beyond it fail"
     code = FULL.format(root=str(ROOT), folder=str(tmp_path))

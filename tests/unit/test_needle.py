@@ -348,6 +348,7 @@ def test_examples_depend_on_task_seed_and_index_alone(task):
     assert any(differ)
 
 
+@pytest.mark.slow
 def test_making_examples_keeps_up_with_training():
     """Processor time, since other work may share the cores; the bound is lenient."""
     READER.overview(kit().questions[0].row.video, 4)
