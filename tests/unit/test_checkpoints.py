@@ -182,7 +182,6 @@ def test_a_disk_that_is_full_costs_no_older_checkpoint_and_ends_in_one_line(tmp_
     assert done.returncode == 1, done.stderr
     # Orbax's own event loop may complain of its end while the process ends; nothing else may.
     assert not done.stderr or done.stderr.endswith("RuntimeError: Event loop is closed\n")
-    assert done.stderr.count("Error") <= 1
     (line,) = done.stdout.strip().splitlines()
     assert str(tmp_path) in line and "2 could not be written" in line and "--workdir" in line
     assert "1" in [path.name for path in tmp_path.iterdir()]
