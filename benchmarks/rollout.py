@@ -32,10 +32,10 @@ from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, from_pretrained
 from paravt_jax.params import initialise
 from paravt_jax.records import Patches, Prompt
 from paravt_jax.rope_index import mrope_positions, vision_index
-from rollout.automaton import TokenAutomata
-from rollout.engine import Engine, Lane
-from rollout.sampler import SamplingConfig
-from rollout.session import Session, Stream
+from rollout.engine.automaton import TokenAutomata
+from rollout.engine.engine import Engine, Lane
+from rollout.engine.sampler import SamplingConfig
+from rollout.engine.session import Session, Stream
 
 NEW = 64
 IMAGE, VIDEO, START, END = 120, 121, 122, 123

@@ -21,10 +21,11 @@ import logging
 from pathlib import Path
 from typing import NoReturn
 
-from models.qwen3_vl.adapter import checkpoint_lora
-from models.qwen3_vl.folder import copy_model_files, read_config, whole_folder
+from models.common.adapter import checkpoint_lora
+from models.common.folder import copy_model_files, whole_folder
+from models.common.weights import Weights
+from models.qwen3_vl.folder import read_config, save_folder
 from models.qwen3_vl.model import Qwen3VLPolicy
-from models.qwen3_vl.weights import Weights, save_folder
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import (
     MODEL_FILES,

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 
 from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory
-from rollout.engine import Engine
+from rollout.engine.engine import Engine
 from rollout.episode import Episodes, Rollout
 from rollout.evidence import Kit, Toolbox
 from rollout.limits import MAIN, AgentConfig, measure

@@ -13,11 +13,11 @@ from typing import Any
 from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import Prompt, Row, Trajectory, Turn
+from rollout.engine.session import Generated, Stream
 from rollout.evidence import Answer, Ask, Kit, Toolbox
 from rollout.limits import turn_head
 from rollout.record import Record, derive_seed, spoken_turn, was_cut_off
 from rollout.responses import response_turn
-from rollout.session import Generated, Stream
 from rollout.tasks import DecodeSession, Given, Need, Speak, Together
 
 

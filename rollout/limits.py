@@ -7,8 +7,8 @@ import dataclasses
 from paravt_jax.interfaces import Renderer
 from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, call_syntax
 from paravt_jax.windows import STRATEGIES
-from rollout.engine import Lane
-from rollout.sampler import SamplingConfig
+from rollout.engine.engine import Lane
+from rollout.engine.sampler import SamplingConfig
 
 MAIN, CROP = "main", "crop"
 """Lanes of main agents and of sub-agents. Each has slots of its own, so that main agents which

@@ -9,7 +9,7 @@ import numpy as np
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Choices, Prompt, Shown, StopReason, Trajectory, Turn
-from rollout.session import Generated
+from rollout.engine.session import Generated
 
 
 def derive_seed(*parts: object) -> int:

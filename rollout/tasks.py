@@ -18,8 +18,8 @@ from collections.abc import Callable, Generator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from paravt_jax.records import Prompt
-from rollout.sampler import SamplingConfig
-from rollout.session import Generated, Stream
+from rollout.engine.sampler import SamplingConfig
+from rollout.engine.session import Generated, Stream
 from rollout.workers import Job
 
 Given = Sequence[int] | Prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from rollout.sampler import SamplingConfig
+from rollout.engine.sampler import SamplingConfig
 
 
 def processed(

@@ -27,12 +27,12 @@ from paravt_jax.records import (
     VideoRef,
 )
 from rollout.agent import Agent, Item
-from rollout.automaton import TokenAutomata
-from rollout.engine import Engine
+from rollout.engine.automaton import TokenAutomata
+from rollout.engine.engine import Engine
+from rollout.engine.rehearsal import Extent, Reads
+from rollout.engine.sampler import SamplingConfig
+from rollout.engine.session import Session
 from rollout.limits import AgentConfig, lanes
-from rollout.sampler import SamplingConfig
-from rollout.session import Session
-from rollout.warm_up import Extent, Reads
 from tests.rollout_fakes import (
     IM_END,
     MERGE,

@@ -9,8 +9,8 @@ import numpy as np
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Prompt, StopReason
-from rollout.engine import Engine, Lane
-from rollout.session import Generated, Stream
+from rollout.engine.engine import Engine, Lane
+from rollout.engine.session import Generated, Stream
 from tests.rollout_fakes import ToyRenderer
 
 

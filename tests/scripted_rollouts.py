@@ -17,8 +17,8 @@ from rollout.record import Record
 from tests.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
 from tests.rollout_law import Learnable
 from train.config import Config, override
-from train.learner import Learner
 from train.recipes import get_recipe
+from train.rl.learner import Learner
 
 RENDERER = ToyRenderer()
 SPEC = ImageSpec().limited(32 * 32, 32 * 32)

@@ -11,14 +11,14 @@ from pipelines.render import ChatRenderer
 from pipelines.sizes import full_size, smallest_frames
 from pipelines.video import VideoReader
 from rollout.agent import Agent
-from rollout.automaton import TokenAutomata
-from rollout.engine import Engine
-from rollout.grammar import response_grammar
+from rollout.engine.automaton import TokenAutomata
+from rollout.engine.engine import Engine
+from rollout.engine.grammar import response_grammar
 from rollout.limits import AgentConfig, lanes
 from rollout.tools import agent_tools
-from train.cluster import faults_of_all
 from train.config import Config
-from train.interrupt import SIGNALS_OF_RUN
+from train.hosts.cluster import faults_of_all
+from train.hosts.interrupt import SIGNALS_OF_RUN
 
 CALLS = "calls"
 """Name of the grammar that lets a turn hold valid calls only."""

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-from models.qwen3_vl.adapter import check_adapter_config
+from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import AXES, RULES, AnyMesh
 from paravt_jax.params import format_table
 from paravt_jax.records import Conversation, Row
@@ -19,13 +19,13 @@ from pipelines.render import ChatRenderer
 from pipelines.trial import try_files
 from pipelines.video import VideoReader
 from train import setup
+from train.compile.footprint import footprint, format_footprint, planned_mesh
 from train.config import Config, Stage, to_dict
-from train.conversations import open_conversations, system_note
-from train.footprint import footprint, format_footprint, planned_mesh
-from train.hindsight import open_feedback
+from train.data.questions import question_check, read_questions, split_sets
+from train.methods.hindsight import open_feedback
 from train.optimizer import warm_up_note
-from train.questions import question_check, read_questions, split_sets
-from train.scoring import Scorer
+from train.rl.scoring import Scorer
+from train.sft.conversations import open_conversations, system_note
 from train.state import (
     is_trainable,
 )

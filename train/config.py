@@ -24,10 +24,16 @@ from paravt_jax.rewards import RewardRules
 from pipelines.preprocess import MARKS, OUTER
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
+from train.methods.settings import DifficultySettings, TeacherSettings
 from train.optimizer import OptimizerSettings
-from train.rl import RlSettings, check_choice, check_lengths, check_subagents, check_updates
-from train.sft import SftSettings
-from train.variants import DifficultySettings, TeacherSettings
+from train.rl.settings import (
+    RlSettings,
+    check_choice,
+    check_lengths,
+    check_subagents,
+    check_updates,
+)
+from train.sft.settings import SftSettings
 
 RECIPE_ONLY = {"recipe only": True}
 """Metadata of a field that `--set` cannot reach."""

@@ -19,7 +19,7 @@ from typing import Any, NoReturn  # noqa: E402
 
 from paravt_jax.failures import complain  # noqa: E402
 from paravt_jax.flags import given  # noqa: E402
-from train.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
+from train.hosts.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
 from train.recipes import check_name, summaries  # noqa: E402
 
 DEFAULT_RECIPE = "needle_rl"
@@ -78,8 +78,8 @@ def resolve(arguments: argparse.Namespace):
       ValueError: anything that the recipe, the flags or the overrides refuse.
     """
     from train.config import override
-    from train.config_file import read_config, with_whole_paths
     from train.recipes import get_recipe
+    from train.workdir.config_file import read_config, with_whole_paths
 
     config = None
     if arguments.recipe is None and arguments.workdir is not None:
@@ -107,7 +107,8 @@ def main(argv: list[str] | None = None) -> int:
             named = arguments.recipe or arguments.workdir or DEFAULT_RECIPE
             print(f"{named}: importing JAX and reading the configuration", flush=True)
         config = resolve(arguments)
-        from train import checks, cluster, run
+        from train import checks, run
+        from train.hosts import cluster
 
         cluster.start()
         checks.check(config, not arguments.compile_only, planned=arguments.dry_run)
@@ -118,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             checks.describe(config)
         elif arguments.compile_only:
-            from train.ahead import compile_only
+            from train.compile.ahead import compile_only
 
             print(compile_only(config, arguments.compile_only))
         else:

@@ -17,8 +17,8 @@ from jax.sharding import Mesh
 
 from evaluate.held_out import Mode, evaluate
 from evaluate.intervals import accuracies
+from models.common.adapter import ADAPTER, save_adapter
 from models.qwen3_vl import save_folder
-from models.qwen3_vl.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.params import abstract_params
 from paravt_jax.records import RolloutGroup, Row
@@ -27,28 +27,14 @@ from pipelines.render import ChatRenderer
 from pipelines.sizes import prompt_tokens
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
-from rollout.engine import Engine
+from rollout.engine.engine import Engine
 from rollout.limits import MAIN, subagent_room
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
-from train.checkpoint import Checkpoints, check_resume
-from train.cluster import everywhere, is_first, largest, require_same
-from train.cold_start import School, cold_start
-from train.compilations import Compilations, keep_compiled
+from train.compile.cache import Compilations, keep_compiled
+from train.compile.rehearsal import warm_up_run
 from train.config import Config, Stage, to_dict
-from train.config_file import FILE, check_same_run, differences, read_config, younger_settings
-from train.conversations import open_conversations, packed_lessons, system_note
-from train.difficulty import Difficulty, hint_room
-from train.evaluations import Evaluation, fingerprint, read_before, write_figures
-from train.interrupt import SIGNALS_OF_RUN
-from train.learner import Learner
-from train.lessons import PackedLessons, TaskLessons
-from train.loop import Parts, contents, reinforce
-from train.masking import TaskMasking
-from train.optimizer import make_optimizer
-from train.output import INTERVALS, TABLE, RunLog, comparison_table, flat, interval_table
-from train.progress import Bar, introduction
-from train.questions import (
+from train.data.questions import (
     Questions,
     all_rows,
     identities,
@@ -56,9 +42,22 @@ from train.questions import (
     question_check,
     strata,
 )
-from train.saving import Saver
-from train.scoring import Scorer, rollout_metrics
-from train.standing import learning_rates
+from train.hosts.cluster import everywhere, is_first, largest, require_same
+from train.hosts.interrupt import SIGNALS_OF_RUN
+from train.methods.difficulty import Difficulty, hint_room
+from train.methods.teacher import Teacher
+from train.optimizer import make_optimizer
+from train.report.log import INTERVALS, TABLE, RunLog, comparison_table, flat, interval_table
+from train.report.progress import Bar, introduction
+from train.report.standing import learning_rates
+from train.rl.learner import Learner
+from train.rl.loop import Parts, contents, reinforce
+from train.rl.scoring import Scorer, rollout_metrics
+from train.rl.subagents import possible_rows
+from train.sft.batches import PackedLessons, TaskLessons
+from train.sft.conversations import open_conversations, packed_lessons, system_note
+from train.sft.loop import School, cold_start
+from train.sft.masking import TaskMasking
 from train.state import (
     FlatParams,
     TrainState,
@@ -66,10 +65,17 @@ from train.state import (
     is_trainable,
     make_state,
 )
-from train.subagents import possible_rows
-from train.teacher import Teacher
-from train.warm_up import warm_up_run
-from train.workdir import Claim, write_whole
+from train.workdir.checkpoints import Checkpoints, check_resume
+from train.workdir.claim import Claim, write_whole
+from train.workdir.config_file import (
+    FILE,
+    check_same_run,
+    differences,
+    read_config,
+    younger_settings,
+)
+from train.workdir.evaluations import Evaluation, fingerprint, read_before, write_figures
+from train.workdir.saving import Saver
 
 EVALUATION_SEED = 20_260_520
 """The same random numbers before and after, and in every run."""

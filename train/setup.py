@@ -13,6 +13,7 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
 from models.qwen3_vl import (
     Qwen3VLConfig,
     Qwen3VLPolicy,
@@ -20,7 +21,6 @@ from models.qwen3_vl import (
     load_params,
     read_config,
 )
-from models.qwen3_vl.adapter import ADAPTER, load_adapter, write_adapter_config
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
@@ -36,9 +36,9 @@ from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
 from rollout.tools import agent_tools
 from train.config import Config
-from train.processors import write_processors
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import FlatParams
+from train.workdir.processors import write_processors
 
 
 def open_mesh(config: Config) -> Mesh:

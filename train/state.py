@@ -30,7 +30,7 @@ class TrainState:
     step: Int[Array, ""]
     """Optimiser steps so far."""
     teacher: FlatParams = dataclasses.field(default_factory=dict)
-    """A moving average of `trainable`, see `train.teacher`; empty in a run without a teacher."""
+    """A moving average of `trainable`, see `train.methods.teacher`; empty without a teacher."""
 
     @property
     def params(self) -> FlatParams:

@@ -1,10 +1,11 @@
 """Qwen3-VL, dense and with experts, exact to transformers."""
 
+from models.common.folder import copy_model_files
+from models.common.weights import load_params
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
-from models.qwen3_vl.folder import copy_model_files, read_config
+from models.qwen3_vl.folder import read_config, save_folder
 from models.qwen3_vl.model import Qwen3VLPolicy
 from models.qwen3_vl.pretrained import Pretrained, from_pretrained
-from models.qwen3_vl.weights import load_params, save_folder
 
 __all__ = [
     "Pretrained",

@@ -1,38 +1,22 @@
-"""Hugging Face model folders, all but the weights: config.json, the files beside it, and folders
-that appear whole or not at all."""
+"""A Hugging Face folder of Qwen3-VL: its config.json, and a folder that transformers loads."""
 
 from __future__ import annotations
 
-import contextlib
+import functools
 import json
 import os
-import shutil
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from models.common.folder import CONFIG, existing_folder
+from models.common.safetensors_io import read_json
+from models.common.weights import MAX_SHARD_BYTES, save_weights
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.safetensors_io import PICKLED, read_json
-
-CONFIG, ADAPTER_CONFIG = "config.json", "adapter_config.json"
-OTHER_WEIGHTS = (*PICKLED, ".safetensors", ".msgpack", ".h5", ".gguf", ".onnx")
-TEMPLATES = "additional_chat_templates"
-"""Folder with chat templates beside the default one, as transformers saves them."""
-
-
-def existing_folder(folder: str | os.PathLike) -> Path:
-    """The path of a model folder.
-
-    Raises:
-      ValueError: there is none.
-    """
-    path = Path(folder)
-    if not path.is_dir():
-        raise ValueError(
-            f"model folder {path} does not exist: give a Hugging Face folder with "
-            "config.json and *.safetensors"
-        )
-    return path
+from models.qwen3_vl.model import Qwen3VLPolicy
+from paravt_jax.array_store import StoredArray
 
 
 def read_config(folder: str | os.PathLike) -> Qwen3VLConfig:
@@ -65,71 +49,14 @@ def write_config(config: Qwen3VLConfig, dtype: str, base: Path | None, folder: P
     (folder / CONFIG).write_text(text, encoding="utf-8")
 
 
-def carry_files(base: Path | None, folder: Path) -> None:
-    """Copy what belongs to no weights: tokenizer, processor, chat templates, generation files.
-
-    The description of an adapter stays behind too: transformers would look for its weights.
-    """
-    for path in [] if base is None else sorted(base.iterdir()):
-        if path.is_file() and not _is_weights(path) and path.name not in (CONFIG, ADAPTER_CONFIG):
-            shutil.copy2(path, folder / path.name)
-        elif path.is_dir() and path.name == TEMPLATES:
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-
-
-def copy_model_files(base: Path, folder: Path) -> None:
-    """Make a folder with all of a model folder but its weights, or bring it up to date."""
-    folder.mkdir(exist_ok=True)
-    carry_files(base, folder)
-    shutil.copy2(base / CONFIG, folder / CONFIG)
-
-
-def _is_weights(path: Path) -> bool:
-    return path.suffix in OTHER_WEIGHTS or path.name.endswith(".index.json")
-
-
-@contextlib.contextmanager
-def whole_folder(target: Path) -> Iterator[Path]:
-    """A folder to write into, which then takes the place of `target`, or vanishes if the block
-    fails.
-
-    Raises:
-      OSError: it could not be written; `target` is as it was.
-    """
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        _replace(temporary, target)
-    except OSError as error:
-        raise OSError(
-            f"could not write {target}: {error}; free some space or choose another folder "
-            "(nothing was left there)"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-
-
-def _replace(temporary: Path, target: Path) -> None:
-    old = target.with_name(temporary.name + ".old")
-    if target.exists():
-        target.rename(old)
-    temporary.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def check_replaceable(target: Path) -> None:
-    """Refuse to replace what cannot be an earlier export.
-
-    Raises:
-      ValueError: `target` holds something that is no model.
-    """
-    if not target.exists():
-        return
-    entries = list(target.iterdir()) if target.is_dir() else [target]
-    names = {entry.name for entry in entries if entry.is_file()}
-    model = CONFIG in names and any(name.endswith(".safetensors") for name in names)
-    if entries and not (model and {entry.name for entry in entries} <= names | {TEMPLATES}):
-        raise ValueError(
-            f"{target} exists and is no plain model folder: give a new folder, or empty this one"
-        )
+def save_folder(
+    params: Mapping[str, jax.Array | StoredArray],
+    config: Qwen3VLConfig,
+    folder: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers loads; see `save_weights`."""
+    describe = functools.partial(write_config, config)
+    table = Qwen3VLPolicy(config).table
+    save_weights(params, table, folder, base, max_shard_bytes, describe)

@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl import prepared
+from models.common import prepared
+from models.common.layers import Linear, precision
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.layers import Linear, precision
 from models.qwen3_vl.text import Memory, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray

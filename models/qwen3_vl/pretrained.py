@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from models.common.weights import load_params
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.folder import read_config
+from models.qwen3_vl.folder import read_config, save_folder
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import Qwen3VLPolicy
-from models.qwen3_vl.weights import load_params, save_folder
 from paravt_jax.params import Params
 from paravt_jax.shapes import bucket
 

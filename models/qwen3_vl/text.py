@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import attend
-from models.qwen3_vl.cache import append_and_attend
+from models.common.attention import attend
+from models.common.cache import append_and_attend
+from models.common.experts import Experts
+from models.common.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
 from models.qwen3_vl.config import TextConfig
-from models.qwen3_vl.experts import Experts
-from models.qwen3_vl.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Normal, declare, stack
@@ -106,6 +106,22 @@ class Mlp(nnx.Module):
         return self.down(constrain(wide, "batch", None, "mlp"))
 
 
+def _experts(config: TextConfig, hf: str, dtype: Any) -> Experts:
+    sizes = config.experts
+    if sizes is None:
+        raise ValueError("config.experts is None: a dense layer has an Mlp")
+    return Experts(
+        config.hidden_size,
+        sizes.moe_intermediate_size,
+        sizes.num_experts,
+        sizes.num_experts_per_tok,
+        config.hidden_act,
+        Normal(config.initializer_range),
+        hf,
+        dtype,
+    )
+
+
 class DecoderLayer(nnx.Module):
     """Pre-norm decoder layer; a `sparse` one has experts instead of an MLP, without adapters."""
 
@@ -118,7 +134,7 @@ class DecoderLayer(nnx.Module):
             config.hidden_size, hf + "post_attention_layernorm", config.rms_norm_eps
         )
         mlp = hf + "mlp."
-        self.mlp = Experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
+        self.mlp = _experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
 
     def __call__(
         self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: LayerNumber

@@ -17,9 +17,8 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.qwen3_vl.attention import attend
-from models.qwen3_vl.config import VisionConfig
-from models.qwen3_vl.layers import (
+from models.common.attention import attend
+from models.common.layers import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
@@ -28,6 +27,7 @@ from models.qwen3_vl.layers import (
     rotate,
     scan_layers,
 )
+from models.qwen3_vl.config import VisionConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Constant, HfLayout, Normal, declare, stack
 from paravt_jax.records import VisionFeatures

@@ -8,9 +8,9 @@ import pytest
 
 from train import main, run
 from train.config import override, to_dict
-from train.config_file import MAY_CHANGE, check_same_run, read_config
 from train.recipes import RECIPES, get_recipe
-from train.workdir import write_whole
+from train.workdir.claim import write_whole
+from train.workdir.config_file import MAY_CHANGE, check_same_run, read_config
 
 
 def resolve(*arguments):

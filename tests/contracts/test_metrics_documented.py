@@ -4,7 +4,7 @@ import re
 from pathlib import Path
 
 from tests.command import ROOT, documented
-from train.output import SHOWN
+from train.report.log import SHOWN
 
 CODE = ("train", "rollout", "pipelines", "paravt_jax")
 NAME = re.compile(r'"([a-z_]+/[a-z_]+)"')

@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
+from models.common.adapter import checkpoint_lora, load_adapter
 from models.qwen3_vl import Qwen3VLPolicy, load_params, read_config, save_folder
-from models.qwen3_vl.adapter import checkpoint_lora, load_adapter
 from paravt_jax.checkpoint import find_model_files, find_step, open_params, restore_params
 from paravt_jax.lora import LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh

@@ -8,7 +8,7 @@ import pytest
 from tests import paravt_fixture as fixture
 from tests.command import metrics, start
 from train.config import override
-from train.questions import open_rows, read_questions
+from train.data.questions import open_rows, read_questions
 from train.recipes import get_recipe
 
 SETTINGS = [

@@ -15,9 +15,9 @@ from tests.command import command, metrics, run, untimed
 from tests.paravt_fixture import VIDEOS, write_paravt
 from train.checks import describe_conversations
 from train.config import override
-from train.conversations import open_conversations
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
+from train.sft.conversations import open_conversations
 
 pytestmark = pytest.mark.slow
 

@@ -74,7 +74,7 @@ DISAGREE = """
 import jax, sys
 sys.path.insert(0, {root!r})
 from rollout.tools import ToolError
-from train import cluster
+from train.hosts import cluster
 
 cluster.start()
 late, none = TimeoutError("late"), None

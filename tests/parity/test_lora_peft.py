@@ -9,8 +9,8 @@ import pytest
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft")
 
+from models.common.adapter import load_adapter, read_adapter_config, save_adapter  # noqa: E402
 from models.qwen3_vl import Pretrained, Qwen3VLPolicy, from_pretrained, read_config  # noqa: E402
-from models.qwen3_vl.adapter import load_adapter, read_adapter_config, save_adapter  # noqa: E402
 from paravt_jax.lora import LoraConfig, adapter_table  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
 from tests.parity.qwen3_vl_torch import mixed_inputs, torch_logits, torch_model  # noqa: E402

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig, attention
+from models.common import attention
+from models.common.layers import lookup
+from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from models.qwen3_vl.config import NUMERICALLY_SILENT, ExpertsConfig
 from models.qwen3_vl.inputs import from_processor
-from models.qwen3_vl.layers import lookup
 from models.qwen3_vl.vision import DctBasis
 from paravt_jax.params import initialise
 from paravt_jax.records import LaneCache

@@ -13,9 +13,9 @@ from paravt_jax.objectives import policy_loss
 from paravt_jax.rewards import RewardRules, score
 from paravt_jax.structure import ANCHOR_TAGS
 from tests.scripted_rollouts import RENDERER, TAGS, Learnable, configured, group, learner, rollout
-from train.anchor import Anchor
 from train.batch import streams_of_groups, turn_numbers
-from train.scoring import score_groups
+from train.rl.anchor import Anchor
+from train.rl.scoring import score_groups
 
 THOUGHT = "I look at all of it."
 CLOSED = f"{THOUGHT}</think><answer>red</answer><|im_end|>"

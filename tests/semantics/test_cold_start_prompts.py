@@ -10,9 +10,9 @@ from pipelines.conversation import ConversationRenderer, FrameRate, pack
 from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder
 from train.config import override
-from train.conversations import system_note
 from train.recipes import get_recipe
 from train.setup import open_renderer
+from train.sft.conversations import system_note
 
 VIDEO, OTHER = VideoRef("/a.mp4", 9.0), VideoRef("/b.mp4", 9.0)
 THOUGHT = "<think>\nI see.\n</think>\n\n<answer>red</answer>"

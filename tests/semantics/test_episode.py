@@ -38,10 +38,10 @@ from paravt_jax.blocks import whole_stream
 from paravt_jax.records import Row, StopReason, ToolCall, Trajectory, VideoRef
 from pipelines.render import ChatRenderer
 from rollout.agent import Agent
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig, lanes, measure
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from rollout.sampler import SamplingConfig
 from rollout.tools import TOOLS, OwnVideo, Tool, agent_tools, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader, ToyRenderer

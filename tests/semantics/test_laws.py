@@ -12,7 +12,7 @@ from pipelines.loader import prompt_stream
 from train import setup
 from train.batch import learner_batch, streams_of_examples
 from train.config import override
-from train.questions import open_rows
+from train.data.questions import open_rows
 from train.recipes import get_recipe
 from train.step import batch_log_probs
 

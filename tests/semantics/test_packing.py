@@ -10,8 +10,8 @@ import numpy as np
 import optax
 import pytest
 
+from models.common.attention import QUERY_CHUNK, attend
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
-from models.qwen3_vl.attention import QUERY_CHUNK, attend
 from paravt_jax.params import initialise
 from paravt_jax.records import Conversation, Frames, Message, VideoRef
 from pipelines.conversation import ConversationRenderer, Draft, Shot, pack

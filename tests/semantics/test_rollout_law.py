@@ -17,7 +17,7 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
-from rollout.warm_up import warm_up
+from rollout.engine.rehearsal import warm_up
 from tests.rollout_law import (
     Learnable,
     Shape,

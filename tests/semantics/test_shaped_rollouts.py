@@ -16,10 +16,10 @@ import jax
 import numpy as np
 import pytest
 
-from rollout.automaton import TokenAutomata
-from rollout.grammar import DEAD, ByteAutomaton
+from rollout.engine.automaton import TokenAutomata
+from rollout.engine.grammar import DEAD, ByteAutomaton
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import lanes
-from rollout.sampler import SamplingConfig
 from tests.processed import processed
 from tests.rollout_fakes import PAD, SPECIAL, VOCAB
 from tests.rollout_law import (
@@ -36,7 +36,7 @@ from tests.rollout_law import (
     crop_streams,
 )
 from train.batch import Stream, streams_of_groups
-from train.learner import token_shares, with_what_shaped
+from train.rl.learner import token_shares, with_what_shaped
 from train.step import batch_hidden, batch_log_probs, shaping_of
 
 LOW, HIGH = range(96), range(96, 128)

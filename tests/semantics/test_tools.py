@@ -15,8 +15,8 @@ from paravt_jax.windows import (
     grounding_window,
 )
 from pipelines.render import ChatRenderer
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from rollout.sampler import SamplingConfig
 from rollout.tools import TOOLS, agent_tools
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader

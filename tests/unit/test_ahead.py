@@ -12,11 +12,11 @@ import pytest
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from train import setup
-from train.ahead import abstract_batch
+from train.compile.ahead import abstract_batch
 from train.config import override
-from train.learner import rl_step
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
+from train.rl.learner import rl_step
 from train.state import make_state
 
 pytestmark = pytest.mark.slow

@@ -14,7 +14,7 @@ from paravt_jax.structure import token_bytes
 from paravt_jax.windows import GROUNDING_SCHEMA
 from pipelines.needle.tokenizer import train_tokenizer
 from pipelines.needle.world import NeedleWorld
-from rollout.automaton import (
+from rollout.engine.automaton import (
     FREE,
     STOPPED,
     TokenAutomata,
@@ -22,8 +22,8 @@ from rollout.automaton import (
     allowed_tokens,
     has_stopped,
 )
-from rollout.grammar import DEAD, finder, response_grammar
-from rollout.sampler import Draw, SamplingConfig, draw_tokens, row_keys
+from rollout.engine.grammar import DEAD, finder, response_grammar
+from rollout.engine.sampler import Draw, SamplingConfig, draw_tokens, row_keys
 
 CONSTRAINED = SamplingConfig(constrain="calls")
 RICH_TOOL = {

@@ -17,8 +17,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from paravt_jax.checksum import checksum, checksums
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import ParamSpec
-from train.checkpoint import Checkpoints
 from train.state import TrainState
+from train.workdir.checkpoints import Checkpoints
 
 ROOT = Path(__file__).resolve().parents[2]
 TABLE = {
@@ -157,7 +157,7 @@ sys.path[0] = {root!r}
 import resource
 from pathlib import Path
 from tests.unit.test_checkpoints import *
-from train.interrupt import end_process
+from train.hosts.interrupt import end_process
 checkpoints = Checkpoints(Path({folder!r}), keep=1, table=TABLE)
 checkpoints.save(1, state_of(1))
 checkpoints.wait()

@@ -4,7 +4,7 @@ import jax
 import pytest
 from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
 
-from train import cluster
+from train.hosts import cluster
 
 SLURM = {
     "SLURM_JOB_ID": "7",

@@ -16,10 +16,10 @@ from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import Prompt, StopReason
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
-from rollout.automaton import TokenAutomata
-from rollout.engine import Engine, Lane
-from rollout.sampler import SamplingConfig
-from rollout.session import Generated, Session, Stream
+from rollout.engine.automaton import TokenAutomata
+from rollout.engine.engine import Engine, Lane
+from rollout.engine.sampler import SamplingConfig
+from rollout.engine.session import Generated, Session, Stream
 from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 
 POLICY = ToyPolicy()

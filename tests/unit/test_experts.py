@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common.experts import BLOCK, _blocked_matmul, mix, permute
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from models.qwen3_vl.config import ExpertsConfig
-from models.qwen3_vl.experts import BLOCK, _blocked_matmul, mix, permute
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Slots

@@ -8,7 +8,7 @@ from paravt_jax.records import Row, VideoRef
 from paravt_jax.rewards import JudgeSettings
 from tests.unit.test_judge import completion, serve  # noqa: F401  a fixture
 from tests.unit.test_scoring import ANSWER, trajectory
-from train.hindsight import hindsight, open_feedback, read_feedback
+from train.methods.hindsight import hindsight, open_feedback, read_feedback
 
 ROW = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "teal", "oe", ((2.0, 3.5), (6.0, 8.0)))
 

@@ -13,7 +13,7 @@ HEAD = f"""
 import sys
 sys.path[0] = {str(ROOT)!r}
 import hashlib, time
-from train import interrupt
+from train.hosts import interrupt
 interrupt.PATIENCE = 0.3
 signals = interrupt.Signals()
 signals.install()
@@ -94,7 +94,7 @@ def test_a_process_ends_although_a_thread_hangs():
 
 
 def test_hosts_end_together():
-    from train.interrupt import Interrupted, Signals
+    from train.hosts.interrupt import Interrupted, Signals
 
     signals = Signals()
     signals.check()

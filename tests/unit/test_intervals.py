@@ -12,9 +12,9 @@ from paravt_jax.records import RolloutGroup, Row, VideoRef
 from pipelines.needle.world import draw_events
 from tests.unit.test_sampling import rollout
 from train.config import override
-from train.output import INTERVALS, flat, interval_table
-from train.questions import all_rows, open_rows, strata
+from train.data.questions import all_rows, open_rows, strata
 from train.recipes import get_recipe
+from train.report.log import INTERVALS, flat, interval_table
 from train.setup import needle_world
 
 

@@ -14,7 +14,7 @@ from paravt_jax.rewards.verdicts import verdict
 from tests.unit.test_scoring import trajectory
 from train.config import override
 from train.recipes import get_recipe
-from train.scoring import Scorer
+from train.rl.scoring import Scorer
 
 F1 = 2 / 3
 """Of "red door" against "door"."""

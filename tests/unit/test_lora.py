@@ -7,15 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common.adapter import check_adapter_config, load_adapter, save_adapter
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
-from models.qwen3_vl.adapter import check_adapter_config, load_adapter, save_adapter
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import open_params, save_params
 from paravt_jax.lora import TARGETS, LoraConfig, Merged, adapter_table, is_adapter
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from tests.unit.test_train_step import random_batch, run_steps
-from train.checkpoint import Checkpoints
 from train.config import OptimizerSettings, override
 from train.layout import to_mesh
 from train.optimizer import make_optimizer
@@ -23,6 +22,7 @@ from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
 from train.state import make_state
 from train.step import SftStep
+from train.workdir.checkpoints import Checkpoints
 
 LORA = LoraConfig(rank=4, alpha=8, targets=("q_proj", "o_proj", "up_proj"))
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL), lora=LORA)

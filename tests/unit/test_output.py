@@ -2,9 +2,9 @@
 
 import json
 
-from train.lessons import examples_before, phase_at
-from train.output import RunLog, comparison_table
-from train.sft import SftPhase
+from train.report.log import RunLog, comparison_table
+from train.sft.batches import examples_before, phase_at
+from train.sft.settings import SftPhase
 
 
 def test_resume_drops_the_steps_that_are_run_again(tmp_path):

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common.prepared import is_product
 from models.qwen3_vl import Qwen3VLPolicy
-from models.qwen3_vl.prepared import is_product
 from paravt_jax.params import initialise
 from tests.unit.test_engine import QWEN
 from tests.unit.test_experts import CONFIG as EXPERTS

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.command import ROOT
-from train import progress
-from train.compilations import keep_compiled
-from train.progress import Bar, introduction
+from train.compile.cache import keep_compiled
 from train.recipes import get_recipe
-from train.standing import learning_rates, memory, standing
+from train.report import progress
+from train.report.progress import Bar, introduction
+from train.report.standing import learning_rates, memory, standing
 
 
 @pytest.fixture

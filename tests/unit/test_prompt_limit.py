@@ -11,7 +11,7 @@ from pipelines.sizes import PromptLimit, prompt_tokens
 from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder, renderer
 from train.config import override
-from train.questions import prompt_room, question_check, read_questions
+from train.data.questions import prompt_room, question_check, read_questions
 from train.recipes import get_recipe
 
 VIDEO = VideoRef("/a.mp4", 9.0)

@@ -6,8 +6,8 @@ from paravt_jax.records import Frames, Row, VideoRef
 from pipelines.render import ChatRenderer
 from rollout.limits import MAIN
 from tests.pipelines_fixtures import renderer
+from train.compile.prompts import agent_reads
 from train.config import override
-from train.reads import agent_reads
 from train.recipes import get_recipe
 
 

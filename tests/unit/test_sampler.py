@@ -9,7 +9,14 @@ import pytest
 import torch
 from transformers.generation import logits_process as theirs
 
-from rollout.sampler import Draw, SamplingConfig, draw_tokens, lowest_score, mark_seen, row_keys
+from rollout.engine.sampler import (
+    Draw,
+    SamplingConfig,
+    draw_tokens,
+    lowest_score,
+    mark_seen,
+    row_keys,
+)
 from tests.processed import processed
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))

@@ -16,9 +16,9 @@ from paravt_jax.records import (
     VideoRef,
 )
 from train.batch import streams_of_groups
-from train.rl import RlSettings
-from train.sampling import draw_groups, with_length_penalty
-from train.scoring import rollout_metrics
+from train.rl.dynamic_sampling import draw_groups, with_length_penalty
+from train.rl.scoring import rollout_metrics
+from train.rl.settings import RlSettings
 
 NONE = np.zeros(0, np.int32)
 

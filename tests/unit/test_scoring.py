@@ -14,7 +14,7 @@ from paravt_jax.records import (
     VideoRef,
 )
 from paravt_jax.rewards import RewardRules
-from train.scoring import accuracy_by_type, complies, rollout_metrics, score_groups
+from train.rl.scoring import accuracy_by_type, complies, rollout_metrics, score_groups
 
 BODY = '{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 4}}'
 CALL = f"<tool_call>\n{BODY}\n</tool_call>"

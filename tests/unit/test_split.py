@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from paravt_jax.records import Row, VideoRef
-from train.split import hold_out, related, split
+from train.data.split import hold_out, related, split
 
 
 def rows_of(sizes, shared=()):

@@ -16,9 +16,9 @@ from train.batch import learner_batch, stream_of, streams_of_groups
 from train.config import override
 from train.layout import to_mesh
 from train.recipes import get_recipe
+from train.rl.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
 from train.state import TrainState
 from train.step import minibatch
-from train.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
 
 pytestmark = pytest.mark.slow
 

@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from models.qwen3_vl.attention import QUERY_CHUNK, attend, reference
+from models.common.attention import QUERY_CHUNK, attend, reference
 from paravt_jax.protocol import STRUCTURAL_TAGS, SYNTAXES
 from paravt_jax.records import HiddenKeys, Prompt
 from paravt_jax.structure import tag_table
 from paravt_jax.task_masks import task_masks
 from train.batch import Stream, learner_batch
-from train.masking import TaskMasking
+from train.sft.masking import TaskMasking
 
 pytestmark = pytest.mark.slow
 

@@ -17,14 +17,14 @@ from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.records import LearnerBatch, Prompt, RolloutGroup, Row, Trajectory, VideoRef
 from paravt_jax.structure import tag_table
 from pipelines.preprocess import SPECS
+from train.compile.rehearsal import update_without_effect
 from train.config import Config
 from train.layout import to_mesh
-from train.learner import Learner, figures
 from train.recipes import get_recipe
-from train.rl import RlSettings
+from train.rl.learner import Learner, figures
+from train.rl.settings import RlSettings
 from train.state import TrainState
 from train.step import RlStep, minibatch
-from train.warm_up import update_without_effect
 
 pytestmark = pytest.mark.slow
 

@@ -14,6 +14,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from models import convert
+from models.common.folder import whole_folder
+from models.common.safetensors_io import StoredTensor, TensorSpec, stored_tensors, write_tensors
+from models.common.weights import Weights
 from models.qwen3_vl import (
     Qwen3VLConfig,
     Qwen3VLPolicy,
@@ -25,16 +28,13 @@ from models.qwen3_vl import (
 )
 from models.qwen3_vl import weights as weights_module
 from models.qwen3_vl.config import ExpertsConfig
-from models.qwen3_vl.folder import whole_folder
-from models.qwen3_vl.safetensors_io import StoredTensor, TensorSpec, stored_tensors, write_tensors
-from models.qwen3_vl.weights import Weights
 from paravt_jax import checkpoint
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import create_params, open_params, restore_params
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import HfLayout, param_shardings
-from train.checkpoint import Checkpoints
 from train.state import TrainState
+from train.workdir.checkpoints import Checkpoints
 
 CONFIG = Qwen3VLConfig(
     text=TextConfig(

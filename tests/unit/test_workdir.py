@@ -8,14 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from train.workdir import Claim, write_whole
+from train.workdir.claim import Claim, write_whole
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
 sys.path[0] = {root!r}
 from pathlib import Path
-from train.workdir import Claim
+from train.workdir.claim import Claim
 claim = Claim(Path({workdir!r}))
 print("held", flush=True)
 sys.stdin.read()

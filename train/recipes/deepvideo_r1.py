@@ -9,7 +9,7 @@ left open there:
 * Each batch gets two optimiser steps: at the first all log-ratios are 0, and there is nothing to
   regress. How the sums, means and deviations are read is told in `paravt_jax.surrogates`.
 * Learning rate 1e-6, temperature 1.0 and 8 prompts a step are ours: the paper gives none.
-* How hints and noise grow, and when prompts are left alone: `train.difficulty`.
+* How hints and noise grow, and when prompts are left alone: `train.methods.difficulty`.
 """
 
 import dataclasses
@@ -26,8 +26,8 @@ from train.config import (
     RlSettings,
     Stage,
 )
+from train.methods.settings import DifficultySettings
 from train.recipes.needle import needle_grpo
-from train.variants import DifficultySettings
 
 _PIXELS = 252 * 252
 _OBJECTIVE = ObjectiveConfig(

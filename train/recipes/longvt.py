@@ -21,8 +21,8 @@ import dataclasses
 
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from rollout.sampler import SamplingConfig
 from train.config import (
     Config,
     DataSettings,

@@ -10,8 +10,8 @@ from typing import Any
 
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from rollout.sampler import SamplingConfig
 from train.config import (
     Config,
     DataSettings,
@@ -22,7 +22,7 @@ from train.config import (
     RlSettings,
     Stage,
 )
-from train.sft import SftPhase, SftSettings, TaskShape
+from train.sft.settings import SftPhase, SftSettings, TaskShape
 
 COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
 """Weights of `needle_sft`, committed so that the demo starts where RL begins."""

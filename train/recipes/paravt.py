@@ -19,8 +19,8 @@ import dataclasses
 
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from rollout.sampler import SamplingConfig
 from train.config import (
     Config,
     DataSettings,
@@ -30,7 +30,7 @@ from train.config import (
     RlSettings,
     Stage,
 )
-from train.sft import PackSettings, SftSettings
+from train.sft.settings import PackSettings, SftSettings
 
 
 def paravt_rl() -> Config:

@@ -30,8 +30,8 @@ import dataclasses
 
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.rewards import RewardRules
+from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from rollout.sampler import SamplingConfig
 from train.config import (
     Config,
     DataSettings,
@@ -42,7 +42,7 @@ from train.config import (
     Stage,
 )
 from train.recipes.needle import needle_frames, needle_sft
-from train.sft import SftPhase, SftSettings, TaskShape
+from train.sft.settings import SftPhase, SftSettings, TaskShape
 
 PAIR_TOKEN_PIXELS = 32 * 32
 """Pixels of one vision token of Qwen3-VL, in each of the two frames that it spans."""

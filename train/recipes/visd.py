@@ -29,8 +29,8 @@ from train.config import (
     RlSettings,
     Stage,
 )
+from train.methods.settings import TeacherSettings
 from train.recipes.needle import needle_grpo
-from train.variants import TeacherSettings
 
 _ADVANTAGES = AdvantageConfig(eps=1e-4)
 _OBJECTIVE = ObjectiveConfig(aggregation="sequence")

@@ -27,7 +27,13 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parents[3]
-IMPORTED = ("train.run", "train.ahead", "pipelines.describe", "models.convert", "transformers")
+IMPORTED = (
+    "train.run",
+    "train.compile.ahead",
+    "pipelines.describe",
+    "models.convert",
+    "transformers",
+)
 PATIENCE, WORK = 240, 20
 """Seconds after which a command hangs, and of processor time after which it works for nothing."""
 

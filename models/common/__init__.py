@@ -1,0 +1,1 @@
+"""What is not one model's own: attention, KV cache, experts, folders, adapters."""

@@ -1,0 +1,166 @@
+"""Attention behind one dispatch function, with a plain reference that every path must equal."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from models.common.layers import precision
+from paravt_jax.records import HiddenKeys
+
+QUERY_CHUNK = 96
+"""Causal attention is computed in chunks of queries that see only the keys before their end:
+at 368 tokens that skips three eighths of the products."""
+
+HIDDEN = -1e30
+"""Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
+
+TINY = 1e-30
+
+
+def attend(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    *,
+    causal: bool = False,
+    key_lengths: Int[Array, " b"] | None = None,
+    segments: Int[Array, "b s"] | None = None,
+    hidden_keys: HiddenKeys | None = None,
+) -> Float[Array, "b t n h"]:
+    """Softmax attention with grouped heads, scaled by `h**-0.5`.
+
+    Query i of row b sees key j if `j < key_lengths[b]` (when given), when `causal`, `j <= i`, and
+    when there are `segments`, both are of the same one, and `hidden_keys` does not hide j from i
+    (queries and keys then being the same tokens). Query head `n` reads key head `n // (n/k)`.
+    """
+    if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
+        return _causal_chunks(query, key, value, segments, hidden_keys)
+    visible = visibility(
+        query.shape[1],
+        key.shape[1],
+        causal,
+        key_lengths=key_lengths,
+        segments=segments,
+        hidden_keys=hidden_keys,
+    )
+    return reference(query, key, value, visible)
+
+
+def visibility(
+    queries: int,
+    keys: int,
+    causal: bool,
+    first: int = 0,
+    key_lengths: Int[Array, " b"] | None = None,
+    segments: Int[Array, "b tokens"] | None = None,
+    hidden_keys: HiddenKeys | None = None,
+) -> Bool[Array, "#b #t s"] | None:
+    """Which keys each query sees (see `attend`), the first query being number `first`; None when
+    all are visible. This is the only place that decides it: kernels that take segment ids
+    (splash, cuDNN) get them as they are."""
+    slots = jnp.arange(keys, dtype=jnp.int32)
+    visible = None
+    if key_lengths is not None:
+        visible = slots[None, None, :] < key_lengths[:, None, None]
+    if causal:
+        last = first + jnp.arange(queries, dtype=jnp.int32)
+        before = (slots <= last[:, None])[None]
+        visible = before if visible is None else visible & before
+    if segments is not None:
+        own = segments[:, first : first + queries, None] == segments[:, None, :keys]
+        visible = own if visible is None else visible & own
+    if hidden_keys is not None:
+        shown = hidden_keys.visible(queries, keys, first)
+        visible = shown if visible is None else visible & shown
+    return visible
+
+
+def reference(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    visible: Bool[Array, "#b #t s"] | None,
+) -> Float[Array, "b t n h"]:
+    """The plain computation; softmax in float32.
+
+    Weights are normalised after they mixed the values: that touches `h` numbers per query
+    instead of `s`, which halves the time of the backward pass on CPU.
+    """
+    b, t, n, h = query.shape
+    k, exact = key.shape[2], precision(query.dtype)
+    grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
+    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
+    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, key, precision=exact)
+    weights = _unnormalised(scores.reshape(b, k, n // k, t, -1), h, visible).reshape(scores.shape)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=exact)
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = mixed.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4)
+    return mixed.reshape(b, t, n, h).astype(query.dtype)
+
+
+def _unnormalised(
+    scores: Float[Array, "b k g t s"], h: int, visible: Bool[Array, "#b #t s"] | None
+) -> Float[Array, "b k g t s"]:
+    """Exponentials of the scaled scores, the largest of each query being 1."""
+    scores = scores.astype(jnp.float32) * h**-0.5
+    if visible is not None:
+        scores = jnp.where(visible[:, None, None], scores, HIDDEN)
+    return jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+
+
+def _causal_chunks(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    hidden_keys: HiddenKeys | None,
+) -> Array:
+    chunks = []
+    for start in range(0, query.shape[1], QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, query.shape[1])
+        visible = visibility(
+            end - start,
+            end,
+            causal=True,
+            first=start,
+            segments=segments,
+            hidden_keys=hidden_keys,
+        )
+        chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
+    return jnp.concatenate(chunks, axis=1)
+
+
+Partial = tuple[Float[Array, "b k q h"], Float[Array, "b k q"], Float[Array, "b k q"]]
+"""Attention to some of the keys, float32: values mixed with weights `exp(score - largest)`, the
+largest score, and the sum of the weights."""
+
+
+def partial(
+    query: Float[Array, "b k q h"],
+    key: Float[Array, "b k s h"],
+    value: Float[Array, "b k s h"],
+    visible: Bool[Array, "b #q s"],
+) -> Partial:
+    """Attention to these keys alone, to be merged with that to others (`merge`)."""
+    exact = precision(query.dtype)
+    scores = jnp.einsum("bkqh,bksh->bkqs", query, key, precision=exact).astype(jnp.float32)
+    scores = jnp.where(visible[:, None], scores * query.shape[-1] ** -0.5, HIDDEN)
+    largest = jnp.max(scores, axis=-1)
+    # Where nothing is visible all weights would be 1: they must be 0.
+    weights = jnp.where(visible[:, None], jnp.exp(scores - largest[..., None]), 0)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=exact)
+    return mixed.astype(jnp.float32), largest, jnp.sum(weights, axis=-1)
+
+
+def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
+    """Attention to the keys of both, by their log-sum-exps (FlashAttention, arXiv 2205.14135,
+    section 3.1; shared prefixes: Hydragen, arXiv 2402.05099)."""
+    largest = jnp.maximum(one[1], other[1])
+    scales = [jnp.exp(part[1] - largest) for part in (one, other)]
+    mixed = sum(
+        part[0] * scale[..., None] for part, scale in zip((one, other), scales, strict=True)
+    )
+    total = sum(part[2] * scale for part, scale in zip((one, other), scales, strict=True))
+    return mixed / jnp.maximum(total, TINY)[..., None]

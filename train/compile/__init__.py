@@ -1,0 +1,1 @@
+"""What is compiled before it is needed, for this machine or for another."""

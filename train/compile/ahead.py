@@ -1,0 +1,144 @@
+"""`--compile-only`: compile the train step for a TPU topology, with no TPU at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import topologies
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from models.qwen3_vl import Qwen3VLConfig, VisionConfig
+from paravt_jax.mesh import make_mesh, parse_mesh, partition
+from paravt_jax.params import abstract_params
+from paravt_jax.records import LearnerBatch, VisionFeatures
+from pipelines.preprocess import SPECS
+from train import setup
+from train.config import Config, DataSettings, Stage, generated_budget
+from train.optimizer import make_optimizer
+from train.rl.learner import rl_step, with_what_shaped
+from train.rl.subagents import possible_rows
+from train.state import abstract_state
+
+
+def compile_only(config: Config, topology: str) -> str:
+    """Compile the RL step for `topology` (such as `v5p:2x2x2`); returns memory and cost per device.
+
+    Raises:
+      ValueError: libtpu is missing, the topology is unknown, or the mesh does not fit it.
+    """
+    if config.stage is not Stage.RL:
+        raise ValueError(f"--compile-only compiles the rl step; {config.recipe} is an sft recipe")
+    devices = _devices(topology)
+    mesh = make_mesh(parse_mesh(config.mesh, len(devices)), devices)
+    with jax.set_mesh(mesh):
+        policy = setup.abstract_policy(config)
+        optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
+        state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
+        batch = abstract_batch(config, policy.config, mesh)
+        step = jax.jit(rl_step(policy, optimizer, config), donate_argnums=0)
+        compiled = step.lower(state, batch, abstract_table(config, policy.config, mesh)).compile()
+    return _report(topology, mesh, compiled)
+
+
+def _devices(topology: str):
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except Exception as error:
+        raise ValueError(
+            f"--compile-only {topology}: {str(error).splitlines()[0]}; install libtpu "
+            "(`pip install libtpu`) and name a topology such as v5p:2x2x2"
+        ) from error
+
+
+def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerBatch:
+    """Shapes of the largest minibatch of a configuration, laid out on the mesh."""
+
+    def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        axes = ("batch", *(None,) * (leaf.ndim - 1))
+        home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+
+    return jax.tree.map(lay_out, jax.eval_shape(lambda: _largest_batch(config, model)))
+
+
+GRAMMAR_STATES = 256
+"""Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
+
+
+def abstract_table(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
+    """Shape of the table of a grammar, on every device; None without one."""
+    if not config.agent.sampling.constrain and not config.agent.subagent_sampling.constrain:
+        return None
+    home = NamedSharding(mesh, PartitionSpec())
+    return jax.ShapeDtypeStruct((GRAMMAR_STATES, model.text.vocab_size), jnp.int16, sharding=home)
+
+
+def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
+    agent, rl = config.agent, config.rl
+    groups = rl.prompts_per_step // rl.minibatches
+    seen = most_vision_tokens(config.data, model.vision, max(config.data.frame_budgets))
+    responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
+    own = generated_budget(config) + responses
+    main = _batch(config, model, groups * rl.group_size, groups, seen, own)
+    main = with_what_shaped(main, agent.sampling)
+    if not rl.trains_subagents:
+        return main
+    rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
+    seen = most_vision_tokens(config.data, model.vision, config.data.crop_frames)
+    crops = _batch(config, model, rows, rows, seen, agent.subagent_tokens)
+    crops = with_what_shaped(crops, agent.subagent_sampling)
+    return dataclasses.replace(main, subagents=crops)
+
+
+def _batch(
+    config: Config, model: Qwen3VLConfig, rows: int, groups: int, seen: int, own: int
+) -> LearnerBatch:
+    """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
+    width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
+    length = -(-(seen * 5 // 4 + 256 + own) // 128) * 128
+    integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+    dtype = jnp.dtype(config.model.compute_dtype)
+    return LearnerBatch(
+        tokens=integers,
+        positions=jnp.zeros((rows, length, 3), jnp.int32),
+        vision_index=integers,
+        lengths=jnp.zeros(rows, jnp.int32),
+        loss_weights=values,
+        behaviour_log_probs=values,
+        reference_log_probs=values,
+        advantages=values,
+        structural=values > 0,
+        patches=None,
+        grids=None,
+        features=VisionFeatures(
+            tokens=jnp.zeros((groups, seen, width), dtype),
+            deepstack=jnp.zeros((groups, taps, seen, width), dtype),
+        ),
+        proximal_log_probs=values if config.rl.updates > 1 else None,
+        prompt_lengths=jnp.zeros(rows, jnp.int32),
+        floors=values,
+        grammar=integers,
+    )
+
+
+def most_vision_tokens(data: DataSettings, vision: VisionConfig, frames: int) -> int:
+    """Vision tokens of a prompt of `frames` frames, padded as the learner pads them."""
+    spec = SPECS[data.frames_as](
+        vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+    ).limited(data.min_pixels, data.max_pixels)
+    return spec.group_count(frames) * spec.max_patches // vision.spatial_merge_size**2
+
+
+def _report(topology: str, mesh: Mesh, compiled) -> str:
+    memory = compiled.memory_analysis()
+    flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
+    sizes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
+    gib = 2**30
+    return (
+        f"{topology} as {sizes}: arguments {memory.argument_size_in_bytes / gib:.2f} GiB, "
+        f"temporaries {memory.temp_size_in_bytes / gib:.2f} GiB, "
+        f"code {memory.generated_code_size_in_bytes / gib:.3f} GiB per device; "
+        f"{flops:.3e} floating-point operations per device and step"
+    )

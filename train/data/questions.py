@@ -1,0 +1,192 @@
+"""The questions of a run: read, checked, mixed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+from paravt_jax.records import Row, VideoRef
+from pipelines.datasets import Found, needle_questions, question_rows
+from pipelines.loader import Mixture
+from pipelines.needle.questions import NeedleQuestion
+from pipelines.render import ChatRenderer
+from pipelines.sizes import PromptLimit
+from pipelines.subtitles import has_subtitles
+from pipelines.tfds_builder import RowSource, row_source
+from rollout.limits import measure
+from train.agent import crop_tokens
+from train.config import Config, DataSettings, Stage
+from train.data.split import Split, apart, one_per_video, split
+from train.methods.difficulty import hint_room
+from train.setup import needle_world, world_folder
+
+Questions = RowSource[Row] | Mixture
+
+
+def all_rows(questions: Questions | Sequence[Row]) -> Iterator[Row]:
+    """Questions in their order."""
+    return (questions[index] for index in range(len(questions)))
+
+
+def identities(rows: Iterable[Row]) -> Iterator[bytes]:
+    """What must be alike wherever these rows are used; where their files are need not be."""
+    for row in rows:
+        durations = [video.duration for video in row.videos]
+        said = row.row_id, row.question, row.answer, row.question_type, row.evidence, durations
+        yield repr(said).encode()
+
+
+Check = Callable[[Row], object]
+"""Raises a `ValueError` for a row that the run cannot use, though its files are there."""
+
+
+def question_check(config: Config, renderer: ChatRenderer, positions: int) -> Check:
+    """What a question must pass: words without control tokens, and a prompt of a length that the
+    settings, and an episode within the model's `positions`, leave room for.
+
+    Raises:
+      ValueError: naming the settings, if the model has too few positions for any prompt.
+    """
+    data, budgets = config.data, set(config.data.frame_budgets)
+    if config.evaluation.rows:
+        budgets.add(config.evaluation.frame_budget)
+    most, why = prompt_room(config, renderer, positions)
+    limit = PromptLimit(renderer, max(budgets), data.overview_tokens, most, why)
+
+    def check(row: Row) -> None:
+        renderer.check_question(row)
+        limit(row)
+
+    return check
+
+
+def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> tuple[int, str]:
+    """Most tokens of a main agent's prompt, and what they come from.
+
+    Raises:
+      ValueError: naming the settings, if nothing is left.
+    """
+    episode = 0
+    if config.stage is Stage.RL:
+        episode = measure(config.agent, renderer, crop_tokens(config, renderer)).suffix
+        episode += hint_room(config.difficulty, renderer)
+    left, asked = positions - episode, config.data.max_prompt_tokens
+    if left < (asked or 1):
+        raise ValueError(
+            f"data.max_prompt_tokens={asked}: an episode takes {episode} tokens after its prompt, "
+            f"and the model has max_position_embeddings={positions}; lower it, agent.turn_tokens, "
+            "agent.response_tokens, agent.max_tool_rounds or agent.episode_tokens"
+        )
+    if asked is not None:
+        return asked, f"data.max_prompt_tokens={asked}"
+    return left, f"max_position_embeddings={positions} less an episode of {episode}"
+
+
+def read_questions(config: Config, check: Check = lambda row: None) -> list[Found[Row]]:
+    """The questions of `--data` and of each data set that is mixed with it.
+
+    Args:
+      check: what else a row must pass (`question_check`).
+
+    Raises:
+      ValueError: a file that cannot be read, or more unusable rows than `data.max_rejected`.
+    """
+    data = config.data
+    budgets = set(data.frame_budgets)
+    if config.evaluation.rows:
+        budgets.add(config.evaluation.frame_budget)
+    sets: list[Found[Row]] = []
+    for number, path in enumerate(path for path in (data.path, *data.mixture) if path):
+        found = question_rows(path, data.video_root, data.question_types, min(budgets), check)
+        check_rejected(found, path, data.max_rejected)
+        # Seeds are derived from ids, which are unique within one data set only.
+        named = [dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in found.rows]
+        sets.append(dataclasses.replace(found, rows=named) if number else found)
+    check_subtitles(data, (video for found in sets for row in found.rows for video in row.videos))
+    return sets
+
+
+def check_rejected(found: Found, path: str, limit: float) -> None:
+    """Refuse a data set of which too much cannot be used.
+
+    Raises:
+      ValueError: the share of rejected rows is above `limit`.
+    """
+    if found.share_rejected > limit:
+        raise ValueError(
+            f"{path}: {found.summary()}. This is more than "
+            f"data.max_rejected={limit:g} allows: `python pipelines/describe.py {path}` tells "
+            "more; mend the rows, get the files, set data.video_root, or raise the limit"
+        )
+
+
+def check_subtitles(data: DataSettings, videos: Iterable[VideoRef]) -> None:
+    """Refuse to show subtitles that nobody has.
+
+    Raises:
+      ValueError: no video has any.
+    """
+    if data.subtitles and not any(map(has_subtitles, videos)):
+        raise ValueError(
+            "data.subtitles=true, but no video has subtitles: put NAME.srt beside NAME.mp4, or "
+            "set it to false"
+        )
+
+
+def open_rows(
+    config: Config, tell: Callable[[str], None] = lambda line: None, check: Check = lambda row: None
+) -> tuple[Questions, list[Row]]:
+    """Questions to train on (as ArrayRecord sources) and held-out ones to evaluate on.
+
+    Held-out questions are of `--data`, or of the needle world; no data set shows their videos in
+    training.
+
+    Args:
+      tell: gets the lines of the report about rows that cannot be used and about the split.
+      check: what else a row must pass (`read_questions`).
+
+    Raises:
+      ValueError: a question or a video that cannot be read, or too few questions.
+    """
+    sets = read_questions(config, check)
+    for line in (line for found in sets for line in found.report()):
+        tell(line)
+    parts = split_sets(config, sets)
+    tell(parts.report())
+    cache = str(Path(config.data.cache_dir).absolute() / "rows")
+    sources = tuple(row_source(rows, cache) for rows in parts.training)
+    if len(sources) == 1:
+        return sources[0], parts.held_out
+    weights = config.data.weights or tuple(map(len, sources))
+    return Mixture(sources, weights), parts.held_out
+
+
+def split_sets(config: Config, sets: Sequence[Found[Row]]) -> Split:
+    """Training and held-out questions of what `read_questions` gave. Without `--data` they are
+    about the needle world, whose videos are written if need be.
+
+    Raises:
+      ValueError: nothing would be left to train on.
+    """
+    own = [found.rows for found in sets]
+    if config.data.path:
+        return split(own, config.evaluation.rows)
+    asked = (_needle(config, split) for split in ("train", config.evaluation.split))
+    training, held_out = ([question.row for question in questions] for questions in asked)
+    return apart([training, *own], one_per_video(held_out)[: config.evaluation.rows])
+
+
+def strata(config: Config) -> dict[str, str]:
+    """What evaluations are told apart by, of each row id: how many events the video has. Questions
+    of `--data` have nothing of the kind."""
+    if config.data.path:
+        return {}
+    asked = _needle(config, config.evaluation.split)
+    return {q.row.row_id: f"{len(q.events)} event{'s' * (len(q.events) > 1)}" for q in asked}
+
+
+def _needle(config: Config, split: str) -> list[NeedleQuestion]:
+    return needle_questions(
+        needle_world(config), world_folder(config), split, config.data.question_types
+    )

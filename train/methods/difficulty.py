@@ -1,0 +1,211 @@
+"""DeepVideo-R1's difficulty-aware augmentation (arXiv 2506.07464, section on data augmentation).
+
+    Delta(x) = mean reward of the last W groups - mean reward of the group of x
+
+A group that falls behind is hard: its rollouts are sampled again with a hint, the beginning of a
+good solution, the longer the further it falls behind. A group that is ahead is easy: its rollouts
+are sampled again from noisy frames, the noisier the further it is ahead. The learner gets the
+groups that were sampled last, prompts included; neither hint nor noise is trained.
+
+What the paper leaves open, by our choice: the window counts groups, and only those sampled without
+help; hints and noise grow linearly up to `difficulty.scale`; a hint stands after the question; the
+solution is the best of `difficulty.traces` that were told the answer, and is used if it beats the
+group's mean.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Sequence
+
+import numpy as np
+
+from paravt_jax.interfaces import FrameReader
+from paravt_jax.protocol import ANSWER_OPEN
+from paravt_jax.records import Frames, RolloutGroup, Trajectory
+from pipelines.loader import PromptItem, overviews
+from pipelines.render import ChatRenderer
+from rollout.agent import Agent
+from rollout.record import derive_seed
+from rollout.responses import strip_markup
+from train.config import Config
+from train.hosts.cluster import everywhere
+from train.methods.settings import DifficultySettings
+from train.rl.scoring import Scorer
+from train.state import FlatParams
+
+Sample = Callable[[Iterable[PromptItem], int, str], list[RolloutGroup]]
+"""Prompts, rollouts of each and the purpose, to scored groups."""
+
+_ANSWER_HINT = "The answer is {words}. Show how to find it."
+_TRACE_HINT = "A good solution begins like this: {words}"
+_SLACK = 8
+"""Tokens by which a hint may grow where its words meet those around them."""
+
+
+def hint_room(settings: DifficultySettings, renderer: ChatRenderer) -> int:
+    """Most tokens by which a hint makes a prompt longer."""
+    if not settings.window:
+        return 0
+    around = [hint.format(words="") for hint in (_ANSWER_HINT, _TRACE_HINT)]
+    longest = max(len(renderer.encode(f"\n\n{text}")) for text in around)
+    return longest + settings.hint_tokens + _SLACK
+
+
+class Difficulty:
+    """Replaces the groups of a step that are hard or easy. Without `difficulty.window` it leaves
+    all as they are."""
+
+    def __init__(
+        self,
+        config: Config,
+        agent: Agent,
+        scorer: Scorer,
+        renderer: ChatRenderer,
+        reader: FrameReader,
+    ) -> None:
+        self._config, self._own = config, config.difficulty
+        self._agent, self._scorer = agent, scorer
+        self._renderer, self._reader = renderer, reader
+        self._window = collections.deque[float](maxlen=self._own.window)
+        self.figures: dict[str, float] = {}
+        """What the last step did, for `metrics.jsonl`."""
+
+    def get_state(self) -> list[float]:
+        """The mean rewards in the window, oldest first."""
+        return list(self._window)
+
+    def set_state(self, state: Sequence[float]) -> None:
+        """Go on from a saved window."""
+        self._window.extend(state)
+
+    def revise(
+        self,
+        params: FlatParams,
+        items: Sequence[PromptItem],
+        groups: Sequence[RolloutGroup],
+        seed: int,
+        step: int,
+    ) -> list[RolloutGroup]:
+        """Scored groups, those of hard and easy prompts sampled anew; `items` are their prompts.
+
+        `seed` is that of the groups: all that is drawn here follows from it.
+        """
+        if not self._own.window:
+            return list(groups)
+        means = [mean_reward(group) for group in groups]
+        deltas = [self.delta(mean) for mean in means]
+        self._window.extend(means)
+        sample = functools.partial(self._sample, params, seed=seed, step=step)
+        helped = self._helped(sample, items, means, deltas)
+        disturbed = self._disturbed(items, deltas, seed)
+        self.figures = {
+            "difficulty/delta": float(np.mean(np.abs(deltas))),
+            "difficulty/helped": len(helped) / len(groups),
+            "difficulty/disturbed": len(disturbed) / len(groups),
+            "difficulty/reward_before": float(np.mean(means)),
+        }
+        changed = helped | disturbed
+        again = sample(changed.values(), self._config.rl.group_size, "again")
+        revised = dict(enumerate(groups)) | dict(zip(changed, again, strict=True))
+        return list(revised.values())
+
+    def delta(self, mean: float) -> float:
+        """How far a group of this mean reward falls behind the window; 0 while that is empty."""
+        return float(np.mean(self._window)) - mean if self._window else 0.0
+
+    def _share(self, delta: float) -> float:
+        return min(abs(delta) / self._own.scale, 1.0)
+
+    def _helped(
+        self,
+        sample: Sample,
+        items: Sequence[PromptItem],
+        means: Sequence[float],
+        deltas: Sequence[float],
+    ) -> dict[int, PromptItem]:
+        """Hard prompts with the beginning of a good solution, where one was found."""
+        hard = [at for at, delta in enumerate(deltas) if delta > self._own.tolerance]
+        told = [self._hinted(items[at], _ANSWER_HINT, items[at].row.answer) for at in hard]
+        helped = {}
+        groups = sample(told, self._own.traces, "traces")
+        for at, group in zip(hard, groups, strict=True):
+            best = max(group.trajectories, key=lambda t: t.rewards["total"])
+            words = self.beginning(best, deltas[at])
+            if words and best.rewards["total"] > means[at]:
+                helped[at] = self._hinted(items[at], _TRACE_HINT, words)
+        return helped
+
+    def beginning(self, trace: Trajectory, delta: float) -> str:
+        """The first words of a solution, the more the harder the question; never its answer."""
+        words = strip_markup(trace.scored_text.rpartition(ANSWER_OPEN)[0])
+        tokens = self._renderer.encode(words)
+        count = round(self._own.longest_hint * self._share(delta) * len(tokens))
+        return self._renderer.decode(tokens[:count]).rstrip("\ufffd")
+
+    def _hinted(self, item: PromptItem, hint: str, words: str) -> PromptItem:
+        words = shortened(self._renderer, words, self._own.hint_tokens)
+        tools = self._config.agent.offers_tools
+        text = hint.format(words=words)
+        return item._replace(prompt=self._renderer.with_hint(item.row, item.prompt, tools, text))
+
+    def _disturbed(
+        self, items: Sequence[PromptItem], deltas: Sequence[float], seed: int
+    ) -> dict[int, PromptItem]:
+        """Easy prompts with noise in their frames."""
+        return {
+            at: self._with_noise(items[at], delta, seed)
+            for at, delta in enumerate(deltas)
+            if delta < -self._own.tolerance
+        }
+
+    def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
+        frames = everywhere(lambda: overviews(self._reader, item.row, item.frame_budget))
+        std = self._own.noise * self._share(delta)
+        noisy = [
+            with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))
+            for number, own in enumerate(frames)
+        ]
+        tools = self._config.agent.offers_tools
+        return item._replace(prompt=self._renderer.main_prompt(item.row, noisy, tools))
+
+    def _sample(
+        self,
+        params: FlatParams,
+        items: Iterable[PromptItem],
+        copies: int,
+        purpose: str,
+        *,
+        seed: int,
+        step: int,
+    ) -> list[RolloutGroup]:
+        """Scored rollouts of prompts, with seeds of their own for each purpose."""
+        prompts = list(items)
+        if not prompts:
+            return []
+        own_seed = derive_seed(seed, purpose)
+        groups = self._agent.run(params, prompts, copies, own_seed, policy_version=step)
+        return self._scorer(groups, progress=step / self._config.steps)
+
+
+def mean_reward(group: RolloutGroup) -> float:
+    """Mean total reward of a scored group."""
+    return float(np.mean([t.rewards["total"] for t in group.trajectories]))
+
+
+def with_noise(frames: Frames, std: float, seed: int) -> Frames:
+    """Frames with Gaussian noise on every value; `std` is a share of the range of a value."""
+    noise = np.random.default_rng(seed).normal(0.0, 255 * std, frames.pixels.shape)
+    pixels = np.clip(np.rint(frames.pixels + noise), 0, 255).astype(np.uint8)
+    return dataclasses.replace(frames, pixels=pixels)
+
+
+def shortened(renderer: ChatRenderer, text: str, most: int) -> str:
+    """The beginning of a text that is at most so many tokens long."""
+    limit = most
+    while len(tokens := renderer.encode(text)) > most:
+        # A cut may fall inside a character of several bytes, or make other tokens of what is left.
+        text, limit = renderer.decode(tokens[:limit]).rstrip("\ufffd"), limit - 1
+    return text

@@ -1,0 +1,149 @@
+"""VISD's teacher (arXiv 2605.06094): a moving average of the student that knows the outcome.
+
+    w_t = clip(exp(sign(A) * delta_t), low, high),   A_t = A * ((1 - lambda) + lambda * w_t)
+
+delta_t says by how much the teacher, told the answer, finds the student's token t likelier than
+the student did. Rewards alone decide the direction of an update; the teacher says which tokens
+deserve more of it. Its share lambda falls linearly to 0: training ends as plain GRPO.
+
+What the paper leaves open, by our choice: both policies are shaped like the sampler's, and the
+gap on the teacher's likeliest tokens goes over to that on the vocabulary linearly.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from paravt_jax.advantages import annealed, reweighted_advantages
+from paravt_jax.interfaces import TrainablePolicy
+from paravt_jax.log_probs import View, teacher_gap
+from paravt_jax.records import LearnerBatch, RolloutGroup
+from pipelines.render import ChatRenderer
+from train.batch import Stream, streams_of_groups
+from train.config import Config, generated_budget
+from train.methods.hindsight import hindsight, open_feedback
+from train.rl.learner import Learner
+from train.state import FlatParams, TrainState
+from train.step import batch_hidden, join_micro, shaping_of, split_micro, vision_groups
+
+
+class Teacher:
+    """Reweights the advantages of a batch, and follows the student. Without `teacher.strength`, and
+    after `teacher.anneal_steps`, it does neither."""
+
+    def __init__(
+        self,
+        config: Config,
+        policy: TrainablePolicy,
+        learner: Learner,
+        renderer: ChatRenderer,
+    ) -> None:
+        self._config, self._own, self._policy = config, config.teacher, policy
+        self._learner, self._renderer = learner, renderer
+        self._feedback = open_feedback(config.teacher.judge)
+        self._gaps = jax.jit(self._compare)
+        self._average = jax.jit(
+            functools.partial(optax.incremental_update, step_size=self._own.rate),
+            donate_argnums=1,
+        )
+        self.figures: dict[str, float] = {}
+        """What the last batch got, for `metrics.jsonl`."""
+
+    def strength(self, step: int) -> float:
+        """The teacher's share lambda at a step."""
+        return annealed(self._own.strength, step, self._own.anneal_steps)
+
+    def reweight(
+        self, state: TrainState, groups: Sequence[RolloutGroup], batch: LearnerBatch, step: int
+    ) -> LearnerBatch:
+        """The batch with each advantage scaled by what the teacher thinks of its token."""
+        strength = self.strength(step)
+        self.figures = {"teacher/strength": strength} if self._own.strength else {}
+        if not strength:
+            return batch
+        gaps = self.gaps(state, groups, batch)
+        self.figures |= _figures(gaps, batch)
+        advantages = reweighted_advantages(
+            batch.advantages, gaps, strength, self._own.weight_low, self._own.weight_high
+        )
+        return dataclasses.replace(batch, advantages=advantages)
+
+    def follow(self, state: TrainState, step: int) -> TrainState:
+        """The state after a step, with the teacher moved towards the student; it is donated."""
+        if not self.strength(step):
+            return state
+        moved = self._average(state.trainable, state.teacher)
+        return dataclasses.replace(state, teacher=moved)
+
+    def gaps(
+        self, state: TrainState, groups: Sequence[RolloutGroup], batch: LearnerBatch
+    ) -> Float[Array, "b t"]:
+        """How much likelier the teacher finds each trained token of the batch."""
+        hinted = self._learner.padded(self.streams(groups), len(groups[0].trajectories))
+        # The same frames under the same tower: their features are there already.
+        hinted = dataclasses.replace(hinted, patches=None, grids=None, features=batch.features)
+        teacher = {**state.frozen, **state.teacher}
+        return self._gaps(state.params, teacher, batch, hinted, self._learner.table)
+
+    def streams(self, groups: Sequence[RolloutGroup]) -> list[Stream]:
+        """The student's streams after prompts that end with a hint: what follows is the same token
+        by token, tool responses and their frames included."""
+        attempts = [(group.row, t) for group in groups for t in group.trajectories]
+        tools = self._config.agent.offers_tools
+        prompts = [
+            self._renderer.with_hint(row, t.prompt, tools, hindsight(row, feedback))
+            for (row, t), feedback in zip(attempts, self._feedback(attempts), strict=True)
+        ]
+        streams = zip(streams_of_groups(groups), prompts, strict=True)
+        return [dataclasses.replace(stream, prompt=prompt) for stream, prompt in streams]
+
+    def _compare(
+        self,
+        student: FlatParams,
+        teacher: FlatParams,
+        batch: LearnerBatch,
+        hinted: LearnerBatch,
+        table: Array | None,
+    ) -> Float[Array, "b t"]:
+        """In micro-batches of the train step, which bound the memory."""
+        rl, sampling = self._config.rl, self._config.agent.sampling
+        count = batch.tokens.shape[0] // (rl.micro_groups * rl.group_size)
+
+        def compare(pair: tuple[LearnerBatch, LearnerBatch]) -> Float[Array, "b t"]:
+            own, other = pair
+            return teacher_gap(
+                self._view(teacher, other),
+                self._view(student, own),
+                own.tokens,
+                support=self._own.support,
+                full_weight=self._own.full_weight,
+                temperature=sampling.temperature,
+                budget=generated_budget(self._config),
+                shaping=shaping_of(own, sampling.repetition_penalty, table),
+            )
+
+        pieces = jax.lax.map(compare, (split_micro(batch, count), split_micro(hinted, count)))
+        return join_micro(pieces, vision_groups(batch))
+
+    def _view(self, params: FlatParams, batch: LearnerBatch) -> View:
+        return View(
+            hidden=batch_hidden(self._policy, params, batch)[0],
+            chosen=batch.loss_weights > 0,
+            head=lambda h: self._policy.logits(params, h),
+        )
+
+
+def _figures(gaps: Float[Array, "b t"], batch: LearnerBatch) -> dict[str, float]:
+    """Mean and mean magnitude of the gaps over trained tokens, where they are 0 elsewhere."""
+    tokens = jnp.maximum(jnp.sum(batch.loss_weights > 0), 1)
+    return {
+        "teacher/gap": float(jnp.sum(gaps) / tokens),
+        "teacher/gap_size": float(jnp.sum(jnp.abs(gaps)) / tokens),
+    }

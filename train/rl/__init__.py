@@ -1,0 +1,1 @@
+"""PARA-GRPO: rollouts to optimiser steps."""

@@ -1,0 +1,165 @@
+"""Rewards of rollouts and the figures that describe a batch of them."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+
+from paravt_jax.advantages import has_spread
+from paravt_jax.protocol import parses_strictly
+from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
+from paravt_jax.rewards import Judge, RewardRules, open_judge, score
+from train.hosts.cluster import from_first, is_first
+
+_LOG = logging.getLogger(__name__)
+
+
+class Scorer:
+    """Gives rollouts their rewards by the rules of a run; asks its judge, if they need one."""
+
+    def __init__(self, rules: RewardRules) -> None:
+        """Raises ValueError where the rules need a judge and its settings are no use."""
+        self._rules = rules
+        self._judge = open_judge(rules.judge) if rules.mode == "llm" else None
+        self.figures: dict[str, float] = {}
+        """Of the judge during the last call, for `metrics.jsonl`; empty without one."""
+
+    def __call__(self, groups: Sequence[RolloutGroup], progress: float = 1.0) -> list[RolloutGroup]:
+        """The same groups with `rewards` filled in.
+
+        Args:
+          progress: share of the training that is done.
+        """
+        if self._judge is None:
+            return score_groups(groups, self._rules, progress=progress)
+        # Several hosts could get several verdicts: one asks, the others take its figures.
+        judge = self._judge if is_first() else _silent
+        scored = _agree(score_groups(groups, self._rules, judge, progress))
+        self.figures = self._judge.figures()
+        if self.figures["judge/failures"]:
+            failures, reason = int(self.figures["judge/failures"]), self._judge.last_failure
+            _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
+        return scored
+
+
+def score_groups(
+    groups: Sequence[RolloutGroup],
+    rules: RewardRules,
+    judge: Judge | None = None,
+    progress: float = 1.0,
+) -> list[RolloutGroup]:
+    """The same groups with `rewards` filled in, term by term; a judge is asked side by side."""
+    rollouts = [(group.row, t) for group in groups for t in group.trajectories]
+
+    def scored(rollout: tuple[Row, Trajectory]) -> dict[str, float]:
+        return rewards_of(*rollout, rules, judge, progress)
+
+    if judge is None:
+        return _with_rewards(groups, map(scored, rollouts))
+    with ThreadPoolExecutor(rules.judge.concurrency) as threads:
+        return _with_rewards(groups, threads.map(scored, rollouts))
+
+
+def rewards_of(
+    row: Row,
+    trajectory: Trajectory,
+    rules: RewardRules,
+    judge: Judge | None = None,
+    progress: float = 1.0,
+) -> dict[str, float]:
+    """Rewards of one rollout from its own text; executed calls are counted, not read from text."""
+    return score(
+        trajectory.scored_text,
+        row.answer,
+        row.question_type,
+        rules,
+        turns=[turn.text for turn in trajectory.turns],
+        executed_calls=trajectory.executed,
+        calls=[call for turn in trajectory.turns for call in _executed(turn)],
+        call_syntax=trajectory.call_syntax,
+        evidence=row.evidence,
+        progress=progress,
+        question=row.question,
+        judge=judge,
+    ).as_dict()
+
+
+def _executed(turn: Turn) -> list[ToolCall]:
+    """The calls of a turn that ran: as many as did, of the well-formed ones. Those beyond the
+    limit of a turn come last, so this errs only where a tool refused an earlier call."""
+    return [call for call in turn.calls if call.error is None][: turn.executed]
+
+
+def _with_rewards(
+    groups: Sequence[RolloutGroup], rewards: Iterable[dict[str, float]]
+) -> list[RolloutGroup]:
+    """The groups, their rollouts with these rewards in their order."""
+    left, replace = iter(rewards), dataclasses.replace
+    return [
+        replace(g, trajectories=tuple(replace(t, rewards=next(left)) for t in g.trajectories))
+        for g in groups
+    ]
+
+
+def _agree(groups: list[RolloutGroup]) -> list[RolloutGroup]:
+    """The groups with the rewards that the first host gave them."""
+    rewards = [t.rewards for group in groups for t in group.trajectories]
+    values = from_first(np.array([list(terms.values()) for terms in rewards], np.float64))
+    named = (dict(zip(rewards[0], map(float, row), strict=True)) for row in values)
+    return _with_rewards(groups, named)
+
+
+def _silent(message: str) -> str:
+    """The judge of a host that does not ask."""
+    return ""
+
+
+def complies(trajectory: Trajectory) -> bool:
+    """Whether every turn of the rollout parses strictly."""
+    syntax = trajectory.call_syntax
+    return all(parses_strictly(turn.text, syntax=syntax) for turn in trajectory.turns)
+
+
+def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Reward, format and tool figures of a batch, under the names of `metrics.jsonl`."""
+    rollouts = [t for group in groups for t in group.trajectories]
+    with_call = [t for t in rollouts if t.calls]
+    calls = sum(t.calls for t in rollouts)
+    totals = np.array([[t.rewards["total"] for t in g.trajectories] for g in groups])
+    terms = {
+        f"reward/{name}": _mean(t.rewards[name] for t in rollouts) for name in rollouts[0].rewards
+    }
+    return terms | {
+        "format/compliance": _mean(complies(t) for t in rollouts),
+        "format/score": terms["reward/format"],
+        "tool/calls_per_rollout": calls / len(rollouts),
+        "tool/calls_per_using_rollout": calls / max(len(with_call), 1),
+        "tool/rollouts_with_call": len(with_call) / len(rollouts),
+        "tool/parallel_max": float(
+            max((len(turn.calls) for t in rollouts for turn in t.turns), default=0)
+        ),
+        "tool/over_turn": _mean(t.over_turn for t in rollouts),
+        "tool/success_rate": sum(t.executed for t in rollouts) / max(calls, 1),
+        "frames/budget_mean": _mean(group.frame_budget for group in groups),
+        "group/zero_std": _mean(~has_spread(totals)),
+        "length/generated": _mean(t.generated.sum() for t in rollouts),
+    }
+
+
+def accuracy_by_type(groups: Sequence[RolloutGroup]) -> dict[str, float]:
+    """Mean accuracy of each question type present."""
+    values: dict[str, list[float]] = {}
+    for group in groups:
+        for trajectory in group.trajectories:
+            kind = str(group.row.question_type)
+            values.setdefault(kind, []).append(trajectory.rewards["accuracy"])
+    return {f"accuracy/{kind}": _mean(found) for kind, found in sorted(values.items())}
+
+
+def _mean(values) -> float:
+    array = np.array(list(values), np.float64)
+    return float(array.mean()) if array.size else 0.0

@@ -1,0 +1,1 @@
+"""Supervised fine-tuning: packed conversations and the tasks of the needle world."""

@@ -1,0 +1,254 @@
+"""Checkpoints of a run with Orbax: weights, moments, teacher, step and what the loop remembers.
+
+A checkpoint is written beside the steps that follow it, and verified when it is restored: it holds
+a checksum of each of its arrays, and of what it says besides. docs/adr/0021 tells why.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import re
+import shutil
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+
+from paravt_jax.checkpoint import save_args
+from paravt_jax.checksum import checksums
+from paravt_jax.params import Table
+from train.hosts.cluster import everywhere, is_first
+from train.state import TrainState
+
+Restored = tuple[TrainState, int, Any]
+"""A state, its step and its data state."""
+
+
+class Checkpoints:
+    """The `checkpoints/` folder of a workdir, for the parameters of a table."""
+
+    def __init__(self, folder: Path, keep: int, table: Table):
+        _hush_writers()
+        self.folder, self._keep, self._save_args = folder.absolute(), keep, save_args(table)
+        # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
+        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
+        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._failed: OSError | None = None
+
+    @property
+    def latest(self) -> int | None:
+        """The last step, complete or being written; None if there is none."""
+        return self._manager.latest_step()
+
+    def rehearse(self, state: TrainState) -> None:
+        """Compile what saves a state, so that no step stops for it."""
+        checksums(_arrays(state))
+
+    def save(self, step: int, state: TrainState, data_state: Any = None) -> None:
+        """Begin to write this step unless it is there; `data_state` is JSON. The state is copied
+        first: it may be donated when this returns.
+
+        Raises:
+          OSError: this one or the one before could not be written.
+        """
+        if self.latest == step:
+            return
+        self.wait()
+        said = {"step": step, "updates": int(state.step), "data": data_state}
+        said["arrays"] = checksums(_arrays(state))
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardSave(state.params, self._save_args),
+            "optimizer": ocp.args.StandardSave(state.optimizer),
+            "meta": ocp.args.JsonSave({**said, "crc32": _crc(said)}),
+        }
+        if state.teacher:
+            items["teacher"] = ocp.args.StandardSave(state.teacher)
+        with self._writing(step):
+            self._manager.save(step, args=ocp.args.Composite(**items))
+
+    def failure(self) -> OSError | None:
+        """Why a checkpoint could not be written, as far as that is known yet."""
+        with contextlib.suppress(OSError), self._writing(self.latest):
+            self._manager.check_for_errors()
+        return self._failed
+
+    def wait(self) -> None:
+        """Wait for what is being written; then older ones than the newest few are deleted.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        if self._failed is not None:
+            raise self._failed
+        with self._writing(self.latest):
+            self._manager.check_for_errors()
+            self._manager.wait_until_finished()
+        if is_first():
+            self._prune()
+
+    def _prune(self) -> None:
+        """Delete all but the newest few that are complete: Orbax names a folder last of all."""
+        steps = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
+        for step in steps[: -self._keep]:
+            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+
+    @contextlib.contextmanager
+    def _writing(self, step: int | None) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            self._failed = OSError(
+                f"checkpoint {step} could not be written to {self.folder} ({_reason(error)}); "
+                "older ones are as they were: make room on the disk and continue with the same "
+                "--workdir"
+            )
+            raise self._failed from error
+
+    def restore(self, like: TrainState, tell: Callable[[str], None] = print) -> Restored:
+        """The newest intact state in the shapes and layout of `like`, its step and its data state.
+        Newer ones that are damaged are told and set aside.
+
+        Raises:
+          ValueError: none is intact.
+        """
+        self.wait()
+        damaged: dict[int, str] = {}
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            try:
+                restored = everywhere(lambda step=step: self._read(step, like, tell))
+            except ValueError as error:
+                damaged[step] = str(error)
+                continue
+            for bad, why in damaged.items():
+                aside = everywhere(lambda bad=bad: self._set_aside(bad))
+                tell(
+                    f"{self.folder / str(bad)} is damaged ({why}): the run goes on from "
+                    f"{self.folder / str(step)}, and the damaged one is now {aside}"
+                )
+            if damaged:
+                self._manager.reload()
+            return restored
+        told = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+        raise ValueError(
+            f"no checkpoint in {self.folder} can be restored ({told}): put an intact copy there, "
+            "or start again with another --workdir"
+        )
+
+    def _read(self, step: int, like: TrainState, tell: Callable[[str], None]) -> Restored:
+        """Raises ValueError for a checkpoint that is not what was saved."""
+        items: dict[str, Any] = {
+            "params": ocp.args.StandardRestore(like.params),
+            "optimizer": ocp.args.StandardRestore(like.optimizer),
+            "meta": ocp.args.JsonRestore(),
+        }
+        if like.teacher:
+            items["teacher"] = ocp.args.StandardRestore(like.teacher)
+        try:
+            saved: Any = self._manager.restore(step, args=ocp.args.Composite(**items))
+        except Exception as error:
+            raise ValueError(_reason(error)) from error
+        state = TrainState(
+            trainable={name: saved.params[name] for name in like.trainable},
+            frozen={name: saved.params[name] for name in like.frozen},
+            optimizer=saved.optimizer,
+            step=jax.device_put(np.int32(saved.meta["updates"]), like.step.sharding),
+            teacher=saved.teacher if like.teacher else {},
+        )
+        if "arrays" in saved.meta:
+            _verify(saved.meta, state)
+        else:
+            tell(f"{self.folder / str(step)} is of an earlier version and holds no checksums")
+        return state, saved.meta["step"], saved.meta["data"]
+
+    def _set_aside(self, step: int) -> Path | None:
+        """Move a damaged checkpoint out of the way of the run, which will write that step anew."""
+        aside = self.folder / f"damaged-{step}"
+        if is_first():
+            shutil.rmtree(aside, ignore_errors=True)
+            (self.folder / str(step)).rename(aside)
+        return aside
+
+    def close(self) -> None:
+        """Wait for what is still being written. After a failure there is nothing to wait for.
+
+        Raises:
+          OSError: it could not be written.
+        """
+        if self._failed is None:
+            self.wait()
+            self._manager.close()
+
+
+def _arrays(state: TrainState) -> dict[str, Any]:
+    """All that a checkpoint keeps as arrays."""
+    return {"params": state.params, "optimizer": state.optimizer, "teacher": state.teacher}
+
+
+def _crc(said: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
+
+
+def _verify(meta: dict[str, Any], state: TrainState) -> None:
+    """Raises ValueError if anything is not as it was saved."""
+    said = {key: value for key, value in meta.items() if key != "crc32"}
+    if _crc(said) != meta.get("crc32"):
+        raise ValueError("its step and data position have changed since they were written")
+    found = checksums(_arrays(state))
+    changed = [name for name, value in meta["arrays"].items() if found.get(name) != value]
+    if changed:
+        raise ValueError(f"{len(changed)} arrays have changed since, the first is {changed[0]}")
+
+
+def _reason(error: BaseException) -> str:
+    """The heart of what Orbax and TensorStore say at length."""
+    text = " ".join(str(error).split())
+    found = re.search(r"\[OS error \d*:? ?([^\]]*)\]", text)
+    return found.group(1).strip() if found else text[:200] or type(error).__name__
+
+
+def _hush_writers() -> None:
+    """A failed write ends in one line of ours; threads of Orbax and TensorStore would add hundreds.
+
+    Their errors reach us by `check_for_errors` and `wait_until_finished`.
+    """
+    logger = logging.getLogger("absl")
+    if _not_of_orbax not in logger.filters:
+        logger.addFilter(_not_of_orbax)
+        sys.excepthook = _without_closed_loops
+
+
+def _not_of_orbax(record: logging.LogRecord) -> bool:
+    return "/orbax/" not in record.pathname
+
+
+_excepthook = sys.excepthook
+
+
+def _without_closed_loops(kind: Any, error: BaseException, trace: Any) -> None:
+    """TensorStore tells an event loop of a failed write after Orbax has closed it."""
+    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
+        _excepthook(kind, error, trace)
+
+
+def check_resume(folder: Path, resume: str) -> bool:
+    """Whether there is a checkpoint to go on from; refuses a flag that does not fit.
+
+    Raises:
+      ValueError: `must` without a checkpoint, or `never` where there is one: nothing is
+        overwritten.
+    """
+    steps = [p.name for p in folder.iterdir() if p.name.isdigit()] if folder.exists() else []
+    if resume == "must" and not steps:
+        raise ValueError(f"--resume must: no checkpoint in {folder}; check --workdir")
+    if resume == "never" and steps:
+        raise ValueError(
+            f"--resume never: {folder} holds checkpoints; choose another --workdir or remove it"
+        )
+    return bool(steps)

@@ -1,0 +1,97 @@
+"""When the state of a run is saved: by steps, by minutes, and where a signal ends the run."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from train.config import OutputSettings
+from train.hosts.cluster import is_first, largest
+from train.hosts.interrupt import Interrupted, Signals
+from train.state import TrainState
+from train.workdir.checkpoints import Checkpoints
+from train.workdir.claim import Claim, lost_message
+
+
+class Saver:
+    """Stands between the steps of a stage; what it decides, all hosts decide together."""
+
+    def __init__(
+        self,
+        checkpoints: Checkpoints,
+        output: OutputSettings,
+        signals: Signals,
+        claim: Claim | None,
+        first_step: int,
+    ):
+        self._checkpoints, self._output = checkpoints, output
+        self._signals, self._claim, self._first = signals, claim, first_step
+        self._saved_at = time.monotonic()
+        self._save: Callable[[], None] | None = None
+        """Saves the state of before the step that is being made, as long as that exists."""
+
+    @contextlib.contextmanager
+    def guard(self) -> Iterator[None]:
+        """Within it a signal waits for a place where the run can be ended, and the last whole
+        state is saved before it is."""
+        with self._signals.deferred():
+            try:
+                yield
+            except Interrupted:
+                self._save_last()
+                raise
+            except Exception as error:
+                # Ctrl-C reaches the processes that decode, too; a step may fail for want of them.
+                if not self._signals.received:
+                    raise
+                self._save_last()
+                raise Interrupted(self._signals.received) from error
+
+    def between(self, done: int, state: TrainState, data_state: Any) -> None:
+        """Between two steps, `done` of which are done; `data_state` is JSON.
+
+        Raises:
+          Interrupted: a signal asked for the end.
+          OSError: the workdir is gone, or a checkpoint could not be written.
+        """
+        self._save = None
+        if done > self._first:
+            self._save = functools.partial(self._checkpoints.save, done, state, data_state)
+        failed = self._checkpoints.failure()
+        lost = self._claim is not None and self._claim.lost
+        number, due, any_failed, any_lost = largest(
+            [self._signals.received, self._is_due(), failed is not None, lost]
+        )
+        if any_lost:
+            raise OSError(lost_message(self._checkpoints.folder.parent))
+        if any_failed:
+            raise failed or OSError("another host could not write its part of a checkpoint")
+        if number:
+            raise Interrupted(number)
+        every = self._output.checkpoint_every
+        if self._save and (due or (every and done % every == 0)):
+            self._save()
+            self._saved_at = time.monotonic()
+
+    def begin_update(self) -> None:
+        """From here on the state of before the step is donated, and there is nothing to save."""
+        self._save = None
+
+    def finish(self, done: int, state: TrainState, data_state: Any) -> None:
+        """After the last step: the state is on the disk when this returns."""
+        self.between(done, state, data_state)
+        self._checkpoints.save(done, state, data_state)
+        self._checkpoints.wait()
+
+    def _is_due(self) -> bool:
+        """By the clock of the first host."""
+        minutes = self._output.checkpoint_minutes
+        return bool(minutes and is_first() and time.monotonic() - self._saved_at >= 60 * minutes)
+
+    def _save_last(self) -> None:
+        if self._save is not None:
+            self._save()
+            self._checkpoints.wait()
