@@ -26,13 +26,13 @@ if __name__ == "__main__":
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 
-from models.common.folder import write_config  # noqa: E402
 from models.common.safetensors_io import (  # noqa: E402
     TensorSpec,
     stored_tensors,
     write_tensors,
 )
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig  # noqa: E402
+from models.qwen3_vl.folder import write_config  # noqa: E402
 from paravt_jax.array_store import boxes  # noqa: E402
 
 QWEN_8B = Qwen3VLConfig(

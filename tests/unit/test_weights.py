@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
 from models import convert
+from models.common import weights as weights_module
 from models.common.folder import whole_folder
 from models.common.safetensors_io import StoredTensor, TensorSpec, stored_tensors, write_tensors
 from models.common.weights import Weights
@@ -26,7 +27,6 @@ from models.qwen3_vl import (
     read_config,
     save_folder,
 )
-from models.qwen3_vl import weights as weights_module
 from models.qwen3_vl.config import ExpertsConfig
 from paravt_jax import checkpoint
 from paravt_jax.array_store import boxes
