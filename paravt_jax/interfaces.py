@@ -11,11 +11,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
 
+from paravt_jax.kv_cache import KVCache
 from paravt_jax.records import (
     Clip,
     Frames,
     HiddenKeys,
-    LaneCache,
     Prompt,
     Row,
     VideoRef,
@@ -50,7 +50,7 @@ class Policy(Protocol):
         """Run the vision tower over the frames of each prompt; `v = f * p / merge**2`."""
         ...
 
-    def read(
+    def prefill(
         self,
         params: Params,
         tokens: Int[Array, "b t"],
@@ -62,21 +62,22 @@ class Policy(Protocol):
         values of all layers. Each token attends to itself and the tokens before it."""
         ...
 
-    def extend(
+    def append(
         self,
         params: Params,
         tokens: Int[Array, "m t"],
         positions: Int[Array, "m t 3"],
         vision_index: Int[Array, "m t"],
         features: VisionFeatures | None,
-        lanes: tuple[LaneCache, ...],
+        caches: tuple[KVCache, ...],
         rows: Int[Array, " m"] | None = None,
-    ) -> tuple[Float[Array, "m t d"], tuple[LaneCache, ...]]:
-        """Final hidden states of a block that continues live rows, and the caches with the block
-        written after what each row has.
+    ) -> tuple[Float[Array, "m t d"], tuple[KVCache, ...]]:
+        """Final hidden states of a block that continues running rows, and the caches with the
+        block written after what each row has: one token of each row to decode, or several at
+        once, such as a tool response.
 
-        The block holds the rows of all lanes, one lane after the other, or the given `rows` of
-        the only lane. Lengths stay as they are: the caller knows how much of the block counts.
+        The block holds the rows of all caches, one cache after the other, or the given `rows` of
+        the only cache. Lengths stay as they are: the caller knows how much of the block counts.
         """
         ...
 
@@ -84,8 +85,11 @@ class Policy(Protocol):
         """Float32 vocabulary logits of hidden states."""
         ...
 
-    def init_lane(self, prompts: int, copies: int, prompt_slots: int, own_slots: int) -> LaneCache:
-        """An empty cache."""
+    def init_cache(
+        self, prompts: int, copies: int, prompt_slots: int, suffix_slots: int
+    ) -> KVCache:
+        """An empty cache of `prompts * copies` rows: room for `prompt_slots` tokens of each prompt
+        and `suffix_slots` tokens of each row after its prompt."""
         ...
 
 

@@ -11,15 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from paravt_jax.blocks import text_block
+from paravt_jax.kv_cache import CacheArray, KVCache
 from paravt_jax.patches import join_patches
 from paravt_jax.records import (
     Clip,
     Frames,
-    LaneCache,
     Patches,
     Prompt,
     Row,
-    Slots,
     VideoRef,
     VisionFeatures,
 )
@@ -119,19 +118,19 @@ class ToyPolicy:
         tokens = patches.reshape(b, f * p // MERGE, MERGE, c).mean(2) @ params["see"]
         return VisionFeatures(tokens=tokens, deepstack=jnp.zeros((b, 0, *tokens.shape[1:])))
 
-    def init_lane(self, prompts, copies, prompt_slots, own_slots) -> LaneCache:
+    def init_cache(self, prompts, copies, prompt_slots, suffix_slots) -> KVCache:
         rows = prompts * copies
         shared, own = (
-            Slots.empty((1, count, 1, slots, self.width), jnp.float32)
-            for count, slots in ((prompts, prompt_slots), (rows, own_slots))
+            CacheArray.empty((1, count, 1, slots, self.width), jnp.float32)
+            for count, slots in ((prompts, prompt_slots), (rows, suffix_slots))
         )
         lengths = (jnp.zeros(count, jnp.int32) for count in (prompts, rows))
-        return LaneCache(shared, shared, next(lengths), own, own, next(lengths))
+        return KVCache(shared, shared, next(lengths), own, own, next(lengths))
 
     def hidden(self, params, tokens, positions, vision_index, features=None):
-        return self.read(params, tokens, positions, vision_index, features)[0]
+        return self.prefill(params, tokens, positions, vision_index, features)[0]
 
-    def read(self, params, tokens, positions, vision_index, features=None):
+    def prefill(self, params, tokens, positions, vision_index, features=None):
         x = self._embed(params, tokens, positions, vision_index, features)
         keys, values = x @ params["k"], x @ params["v"]
         t = jnp.arange(tokens.shape[1])
@@ -139,36 +138,41 @@ class ToyPolicy:
         hidden = x + self._attend(x @ params["q"], keys, values, causal)
         return hidden, keys[None, :, None], values[None, :, None]
 
-    def extend(self, params, tokens, positions, vision_index, features, lanes, rows=None):
+    def append(self, params, tokens, positions, vision_index, features, caches, rows=None):
         x = self._embed(params, tokens, positions, vision_index, features)
         hidden, grown, start = [], [], 0
-        for lane in lanes:
-            own = jnp.arange(lane.lengths.shape[0]) if rows is None else rows
+        for cache in caches:
+            own = jnp.arange(cache.lengths.shape[0]) if rows is None else rows
             part = x[start : start + len(own)]
             start += len(own)
-            mixed, lane = self._extend_lane(params, part, lane, own)
+            mixed, cache = self._append_one(params, part, cache, own)
             hidden.append(part + mixed)
-            grown.append(lane)
+            grown.append(cache)
         return jnp.concatenate(hidden), tuple(grown)
 
-    def _extend_lane(self, params, x, lane, rows):
-        at = lane.lengths[rows][:, None] + jnp.arange(x.shape[1])
+    def _append_one(self, params, x, cache, rows):
+        at = cache.lengths[rows][:, None] + jnp.arange(x.shape[1])
         where = (0, rows[:, None], 0, at)
-        lane = dataclasses.replace(
-            lane,
-            keys=lane.keys.write(where, x @ params["k"]),
-            values=lane.values.write(where, x @ params["v"]),
+        cache = dataclasses.replace(
+            cache,
+            keys=cache.keys.write(where, x @ params["k"]),
+            values=cache.values.write(where, x @ params["v"]),
         )
-        prompts = rows // lane.copies
+        prompts = rows // cache.copies
         keys, values = (
             jnp.concatenate([shared.stored[0, prompts, 0], own.stored[0, rows, 0]], axis=1)
-            for shared, own in ((lane.prompt_keys, lane.keys), (lane.prompt_values, lane.values))
+            for shared, own in (
+                (cache.prompt_keys, cache.keys),
+                (cache.prompt_values, cache.values),
+            )
         )
-        in_prompt = jnp.arange(lane.prompt_keys.count) < lane.prompt_lengths[prompts][:, None, None]
-        in_own = jnp.arange(lane.keys.count) <= at[..., None]
+        in_prompt = (
+            jnp.arange(cache.prompt_keys.count) < cache.prompt_lengths[prompts][:, None, None]
+        )
+        in_own = jnp.arange(cache.keys.count) <= at[..., None]
         in_prompt = jnp.broadcast_to(in_prompt, (*at.shape, in_prompt.shape[-1]))
         visible = jnp.concatenate([in_prompt, in_own], axis=2)
-        return self._attend(x @ params["q"], keys, values, visible), lane
+        return self._attend(x @ params["q"], keys, values, visible), cache
 
     def _embed(self, params, tokens, positions, vision_index, features):
         x = params["embed"][tokens]

@@ -14,12 +14,13 @@ from jaxtyping import Array, Float, Int
 from models.common import prepared
 from models.common.layers import Linear, precision
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.text import Memory, TextTower
+from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
+from paravt_jax.kv_cache import CacheArray, KVCache
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.params import Blueprint, Normal, Params, Table
-from paravt_jax.records import HiddenKeys, LaneCache, Slots, VisionFeatures
+from paravt_jax.records import HiddenKeys, VisionFeatures
 
 
 class Qwen3VL(nnx.Module):
@@ -69,7 +70,7 @@ class Qwen3VLPolicy:
     `compute_dtype` is the type of matrix products; weights are cast when used. With `remat`, the
     backward pass computes each layer's activations again. With `lora`, the language model has
     adapters, whose weights stand in the table beside the others. `cache_dtype` is the type that
-    `init_lane` keeps keys and values in: `compute`, the type of products, or `int8`.
+    `init_cache` keeps keys and values in: `compute`, the type of products, or `int8`.
     """
 
     config: Qwen3VLConfig
@@ -145,12 +146,12 @@ class Qwen3VLPolicy:
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of the sparse layers; None for a dense model."""
         tower = self._bind(params).text
-        memory = Memory(segments=segments, hidden_keys=hidden_keys)
+        context = AttentionContext(segments=segments, hidden_keys=hidden_keys)
         with jax.named_scope("language_model"):
-            hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features, memory)
+            hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features, context)
         return hidden, router_logits
 
-    def read(
+    def prefill(
         self,
         params: Params,
         tokens: Int[Array, "b t"],
@@ -161,50 +162,54 @@ class Qwen3VLPolicy:
         """Final hidden states of prompts, and the keys and values that continue them."""
         tower = self._bind(params).text
         with jax.named_scope("language_model"):
-            hidden, _, _, kept = tower(tokens, positions, vision_index, features, Memory(keep=True))
+            hidden, _, _, kept = tower(
+                tokens, positions, vision_index, features, AttentionContext(keep=True)
+            )
         assert kept is not None
         keys, values = (x.swapaxes(2, 3) for x in kept)
         return hidden, keys, values
 
-    def extend(
+    def append(
         self,
         params: Params,
         tokens: Int[Array, "m t"],
         positions: Int[Array, "m t 3"],
         vision_index: Int[Array, "m t"],
         features: VisionFeatures | None,
-        lanes: tuple[LaneCache, ...],
+        caches: tuple[KVCache, ...],
         rows: Int[Array, " m"] | None = None,
-    ) -> tuple[Float[Array, "m t d"], tuple[LaneCache, ...]]:
-        """Final hidden states of a block that continues live rows; see `Policy.extend`."""
+    ) -> tuple[Float[Array, "m t d"], tuple[KVCache, ...]]:
+        """Final hidden states of a block that continues running rows; see `Policy.append`."""
         tower = self._bind(params).text
-        memory = Memory(lanes=lanes, rows=rows)
+        context = AttentionContext(caches=caches, rows=rows)
         with jax.named_scope("language_model"):
-            hidden, memory, _, _ = tower(tokens, positions, vision_index, features, memory)
-        return hidden, memory.lanes
+            hidden, context, _, _ = tower(tokens, positions, vision_index, features, context)
+        return hidden, context.caches
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Float32 vocabulary logits of hidden states."""
         with jax.named_scope("vocabulary_head"):
             return self._bind(params).logits(hidden)
 
-    def init_lane(self, prompts: int, copies: int, prompt_slots: int, own_slots: int) -> LaneCache:
+    def init_cache(
+        self, prompts: int, copies: int, prompt_slots: int, suffix_slots: int
+    ) -> KVCache:
         """An empty cache of `cache_dtype`."""
         rows = prompts * copies
-        return LaneCache(
-            prompt_keys=self._slots(prompts, prompt_slots),
-            prompt_values=self._slots(prompts, prompt_slots),
+        return KVCache(
+            prompt_keys=self._cache_array(prompts, prompt_slots),
+            prompt_values=self._cache_array(prompts, prompt_slots),
             prompt_lengths=jnp.zeros(prompts, jnp.int32),
-            keys=self._slots(rows, own_slots),
-            values=self._slots(rows, own_slots),
+            keys=self._cache_array(rows, suffix_slots),
+            values=self._cache_array(rows, suffix_slots),
             lengths=jnp.zeros(rows, jnp.int32),
         )
 
-    def _slots(self, rows: int, slots: int) -> Slots:
+    def _cache_array(self, rows: int, slots: int) -> CacheArray:
         text = self.config.text
         shape = (text.num_hidden_layers, rows, text.num_key_value_heads, slots, text.head_dim)
         kept = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
-        return Slots.empty(shape, kept)
+        return CacheArray.empty(shape, kept)
 
     def _bind(self, params: Params) -> Qwen3VL:
         """The model with these weights; prepared ones hold a head even if it is tied."""

@@ -14,14 +14,15 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.common.attention import attend
-from models.common.cache import append_and_attend
+from models.common.cached_attention import append_and_attend
 from models.common.experts import Experts
 from models.common.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
 from models.qwen3_vl.config import TextConfig
+from paravt_jax.kv_cache import KVCache
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Normal, declare, stack
-from paravt_jax.records import HiddenKeys, LaneCache, VisionFeatures
+from paravt_jax.records import HiddenKeys, VisionFeatures
 
 HF = "model.language_model."
 
@@ -31,16 +32,16 @@ Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Memory:
+class AttentionContext:
     """What a layer does with keys and values besides letting each token attend to those before it
     in its block."""
 
     keep: bool = False
-    """Return the keys and values of the block: reading a prompt."""
-    lanes: tuple[LaneCache, ...] = ()
-    """Append the block to these caches and attend to them: continuing streams."""
+    """Return the keys and values of the block: prefill."""
+    caches: tuple[KVCache, ...] = ()
+    """Append the block to these caches and attend to them."""
     rows: Int[Array, " m"] | None = None
-    """The rows of the only lane that the block continues; None for all rows of all lanes."""
+    """The rows of the only cache that the block continues; None for all rows of all caches."""
     segments: Int[Array, "b t"] | None = None
     """Which of several streams in one row each token belongs to: it attends to its own alone."""
     hidden_keys: HiddenKeys | None = None
@@ -67,27 +68,29 @@ class Attention(nnx.Module):
         self.key_norm = RMSNorm(h, hf + "k_norm", c.rms_norm_eps)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: LayerNumber
-    ) -> tuple[Float[Array, "b t d"], Memory, KeysAndValues | None]:
+        self, x: Float[Array, "b t d"], rope: Rope, context: AttentionContext, layer: LayerNumber
+    ) -> tuple[Float[Array, "b t d"], AttentionContext, KeysAndValues | None]:
         heads = (*x.shape[:2], -1, self.head_dim)
         query = rotate(self.query_norm(self.query(x).reshape(heads)), *rope)
         key = rotate(self.key_norm(self.key(x).reshape(heads)), *rope)
         value = self.value(x).reshape(heads)
         query = constrain(query, "batch", None, "heads", None)
-        if memory.lanes:
-            mixed, lanes = append_and_attend(memory.lanes, memory.rows, layer, query, key, value)
-            memory = dataclasses.replace(memory, lanes=lanes)
+        if context.caches:
+            mixed, caches = append_and_attend(
+                context.caches, context.rows, layer, query, key, value
+            )
+            context = dataclasses.replace(context, caches=caches)
         else:
             mixed = attend(
                 query,
                 key,
                 value,
                 causal=True,
-                segments=memory.segments,
-                hidden_keys=memory.hidden_keys,
+                segments=context.segments,
+                hidden_keys=context.hidden_keys,
             )
-        kept = (key, value) if memory.keep else None
-        return self.out(mixed.reshape(*x.shape[:2], -1)), memory, kept
+        kept = (key, value) if context.keep else None
+        return self.out(mixed.reshape(*x.shape[:2], -1)), context, kept
 
 
 class Mlp(nnx.Module):
@@ -137,19 +140,21 @@ class DecoderLayer(nnx.Module):
         self.mlp = _experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, memory: Memory, layer: LayerNumber
+        self, x: Float[Array, "b t d"], rope: Rope, context: AttentionContext, layer: LayerNumber
     ) -> tuple[
-        Float[Array, "b t d"], Memory, tuple[Float[Array, "b t e"] | None, KeysAndValues | None]
+        Float[Array, "b t d"],
+        AttentionContext,
+        tuple[Float[Array, "b t e"] | None, KeysAndValues | None],
     ]:
-        """Output, grown memory, and the router's logits and the keys and values, as far as there
+        """Output, grown context, and the router's logits and the keys and values, as far as there
         are any."""
         with jax.named_scope("attention"):
-            mixed, memory, kept = self.attention(self.attention_norm(x), rope, memory, layer)
+            mixed, context, kept = self.attention(self.attention_norm(x), rope, context, layer)
         x = constrain(x + mixed, "batch", None, None)
         with jax.named_scope("mlp"):
             mixed = self.mlp(self.mlp_norm(x))
         mixed, router_logits = mixed if isinstance(mixed, tuple) else (mixed, None)
-        return constrain(x + mixed, "batch", None, None), memory, (router_logits, kept)
+        return constrain(x + mixed, "batch", None, None), context, (router_logits, kept)
 
 
 class TextTower(nnx.Module):
@@ -179,28 +184,29 @@ class TextTower(nnx.Module):
         positions: Int[Array, "b t 3"],
         vision_index: Int[Array, "b t"],
         features: VisionFeatures | None = None,
-        memory: Memory = Memory(),
+        context: AttentionContext = AttentionContext(),
     ) -> tuple[
         Float[Array, "b t d"],
-        Memory,
+        AttentionContext,
         Float[Array, "sparse b t e"] | None,
         tuple[Float[Array, "l b t k h"], Float[Array, "l b t k h"]] | None,
     ]:
-        """Hidden states after the last norm; grown memory, its lengths untouched; the router's
-        logits of the sparse layers; keys and values of all layers if the memory keeps them."""
+        """Hidden states after the last norm; the context with grown caches, lengths
+        untouched; the router's logits of the sparse layers; keys and values of all layers if the
+        context asks for them."""
         with jax.named_scope("embedding"):
             x = self.embed(tokens, vision_index, features)
         rope = mrope(positions, self.config)
 
         def step(layer: DecoderLayer, carry: Any, number: LayerNumber) -> Any:
-            x, lanes = carry
-            before = dataclasses.replace(memory, lanes=lanes)
+            x, caches = carry
+            before = dataclasses.replace(context, caches=caches)
             x, after, extra = layer(x, rope, before, number)
-            return (add_deepstack(x, vision_index, features, number), after.lanes), extra
+            return (add_deepstack(x, vision_index, features, number), after.caches), extra
 
         # On CPU, reading a layer of the cache at a constant offset is five times faster.
-        unroll = bool(memory.lanes) and jax.default_backend() == "cpu"
-        carry, routed, kept = (x, memory.lanes), [], []
+        unroll = bool(context.caches) and jax.default_backend() == "cpu"
+        carry, routed, kept = (x, context.caches), [], []
         with jax.named_scope("decoder_layers"):
             for layers, rows, numbers in self._runs():
                 carry, (router_logits, own) = scan_layers(
@@ -208,10 +214,10 @@ class TextTower(nnx.Module):
                 )
                 routed += [] if router_logits is None else [router_logits]
                 kept += [] if own is None else [own]
-        x, lanes = carry
+        x, caches = carry
         return (
             self.norm(x),
-            dataclasses.replace(memory, lanes=lanes),
+            dataclasses.replace(context, caches=caches),
             jnp.concatenate(routed) if routed else None,
             jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept) if kept else None,
         )

@@ -22,8 +22,9 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
+from paravt_jax.kv_cache import KVCache
 from paravt_jax.mesh import constrain
-from paravt_jax.records import ArrayLike, LaneCache, VisionFeatures, pytree
+from paravt_jax.records import ArrayLike, VisionFeatures, pytree
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 
@@ -66,7 +67,7 @@ class Lane:
 class LaneState:
     """What a lane keeps on the device."""
 
-    cache: LaneCache
+    cache: KVCache
     hidden: Float[Array, "n d"]
     """Hidden state of each row's last token."""
     seen: Bool[Array, "n vocab"] | None = None
@@ -184,7 +185,7 @@ class Engine:
         return {name: jax.tree.map(_commit, empty(lane)) for name, lane in self.lanes.items()}
 
     def _empty(self, lane: Lane) -> LaneState:
-        cache = self.policy.init_lane(lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix)
+        cache = self.policy.init_cache(lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix)
         seen = jnp.zeros((lane.rows, self.automata.vocab), bool) if self.penalties else None
         return LaneState(cache, *_spread((jnp.zeros((lane.rows, self.policy.width)), seen)))
 
@@ -206,13 +207,13 @@ class Engine:
         """Read prompts into these prompt slots, and let their rows start from them."""
         self.compilations += 1
         block = _spread(block)
-        hidden, keys, values = self.policy.read(
+        hidden, keys, values = self.policy.prefill(
             params, block.tokens, block.positions, block.vision_index, features
         )
         copies = state.cache.copies
         rows = slots[:, None] * copies + jnp.arange(copies)
         last = _last(hidden, block.lengths)[:, None].astype(state.hidden.dtype)
-        cache = state.cache.with_prompts(slots, keys, values).spread()
+        cache = state.cache.with_prompts(slots, keys, values).sharded()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
         return LaneState(cache, _spread(state.hidden.at[rows].set(last)), seen)
 
@@ -226,7 +227,7 @@ class Engine:
     ) -> LaneState:
         """Append given tokens to all rows (those of length 0 stay as they are), or to `rows`."""
         self.compilations += 1
-        hidden, (cache,) = self.policy.extend(
+        hidden, (cache,) = self.policy.append(
             params,
             block.tokens,
             block.positions,
@@ -241,7 +242,7 @@ class Engine:
         else:
             moved = state.hidden.at[rows].set(last)
         seen = None if state.seen is None else _mark_block(state.seen, block, rows)
-        return LaneState(cache.spread(), _spread(moved), seen)
+        return LaneState(cache.sharded(), _spread(moved), seen)
 
     def _decode(
         self,
@@ -333,12 +334,12 @@ class Engine:
 
     def _continue(
         self, params: Params, loop: _Loop, positions: Int[Array, " n"], tokens: Int[Array, " n"]
-    ) -> tuple[Float[Array, "n d"], tuple[LaneCache, ...]]:
+    ) -> tuple[Float[Array, "n d"], tuple[KVCache, ...]]:
         """Hidden states after one more text token per row, and the caches that hold it."""
         everywhere = jnp.broadcast_to(positions[:, None, None], (len(tokens), 1, 3))
         text = jnp.full((len(tokens), 1), -1, jnp.int32)
         caches = tuple(state.cache for state in loop.states)
-        hidden, grown = self.policy.extend(params, tokens[:, None], everywhere, text, None, caches)
+        hidden, grown = self.policy.append(params, tokens[:, None], everywhere, text, None, caches)
         return hidden[:, 0], grown
 
 
@@ -350,7 +351,7 @@ def _commit(x: Array) -> Array:
 
 def _advance(
     states: tuple[LaneState, ...],
-    grown: tuple[LaneCache, ...],
+    grown: tuple[KVCache, ...],
     hidden: Float[Array, "n d"],
     tokens: Int[Array, " n"],
     running: Bool[Array, " n"],
@@ -372,7 +373,7 @@ def _take(state: LaneState, live: Int[Array, " q"] | None) -> LaneState:
     if live is None:
         return state
     cache, rows = state.cache, _rows_of(live, state.cache.copies)
-    part = LaneCache(
+    part = KVCache(
         prompt_keys=cache.prompt_keys.take(live),
         prompt_values=cache.prompt_values.take(live),
         prompt_lengths=jnp.asarray(cache.prompt_lengths)[live],

@@ -24,7 +24,7 @@ from transformers import Qwen3VLForConditionalGeneration
 from models.qwen3_vl import from_pretrained, pretrained, save_folder
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import _blueprint
-from models.qwen3_vl.text import Memory, add_deepstack, mrope
+from models.qwen3_vl.text import AttentionContext, add_deepstack, mrope
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import Blueprint
 
@@ -188,7 +188,7 @@ def decoder_layers(model, tokens, positions, index, patches, grids):
     outputs = {}
     for number in range(model.config.text.num_hidden_layers):
         layer = jnp.int32(number)
-        x, *_ = layer_of(tower.layers, number)(x, rope, Memory(), layer)
+        x, *_ = layer_of(tower.layers, number)(x, rope, AttentionContext(), layer)
         outputs[f"layers.{number}"] = x
         x = add_deepstack(x, index, features, layer)
     outputs["norm"] = tower.norm(x)

@@ -14,8 +14,8 @@ from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConf
 from models.qwen3_vl.config import NUMERICALLY_SILENT, ExpertsConfig
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.vision import DctBasis
+from paravt_jax.kv_cache import KVCache
 from paravt_jax.params import initialise
-from paravt_jax.records import LaneCache
 from paravt_jax.rope_index import mrope_positions, vision_index
 
 pytestmark = pytest.mark.slow
@@ -87,21 +87,21 @@ def full_logits(params, tokens, positions, index, features):
 
 
 @jax.jit
-def extend_step(params, tokens, positions, index, lane, lengths, rows):
-    lane = dataclasses.replace(lane, lengths=lengths)
-    hidden, (lane,) = POLICY.extend(params, tokens, positions, index, None, (lane,), rows)
-    return POLICY.logits(params, hidden), lane
+def append_step(params, tokens, positions, index, cache, lengths, rows):
+    cache = dataclasses.replace(cache, lengths=lengths)
+    hidden, (cache,) = POLICY.append(params, tokens, positions, index, None, (cache,), rows)
+    return POLICY.logits(params, hidden), cache
 
 
-def read_into_lane(params, arrays, features, split) -> LaneCache:
+def prefill(params, arrays, features, split) -> KVCache:
     """Two prompts of these lengths, each with two rows."""
-    _, keys, values = jax.jit(POLICY.read)(params, *arrays, features)
-    lane = POLICY.init_lane(2, 2, 24, 16).with_prompts(jnp.arange(2), keys, values)
-    return dataclasses.replace(lane, prompt_lengths=jnp.asarray(split, jnp.int32))
+    _, keys, values = jax.jit(POLICY.prefill)(params, *arrays, features)
+    cache = POLICY.init_cache(2, 2, 24, 16).with_prompts(jnp.arange(2), keys, values)
+    return dataclasses.replace(cache, prompt_lengths=jnp.asarray(split, jnp.int32))
 
 
 @pytest.mark.parametrize("chosen", [None, [2, 1]])
-def test_reading_and_extending_equal_the_full_forward(params, chosen):
+def test_prefill_and_append_equal_the_full_forward(params, chosen):
     """Prompts of different lengths, blocks of several tokens, rows that pause, chosen rows."""
     arrays = [np.repeat(array, 2, axis=0) for array in prompt()]
     features = encode(params, np.repeat(random_patches(), 2, 0), np.repeat(GRIDS[None], 2, 0))
@@ -109,7 +109,7 @@ def test_reading_and_extending_equal_the_full_forward(params, chosen):
     # Behind all vision tokens, so that what follows is text.
     first = int(np.flatnonzero(arrays[2][0] >= 0)[-1]) + 1
     split = np.array([first, first + 1])
-    lane = read_into_lane(params, [array[:, : first + 1] for array in arrays], features, split)
+    cache = prefill(params, [array[:, : first + 1] for array in arrays], features, split)
     numbers = np.arange(4) if chosen is None else np.array(chosen)
     done = np.zeros(4, np.int32)
     for width in (2, 1):
@@ -119,7 +119,7 @@ def test_reading_and_extending_equal_the_full_forward(params, chosen):
             for array in arrays
         ]
         rows = None if chosen is None else jnp.asarray(chosen)
-        logits, lane = extend_step(params, *block, lane, jnp.asarray(done), rows)
+        logits, cache = append_step(params, *block, cache, jnp.asarray(done), rows)
         for place, (number, start) in enumerate(zip(numbers, at, strict=True)):
             own = expected[number // 2, start : start + width]
             np.testing.assert_allclose(logits[place], own, atol=2e-5)

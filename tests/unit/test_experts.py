@@ -10,9 +10,9 @@ import pytest
 from models.common.experts import BLOCK, _blocked_matmul, mix, permute
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from models.qwen3_vl.config import ExpertsConfig
+from paravt_jax.kv_cache import CacheArray
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
-from paravt_jax.records import Slots
 
 pytestmark = pytest.mark.slow
 
@@ -174,19 +174,19 @@ def test_extending_a_lane_equals_the_full_pass():
     policy, arrays = Qwen3VLPolicy(CONFIG), inputs(2)
     params = initialise(policy.table, jax.random.key(0))
     whole = jax.jit(policy.hidden)(params, *arrays)
-    head, keys, values = jax.jit(policy.read)(params, *(array[:, :6] for array in arrays))
-    lane = policy.init_lane(2, 1, 6, 4)
-    lane = dataclasses.replace(
-        lane,
-        prompt_keys=Slots(keys),
-        prompt_values=Slots(values),
+    head, keys, values = jax.jit(policy.prefill)(params, *(array[:, :6] for array in arrays))
+    cache = policy.init_cache(2, 1, 6, 4)
+    cache = dataclasses.replace(
+        cache,
+        prompt_keys=CacheArray(keys),
+        prompt_values=CacheArray(values),
         prompt_lengths=jnp.full(2, 6),
     )
     parts = [head]
     for start, end in [(6, 7), (7, 9)]:
-        lane = dataclasses.replace(lane, lengths=jnp.full(2, start - 6))
+        cache = dataclasses.replace(cache, lengths=jnp.full(2, start - 6))
         block = [array[:, start:end] for array in arrays]
-        part, (lane,) = jax.jit(policy.extend)(params, *block, None, (lane,))
+        part, (cache,) = jax.jit(policy.append)(params, *block, None, (cache,))
         parts.append(part)
     np.testing.assert_allclose(jnp.concatenate(parts, axis=1), whole, rtol=1e-4, atol=1e-5)
 

@@ -37,7 +37,7 @@ def test_prepared_weights_give_the_same_logits(kind, dtype):
     @jax.jit
     def logits(params):
         return policy.logits(
-            params, policy.read(params, *map(jnp.asarray, (TOKENS, POSITIONS, TEXT)))[0]
+            params, policy.prefill(params, *map(jnp.asarray, (TOKENS, POSITIONS, TEXT)))[0]
         )
 
     plain, prepared = logits(params), logits(policy.prepare(params))

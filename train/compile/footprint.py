@@ -115,7 +115,7 @@ def _caches(config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Iterabl
 
 def _cache(policy: Qwen3VLPolicy, lane: Lane, mesh: AnyMesh) -> int:
     sizes = lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: policy.init_lane(*sizes)))
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(*sizes)))
     return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in leaves)
 
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.records import Slots
+from paravt_jax.kv_cache import CacheArray
 
 SHAPE = (2, 3, 2, 5, 8)
 ALL = (slice(None), slice(None), slice(None), slice(None))
@@ -22,13 +22,13 @@ def numbers(seed=0, shape=SHAPE):
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_floats_come_back_as_their_own_type_has_them(dtype):
     x = numbers()
-    slots = Slots.empty(SHAPE, dtype).write(ALL, x)
+    slots = CacheArray.empty(SHAPE, dtype).write(ALL, x)
     np.testing.assert_array_equal(slots.read(ALL, jnp.float32), x.astype(dtype).astype(jnp.float32))
 
 
 def test_int8_errs_by_half_a_step_of_each_vector():
     x = numbers()
-    slots = Slots.empty(SHAPE, jnp.int8).write(ALL, x)
+    slots = CacheArray.empty(SHAPE, jnp.int8).write(ALL, x)
     assert slots.stored.dtype == jnp.int8 and slots.count == SHAPE[3]
     step = np.abs(x).max(axis=-1, keepdims=True) / 127
     error = np.abs(slots.read(ALL, jnp.float32) - x) / step
@@ -38,7 +38,7 @@ def test_int8_errs_by_half_a_step_of_each_vector():
 
 def test_zeros_stay_zeros():
     x = numbers().at[:, 1].set(0)
-    back = Slots.empty(SHAPE, jnp.int8).write(ALL, x).read(ALL, jnp.float32)
+    back = CacheArray.empty(SHAPE, jnp.int8).write(ALL, x).read(ALL, jnp.float32)
     assert np.isfinite(back).all()
     assert (back[:, 1] == 0).all() and (back[:, 0] != 0).any()
 
@@ -47,7 +47,7 @@ def test_zeros_stay_zeros():
 def test_writing_touches_the_given_slots_alone(dtype):
     """Rows write at places of their own, one of them beyond the last slot."""
     before, x = numbers(), numbers(1, (2, 2, *SHAPE[2:3], SHAPE[4]))
-    slots = Slots.empty(SHAPE, dtype).write(ALL, before)
+    slots = CacheArray.empty(SHAPE, dtype).write(ALL, before)
     rows, at = jnp.array([[0], [2]]), jnp.array([[0, 1], [4, 5]])
     after = slots.write((1, rows, slice(None), at), x)
     expected = np.array(slots.read(ALL, jnp.float32))
@@ -59,16 +59,16 @@ def test_writing_touches_the_given_slots_alone(dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
 def test_rows_can_be_taken_and_put_back(dtype):
-    slots = Slots.empty(SHAPE, dtype).write(ALL, numbers())
+    slots = CacheArray.empty(SHAPE, dtype).write(ALL, numbers())
     rows = jnp.array([2, 0])
     part = slots.take(rows)
     expected = slots.read(ALL, jnp.float32)
     np.testing.assert_array_equal(part.read(ALL, jnp.float32), expected[:, rows])
-    back = Slots.empty(SHAPE, dtype).put(rows, part).read(ALL, jnp.float32)
+    back = CacheArray.empty(SHAPE, dtype).put(rows, part).read(ALL, jnp.float32)
     np.testing.assert_array_equal(back, expected.at[:, 1].set(0))
 
 
 @pytest.mark.parametrize("dtype", ["int4", "uint8", "int32"])
 def test_other_integers_are_refused(dtype):
     with pytest.raises(ValueError, match=f"dtype={dtype}.*int8"):
-        Slots.empty(SHAPE, dtype)
+        CacheArray.empty(SHAPE, dtype)

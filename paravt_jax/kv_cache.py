@@ -1,0 +1,136 @@
+"""The KV cache: keys and values of prompts, shared by their samples, and of what follows them."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int, Int8
+
+from paravt_jax.mesh import constrain
+from paravt_jax.records import ArrayLike, pytree
+
+SLOT_AXES = ("layers", "batch", "kv", None, None)
+"""Logical axes of slots; scales lack the last one."""
+LARGEST_INT8 = 127
+"""Its negative has a positive counterpart: -128 stays unused."""
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class CacheArray:
+    """Keys or values of tokens, as they are or as int8.
+
+    In int8, each token of each key head has its own scale, its largest magnitude / 127: symmetric
+    and token-wise, as ZeroQuant (arXiv 2206.01861) does activations, so that a slot is written once
+    and never scaled again. Fewer bits would need scales per channel for keys (KIVI, arXiv
+    2402.02750). What 8 bits change is measured in `docs/log.md`.
+    """
+
+    stored: Float[Array, "l b k s h"] | Int8[Array, "l b k s h"]
+    scales: Float[Array, "l b k s"] | None = None
+    """What int8 is multiplied with; None where `stored` is not int8."""
+
+    @classmethod
+    def empty(cls, shape: tuple[int, int, int, int, int], dtype: Any) -> CacheArray:
+        """Zeros of shape `[l, b, k, s, h]`.
+
+        Raises:
+          ValueError: `dtype` is neither a type of floats nor int8.
+        """
+        dtype = jnp.dtype(dtype)
+        if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype={dtype}: a KV cache holds floats or int8; choose one of them")
+        scales = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
+        return cls(jnp.zeros(shape, dtype), scales).sharded()
+
+    @property
+    def count(self) -> int:
+        """Slots of each row."""
+        return self.stored.shape[3]
+
+    def write(self, where: tuple[Any, ...], x: Float[Array, "... h"]) -> CacheArray:
+        """With `x` at these indices of `[l, b, k, s]`; what falls outside is dropped."""
+        if self.scales is None:
+            stored = self.stored.at[where].set(x.astype(self.stored.dtype), mode="drop")
+            return CacheArray(stored)
+        x = x.astype(jnp.float32)
+        scales = jnp.max(jnp.abs(x), axis=-1) / LARGEST_INT8
+        # A scale of 0 belongs to zeros alone, which stay zeros under any other.
+        levels = jnp.round(x / jnp.where(scales > 0, scales, 1)[..., None])
+        return CacheArray(
+            self.stored.at[where].set(levels.astype(jnp.int8), mode="drop"),
+            self.scales.at[where].set(scales, mode="drop"),
+        )
+
+    def read(self, where: tuple[Any, ...], dtype: Any) -> Float[Array, "... h"]:
+        """What stands at these indices of `[l, b, k, s]`, in this type."""
+        stored = self.stored[where]
+        if self.scales is None:
+            return stored.astype(dtype)
+        return (stored * self.scales[where][..., None]).astype(dtype)
+
+    def take(self, rows: Int[Array, " m"]) -> CacheArray:
+        """Those of some rows."""
+        return jax.tree.map(lambda leaf: leaf[:, rows], self)
+
+    def put(self, rows: Int[Array, " m"], part: CacheArray) -> CacheArray:
+        """With the slots of some rows in place of theirs."""
+        return jax.tree.map(lambda leaf, new: leaf.at[:, rows].set(new), self, part)
+
+    def sharded(self) -> CacheArray:
+        """Rows over the data axes of the mesh, heads over the tensor axis."""
+        return jax.tree.map(lambda leaf: constrain(leaf, *SLOT_AXES[: leaf.ndim]), self)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class KVCache:
+    """Keys and values of running requests of one static shape: `p` prompts, and `n = p * copies`
+    rows that continue them, prompt-major. All copies of a prompt share one cache of it.
+
+    Heads come before slots, so that attention's products read memory in order. Slots are filled
+    from 0 without holes.
+    """
+
+    prompt_keys: CacheArray
+    """Of `p` rows."""
+    prompt_values: CacheArray
+    prompt_lengths: Int[ArrayLike, " p"]
+    """Filled slots of each prompt; 0 where there is none."""
+    keys: CacheArray
+    """Of `n` rows: what each generated, and was given, after its prompt."""
+    values: CacheArray
+    lengths: Int[ArrayLike, " n"]
+    """Filled slots of each row, its prompt not counted."""
+
+    @property
+    def copies(self) -> int:
+        """Rows of one prompt."""
+        return self.lengths.shape[0] // self.prompt_lengths.shape[0]
+
+    @property
+    def totals(self) -> Int[Array, " n"]:
+        """Tokens of each row's stream, its prompt included."""
+        return jnp.repeat(self.prompt_lengths, self.copies) + self.lengths
+
+    def with_prompts(
+        self,
+        places: Int[Array, " b"],
+        keys: Float[Array, "l b k t h"],
+        values: Float[Array, "l b k t h"],
+    ) -> KVCache:
+        """These prompts in these places; lengths stay as they are."""
+        where = (slice(None), places, slice(None), slice(0, keys.shape[3]))
+        return dataclasses.replace(
+            self,
+            prompt_keys=self.prompt_keys.write(where, keys),
+            prompt_values=self.prompt_values.write(where, values),
+        )
+
+    def sharded(self) -> KVCache:
+        """Laid out over the mesh, see `CacheArray.sharded`."""
+        names = ("prompt_keys", "prompt_values", "keys", "values")
+        return dataclasses.replace(self, **{name: getattr(self, name).sharded() for name in names})
