@@ -1,8 +1,8 @@
 """The complete configuration of a run, and `--set key=value` on it.
 
 A recipe is a function that returns a complete `Config`. Sections that configure one
-class live beside that class (`AgentConfig`, `RewardRules`, `ObjectiveConfig`); this
-module adds what only the trainer knows and checks what crosses sections.
+class stand beside that class (`AgentConfig`, `DataSettings`, `ObjectiveConfig`); this
+module puts them together and checks what crosses sections.
 """
 
 from __future__ import annotations
@@ -14,17 +14,19 @@ import types
 import typing
 from typing import Annotated, Any
 
+from evaluate.settings import EvaluationSettings
 from paravt_jax.advantages import AdvantageConfig
 from paravt_jax.flags import EMPTY, MAY_BE_EMPTY, check_given
-from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.ranges import above, at_least, check_ranges, within
+from paravt_jax.ranges import at_least, check_ranges
 from paravt_jax.records import QuestionType
 from paravt_jax.rewards import RewardRules
 from pipelines.preprocess import MARKS, OUTER
 from rollout.limits import AgentConfig
 from rollout.tools import agent_tools
+from train.data.settings import DataSettings
 from train.methods.settings import DifficultySettings, TeacherSettings
+from train.model import ModelSettings
 from train.optimizer import OptimizerSettings
 from train.rl.settings import (
     RlSettings,
@@ -34,6 +36,7 @@ from train.rl.settings import (
     check_updates,
 )
 from train.sft.settings import SftSettings
+from train.workdir.settings import OutputSettings
 
 RECIPE_ONLY = {"recipe only": True}
 """Metadata of a field that `--set` cannot reach."""
@@ -46,127 +49,6 @@ class Stage(enum.StrEnum):
     """Supervised cold start."""
     RL = "rl"
     """Reinforcement learning with rollouts."""
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSettings:
-    """Which weights, in which precision."""
-
-    folder: str | None = None
-    """Hugging Face folder to start from; None starts the needle model from random weights."""
-    compute_dtype: str = "float32"
-    """Precision of matrix products: `float32` or `bfloat16`. `models/qwen3_vl/README.md` lists what
-    stays float32."""
-    cache_dtype: str = "compute"
-    """What rollouts keep keys and values in: `compute` (the type above) or `int8`, which takes some
-    28 % of float32 and moves the needle model's log-probs by 2e-4 on average and 0.15 at most
-    (`docs/log.md`)."""
-    train_vision: bool = False
-    """Whether the vision tower trains. In RL it does not: its features are computed once."""
-    remat: bool = False
-    """Recompute each layer in the backward pass to save memory."""
-    router_balance: Annotated[float, at_least(0)] = 0.0
-    """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
-    lora: LoraConfig = NO_LORA
-    """With a rank above 0, only adapters beside the language model's matrices train."""
-    adapter: str | None = None
-    """Folder of peft with the adapter to start from; None starts from a fresh one."""
-
-
-@dataclasses.dataclass(frozen=True)
-class DataSettings:
-    """Which questions, and how their videos are shown."""
-
-    path: str | None = None
-    """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
-    the needle world."""
-    video_root: str | None = None
-    """Folder below which all videos lie; None takes that of the data."""
-    mixture: tuple[str, ...] = ()
-    """Further data sets that are mixed with `path`, or with the needle world."""
-    weights: tuple[float, ...] = ()
-    """How often each data set is drawn from, `path` first; empty goes by their sizes."""
-    max_rejected: Annotated[float, within(0, 1)] = 0.05
-    """Largest share of rows of a data set whose files are missing or that cannot be used."""
-    workers: Annotated[int, at_least(0)] = 0
-    """Processes that decode and render prompts; 0 uses threads of this one."""
-    frame_budgets: Annotated[tuple[int, ...], at_least(1)] = (4, 8, 16, 32, 64)
-    """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
-    frames_as: str = "image"
-    """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
-    video_marks: str | None = None
-    """Vision marks of videos: `outer`, around each pair of frames and the whole video, as
-    transformers from 5.10 on; `each`, as before. None: what the model folder says, else `outer`."""
-    instructions: str = "full"
-    """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
-    next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
-    the reasoning is to say when, as VISD's rewards read it."""
-    subtitles: bool = False
-    """Show the subtitles beside each video (`NAME.srt` for `NAME.mp4`), with their times."""
-    crop_fps: Annotated[float, above(0)] = 1.0
-    """Frames per second of a crop."""
-    crop_frames: Annotated[int, at_least(1)] = 16
-    """At most this many frames in a crop."""
-    min_pixels: Annotated[int, at_least(1)] = 784
-    max_pixels: Annotated[int, at_least(1)] = 50176
-    """Least and most pixels of a frame after resizing."""
-    max_prompt_tokens: Annotated[int | None, at_least(1)] = None
-    """Tokens of the longest prompt, shown with the most frames; rows with longer ones are left out
-    and counted (`data.max_rejected`). None: what the model's `max_position_embeddings` leaves
-    beside an episode. In the sft stage, of what stands before the first learned token."""
-    overview_tokens: Annotated[int | None, at_least(1)] = None
-    """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
-    until they fit. None: pixels alone decide."""
-    question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
-    """Which kinds of question to train and evaluate on."""
-    train_videos: Annotated[int, at_least(1)] = 2000
-    """Videos of the needle world to train on."""
-    held_out_videos: Annotated[int, at_least(1)] = 256
-    """Videos of the needle world that are only evaluated on, and as many that settings are not
-    even compared by (`evaluation.split`)."""
-    max_bad_rows: Annotated[float, within(0, 1)] = 0.01
-    """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
-    a run with more of them stops."""
-    decode_seconds: Annotated[float, above(0)] = 300.0
-    """Longest time that the frames of one overview or crop may take to decode. A video that takes
-    longer counts as unreadable (`max_bad_rows`)."""
-    cache_dir: str = "data"
-    """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
-
-
-@dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
-    """The before/after table."""
-
-    rows: Annotated[int, at_least(0)] = 0
-    """Held-out questions; 0 skips the evaluation."""
-    split: str = "held_out"
-    """Which videos of the needle world: `held_out` to compare settings by, `test` for figures to
-    report, on which nothing is tuned. Of `--data`, questions are held out whatever this says."""
-    batch: Annotated[int, at_least(1)] = 128
-    """Rollouts at once."""
-    frame_budget: Annotated[int, at_least(1)] = 4
-    """K of every evaluation prompt."""
-
-
-@dataclasses.dataclass(frozen=True)
-class OutputSettings:
-    """What a run leaves in its workdir."""
-
-    checkpoint_every: Annotated[int, at_least(0)] = 0
-    """Steps between checkpoints; 0 leaves it to the minutes. The last step is always saved, and so
-    is the state that a signal finds."""
-    checkpoint_minutes: Annotated[float, at_least(0)] = 10.0
-    """Minutes between checkpoints, at the next step; 0 leaves it to the steps."""
-    keep_checkpoints: Annotated[int, at_least(1)] = 2
-    """The newest ones that stay. With one there is none to fall back to if it is damaged."""
-    rollouts: bool = True
-    """Write `rollouts/*.jsonl`."""
-    export_hf: bool = True
-    """Write `hf/` at the end."""
-    compile_cache: str | None = "~/.cache/paravt_jax/compiled"
-    """Folder that keeps compiled programs, so that a later run need not compile them again;
-    `JAX_COMPILATION_CACHE_DIR` comes first. None keeps none."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -15,7 +15,8 @@ from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from pipelines.preprocess import SPECS
 from train import setup
-from train.config import Config, DataSettings, Stage, generated_budget
+from train.config import Config, Stage, generated_budget
+from train.data.settings import DataSettings
 from train.optimizer import make_optimizer
 from train.rl.learner import rl_step, with_what_shaped
 from train.rl.subagents import possible_rows

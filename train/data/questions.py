@@ -16,7 +16,8 @@ from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
 from rollout.limits import measure
 from train.agent import crop_tokens
-from train.config import Config, DataSettings, Stage
+from train.config import Config, Stage
+from train.data.settings import DataSettings
 from train.data.split import Split, apart, one_per_video, split
 from train.methods.difficulty import hint_room
 from train.setup import needle_world, world_folder

@@ -8,12 +8,12 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from train.config import OutputSettings
 from train.hosts.cluster import is_first, largest
 from train.hosts.interrupt import Interrupted, Signals
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
 from train.workdir.claim import Claim, lost_message
+from train.workdir.settings import OutputSettings
 
 
 class Saver:

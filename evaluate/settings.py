@@ -1,0 +1,23 @@
+"""Settings of the evaluation before and after a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from paravt_jax.ranges import at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSettings:
+    """The before/after table."""
+
+    rows: Annotated[int, at_least(0)] = 0
+    """Held-out questions; 0 skips the evaluation."""
+    split: str = "held_out"
+    """Which videos of the needle world: `held_out` to compare settings by, `test` for figures to
+    report, on which nothing is tuned. Of `--data`, questions are held out whatever this says."""
+    batch: Annotated[int, at_least(1)] = 128
+    """Rollouts at once."""
+    frame_budget: Annotated[int, at_least(1)] = 4
+    """K of every evaluation prompt."""

@@ -1,0 +1,69 @@
+"""Settings of the questions of a run, and of how their videos are shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from paravt_jax.ranges import above, at_least, within
+
+
+@dataclasses.dataclass(frozen=True)
+class DataSettings:
+    """Which questions, and how their videos are shown."""
+
+    path: str | None = None
+    """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
+    the needle world."""
+    video_root: str | None = None
+    """Folder below which all videos lie; None takes that of the data."""
+    mixture: tuple[str, ...] = ()
+    """Further data sets that are mixed with `path`, or with the needle world."""
+    weights: tuple[float, ...] = ()
+    """How often each data set is drawn from, `path` first; empty goes by their sizes."""
+    max_rejected: Annotated[float, within(0, 1)] = 0.05
+    """Largest share of rows of a data set whose files are missing or that cannot be used."""
+    workers: Annotated[int, at_least(0)] = 0
+    """Processes that decode and render prompts; 0 uses threads of this one."""
+    frame_budgets: Annotated[tuple[int, ...], at_least(1)] = (4, 8, 16, 32, 64)
+    """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
+    frames_as: str = "image"
+    """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
+    video_marks: str | None = None
+    """Vision marks of videos: `outer`, around each pair of frames and the whole video, as
+    transformers from 5.10 on; `each`, as before. None: what the model folder says, else `outer`."""
+    instructions: str = "full"
+    """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
+    next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
+    the reasoning is to say when, as VISD's rewards read it."""
+    subtitles: bool = False
+    """Show the subtitles beside each video (`NAME.srt` for `NAME.mp4`), with their times."""
+    crop_fps: Annotated[float, above(0)] = 1.0
+    """Frames per second of a crop."""
+    crop_frames: Annotated[int, at_least(1)] = 16
+    """At most this many frames in a crop."""
+    min_pixels: Annotated[int, at_least(1)] = 784
+    max_pixels: Annotated[int, at_least(1)] = 50176
+    """Least and most pixels of a frame after resizing."""
+    max_prompt_tokens: Annotated[int | None, at_least(1)] = None
+    """Tokens of the longest prompt, shown with the most frames; rows with longer ones are left out
+    and counted (`data.max_rejected`). None: what the model's `max_position_embeddings` leaves
+    beside an episode. In the sft stage, of what stands before the first learned token."""
+    overview_tokens: Annotated[int | None, at_least(1)] = None
+    """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
+    until they fit. None: pixels alone decide."""
+    question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
+    """Which kinds of question to train and evaluate on."""
+    train_videos: Annotated[int, at_least(1)] = 2000
+    """Videos of the needle world to train on."""
+    held_out_videos: Annotated[int, at_least(1)] = 256
+    """Videos of the needle world that are only evaluated on, and as many that settings are not
+    even compared by (`evaluation.split`)."""
+    max_bad_rows: Annotated[float, within(0, 1)] = 0.01
+    """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
+    a run with more of them stops."""
+    decode_seconds: Annotated[float, above(0)] = 300.0
+    """Longest time that the frames of one overview or crop may take to decode. A video that takes
+    longer counts as unreadable (`max_bad_rows`)."""
+    cache_dir: str = "data"
+    """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""

@@ -1,0 +1,34 @@
+"""The model of a run: which weights, in which precision."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from paravt_jax.lora import NO_LORA, LoraConfig
+from paravt_jax.ranges import at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSettings:
+    """Which weights, in which precision."""
+
+    folder: str | None = None
+    """Hugging Face folder to start from; None starts the needle model from random weights."""
+    compute_dtype: str = "float32"
+    """Precision of matrix products: `float32` or `bfloat16`. `models/qwen3_vl/README.md` lists what
+    stays float32."""
+    cache_dtype: str = "compute"
+    """What rollouts keep keys and values in: `compute` (the type above) or `int8`, which takes some
+    28 % of float32 and moves the needle model's log-probs by 2e-4 on average and 0.15 at most
+    (`docs/log.md`)."""
+    train_vision: bool = False
+    """Whether the vision tower trains. In RL it does not: its features are computed once."""
+    remat: bool = False
+    """Recompute each layer in the backward pass to save memory."""
+    router_balance: Annotated[float, at_least(0)] = 0.0
+    """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
+    lora: LoraConfig = NO_LORA
+    """With a rank above 0, only adapters beside the language model's matrices train."""
+    adapter: str | None = None
+    """Folder of peft with the adapter to start from; None starts from a fresh one."""

@@ -1,0 +1,28 @@
+"""Settings of what a run leaves in its workdir."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from paravt_jax.ranges import at_least
+
+
+@dataclasses.dataclass(frozen=True)
+class OutputSettings:
+    """What a run leaves in its workdir."""
+
+    checkpoint_every: Annotated[int, at_least(0)] = 0
+    """Steps between checkpoints; 0 leaves it to the minutes. The last step is always saved, and so
+    is the state that a signal finds."""
+    checkpoint_minutes: Annotated[float, at_least(0)] = 10.0
+    """Minutes between checkpoints, at the next step; 0 leaves it to the steps."""
+    keep_checkpoints: Annotated[int, at_least(1)] = 2
+    """The newest ones that stay. With one there is none to fall back to if it is damaged."""
+    rollouts: bool = True
+    """Write `rollouts/*.jsonl`."""
+    export_hf: bool = True
+    """Write `hf/` at the end."""
+    compile_cache: str | None = "~/.cache/paravt_jax/compiled"
+    """Folder that keeps compiled programs, so that a later run need not compile them again;
+    `JAX_COMPILATION_CACHE_DIR` comes first. None keeps none."""
