@@ -28,12 +28,13 @@ from paravt_jax.params import initialise
 from paravt_jax.structure import anchor_tags
 from train import setup
 from train.batch import learner_batch, streams_of_examples
-from train.config import Config, override
+from train.config import Config
 from train.layout import to_mesh
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.rl.anchor import find_tags
 from train.rl.learner import rl_step
+from train.settings.override import override
 from train.state import make_state
 
 LENGTH = 384

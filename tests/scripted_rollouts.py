@@ -16,9 +16,10 @@ from pipelines.preprocess import ImageSpec
 from rollout.record import Record
 from tests.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
 from tests.rollout_law import Learnable
-from train.config import Config, override
+from train.config import Config
 from train.recipes import get_recipe
 from train.rl.learner import Learner
+from train.settings.override import override
 
 RENDERER = ToyRenderer()
 SPEC = ImageSpec().limited(32 * 32, 32 * 32)

@@ -1,4 +1,4 @@
-"""The complete configuration of a run, and `--set key=value` on it.
+"""The complete configuration of a run.
 
 A recipe is a function that returns a complete `Config`. Sections that configure one
 class stand beside that class (`AgentConfig`, `DataSettings`, `ObjectiveConfig`); this
@@ -9,14 +9,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import re
-import types
-import typing
 from typing import Annotated, Any
 
 from evaluate.settings import EvaluationSettings
 from paravt_jax.advantages import AdvantageConfig
-from paravt_jax.flags import EMPTY, MAY_BE_EMPTY, check_given
+from paravt_jax.flags import check_given
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.ranges import at_least, check_ranges
 from paravt_jax.records import QuestionType
@@ -35,11 +32,9 @@ from train.rl.settings import (
     check_subagents,
     check_updates,
 )
+from train.settings.override import RECIPE_ONLY, named_in_full
 from train.sft.settings import SftSettings
 from train.workdir.settings import OutputSettings
-
-RECIPE_ONLY = {"recipe only": True}
-"""Metadata of a field that `--set` cannot reach."""
 
 
 class Stage(enum.StrEnum):
@@ -149,7 +144,7 @@ def _check_cross(config: Config) -> None:
         try:
             config.rewards.judge.check()
         except ValueError as error:
-            named = _named_in_full(str(error), config.rewards, "rewards.")
+            named = named_in_full(str(error), config.rewards, "rewards.")
             raise ValueError(named) from error
     agent_tools(config.agent)  # refuses names that no tool has
     _check_data(config.data)
@@ -296,91 +291,6 @@ def _check_anchor(config: Config) -> None:
             "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
             "knows no positions; leave it out"
         )
-
-
-Assignment = tuple[str, list[str], str]
-"""What was written (the whole key), the part of the key still to follow, the value as text."""
-
-
-def override(config: Config, assignments: list[str]) -> Config:
-    """Apply `key=value` assignments with dotted keys, e.g. `optimizer.learning_rate=1e-4`.
-
-    All are applied before the result is checked, so settings that only fit together can be given
-    one after the other; of the same key the last counts.
-
-    Raises:
-      ValueError: unknown key (with the keys that exist there) or a value of the wrong type.
-    """
-    parsed: list[Assignment] = []
-    for assignment in assignments:
-        key, found, value = assignment.partition("=")
-        if not found:
-            raise ValueError(f"--set {assignment!r} is not of the form key=value")
-        parsed.append((key, key.split("."), value))
-    return _set(config, parsed)
-
-
-def _set(section: Any, assignments: list[Assignment], prefix: str = "") -> Any:
-    groups: dict[str, list[Assignment]] = {}
-    for key, path, text in assignments:
-        groups.setdefault(path[0], []).append((key, path[1:], text))
-    values = {name: _new_value(section, name, group, prefix) for name, group in groups.items()}
-    try:
-        return dataclasses.replace(section, **values)
-    except ValueError as error:
-        raise ValueError(_named_in_full(str(error), section, prefix)) from error
-
-
-def _named_in_full(message: str, section: Any, prefix: str) -> str:
-    """A section's refusal with its settings' full names: it does not know where it stands."""
-    names = "|".join(field.name for field in dataclasses.fields(section))
-    return re.sub(rf"(?<![\w.])(?:{names})(?=[=.])", lambda name: prefix + name[0], message)
-
-
-def _new_value(section: Any, name: str, assignments: list[Assignment], prefix: str) -> Any:
-    key, path, text = assignments[-1]
-    fields = {field.name: field for field in dataclasses.fields(section)}
-    if name not in fields:
-        raise ValueError(f"--set {key}: no such key; known here: {', '.join(fields)}")
-    if fields[name].metadata == RECIPE_ONLY:
-        raise ValueError(f"--set {key}: this key can be set in a recipe only")
-    current = getattr(section, name)
-    if dataclasses.is_dataclass(current):
-        inner = ", ".join(field.name for field in dataclasses.fields(current))
-        for key, path, _ in assignments:
-            if not path:
-                raise ValueError(f"--set {key} is a section; set one of its keys: {inner}")
-        return _set(current, assignments, f"{prefix}{name}.")
-    if path:
-        raise ValueError(f"--set {key}: {name} has no keys of its own")
-    return _parse(text, typing.get_type_hints(type(section))[name], key)
-
-
-def _parse(text: str, kind: Any, key: str) -> Any:
-    """A value from text, by the type that the field declares.
-
-    Raises:
-      ValueError: the text is no such value, or the field is no plain value.
-    """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if not text.strip() and key.rpartition(".")[2] not in MAY_BE_EMPTY:
-        raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
-    if isinstance(kind, types.UnionType):
-        if text.lower() in ("none", "null"):
-            return None
-        return _parse(text, next(a for a in inner if a is not type(None)), key)
-    if origin is tuple and inner[0] in (int, float, str):
-        parts = [] if text.lower() == "none" else text.split(",")
-        return tuple(_parse(part, inner[0], key) for part in parts)
-    if kind is bool:
-        kind = {"true": True, "1": True, "false": False, "0": False}.__getitem__
-    elif not (kind in (int, float, str) or isinstance(kind, enum.EnumType)):
-        raise ValueError(f"--set {key}: this key can be set in a recipe only")
-    try:
-        return kind(text.lower() if text in ("True", "False") else text)
-    except (ValueError, KeyError) as error:
-        name = getattr(kind, "__name__", str(kind)).replace("__getitem__", "bool")
-        raise ValueError(f"--set {key}={text}: expected {name}") from error
 
 
 def to_dict(config: Config) -> dict[str, Any]:

@@ -77,8 +77,8 @@ def resolve(arguments: argparse.Namespace):
     Raises:
       ValueError: anything that the recipe, the flags or the overrides refuse.
     """
-    from train.config import override
     from train.recipes import get_recipe
+    from train.settings.override import override
     from train.workdir.config_file import read_config, with_whole_paths
 
     config = None

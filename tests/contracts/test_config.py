@@ -1,9 +1,13 @@
 """Recipes are complete and valid; `--set` reaches every plain key and refuses the rest."""
 
+import dataclasses
+
 import pytest
 
-from train.config import override
+from train.optimizer import OptimizerSettings
 from train.recipes import RECIPES, get_recipe, recipe_function, summaries
+from train.rl.settings import RlSettings
+from train.settings.override import based_on, override
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -55,3 +59,37 @@ def test_override_parses_by_type():
 def test_override_refuses(text, named):
     with pytest.raises(ValueError, match=named):
         override(get_recipe("needle_rl"), [text])
+
+
+def test_a_recipe_says_what_differs_from_another():
+    base, faster = get_recipe("needle_rl"), OptimizerSettings(learning_rate=1.0)
+    config = based_on(
+        base,
+        {
+            "steps": 3,
+            "optimizer.b2": 0.5,
+            "optimizer": faster,
+            "data.frame_budgets": [4],
+            "objective.kl_weight": 1,
+        },
+    )
+    assert config.steps == 3 and config.data.frame_budgets == (4,)
+    assert config.optimizer == dataclasses.replace(faster, b2=0.5)
+    assert type(config.objective.kl_weight) is float
+    assert (config.agent, config.rl) == (base.agent, base.rl)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("optimizer.lr", 1.0, "optimizer.lr: no such key; known here: .*learning_rate"),
+        ("optimizer.learning_rate", "fast", "optimizer.learning_rate='fast' is no float"),
+        ("optimizer", 1.0, "optimizer is a section"),
+        ("optimizer", RlSettings(), "optimizer is a section"),
+        ("optimizer.learning_rate", -1.0, "optimizer.learning_rate=-1"),
+        ("steps.more", 1, "steps has no keys"),
+    ],
+)
+def test_what_differs_is_checked(name, value, named):
+    with pytest.raises(ValueError, match=named):
+        based_on(get_recipe("needle_rl"), {name: value})

@@ -7,8 +7,9 @@ import os
 import pytest
 
 from train import main, run
-from train.config import override, to_dict
+from train.config import to_dict
 from train.recipes import RECIPES, get_recipe
+from train.settings.override import override
 from train.workdir.claim import write_whole
 from train.workdir.config_file import MAY_CHANGE, check_same_run, read_config
 

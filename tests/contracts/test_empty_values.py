@@ -9,8 +9,8 @@ from models import convert
 from paravt_jax.flags import MAY_BE_EMPTY
 from pipelines import describe
 from train import main
-from train.config import RECIPE_ONLY, override
 from train.recipes import get_recipe
+from train.settings.override import RECIPE_ONLY, override
 
 CONFIG = get_recipe("needle_rl")
 FLAGS = ["--recipe", "--mesh", "--workdir", "--model", "--data", "--compile-only", "--set"]

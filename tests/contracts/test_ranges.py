@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import pytest
 
 from paravt_jax.ranges import above, at_least, below, check_ranges, within
-from train.config import override
 from train.recipes import get_recipe
+from train.settings.override import override
 
 
 def numbers(section: Any, prefix: str = "") -> Iterator[str]:

@@ -14,9 +14,9 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.command import metrics, start
 from train import setup
 from train.checks import check_model
-from train.config import override
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
+from train.settings.override import override
 
 pytestmark = pytest.mark.slow
 

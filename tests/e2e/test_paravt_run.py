@@ -7,9 +7,9 @@ import pytest
 
 from tests import paravt_fixture as fixture
 from tests.command import metrics, start
-from train.config import override
 from train.data.questions import open_rows, read_questions
 from train.recipes import get_recipe
+from train.settings.override import override
 
 SETTINGS = [
     "evaluation.rows=0",

@@ -14,9 +14,9 @@ from models import convert
 from tests.command import command, metrics, run, untimed
 from tests.paravt_fixture import VIDEOS, write_paravt
 from train.checks import describe_conversations
-from train.config import override
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
+from train.settings.override import override
 from train.sft.conversations import open_conversations
 
 pytestmark = pytest.mark.slow

@@ -9,8 +9,8 @@ from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate, pack
 from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder
-from train.config import override
 from train.recipes import get_recipe
+from train.settings.override import override
 from train.setup import open_renderer
 from train.sft.conversations import system_note
 

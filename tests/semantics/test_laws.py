@@ -11,9 +11,9 @@ from pipelines.budget import frame_budget
 from pipelines.loader import prompt_stream
 from train import setup
 from train.batch import learner_batch, streams_of_examples
-from train.config import override
 from train.data.questions import open_rows
 from train.recipes import get_recipe
+from train.settings.override import override
 from train.step import batch_log_probs
 
 

@@ -22,8 +22,8 @@ from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader
 from tests.semantics.test_episode import ANSWER, END, VIDEO, Episode, call, calls_turn
 from train.agent import crop_tokens
-from train.config import override
 from train.recipes import get_recipe
+from train.settings.override import override
 from train.setup import prompt_texts
 
 FOREIGN = "/etc/passwd"

@@ -13,10 +13,10 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from train import setup
 from train.compile.ahead import abstract_batch
-from train.config import override
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.rl.learner import rl_step
+from train.settings.override import override
 from train.state import make_state
 
 pytestmark = pytest.mark.slow

@@ -12,10 +12,10 @@ from paravt_jax.records import Frames, RolloutGroup, Row, Trajectory, VideoRef
 from pipelines.loader import PromptItem
 from rollout.agent import Agent
 from tests.pipelines_fixtures import renderer
-from train.config import override
 from train.methods.difficulty import Difficulty, hint_room, shortened, with_noise
 from train.recipes import get_recipe
 from train.rl.scoring import Scorer
+from train.settings.override import override
 
 SETTINGS = ["difficulty.window=3", "rl.group_size=4", "difficulty.hint_tokens=24"]
 CONFIG = override(get_recipe("needle_rl"), SETTINGS)

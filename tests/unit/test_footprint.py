@@ -15,9 +15,10 @@ from tests.unit.test_released_shapes import MODELS
 from train import checks, main, setup
 from train.agent import open_engine
 from train.compile.footprint import EXAMPLE, footprint, format_footprint, planned_mesh
-from train.config import Config, override
+from train.config import Config
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
+from train.settings.override import override
 from train.state import is_trainable
 
 

@@ -11,10 +11,10 @@ from evaluate.intervals import Accuracy, accuracies
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from pipelines.needle.world import draw_events
 from tests.unit.test_sampling import rollout
-from train.config import override
 from train.data.questions import all_rows, open_rows, strata
 from train.recipes import get_recipe
 from train.report.log import INTERVALS, flat, interval_table
+from train.settings.override import override
 from train.setup import needle_world
 
 

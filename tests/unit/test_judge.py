@@ -12,9 +12,9 @@ from paravt_jax.rewards import JudgeSettings, RewardRules, open_judge, score
 from paravt_jax.rewards.judge import JudgeError
 from paravt_jax.rewards.verdicts import verdict
 from tests.unit.test_scoring import trajectory
-from train.config import override
 from train.recipes import get_recipe
 from train.rl.scoring import Scorer
+from train.settings.override import override
 
 F1 = 2 / 3
 """Of "red door" against "door"."""

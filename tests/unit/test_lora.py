@@ -15,11 +15,12 @@ from paravt_jax.lora import TARGETS, LoraConfig, Merged, adapter_table, is_adapt
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from tests.unit.test_train_step import random_batch, run_steps
-from train.config import OptimizerSettings, override
+from train.config import OptimizerSettings
 from train.layout import to_mesh
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
+from train.settings.override import override
 from train.state import make_state
 from train.step import SftStep
 from train.workdir.checkpoints import Checkpoints

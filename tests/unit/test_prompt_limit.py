@@ -10,9 +10,9 @@ from pipelines.render import ChatRenderer
 from pipelines.sizes import PromptLimit, prompt_tokens
 from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder, renderer
-from train.config import override
 from train.data.questions import prompt_room, question_check, read_questions
 from train.recipes import get_recipe
+from train.settings.override import override
 
 VIDEO = VideoRef("/a.mp4", 9.0)
 ROWS = [

@@ -7,8 +7,8 @@ from pipelines.render import ChatRenderer
 from rollout.limits import MAIN
 from tests.pipelines_fixtures import renderer
 from train.compile.prompts import agent_reads
-from train.config import override
 from train.recipes import get_recipe
+from train.settings.override import override
 
 
 def test_prompts_with_subtitles_are_foreseen(tmp_path):

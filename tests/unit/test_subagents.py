@@ -13,10 +13,10 @@ from tests.rollout_fakes import PAD
 from tests.rollout_law import Learnable
 from tests.scripted_rollouts import SPEC, configured, group, learner, rollout
 from train.batch import learner_batch, stream_of, streams_of_groups
-from train.config import override
 from train.layout import to_mesh
 from train.recipes import get_recipe
 from train.rl.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
+from train.settings.override import override
 from train.state import TrainState
 from train.step import minibatch
 

@@ -16,13 +16,13 @@ from paravt_jax.params import initialise
 from paravt_jax.records import Frames, RolloutGroup, Row, Shown, Trajectory, VideoRef
 from paravt_jax.structure import ANCHOR_TAGS, tag_table
 from tests.pipelines_fixtures import renderer
-from train.config import override
 from train.methods import teacher as teacher_module
 from train.methods.teacher import Teacher
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
 from train.rl.learner import Learner
+from train.settings.override import override
 from train.state import TrainState, make_state
 from train.step import batch_hidden
 from train.workdir.checkpoints import Checkpoints

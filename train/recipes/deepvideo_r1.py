@@ -12,46 +12,44 @@ left open there:
 * How hints and noise grow, and when prompts are left alone: `train.methods.difficulty`.
 """
 
-import dataclasses
+from typing import Any
 
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
-from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
-from train.methods.settings import DifficultySettings
+from train.config import Config
+from train.recipes.base import own_videos
 from train.recipes.needle import needle_grpo
+from train.settings.override import based_on
 
-_PIXELS = 252 * 252
-_OBJECTIVE = ObjectiveConfig(
-    surrogate="regression", ratio="trajectory", aggregation="sequence", kl_weight=0.1
-)
+_DEEPVIDEO_R1: dict[str, Any] = {
+    "objective.surrogate": "regression",
+    "objective.ratio": "trajectory",
+    "objective.aggregation": "sequence",
+    "objective.kl_weight": 0.1,
+    "rl.epochs": 2,
+    "difficulty.window": 100,
+}
+"""What it learns from, on whatever videos."""
 
 
 def deepvideo_r1_rl() -> Config:
     """DeepVideo-R1 on a Qwen3-VL folder: `python train/main.py --recipe deepvideo_r1_rl
     --model QWEN3_VL --data QUESTIONS.csv --mesh data:1,fsdp:-1,tensor:1`."""
-    return Config(
-        recipe="deepvideo_r1_rl",
-        needs=("--model", "--data"),
-        stage=Stage.RL,
-        steps=2000,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True),
-        data=DataSettings(frame_budgets=(16,), max_pixels=_PIXELS),
-        agent=AgentConfig(max_tool_rounds=0, turn_tokens=1024, answer_tokens=1024),
-        rewards=RewardRules(scheme="deepvideo_r1"),
-        objective=_OBJECTIVE,
-        optimizer=OptimizerSettings(learning_rate=1e-6),
-        rl=RlSettings(prompts_per_step=8, group_size=8, epochs=2),
-        difficulty=DifficultySettings(window=100),
-        output=OutputSettings(checkpoint_every=50),
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "deepvideo_r1_rl",
+            "steps": 2000,
+            **_DEEPVIDEO_R1,
+            "data.frame_budgets": (16,),
+            "data.max_pixels": 252 * 252,
+            "agent.max_tool_rounds": 0,
+            "agent.turn_tokens": 1024,
+            "agent.answer_tokens": 1024,
+            "rewards.scheme": "deepvideo_r1",
+            "optimizer.learning_rate": 1e-6,
+            "rl.prompts_per_step": 8,
+            "rl.group_size": 8,
+            "output.checkpoint_every": 50,
+        },
     )
 
 
@@ -62,12 +60,12 @@ def needle_deepvideo_r1() -> Config:
     nothing for calls. Half the learning rate of `needle_grpo`: a batch gets two steps.
     """
     base = needle_grpo()
-    half = base.optimizer.learning_rate / 2
-    return dataclasses.replace(
+    return based_on(
         base,
-        recipe="needle_deepvideo_r1",
-        objective=_OBJECTIVE,
-        optimizer=dataclasses.replace(base.optimizer, learning_rate=half),
-        rl=dataclasses.replace(base.rl, epochs=2),
-        difficulty=DifficultySettings(window=100, hint_tokens=64),
+        {
+            "recipe": "needle_deepvideo_r1",
+            **_DEEPVIDEO_R1,
+            "optimizer.learning_rate": base.optimizer.learning_rate / 2,
+            "difficulty.hint_tokens": 64,
+        },
     )

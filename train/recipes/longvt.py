@@ -17,22 +17,10 @@ clamped to it and not refused; responses come through the chat template; and whe
 run out, the last turn must answer instead of being cut off.
 """
 
-import dataclasses
-
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
-from rollout.engine.sampler import SamplingConfig
-from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
+from train.config import Config
+from train.recipes.base import own_videos
 from train.recipes.needle import needle_frames
+from train.settings.override import based_on
 
 
 def longvt_rl() -> Config:
@@ -41,31 +29,32 @@ def longvt_rl() -> Config:
     `python train/main.py --recipe longvt_rl --model QWEN3_VL --data QUESTIONS.jsonl
     --mesh data:1,fsdp:-1,tensor:1`.
     """
-    return Config(
-        recipe="longvt_rl",
-        needs=("--model", "--data"),
-        stage=Stage.RL,
-        steps=104,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True),
-        data=DataSettings(
-            frame_budgets=(512,), crop_fps=1.0, crop_frames=128, max_pixels=224 * 224
-        ),
-        agent=AgentConfig(
-            dispatch="sequential",
-            evidence="frames",
-            think_prefix="",
-            max_tool_rounds=4,
-            turn_tokens=2048,
-            answer_tokens=2048,
-            response_tokens=256,
-            episode_tokens=16384,
-            sampling=SamplingConfig(temperature=1.0),
-        ),
-        rewards=RewardRules(scheme="longvt"),
-        objective=ObjectiveConfig(kl_weight=0.001),
-        optimizer=OptimizerSettings(learning_rate=1e-6),
-        rl=RlSettings(prompts_per_step=16, group_size=16, minibatches=2),
-        output=OutputSettings(checkpoint_every=10),
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "longvt_rl",
+            "steps": 104,
+            "data.frame_budgets": (512,),
+            "data.crop_fps": 1.0,
+            "data.crop_frames": 128,
+            "data.max_pixels": 224 * 224,
+            "agent.dispatch": "sequential",
+            "agent.evidence": "frames",
+            "agent.think_prefix": "",
+            "agent.max_tool_rounds": 4,
+            "agent.turn_tokens": 2048,
+            "agent.answer_tokens": 2048,
+            "agent.response_tokens": 256,
+            "agent.episode_tokens": 16384,
+            "agent.sampling.temperature": 1.0,
+            "rewards.scheme": "longvt",
+            "objective.kl_weight": 0.001,
+            "optimizer.learning_rate": 1e-6,
+            "rl.prompts_per_step": 16,
+            "rl.group_size": 16,
+            "rl.minibatches": 2,
+            "output.checkpoint_every": 10,
+        },
     )
 
 
@@ -75,10 +64,12 @@ def needle_longvt() -> Config:
 
     The cold start calls several crops in a turn and was never shown frames in a response.
     """
-    base = needle_frames("needle_longvt")
-    return dataclasses.replace(
-        base,
-        rewards=RewardRules(scheme="longvt"),
-        objective=ObjectiveConfig(kl_weight=0.001),
-        rl=dataclasses.replace(base.rl, minibatches=2),
+    return based_on(
+        needle_frames(),
+        {
+            "recipe": "needle_longvt",
+            "rewards.scheme": "longvt",
+            "objective.kl_weight": 0.001,
+            "rl.minibatches": 2,
+        },
     )

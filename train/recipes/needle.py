@@ -4,25 +4,17 @@
 recipe stand in its docstring; rows of `benchmarks/results.md` are the measurements.
 """
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
+from evaluate.settings import EvaluationSettings
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    EvaluationSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
-from train.sft.settings import SftPhase, SftSettings, TaskShape
+from train.config import Config, Stage
+from train.data.settings import DataSettings
+from train.optimizer import OptimizerSettings
+from train.settings.override import based_on
+from train.sft.settings import SftPhase, TaskShape
 
 COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
 """Weights of `needle_sft`, committed so that the demo starts where RL begins."""
@@ -74,27 +66,32 @@ NEEDLE_MODEL: dict[str, Any] = {
 the needle tokenizer."""
 
 
-def _data() -> DataSettings:
-    return DataSettings(
-        frame_budgets=(4, 8),
-        question_types=("oe", "tvg"),
-        instructions="terse",
-        # A frame of 32 x 32 pixels stays as it is: one vision token.
-        min_pixels=32 * 32,
-        max_pixels=32 * 32,
-    )
-
-
-def _agent() -> AgentConfig:
-    return AgentConfig(
-        sampling=SamplingConfig(temperature=1.0),
-        subagent_sampling=SamplingConfig(temperature=0.0),
-        max_tool_rounds=1,
-        max_calls_per_turn=4,
-        turn_tokens=156,
-        answer_tokens=32,
-        response_tokens=20,
-        subagent_tokens=32,
+def _world() -> Config:
+    """What all recipes of the needle world share: its videos, its agent, its model's optimiser."""
+    return Config(
+        recipe="needle",
+        stage=Stage.RL,
+        steps=40,
+        data=DataSettings(
+            frame_budgets=(4, 8),
+            question_types=("oe", "tvg"),
+            instructions="terse",
+            # A frame of 32 x 32 pixels stays as it is: one vision token.
+            min_pixels=32 * 32,
+            max_pixels=32 * 32,
+        ),
+        agent=AgentConfig(
+            sampling=SamplingConfig(temperature=1.0),
+            subagent_sampling=SamplingConfig(temperature=0.0),
+            max_tool_rounds=1,
+            max_calls_per_turn=4,
+            turn_tokens=156,
+            answer_tokens=32,
+            response_tokens=20,
+            subagent_tokens=32,
+        ),
+        optimizer=OptimizerSettings(weight_decay=0.0),
+        evaluation=EvaluationSettings(rows=256),
     )
 
 
@@ -106,21 +103,22 @@ def needle_rl() -> Config:
     questions about videos of two events from 0.67 to 1.00; crops from 2.5 to 3.9.
     The table is about the split `test`; compare settings by `--set evaluation.split=held_out`.
     """
-    return Config(
-        recipe="needle_rl",
-        stage=Stage.RL,
-        steps=40,
-        model=ModelSettings(folder=str(COLD_START)),
-        data=_data(),
-        agent=_agent(),
-        rewards=RewardRules(),
-        objective=ObjectiveConfig(anchor="position", kl_weight=0.05),
-        optimizer=OptimizerSettings(
-            learning_rate=1.5e-4, warmup_steps=5, b2=0.95, weight_decay=0.0
-        ),
-        rl=RlSettings(prompts_per_step=16, group_size=8, micro_groups=2),
-        evaluation=EvaluationSettings(rows=256, split="test"),
-        output=OutputSettings(checkpoint_every=20),
+    return based_on(
+        _world(),
+        {
+            "recipe": "needle_rl",
+            "model.folder": str(COLD_START),
+            "objective.anchor": "position",
+            "objective.kl_weight": 0.05,
+            "optimizer.learning_rate": 1.5e-4,
+            "optimizer.warmup_steps": 5,
+            "optimizer.b2": 0.95,
+            "rl.prompts_per_step": 16,
+            "rl.group_size": 8,
+            "rl.micro_groups": 2,
+            "evaluation.split": "test",
+            "output.checkpoint_every": 20,
+        },
     )
 
 
@@ -130,31 +128,31 @@ def needle_grpo() -> Config:
     No anchor, no frame gating (K = 4, as evaluated), the format reward of the released vanilla
     recipe. The forced `<think>` stays: the cold start never learned to write it.
     """
-    base = needle_rl()
-    return dataclasses.replace(
-        base,
-        recipe="needle_grpo",
-        data=dataclasses.replace(base.data, frame_budgets=(4,)),
-        rewards=RewardRules(anchor_weight=0.0, answer_suffix=False),
-        objective=dataclasses.replace(base.objective, anchor="sequence"),
+    return based_on(
+        needle_rl(),
+        {
+            "recipe": "needle_grpo",
+            "data.frame_budgets": (4,),
+            "rewards.anchor_weight": 0.0,
+            "rewards.answer_suffix": False,
+            "objective.anchor": "sequence",
+        },
     )
 
 
-def needle_frames(recipe: str) -> Config:
+def needle_frames() -> Config:
     """What the related systems share on the needle world: one call a turn, whose frames the agent
-    sees itself, no anchor, no gating. The name is that of the recipe which is built on it."""
-    base = needle_rl()
-    return dataclasses.replace(
-        base,
-        recipe=recipe,
-        data=dataclasses.replace(base.data, frame_budgets=(8,)),
-        agent=dataclasses.replace(
-            base.agent,
-            dispatch="sequential",
-            evidence="frames",
-            max_tool_rounds=2,
-        ),
-        objective=ObjectiveConfig(),
+    sees itself, no anchor, no gating."""
+    return based_on(
+        needle_rl(),
+        {
+            "data.frame_budgets": (8,),
+            "agent.dispatch": "sequential",
+            "agent.evidence": "frames",
+            "agent.max_tool_rounds": 2,
+            "objective.anchor": "sequence",
+            "objective.kl_weight": 0.0,
+        },
     )
 
 
@@ -165,24 +163,20 @@ def needle_sft() -> Config:
     sampled at T=1 keep the strict format, and accuracy is 0.53 sampled: what it reads in reports it
     answers, but how many windows it crops is drawn by dice, which leaves RL something to learn.
     """
-    return Config(
-        recipe="needle_sft",
-        stage=Stage.SFT,
-        steps=590,
-        model=ModelSettings(train_vision=True),
-        data=_data(),
-        agent=_agent(),
-        optimizer=OptimizerSettings(
-            name="muon",
-            learning_rate=4e-3,
-            warmup_steps=30,
-            decay="cosine",
-            final_fraction=0.05,
-            b2=0.98,
-            weight_decay=0.0,
-        ),
-        sft=SftSettings(
-            phases=(
+    return based_on(
+        _world(),
+        {
+            "recipe": "needle_sft",
+            "stage": Stage.SFT,
+            "steps": 590,
+            "model.train_vision": True,
+            "optimizer.name": "muon",
+            "optimizer.learning_rate": 4e-3,
+            "optimizer.warmup_steps": 30,
+            "optimizer.decay": "cosine",
+            "optimizer.final_fraction": 0.05,
+            "optimizer.b2": 0.98,
+            "sft.phases": (
                 SftPhase(0, {"frame": 16, "recall": 32}),
                 SftPhase(130, {"frame": 16, "recall": 16, "qa": 32, "clip": 24}),
                 SftPhase(
@@ -190,7 +184,7 @@ def needle_sft() -> Config:
                     {"frame": 8, "recall": 8, "qa": 16, "clip": 24, "trace": 32, "direct": 8},
                 ),
             ),
-            tasks={
+            "sft.tasks": {
                 "frame": TaskShape(length=28, learned=8, frames=1),
                 "recall": TaskShape(length=104, learned=24),
                 "qa": TaskShape(length=144, learned=32),
@@ -198,6 +192,5 @@ def needle_sft() -> Config:
                 "trace": TaskShape(length=336, learned=160, frames=8),
                 "direct": TaskShape(length=120, learned=32, frames=8),
             },
-        ),
-        evaluation=EvaluationSettings(rows=256),
+        },
     )

@@ -15,22 +15,23 @@ head of every turn in place of `agent.think_prefix`. Their sub-agents think, too
 follows the thought, for which `agent.subagent_thought_tokens` gives room.
 """
 
-import dataclasses
+from typing import Any
 
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
-from rollout.engine.sampler import SamplingConfig
-from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
-from train.sft.settings import PackSettings, SftSettings
+from train.config import Config, Stage
+from train.recipes.base import own_videos
+from train.settings.override import based_on
+
+_AGENT: dict[str, Any] = {
+    "agent.sampling.temperature": 0.7,
+    "agent.subagent_sampling.temperature": 0.7,
+    "agent.max_tool_rounds": 3,
+    "agent.turn_tokens": 2048,
+    "agent.answer_tokens": 2048,
+    "agent.subagent_tokens": 512,
+    "agent.response_tokens": 512,
+    "agent.subagent_batch": 32,
+}
+"""The agent that is trained; its prompts are those of the cold start, too."""
 
 
 def paravt_rl() -> Config:
@@ -39,33 +40,21 @@ def paravt_rl() -> Config:
     `python train/main.py --recipe paravt_rl --model QWEN3_VL --data QUESTIONS.csv
     --mesh data:1,fsdp:-1,tensor:1`. The paper trains 54 steps from an SFT checkpoint.
     """
-    return Config(
-        recipe="paravt_rl",
-        needs=("--model", "--data"),
-        stage=Stage.RL,
-        steps=54,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True),
-        data=DataSettings(),
-        agent=_agent(),
-        objective=ObjectiveConfig(anchor="position"),
-        optimizer=OptimizerSettings(learning_rate=2e-6, weight_decay=0.01),
-        rl=RlSettings(prompts_per_step=8, group_size=8, micro_groups=1, warm_up=True),
-        output=OutputSettings(checkpoint_every=5),
-    )
-
-
-def _agent() -> AgentConfig:
-    """The agent that is trained; its prompts are those of the cold start, too."""
-    sampling = SamplingConfig(temperature=0.7)
-    return AgentConfig(
-        sampling=sampling,
-        subagent_sampling=sampling,
-        max_tool_rounds=3,
-        turn_tokens=2048,
-        answer_tokens=2048,
-        subagent_tokens=512,
-        response_tokens=512,
-        subagent_batch=32,
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "paravt_rl",
+            "steps": 54,
+            **_AGENT,
+            "objective.anchor": "position",
+            "optimizer.learning_rate": 2e-6,
+            "optimizer.weight_decay": 0.01,
+            "rl.prompts_per_step": 8,
+            "rl.group_size": 8,
+            "rl.micro_groups": 1,
+            "rl.warm_up": True,
+            "output.checkpoint_every": 5,
+        },
     )
 
 
@@ -88,19 +77,21 @@ def paravt_sft() -> Config:
     of each device's; packing is first fit over 64 open rows instead of next fit; weights, moments
     and gradients are float32.
     """
-    return Config(
-        recipe="paravt_sft",
-        needs=("--model", "--data"),
-        stage=Stage.SFT,
-        steps=1500,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True, train_vision=True),
-        data=DataSettings(),
-        agent=_agent(),
-        optimizer=OptimizerSettings(
-            learning_rate=2e-5, warmup_steps=75, decay="cosine", weight_decay=0.01
-        ),
-        sft=SftSettings(packing=PackSettings(), micro_rows=8),
-        output=OutputSettings(checkpoint_every=100),
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "paravt_sft",
+            "stage": Stage.SFT,
+            "steps": 1500,
+            "model.train_vision": True,
+            **_AGENT,
+            "optimizer.learning_rate": 2e-5,
+            "optimizer.warmup_steps": 75,
+            "optimizer.decay": "cosine",
+            "optimizer.weight_decay": 0.01,
+            "sft.micro_rows": 8,
+            "output.checkpoint_every": 100,
+        },
     )
 
 
@@ -109,12 +100,14 @@ def paravt_grpo() -> Config:
 
     No anchor, no frame gating and no forced `<think>`, as in the released vanilla recipe.
     """
-    base = paravt_rl()
-    return dataclasses.replace(
-        base,
-        recipe="paravt_grpo",
-        data=dataclasses.replace(base.data, frame_budgets=(64,)),
-        agent=dataclasses.replace(base.agent, think_prefix=""),
-        rewards=RewardRules(anchor_weight=0.0, answer_suffix=False),
-        objective=dataclasses.replace(base.objective, anchor="sequence"),
+    return based_on(
+        paravt_rl(),
+        {
+            "recipe": "paravt_grpo",
+            "data.frame_budgets": (64,),
+            "agent.think_prefix": "",
+            "rewards.anchor_weight": 0.0,
+            "rewards.answer_suffix": False,
+            "objective.anchor": "sequence",
+        },
     )

@@ -26,26 +26,26 @@ also act on the token that predicts the first word of a span (the source's: `--s
 sft.mask_predictor=false`).
 """
 
-import dataclasses
+from typing import Any
 
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
-from rollout.engine.sampler import SamplingConfig
-from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
+from train.config import Config, Stage
+from train.recipes.base import own_videos
 from train.recipes.needle import needle_frames, needle_sft
-from train.sft.settings import SftPhase, SftSettings, TaskShape
+from train.settings.override import based_on
+from train.sft.settings import SftPhase, TaskShape
 
 PAIR_TOKEN_PIXELS = 32 * 32
 """Pixels of one vision token of Qwen3-VL, in each of the two frames that it spans."""
+
+_LOOKS: dict[str, Any] = {
+    "agent.tools": ("grounding",),
+    "agent.call_syntax": "grounding",
+    "rewards.scheme": "video_o3",
+}
+"""How it calls, and what that earns."""
+
+_NEEDLE_LOOKS = {**_LOOKS, "agent.clip_tokens": (4, 8, 16), "agent.turn_tokens": 96}
+"""The same on the needle world, where a frame is one vision token."""
 
 
 def video_o3_rl() -> Config:
@@ -54,56 +54,37 @@ def video_o3_rl() -> Config:
     `python train/main.py --recipe video_o3_rl --model QWEN3_VL --data QUESTIONS.jsonl
     --mesh data:1,fsdp:-1,tensor:1`.
     """
-    return Config(
-        recipe="video_o3_rl",
-        needs=("--model", "--data"),
-        stage=Stage.RL,
-        steps=200,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True),
-        data=DataSettings(
-            frame_budgets=(128,),
-            frames_as="video",
-            overview_tokens=6144,
-            crop_fps=2.0,
-            crop_frames=128,
-            min_pixels=4 * PAIR_TOKEN_PIXELS,
-            max_pixels=256 * PAIR_TOKEN_PIXELS,
-        ),
-        agent=AgentConfig(
-            tools=("grounding",),
-            call_syntax="grounding",
-            clip_tokens=(1024, 2048, 3072),
-            dispatch="sequential",
-            evidence="frames",
-            think_prefix="",
-            max_tool_rounds=5,
-            turn_tokens=1024,
-            answer_tokens=1024,
-            response_tokens=256,
-            episode_tokens=24576,
-            sampling=SamplingConfig(temperature=1.0),
-        ),
-        rewards=RewardRules(scheme="video_o3"),
-        objective=ObjectiveConfig(),
-        optimizer=OptimizerSettings(learning_rate=1e-6),
-        rl=RlSettings(
-            prompts_per_step=32, group_size=8, filter_groups="total", mask_over_turn=True
-        ),
-        output=OutputSettings(checkpoint_every=10),
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "video_o3_rl",
+            "steps": 200,
+            "data.frame_budgets": (128,),
+            "data.frames_as": "video",
+            "data.overview_tokens": 6144,
+            "data.crop_fps": 2.0,
+            "data.crop_frames": 128,
+            "data.min_pixels": 4 * PAIR_TOKEN_PIXELS,
+            "data.max_pixels": 256 * PAIR_TOKEN_PIXELS,
+            **_LOOKS,
+            "agent.clip_tokens": (1024, 2048, 3072),
+            "agent.dispatch": "sequential",
+            "agent.evidence": "frames",
+            "agent.think_prefix": "",
+            "agent.max_tool_rounds": 5,
+            "agent.turn_tokens": 1024,
+            "agent.answer_tokens": 1024,
+            "agent.response_tokens": 256,
+            "agent.episode_tokens": 24576,
+            "agent.sampling.temperature": 1.0,
+            "optimizer.learning_rate": 1e-6,
+            "rl.prompts_per_step": 32,
+            "rl.group_size": 8,
+            "rl.filter_groups": "total",
+            "rl.mask_over_turn": True,
+            "output.checkpoint_every": 10,
+        },
     )
-
-
-def _needle_base(recipe: str) -> Config:
-    """What cold start and RL share on the needle world, where a frame is one vision token."""
-    base = needle_frames(recipe)
-    agent = dataclasses.replace(
-        base.agent,
-        tools=("grounding",),
-        call_syntax="grounding",
-        clip_tokens=(4, 8, 16),
-        turn_tokens=96,
-    )
-    return dataclasses.replace(base, agent=agent)
 
 
 def needle_video_o3_sft() -> Config:
@@ -114,22 +95,25 @@ def needle_video_o3_sft() -> Config:
     response. On two x86-64 cores beside other jobs a step takes 1.4 s, and the loss of episodes
     falls from 9.4 to 0.07 in 100 steps.
     """
-    base, sft = _needle_base("needle_video_o3_sft"), needle_sft()
-    return dataclasses.replace(
-        base,
-        stage=Stage.SFT,
-        steps=150,
-        model=dataclasses.replace(base.model, train_vision=True),
-        rewards=RewardRules(scheme="video_o3"),
-        optimizer=dataclasses.replace(sft.optimizer, learning_rate=1e-3, warmup_steps=10),
-        sft=SftSettings(
-            phases=(SftPhase(0, {"clip": 8, "looks": 16}),),
-            tasks={
+    sft = needle_sft()
+    return based_on(
+        needle_frames(),
+        {
+            "recipe": "needle_video_o3_sft",
+            "stage": Stage.SFT,
+            "steps": 150,
+            "model.train_vision": True,
+            **_NEEDLE_LOOKS,
+            "optimizer": sft.optimizer,
+            "optimizer.learning_rate": 1e-3,
+            "optimizer.warmup_steps": 10,
+            "sft.phases": (SftPhase(0, {"clip": 8, "looks": 16}),),
+            "sft.tasks": {
                 "clip": sft.sft.tasks["clip"],
                 "looks": TaskShape(length=512, learned=192, frames=8),
             },
-            task_masks=0.1,
-        ),
+            "sft.task_masks": 0.1,
+        },
     )
 
 
@@ -139,12 +123,16 @@ def needle_video_o3() -> Config:
 
     Two optimiser steps per batch, so that the source's clip range acts.
     """
-    base = _needle_base("needle_video_o3")
-    return dataclasses.replace(
-        base,
-        needs=("--model",),
-        model=dataclasses.replace(base.model, folder=None),
-        rewards=RewardRules(scheme="video_o3"),
-        objective=ObjectiveConfig(clip_high=0.3),
-        rl=dataclasses.replace(base.rl, minibatches=2, filter_groups="total", mask_over_turn=True),
+    return based_on(
+        needle_frames(),
+        {
+            "recipe": "needle_video_o3",
+            "needs": ("--model",),
+            "model.folder": None,
+            **_NEEDLE_LOOKS,
+            "objective.clip_high": 0.3,
+            "rl.minibatches": 2,
+            "rl.filter_groups": "total",
+            "rl.mask_over_turn": True,
+        },
     )

@@ -14,26 +14,19 @@ clipped at 5. Different here:
   cannot be solved without, the agent crops.
 """
 
-import dataclasses
+from typing import Any
 
-from paravt_jax.advantages import AdvantageConfig
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
-from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
-from train.methods.settings import TeacherSettings
+from train.config import Config
+from train.recipes.base import own_videos
 from train.recipes.needle import needle_grpo
+from train.settings.override import based_on
 
-_ADVANTAGES = AdvantageConfig(eps=1e-4)
-_OBJECTIVE = ObjectiveConfig(aggregation="sequence")
+_VISD: dict[str, Any] = {
+    "advantages.eps": 1e-4,
+    "objective.aggregation": "sequence",
+    "teacher.strength": 0.5,
+}
+"""What it learns from, on whatever videos."""
 
 
 def visd_rl() -> Config:
@@ -42,23 +35,26 @@ def visd_rl() -> Config:
 
     Questions with evidence windows teach most: `thk_temporal_point` and the hint read them.
     """
-    return Config(
-        recipe="visd_rl",
-        needs=("--model", "--data"),
-        stage=Stage.RL,
-        steps=1000,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True),
-        data=DataSettings(frame_budgets=(16,), instructions="timed"),
-        agent=AgentConfig(max_tool_rounds=0, turn_tokens=768, answer_tokens=768),
-        rewards=RewardRules(scheme="visd"),
-        advantages=_ADVANTAGES,
-        objective=_OBJECTIVE,
-        optimizer=OptimizerSettings(
-            learning_rate=1e-6, decay="cosine", weight_decay=0.01, clip_norm=5.0
-        ),
-        rl=RlSettings(prompts_per_step=16, group_size=4),
-        teacher=TeacherSettings(strength=0.5),
-        output=OutputSettings(checkpoint_every=50),
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "visd_rl",
+            "steps": 1000,
+            **_VISD,
+            "data.frame_budgets": (16,),
+            "data.instructions": "timed",
+            "agent.max_tool_rounds": 0,
+            "agent.turn_tokens": 768,
+            "agent.answer_tokens": 768,
+            "rewards.scheme": "visd",
+            "optimizer.learning_rate": 1e-6,
+            "optimizer.decay": "cosine",
+            "optimizer.weight_decay": 0.01,
+            "optimizer.clip_norm": 5.0,
+            "rl.prompts_per_step": 16,
+            "rl.group_size": 4,
+            "output.checkpoint_every": 50,
+        },
     )
 
 
@@ -69,10 +65,12 @@ def needle_visd() -> Config:
     teacher is annealed over the 40 steps.
     """
     base = needle_grpo()
-    return dataclasses.replace(
+    return based_on(
         base,
-        recipe="needle_visd",
-        advantages=_ADVANTAGES,
-        objective=_OBJECTIVE,
-        teacher=TeacherSettings(strength=0.5, anneal_steps=base.steps),
+        {
+            "recipe": "needle_visd",
+            **_VISD,
+            "objective.kl_weight": 0.0,
+            "teacher.anneal_steps": base.steps,
+        },
     )

@@ -17,23 +17,10 @@ Different here: Qwen3-VL instead of Qwen2.5-VL, so that a vision token is 32 x 3
 on advantages, as in its code (on rewards it would cancel).
 """
 
-import dataclasses
-
-from paravt_jax.advantages import AdvantageConfig
-from paravt_jax.objectives import ObjectiveConfig
-from paravt_jax.rewards import RewardRules
-from rollout.engine.sampler import SamplingConfig
-from rollout.limits import AgentConfig
-from train.config import (
-    Config,
-    DataSettings,
-    ModelSettings,
-    OptimizerSettings,
-    OutputSettings,
-    RlSettings,
-    Stage,
-)
+from train.config import Config
+from train.recipes.base import own_videos
 from train.recipes.needle import needle_frames
+from train.settings.override import based_on
 
 TOKEN_PIXELS = 32 * 32
 """Pixels of one vision token of Qwen3-VL."""
@@ -45,36 +32,36 @@ def vital_rl() -> Config:
     `python train/main.py --recipe vital_rl --model QWEN3_VL --data QUESTIONS.jsonl
     --mesh data:1,fsdp:-1,tensor:1`. For its chapters `--set rewards.iou_scale=0,0.5`.
     """
-    return Config(
-        recipe="vital_rl",
-        needs=("--model", "--data"),
-        stage=Stage.RL,
-        steps=250,
-        model=ModelSettings(compute_dtype="bfloat16", remat=True),
-        data=DataSettings(
-            frame_budgets=(32,),
-            crop_fps=2.0,
-            crop_frames=64,
-            min_pixels=4 * TOKEN_PIXELS,
-            max_pixels=64 * TOKEN_PIXELS,
-        ),
-        agent=AgentConfig(
-            tools=("get_video_clip_frame",),
-            dispatch="sequential",
-            evidence="frames",
-            think_prefix="",
-            max_tool_rounds=1,
-            turn_tokens=1024,
-            answer_tokens=1024,
-            response_tokens=256,
-            sampling=SamplingConfig(temperature=1.0, repetition_penalty=1.05),
-        ),
-        rewards=RewardRules(scheme="vital"),
-        advantages=AdvantageConfig(difficulty_weighted=True),
-        objective=ObjectiveConfig(kl_weight=0.01),
-        optimizer=OptimizerSettings(learning_rate=1e-6, weight_decay=0.01, decay="cosine"),
-        rl=RlSettings(prompts_per_step=64, group_size=8),
-        output=OutputSettings(checkpoint_every=50),
+    return based_on(
+        own_videos(),
+        {
+            "recipe": "vital_rl",
+            "steps": 250,
+            "data.frame_budgets": (32,),
+            "data.crop_fps": 2.0,
+            "data.crop_frames": 64,
+            "data.min_pixels": 4 * TOKEN_PIXELS,
+            "data.max_pixels": 64 * TOKEN_PIXELS,
+            "agent.tools": ("get_video_clip_frame",),
+            "agent.dispatch": "sequential",
+            "agent.evidence": "frames",
+            "agent.think_prefix": "",
+            "agent.max_tool_rounds": 1,
+            "agent.turn_tokens": 1024,
+            "agent.answer_tokens": 1024,
+            "agent.response_tokens": 256,
+            "agent.sampling.temperature": 1.0,
+            "agent.sampling.repetition_penalty": 1.05,
+            "rewards.scheme": "vital",
+            "advantages.difficulty_weighted": True,
+            "objective.kl_weight": 0.01,
+            "optimizer.learning_rate": 1e-6,
+            "optimizer.weight_decay": 0.01,
+            "optimizer.decay": "cosine",
+            "rl.prompts_per_step": 64,
+            "rl.group_size": 8,
+            "output.checkpoint_every": 50,
+        },
     )
 
 
@@ -87,16 +74,14 @@ def needle_vital() -> Config:
     Without the repetition penalty of `vital_rl`, which would punish the short words of this world;
     `--set agent.sampling.repetition_penalty=1.05` brings it back.
     """
-    base = needle_frames("needle_vital")
-    agent = base.agent
-    return dataclasses.replace(
-        base,
-        agent=dataclasses.replace(
-            agent,
-            tools=("get_video_clip_frame",),
-            sampling=dataclasses.replace(agent.sampling, constrain="calls"),
-        ),
-        rewards=RewardRules(scheme="vital"),
-        advantages=AdvantageConfig(difficulty_weighted=True),
-        objective=ObjectiveConfig(kl_weight=0.01),
+    return based_on(
+        needle_frames(),
+        {
+            "recipe": "needle_vital",
+            "agent.tools": ("get_video_clip_frame",),
+            "agent.sampling.constrain": "calls",
+            "rewards.scheme": "vital",
+            "advantages.difficulty_weighted": True,
+            "objective.kl_weight": 0.01,
+        },
     )

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import enum
 import json
 import os
-import types
-import typing
 from pathlib import Path
 from typing import Any
 
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
 from train.config import Config, to_dict
 from train.optimizer import check_continued
+from train.settings.override import typed
 
 FILE = "config.json"
 
@@ -68,7 +66,7 @@ def read_config(workdir: Path) -> Config | None:
     if not path.exists():
         return None
     try:
-        return _revive(json.loads(path.read_text(encoding="utf-8")), Config, "")
+        return typed(json.loads(path.read_text(encoding="utf-8")), Config, "")
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be continued: {error}; mend it, use the version that wrote it, or "
@@ -80,43 +78,6 @@ def younger_settings(workdir: Path, config: Config) -> list[str]:
     """Settings that the workdir's file does not hold, because it was written before them."""
     held = _flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
     return sorted(set(flat_settings(config)) - set(held))
-
-
-def _revive(value: Any, kind: Any, key: str) -> Any:
-    """A value of the declared type from JSON.
-
-    Raises:
-      ValueError: another type, or a key that the section does not have.
-    """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if isinstance(kind, types.UnionType):
-        plain = next(a for a in inner if a is not type(None))
-        return None if value is None else _revive(value, plain, key)
-    if dataclasses.is_dataclass(kind):
-        return _revive_section(value, kind, key)
-    if origin is tuple and isinstance(value, list):
-        return tuple(_revive(item, inner[0], key) for item in value)
-    if origin is dict and isinstance(value, dict):
-        return {name: _revive(item, inner[1], f"{key}.{name}") for name, item in value.items()}
-    if isinstance(kind, enum.EnumType):
-        return kind(value)
-    if kind is float and type(value) is int:
-        return float(value)
-    if origin is not None or type(value) is not kind:
-        raise ValueError(f"{key}={value!r} is no {getattr(kind, '__name__', kind)}")
-    return value
-
-
-def _revive_section(value: Any, kind: Any, key: str) -> Any:
-    if not isinstance(value, dict):
-        raise ValueError(f"{key or 'the whole'} is no section but {value!r}")
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
-    prefix = f"{key}." if key else ""
-    unknown = [f"{prefix}{name}" for name in value if name not in names]
-    if unknown:
-        raise ValueError(f"this version knows no setting {', '.join(unknown)}")
-    return kind(**{name: _revive(v, hints[name], prefix + name) for name, v in value.items()})
 
 
 def flat_settings(config: Config) -> dict[str, Any]:

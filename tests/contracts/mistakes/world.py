@@ -10,9 +10,10 @@ import numpy as np
 
 from pipelines.datasets import needle_questions
 from tests.command import SMALL
-from train.config import override, to_dict
+from train.config import to_dict
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
+from train.settings.override import override
 from train.setup import needle_world, world_folder
 
 QUESTIONS = """video,question,answer,question_type

@@ -1,0 +1,1 @@
+"""Settings by their dotted names: set, refused, explained."""
