@@ -34,7 +34,7 @@ LONGEST_QUESTION = 100_000
 """Characters of a question in which options are looked for."""
 
 
-def settled(row: Row) -> Row:
+def normalised_answer(row: Row) -> Row:
     """The row with its answer as rewards read it; see the head of this module.
 
     Raises:

@@ -60,7 +60,7 @@ class FrameRate:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shot:
+class VisionInput:
     """Frames shown together, at the size that the model sees.
 
     Bytes, not patches: conversations that wait for room in a pack take a quarter of the memory.
@@ -78,7 +78,7 @@ class Shot:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draft:
+class EncodedConversation:
     """A rendered conversation whose frames are not cut into patches yet."""
 
     tokens: np.ndarray
@@ -87,13 +87,13 @@ class Draft:
     """bool `[t]`: where a vision token stands."""
     weights: np.ndarray
     """float32 `[t]`: loss weight of predicting each token."""
-    shots: tuple[Shot, ...]
+    clips: tuple[VisionInput, ...]
     """In the order in which their tokens stand."""
 
     @property
     def frames(self) -> int:
         """What the vision tower sees as frames: pairs of them as a video."""
-        return sum(len(shot.grids) for shot in self.shots)
+        return sum(len(clip.grids) for clip in self.clips)
 
 
 def special_tokens(tokenizer: Any) -> dict[int, str]:
@@ -167,7 +167,7 @@ class ConversationRenderer:
         self._vision_ids = [tokenizer.convert_tokens_to_ids(text) for text in VISION_TEXTS]
         self._special_ids = [i for i in special if i not in self._vision_ids]
 
-    def __call__(self, conversation: Conversation) -> Draft:
+    def __call__(self, conversation: Conversation) -> EncodedConversation:
         """Read the frames of a conversation and render it.
 
         Raises:
@@ -183,9 +183,9 @@ class ConversationRenderer:
                 for message, (content, _) in zip(said, parts, strict=True)
             ]
             pieces = list(turns(self._renderer.tokenizer, messages, self._tools))
-            draft = self._draft(pieces, [shot for _, shots in parts for shot in shots])
-            self._check_length(draft)
-            return draft
+            example = self._encoded(pieces, [clip for _, clips in parts for clip in clips])
+            self._check_length(example)
+            return example
         except ValueError as error:
             raise ValueError(f"row {conversation.row_id}: {error}") from error
 
@@ -196,11 +196,11 @@ class ConversationRenderer:
         first = sum(1 for _ in itertools.takewhile(is_system, conversation.messages))
         return (*self._head, *conversation.messages[first:])
 
-    def _check_length(self, draft: Draft) -> None:
+    def _check_length(self, example: EncodedConversation) -> None:
         """Raises ValueError for prompts and conversations that are too long."""
         if self._most is None:
             return
-        lengths = int(np.argmax(draft.weights > 0)), len(draft.tokens)
+        lengths = int(np.argmax(example.weights > 0)), len(example.tokens)
         for length, most, name in zip(
             lengths,
             self._most,
@@ -210,10 +210,10 @@ class ConversationRenderer:
             if length > most:
                 raise ValueError(f"{length} tokens are more than {most}, the most of {name}")
 
-    def _parts(self, message: Message) -> tuple[list[dict[str, str]], list[Timed]]:
+    def _parts(self, message: Message) -> tuple[list[dict[str, str]], list[Shown]]:
         """Content of a message as templates take it, and what it shows."""
         content: list[dict[str, str]] = []
-        shown: list[Timed] = []
+        shown: list[Shown] = []
         videos = [part for part in message.content if isinstance(part, VideoRef)]
         numbers = iter(range(1, len(videos) + 1) if self._head is not None else ())
         for part in message.content:
@@ -238,18 +238,20 @@ class ConversationRenderer:
         calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
         return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
-    def _video(self, video: VideoRef, number: int | None) -> tuple[list[dict[str, str]], Timed]:
+    def _video(self, video: VideoRef, number: int | None) -> tuple[list[dict[str, str]], Shown]:
         frames = self._reader.overview(video, self._rate.count(video))
         content = self._renderer.video_parts(frames.times, number)
         if words := self._renderer.subtitles(video):
             content = [*content, {"type": "text", "text": words}]
-        return content, Timed(Shot(frames.pixels, self._renderer.spec), frames.times)
+        return content, Shown(VisionInput(frames.pixels, self._renderer.spec), frames.times)
 
-    def _still(self, image: ImageRef) -> tuple[list[dict[str, str]], Timed]:
+    def _still(self, image: ImageRef) -> tuple[list[dict[str, str]], Shown]:
         pixels = self.image_spec.resize(read_image(image)[None])
-        return [{"type": "image"}], Timed(Shot(pixels, self.image_spec))
+        return [{"type": "image"}], Shown(VisionInput(pixels, self.image_spec))
 
-    def _draft(self, pieces: Sequence[tuple[str, bool]], shown: Sequence[Timed]) -> Draft:
+    def _encoded(
+        self, pieces: Sequence[tuple[str, bool]], shown: Sequence[Shown]
+    ) -> EncodedConversation:
         """Tokens of all pieces. Each is encoded by itself: at inference what the assistant says is
         generated after its header, with which no merge can join it."""
         renderer = self._renderer
@@ -260,13 +262,13 @@ class ConversationRenderer:
         tokens = np.concatenate(encoded)
         if self._learn != ASSISTANT:
             learned = self._with_special(tokens, learned)
-        shots = tuple(timed.shot for timed in shown)
+        clips = tuple(timed.clip for timed in shown)
         repeats = np.ones(len(tokens), np.int64)
         marks = np.isin(tokens, self._vision_ids)
-        repeats[marks] = _vision_counts(shots)
+        repeats[marks] = _vision_counts(clips)
         tokens, visual = np.repeat(tokens, repeats), np.repeat(marks, repeats)
         weights = np.repeat(learned.astype(np.float32), repeats)
-        return Draft(tokens, visual, weights, shots)
+        return EncodedConversation(tokens, visual, weights, clips)
 
     def _with_special(self, tokens: np.ndarray, learned: np.ndarray) -> np.ndarray:
         after = np.zeros_like(learned)
@@ -275,10 +277,10 @@ class ConversationRenderer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timed:
+class Shown:
     """What a part of a message shows, and the times of its frames; a still image has none."""
 
-    shot: Shot
+    clip: VisionInput
     times: np.ndarray | None = None
 
 
@@ -386,32 +388,32 @@ def still_spec(spec: FrameSpec) -> ImageSpec:
     return ImageSpec(**shared, min_pixels=spec.min_frame_pixels, max_pixels=most)
 
 
-def pack(drafts: Sequence[Draft]) -> Pack:
+def pack(examples: Sequence[EncodedConversation]) -> Pack:
     """Conversations one after the other in one stream; positions begin anew with each."""
-    shots = [shot for draft in drafts for shot in draft.shots]
-    patches = join_patches([to_patches(shot.pixels, shot.spec) for shot in shots])
-    tokens = np.concatenate([draft.tokens for draft in drafts])
+    clips = [clip for example in examples for clip in example.clips]
+    patches = join_patches([to_patches(clip.pixels, clip.spec) for clip in clips])
+    tokens = np.concatenate([example.tokens for example in examples])
     index = np.full(len(tokens), -1, np.int32)
     if patches is not None:
-        visual = np.concatenate([draft.visual for draft in drafts])
-        merge = shots[0].spec.merge_size
+        visual = np.concatenate([example.visual for example in examples])
+        merge = clips[0].spec.merge_size
         index = vision_index(visual, patches.grids, merge, patches.values.shape[1])
     return Pack(
-        stream=Prompt(tokens, np.concatenate([_positions(d) for d in drafts]), index, patches),
-        weights=np.concatenate([draft.weights for draft in drafts]),
+        stream=Prompt(tokens, np.concatenate([_positions(d) for d in examples]), index, patches),
+        weights=np.concatenate([example.weights for example in examples]),
         segments=np.repeat(
-            np.arange(1, len(drafts) + 1, dtype=np.int32), [len(d.tokens) for d in drafts]
+            np.arange(1, len(examples) + 1, dtype=np.int32), [len(d.tokens) for d in examples]
         ),
     )
 
 
-def _positions(draft: Draft) -> np.ndarray:
-    grids = np.concatenate([np.zeros((0, 2), np.int32), *(shot.grids for shot in draft.shots)])
-    merge = draft.shots[0].spec.merge_size if draft.shots else 1
-    return mrope_positions(draft.visual, grids, merge)
+def _positions(example: EncodedConversation) -> np.ndarray:
+    grids = np.concatenate([np.zeros((0, 2), np.int32), *(clip.grids for clip in example.clips)])
+    merge = example.clips[0].spec.merge_size if example.clips else 1
+    return mrope_positions(example.visual, grids, merge)
 
 
-def _vision_counts(shots: Sequence[Shot]) -> np.ndarray:
+def _vision_counts(clips: Sequence[VisionInput]) -> np.ndarray:
     """Vision tokens of each frame, in order."""
-    counts = [shot.grids.prod(1) // shot.spec.merge_size**2 for shot in shots]
+    counts = [clip.grids.prod(1) // clip.spec.merge_size**2 for clip in clips]
     return np.concatenate([np.zeros(0, np.int64), *counts])

@@ -11,7 +11,7 @@ from typing import Any, Generic, TypeVar
 
 from paravt_jax.records import Conversation, QuestionType, Row
 from pipelines import paravt
-from pipelines.answers import settled
+from pipelines.answers import normalised_answer
 from pipelines.faults import FIELD, REPEATED, VIDEOS, Unusable, one_line
 from pipelines.media import Bucket, Media
 from pipelines.needle.questions import NeedleQuestion, ask
@@ -139,6 +139,7 @@ def question_rows(
     question_types: Sequence[str] = (),
     most_videos: int | None = None,
     check: Callable[[Row], object] = lambda row: None,
+    reader: Make[Row] | None = None,
 ) -> Found[Row]:
     """Questions about videos on this machine.
 
@@ -153,14 +154,19 @@ def question_rows(
         question_types: keep only rows of these types; empty keeps all.
         most_videos: reject rows of more videos, which cannot share a frame budget of so many.
         check: raises a `ValueError` for a row that cannot be used for another reason.
+        reader: makes a question of a record with columns of its own: gets the record's fields by
+            name, an id and the `Media` that finds its video; raises `ValueError` for a record
+            that cannot be used.
 
     Raises:
         ValueError: a file or a column is missing, a file is damaged, or no row can be used. The
             message names the file, a line, and the remedy.
     """
-    files = _files(path, paravt.RL_COLUMNS)
+    files = data_files(path) if reader else _files(path, paravt.RL_COLUMNS)
     make, paths = paravt.rl_row, paravt.rl_videos
-    if not files[0].endswith(".parquet"):
+    if reader:
+        make, paths = _guarded(reader), _no_videos
+    elif not files[0].endswith(".parquet"):
         make, paths = own_row, _own_videos
     usable = _Usable(make, most_videos, check)
     found = _read(path, files, root, usable, paths)
@@ -191,7 +197,7 @@ class _Usable:
             ValueError: it cannot be used.
         """
         written = self._make(fields, row_id, media)
-        row = settled(written)
+        row = normalised_answer(written)
         if self._most is not None and len(row.videos) > self._most:
             raise Unusable(
                 VIDEOS,
@@ -338,6 +344,29 @@ def own_row(fields: dict[str, Any], row_id: str, media: Media) -> Row:
         question_type=values["question_type"],
         evidence=_windows(fields.get("evidence")),
     )
+
+
+def _guarded(reader: Make[Row]) -> Make[Row]:
+    """A user's reader, whose every failure rejects one record and says which function failed."""
+    name = getattr(reader, "__name__", repr(reader))
+
+    def make(fields: dict[str, Any], row_id: str, media: Media) -> Row:
+        try:
+            row = reader(fields, row_id, media)
+        except ValueError:
+            raise
+        except Exception as error:
+            raise Unusable(FIELD, f"{name}: {type(error).__name__}: {error}") from error
+        if not isinstance(row, Row):
+            raise Unusable(FIELD, f"{name} returned {type(row).__name__}, not a Row")
+        return row
+
+    return make
+
+
+def _no_videos(fields: dict[str, Any]) -> list[str]:
+    """Which of a user's fields are paths is known when the reader asks for the video."""
+    return []
 
 
 def _own_videos(fields: dict[str, Any]) -> list[str]:

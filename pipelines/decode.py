@@ -167,8 +167,8 @@ def decode_present(
     Raises:
         UnreadableVideo: the file cannot be opened.
     """
-    walk = _Walk(path, info, info.decoder)
-    sure = walk if info.decoder == SURE else _Walk(path, info, SURE)
+    walk = _Cursor(path, info, info.decoder)
+    sure = walk if info.decoder == SURE else _Cursor(path, info, SURE)
     frames: dict[int, np.ndarray] = {}
     for index in indices:
         image = walk.frame(index)
@@ -183,7 +183,7 @@ def decode_present(
     return frames
 
 
-class _Walk:
+class _Cursor:
     """Goes through a file from frame to frame, and always knows by its time at which one it is."""
 
     def __init__(self, path: str, info: VideoInfo, decoder: str):

@@ -23,6 +23,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from paravt_jax.flags import given
+from paravt_jax.plugins import load
 from paravt_jax.records import Conversation, Row, VideoRef
 from pipelines.budget import shares
 from pipelines.datasets import (
@@ -32,13 +33,13 @@ from pipelines.datasets import (
     question_rows,
     sft_rows,
 )
+from pipelines.media_check import check_media
 from pipelines.needle.world import NeedleWorld
 from pipelines.preprocess import SPECS, FrameSpec
-from pipelines.trial import try_files
 from pipelines.video import VideoReader
 
 SAMPLE = 512
-"""Rows, evenly spread, that sizes and tokens are computed from."""
+"""Rows, evenly chosen, that sizes and tokens are computed from."""
 REASONS = 10
 """Rejected rows that are shown."""
 
@@ -57,6 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("path", nargs="?", help="file or folder of the data; none: the needle world")
     add("--root", help="folder below which the videos lie (default: the folder of the data)")
+    add("--reader", help="your function from records to questions, as path/to/file.py:name")
     add("--model", help="Hugging Face folder whose tokenizer counts and shows the words")
     add("--budgets", default="4,8,16,32,64", help="choices of K (default: %(default)s)")
     add("--frames-as", choices=tuple(SPECS), default="image", help="(default: %(default)s)")
@@ -91,7 +93,8 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
         raise ValueError(f"--pixels {arguments.pixels}: give two numbers, fewest and most")
     renderer = open_renderer(arguments, (pixels[0], pixels[1]))
     spec = renderer.spec if renderer else SPECS[arguments.frames_as]().limited(*pixels)
-    kinds = contents(arguments.path) if arguments.path else ("questions",)
+    own = not arguments.path or arguments.reader
+    kinds = ("questions",) if own else contents(arguments.path)
     if "questions" in kinds:
         found = read_questions(arguments, renderer)
         yield from about_questions(found, spec, budgets, renderer)
@@ -113,10 +116,10 @@ def open_renderer(arguments: argparse.Namespace, pixels: tuple[int, int]) -> Any
 
 def read_questions(arguments: argparse.Namespace, renderer: Any = None) -> Found[Row]:
     """The questions of a data set that a renderer can put into prompts, or of the needle world."""
-    if arguments.path and renderer:
-        return question_rows(arguments.path, arguments.root, check=renderer.check_question)
     if arguments.path:
-        return question_rows(arguments.path, arguments.root)
+        check = renderer.check_question if renderer else lambda row: None
+        reader = load(arguments.reader) if arguments.reader else None
+        return question_rows(arguments.path, arguments.root, check=check, reader=reader)
     folder = os.path.join(os.path.abspath(arguments.cache), "needle_world")
     asked = needle_questions(NeedleWorld(), folder, "train", ("oe", "tvg", "mcq"))
     return Found([question.row for question in asked])
@@ -142,12 +145,12 @@ def about_questions(
     yield from _about_videos([row.videos for row in rows])
     yield from _about_rejected(found)
     reader = VideoReader(spec=spec)
-    trial = try_files(rows, reader)
-    yield from trial.report()
-    rows = [row for row in rows if trial.shows(row)]
+    media = check_media(rows, reader)
+    yield from media.report()
+    rows = [row for row in rows if media.shows(row)]
     if not rows:
         raise ValueError("no question has videos that can be decoded")
-    some = spread(rows)
+    some = evenly_chosen(rows)
     yield f"tokens of a prompt, {len(some)} rows (frames of {spec.mode}s):"
     yield "      K  vision: median      max" + ("  room of a prompt" if renderer else "")
     for budget in budgets:
@@ -214,9 +217,9 @@ def about_conversations(
     yield f"  characters of a conversation: {_range([sum(row) for row in words], '{:,.0f}')}"
     yield from _about_videos([row.videos for row in rows])
     yield from _about_rejected(found)
-    yield from try_files(rows, VideoReader(spec=spec)).report()
+    yield from check_media(rows, VideoReader(spec=spec)).report()
     if renderer:
-        some = spread(rows)
+        some = evenly_chosen(rows)
         counts = [_word_tokens(row, renderer) for row in some]
         yield f"tokens of words, {len(some)} conversations: {_range(counts, '{:,.0f}')}"
     else:
@@ -263,8 +266,8 @@ def _about_rejected(found: Found) -> Iterator[str]:
         yield f"  {rejected.where}: {rejected.reason}"
 
 
-def spread(rows: Sequence) -> list:
-    """At most `SAMPLE` rows, evenly spread."""
+def evenly_chosen(rows: Sequence) -> list:
+    """At most `SAMPLE` rows, evenly chosen."""
     chosen = np.linspace(0, len(rows) - 1, min(SAMPLE, len(rows)), dtype=int)
     return [rows[index] for index in chosen]
 

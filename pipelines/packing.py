@@ -16,7 +16,7 @@ import numpy as np
 from grain.experimental import BestFitPackIterDataset, FirstFitPackIterDataset
 
 from paravt_jax.records import Conversation, Pack
-from pipelines.conversation import Draft, pack
+from pipelines.conversation import EncodedConversation, pack
 from pipelines.loader import StepStream
 
 FITS = {"first": FirstFitPackIterDataset, "best": BestFitPackIterDataset}
@@ -35,7 +35,7 @@ class PackShape(NamedTuple):
     """What the vision tower sees as frames: pairs of them as a video."""
 
 
-class Skips:
+class UnusableCount:
     """Counts conversations that cannot be used, and ends the run when they are too many.
 
     Args:
@@ -63,32 +63,37 @@ class Skips:
                 )
 
 
-class DraftMaker:
+class ConversationEncoder:
     """Renders a conversation, or skips it if it cannot be read or does not fit into a row."""
 
-    def __init__(self, render: Callable[[Conversation], Draft], shape: PackShape, skips: Skips):
+    def __init__(
+        self,
+        render: Callable[[Conversation], EncodedConversation],
+        shape: PackShape,
+        skips: UnusableCount,
+    ):
         self._render, self._shape, self._skips = render, shape, skips
 
     def __call__(self, index: int, conversation: Conversation) -> dict[str, Any] | None:
-        """What Grain packs by: arrays as long as the room that each thing takes, the draft,
+        """What Grain packs by: arrays as long as the room that each thing takes, the example,
         and how many conversations were drawn up to it. None is left out by Grain.
 
         Raises:
             ValueError: too many conversations cannot be used.
         """
         try:
-            draft = self._render(conversation)
-            self._check_room(conversation, draft)
+            example = self._render(conversation)
+            self._check_room(conversation, example)
         except ValueError as error:
             self._skips(str(error))
             return None
         self._skips(None)
-        room = {"tokens": len(draft.tokens), "frames": draft.frames}
+        room = {"tokens": len(example.tokens), "frames": example.frames}
         arrays = {name: np.zeros(size, np.uint8) for name, size in room.items()}
-        return arrays | {"draft": draft, "drawn": index + 1}
+        return arrays | {"example": example, "drawn": index + 1}
 
-    def _check_room(self, conversation: Conversation, draft: Draft) -> None:
-        size = PackShape(len(draft.tokens), draft.frames)
+    def _check_room(self, conversation: Conversation, example: EncodedConversation) -> None:
+        size = PackShape(len(example.tokens), example.frames)
         if size.tokens > self._shape.tokens or size.frames > self._shape.frames:
             raise ValueError(
                 f"row {conversation.row_id}: {size.tokens} tokens and {size.frames} frames do not "
@@ -99,11 +104,11 @@ class DraftMaker:
 
 def pack_stream(
     conversations: Conversations,
-    render: Callable[[Conversation], Draft],
+    render: Callable[[Conversation], EncodedConversation],
     shape: PackShape,
     packs_per_step: int,
     seed: int,
-    skips: Skips,
+    skips: UnusableCount,
     *,
     fit: str = "first",
     bins: int = 64,
@@ -115,7 +120,7 @@ def pack_stream(
 
     Args:
         conversations: the rows.
-        render: makes the draft of a conversation (`ConversationRenderer`).
+        render: makes the example of a conversation (`ConversationRenderer`).
         shape: room of a row; conversations that do not fit into it are skipped.
         packs_per_step: rows of one step of this process.
         seed: of the order.
@@ -134,20 +139,20 @@ def pack_stream(
         raise ValueError(f"fit={fit!r} is unknown; choose one of {', '.join(FITS)}")
     order = grain.MapDataset.source(conversations).seed(seed).shuffle().repeat()
     own = order[process_index::process_count]
-    drafts = own.map_with_index(DraftMaker(render, shape, skips))
+    examples = own.map_with_index(ConversationEncoder(render, shape, skips))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     packed = FITS[fit](
-        drafts.to_iter_dataset(ahead),
+        examples.to_iter_dataset(ahead),
         length_struct=shape._asdict(),
         num_packing_bins=bins,
         seed=seed,
-        meta_features=("draft", "drawn"),
+        meta_features=("example", "drawn"),
     )
     return StepStream(packed.map(_row).batch(packs_per_step, batch_fn=list))
 
 
 def _row(packed: dict[str, Any]) -> Pack:
-    return dataclasses.replace(pack(packed["draft"]), drawn=max(packed["drawn"]))
+    return dataclasses.replace(pack(packed["example"]), drawn=max(packed["drawn"]))
 
 
 def fill(packs: Sequence[Pack], tokens: int) -> float:

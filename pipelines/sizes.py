@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,38 +14,6 @@ from pipelines.render import ChatRenderer
 
 EARLY, LATE = 0.0, 99999.9
 """Seconds: times that take as few and as many characters as the time of any frame."""
-
-
-class ArraySpec(NamedTuple):
-    """Shape and type of an array."""
-
-    shape: tuple[int, ...]
-    dtype: str
-
-
-def element_spec(
-    renderer: ChatRenderer, rows: Iterable[Row], frames: int, quota: int | None = None
-) -> dict[str, ArraySpec]:
-    """The arrays of the prompts of a stream: no prompt with at most `frames` frames has larger
-    ones, and types and last axes are these in all of them.
-
-    Args:
-        renderer: makes the prompts.
-        rows: all questions of the stream.
-        frames: the largest frame budget.
-        quota: most vision tokens of one video's frames, if that is limited.
-    """
-    rows, spec = list(rows), renderer.spec
-    tokens = prompt_tokens(renderer, rows, frames, quota)
-    counts = {len(row.videos) for row in rows}
-    seen = max(sum(map(spec.group_count, shares(frames, count))) for count in counts)
-    return {
-        "tokens": ArraySpec((tokens,), "int32"),
-        "positions": ArraySpec((tokens, 3), "int32"),
-        "vision_index": ArraySpec((tokens,), "int32"),
-        "patches.values": ArraySpec((seen, spec.max_patches, spec.patch_values), "float32"),
-        "patches.grids": ArraySpec((seen, 2), "int32"),
-    }
 
 
 def prompt_tokens(

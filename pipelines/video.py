@@ -15,8 +15,8 @@ import numpy as np
 from paravt_jax.records import Frames, VideoRef
 from pipelines.decode import Decoded, Size, VideoInfo, complete, decode_present, probe
 from pipelines.decoders import ROUNDING
-from pipelines.patience import DECODE_SECONDS, Patience
 from pipelines.preprocess import FrameSpec
+from pipelines.timeout import DECODE_SECONDS, ReadTimeout
 
 # A video that is smaller than this when decoded is decoded whole, once, at its first use.
 WHOLE_BYTES = 1 << 20
@@ -116,9 +116,9 @@ class VideoReader:
         self._clear()
 
     def _clear(self) -> None:
-        self._lock, self._patience = threading.Lock(), Patience(self._limit)
-        self._frames: Recent[Decoded] = Recent(self._cache_bytes)
-        self._infos: Recent[VideoInfo] = Recent(TIMES_BYTES)
+        self._lock, self._timeout = threading.Lock(), ReadTimeout(self._limit)
+        self._frames: LruCache[Decoded] = LruCache(self._cache_bytes)
+        self._infos: LruCache[VideoInfo] = LruCache(TIMES_BYTES)
         self._coming: dict[Key, dict[int, Future[Decoded]]] = {}
         self._asked = self._missed = self._decoded = 0
         self._seconds = 0.0
@@ -185,7 +185,7 @@ class VideoReader:
             info = self._infos.get(video.path)
         if info is None:
             with self._busy():
-                info = self._patience(video.path, lambda: probe(video.path))
+                info = self._timeout(video.path, lambda: probe(video.path))
             with self._lock:
                 self._infos.put(video.path, info, info.times.nbytes)
         return info
@@ -254,7 +254,7 @@ class VideoReader:
         """Decode what was claimed, for the cache and for everybody who waits for it."""
         try:
             with self._busy():
-                present = self._patience(key[0], lambda: decode_present(key[0], info, mine, key[1]))
+                present = self._timeout(key[0], lambda: decode_present(key[0], info, mine, key[1]))
         except BaseException as error:
             with self._lock:
                 self._forget(key, mine)
@@ -293,7 +293,7 @@ class VideoReader:
         self._frames.put(key, frames, _size(frames))
 
 
-class Recent(Generic[T]):
+class LruCache(Generic[T]):
     """Keeps what was used last, up to a number of bytes. Not safe for threads."""
 
     def __init__(self, limit: int):

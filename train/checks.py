@@ -15,8 +15,8 @@ from paravt_jax.mesh import AXES, RULES, AnyMesh
 from paravt_jax.params import format_table
 from paravt_jax.records import Conversation, Row
 from pipelines.datasets import Found
+from pipelines.media_check import check_media
 from pipelines.render import ChatRenderer
-from pipelines.trial import try_files
 from pipelines.video import VideoReader
 from train import setup
 from train.compile.footprint import footprint, format_footprint, planned_mesh
@@ -190,9 +190,9 @@ def try_media(config: Config, found: Found, setting: str) -> None:
       ValueError: they are more than the setting allows.
     """
     reader = VideoReader(cache_bytes=0, decode_seconds=config.data.decode_seconds)
-    trial = try_files(found.rows, reader)
-    print(*trial.report(), sep="\n")
-    trial.check(setting, getattr(config.data, setting.removeprefix("data.")))
+    media = check_media(found.rows, reader)
+    print(*media.report(), sep="\n")
+    media.check(setting, getattr(config.data, setting.removeprefix("data.")))
 
 
 def describe_conversations(found: Found[Conversation]) -> str:

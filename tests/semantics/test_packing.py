@@ -14,8 +14,8 @@ from models.common.attention import QUERY_CHUNK, attend
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
 from paravt_jax.params import initialise
 from paravt_jax.records import Conversation, Frames, Message, VideoRef
-from pipelines.conversation import ConversationRenderer, Draft, Shot, pack
-from pipelines.packing import PackShape, Skips, fill, pack_stream
+from pipelines.conversation import ConversationRenderer, EncodedConversation, VisionInput, pack
+from pipelines.packing import PackShape, UnusableCount, fill, pack_stream
 from pipelines.preprocess import ImageSpec
 from pipelines.render import ChatRenderer, PromptTexts
 from tests.pipelines_fixtures import processor_folder
@@ -69,7 +69,7 @@ CONVERSATIONS = [talk("one", "a", "large"), talk("two", rounds=0), talk("three",
 
 
 @functools.cache
-def drafts():
+def examples():
     """The conversations, rendered."""
     own = ChatRenderer.from_folder(processor_folder(), "image", PromptTexts(), (1024, 64 * 96))
     return [ConversationRenderer(own, Reader())(item) for item in CONVERSATIONS]
@@ -93,7 +93,7 @@ def test_log_probs_of_a_pack_are_those_of_its_streams_alone():
     run = jax.jit(
         lambda batch: batch_log_probs(POLICY, params, batch, temperature=1.0, budget=LENGTH)[0]
     )
-    together, alone = batch_of([drafts()]), batch_of([[draft] for draft in drafts()])
+    together, alone = batch_of([examples()]), batch_of([[example] for example in examples()])
     assert together.grids.any(-1).sum() == alone.grids.any(-1).sum() >= 10
     packed, single = learned(together, run(together)), learned(alone, run(alone))
     assert len(packed) == len(single) > 50 and np.std(single) > 0.01
@@ -112,8 +112,8 @@ def test_gradients_of_a_pack_are_the_sum_of_those_of_its_streams():
         (value, (count, _)), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
         return value, count, gradients
 
-    whole = slope(batch_of([drafts()]))
-    parts = [slope(batch_of([[draft]])) for draft in drafts()]
+    whole = slope(batch_of([examples()]))
+    parts = [slope(batch_of([[example]])) for example in examples()]
     summed = functools.reduce(lambda a, b: jax.tree.map(jnp.add, a, b), parts)
     assert float(whole[1]) == float(summed[1])
     np.testing.assert_allclose(whole[0], summed[0], rtol=1e-5)
@@ -123,10 +123,12 @@ def test_gradients_of_a_pack_are_the_sum_of_those_of_its_streams():
 
 
 def blank(tokens, frames=0):
-    """A draft of so many tokens."""
-    shots = (Shot(np.zeros((frames, 32, 32, 3), np.uint8), ImageSpec()),) if frames else ()
+    """An example of so many tokens."""
+    clips = (VisionInput(np.zeros((frames, 32, 32, 3), np.uint8), ImageSpec()),) if frames else ()
     visual = np.arange(tokens) < frames
-    return Draft(np.zeros(tokens, np.int32), visual, np.ones(tokens, np.float32), shots)
+    return EncodedConversation(
+        np.zeros(tokens, np.int32), visual, np.ones(tokens, np.float32), clips
+    )
 
 
 def sizes(count, seed=0):
@@ -139,7 +141,7 @@ def sizes(count, seed=0):
 
 
 def stream(lengths, fit="first", bins=64, shape=ROOM, skip=0.05, rows=8, frames=0):
-    skips = Skips(skip)
+    skips = UnusableCount(skip)
     rows_ = [talk(str(number)) for number in range(len(lengths))]
     made = pack_stream(
         rows_,

@@ -23,7 +23,7 @@ import pytest
 from paravt_jax.records import Frames, Prompt, Row, VideoRef
 from pipelines.budget import frame_budget
 from pipelines.loader import Mixture, prompt_stream
-from pipelines.sizes import element_spec
+from pipelines.sizes import prompt_tokens
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from tests.pipelines_fixtures import data_folder, questions, renderer
@@ -173,22 +173,12 @@ def test_a_mixture_is_a_sequence_of_all_rows():
         stream(Mixture((make_rows(2), []), (1.0, 1.0)))
 
 
-def test_no_prompt_is_larger_than_the_spec():
+def test_no_prompt_is_longer_than_was_said_beforehand():
     rows = [question.row for question in questions()]
-    spec = element_spec(renderer(), rows, 8)
+    most = prompt_tokens(renderer(), rows, 8)
     prompts = prompt_stream(rows, VideoReader(), renderer(), (2, 8), 8, seed=0)
-    for item in next(prompts):
-        arrays = {
-            "tokens": item.prompt.tokens,
-            "positions": item.prompt.positions,
-            "vision_index": item.prompt.vision_index,
-            "patches.values": item.prompt.patches.values,
-            "patches.grids": item.prompt.patches.grids,
-        }
-        for name, array in arrays.items():
-            most = spec[name]
-            assert str(array.dtype) == most.dtype and array.shape[-1:] <= most.shape[-1:], name
-            assert all(a <= b for a, b in zip(array.shape, most.shape, strict=True)), name
+    lengths = [len(item.prompt.tokens) for _ in range(4) for item in next(prompts)]
+    assert max(lengths) <= most < 2 * max(lengths)
     prompts.close()
 
 

@@ -242,8 +242,8 @@ def test_three_hours_are_sought(tmp_path, monkeypatch):
 
 def count_grabs(monkeypatch) -> list[int]:
     grabs: list[int] = []
-    step = decode._Walk._next
-    monkeypatch.setattr(decode._Walk, "_next", lambda walk: grabs.append(1) or step(walk))
+    step = decode._Cursor._next
+    monkeypatch.setattr(decode._Cursor, "_next", lambda walk: grabs.append(1) or step(walk))
     return grabs
 
 

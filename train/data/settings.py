@@ -15,6 +15,9 @@ class DataSettings:
     path: str | None = None
     """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
     the needle world."""
+    reader: str | Callable[..., Row] | None = None
+    """Your function that makes a question of each record of `path`, as `path/to/file.py:name` (see
+    `pipelines.datasets.question_rows`); None reads the columns that are documented."""
     video_root: str | None = None
     """Folder below which all videos lie; None takes that of the data."""
     mixture: tuple[str, ...] = ()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from paravt_jax.records import Example, LearnerBatch, Pack
 from pipelines.loader import StepStream
-from pipelines.packing import Skips, conversations_in, fill
+from pipelines.packing import UnusableCount, conversations_in, fill
 from train.batch import learner_batch, packed_batch, streams_of_examples
 from train.sft.masking import TaskMasking
 from train.sft.settings import PackSettings, SftPhase, SftSettings
@@ -96,7 +96,7 @@ class PackedLessons:
 
     settings: PackSettings
     stream: StepStream[Pack]
-    skips: Skips
+    skips: UnusableCount
     pad_id: int
     frame_patches: int
     """Patches of the largest frame."""

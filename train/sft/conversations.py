@@ -14,7 +14,7 @@ from pipelines.conversation import (
     is_system,
 )
 from pipelines.datasets import Found, sft_rows
-from pipelines.packing import PackShape, Skips, pack_stream
+from pipelines.packing import PackShape, UnusableCount, pack_stream
 from pipelines.render import ChatRenderer
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
@@ -64,7 +64,7 @@ def packed_lessons(
 ) -> PackedLessons:
     """The stream of packed conversations, which are written to the data cache first; those with
     longer prompts than `data.max_prompt_tokens`, or more tokens than `positions`, are skipped."""
-    own, skips = config.sft.packing, Skips(config.data.max_rejected)
+    own, skips = config.sft.packing, UnusableCount(config.data.max_rejected)
     render = ConversationRenderer(
         renderer,
         reader,

@@ -11,8 +11,8 @@ from paravt_jax.records import Conversation, ImageRef, Message
 from pipelines import describe
 from pipelines.datasets import question_rows
 from pipelines.decode import video_ref
+from pipelines.media_check import check_media
 from pipelines.needle.world import write_mp4
-from pipelines.trial import try_files
 from pipelines.video import VideoReader
 from train import main
 
@@ -42,20 +42,22 @@ def write_questions(folder: Path, good: int, broken: int) -> str:
 def test_lengths_alone_do_not_tell_that_a_file_cannot_be_decoded(tmp_path):
     found = question_rows(write_questions(tmp_path, 2, 1))
     assert len(found.rows) == 3, "the length of a broken file can be read"
-    trial = try_files(found.rows, VideoReader())
-    assert (trial.files, trial.tried) == (3, 3)
-    assert [Path(path).name for path in trial.faults] == ["broken0.mp4"]
-    assert [trial.shows(row) for row in found.rows] == [True, True, False]
-    assert trial.report()[0].startswith("decoded frames of 3 of 3 files: 1 of them cannot be")
+    media = check_media(found.rows, VideoReader())
+    assert (media.files, media.tried) == (3, 3)
+    assert [Path(path).name for path in media.faults] == ["broken0.mp4"]
+    assert [media.shows(row) for row in found.rows] == [True, True, False]
+    assert media.report()[0].startswith("decoded frames of 3 of 3 files: 1 of them cannot be")
     with pytest.raises(ValueError, match=r"1 of the 3 files .*data\.max_bad_rows=0\.01.*broken0"):
-        trial.check("data.max_bad_rows", 0.01)
-    trial.check("data.max_bad_rows", 0.4)
+        media.check("data.max_bad_rows", 0.01)
+    media.check("data.max_bad_rows", 0.4)
 
 
 def test_large_sets_are_tried_in_part(tmp_path):
     rows = question_rows(write_questions(tmp_path, 4, 0)).rows
-    assert "3 of 4 files, drawn at random: 0" in try_files(rows, VideoReader(), most=3).report()[0]
-    assert try_files(rows, VideoReader(), seconds=0.0).tried == 0
+    assert (
+        "3 of 4 files, drawn at random: 0" in check_media(rows, VideoReader(), most=3).report()[0]
+    )
+    assert check_media(rows, VideoReader(), seconds=0.0).tried == 0
 
 
 def test_images_of_conversations_are_tried(tmp_path):
@@ -64,8 +66,8 @@ def test_images_of_conversations_are_tried(tmp_path):
     video = video_ref(str(tmp_path / write_video(tmp_path / "good.mp4")))
     images = [ImageRef(str(tmp_path / name)) for name in ("huge.png", "small.png")]
     row = Conversation("a", (Message("user", ("Look.", *images, video)),))
-    trial = try_files([row], VideoReader())
-    assert trial.tried == 3 and [Path(path).name for path in trial.faults] == ["huge.png"]
+    media = check_media([row], VideoReader())
+    assert media.tried == 3 and [Path(path).name for path in media.faults] == ["huge.png"]
 
 
 def test_describe_names_them_and_describes_the_others(tmp_path, capsys):

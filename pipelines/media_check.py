@@ -25,7 +25,7 @@ TOLD = 10
 
 
 @dataclasses.dataclass(frozen=True)
-class Trial:
+class MediaCheck:
     """How decoding some of the files of a data set went."""
 
     files: int
@@ -69,12 +69,12 @@ def shown_files(row: Row | Conversation) -> list[MediaFile]:
     return [part for part in parts if not isinstance(part, str)]
 
 
-def try_files(
+def check_media(
     rows: Iterable[Row | Conversation],
     reader: VideoReader,
     most: int = MOST_FILES,
     seconds: float = SECONDS,
-) -> Trial:
+) -> MediaCheck:
     """Decode an overview of each video and each image that the rows show, in a drawn order, until
     `most` of them are done or the time is over."""
     distinct = {file.path: file for row in rows for file in shown_files(row)}
@@ -84,7 +84,9 @@ def try_files(
     with ThreadPoolExecutor(max(4, os.cpu_count() or 1)) as pool:
         reasons = list(pool.map(lambda file: _try(file, reader, end), files[:most]))
     done = {f.path: r for f, r in zip(files, reasons, strict=False) if r is not None}
-    return Trial(len(files), len(done), {path: reason for path, reason in done.items() if reason})
+    return MediaCheck(
+        len(files), len(done), {path: reason for path, reason in done.items() if reason}
+    )
 
 
 def _try(file: MediaFile, reader: VideoReader, end: float) -> str | None:

@@ -16,7 +16,7 @@ DECODE_SECONDS = 300.0
 T = TypeVar("T")
 
 
-class Patience:
+class ReadTimeout:
     """Waits for files to be read, so many seconds for each request; a file that takes longer is not
     tried again.
 

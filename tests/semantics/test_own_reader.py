@@ -1,0 +1,68 @@
+"""A data set of one's own columns, read by a function from outside of the package."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from paravt_jax.plugins import load
+from pipelines.datasets import question_rows
+from tests.paravt_fixture import write_video
+
+ROOT = Path(__file__).resolve().parents[2]
+
+MINE = """
+from paravt_jax.records import Row
+
+
+def row(record, row_id, media):
+    return Row(
+        row_id=row_id,
+        video=media.video(record["clip"]),
+        question=record["ask"]["text"],
+        answer=record["gold"],
+        question_type="oe",
+    )
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A JSONL file with columns of its own, one record of which lacks a field, and its reader."""
+    write_video(str(tmp_path / "a.mp4"), 120)
+    records = [
+        {"clip": "a.mp4", "ask": {"text": "Which colour?"}, "gold": "red"},
+        {"clip": "a.mp4", "gold": "red"},
+        {"clip": "none.mp4", "ask": {"text": "Which colour?"}, "gold": "red"},
+    ]
+    lines = "".join(json.dumps(record) + "\n" for record in records)
+    (tmp_path / "mine.jsonl").write_text(lines)
+    (tmp_path / "mine.py").write_text(MINE)
+    return tmp_path
+
+
+def test_records_become_rows_and_failures_are_rejected_by_name(folder: Path):
+    reader = load(f"{folder}/mine.py:row")
+    found = question_rows(str(folder / "mine.jsonl"), reader=reader)
+    (row,) = found.rows
+    assert (row.question, row.answer) == ("Which colour?", "red")
+    reasons = [rejected.reason for rejected in found.rejected]
+    assert reasons[0] == "row: KeyError: 'ask'" and "none.mp4" in reasons[1]
+
+
+def test_a_reader_must_return_rows(folder: Path):
+    with pytest.raises(ValueError, match="returned str, not a Row"):
+        question_rows(str(folder / "mine.jsonl"), reader=lambda record, row_id, media: "red")
+
+
+def test_describe_reads_with_it_from_another_folder(folder: Path):
+    done = subprocess.run(
+        [sys.executable, ROOT / "pipelines/describe.py", "mine.jsonl", "--reader", "mine.py:row"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "KeyError: 'ask'" in done.stdout
