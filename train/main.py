@@ -43,7 +43,11 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.register("type", None, given)  # of flags without a type
     add = parser.add_argument
-    add("--recipe", help="a complete configuration (default: the workdir's own, or needle_rl)")
+    add(
+        "--recipe",
+        help="a complete configuration, by its name or as path/to/file.py:function "
+        "(default: the workdir's own, or needle_rl)",
+    )
     add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
     add("--workdir", help="where the run writes, or went on writing (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")

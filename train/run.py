@@ -90,7 +90,8 @@ def name_workdir(config: Config, given: str | None) -> Path:
     if given is None and jax.process_count() > 1:
         raise ValueError("--workdir is needed on several hosts: name one folder that all can see")
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    return Path(given or f"runs/{config.recipe}-{stamp}").absolute()
+    recipe = config.recipe.rpartition(":")[2]  # of a recipe from a file, its function
+    return Path(given or f"runs/{recipe}-{stamp}").absolute()
 
 
 def train(config: Config, workdir: Path, resume: str) -> None:

@@ -10,6 +10,7 @@ import pytest
 from paravt_jax.plugins import load
 from pipelines.datasets import question_rows
 from tests.paravt_fixture import write_video
+from train.data.settings import DataSettings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -66,3 +67,30 @@ def test_describe_reads_with_it_from_another_folder(folder: Path):
     )
     assert done.returncode == 0, done.stderr
     assert "KeyError: 'ask'" in done.stdout
+
+
+def test_the_example_reads_choices(tmp_path: Path):
+    write_video(str(tmp_path / "a.mp4"), 120)
+    record = {"clip": "a.mp4", "ask": "Which colour?", "choices": ["red", "blue"], "correct": 1}
+    (tmp_path / "quiz.jsonl").write_text(json.dumps(record) + "\n")
+    reader = load(str(ROOT / "examples" / "own_questions.py:question"))
+    (row,) = question_rows(str(tmp_path / "quiz.jsonl"), reader=reader).rows
+    assert row.answer == "B" and row.question.splitlines()[2] == "(B) blue"
+
+
+def test_the_setting_names_the_function_wherever_it_is_read(folder: Path, monkeypatch):
+    monkeypatch.chdir(folder)
+    whole = f"{folder.resolve()}/mine.py:row"
+    assert DataSettings(reader="mine.py:row").reader == whole
+    assert DataSettings(reader=load(whole)).reader == whole
+    with pytest.raises(ValueError, match="has nothing called rows"):
+        DataSettings(reader="mine.py:rows")
+
+
+def test_a_run_reads_with_it(folder: Path):
+    settings = ["data.reader=mine.py:row", "data.max_rejected=0.7", "evaluation.rows=0"]
+    flags = [part for setting in settings for part in ("--set", setting)]
+    command = [sys.executable, ROOT / "train/main.py", "--data", "mine.jsonl", "--dry-run", *flags]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "1 questions about 1 videos" in done.stdout

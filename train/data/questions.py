@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
+from paravt_jax.plugins import load
 from paravt_jax.records import Row, VideoRef
 from pipelines.datasets import Found, needle_questions, question_rows
 from pipelines.loader import Mixture
@@ -97,9 +98,11 @@ def read_questions(config: Config, check: Check = lambda row: None) -> list[Foun
     budgets = set(data.frame_budgets)
     if config.evaluation.rows:
         budgets.add(config.evaluation.frame_budget)
+    reader = load(str(data.reader)) if data.reader else None
     sets: list[Found[Row]] = []
     for number, path in enumerate(path for path in (data.path, *data.mixture) if path):
-        found = question_rows(path, data.video_root, data.question_types, min(budgets), check)
+        own = reader if path == data.path else None
+        found = question_rows(path, data.video_root, data.question_types, min(budgets), check, own)
         check_rejected(found, path, data.max_rejected)
         # Seeds are derived from ids, which are unique within one data set only.
         named = [dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in found.rows]

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Annotated
 
+from paravt_jax.plugins import load, reference
 from paravt_jax.ranges import above, at_least, within
+from paravt_jax.records import Row
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,3 +73,9 @@ class DataSettings:
     longer counts as unreadable (`max_bad_rows`)."""
     cache_dir: str = "data"
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
+
+    def __post_init__(self) -> None:
+        """Raises ValueError for a reader that cannot be found."""
+        if self.reader is not None:
+            own = load(self.reader) if isinstance(self.reader, str) else self.reader
+            object.__setattr__(self, "reader", reference(own))

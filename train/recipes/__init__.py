@@ -1,4 +1,5 @@
-"""Recipes: functions that return a complete configuration. Add yours to `RECIPES`.
+"""Recipes: functions that return a complete configuration. `RECIPES` lists ours; yours may lie
+anywhere (`--recipe path/to/file.py:name`).
 
 Names and summaries are known without importing the recipes, which takes seconds.
 """
@@ -6,10 +7,13 @@ Names and summaries are known without importing the recipes, which takes seconds
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from paravt_jax.plugins import is_reference, load, reference
 
 if TYPE_CHECKING:
     from train.config import Config
@@ -42,8 +46,11 @@ def check_name(name: str) -> None:
     Raises:
       ValueError: naming those that do.
     """
-    if name not in RECIPES:
-        raise ValueError(f"--recipe {name} is unknown; choose one of {', '.join(RECIPES)}")
+    if name not in RECIPES and not is_reference(name):
+        raise ValueError(
+            f"--recipe {name} is unknown; give a function of yours as path/to/file.py:name, or "
+            f"choose one of {', '.join(RECIPES)}"
+        )
 
 
 def recipe_function(name: str) -> Callable[[], Config]:
@@ -53,7 +60,24 @@ def recipe_function(name: str) -> Callable[[], Config]:
       ValueError: no recipe has this name.
     """
     check_name(name)
+    if is_reference(name):
+        return _own(name)
     return getattr(importlib.import_module(f"{__name__}.{RECIPES[name]}"), name)
+
+
+def _own(name: str) -> Callable[[], Config]:
+    """A user's recipe, whose configuration bears the name under which it is found again."""
+    from train.config import Config
+
+    function = load(name)
+
+    def recipe() -> Config:
+        config = function()
+        if not isinstance(config, Config):
+            raise ValueError(f"--recipe {name} returned {type(config).__name__}, not a Config")
+        return dataclasses.replace(config, recipe=reference(function))
+
+    return recipe
 
 
 def get_recipe(name: str) -> Config:
