@@ -33,7 +33,6 @@ from train.layout import to_mesh
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.rl.anchor import find_tags
-from train.rl.learner import rl_step
 from train.settings.override import override
 from train.state import make_state
 
@@ -64,7 +63,7 @@ def sides(config: Config) -> tuple[Callable[[], object], Callable[[], object], t
     find = jax.jit(find_tags, static_argnames=("anchors", "only_paired"))
     spoken = batch.loss_weights > 0
     optimizer = make_optimizer(config.optimizer, config.steps, model.policy.table)
-    step = jax.jit(rl_step(model.policy, optimizer, config))
+    step = jax.jit(setup.open_rl_step(config, model.policy, optimizer))
     with jax.set_mesh(mesh):
         params = initialise(model.policy.table, jax.random.key(0), mesh)
         state = make_state(params, config, mesh, optimizer)

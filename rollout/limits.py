@@ -133,6 +133,11 @@ class AgentConfig:
         """Most calls of one turn that are run."""
         return 1 if self.dispatch == "sequential" else self.max_calls_per_turn
 
+    @property
+    def generated_tokens(self) -> int:
+        """Most tokens that one rollout can generate."""
+        return self.rounds * self.turn_tokens + self.answer_tokens
+
 
 @dataclasses.dataclass(frozen=True)
 class Room:

@@ -6,6 +6,7 @@ Each character of the toy tokenizer is a token, so every tag is several tokens.
 from __future__ import annotations
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -20,6 +21,8 @@ from train.config import Config
 from train.recipes import get_recipe
 from train.rl.learner import Learner
 from train.settings.override import override
+from train.setup import batch_shapes, open_learner
+from train.state import FlatParams, TrainState
 
 RENDERER = ToyRenderer()
 SPEC = ImageSpec().limited(32 * 32, 32 * 32)
@@ -63,8 +66,21 @@ def configured(*settings: str) -> Config:
     return override(get_recipe("needle_rl"), [*small, "rl.micro_groups=1", *settings])
 
 
-def learner(config: Config, policy: ToyPolicy | None = None, mesh: str = "data:1") -> Learner:
+def learner(
+    config: Config,
+    policy: ToyPolicy | None = None,
+    mesh: str = "data:1",
+    reference: FlatParams | None = None,
+) -> Learner:
     """A learner on as many devices as the mesh has."""
     count = 1 if mesh == "data:1" else 8
     devices = make_mesh(parse_mesh(mesh, count), jax.devices()[:count])
-    return Learner(policy or Learnable(), optax.sgd(0.1), config, devices, TAGS, PAD, SPEC)
+    policy = policy or Learnable()
+    reference = policy.init() if reference is None else reference
+    shapes = batch_shapes(config, SPEC, PAD)
+    return open_learner(config, policy, optax.sgd(0.1), devices, TAGS, shapes, reference)
+
+
+def as_state(params: FlatParams, frozen: FlatParams | None = None) -> TrainState:
+    """Weights of which some are frozen, before the first step."""
+    return TrainState(params, frozen or {}, optax.sgd(0.1).init(params), jnp.zeros((), jnp.int32))

@@ -21,7 +21,7 @@ from pipelines.video import VideoReader
 from train import setup
 from train.compile.footprint import footprint, format_footprint, planned_mesh
 from train.config import Config, Stage, to_dict
-from train.data.questions import question_check, read_questions, split_sets
+from train.data.questions import read_questions, split_sets
 from train.methods.hindsight import open_feedback
 from train.optimizer import warm_up_note
 from train.rl.scoring import Scorer
@@ -164,13 +164,15 @@ def describe_questions(config: Config) -> list[Row]:
     """Print how many questions there are, which cannot be used, and how they are split; returns
     those that can be used."""
     positions = setup.abstract_policy(config).config.text.max_position_embeddings
-    sets = read_questions(config, question_check(config, renderer_aside(config), positions))
+    check = setup.question_check(config, renderer_aside(config), positions)
+    data, evaluation = config.data, config.evaluation
+    sets = read_questions(data, evaluation, check)
     for found in sets:
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
         try_media(config, found, "data.max_bad_rows")
-    if config.data.path:
-        print(split_sets(config, sets).report())
+    if data.path:
+        print(split_sets(data, evaluation, sets).report())
     return [row for found in sets for row in found.rows]
 
 

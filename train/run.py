@@ -32,26 +32,27 @@ from rollout.limits import MAIN, subagent_room
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.compile.cache import Compilations, keep_compiled
-from train.compile.rehearsal import warm_up_run
+from train.compile.prompts import agent_reads
+from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage, to_dict
 from train.data.questions import (
     Questions,
     all_rows,
     identities,
     open_rows,
-    question_check,
+    prompt_contents,
     strata,
 )
 from train.hosts.cluster import everywhere, is_first, largest, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
-from train.methods.difficulty import Difficulty, hint_room
-from train.methods.teacher import Teacher
+from train.methods.difficulty import hint_room
+from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
 from train.report.log import INTERVALS, TABLE, RunLog, comparison_table, flat, interval_table
 from train.report.progress import Bar, introduction
-from train.report.standing import learning_rates
+from train.report.steps import Clock, StepReport
 from train.rl.learner import Learner
-from train.rl.loop import Parts, contents, reinforce
+from train.rl.loop import RlRun, reinforce
 from train.rl.scoring import Scorer, rollout_metrics
 from train.rl.subagents import possible_rows
 from train.sft.batches import PackedLessons, TaskLessons
@@ -104,7 +105,9 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     everywhere(lambda: tell_changes(config, workdir, resume, tell))
     SIGNALS_OF_RUN.agree_by(lambda number: largest([number])[0])
     mesh = setup.open_mesh(config)
-    for line in introduction(config, workdir, mesh, keep_compiled(config.output.compile_cache)):
+    compiled = keep_compiled(config.output.compile_cache)
+    weights, data = setup.weights_named(config), setup.data_named(config.data)
+    for line in introduction(workdir, mesh, weights, data, compiled):
         tell(line)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh)
@@ -176,8 +179,9 @@ class Run:
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
         tell = print if is_first() else lambda line: None
-        check = question_check(self.config, self.renderer, self._positions)
-        rows, held_out = everywhere(lambda: open_rows(self.config, tell, check))
+        check = setup.question_check(self.config, self.renderer, self._positions)
+        data, evaluation = self.config.data, self.config.evaluation
+        rows, held_out = everywhere(lambda: open_rows(data, evaluation, tell, check))
         require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
         return rows, held_out
 
@@ -211,66 +215,78 @@ class Run:
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
+        config = self.config
         before = self._evaluate_before({**self.state.frozen, **self.reference})
         engine = self._training_engine()
-        parts = self._parts(engine)
+        learner, prompts = self._learner(engine), self._prompts()
+        run = self._rl_run(engine, learner, prompts)
         if self.data_state is not None:
-            parts.set_state(self.data_state)
-        if self.config.rl.warm_up:
-            hints = hint_room(self.config.difficulty, self.renderer)
-            self.state = warm_up_run(
-                parts, engine, self.renderer, all_rows(self.rows), self.state, hints
-            )
+            run.set_state(self.data_state)
+        if config.rl.warm_up:
+            rows, hints = all_rows(self.rows), hint_room(config.difficulty, self.renderer)
+            reads = agent_reads(config, self.renderer, rows, config.data.frame_budgets, hints)
+            self.state = rehearse_run(engine, learner, reads, self.state, self.log.console)
         with self.saver.guard():
-            self.state = reinforce(parts, self.state, self.first_step)
-            self.saver.finish(self.config.steps, self.state, parts.get_state())
-        parts.prompts.close()
+            self.state = reinforce(run, self.state, self.first_step)
+            self.saver.finish(config.steps, self.state, run.get_state())
+        prompts.close()
         self._finish(before)
 
-    def _parts(self, engine: Engine) -> Parts:
+    def _rl_run(self, engine: Engine, learner: Learner, prompts: PromptStream) -> RlRun:
         """What the loop works with."""
-        config, policy = self.config, self.model.policy
-        agent, main = self.agent(engine), engine.lanes[MAIN]
-        learner = Learner(
-            policy,
-            self.optimizer,
-            config,
-            self.mesh,
-            self.model.tags(config, self.renderer),
-            self.renderer.pad_id,
-            self.renderer.spec,
-            self._subagent_length(),
-            longest=main.prompt_tokens + main.suffix,
-            table=engine.automata.table if engine.automata.constrains else None,
+        config, renderer, reader = self.config, self.renderer, self.reader
+        report = StepReport(
+            self.log, Clock(), config.optimizer, config.steps, updates=config.rl.updates
         )
-        return Parts(
-            config=config,
-            prompts=self._prompts(),
-            reader=self.reader,
-            agent=agent,
-            scorer=self.scorer,
-            difficulty=Difficulty(config, agent, self.scorer, self.renderer, self.reader),
-            learner=learner,
-            teacher=Teacher(config, policy, learner, self.renderer),
-            reference=self.reference,
+        rollouts, resumable, metrics = setup.open_rollouts(
+            config, prompts, self.agent(engine), self.scorer, renderer, reader, report
+        )
+        compilations, taught = Compilations(), config.teacher.strength > 0
+        tools = config.agent.offers_tools
+        return RlRun(
+            steps=config.steps,
+            rollouts=rollouts,
+            learner=TaughtLearner(learner, config.teacher, renderer, tools) if taught else learner,
+            resumable=resumable,
+            metrics=[*metrics, lambda: compilations.figures, reader.take_figures],
             saver=self.saver,
-            log=self.log,
-            workdir=self.workdir,
-            compilations=Compilations(),
-            rates=learning_rates(config),
+            report=report,
+            rollouts_folder=self.workdir / "rollouts" if config.output.rollouts else None,
+        )
+
+    def _learner(self, engine: Engine) -> Learner:
+        config, renderer, main = self.config, self.renderer, engine.lanes[MAIN]
+        shapes = setup.batch_shapes(
+            config,
+            renderer.spec,
+            renderer.pad_id,
+            longest=main.prompt_tokens + main.suffix,
+            subagent_longest=self._subagent_length(),
+        )
+        return setup.open_learner(
+            config,
+            self.model.policy,
+            self.optimizer,
+            self.mesh,
+            self.model.tags(config, renderer),
+            shapes,
+            self.reference,
+            table=engine.automata.table if engine.automata.constrains else None,
         )
 
     def cold_start(self) -> None:
         """The `sft` stage, evaluated at its end."""
         packs = self.config.packs_conversations
         school = School(
-            config=self.config,
+            settings=self.config.sft,
             lessons=self._packed_lessons() if packs else self._task_lessons(),
             policy=self.model.policy,
             optimizer=self.optimizer,
+            router_balance=self.config.model.router_balance,
             mesh=self.mesh,
+            steps=self.config.steps,
             saver=self.saver,
-            log=self.log,
+            report=StepReport(self.log, Clock(), self.config.optimizer, self.config.steps),
         )
         with self.saver.guard():
             self.state, position = cold_start(school, self.state, self.first_step, self.data_state)
@@ -417,7 +433,7 @@ class Run:
                     self.held_out, self.reader, self.renderer, budget, tools, bad, made
                 )
             )
-        require_same(contents(items), "the held-out prompts")
+        require_same(prompt_contents(items), "the held-out prompts")
         return items
 
     def _runner(self, agent: Agent, ended: Callable[[], object]):
@@ -437,7 +453,7 @@ class Run:
     @functools.cached_property
     def _strata(self) -> dict[str, str]:
         """What the table tells apart besides types of questions."""
-        return strata(self.config)
+        return strata(self.config.data, self.config.evaluation.split)
 
     def _finish(self, before: Evaluation) -> None:
         """Evaluation, table and export."""

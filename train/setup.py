@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 from jax.sharding import Mesh
+from jaxtyping import Array
 
 from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
 from models.qwen3_vl import (
@@ -21,23 +23,41 @@ from models.qwen3_vl import (
     load_params,
     read_config,
 )
+from paravt_jax.interfaces import FrameReader, TrainablePolicy
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.protocol import call_syntax
 from paravt_jax.structure import TagTable, tag_table
-from pipelines.datasets import needle_questions
+from pipelines.loader import PromptStream
 from pipelines.needle.tasks import TaskKit, needle_examples
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
-from pipelines.needle.world import NeedleWorld
 from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
+from rollout.agent import Agent
+from rollout.limits import measure
 from rollout.tools import agent_tools
-from train.config import Config
+from train.agent import crop_tokens
+from train.config import Config, Stage
+from train.data import questions
+from train.data.needle import needle_world, questions_of_world, world_folder
+from train.data.questions import Check, PromptRoom
+from train.data.settings import DataSettings
+from train.methods.difficulty import Difficulty, hint_room
+from train.methods.dynamic_sampling import DynamicSampling
+from train.methods.length_penalty import LengthPenalty
 from train.recipes.needle import NEEDLE_MODEL
+from train.report.steps import StepReport
+from train.rl.anchor import Anchor
+from train.rl.batches import BatchShapes, RolloutBatches
+from train.rl.learner import Learner, rl_step
+from train.rl.loop import Resumable, Rollouts, RolloutSource, Sample, ScoredRollouts, TellsMetrics
+from train.rl.scoring import Scorer
+from train.rl.token_advantages import TokenAdvantages
 from train.state import FlatParams
+from train.step import RlStep
 from train.workdir.processors import write_processors
 
 
@@ -108,6 +128,84 @@ class Model:
         return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
+def open_learner(
+    config: Config,
+    policy: TrainablePolicy,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    tags: TagTable,
+    shapes: BatchShapes,
+    reference: FlatParams,
+    table: Array | None = None,
+) -> Learner:
+    """The learner of a configuration.
+
+    Args:
+      tags: finds structural tags in token streams.
+      shapes: static shapes of its batches, see `batch_shapes`.
+      reference: the trainable weights of the policy that KL is measured from.
+      table: that of the engine's automata, needed if a grammar constrains what it draws.
+    """
+    rl, objective, agent = config.rl, config.objective, config.agent
+    only_paired = objective.anchor_paired_only
+    anchor = Anchor(config.advantages, agent.call_syntax, only_paired, tags, mesh)
+    weight = config.rewards.anchor_share if objective.anchor == "position" else None
+    return Learner(
+        open_rl_step(config, policy, optimizer),
+        rl,
+        RolloutBatches(policy, mesh, shapes, rl, agent),
+        TokenAdvantages(config.advantages, anchor, weight, rl.subagent_credit),
+        reference,
+        table,
+    )
+
+
+def open_rl_step(
+    config: Config, policy: TrainablePolicy, optimizer: optax.GradientTransformation
+) -> RlStep:
+    """The train step of a configuration, not yet compiled: for one minibatch."""
+    balance = config.model.router_balance
+    return rl_step(policy, optimizer, config.rl, config.objective, config.agent, balance)
+
+
+def batch_shapes(
+    config: Config, spec: FrameSpec, pad_id: int, longest: int = 0, subagent_longest: int = 0
+) -> BatchShapes:
+    """Static shapes of the learner's batches: for frames of `spec`, and streams of main agents and
+    sub-agents of so many tokens at most."""
+    frames, crop = max(config.data.frame_budgets), config.data.crop_frames
+    return BatchShapes(spec, pad_id, frames, crop, longest, subagent_longest)
+
+
+def open_rollouts(
+    config: Config,
+    prompts: PromptStream,
+    agent: Agent,
+    scorer: Scorer,
+    renderer: ChatRenderer,
+    reader: FrameReader,
+    report: StepReport,
+) -> tuple[RolloutSource, dict[str, Resumable], list[TellsMetrics]]:
+    """Where the rollouts of a run come from, with what other papers add to them as the
+    configuration asks for it; and which parts of it checkpoints and metrics are about."""
+    rl, own = config.rl, config.difficulty
+    sample: Sample = ScoredRollouts(agent, scorer, config.steps, report.log.console)
+    resumable: dict[str, Resumable] = {"prompts": prompts}
+    metrics: list[TellsMetrics] = [lambda: prompts.figures, lambda: agent.figures]
+    metrics.append(lambda: scorer.metrics)
+    if own.window:
+        tools = config.agent.offers_tools
+        sample = difficulty = Difficulty(sample, own, renderer, reader, tools)
+        resumable["difficulty"] = difficulty
+        metrics.append(lambda: difficulty.metrics)
+    if rl.overlong_limit is not None:
+        sample = LengthPenalty(sample, rl)
+    source: RolloutSource = Rollouts(prompts, sample, rl.group_size, config.seed, report.clock)
+    if rl.filter_groups is not None:
+        source = DynamicSampling(source, rl)
+    return source, resumable, metrics
+
+
 def abstract_policy(config: Config) -> Qwen3VLPolicy:
     """The policy of a configuration, without touching the disk for the needle model."""
     folder = config.model.folder
@@ -131,13 +229,11 @@ def describe_checkpoints(model: Model, config: Config, spec: FrameSpec, target: 
 
 def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:
     """Endless supervised examples of each task of the configuration."""
-    questions = needle_questions(
-        needle_world(config), world_folder(config), "train", config.data.question_types
-    )
+    asked = questions_of_world(config.data, "train")
     agent = config.agent
     kit = TaskKit(
-        needle_world(config),
-        questions,
+        needle_world(config.data),
+        asked,
         reader,
         renderer,
         config.data.frame_budgets,
@@ -149,17 +245,13 @@ def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) 
     return {task: needle_examples(kit, task, config.seed) for task in config.sft.tasks}
 
 
-def world_folder(config: Config) -> str:
-    return str(Path(config.data.cache_dir).absolute() / "needle_world")
-
-
 def needle_base(config: Config) -> Path:
     """The needle model's folder without weights: config.json, tokenizer, processor settings."""
     cache = Path(config.data.cache_dir).absolute()
     cache.mkdir(parents=True, exist_ok=True)
     # Other runs and hosts may read the folder: it appears whole or not at all.
     made = Path(tempfile.mkdtemp(dir=cache, prefix=".needle_model-"))
-    write_processor_folder(str(made), needle_world(config))
+    write_processor_folder(str(made), needle_world(config.data))
     tokenizer = json.loads((made / "tokenizer.json").read_text(encoding="utf-8"))
     ids = {token["content"]: token["id"] for token in tokenizer["added_tokens"]}
     tokens = {
@@ -186,11 +278,38 @@ def _publish(made: Path, cache: Path) -> Path:
     return target
 
 
-def needle_world(config: Config) -> NeedleWorld:
-    """The needle world of this run. Its seed is its own: every run sees the same videos."""
-    return NeedleWorld(
-        train_videos=config.data.train_videos, held_out_videos=config.data.held_out_videos
-    )
+def weights_named(config: Config) -> str:
+    """Where the first weights come from, in words."""
+    return config.model.folder or f"random (seed {config.seed})"
+
+
+def data_named(data: DataSettings) -> str:
+    """Where questions or conversations come from, in words."""
+    world = f"the needle world in {world_folder(data)}, written if it is not there"
+    return ", ".join([data.path or world, *data.mixture])
+
+
+def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> PromptRoom:
+    """The room for a main agent's prompt in a model of so many positions.
+
+    Raises:
+      ValueError: naming the settings, if nothing is left.
+    """
+    episode = 0
+    if config.stage is Stage.RL:
+        episode = measure(config.agent, renderer, crop_tokens(config, renderer)).suffix
+        episode += hint_room(config.difficulty, renderer)
+    return questions.prompt_room(config.data.max_prompt_tokens, positions, episode)
+
+
+def question_check(config: Config, renderer: ChatRenderer, positions: int) -> Check:
+    """What a question must pass to be used in a run, see `train.data.questions.question_check`.
+
+    Raises:
+      ValueError: naming the settings, if the model has too few positions for any prompt.
+    """
+    room = prompt_room(config, renderer, positions)
+    return questions.question_check(config.data, config.evaluation, renderer, room)
 
 
 def open_reader(config: Config, spec: FrameSpec) -> VideoReader:

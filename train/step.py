@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -189,6 +190,18 @@ def accumulate(
     ((total, (count, metrics)), gradients), _ = jax.lax.scan(add, zeros, pieces)
     scale = 1.0 / jnp.maximum(count, 1.0)
     return total * scale, jax.tree.map(lambda g: g * scale, gradients), metrics
+
+
+def mean_metrics(steps: Sequence[Metrics]) -> dict[str, float]:
+    """Metrics of optimiser steps as plain numbers: the objective's over all their tokens, any other
+    as the mean of the steps."""
+    told = jax.device_get(list(steps))
+    watched = [step.pop("objective") for step in told if "objective" in step]
+    means = {name: float(np.mean([step[name] for step in told])) for name in told[0]}
+    if watched:
+        totals = functools.reduce(lambda a, b: a.merge(b), watched)
+        means |= {name: float(value) for name, value in totals.means().items()}
+    return means
 
 
 def apply_gradients(

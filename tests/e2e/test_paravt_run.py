@@ -52,12 +52,13 @@ def test_two_rl_steps(folder, tmp_path):
 def test_too_many_unusable_rows_stop_a_run(folder, tmp_path):
     config = configure(tmp_path, f"data.path={folder}")
     with pytest.raises(ValueError, match=r"3 of 7 rows .* data\.max_rejected=0\.05 allows"):
-        read_questions(config)
+        read_questions(config.data, config.evaluation)
 
 
 def test_rows_of_more_videos_than_frames_are_rejected(folder, tmp_path):
     some = ("data.max_rejected=0.9", f"data.path={folder}", "data.frame_budgets=1")
-    (found,) = read_questions(configure(tmp_path, *some, "evaluation.rows=0"))
+    config = configure(tmp_path, *some, "evaluation.rows=0")
+    (found,) = read_questions(config.data, config.evaluation)
     assert [len(row.videos) for row in found.rows] == [1, 1, 1]
     reasons = [rejected.reason for rejected in found.rejected]
     assert any("2 videos are more than the least frame budget" in reason for reason in reasons)
@@ -65,7 +66,8 @@ def test_rows_of_more_videos_than_frames_are_rejected(folder, tmp_path):
 
 def test_data_sets_mix_and_hold_out_no_video_twice(folder, tmp_path):
     """The needle world, its questions once more as a file, and ParaVT-Parquet."""
-    _, held_out = open_rows(configure(tmp_path, "evaluation.rows=2"))
+    config = configure(tmp_path, "evaluation.rows=2")
+    _, held_out = open_rows(config.data, config.evaluation)
     own = tmp_path / "own.csv"
     lines = [f"{row.video.path},{n}?,red,oe" for n, row in enumerate(held_out)]
     lines.append(f"{folder}/{fixture.VIDEOS[0]},Other?,red,oe")
@@ -73,14 +75,15 @@ def test_data_sets_mix_and_hold_out_no_video_twice(folder, tmp_path):
     mixture = f"data.mixture={own},{folder}"
     config = configure(tmp_path, mixture, "data.max_rejected=0.9", "evaluation.rows=2")
     reports: list[str] = []
-    mixed, same = open_rows(config, reports.append)
+    mixed, same = open_rows(config.data, config.evaluation, reports.append)
     assert same == held_out and len(held_out) == 2
     needle, second, third = mixed.sources
     assert [row.question for row in second] == ["Other?"] and len(third) == 4
     assert mixed.weights == (len(needle), 1, 4)
     assert [row.row_id for row in third][:1] == ["1/rl/nested.parquet:0"]
     assert any("museg: 1 of 3 files missing" in line for line in reports)
-    weighted = open_rows(override(config, ["data.weights=2,1,1"]))[0]
+    config = override(config, ["data.weights=2,1,1"])
+    weighted, _ = open_rows(config.data, config.evaluation)
     assert weighted.weights == (2.0, 1.0, 1.0)
 
 

@@ -8,13 +8,19 @@ import jax
 import numpy as np
 import pytest
 
-from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.objectives import policy_loss
 from paravt_jax.rewards import RewardRules, score
 from paravt_jax.structure import ANCHOR_TAGS
-from tests.scripted_rollouts import RENDERER, TAGS, Learnable, configured, group, learner, rollout
+from tests.scripted_rollouts import (
+    RENDERER,
+    Learnable,
+    as_state,
+    configured,
+    group,
+    learner,
+    rollout,
+)
 from train.batch import streams_of_groups, turn_numbers
-from train.rl.anchor import Anchor
 from train.rl.scoring import score_groups
 
 THOUGHT = "I look at all of it."
@@ -24,13 +30,13 @@ PREFIX = "<think>"
 
 
 def trained(*settings, texts=(CLOSED, UNCLOSED), prefix=PREFIX, **options):
-    """The learner's batch of one group, and the gradient of its loss by log-probability."""
+    """The learner's batch of one group, the gradient of its loss by log-probability, the rollouts
+    and what the learner says of them."""
     config = configured("objective.kl_weight=0", *settings)
     groups = score_groups(
         [group(*(rollout(text, prefix=prefix, **options) for text in texts))], config.rewards
     )
-    teacher = learner(config)
-    batch = teacher.with_advantages(groups, teacher.batch(Learnable().init(), groups))
+    batch, metrics = learner(config).prepare(as_state(Learnable().init()), groups)
 
     def mean_loss(log_probs):
         total, count, _ = policy_loss(
@@ -45,7 +51,7 @@ def trained(*settings, texts=(CLOSED, UNCLOSED), prefix=PREFIX, **options):
         return total / count
 
     slope = jax.grad(mean_loss)(batch.behaviour_log_probs)
-    return batch, np.asarray(slope), groups[0].trajectories, teacher
+    return batch, np.asarray(slope), groups[0].trajectories, metrics
 
 
 def generated_text(batch, row, where):
@@ -88,8 +94,7 @@ def test_position_moves_tags_alone_where_only_the_anchor_differs():
     even = [
         dataclasses.replace(t, rewards={**t.rewards, "task": same}) for t in scored.trajectories
     ]
-    groups, teacher = [group(*even)], learner(config)
-    batch = teacher.with_advantages(groups, teacher.batch(Learnable().init(), groups))
+    batch, _ = learner(config).prepare(as_state(Learnable().init()), [group(*even)])
     moved = np.asarray(batch.advantages) != 0
     assert generated_text(batch, 0, moved[0]) == "</think><answer></answer>"
     assert generated_text(batch, 1, moved[1]) == "<answer>"
@@ -109,13 +114,13 @@ def test_only_paired_tags_on_request(reading):
     if reading == "logprob":
         weights += ["rewards.anchor_weight=0", "objective.anchor_weight=0.3"]
     texts = CLOSED, f"{THOUGHT}<answer>red<|im_end|>"
-    batch, _, _, teacher = trained(f"objective.anchor={reading}", *weights, texts=texts)
+    batch, _, _, metrics = trained(f"objective.anchor={reading}", *weights, texts=texts)
     tags = np.asarray(batch.structural)
     # The forced `<think>` opens what the first rollout closes; the second closes nothing.
     assert generated_text(batch, 0, tags[0]) == "</think><answer></answer>"
     assert not tags[1].any()
     # `<think> </think> <answer> </answer>`, then `<think>` in vain; what it holds is spoken of.
-    assert teacher.figures["format/tag_validity"] == pytest.approx(4 / 6)
+    assert metrics["format/tag_validity"] == pytest.approx(4 / 6)
 
 
 def test_tags_of_a_tool_response_are_no_structure():
@@ -134,7 +139,7 @@ def test_a_forced_prefix_is_scored_and_not_trained():
     assert forced[2][0].rewards == spelled[2][0].rewards != missing[2][0].rewards
     row = np.asarray(forced[0].loss_weights)[0] > 0
     assert PREFIX not in generated_text(forced[0], 0, row)
-    assert forced[3].figures == spelled[3].figures != missing[3].figures
+    assert forced[3] == spelled[3] != missing[3]
 
 
 def test_answer_suffix_credits_a_final_answer():
@@ -187,9 +192,9 @@ def credits_of(*groups, settings=()):
         ],
         config.rewards,
     )
-    batch = learner(config).padded(streams_of_groups(made), len(groups[0]))
-    mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
-    credit = np.asarray(Anchor(config, TAGS, mesh).credit(made, batch))
+    own = learner(config)
+    batch = own.batches.padded(streams_of_groups(made), len(groups[0]))
+    credit = np.asarray(own.advantages.anchor.credit(made, batch))
     numbers = turn_numbers(made, batch.tokens.shape[1])
     rows = iter(zip(np.asarray(batch.tokens), numbers, credit, strict=True))
     return [[by_turn(*next(rows), len(names)) for names in rollouts] for rollouts in groups]

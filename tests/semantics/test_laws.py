@@ -54,7 +54,7 @@ def test_log_probs_change_with_the_pixels(world):
 def test_gating_gates(world):
     """Law 8: K frames reach the model, K as drawn for the row, one K per group."""
     config, _, renderer, reader = world
-    rows, _ = open_rows(config)
+    rows, _ = open_rows(config.data, config.evaluation)
     budgets = (4, 8, 16)
     stream = prompt_stream(rows, reader, renderer, budgets, groups_per_step=24, seed=3)
     items = next(stream)

@@ -36,7 +36,7 @@ from tests.rollout_law import (
     crop_streams,
 )
 from train.batch import Stream, streams_of_groups
-from train.rl.learner import token_shares, with_what_shaped
+from train.rl.batches import token_shares, with_what_shaped
 from train.step import batch_hidden, batch_log_probs, shaping_of
 
 LOW, HIGH = range(96), range(96, 128)

@@ -15,7 +15,6 @@ from train import setup
 from train.compile.ahead import abstract_batch
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.rl.learner import rl_step
 from train.settings.override import override
 from train.state import make_state
 
@@ -47,7 +46,9 @@ def test_a_minibatch_is_what_is_compiled():
     batch = abstract_batch(config, setup.abstract_policy(config).config, MESH)
     assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
     assert batch.proximal_log_probs.shape == batch.tokens.shape
-    assert rl_step(setup.abstract_policy(config), optax.sgd(0.1), config).micro_batches == 2
+    assert (
+        setup.open_rl_step(config, setup.abstract_policy(config), optax.sgd(0.1)).micro_batches == 2
+    )
 
 
 @pytest.mark.parametrize("credit", ["none", "share"])
@@ -60,7 +61,7 @@ def test_the_step_takes_the_abstract_batch(credit):
     with jax.set_mesh(MESH):
         state = make_state(params, config, MESH, optimizer)
         batch = abstract_batch(config, policy.config, MESH)
-        after, metrics = jax.eval_shape(rl_step(policy, optimizer, config), state, batch)
+        after, metrics = jax.eval_shape(setup.open_rl_step(config, policy, optimizer), state, batch)
     assert metrics["loss"].shape == ()
     if credit == "share":
         # Four crops in the one round of each of 128 rollouts, of 16 frames of one token.

@@ -10,11 +10,9 @@ import pytest
 
 from paravt_jax.records import Frames, RolloutGroup, Row, Trajectory, VideoRef
 from pipelines.loader import PromptItem
-from rollout.agent import Agent
 from tests.pipelines_fixtures import renderer
 from train.methods.difficulty import Difficulty, hint_room, shortened, with_noise
 from train.recipes import get_recipe
-from train.rl.scoring import Scorer
 from train.settings.override import override
 
 SETTINGS = ["difficulty.window=3", "rl.group_size=4", "difficulty.hint_tokens=24"]
@@ -32,15 +30,22 @@ class GreyReader:
         raise AssertionError("augmentation crops nothing")
 
 
-class Actor(Agent):
-    """Says `TRACE` to every prompt, and keeps what it was asked."""
+class Actor:
+    """Says `TRACE` to every prompt, and keeps what it was asked. Solutions, which are sampled
+    first, get one reward, and what is sampled again another."""
 
-    def __init__(self):
-        self.asked = []
+    def __init__(self, solutions=2.0):
+        self.asked, self.solutions = [], solutions
 
-    def run(self, params, items, copies, seed, policy_version=0):
-        self.asked.append((list(items), copies, seed))
-        return [RolloutGroup(i.row, i.frame_budget, (said(i.prompt),) * copies) for i in items]
+    def __call__(self, params, prompts, copies, seed, step):
+        self.asked.append((list(prompts), copies, seed))
+        reward = self.solutions if len(self.asked) == 1 else 1.0
+        return rewarded(spoken(prompts, copies), *[reward] * len(prompts))
+
+
+def spoken(prompts, copies):
+    """Groups without rewards."""
+    return [RolloutGroup(i.row, i.frame_budget, (said(i.prompt),) * copies) for i in prompts]
 
 
 def said(prompt) -> Trajectory:
@@ -69,27 +74,30 @@ def item(name: str) -> PromptItem:
     return PromptItem(row, 2, renderer().main_prompt(row, frames, tools=True))
 
 
-class Judge(Scorer):
-    """Gives solutions, which are sampled first, one reward, and what is sampled again another."""
+class First(Actor):
+    """Gives the rollouts of a step these rewards, and hands all further questions on."""
 
-    def __init__(self, actor, solutions):
-        self.actor, self.solutions = actor, solutions
+    def __init__(self, actor, totals):
+        self.actor, self.totals, self.groups = actor, totals, None
 
-    def __call__(self, groups, progress=1.0):
-        reward = self.solutions if len(self.actor.asked) == 1 else 1.0
-        return rewarded(groups, *[reward] * len(groups))
+    def __call__(self, params, prompts, copies, seed, step):
+        if self.groups is not None:
+            return self.actor(params, prompts, copies, seed, step)
+        self.groups = rewarded(spoken(prompts, copies), *self.totals)
+        return self.groups
 
 
 def kit(config=CONFIG, solutions=2.0):
-    actor = Actor()
-    difficulty = Difficulty(config, actor, Judge(actor, solutions), renderer(), GreyReader())
+    actor = Actor(solutions)
+    difficulty = Difficulty(actor, config.difficulty, renderer(), GreyReader(), tools=True)
     return SimpleNamespace(difficulty=difficulty, actor=actor)
 
 
-def step_of(own, *totals, seed=5):
-    items = [item(f"r{number}") for number in range(len(totals))]
-    groups = rewarded(Actor().run(None, items, 4, 0), *totals)
-    return items, groups, own.difficulty.revise({}, items, groups, seed, 0)
+def step_of(own, *totals, seed=5, prompts=None):
+    items = prompts or [item(f"r{number}") for number in range(len(totals))]
+    own.difficulty._sample = first = First(own.actor, totals)
+    revised = own.difficulty({}, items, 4, seed, 0)
+    return items, first.groups, revised
 
 
 def test_delta_is_the_windows_mean_less_the_groups():
@@ -125,7 +133,7 @@ def test_hard_prompts_get_the_beginning_of_a_solution_and_easy_ones_noise():
     assert noisy.patches.values.std() > 0.1 and plain.patches.values.std() == 0
     # The window holds what was sampled without help.
     assert own.difficulty.get_state() == [0.2, 1.5, 1.0]
-    assert own.difficulty.figures["difficulty/helped"] == pytest.approx(1 / 3)
+    assert own.difficulty.metrics["difficulty/helped"] == pytest.approx(1 / 3)
 
 
 def test_noise_is_in_the_frames_of_every_video():
@@ -135,8 +143,7 @@ def test_noise_is_in_the_frames_of_every_video():
     row = dataclasses.replace(item("r").row, more_videos=videos)
     frames = [GreyReader().overview(video, 2) for video in row.videos]
     plain = PromptItem(row, 4, renderer().main_prompt(row, frames, tools=True))
-    groups = rewarded(Actor().run(None, [plain], 4, 0), 2.0)
-    (easy,) = own.difficulty.revise({}, [plain], groups, 5, 0)
+    _, _, (easy,) = step_of(own, 2.0, prompts=[plain])
     noisy = easy.trajectories[0].prompt
     np.testing.assert_array_equal(noisy.tokens, plain.prompt.tokens)
     first, *_, last = noisy.patches.values
@@ -207,13 +214,6 @@ def test_hints_keep_to_their_room(text):
         room = hint_room(CONFIG.difficulty, r)
         assert len(longer.tokens) <= len(own.prompt.tokens) + room
     assert hint_room(get_recipe("needle_rl").difficulty, r) == 0
-
-
-def test_without_a_window_nothing_is_looked_at():
-    own = kit(get_recipe("needle_rl"))
-    groups = rewarded(Actor().run(None, [item("r0")], 4, 0), 1.0)
-    assert own.difficulty.revise({}, [], groups, 0, 0) == groups
-    assert own.difficulty.get_state() == []
 
 
 @pytest.mark.parametrize(

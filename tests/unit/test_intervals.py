@@ -11,11 +11,11 @@ from evaluate.intervals import Accuracy, accuracies
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from pipelines.needle.world import draw_events
 from tests.unit.test_sampling import rollout
+from train.data.needle import needle_world
 from train.data.questions import all_rows, open_rows, strata
 from train.recipes import get_recipe
 from train.report.log import INTERVALS, flat, interval_table
 from train.settings.override import override
-from train.setup import needle_world
 
 
 def test_wilsons_interval_by_hand():
@@ -84,7 +84,7 @@ def configs(tmp_path_factory):
 def test_the_test_split_shares_no_video_with_the_others(configs):
     shown = {}
     for split, config in configs.items():
-        training, held_out = open_rows(config)
+        training, held_out = open_rows(config.data, config.evaluation)
         shown["train"] = {row.video.path for row in all_rows(training)}
         shown[split] = {row.video.path for row in held_out}
         assert len(held_out) == 6 == len(shown[split])
@@ -93,9 +93,9 @@ def test_the_test_split_shares_no_video_with_the_others(configs):
 
 
 def test_questions_of_the_needle_world_are_told_apart_by_events(configs):
-    _, held_out = open_rows(configs["test"])
-    parts = strata(configs["test"])
-    world = needle_world(configs["test"])
+    _, held_out = open_rows(configs["test"].data, configs["test"].evaluation)
+    parts = strata(configs["test"].data, "test")
+    world = needle_world(configs["test"].data)
     for row in held_out:
         index = int(os.path.basename(row.video.path).removesuffix(".mp4"))
         count = len(draw_events(world, "test", index))

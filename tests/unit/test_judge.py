@@ -205,11 +205,11 @@ def test_a_batch_is_asked_side_by_side_and_equal_messages_once(serve):
     accuracies = [[t.rewards["accuracy"] for t in g.trajectories] for g in scored]
     assert accuracies == [[0.5, 0.5], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     assert 1 < service.most_busy <= 4
-    figures = scorer.figures
+    figures = scorer.metrics
     assert (figures["judge/calls"], figures["judge/cached"]) == (3.0, 3.0)
     assert figures["judge/seconds"] >= 0.1
     scorer(groups_of("a gate"))
-    assert (scorer.figures["judge/calls"], scorer.figures["judge/cached"]) == (0.0, 2.0)
+    assert (scorer.metrics["judge/calls"], scorer.metrics["judge/cached"]) == (0.0, 2.0)
 
 
 def test_failures_are_said_and_counted(serve, caplog):
@@ -217,7 +217,7 @@ def test_failures_are_said_and_counted(serve, caplog):
     scorer = Scorer(RewardRules(mode="llm", judge=service.settings()))
     (group,) = scorer(groups_of("red door"))
     assert group.trajectories[0].rewards["accuracy"] == pytest.approx(F1)
-    assert scorer.figures["judge/failures"] >= 1
+    assert scorer.metrics["judge/failures"] >= 1
     assert "F1 decides" in caplog.text and "status 400" in caplog.text
 
 
@@ -225,7 +225,7 @@ def test_other_modes_have_no_judge():
     scorer = Scorer(RewardRules())
     (group,) = scorer(groups_of("red door"))
     assert group.trajectories[0].rewards["accuracy"] == pytest.approx(F1)
-    assert scorer.figures == {}
+    assert scorer.metrics == {}
 
 
 URL, MODEL = "rewards.judge.url=http://localhost:1/v1", "rewards.judge.model=m"

@@ -13,11 +13,14 @@ from rich.console import Console
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.command import ROOT
+from train import setup
 from train.compile.cache import keep_compiled
+from train.optimizer import OptimizerSettings
 from train.recipes import get_recipe
-from train.report import progress
+from train.report import progress, steps
+from train.report.log import RunLog
 from train.report.progress import Bar, introduction
-from train.report.standing import learning_rates, memory, standing
+from train.report.steps import Clock, StepReport, learning_rates
 
 
 @pytest.fixture
@@ -62,14 +65,19 @@ def test_other_hosts_are_silent(clock):
     assert said.getvalue() == ""
 
 
+def introduced(config, workdir, mesh, compiled):
+    weights, data = setup.weights_named(config), setup.data_named(config.data)
+    return introduction(workdir, mesh, weights, data, compiled)
+
+
 def test_the_introduction_names_what_is_used(tmp_path):
     mesh = make_mesh(parse_mesh("data:2,fsdp:4", 8))
-    text = "\n".join(introduction(get_recipe("needle_rl"), tmp_path, mesh, "/kept"))
+    text = "\n".join(introduced(get_recipe("needle_rl"), tmp_path, mesh, "/kept"))
     for named in (str(tmp_path), "8 x cpu", "fsdp:4", "needle_sft", "needle_world", "/kept"):
         assert named in text
     own = get_recipe("paravt_sft")
     own = dataclasses.replace(own, data=dataclasses.replace(own.data, path="chats.jsonl"))
-    assert "chats.jsonl" in "\n".join(introduction(own, tmp_path, mesh, None))
+    assert "chats.jsonl" in "\n".join(introduced(own, tmp_path, mesh, None))
 
 
 @pytest.mark.slow
@@ -106,9 +114,52 @@ def test_nothing_is_kept_if_so_asked(no_cache):
 
 
 def test_rate_and_memory_are_those_of_the_last_update():
-    rates = learning_rates(get_recipe("needle_rl"))
+    settings = get_recipe("needle_rl").optimizer
+    rates = learning_rates(settings, 40)
     assert (
         len(rates) == 40 and rates[0] == pytest.approx(3e-5) and rates[-1] == pytest.approx(1.5e-4)
     )
-    assert standing(rates, 0, 2)["optimizer/learning_rate"] == rates[1]
-    assert 0.05 < memory()["memory/process_peak"] < 64
+    log = KeptLog()
+    report = StepReport(log, Clock(), settings, steps=20, updates=2)
+    report(0, {"loss": 1.0, "grad_norm": 2.0}, tokens=8)
+    (record,) = log.records
+    assert record["optimizer/learning_rate"] == rates[1] and record["loss"] == 1.0
+    assert record["tokens_per_second"] == 8 / record["time/step"]
+    assert 0.05 < record["memory/process_peak"] < 64
+
+
+def test_a_run_stops_where_its_numbers_end():
+    log = KeptLog()
+    report = StepReport(log, Clock(), OptimizerSettings(learning_rate=0.5), steps=9)
+    with pytest.raises(ValueError, match=r"step 3: .* --set optimizer.learning_rate=0.25"):
+        report(3, {"loss": 1.0, "grad_norm": float("nan")})
+    assert len(log.records) == 1
+
+
+def test_seconds_within_a_part_of_a_step_count_once(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(steps.time, "perf_counter", lambda: now[0])
+    clock = Clock()
+    with clock.time("time/rollout"):
+        for _ in range(2):
+            with clock.time("time/data"):
+                now[0] += 3
+            now[0] += 4
+    now[0] += 1
+    with clock.time("time/learn"):
+        now[0] += 5
+    parts = {"time/rollout": 8, "time/data": 6, "time/learn": 5}
+    assert clock.metrics() == parts | {"time/step": 20, "data/wait": 0.3}
+    clock.start()
+    now[0] += 2
+    assert clock.metrics() == {"time/step": 2, "data/wait": 0}
+
+
+class KeptLog(RunLog):
+    """Keeps what it is told."""
+
+    def __init__(self):
+        self.records = []
+
+    def step(self, step, metrics):
+        self.records.append(metrics)

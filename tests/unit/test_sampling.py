@@ -16,7 +16,9 @@ from paravt_jax.records import (
     VideoRef,
 )
 from train.batch import streams_of_groups
-from train.rl.dynamic_sampling import draw_groups, with_length_penalty
+from train.methods.dynamic_sampling import DynamicSampling, fill_batch
+from train.methods.length_penalty import with_length_penalty
+from train.rl.loop import RolloutBatch
 from train.rl.scoring import rollout_metrics
 from train.rl.settings import RlSettings
 
@@ -51,32 +53,45 @@ BATCHES = [
 
 
 def draw_all(**settings):
-    drawn = draw_groups(BATCHES.__getitem__, RlSettings(prompts_per_step=3, **settings))
+    drawn = fill_batch(BATCHES.__getitem__, RlSettings(prompts_per_step=3, **settings))
     return drawn, "".join(g.row.row_id for g in drawn.groups)
 
 
 def test_without_a_filter_the_first_batch_is_it():
     drawn, names = draw_all()
-    assert names == "abc" and drawn.figures() == {"group/redraws": 0.0, "group/kept": 1.0}
+    assert names == "abc" and drawn.metrics() == {"group/redraws": 0.0, "group/kept": 1.0}
 
 
 def test_flat_groups_are_replaced_and_what_is_over_is_left():
     drawn, names = draw_all(filter_groups="total")
     assert names == "bfg"
-    assert "".join(g.row.row_id for g in drawn.everything) == "abcdefghi"
-    assert drawn.figures() == {"group/redraws": 2.0, "group/kept": pytest.approx(1 / 3)}
+    assert "".join(g.row.row_id for g in drawn.drawn) == "abcdefghi"
+    assert drawn.metrics() == {"group/redraws": 2.0, "group/kept": pytest.approx(1 / 3)}
 
 
 def test_the_limit_ends_the_search_and_flat_groups_fill_up():
     drawn, names = draw_all(filter_groups="total", filter_redraws=1)
-    assert names == "abf" and drawn.redraws == 1
+    assert names == "abf" and drawn.metrics()["group/redraws"] == 1
+
+
+def test_further_batches_are_drawn_from_the_same_source_and_policy():
+    asked = []
+
+    class Source:
+        def draw(self, params, step, number=0):
+            asked.append((params, step, number))
+            return RolloutBatch(BATCHES[number], BATCHES[number])
+
+    settings = RlSettings(prompts_per_step=3, filter_groups="total")
+    DynamicSampling(Source(), settings).draw({}, 5)
+    assert asked == [({}, 5, number) for number in range(3)]
 
 
 def test_the_reward_that_must_differ_is_a_choice():
     """Total rewards differ, but every rollout is right: nothing to learn for `accuracy`."""
     batches = [[group("a", SPREAD, (1.0, 1.0))], [group("b", FLAT, (0.0, 1.0))]]
-    by_total = draw_groups(batches.__getitem__, RlSettings(1, filter_groups="total"))
-    by_accuracy = draw_groups(batches.__getitem__, RlSettings(1, filter_groups="accuracy"))
+    by_total = fill_batch(batches.__getitem__, RlSettings(1, filter_groups="total"))
+    by_accuracy = fill_batch(batches.__getitem__, RlSettings(1, filter_groups="accuracy"))
     assert [d.groups[0].row.row_id for d in (by_total, by_accuracy)] == ["a", "b"]
 
 
@@ -126,7 +141,7 @@ def test_a_rollout_that_calls_to_the_end_teaches_nothing():
     spoiled = dataclasses.replace(spoiled, trajectories=(over_turn(first), *others))
     batches = [[spoiled], [group("b", SPREAD)]]
     names = [
-        draw_groups(batches.__getitem__, RlSettings(1, filter_groups="total", mask_over_turn=mask))
+        fill_batch(batches.__getitem__, RlSettings(1, filter_groups="total", mask_over_turn=mask))
         .groups[0]
         .row.row_id
         for mask in (False, True)

@@ -4,21 +4,20 @@ import dataclasses
 
 import jax
 import numpy as np
-import optax
 import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.records import LearnerBatch
 from tests.rollout_fakes import PAD
 from tests.rollout_law import Learnable
-from tests.scripted_rollouts import SPEC, configured, group, learner, rollout
+from tests.scripted_rollouts import SPEC, as_state, configured, group, learner, rollout
 from train.batch import learner_batch, stream_of, streams_of_groups
 from train.layout import to_mesh
 from train.recipes import get_recipe
+from train.rl.learner import Learner
 from train.rl.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
 from train.settings.override import override
-from train.state import TrainState
-from train.step import minibatch
+from train.step import mean_metrics, minibatch
 
 pytestmark = pytest.mark.slow
 
@@ -55,23 +54,22 @@ def groups():
 
 def made_batch(*settings, mesh="data:1") -> tuple:
     """A learner, its parameters and its batch of `groups`, advantages and reference included."""
-    teacher, params = learner(configured(*SETTINGS, *settings), POLICY, mesh), POLICY.init()
-    batch = teacher.with_reference(REFERENCE, teacher.batch(params, groups()))
-    return teacher, params, teacher.with_advantages(groups(), batch)
+    own = learner(configured(*SETTINGS, *settings), POLICY, mesh, REFERENCE)
+    params = POLICY.init()
+    batch, _ = own.prepare(as_state(params), groups())
+    return own, params, batch
 
 
-def moved(teacher, params, batch, mesh="data:1"):
-    """Loss, figures and weights after one step of plain gradient descent."""
+def moved(own, params, batch, mesh="data:1"):
+    """Loss, metrics and weights after one step of plain gradient descent."""
     count = 1 if mesh == "data:1" else 8
     with jax.set_mesh(make_mesh(parse_mesh(mesh, count), jax.devices()[:count])):
         fresh = jax.tree.map(lambda x: x + 0, params)
         # Like the vision tower of a run, whose features the learner computes beforehand.
         frozen = {"see": fresh.pop("see")}
-        moments = optax.sgd(0.1).init(fresh)
-        state = TrainState(fresh, frozen, moments, jax.numpy.int32(0))
-        state, metrics = teacher.step(state, batch)
-    figures = {name: float(x) for name, x in metrics["objective"].means().items()}
-    return float(metrics["loss"]), figures, jax.device_get(state.trainable)
+        state, learned = own.update(as_state(fresh, frozen), batch)
+    metrics = mean_metrics(learned)
+    return metrics.pop("loss"), metrics, jax.device_get(state.trainable)
 
 
 def assert_same(ours, theirs, rtol=1e-5):
@@ -100,18 +98,16 @@ def as_one_batch(batch: LearnerBatch) -> LearnerBatch:
 @pytest.mark.parametrize("aggregation", ["token", "sequence"])
 def test_gradient_is_that_of_the_same_rows_trained_as_main_rows(aggregation):
     more = f"objective.aggregation={aggregation}", "objective.kl_weight=0.1"
-    teacher, params, batch = made_batch(*more)
-    together = moved(teacher, params, batch)
+    own, params, batch = made_batch(*more)
+    together = moved(own, params, batch)
     alone = configured(*SETTINGS, *more, "rl.subagent_credit=none", "rl.prompts_per_step=1")
     # Eight rows that share nothing, in one micro-batch.
-    step = dataclasses.replace(
-        learner(alone, POLICY).step.__wrapped__, micro_batches=1, group_size=None
-    )
     plain = learner(alone, POLICY)
-    plain.step = jax.jit(step)
+    step = dataclasses.replace(plain.whole, micro_batches=1, group_size=None)
+    plain = Learner(step, plain.settings, plain.batches, plain.advantages, REFERENCE)
     assert_same(together, moved(plain, params, as_one_batch(batch)))
     without = dataclasses.replace(batch, subagents=None)
-    assert moved(teacher, params, without)[0] != pytest.approx(together[0], rel=1e-3)
+    assert moved(own, params, without)[0] != pytest.approx(together[0], rel=1e-3)
 
 
 def test_micro_batches_and_the_mesh_change_nothing():
@@ -122,7 +118,7 @@ def test_micro_batches_and_the_mesh_change_nothing():
 
 
 def test_idle_rows_change_nothing():
-    teacher, params, batch = made_batch()
+    own, params, batch = made_batch()
     rows = 2 * rows_per_group(3, 2)
     host = learner_batch(
         subagent_streams(groups(), rows),
@@ -132,10 +128,10 @@ def test_idle_rows_change_nothing():
         frame_patches=SPEC.max_patches,
     )
     wider = to_mesh(host, make_mesh(parse_mesh("data:1", 1), jax.devices()[:1]))
-    wide = teacher.with_reference(REFERENCE, dataclasses.replace(batch, subagents=wider))
-    wide = teacher.with_advantages(groups(), wide)
+    wide = own.with_reference(params, dataclasses.replace(batch, subagents=wider))
+    wide = own.advantages(groups(), wide)
     assert wide.subagents.tokens.shape == (2 * rows, 192)
-    assert_same(moved(teacher, params, wide), moved(teacher, params, batch), rtol=1e-4)
+    assert_same(moved(own, params, wide), moved(own, params, batch), rtol=1e-4)
 
 
 def test_advantages_by_hand():
@@ -182,14 +178,15 @@ def test_minibatches_take_sub_agents_with_their_rollouts():
 
 
 def test_a_batch_without_sub_agents_has_none():
-    teacher = learner(configured(*SETTINGS), POLICY)
+    own = learner(configured(*SETTINGS), POLICY)
     bare = [
         dataclasses.replace(
             g, trajectories=tuple(dataclasses.replace(t, subagents=()) for t in g.trajectories)
         )
         for g in groups()
     ]
-    assert teacher.batch(POLICY.init(), bare).subagents is None
+    batch, metrics = own.batches(POLICY.init(), bare)
+    assert batch.subagents is None and metrics["subagents/rows"] == 0
 
 
 def test_few_shapes_known_beforehand():

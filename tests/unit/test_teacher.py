@@ -17,14 +17,14 @@ from paravt_jax.records import Frames, RolloutGroup, Row, Shown, Trajectory, Vid
 from paravt_jax.structure import ANCHOR_TAGS, tag_table
 from tests.pipelines_fixtures import renderer
 from train.methods import teacher as teacher_module
-from train.methods.teacher import Teacher
+from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
-from train.rl.learner import Learner
 from train.settings.override import override
+from train.setup import batch_shapes, open_learner
 from train.state import TrainState, make_state
-from train.step import batch_hidden
+from train.step import batch_hidden, mean_metrics
 from train.workdir.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
@@ -85,16 +85,18 @@ def kit():
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
     optimizer = optax.sgd(0.1)
     tags = tag_table(renderer().token_contents(512), ANCHOR_TAGS)
-    learner = Learner(POLICY, optimizer, CONFIG, mesh, tags, renderer().pad_id, renderer().spec)
     state = make_state(initialise(POLICY.table, jax.random.key(0), mesh), CONFIG, mesh, optimizer)
-    teacher = Teacher(CONFIG, POLICY, learner, renderer())
-    return SimpleNamespace(mesh=mesh, learner=learner, teacher=teacher, state=state)
+    reference = {name: x.copy() for name, x in state.trainable.items()}
+    shapes = batch_shapes(CONFIG, renderer().spec, renderer().pad_id)
+    learner = open_learner(CONFIG, POLICY, optimizer, mesh, tags, shapes, reference)
+    taught = TaughtLearner(learner, CONFIG.teacher, renderer(), tools=True)
+    return SimpleNamespace(mesh=mesh, learner=learner, taught=taught, state=state)
 
 
 def test_the_teacher_reads_the_students_tokens_after_a_prompt_with_the_outcome(kit):
     groups = groups_of(shows=True)
     students = [t for group in groups for t in group.trajectories]
-    for student, stream in zip(students, kit.teacher.streams(groups), strict=True):
+    for student, stream in zip(students, kit.taught.streams(groups), strict=True):
         np.testing.assert_array_equal(stream.tokens, student.tokens)
         np.testing.assert_array_equal(stream.loss_weights > 0, student.generated)
         assert stream.shown == student.shown and stream.prompt.patches is student.prompt.patches
@@ -119,14 +121,14 @@ def test_gaps_are_those_of_the_plain_formula_at_generated_tokens(kit):
     other = initialise(POLICY.table, jax.random.key(1), kit.mesh)
     told = {name: other[name] for name in kit.state.trainable}
     state = dataclasses.replace(kit.state, teacher=told)
-    batch = kit.learner.batch(state.params, groups)
-    gaps = np.asarray(kit.teacher.gaps(state, groups, batch))
+    batch, _ = kit.learner.batches(state.params, groups)
+    gaps = np.asarray(kit.taught.gaps(state, groups, batch))
 
     @jax.jit
     def table(params, batch):
         return POLICY.logits(params, batch_hidden(POLICY, params, batch)[0])
 
-    hinted = kit.learner.padded(kit.teacher.streams(groups), 2)
+    hinted = kit.learner.batches.padded(kit.taught.streams(groups), 2)
     theirs = np.asarray(table({**state.frozen, **told}, hinted), np.float64)
     ours = np.asarray(table(state.params, batch), np.float64)
     places = [np.argwhere(np.asarray(b.loss_weights) > 0) for b in (batch, hinted)]
@@ -143,22 +145,40 @@ def test_gaps_are_those_of_the_plain_formula_at_generated_tokens(kit):
 def test_a_teacher_that_is_the_student_and_knows_no_more_changes_nothing(kit, monkeypatch):
     """Weights are exactly 1, so the gradient is GRPO's to the last bit."""
     groups = groups_of()
-    batch = kit.learner.with_advantages(groups, kit.learner.batch(kit.state.params, groups))
-    hinted = kit.teacher.reweight(kit.state, groups, batch, 0)
+    batch, _ = kit.learner.prepare(kit.state, groups)
+    hinted, metrics = kit.taught.reweight(kit.state, groups, batch, 0)
     assert np.abs(hinted.advantages - batch.advantages).max() > 1e-3
-    assert kit.teacher.figures["teacher/gap_size"] > 0
+    assert metrics["teacher/gap_size"] > 0
     monkeypatch.setattr(teacher_module, "hindsight", lambda row, feedback: "")
-    same = kit.teacher.reweight(kit.state, groups, batch, 0)
+    same, _ = kit.taught.reweight(kit.state, groups, batch, 0)
     np.testing.assert_array_equal(same.advantages, batch.advantages)
 
 
 def test_its_share_falls_linearly_and_then_it_is_off(kit):
-    shares = [kit.teacher.strength(step) for step in (0, 150, 300, 599, 600, 5000)]
+    shares = [kit.taught.share(step) for step in (0, 150, 300, 599, 600, 5000)]
     np.testing.assert_allclose(shares, [0.5, 0.375, 0.25, 0.5 / 600, 0, 0])
-    batch = kit.learner.batch(kit.state.params, groups_of())
-    assert kit.teacher.reweight(kit.state, [], batch, 600) is batch
-    assert kit.teacher.follow(kit.state, 600) is kit.state
-    assert kit.teacher.figures == {"teacher/strength": 0.0}
+    batch, _ = kit.learner.batches(kit.state.params, groups_of())
+    same, metrics = kit.taught.reweight(kit.state, [], batch, 600)
+    assert same is batch and metrics == {"teacher/strength": 0.0}
+    assert kit.taught.follow(kit.state, 600) is kit.state
+
+
+def test_a_step_is_the_learners_with_a_teacher_beside(kit):
+    """Reweighted before the update, moved after it; the share is that of the step, which the state
+    counts by optimiser steps."""
+    state = jax.tree.map(lambda x: x.copy(), kit.state)
+    state = dataclasses.replace(state, step=jnp.int32(150))
+    groups = groups_of()
+    batch, _ = kit.learner.prepare(state, groups)
+    batch, told = kit.taught.reweight(state, groups, batch, 150)
+    copied = jax.tree.map(lambda x: x.copy(), state)
+    plain, learned = kit.learner.update(copied, batch)
+    want = kit.taught.follow(plain, 150)
+    got, metrics = kit.taught.step(state, groups)
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert metrics["teacher/strength"] == 0.375 and metrics.items() >= told.items()
+    assert metrics["loss"] == mean_metrics(learned)["loss"]
+    assert any((got.teacher[name] != kit.state.teacher[name]).any() for name in got.teacher)
 
 
 def test_it_is_a_moving_average_of_the_student(kit):
@@ -167,7 +187,7 @@ def test_it_is_a_moving_average_of_the_student(kit):
     want = 2.0
     for step in range(5):
         state = dataclasses.replace(state, trainable={"w": jnp.full(3, float(step))})
-        state = kit.teacher.follow(state, step)
+        state = kit.taught.follow(state, step)
         want = 0.99 * want + 0.01 * step
     np.testing.assert_allclose(state.teacher["w"], want, rtol=1e-6)
 

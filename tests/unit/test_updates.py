@@ -17,14 +17,14 @@ from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.records import LearnerBatch, Prompt, RolloutGroup, Row, Trajectory, VideoRef
 from paravt_jax.structure import tag_table
 from pipelines.preprocess import SPECS
-from train.compile.rehearsal import update_without_effect
+from train.compile.rehearsal import rehearse_step
 from train.config import Config
 from train.layout import to_mesh
 from train.recipes import get_recipe
-from train.rl.learner import Learner, figures
 from train.rl.settings import RlSettings
+from train.setup import batch_shapes, open_learner
 from train.state import TrainState
-from train.step import RlStep, minibatch
+from train.step import RlStep, mean_metrics, minibatch
 
 pytestmark = pytest.mark.slow
 
@@ -98,11 +98,10 @@ def rate(objective):
     return 0.1 if objective.surrogate == "regression" else 30.0
 
 
-def learner(config):
-    tags = tag_table([b"a"] * VOCAB)
-    spec = SPECS["image"](16, 2, 2)
-    optimizer = optax.sgd(rate(config.objective))
-    return Learner(Bigram(), optimizer, config, ALONE, tags, 0, spec)
+def learner(config, optimizer=None):
+    tags, shapes = tag_table([b"a"] * VOCAB), batch_shapes(config, SPECS["image"](16, 2, 2), 0)
+    optimizer = optimizer or optax.sgd(rate(config.objective))
+    return open_learner(config, Bigram(), optimizer, ALONE, tags, shapes, weights())
 
 
 def fresh():
@@ -148,7 +147,7 @@ def by_hand(objective, epochs, shares):
     ids=["clip", "clip, whole batch", "regression"],
 )
 def test_every_optimiser_step_is_the_one_by_hand(objective, sizes):
-    """Proximal policy, order of shares, micro-batches within a share (law 5), and the figures.
+    """Proximal policy, order of shares, micro-batches within a share (law 5), and the metrics.
 
     `sizes`: epochs, shares of the batch, groups of a micro-batch.
     """
@@ -159,7 +158,7 @@ def test_every_optimiser_step_is_the_one_by_hand(objective, sizes):
     table, clip_fraction = by_hand(objective, epochs, shares)
     np.testing.assert_allclose(after.params["table"], table, rtol=1e-4, atol=1e-4)
     assert int(after.step) == len(learned) == config.rl.updates
-    seen = figures(learned)
+    seen = mean_metrics(learned)
     assert seen["clip_fraction"] == pytest.approx(float(clip_fraction), abs=1e-6)
     assert (seen["clip_fraction"] > 0.05) == (objective is CLIPPED)
     assert seen["loss"] == pytest.approx(np.mean([m["loss"] for m in learned]), rel=1e-5)
@@ -168,13 +167,15 @@ def test_every_optimiser_step_is_the_one_by_hand(objective, sizes):
 @pytest.mark.parametrize("objective", [CLIPPED, REGRESSION], ids=["clip", "regression"])
 def test_a_rehearsed_update_leaves_the_state_as_it_was(objective):
     """Weights, moments that are not 0, and the count of steps; weight decay would move weights."""
-    own = learner(configure(objective, epochs=2, minibatches=2))
     optimizer = optax.adamw(0.1, weight_decay=0.1)
-    own.step = jax.jit(dataclasses.replace(own.step.__wrapped__, optimizer=optimizer))
+    own = learner(configure(objective, epochs=2, minibatches=2), optimizer)
+    # This policy sees no frames, of which blank rollouts have one: the batch comes ready-made.
+    own.prepare = lambda state, groups: (to_mesh(random_batch(1), ALONE), {})
     state = dataclasses.replace(fresh(), optimizer=optimizer.init(weights()))
     state, _ = own.update(state, to_mesh(random_batch(), ALONE))
+    given = jax.tree.map(jnp.copy, state)  # it is donated
     with jax.debug_nans(True):
-        after = update_without_effect(own, state, to_mesh(random_batch(1), ALONE))
+        after = rehearse_step(own, given, [])
     jax.tree.map(np.testing.assert_array_equal, after, state)
     assert int(after.step) == 4
 
@@ -242,7 +243,7 @@ def test_kl_in_the_reward_and_whitening_are_those_of_the_release():
     )
     config = dataclasses.replace(config, advantages=settings)
     rewards, batch = np.random.default_rng(3).random((PROMPTS, GROUP)) * 2, random_batch()
-    got = learner(config).with_advantages(scored_groups(rewards.tolist()), to_mesh(batch, ALONE))
+    got = learner(config).advantages(scored_groups(rewards.tolist()), to_mesh(batch, ALONE))
     want = token_advantages(
         rollout_advantages(rewards, settings).reshape(-1).astype(np.float32),
         batch.loss_weights,
@@ -251,9 +252,7 @@ def test_kl_in_the_reward_and_whitening_are_those_of_the_release():
         kl_weight=0.01,
     )
     np.testing.assert_allclose(got.advantages, want, rtol=1e-5, atol=1e-6)
-    plain = learner(configure()).with_advantages(
-        scored_groups(rewards.tolist()), to_mesh(batch, ALONE)
-    )
+    plain = learner(configure()).advantages(scored_groups(rewards.tolist()), to_mesh(batch, ALONE))
     assert np.abs(got.advantages - plain.advantages).max() > 1e-3
 
 
@@ -263,7 +262,7 @@ def test_easy_groups_weigh_less():
     weighted = dataclasses.replace(config, advantages=settings)
     groups = scored_groups([[0.0, 1.0], [2.0, 3.0], [1.0, 2.0], [0.5, 0.5]])
     batch = to_mesh(random_batch(), ALONE)
-    parts = [learner(c).with_advantages(groups, batch).advantages for c in (weighted, config)]
+    parts = [learner(c).advantages(groups, batch).advantages for c in (weighted, config)]
     scale = np.repeat([1.0, 0.5, 0.75, 1.0], GROUP)[:, None]
     np.testing.assert_allclose(parts[0], scale * parts[1], rtol=1e-6)
 

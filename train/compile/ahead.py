@@ -18,7 +18,7 @@ from train import setup
 from train.config import Config, Stage, generated_budget
 from train.data.settings import DataSettings
 from train.optimizer import make_optimizer
-from train.rl.learner import rl_step, with_what_shaped
+from train.rl.batches import with_what_shaped
 from train.rl.subagents import possible_rows
 from train.state import abstract_state
 
@@ -38,7 +38,7 @@ def compile_only(config: Config, topology: str) -> str:
         optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
         state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
         batch = abstract_batch(config, policy.config, mesh)
-        step = jax.jit(rl_step(policy, optimizer, config), donate_argnums=0)
+        step = jax.jit(setup.open_rl_step(config, policy, optimizer), donate_argnums=0)
         compiled = step.lower(state, batch, abstract_table(config, policy.config, mesh)).compile()
     return _report(topology, mesh, compiled)
 

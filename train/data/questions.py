@@ -5,23 +5,23 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+import numpy as np
+
+from evaluate.settings import EvaluationSettings
 from paravt_jax.plugins import load
 from paravt_jax.records import Row, VideoRef
-from pipelines.datasets import Found, needle_questions, question_rows
+from pipelines.datasets import Found, question_rows
 from pipelines.loader import Mixture
-from pipelines.needle.questions import NeedleQuestion
 from pipelines.render import ChatRenderer
 from pipelines.sizes import PromptLimit
 from pipelines.subtitles import has_subtitles
 from pipelines.tfds_builder import RowSource, row_source
-from rollout.limits import measure
-from train.agent import crop_tokens
-from train.config import Config, Stage
+from rollout.agent import Item
+from train.data.needle import questions_of_world
 from train.data.settings import DataSettings
 from train.data.split import Split, apart, one_per_video, split
-from train.methods.difficulty import hint_room
-from train.setup import needle_world, world_folder
 
 Questions = RowSource[Row] | Mixture
 
@@ -39,22 +39,40 @@ def identities(rows: Iterable[Row]) -> Iterator[bytes]:
         yield repr(said).encode()
 
 
+def prompt_contents(prompts: Sequence[Item]) -> Iterator[bytes | memoryview]:
+    """What every host must hold alike of a batch of prompts."""
+    for row, budget, prompt in prompts:
+        yield f"{row.row_id} {budget}".encode()
+        yield prompt.tokens.tobytes()
+        if prompt.patches is not None:
+            yield np.ascontiguousarray(prompt.patches.values).data
+
+
 Check = Callable[[Row], object]
 """Raises a `ValueError` for a row that the run cannot use, though its files are there."""
 
 
-def question_check(config: Config, renderer: ChatRenderer, positions: int) -> Check:
-    """What a question must pass: words without control tokens, and a prompt of a length that the
-    settings, and an episode within the model's `positions`, leave room for.
+def frames_shown(data: DataSettings, evaluation: EvaluationSettings) -> set[int]:
+    """All numbers of frames that a prompt of the run may show."""
+    return {*data.frame_budgets, *([evaluation.frame_budget] if evaluation.rows else [])}
 
-    Raises:
-      ValueError: naming the settings, if the model has too few positions for any prompt.
-    """
-    data, budgets = config.data, set(config.data.frame_budgets)
-    if config.evaluation.rows:
-        budgets.add(config.evaluation.frame_budget)
-    most, why = prompt_room(config, renderer, positions)
-    limit = PromptLimit(renderer, max(budgets), data.overview_tokens, most, why)
+
+class PromptRoom(NamedTuple):
+    """How long prompts may be."""
+
+    tokens: int
+    """Of the longest."""
+    reason: str
+    """What the number comes from."""
+
+
+def question_check(
+    data: DataSettings, evaluation: EvaluationSettings, renderer: ChatRenderer, room: PromptRoom
+) -> Check:
+    """What a question must pass: words without control tokens, and a prompt that there is room
+    for."""
+    most = max(frames_shown(data, evaluation))
+    limit = PromptLimit(renderer, most, data.overview_tokens, room.tokens, room.reason)
 
     def check(row: Row) -> None:
         renderer.check_question(row)
@@ -63,17 +81,18 @@ def question_check(config: Config, renderer: ChatRenderer, positions: int) -> Ch
     return check
 
 
-def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> tuple[int, str]:
-    """Most tokens of a main agent's prompt, and what they come from.
+def prompt_room(asked: int | None, positions: int, episode: int) -> PromptRoom:
+    """The room for a main agent's prompt.
+
+    Args:
+      asked: `data.max_prompt_tokens`.
+      positions: of the model.
+      episode: most tokens of an episode after its prompt, and of hints in it.
 
     Raises:
       ValueError: naming the settings, if nothing is left.
     """
-    episode = 0
-    if config.stage is Stage.RL:
-        episode = measure(config.agent, renderer, crop_tokens(config, renderer)).suffix
-        episode += hint_room(config.difficulty, renderer)
-    left, asked = positions - episode, config.data.max_prompt_tokens
+    left = positions - episode
     if left < (asked or 1):
         raise ValueError(
             f"data.max_prompt_tokens={asked}: an episode takes {episode} tokens after its prompt, "
@@ -81,11 +100,14 @@ def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> tuple
             "agent.response_tokens, agent.max_tool_rounds or agent.episode_tokens"
         )
     if asked is not None:
-        return asked, f"data.max_prompt_tokens={asked}"
-    return left, f"max_position_embeddings={positions} less an episode of {episode}"
+        return PromptRoom(asked, f"data.max_prompt_tokens={asked}")
+    reason = f"max_position_embeddings={positions} less an episode of {episode}"
+    return PromptRoom(left, reason)
 
 
-def read_questions(config: Config, check: Check = lambda row: None) -> list[Found[Row]]:
+def read_questions(
+    data: DataSettings, evaluation: EvaluationSettings, check: Check = lambda row: None
+) -> list[Found[Row]]:
     """The questions of `--data` and of each data set that is mixed with it.
 
     Args:
@@ -94,15 +116,12 @@ def read_questions(config: Config, check: Check = lambda row: None) -> list[Foun
     Raises:
       ValueError: a file that cannot be read, or more unusable rows than `data.max_rejected`.
     """
-    data = config.data
-    budgets = set(data.frame_budgets)
-    if config.evaluation.rows:
-        budgets.add(config.evaluation.frame_budget)
+    fewest = min(frames_shown(data, evaluation))
     reader = load(str(data.reader)) if data.reader else None
     sets: list[Found[Row]] = []
     for number, path in enumerate(path for path in (data.path, *data.mixture) if path):
         own = reader if path == data.path else None
-        found = question_rows(path, data.video_root, data.question_types, min(budgets), check, own)
+        found = question_rows(path, data.video_root, data.question_types, fewest, check, own)
         check_rejected(found, path, data.max_rejected)
         # Seeds are derived from ids, which are unique within one data set only.
         named = [dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in found.rows]
@@ -139,7 +158,10 @@ def check_subtitles(data: DataSettings, videos: Iterable[VideoRef]) -> None:
 
 
 def open_rows(
-    config: Config, tell: Callable[[str], None] = lambda line: None, check: Check = lambda row: None
+    data: DataSettings,
+    evaluation: EvaluationSettings,
+    tell: Callable[[str], None] = lambda line: None,
+    check: Check = lambda row: None,
 ) -> tuple[Questions, list[Row]]:
     """Questions to train on (as ArrayRecord sources) and held-out ones to evaluate on.
 
@@ -153,20 +175,22 @@ def open_rows(
     Raises:
       ValueError: a question or a video that cannot be read, or too few questions.
     """
-    sets = read_questions(config, check)
+    sets = read_questions(data, evaluation, check)
     for line in (line for found in sets for line in found.report()):
         tell(line)
-    parts = split_sets(config, sets)
+    parts = split_sets(data, evaluation, sets)
     tell(parts.report())
-    cache = str(Path(config.data.cache_dir).absolute() / "rows")
+    cache = str(Path(data.cache_dir).absolute() / "rows")
     sources = tuple(row_source(rows, cache) for rows in parts.training)
     if len(sources) == 1:
         return sources[0], parts.held_out
-    weights = config.data.weights or tuple(map(len, sources))
+    weights = data.weights or tuple(map(len, sources))
     return Mixture(sources, weights), parts.held_out
 
 
-def split_sets(config: Config, sets: Sequence[Found[Row]]) -> Split:
+def split_sets(
+    data: DataSettings, evaluation: EvaluationSettings, sets: Sequence[Found[Row]]
+) -> Split:
     """Training and held-out questions of what `read_questions` gave. Without `--data` they are
     about the needle world, whose videos are written if need be.
 
@@ -174,23 +198,17 @@ def split_sets(config: Config, sets: Sequence[Found[Row]]) -> Split:
       ValueError: nothing would be left to train on.
     """
     own = [found.rows for found in sets]
-    if config.data.path:
-        return split(own, config.evaluation.rows)
-    asked = (_needle(config, split) for split in ("train", config.evaluation.split))
+    if data.path:
+        return split(own, evaluation.rows)
+    asked = (questions_of_world(data, split) for split in ("train", evaluation.split))
     training, held_out = ([question.row for question in questions] for questions in asked)
-    return apart([training, *own], one_per_video(held_out)[: config.evaluation.rows])
+    return apart([training, *own], one_per_video(held_out)[: evaluation.rows])
 
 
-def strata(config: Config) -> dict[str, str]:
+def strata(data: DataSettings, split: str) -> dict[str, str]:
     """What evaluations are told apart by, of each row id: how many events the video has. Questions
     of `--data` have nothing of the kind."""
-    if config.data.path:
+    if data.path:
         return {}
-    asked = _needle(config, config.evaluation.split)
+    asked = questions_of_world(data, split)
     return {q.row.row_id: f"{len(q.events)} event{'s' * (len(q.events) > 1)}" for q in asked}
-
-
-def _needle(config: Config, split: str) -> list[NeedleQuestion]:
-    return needle_questions(
-        needle_world(config), world_folder(config), split, config.data.question_types
-    )

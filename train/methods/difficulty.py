@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import functools
 from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
@@ -27,17 +26,15 @@ from paravt_jax.protocol import ANSWER_OPEN
 from paravt_jax.records import Frames, RolloutGroup, Trajectory
 from pipelines.loader import PromptItem, overviews
 from pipelines.render import ChatRenderer
-from rollout.agent import Agent
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from train.config import Config
 from train.hosts.cluster import everywhere
 from train.methods.settings import DifficultySettings
-from train.rl.scoring import Scorer
+from train.rl.loop import Sample
 from train.state import FlatParams
 
-Sample = Callable[[Iterable[PromptItem], int, str], list[RolloutGroup]]
-"""Prompts, rollouts of each and the purpose, to scored groups."""
+SampleAnew = Callable[[Iterable[PromptItem], int, str], list[RolloutGroup]]
+"""Prompts, rollouts of each and the purpose, which decides the seed, to scored groups."""
 
 _ANSWER_HINT = "The answer is {words}. Show how to find it."
 _TRACE_HINT = "A good solution begins like this: {words}"
@@ -55,23 +52,34 @@ def hint_room(settings: DifficultySettings, renderer: ChatRenderer) -> int:
 
 
 class Difficulty:
-    """Replaces the groups of a step that are hard or easy. Without `difficulty.window` it leaves
-    all as they are."""
+    """Samples like another, and samples anew for prompts that proved hard or easy."""
 
     def __init__(
         self,
-        config: Config,
-        agent: Agent,
-        scorer: Scorer,
+        sample: Sample,
+        settings: DifficultySettings,
         renderer: ChatRenderer,
         reader: FrameReader,
+        tools: bool,
     ) -> None:
-        self._config, self._own = config, config.difficulty
-        self._agent, self._scorer = agent, scorer
-        self._renderer, self._reader = renderer, reader
-        self._window = collections.deque[float](maxlen=self._own.window)
-        self.figures: dict[str, float] = {}
+        """With `tools`, prompts offer them."""
+        self._sample, self._settings = sample, settings
+        self._renderer, self._reader, self._tools = renderer, reader, tools
+        self._window = collections.deque[float](maxlen=settings.window)
+        self.metrics: dict[str, float] = {}
         """What the last step did, for `metrics.jsonl`."""
+
+    def __call__(
+        self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
+    ) -> list[RolloutGroup]:
+        """See `Sample`."""
+        groups = self._sample(params, prompts, copies, seed, step)
+
+        def again(prompts: Iterable[PromptItem], copies: int, purpose: str) -> list[RolloutGroup]:
+            chosen, own_seed = list(prompts), derive_seed(seed, purpose)
+            return self._sample(params, chosen, copies, own_seed, step) if chosen else []
+
+        return self.revise(again, prompts, groups, seed)
 
     def get_state(self) -> list[float]:
         """The mean rewards in the window, oldest first."""
@@ -83,32 +91,28 @@ class Difficulty:
 
     def revise(
         self,
-        params: FlatParams,
-        items: Sequence[PromptItem],
+        sample: SampleAnew,
+        prompts: Sequence[PromptItem],
         groups: Sequence[RolloutGroup],
         seed: int,
-        step: int,
     ) -> list[RolloutGroup]:
-        """Scored groups, those of hard and easy prompts sampled anew; `items` are their prompts.
+        """Scored groups of prompts, those of hard and easy ones sampled anew.
 
         `seed` is that of the groups: all that is drawn here follows from it.
         """
-        if not self._own.window:
-            return list(groups)
         means = [mean_reward(group) for group in groups]
         deltas = [self.delta(mean) for mean in means]
         self._window.extend(means)
-        sample = functools.partial(self._sample, params, seed=seed, step=step)
-        helped = self._helped(sample, items, means, deltas)
-        disturbed = self._disturbed(items, deltas, seed)
-        self.figures = {
+        helped = self._helped(sample, prompts, means, deltas)
+        disturbed = self._disturbed(prompts, deltas, seed)
+        self.metrics = {
             "difficulty/delta": float(np.mean(np.abs(deltas))),
             "difficulty/helped": len(helped) / len(groups),
             "difficulty/disturbed": len(disturbed) / len(groups),
             "difficulty/reward_before": float(np.mean(means)),
         }
-        changed = helped | disturbed
-        again = sample(changed.values(), self._config.rl.group_size, "again")
+        changed, copies = helped | disturbed, len(groups[0].trajectories)
+        again = sample(changed.values(), copies, "again")
         revised = dict(enumerate(groups)) | dict(zip(changed, again, strict=True))
         return list(revised.values())
 
@@ -117,77 +121,58 @@ class Difficulty:
         return float(np.mean(self._window)) - mean if self._window else 0.0
 
     def _share(self, delta: float) -> float:
-        return min(abs(delta) / self._own.scale, 1.0)
+        return min(abs(delta) / self._settings.scale, 1.0)
 
     def _helped(
         self,
-        sample: Sample,
-        items: Sequence[PromptItem],
+        sample: SampleAnew,
+        prompts: Sequence[PromptItem],
         means: Sequence[float],
         deltas: Sequence[float],
     ) -> dict[int, PromptItem]:
         """Hard prompts with the beginning of a good solution, where one was found."""
-        hard = [at for at, delta in enumerate(deltas) if delta > self._own.tolerance]
-        told = [self._hinted(items[at], _ANSWER_HINT, items[at].row.answer) for at in hard]
+        hard = [at for at, delta in enumerate(deltas) if delta > self._settings.tolerance]
+        told = [self._hinted(prompts[at], _ANSWER_HINT, prompts[at].row.answer) for at in hard]
         helped = {}
-        groups = sample(told, self._own.traces, "traces")
+        groups = sample(told, self._settings.traces, "traces")
         for at, group in zip(hard, groups, strict=True):
             best = max(group.trajectories, key=lambda t: t.rewards["total"])
             words = self.beginning(best, deltas[at])
             if words and best.rewards["total"] > means[at]:
-                helped[at] = self._hinted(items[at], _TRACE_HINT, words)
+                helped[at] = self._hinted(prompts[at], _TRACE_HINT, words)
         return helped
 
     def beginning(self, trace: Trajectory, delta: float) -> str:
         """The first words of a solution, the more the harder the question; never its answer."""
         words = strip_markup(trace.scored_text.rpartition(ANSWER_OPEN)[0])
         tokens = self._renderer.encode(words)
-        count = round(self._own.longest_hint * self._share(delta) * len(tokens))
+        count = round(self._settings.longest_hint * self._share(delta) * len(tokens))
         return self._renderer.decode(tokens[:count]).rstrip("\ufffd")
 
     def _hinted(self, item: PromptItem, hint: str, words: str) -> PromptItem:
-        words = shortened(self._renderer, words, self._own.hint_tokens)
-        tools = self._config.agent.offers_tools
+        words = shortened(self._renderer, words, self._settings.hint_tokens)
         text = hint.format(words=words)
-        return item._replace(prompt=self._renderer.with_hint(item.row, item.prompt, tools, text))
+        prompt = self._renderer.with_hint(item.row, item.prompt, self._tools, text)
+        return item._replace(prompt=prompt)
 
     def _disturbed(
-        self, items: Sequence[PromptItem], deltas: Sequence[float], seed: int
+        self, prompts: Sequence[PromptItem], deltas: Sequence[float], seed: int
     ) -> dict[int, PromptItem]:
         """Easy prompts with noise in their frames."""
         return {
-            at: self._with_noise(items[at], delta, seed)
+            at: self._with_noise(prompts[at], delta, seed)
             for at, delta in enumerate(deltas)
-            if delta < -self._own.tolerance
+            if delta < -self._settings.tolerance
         }
 
     def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
         frames = everywhere(lambda: overviews(self._reader, item.row, item.frame_budget))
-        std = self._own.noise * self._share(delta)
+        std = self._settings.noise * self._share(delta)
         noisy = [
             with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))
             for number, own in enumerate(frames)
         ]
-        tools = self._config.agent.offers_tools
-        return item._replace(prompt=self._renderer.main_prompt(item.row, noisy, tools))
-
-    def _sample(
-        self,
-        params: FlatParams,
-        items: Iterable[PromptItem],
-        copies: int,
-        purpose: str,
-        *,
-        seed: int,
-        step: int,
-    ) -> list[RolloutGroup]:
-        """Scored rollouts of prompts, with seeds of their own for each purpose."""
-        prompts = list(items)
-        if not prompts:
-            return []
-        own_seed = derive_seed(seed, purpose)
-        groups = self._agent.run(params, prompts, copies, own_seed, policy_version=step)
-        return self._scorer(groups, progress=step / self._config.steps)
+        return item._replace(prompt=self._renderer.main_prompt(item.row, noisy, self._tools))
 
 
 def mean_reward(group: RolloutGroup) -> float:

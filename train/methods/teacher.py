@@ -22,62 +22,73 @@ import optax
 from jaxtyping import Array, Float
 
 from paravt_jax.advantages import annealed, reweighted_advantages
-from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.log_probs import View, teacher_gap
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from pipelines.render import ChatRenderer
 from train.batch import Stream, streams_of_groups
-from train.config import Config, generated_budget
 from train.methods.hindsight import hindsight, open_feedback
+from train.methods.settings import TeacherSettings
 from train.rl.learner import Learner
 from train.state import FlatParams, TrainState
-from train.step import batch_hidden, join_micro, shaping_of, split_micro, vision_groups
+from train.step import (
+    batch_hidden,
+    join_micro,
+    mean_metrics,
+    shaping_of,
+    split_micro,
+    vision_groups,
+)
 
 
-class Teacher:
-    """Reweights the advantages of a batch, and follows the student. Without `teacher.strength`, and
-    after `teacher.anneal_steps`, it does neither."""
+class TaughtLearner:
+    """A learner whose teacher reweights the advantages of each batch, and follows the student.
+    After `teacher.anneal_steps` it learns like the learner alone."""
 
     def __init__(
-        self,
-        config: Config,
-        policy: TrainablePolicy,
-        learner: Learner,
-        renderer: ChatRenderer,
+        self, learner: Learner, settings: TeacherSettings, renderer: ChatRenderer, tools: bool
     ) -> None:
-        self._config, self._own, self._policy = config, config.teacher, policy
-        self._learner, self._renderer = learner, renderer
-        self._feedback = open_feedback(config.teacher.judge)
+        """With `tools`, prompts offer them."""
+        self._learner, self._settings = learner, settings
+        self._renderer, self._tools = renderer, tools
+        self._feedback = open_feedback(settings.judge)
         self._gaps = jax.jit(self._compare)
         self._average = jax.jit(
-            functools.partial(optax.incremental_update, step_size=self._own.rate),
+            functools.partial(optax.incremental_update, step_size=settings.rate),
             donate_argnums=1,
         )
-        self.figures: dict[str, float] = {}
-        """What the last batch got, for `metrics.jsonl`."""
 
-    def strength(self, step: int) -> float:
+    def step(
+        self, state: TrainState, groups: Sequence[RolloutGroup]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """See `Learner.step`."""
+        number = int(state.step) // self._learner.settings.updates
+        batch, metrics = self._learner.prepare(state, groups)
+        batch, told = self.reweight(state, groups, batch, number)
+        state, learned = self._learner.update(state, batch)
+        return self.follow(state, number), metrics | told | mean_metrics(learned)
+
+    def share(self, step: int) -> float:
         """The teacher's share lambda at a step."""
-        return annealed(self._own.strength, step, self._own.anneal_steps)
+        return annealed(self._settings.strength, step, self._settings.anneal_steps)
 
     def reweight(
         self, state: TrainState, groups: Sequence[RolloutGroup], batch: LearnerBatch, step: int
-    ) -> LearnerBatch:
-        """The batch with each advantage scaled by what the teacher thinks of its token."""
-        strength = self.strength(step)
-        self.figures = {"teacher/strength": strength} if self._own.strength else {}
-        if not strength:
-            return batch
+    ) -> tuple[LearnerBatch, dict[str, float]]:
+        """The batch with each advantage scaled by what the teacher thinks of its token, and what
+        that was for `metrics.jsonl`."""
+        share, own = self.share(step), self._settings
+        metrics = {"teacher/strength": share}
+        if not share:
+            return batch, metrics
         gaps = self.gaps(state, groups, batch)
-        self.figures |= _figures(gaps, batch)
         advantages = reweighted_advantages(
-            batch.advantages, gaps, strength, self._own.weight_low, self._own.weight_high
+            batch.advantages, gaps, share, own.weight_low, own.weight_high
         )
-        return dataclasses.replace(batch, advantages=advantages)
+        return dataclasses.replace(batch, advantages=advantages), metrics | _metrics(gaps, batch)
 
     def follow(self, state: TrainState, step: int) -> TrainState:
         """The state after a step, with the teacher moved towards the student; it is donated."""
-        if not self.strength(step):
+        if not self.share(step):
             return state
         moved = self._average(state.trainable, state.teacher)
         return dataclasses.replace(state, teacher=moved)
@@ -86,7 +97,7 @@ class Teacher:
         self, state: TrainState, groups: Sequence[RolloutGroup], batch: LearnerBatch
     ) -> Float[Array, "b t"]:
         """How much likelier the teacher finds each trained token of the batch."""
-        hinted = self._learner.padded(self.streams(groups), len(groups[0].trajectories))
+        hinted = self._learner.batches.padded(self.streams(groups), len(groups[0].trajectories))
         # The same frames under the same tower: their features are there already.
         hinted = dataclasses.replace(hinted, patches=None, grids=None, features=batch.features)
         teacher = {**state.frozen, **state.teacher}
@@ -96,9 +107,8 @@ class Teacher:
         """The student's streams after prompts that end with a hint: what follows is the same token
         by token, tool responses and their frames included."""
         attempts = [(group.row, t) for group in groups for t in group.trajectories]
-        tools = self._config.agent.offers_tools
         prompts = [
-            self._renderer.with_hint(row, t.prompt, tools, hindsight(row, feedback))
+            self._renderer.with_hint(row, t.prompt, self._tools, hindsight(row, feedback))
             for (row, t), feedback in zip(attempts, self._feedback(attempts), strict=True)
         ]
         streams = zip(streams_of_groups(groups), prompts, strict=True)
@@ -113,8 +123,7 @@ class Teacher:
         table: Array | None,
     ) -> Float[Array, "b t"]:
         """In micro-batches of the train step, which bound the memory."""
-        rl, sampling = self._config.rl, self._config.agent.sampling
-        count = batch.tokens.shape[0] // (rl.micro_groups * rl.group_size)
+        step, count = self._learner.whole, self._learner.whole.micro_batches
 
         def compare(pair: tuple[LearnerBatch, LearnerBatch]) -> Float[Array, "b t"]:
             own, other = pair
@@ -122,25 +131,26 @@ class Teacher:
                 self._view(teacher, other),
                 self._view(student, own),
                 own.tokens,
-                support=self._own.support,
-                full_weight=self._own.full_weight,
-                temperature=sampling.temperature,
-                budget=generated_budget(self._config),
-                shaping=shaping_of(own, sampling.repetition_penalty, table),
+                support=self._settings.support,
+                full_weight=self._settings.full_weight,
+                temperature=step.temperature,
+                budget=step.budget,
+                shaping=shaping_of(own, step.penalty, table),
             )
 
         pieces = jax.lax.map(compare, (split_micro(batch, count), split_micro(hinted, count)))
         return join_micro(pieces, vision_groups(batch))
 
     def _view(self, params: FlatParams, batch: LearnerBatch) -> View:
+        policy = self._learner.whole.policy
         return View(
-            hidden=batch_hidden(self._policy, params, batch)[0],
+            hidden=batch_hidden(policy, params, batch)[0],
             chosen=batch.loss_weights > 0,
-            head=lambda h: self._policy.logits(params, h),
+            head=lambda h: policy.logits(params, h),
         )
 
 
-def _figures(gaps: Float[Array, "b t"], batch: LearnerBatch) -> dict[str, float]:
+def _metrics(gaps: Float[Array, "b t"], batch: LearnerBatch) -> dict[str, float]:
     """Mean and mean magnitude of the gaps over trained tokens, where they are 0 elsewhere."""
     tokens = jnp.maximum(jnp.sum(batch.loss_weights > 0), 1)
     return {

@@ -11,18 +11,19 @@ from jax.sharding import Mesh
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
 
-from train.config import Config
-from train.setup import world_folder
-
 FIRST_LINE = 10.0
 """Seconds until a long work is heard of where there is no terminal; each next line takes twice as
 long as the one before, so that a log does not fill."""
 
 
-def introduction(config: Config, workdir: Path, mesh: Mesh, compiled: str | None) -> list[str]:
+def introduction(
+    workdir: Path, mesh: Mesh, weights: str, data: str, compiled: str | None
+) -> list[str]:
     """What a run is about to use, before it takes its time.
 
     Args:
+      weights: where the first ones come from.
+      data: where the questions or conversations come from.
       compiled: the folder that keeps compiled programs, if any does.
     """
     devices = jax.devices()
@@ -31,16 +32,10 @@ def introduction(config: Config, workdir: Path, mesh: Mesh, compiled: str | None
     return [
         f"workdir   {workdir}",
         f"devices   {len(devices)} x {devices[0].device_kind}{hosts}, mesh {sizes}",
-        f"weights   {config.model.folder or f'random (seed {config.seed})'}",
-        f"data      {_data(config)}",
+        f"weights   {weights}",
+        f"data      {data}",
         f"compiled  {compiled or 'programs are not kept (output.compile_cache=none)'}",
     ]
-
-
-def _data(config: Config) -> str:
-    data = config.data
-    world = f"the needle world in {world_folder(config)}, written if it is not there"
-    return ", ".join([data.path or world, *data.mixture])
 
 
 class Bar:

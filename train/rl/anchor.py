@@ -15,19 +15,29 @@ from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.rewards import turn_anchors
 from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_credit, tag_mask
 from train.batch import turn_numbers
-from train.config import Config
 from train.layout import to_mesh
 
 
 class Anchor:
     """The format anchor of a run, on token streams of its tokenizer."""
 
-    def __init__(self, config: Config, table: TagTable, mesh: Mesh) -> None:
-        self._config, self._table, self._mesh = config, table, mesh
-        self._rules = {
-            "anchors": anchor_tags(config.agent.call_syntax),
-            "only_paired": config.objective.anchor_paired_only,
-        }
+    def __init__(
+        self,
+        advantages: AdvantageConfig,
+        call_syntax: str,
+        only_paired: bool,
+        table: TagTable,
+        mesh: Mesh,
+    ) -> None:
+        """
+        Args:
+          advantages: how the anchor of each turn is normalised.
+          call_syntax: which tags it acts on, see `AgentConfig`.
+          only_paired: whether tags without a partner are left out.
+          table: finds tags in tokens.
+        """
+        self._settings, self._table, self._mesh = advantages, table, mesh
+        self._rules = {"anchors": anchor_tags(call_syntax), "only_paired": only_paired}
         self._find_tags = jax.jit(find_tags, static_argnames=tuple(self._rules))
         self._credit_tags = jax.jit(credit_tags, static_argnames=tuple(self._rules))
 
@@ -44,7 +54,7 @@ class Anchor:
         """What the anchor is to each token, before its weight: the parts of each turn's anchor,
         normalised among turns of the same number, at the tags that they are about."""
         numbers = turn_numbers(groups, batch.tokens.shape[1])
-        parts = turn_credits(groups, numbers, self._config.advantages)
+        parts = turn_credits(groups, numbers, self._settings)
         spoken, thinking, acting = (to_mesh(x, self._mesh) for x in (numbers > 0, *parts))
         return self._credit_tags(batch.tokens, spoken, thinking, acting, self._table, **self._rules)
 

@@ -1,154 +1,103 @@
-"""The `rl` stage. Reads from top to bottom as the algorithm does in the paper."""
+"""The `rl` stage, top to bottom as PARA-GRPO goes. Each step:
+
+1. draws a frame budget K for each prompt, and shows K frames of its video;
+2. rolls out each prompt G times, sub-agents looking side by side at what is cropped;
+3. scores answer, format and use of the tool;
+4. turns rewards into advantages within each group, the format's at structural tokens;
+5. updates the policy.
+
+The first three are here, the others are `train.rl.learner.Learner.step`. What other papers add
+stands around one of the two (`train.methods`), and nothing here knows of it.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
+from rich.console import Console
 
 from paravt_jax.records import RolloutGroup
-from pipelines.loader import PromptStream
-from pipelines.video import VideoReader
-from rollout.agent import Agent, Item
-from train.compile.cache import Compilations
-from train.config import Config
+from pipelines.loader import PromptItem, PromptStream
+from rollout.agent import Agent
+from train.data.questions import prompt_contents
 from train.hosts.cluster import everywhere, is_first, require_same
-from train.methods.difficulty import Difficulty
-from train.methods.teacher import Teacher
-from train.report.log import RunLog, write_rollouts
+from train.report.log import write_rollouts
 from train.report.progress import Bar
-from train.report.standing import standing
-from train.rl.dynamic_sampling import draw_groups, with_length_penalty
-from train.rl.learner import Learner, figures
+from train.report.steps import Clock, StepReport
 from train.rl.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
 from train.workdir.saving import Saver
 
 
-@dataclasses.dataclass(frozen=True)
-class Parts:
-    """What the loop works with; `train.run` puts it together."""
-
-    config: Config
-    prompts: PromptStream
-    """Endless steps of prompts: a frame budget K drawn per prompt, K frames decoded."""
-    reader: VideoReader
-    """Decodes the frames of prompts and crops."""
-    agent: Agent
-    scorer: Scorer
-    difficulty: Difficulty
-    """Changes hard and easy prompts, where the configuration says so."""
-    learner: Learner
-    teacher: Teacher
-    """Scales advantages token by token, where the configuration says so."""
-    reference: FlatParams
-    """The trainable weights at step 0, for the KL term; the frozen ones never change."""
-    saver: Saver
-    log: RunLog
-    workdir: Path
-    compilations: Compilations
-    rates: np.ndarray
-    """Learning rate of each optimiser step, see `train.report.standing`."""
-
-    def figures(self) -> dict[str, float]:
-        """What the parts say of the last step."""
-        parts = self.prompts, self.agent, self.scorer, self.difficulty, self.learner, self.teacher
-        parts += (self.compilations,)
-        figures = {name: value for part in parts for name, value in part.figures.items()}
-        return figures | self.reader.take_figures()
-
-    def get_state(self) -> dict[str, Any]:
-        """What the parts must remember besides the `TrainState`, as JSON values."""
-        return {"prompts": self.prompts.get_state(), "difficulty": self.difficulty.get_state()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        """Go on from what was remembered."""
-        self.prompts.set_state(state["prompts"])
-        self.difficulty.set_state(state["difficulty"])
-
-
-def reinforce(parts: Parts, state: TrainState, first_step: int) -> TrainState:
+def reinforce(run: RlRun, state: TrainState, first_step: int) -> TrainState:
     """Run the RL steps from `first_step` on. The order of operations matters; keep it."""
-    config = parts.config
-    for step in range(first_step, config.steps):
-        parts.saver.between(step, state, parts.get_state())
-        clock = Clock()
-        draw = functools.partial(roll_out, parts, state.params, step, clock)
-        drawn = draw_groups(draw, config.rl)
-
-        batch = parts.learner.batch(state.params, drawn.groups)
-        batch = parts.learner.with_reference({**state.frozen, **parts.reference}, batch)
-        batch = parts.learner.with_advantages(drawn.groups, batch)
-        batch = parts.teacher.reweight(state, drawn.groups, batch, step)
-        parts.saver.begin_update()
-        state, learned = parts.learner.update(state, batch)
-        state = parts.teacher.follow(state, step)
-        metrics = figures(learned)
-        clock.lap("time/learn")
-
-        record = rollout_metrics(drawn.everything) | drawn.figures() | parts.figures()
-        record |= metrics | clock.figures() | standing(parts.rates, step, config.rl.updates)
-        record["tokens_per_second"] = tokens_generated(drawn.everything) / record["time/step"]
-        parts.log.step(step, record)
-        if config.output.rollouts and is_first():
-            write_rollouts(parts.workdir / "rollouts", step, drawn.everything)
-        stop_if_not_finite(record, step, config)
+    clock = run.report.clock
+    for step in range(first_step, run.steps):
+        run.saver.between(step, state, run.get_state())
+        clock.start()
+        with clock.time("time/rollout"):
+            batch = run.rollouts.draw(state.params, step)
+        run.saver.begin_update()
+        with clock.time("time/learn"):
+            state, learned = run.learner.step(state, batch.groups)
+        report(run, step, batch, learned)
     return state
 
 
-def roll_out(
-    parts: Parts, params: FlatParams, step: int, clock: Clock, number: int
-) -> Sequence[RolloutGroup]:
-    """The `number`-th batch of prompts of a step, rolled out and scored."""
-    config = parts.config
-    items = everywhere(lambda: next(parts.prompts))
-    require_same(contents(items), f"the prompts of step {step}")
-    clock.lap("time/data")
+@dataclasses.dataclass(frozen=True)
+class Rollouts:
+    """Prompts of a step, rolled out and scored."""
 
-    seed = rollout_seed(config.seed, step, number)
-    size = config.rl.group_size
-    with Bar(parts.log.console, f"rollouts of step {step + 1}", len(items) * size) as ended:
-        parts.agent.ended = ended
-        groups = parts.agent.run(params, items, size, seed, policy_version=step)
-    groups = parts.scorer(groups, progress=step / config.steps)
-    groups = parts.difficulty.revise(params, items, groups, seed, step)
-    groups = with_length_penalty(groups, config.rl)
-    clock.lap("time/rollout")
-    return groups
+    prompts: PromptStream
+    """Endless steps of prompts: a frame budget K drawn for each, K frames decoded."""
+    sample: Sample
+    group_size: int
+    """Rollouts of each prompt (G)."""
+    seed: int
+    clock: Clock
 
-
-def contents(items: Sequence[Item]) -> Iterator[bytes | memoryview]:
-    """What every host must hold alike of a batch of prompts."""
-    for row, budget, prompt in items:
-        yield f"{row.row_id} {budget}".encode()
-        yield prompt.tokens.tobytes()
-        if prompt.patches is not None:
-            yield np.ascontiguousarray(prompt.patches.values).data
+    def draw(self, params: FlatParams, step: int, number: int = 0) -> RolloutBatch:
+        """See `RolloutSource`."""
+        with self.clock.time("time/data"):
+            prompts = everywhere(lambda: next(self.prompts))
+            require_same(prompt_contents(prompts), f"the prompts of step {step}")
+        seed = rollout_seed(self.seed, step, number)
+        groups = self.sample(params, prompts, self.group_size, seed, step)
+        return RolloutBatch(groups, groups)
 
 
-class Clock:
-    """Seconds of each stretch of a step."""
+@dataclasses.dataclass(frozen=True)
+class ScoredRollouts:
+    """Rollouts by the agent of the run, with rewards by its rules."""
 
-    def __init__(self) -> None:
-        self._began = self._last = time.perf_counter()
-        self._laps: dict[str, float] = {}
+    agent: Agent
+    scorer: Scorer
+    steps: int
+    """Of the whole run."""
+    console: Console
 
-    def lap(self, name: str) -> None:
-        """End the stretch that began at the last lap; stretches of one name are added up."""
-        now = time.perf_counter()
-        self._laps[name] = self._laps.get(name, 0.0) + now - self._last
-        self._last = now
+    def __call__(
+        self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
+    ) -> list[RolloutGroup]:
+        """See `Sample`."""
+        title, total = f"rollouts of step {step + 1}", len(prompts) * copies
+        with Bar(self.console, title, total) as self.agent.ended:
+            groups = self.agent.run(params, prompts, copies, seed, policy_version=step)
+        return self.scorer(groups, progress=step / self.steps)
 
-    def figures(self) -> dict[str, float]:
-        """All laps, their sum as `time/step`, and the share of it that data was waited for."""
-        step = time.perf_counter() - self._began
-        waited = self._laps.get("time/data", 0.0) / step
-        return self._laps | {"time/step": step, "data/wait": waited}
+
+def report(run: RlRun, step: int, batch: RolloutBatch, learned: Mapping[str, float]) -> None:
+    """Write the rollouts of a step and its metrics."""
+    if run.rollouts_folder is not None and is_first():
+        write_rollouts(run.rollouts_folder, step, batch.drawn)
+    record = rollout_metrics(batch.drawn) | batch.metrics()
+    for told in run.metrics:
+        record |= told()
+    run.report(step, {**record, **learned}, tokens_generated(batch.drawn))
 
 
 def rollout_seed(seed: int, step: int, number: int = 0) -> int:
@@ -163,15 +112,89 @@ def tokens_generated(groups: Sequence[RolloutGroup]) -> int:
     return int(sum(t.generated.sum() for t in everyone))
 
 
-def stop_if_not_finite(record: dict[str, float], step: int, config: Config) -> None:
-    """Stop the run at the step whose loss or gradient is no number.
+@dataclasses.dataclass(frozen=True)
+class RolloutBatch:
+    """Scored rollouts of one step."""
 
-    Raises:
-      ValueError: naming the step and the remedy.
-    """
-    if not np.isfinite(record["loss"] + record["grad_norm"]):
-        raise ValueError(
-            f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; continue "
-            "from the last checkpoint with the same --workdir and a lower rate, for instance "
-            f"--set optimizer.learning_rate={config.optimizer.learning_rate / 2:g}"
-        )
+    groups: Sequence[RolloutGroup]
+    """Those to learn from: as many as a step has prompts."""
+    drawn: Sequence[RolloutGroup]
+    """All that were rolled out, those to learn from included: what the policy does."""
+
+    def metrics(self) -> dict[str, float]:
+        """How much was drawn beyond what is learned from."""
+        drawn, kept = len(self.drawn), len(self.groups)
+        return {"group/redraws": drawn / kept - 1, "group/kept": kept / drawn}
+
+
+@runtime_checkable
+class Sample(Protocol):
+    """Prompts to groups of scored rollouts."""
+
+    def __call__(
+        self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
+    ) -> list[RolloutGroup]:
+        """`copies` rollouts of each prompt; all that is drawn follows from `seed`."""
+        ...
+
+
+@runtime_checkable
+class RolloutSource(Protocol):
+    """Where the rollouts of a step come from."""
+
+    def draw(self, params: FlatParams, step: int, number: int = 0) -> RolloutBatch:
+        """The `number`-th batch of prompts of a step, rolled out and scored."""
+        ...
+
+
+@runtime_checkable
+class RolloutLearner(Protocol):
+    """What learns from them."""
+
+    def step(
+        self, state: TrainState, groups: Sequence[RolloutGroup]
+    ) -> tuple[TrainState, dict[str, float]]:
+        """The state after all optimiser steps, and metrics; `state` is donated."""
+        ...
+
+
+TellsMetrics = Callable[[], Mapping[str, float]]
+"""What a part of a run has to say of the last step, for `metrics.jsonl`."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """A part of a run that a checkpoint holds besides the `TrainState`."""
+
+    def get_state(self) -> Any:
+        """What it must remember, as JSON values."""
+        ...
+
+    def set_state(self, state: Any) -> None:
+        """Go on from what was remembered."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class RlRun:
+    """What the loop works with; `train.run` puts it together."""
+
+    steps: int
+    rollouts: RolloutSource
+    learner: RolloutLearner
+    resumable: Mapping[str, Resumable]
+    """By their names in a checkpoint."""
+    metrics: Sequence[TellsMetrics]
+    saver: Saver
+    report: StepReport
+    rollouts_folder: Path | None
+    """Where rollouts are written, if they are."""
+
+    def get_state(self) -> dict[str, Any]:
+        """What a checkpoint holds besides the `TrainState`."""
+        return {name: part.get_state() for name, part in self.resumable.items()}
+
+    def set_state(self, state: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint."""
+        for name, part in self.resumable.items():
+            part.set_state(state[name])

@@ -25,7 +25,7 @@ class Scorer:
         """Raises ValueError where the rules need a judge and its settings are no use."""
         self._rules = rules
         self._judge = open_judge(rules.judge) if rules.mode == "llm" else None
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         """Of the judge during the last call, for `metrics.jsonl`; empty without one."""
 
     def __call__(self, groups: Sequence[RolloutGroup], progress: float = 1.0) -> list[RolloutGroup]:
@@ -39,9 +39,9 @@ class Scorer:
         # Several hosts could get several verdicts: one asks, the others take its figures.
         judge = self._judge if is_first() else _silent
         scored = _agree(score_groups(groups, self._rules, judge, progress))
-        self.figures = self._judge.figures()
-        if self.figures["judge/failures"]:
-            failures, reason = int(self.figures["judge/failures"]), self._judge.last_failure
+        self.metrics = self._judge.figures()
+        if self.metrics["judge/failures"]:
+            failures, reason = int(self.metrics["judge/failures"]), self._judge.last_failure
             _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
         return scored
 

@@ -19,8 +19,8 @@ from pipelines.render import ChatRenderer
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from train.config import Config
-from train.data.questions import check_rejected, check_subtitles, prompt_room
-from train.setup import prompt_texts
+from train.data.questions import check_rejected, check_subtitles
+from train.setup import prompt_room, prompt_texts
 from train.sft.batches import PackedLessons
 
 
@@ -72,7 +72,7 @@ def packed_lessons(
         own.learn,
         own.system,
         config.agent.offers_tools,
-        (prompt_room(config, renderer, positions)[0], positions),
+        (prompt_room(config, renderer, positions).tokens, positions),
     )
     stream = pack_stream(
         row_source(conversations, str(Path(config.data.cache_dir).absolute() / "rows")),

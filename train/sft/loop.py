@@ -11,15 +11,12 @@ import optax
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import TrainablePolicy
-from train.config import Config
 from train.layout import to_mesh
-from train.report.log import RunLog
-from train.report.standing import learning_rates, standing
-from train.rl.learner import figures
-from train.rl.loop import Clock, stop_if_not_finite
+from train.report.steps import StepReport
 from train.sft.batches import Lessons
+from train.sft.settings import SftSettings
 from train.state import TrainState
-from train.step import SftStep
+from train.step import SftStep, mean_metrics
 from train.workdir.saving import Saver
 
 
@@ -27,13 +24,15 @@ from train.workdir.saving import Saver
 class School:
     """What the stage works with; `train.run` puts it together."""
 
-    config: Config
+    settings: SftSettings
     lessons: Lessons
     policy: TrainablePolicy
     optimizer: optax.GradientTransformation
+    router_balance: float
     mesh: Mesh
+    steps: int
     saver: Saver
-    log: RunLog
+    report: StepReport
 
 
 def cold_start(
@@ -44,30 +43,28 @@ def cold_start(
     Returns:
       the trained state, and the position of the data after the last step.
     """
-    config, lessons = school.config, school.lessons
+    lessons, clock = school.lessons, school.report.clock
     update = SftStep(
         policy=school.policy,
         optimizer=school.optimizer,
-        micro_rows=config.sft.micro_rows,
+        micro_rows=school.settings.micro_rows,
         budgets=lessons.budgets,
-        router_balance=config.model.router_balance,
+        router_balance=school.router_balance,
     )
-    compiled, rates = jax.jit(update, donate_argnums=0), learning_rates(config)
+    compiled = jax.jit(update, donate_argnums=0)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lessons.take, first_step)
-        for step in range(first_step, config.steps):
+        for step in range(first_step, school.steps):
             school.saver.between(step, state, position)
-            clock = Clock()
-            lesson = following.result()
-            batches, position = to_mesh(lesson.batches, school.mesh), lesson.position
-            clock.lap("time/data")
-            if step + 1 < config.steps:
-                following = pool.submit(lessons.take, step + 1)
-            school.saver.begin_update()
-            state, learned = compiled(state, batches)
-            metrics = figures([learned])
-            clock.lap("time/learn")
-            record = metrics | lesson.figures | clock.figures() | standing(rates, step)
-            school.log.step(step, record)
-            stop_if_not_finite(record, step, config)
+            clock.start()
+            with clock.time("time/data"):
+                lesson = following.result()
+                batches, position = to_mesh(lesson.batches, school.mesh), lesson.position
+            with clock.time("time/learn"):
+                if step + 1 < school.steps:
+                    following = pool.submit(lessons.take, step + 1)
+                school.saver.begin_update()
+                state, learned = compiled(state, batches)
+                metrics = mean_metrics([learned])
+            school.report(step, metrics | lesson.figures)
     return state, position

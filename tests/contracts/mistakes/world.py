@@ -8,13 +8,12 @@ from pathlib import Path
 import cv2
 import numpy as np
 
-from pipelines.datasets import needle_questions
 from tests.command import SMALL
 from train.config import to_dict
+from train.data.needle import questions_of_world
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
 from train.settings.override import override
-from train.setup import needle_world, world_folder
 
 QUESTIONS = """video,question,answer,question_type
 a.mp4,What colour is the wall?,red,oe
@@ -71,8 +70,8 @@ def conversation(video: str) -> dict:
 def _make_run(folder: Path, settings: list[str]) -> Path:
     """What a run leaves that is looked at before its weights are: no weights are in it."""
     config = override(get_recipe("needle_rl"), [*settings, "steps=2"])
-    needle_questions(needle_world(config), world_folder(config), "train", ("oe",))
-    needle_questions(needle_world(config), world_folder(config), "held_out", ("oe",))
+    for split in ("train", "held_out"):
+        questions_of_world(config.data, split)
     (folder / "checkpoints" / "1").mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(to_dict(config), indent=2))
     return folder
