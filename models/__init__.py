@@ -1,1 +1,41 @@
-"""Networks and their weights. Each model family is one package that implements `Policy`."""
+"""Networks and their weights: what all share in `common`, and a package for each model family.
+
+A family is named in `FAMILIES` by the `model_type` of its config.json files. Its package offers
+`open_policy`, see `models.common.policy.OpenPolicy`; nothing else of it is asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from models.common.folder import CONFIG, existing_folder
+from models.common.policy import ModelPolicy
+from models.common.safetensors_io import read_json
+
+__all__ = ["FAMILIES", "ModelPolicy", "open_policy"]
+
+FAMILIES = {"qwen3_vl": "models.qwen3_vl", "qwen3_vl_moe": "models.qwen3_vl"}
+"""`model_type` -> the package that computes it."""
+
+
+def open_policy(source: str | os.PathLike | Mapping[str, Any], **settings: Any) -> ModelPolicy:
+    """The policy of a Hugging Face folder, without its weights (`models.common.weights`).
+
+    Args:
+      source: the folder, or the content of its config.json.
+      settings: precision, adapters and memory, see `models.common.policy.OpenPolicy`.
+
+    Raises:
+      ValueError: no such folder, a model of another type, or one that its family refuses.
+    """
+    config = source if isinstance(source, Mapping) else read_json(existing_folder(source) / CONFIG)
+    kind = config.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"model_type={kind!r} in config.json is no model that can be computed here; give one "
+            f"of {', '.join(FAMILIES)}"
+        )
+    return importlib.import_module(FAMILIES[kind]).open_policy(config, **settings)

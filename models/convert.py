@@ -21,11 +21,10 @@ import logging
 from pathlib import Path
 from typing import NoReturn
 
+from models import open_policy
 from models.common.adapter import checkpoint_lora
 from models.common.folder import copy_model_files, whole_folder
 from models.common.weights import Weights
-from models.qwen3_vl.folder import read_config, save_folder
-from models.qwen3_vl.model import Qwen3VLPolicy
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import (
     MODEL_FILES,
@@ -60,9 +59,9 @@ def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
             f"no model/config.json in {step} or its run: pass --base HF_DIR, a "
             "Hugging Face folder of the same model"
         )
-    policy = Qwen3VLPolicy(read_config(source), lora=checkpoint_lora(find_model_files(step)))
+    policy = open_policy(source, lora=checkpoint_lora(find_model_files(step)))
     params = policy.merge(open_params(step, policy.table))
-    save_folder(params, policy.config, _new_folder(out), base=source)
+    policy.without_lora.save_folder(params, _new_folder(out), base=source)
 
 
 def from_hf(folder: str, out: str) -> None:
@@ -74,7 +73,7 @@ def from_hf(folder: str, out: str) -> None:
       OSError: the disk is full.
     """
     source, target = Path(folder), _new_folder(out)
-    table = Qwen3VLPolicy(read_config(source)).table
+    table = open_policy(source).table
     weights = Weights(source, table)
     with whole_folder(target) as temporary:
         for name, stored in create_params(temporary, table, weights.dtypes).items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 
-from models.qwen3_vl import Qwen3VLPolicy
+from models import ModelPolicy
 from paravt_jax.mesh import constrain
 from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
@@ -46,7 +46,7 @@ def open_agent(
 
 def open_engine(
     config: Config,
-    policy: Qwen3VLPolicy,
+    policy: ModelPolicy,
     renderer: ChatRenderer,
     *,
     prompts: int,
@@ -70,7 +70,7 @@ def open_engine(
     return Engine(
         policy,
         shapes,
-        automata=open_automata(config, renderer, policy.config.text.vocab_size),
+        automata=open_automata(config, renderer, policy.vocab_size),
         pad_id=renderer.pad_id,
         frame_patches=renderer.spec.max_patches,
         penalties=any(own.repetition_penalty != 1 for own in sampling),

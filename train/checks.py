@@ -163,7 +163,7 @@ def describe_data(config: Config) -> list[Row]:
 def describe_questions(config: Config) -> list[Row]:
     """Print how many questions there are, which cannot be used, and how they are split; returns
     those that can be used."""
-    positions = setup.abstract_policy(config).config.text.max_position_embeddings
+    positions = setup.abstract_policy(config).context_length
     check = setup.question_check(config, renderer_aside(config), positions)
     data, evaluation = config.data, config.evaluation
     sets = read_questions(data, evaluation, check)

@@ -18,7 +18,6 @@ from jax.sharding import Mesh
 from evaluate.held_out import Mode, evaluate
 from evaluate.intervals import accuracies
 from models.common.adapter import ADAPTER, save_adapter
-from models.qwen3_vl import save_folder
 from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.params import abstract_params
 from paravt_jax.records import RolloutGroup, Row
@@ -174,7 +173,7 @@ class Run:
     @property
     def _positions(self) -> int:
         """How long a stream of the model may be."""
-        return self.model.policy.config.text.max_position_embeddings
+        return self.model.policy.context_length
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
@@ -478,7 +477,7 @@ class Run:
     def _export(self) -> None:
         """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""
         policy, params, base = self.model.policy, self.state.params, self.workdir / MODEL_FILES
-        save_folder(policy.merge(params), policy.config, self.workdir / "hf", base=base)
+        policy.save_folder(policy.merge(params), self.workdir / "hf", base=base)
         if policy.lora.rank:
             folder, origin = self.workdir / ADAPTER, self.model.base.absolute()
             save_adapter(params, policy.table, policy.lora, folder, origin)

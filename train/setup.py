@@ -7,6 +7,7 @@ import hashlib
 import json
 import shutil
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,14 +16,11 @@ import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
 
+from models import ModelPolicy, open_policy
 from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
-from models.qwen3_vl import (
-    Qwen3VLConfig,
-    Qwen3VLPolicy,
-    copy_model_files,
-    load_params,
-    read_config,
-)
+from models.common.folder import copy_model_files
+from models.common.weights import load_params
+from models.qwen3_vl import Qwen3VLConfig
 from paravt_jax.interfaces import FrameReader, TrainablePolicy
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
@@ -48,6 +46,7 @@ from train.data.settings import DataSettings
 from train.methods.difficulty import Difficulty, hint_room
 from train.methods.dynamic_sampling import DynamicSampling
 from train.methods.length_penalty import LengthPenalty
+from train.model import ModelSettings
 from train.recipes.needle import NEEDLE_MODEL
 from train.report.steps import StepReport
 from train.rl.anchor import Anchor
@@ -99,14 +98,14 @@ def open_renderer(config: Config, folder: str) -> ChatRenderer:
 class Model:
     """A policy and the folder that its tokenizer and processor come from."""
 
-    policy: Qwen3VLPolicy
+    policy: ModelPolicy
     base: Path
 
     @classmethod
     def open(cls, config: Config) -> Model:
         """From `--model`, or the needle model, whose folder is written below the data cache."""
         base = Path(config.model.folder) if config.model.folder else needle_base(config)
-        return cls(_policy(read_config(base), config), base)
+        return cls(_policy(base, config.model), base)
 
     def params(self, config: Config, mesh: Mesh) -> FlatParams:
         """The weights to start from: the folder's, or fresh ones; adapters beside them."""
@@ -124,7 +123,7 @@ class Model:
 
     def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
         """What finds structural tags in token streams of this tokenizer."""
-        contents = renderer.token_contents(self.policy.config.text.vocab_size)
+        contents = renderer.token_contents(self.policy.vocab_size)
         return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
 
 
@@ -206,16 +205,19 @@ def open_rollouts(
     return source, resumable, metrics
 
 
-def abstract_policy(config: Config) -> Qwen3VLPolicy:
+def abstract_policy(config: Config) -> ModelPolicy:
     """The policy of a configuration, without touching the disk for the needle model."""
-    folder = config.model.folder
-    architecture = read_config(folder) if folder else Qwen3VLConfig.from_dict(NEEDLE_MODEL)
-    return _policy(architecture, config)
+    return _policy(config.model.folder or NEEDLE_MODEL, config.model)
 
 
-def _policy(architecture: Qwen3VLConfig, config: Config) -> Qwen3VLPolicy:
-    own = config.model
-    return Qwen3VLPolicy(architecture, own.compute_dtype, own.remat, own.lora, own.cache_dtype)
+def _policy(source: str | Path | Mapping[str, Any], settings: ModelSettings) -> ModelPolicy:
+    return open_policy(
+        source,
+        compute_dtype=settings.compute_dtype,
+        remat=settings.remat,
+        lora=settings.lora,
+        cache_dtype=settings.cache_dtype,
+    )
 
 
 def describe_checkpoints(model: Model, config: Config, spec: FrameSpec, target: Path) -> None:

@@ -3,9 +3,9 @@
 from models.common.folder import copy_model_files
 from models.common.weights import load_params
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
-from models.qwen3_vl.folder import read_config, save_folder
+from models.qwen3_vl.folder import read_config
 from models.qwen3_vl.model import Qwen3VLPolicy
-from models.qwen3_vl.pretrained import Pretrained, from_pretrained
+from models.qwen3_vl.pretrained import Pretrained, from_pretrained, open_policy, save_folder
 
 __all__ = [
     "Pretrained",
@@ -16,6 +16,7 @@ __all__ = [
     "copy_model_files",
     "from_pretrained",
     "load_params",
+    "open_policy",
     "read_config",
     "save_folder",
 ]

@@ -1,22 +1,15 @@
-"""A Hugging Face folder of Qwen3-VL: its config.json, and a folder that transformers loads."""
+"""The config.json of a Hugging Face folder of Qwen3-VL, read and written."""
 
 from __future__ import annotations
 
-import functools
 import json
 import os
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax
-
 from models.common.folder import CONFIG, existing_folder
 from models.common.safetensors_io import read_json
-from models.common.weights import MAX_SHARD_BYTES, save_weights
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.model import Qwen3VLPolicy
-from paravt_jax.array_store import StoredArray
 
 
 def read_config(folder: str | os.PathLike) -> Qwen3VLConfig:
@@ -47,16 +40,3 @@ def write_config(config: Qwen3VLConfig, dtype: str, base: Path | None, folder: P
     raw["dtype"] = dtype
     text = json.dumps(raw, indent=2, sort_keys=True) + "\n"
     (folder / CONFIG).write_text(text, encoding="utf-8")
-
-
-def save_folder(
-    params: Mapping[str, jax.Array | StoredArray],
-    config: Qwen3VLConfig,
-    folder: str | os.PathLike,
-    base: str | os.PathLike | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a folder that transformers loads; see `save_weights`."""
-    describe = functools.partial(write_config, config)
-    table = Qwen3VLPolicy(config).table
-    save_weights(params, table, folder, base, max_shard_bytes, describe)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 from collections.abc import Mapping
 
 import jax
@@ -13,7 +14,9 @@ from jaxtyping import Array, Float, Int
 
 from models.common import prepared
 from models.common.layers import Linear, precision
+from models.common.weights import MAX_SHARD_BYTES, save_weights
 from models.qwen3_vl.config import Qwen3VLConfig
+from models.qwen3_vl.folder import write_config
 from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
@@ -65,7 +68,7 @@ class Qwen3VL(nnx.Module):
 
 @dataclasses.dataclass(frozen=True)
 class Qwen3VLPolicy:
-    """Implements `paravt_jax.interfaces.Policy`. Hashable, cheap to close over.
+    """Implements `models.common.policy.ModelPolicy`. Hashable, cheap to close over.
 
     `compute_dtype` is the type of matrix products; weights are cast when used. With `remat`, the
     backward pass computes each layer's activations again. With `lora`, the language model has
@@ -83,6 +86,27 @@ class Qwen3VLPolicy:
     def width(self) -> int:
         """Width of a hidden state."""
         return self.config.text.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        """Rows of the embedding."""
+        return self.config.text.vocab_size
+
+    @property
+    def context_length(self) -> int:
+        """Positions that the model was made for."""
+        return self.config.text.max_position_embeddings
+
+    @property
+    def patch_sizes(self) -> tuple[int, int, int]:
+        """Pixels of a patch's side, patches of a vision token's side, frames of a patch."""
+        vision = self.config.vision
+        return vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
+
+    @property
+    def deepstack_levels(self) -> int:
+        """Language layers that vision features are added to besides the embedding."""
+        return len(self.config.vision.deepstack_visual_indexes)
 
     @property
     def experts_per_token(self) -> int:
@@ -107,6 +131,17 @@ class Qwen3VLPolicy:
     def merge(self, params: Mapping[str, Array | StoredArray]) -> Merged:
         """Weights for `without_lora` that compute the same: adapters added to their kernels."""
         return Merged(params, self.lora)
+
+    def save_folder(
+        self,
+        params: Mapping[str, Array | StoredArray],
+        folder: str | os.PathLike,
+        base: str | os.PathLike | None = None,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        """Write a folder that transformers loads, of merged weights; see `save_weights`."""
+        describe = functools.partial(write_config, self.config)
+        save_weights(params, self.without_lora.table, folder, base, max_shard_bytes, describe)
 
     def prepare(self, params: Params) -> Params:
         """Weights that compute the same, faster; see `prepared`."""

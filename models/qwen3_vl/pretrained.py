@@ -5,17 +5,20 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from models.common.weights import load_params
+from models.common.weights import MAX_SHARD_BYTES, load_params
 from models.qwen3_vl.config import Qwen3VLConfig
-from models.qwen3_vl.folder import read_config, save_folder
+from models.qwen3_vl.folder import read_config
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import Qwen3VLPolicy
+from paravt_jax.array_store import StoredArray
+from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.params import Params
 from paravt_jax.shapes import bucket
 
@@ -77,8 +80,8 @@ class Pretrained:
 
     def save_pretrained(self, folder: str | os.PathLike) -> None:
         """Write a folder that transformers loads, with the tokenizer and processor files of the
-        folder that this model came from; see `save_folder`."""
-        save_folder(self.params, self.config, folder, base=self.base)
+        folder that this model came from; see `Qwen3VLPolicy.save_folder`."""
+        self.policy.save_folder(self.params, folder, base=self.base)
 
 
 def from_pretrained(
@@ -98,6 +101,29 @@ def from_pretrained(
     policy = Qwen3VLPolicy(config, compute_dtype=dtype)
     params = load_params(folder, policy.table, mesh, dtype)
     return Pretrained(params, config, policy, mesh, base=folder)
+
+
+def open_policy(
+    config: Mapping[str, Any],
+    *,
+    compute_dtype: str = "float32",
+    remat: bool = False,
+    lora: LoraConfig = NO_LORA,
+    cache_dtype: str = "compute",
+) -> Qwen3VLPolicy:
+    """The policy of a config.json; see `models.common.policy.OpenPolicy`."""
+    return Qwen3VLPolicy(Qwen3VLConfig.from_dict(config), compute_dtype, remat, lora, cache_dtype)
+
+
+def save_folder(
+    params: Mapping[str, jax.Array | StoredArray],
+    config: Qwen3VLConfig,
+    folder: str | os.PathLike,
+    base: str | os.PathLike | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a folder that transformers loads; see `save_weights`."""
+    Qwen3VLPolicy(config).save_folder(params, folder, base, max_shard_bytes)
 
 
 @functools.partial(jax.jit, static_argnums=0)

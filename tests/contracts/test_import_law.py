@@ -65,3 +65,13 @@ def test_no_file_shadows_the_standard_library():
 def test_pipelines_are_numpy_only():
     for path in files_of("pipelines"):
         assert "jax" not in imports_of(path), path.relative_to(ROOT)
+
+
+def test_what_models_share_knows_no_family():
+    for path in files_of("models/common"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            names = [alias.name for alias in getattr(node, "names", [])]
+            where = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                foreign = [n for n in where if n.startswith("models") and "models.common" not in n]
+                assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"

@@ -33,7 +33,7 @@ def recipe(frames_as: str):
 def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     """Frames of 32 x 32 pixels are one token each; videos take them in pairs."""
     config = recipe(frames_as)
-    batch = abstract_batch(config, setup.abstract_policy(config).config, MESH)
+    batch = abstract_batch(config, setup.abstract_policy(config), MESH)
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
     assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
@@ -43,7 +43,7 @@ def test_a_minibatch_is_what_is_compiled():
     """A share of the prompts, with the log-probabilities of the policy before the first step."""
     base = recipe("image")
     config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
-    batch = abstract_batch(config, setup.abstract_policy(config).config, MESH)
+    batch = abstract_batch(config, setup.abstract_policy(config), MESH)
     assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
     assert batch.proximal_log_probs.shape == batch.tokens.shape
     assert (
@@ -60,7 +60,7 @@ def test_the_step_takes_the_abstract_batch(credit):
     params = initialise(policy.table, jax.random.key(0), MESH)
     with jax.set_mesh(MESH):
         state = make_state(params, config, MESH, optimizer)
-        batch = abstract_batch(config, policy.config, MESH)
+        batch = abstract_batch(config, policy, MESH)
         after, metrics = jax.eval_shape(setup.open_rl_step(config, policy, optimizer), state, batch)
     assert metrics["loss"].shape == ()
     if credit == "share":

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from models.qwen3_vl import Qwen3VLConfig, VisionConfig
+from models import ModelPolicy
 from paravt_jax.mesh import make_mesh, parse_mesh, partition
 from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
@@ -37,9 +37,9 @@ def compile_only(config: Config, topology: str) -> str:
         policy = setup.abstract_policy(config)
         optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
         state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
-        batch = abstract_batch(config, policy.config, mesh)
+        batch = abstract_batch(config, policy, mesh)
         step = jax.jit(setup.open_rl_step(config, policy, optimizer), donate_argnums=0)
-        compiled = step.lower(state, batch, abstract_table(config, policy.config, mesh)).compile()
+        compiled = step.lower(state, batch, abstract_table(config, policy, mesh)).compile()
     return _report(topology, mesh, compiled)
 
 
@@ -53,7 +53,7 @@ def _devices(topology: str):
         ) from error
 
 
-def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerBatch:
+def abstract_batch(config: Config, policy: ModelPolicy, mesh: Mesh) -> LearnerBatch:
     """Shapes of the largest minibatch of a configuration, laid out on the mesh."""
 
     def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
@@ -61,43 +61,43 @@ def abstract_batch(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> LearnerB
         home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
 
-    return jax.tree.map(lay_out, jax.eval_shape(lambda: _largest_batch(config, model)))
+    return jax.tree.map(lay_out, jax.eval_shape(lambda: _largest_batch(config, policy)))
 
 
 GRAMMAR_STATES = 256
 """Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
 
 
-def abstract_table(config: Config, model: Qwen3VLConfig, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
+def abstract_table(config: Config, policy: ModelPolicy, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
     """Shape of the table of a grammar, on every device; None without one."""
     if not config.agent.sampling.constrain and not config.agent.subagent_sampling.constrain:
         return None
     home = NamedSharding(mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct((GRAMMAR_STATES, model.text.vocab_size), jnp.int16, sharding=home)
+    return jax.ShapeDtypeStruct((GRAMMAR_STATES, policy.vocab_size), jnp.int16, sharding=home)
 
 
-def _largest_batch(config: Config, model: Qwen3VLConfig) -> LearnerBatch:
+def _largest_batch(config: Config, policy: ModelPolicy) -> LearnerBatch:
     agent, rl = config.agent, config.rl
     groups = rl.prompts_per_step // rl.minibatches
-    seen = most_vision_tokens(config.data, model.vision, max(config.data.frame_budgets))
+    seen = most_vision_tokens(config.data, policy, max(config.data.frame_budgets))
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
     own = generated_budget(config) + responses
-    main = _batch(config, model, groups * rl.group_size, groups, seen, own)
+    main = _batch(config, policy, groups * rl.group_size, groups, seen, own)
     main = with_what_shaped(main, agent.sampling)
     if not rl.trains_subagents:
         return main
     rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
-    seen = most_vision_tokens(config.data, model.vision, config.data.crop_frames)
-    crops = _batch(config, model, rows, rows, seen, agent.subagent_tokens)
+    seen = most_vision_tokens(config.data, policy, config.data.crop_frames)
+    crops = _batch(config, policy, rows, rows, seen, agent.subagent_tokens)
     crops = with_what_shaped(crops, agent.subagent_sampling)
     return dataclasses.replace(main, subagents=crops)
 
 
 def _batch(
-    config: Config, model: Qwen3VLConfig, rows: int, groups: int, seen: int, own: int
+    config: Config, policy: ModelPolicy, rows: int, groups: int, seen: int, own: int
 ) -> LearnerBatch:
     """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
-    width, taps = model.text.hidden_size, len(model.vision.deepstack_visual_indexes)
+    width = policy.width
     length = -(-(seen * 5 // 4 + 256 + own) // 128) * 128
     integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
     dtype = jnp.dtype(config.model.compute_dtype)
@@ -115,7 +115,7 @@ def _batch(
         grids=None,
         features=VisionFeatures(
             tokens=jnp.zeros((groups, seen, width), dtype),
-            deepstack=jnp.zeros((groups, taps, seen, width), dtype),
+            deepstack=jnp.zeros((groups, policy.deepstack_levels, seen, width), dtype),
         ),
         proximal_log_probs=values if config.rl.updates > 1 else None,
         prompt_lengths=jnp.zeros(rows, jnp.int32),
@@ -124,12 +124,11 @@ def _batch(
     )
 
 
-def most_vision_tokens(data: DataSettings, vision: VisionConfig, frames: int) -> int:
+def most_vision_tokens(data: DataSettings, policy: ModelPolicy, frames: int) -> int:
     """Vision tokens of a prompt of `frames` frames, padded as the learner pads them."""
-    spec = SPECS[data.frames_as](
-        vision.patch_size, vision.spatial_merge_size, vision.temporal_patch_size
-    ).limited(data.min_pixels, data.max_pixels)
-    return spec.group_count(frames) * spec.max_patches // vision.spatial_merge_size**2
+    spec = SPECS[data.frames_as](*policy.patch_sizes)
+    spec = spec.limited(data.min_pixels, data.max_pixels)
+    return spec.group_count(frames) * spec.max_patches // spec.merge_size**2
 
 
 def _report(topology: str, mesh: Mesh, compiled) -> str:

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, NamedSharding
 
+from models import ModelPolicy
 from models.common.prepared import EMBEDDING, HEAD, LAYERS, is_product
-from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, sharding
 from paravt_jax.params import abstract_params
 from paravt_jax.records import Row, VideoRef
@@ -113,7 +113,7 @@ def _caches(config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Iterabl
     return sum(_cache(policy, lane, mesh) for lane in shapes.values())
 
 
-def _cache(policy: Qwen3VLPolicy, lane: Lane, mesh: AnyMesh) -> int:
+def _cache(policy: ModelPolicy, lane: Lane, mesh: AnyMesh) -> int:
     sizes = lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix
     leaves = jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(*sizes)))
     return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in leaves)
