@@ -8,6 +8,8 @@ import traceback
 from collections.abc import Sequence
 from pathlib import Path
 
+from paravt_jax.plugins import is_own_file
+
 ROOT = Path(__file__).resolve().parents[1]
 TRACEBACK = "PARAVT_TRACEBACK"
 """With this variable in the environment, failures keep their traceback."""
@@ -60,12 +62,14 @@ def _is_ours(file: str) -> bool:
 
 
 def _place(error: BaseException) -> str:
-    """The last line of our code on the way to the error."""
-    frames = [f for f in traceback.extract_tb(error.__traceback__) if _is_ours(f.filename)]
-    if not frames:
+    """The last line of our code, or of a file that the user brought, on the way to the error."""
+    frames = traceback.extract_tb(error.__traceback__)
+    known = [f for f in frames if _is_ours(f.filename) or is_own_file(f.filename)]
+    if not known:
         return "outside of this project"
-    last = frames[-1]
-    return f"at {Path(last.filename).relative_to(ROOT)}:{last.lineno} in {last.name}"
+    last = known[-1]
+    file = Path(last.filename).relative_to(ROOT) if _is_ours(last.filename) else last.filename
+    return f"at {file}:{last.lineno} in {last.name}"
 
 
 def _first(error: BaseException) -> str:

@@ -9,6 +9,8 @@ Shapes: b rows, t tokens; index t of every array concerns the token at t.
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import chex
 import jax
@@ -16,6 +18,8 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 
+from paravt_jax.anchors import AnchorFunction
+from paravt_jax.plugins import is_reference, load, named
 from paravt_jax.records import ArrayLike, pytree
 from paravt_jax.surrogates import (
     LEVELS,
@@ -36,6 +40,9 @@ _OF_SURROGATE = {
     "regression": ("regression_eps", "regression_detached"),
 }
 """Settings that act with one surrogate only."""
+Surrogate = Callable[[Float[Array, "b t"], Float[Array, "b t"]], Float[Array, "b t"]]
+"""A surrogate of your own: the loss of each token, from the ratio pi / proximal and the advantage
+(0 where not trained). Only the ratio has a gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,8 +60,9 @@ class ObjectiveConfig:
     ratio: str = "token"
     """One ratio per "token", or one per row: the geometric mean of its tokens' ("sequence", GSPO),
     or their product ("trajectory", RLOO). See `surrogates.log_ratios`."""
-    surrogate: str = "clip"
-    """PPO's "clip", the smooth gate of SAPO ("soft"), or the "regression" of DeepVideo-R1."""
+    surrogate: str | Surrogate = "clip"
+    """PPO's "clip", the smooth gate of SAPO ("soft"), the "regression" of DeepVideo-R1, or a
+    function of your own (`Surrogate`), as `path/to/file.py:name` or `package.module:name`."""
     soft_positive: float | int = 1.0
     """Temperature of the soft gate where the advantage is positive."""
     soft_negative: float | int = 1.05
@@ -67,11 +75,13 @@ class ObjectiveConfig:
     """Weight of the divergence from the reference inside the loss."""
     kl_estimator: str = "k3"
     """One of "k1", "k2", "k3", see `divergence`; k1 has no useful gradient inside a loss."""
-    anchor: str = "sequence"
+    anchor: str | AnchorFunction = "sequence"
     """Where the format anchor acts. "sequence": in the reward. "position": in the advantages of
-    structural tokens. "logprob": as their likelihood in the loss, which alone is done here."""
+    structural tokens. "logprob": as their likelihood in the loss, which alone is done here. Or in
+    advantages as a function of your own says, given as `path/to/file.py:name` or
+    `package.module:name`; see `paravt_jax.anchors`."""
     anchor_weight: float | int = 0.0
-    """Weight of the "logprob" anchor."""
+    """Weight of the "logprob" anchor, or of your own."""
     anchor_paired_only: bool = False
     """Let the anchors at "position" and "logprob" act only on tags that are opened and closed as
     they should be (`structure`), instead of on every tag that was written."""
@@ -83,6 +93,8 @@ class ObjectiveConfig:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning."""
+        for name in ("surrogate", "anchor"):
+            object.__setattr__(self, name, named(getattr(self, name), name))
         _check_range("clip_low", self.clip_low, 0.0, 1.0)
         for name in ("clip_high", "kl_weight", "anchor_weight"):
             _check_range(name, getattr(self, name), 0.0)
@@ -92,11 +104,23 @@ class ObjectiveConfig:
         _check_range("dual_clip", self.dual_clip, 1.0)
         _check_range("behaviour_cap", self.behaviour_cap, 1e-6)
         _check_choice("ratio", self.ratio, LEVELS)
-        _check_choice("surrogate", self.surrogate, tuple(_OF_SURROGATE))
+        if not self.own_surrogate:
+            _check_choice("surrogate", str(self.surrogate), tuple(_OF_SURROGATE))
         _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        _check_choice("anchor", self.anchor, ("sequence", "position", "logprob"))
+        if not self.own_anchor:
+            _check_choice("anchor", str(self.anchor), ("sequence", "position", "logprob"))
         _check_choice("aggregation", self.aggregation, ("token", "sequence", "constant"))
         _check_together(self)
+
+    @property
+    def own_surrogate(self) -> bool:
+        """Whether the surrogate is a function of the user's."""
+        return is_reference(str(self.surrogate))
+
+    @property
+    def own_anchor(self) -> bool:
+        """Whether the anchor is a function of the user's."""
+        return is_reference(str(self.anchor))
 
 
 @pytree
@@ -167,11 +191,9 @@ def policy_loss(
 
     Args:
         log_probs: of the policy that is trained; the only argument with a gradient.
-        proximal: of the policy at the beginning of the step.
-        behaviour: of the sampler.
+        proximal, behaviour: of the policy at the beginning of the step, and of the sampler.
         advantages: per token; averaged over a row's tokens unless `config.ratio == "token"`.
-        mask: weight of each token, 0 where not trained. What stands there is never looked at,
-            not even if it is NaN.
+        mask: weight of each token, 0 where not trained; what stands there, NaN too, is not seen.
         config: which objective.
         reference: of the frozen policy; needed if `config.kl_weight` is not 0.
         structure: nonzero on structural tokens; needed for anchor="logprob".
@@ -181,7 +203,7 @@ def policy_loss(
 
     Returns:
         `(loss_sum, count, metrics)`: divide the sum of sums by the sum of counts, see `aggregate`.
-        An empty mask gives a sum of 0, a count of 0 and gradients of 0.
+        An empty mask gives 0 for all, and for gradients.
 
     Raises:
         ValueError: `config` needs an argument that is None, or groups do not fill the rows.
@@ -193,33 +215,47 @@ def policy_loss(
     weight = jnp.asarray(mask, jnp.float32)
     trained = weight > 0
     log_probs = _within(trained, log_probs)
-    proximal, behaviour, advantages = (
-        stop_gradient(_within(trained, x)) for x in (proximal, behaviour, advantages)
-    )
+    fixed = functools.partial(_fixed, trained)
+    proximal, behaviour, advantages = map(fixed, (proximal, behaviour, advantages))
+    reference = None if reference is None else fixed(reference)
     if config.ratio != "token":
         advantages = row_mean(advantages, weight)
+    policies = log_probs, proximal, behaviour
+    loss, watched = _token_losses(*policies, advantages, weight, config, reference, group_size)
+    if config.anchor == "logprob" and structure is not None:
+        loss -= config.anchor_weight * (jnp.asarray(structure) > 0) * log_probs
+    entropy = jnp.zeros_like(loss) if entropy is None else jnp.asarray(entropy)
+    metrics = _metrics(trained, entropy=entropy, **watched)
+    return *aggregate(loss, weight, config.aggregation, config.constant_length), metrics
+
+
+def _token_losses(
+    log_probs: Float[Array, "b t"],
+    proximal: Float[Array, "b t"],
+    behaviour: Float[Array, "b t"],
+    advantages: Float[Array, "b t"],
+    weight: Float[Array, "b t"],
+    config: ObjectiveConfig,
+    reference: Float[Array, "b t"] | None,
+    group_size: int | None,
+) -> tuple[Float[Array, "b t"], dict[str, Shaped[Array, "b t"]]]:
+    """Surrogate and divergence of each token, and what to watch of them."""
     log_ratio = log_ratios(log_probs, proximal, weight, config.ratio)
     surrogate, clip, dual_clip = _surrogate(log_ratio, advantages, weight, config, group_size)
     importance, kept = behaviour_weights(proximal, behaviour, config.behaviour_cap)
     loss = surrogate * importance
     kl = jnp.zeros_like(loss)
     if reference is not None:
-        reference = stop_gradient(_within(trained, reference))
         kl = divergence(log_probs, reference, config.kl_estimator)
         loss += config.kl_weight * kl
-    if config.anchor == "logprob" and structure is not None:
-        loss -= config.anchor_weight * (jnp.asarray(structure) > 0) * log_probs
-    metrics = _metrics(
-        trained,
-        ratio=safe_exp(log_ratio),
-        clipped=clip,
-        dual_clipped=dual_clip,
-        dropped=~kept,
-        kl=kl,
-        entropy=jnp.zeros_like(loss) if entropy is None else jnp.asarray(entropy),
-        gap=jnp.abs(proximal - behaviour),
-    )
-    return *aggregate(loss, weight, config.aggregation, config.constant_length), metrics
+    return loss, {
+        "ratio": safe_exp(log_ratio),
+        "clipped": clip,
+        "dual_clipped": dual_clip,
+        "dropped": ~kept,
+        "kl": kl,
+        "gap": jnp.abs(proximal - behaviour),
+    }
 
 
 def aggregate(
@@ -302,6 +338,10 @@ def _within(trained: Shaped[Array, "b t"], values: ArrayLike) -> Float[Array, "b
     return jnp.where(trained, jnp.asarray(values, jnp.float32), 0.0)
 
 
+def _fixed(trained: Shaped[Array, "b t"], values: ArrayLike) -> Float[Array, "b t"]:
+    return stop_gradient(_within(trained, values))
+
+
 def _surrogate(
     log_ratio: Float[Array, "b t"],
     advantages: Float[Array, "b t"],
@@ -312,13 +352,27 @@ def _surrogate(
     """Loss per token, where the clip binds, and where the dual clip binds."""
     if config.surrogate == "clip":
         return clipped(log_ratio, advantages, config.clip_low, config.clip_high, config.dual_clip)
-    if config.surrogate == "soft":
+    if config.own_surrogate:
+        loss = _own_loss(str(config.surrogate), safe_exp(log_ratio), advantages)
+    elif config.surrogate == "soft":
         loss = soft_gated(log_ratio, advantages, config.soft_positive, config.soft_negative)
     else:
         eps, detached = config.regression_eps, config.regression_detached
         loss = regressed(log_ratio, advantages, weight, group_size or 1, eps, detached)
     never = jnp.zeros(loss.shape, bool)
     return loss, never, never
+
+
+def _own_loss(
+    surrogate: str, ratio: Float[Array, "b t"], advantages: Float[Array, "b t"]
+) -> Float[Array, "b t"]:
+    loss = load(surrogate)(ratio, advantages)
+    if not isinstance(loss, jax.Array) or loss.shape != ratio.shape:
+        raise ValueError(
+            f"objective.surrogate={surrogate} returned {jnp.shape(loss)} for ratios of "
+            f"{ratio.shape}; return one loss per token"
+        )
+    return loss.astype(jnp.float32)
 
 
 def _metrics(

@@ -12,9 +12,12 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+
+_RUN: set[str] = set()
 
 
 def is_reference(text: str) -> bool:
@@ -59,6 +62,21 @@ def reference(thing: Any) -> str:
     return f"{Path(file).resolve()}:{name}"
 
 
+def named(value: str | Callable[..., Any], setting: str) -> str:
+    """What a setting keeps of its value: one of our own choices as it is, anything of the user's
+    by a name that holds in every folder and process.
+
+    Raises:
+        ValueError: naming the setting, if nothing can be found by that name.
+    """
+    try:
+        if isinstance(value, str):
+            return reference(load(value)) if ":" in value else value
+        return reference(value)
+    except ValueError as error:
+        raise ValueError(f"{setting}={error}") from error
+
+
 def _from_file(path: str) -> ModuleType:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
@@ -73,7 +91,13 @@ def _from_file(path: str) -> ModuleType:
     return _run(file)
 
 
+def is_own_file(path: str) -> bool:
+    """Whether `load` ran this file: what fails in it is told with its place."""
+    return path in _RUN
+
+
 def _run(file: Path) -> ModuleType:
+    _RUN.add(str(file))
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None

@@ -19,12 +19,12 @@ import warnings
 from collections import Counter
 
 from paravt_jax.protocol import crop_window, parse_tool_calls, parses_strictly
-from paravt_jax.rewards import SCHEMES, RewardRules, ranges, score
+from paravt_jax.rewards import RewardRules, ranges, scheme_names, score
 
 CASES = pathlib.Path(__file__).parent / "data" / "reference_cases"
 FORBIDDEN = ("open", "exec", "import", "subprocess.", "socket.", "os.", "shutil.", "ctypes.")
 """Audit events: running compiled code is "exec", evaluating text would be "compile" and "exec"."""
-WAYS = [("tool_call", "strict"), ("tool_call", "repair"), ("grounding", "strict")]
+WAYS = ("tool_call", "grounding")
 DURATION = 64.0
 GOOD = (
     '<think>\nI look at two parts.\n</think>\n<tool_call>\n{"name": "crop_video", "arguments": '
@@ -52,7 +52,7 @@ PIECES = [
 ]
 ANSWERS = [("red", "oe"), ("B", "mcq"), ("36 to 40", "tvg"), ("", "oe"), ("1.2.3, 5", "tvg")]
 RULES = [
-    *(RewardRules(scheme=scheme) for scheme in SCHEMES),
+    *(RewardRules(scheme=scheme) for scheme in scheme_names()),
     RewardRules(answer_suffix=False, anchor_weight=0.0, mode="exact"),
     RewardRules(compat="reference"),
 ]
@@ -89,8 +89,8 @@ def _noise(dice: random.Random) -> str:
 
 def check_parser(text: str, seen: Counter) -> None:
     """Every way of reading calls gives calls, and every call a window or words."""
-    for syntax, mode in WAYS:
-        for call in parse_tool_calls(text, mode=mode, syntax=syntax):
+    for syntax in WAYS:
+        for call in parse_tool_calls(text, syntax=syntax):
             outcome = crop_window(call, DURATION)
             assert isinstance(outcome, str) or 0 <= outcome[0] < outcome[1] <= DURATION
             seen["errors" if isinstance(outcome, str) else "windows"] += 1

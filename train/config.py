@@ -127,10 +127,6 @@ def _check_choices(config: Config) -> None:
             raise ValueError(f"{name}={value!r} is unknown; choose one of {', '.join(allowed)}")
 
 
-SYNTAX_OF = {"longvt": "tool_call", "vital": "tool_call", "video_o3": "grounding"}
-"""The call syntax that a scheme of rewards asks for; others take any, or know no calls."""
-
-
 def _check_cross(config: Config) -> None:
     budgets, kinds = config.data.frame_budgets, config.data.question_types
     if not budgets:
@@ -148,11 +144,11 @@ def _check_cross(config: Config) -> None:
             raise ValueError(named) from error
     agent_tools(config.agent)  # refuses names that no tool has
     _check_data(config.data)
-    syntax, scheme = config.agent.call_syntax, config.rewards.scheme
-    if SYNTAX_OF.get(scheme, syntax) != syntax:
+    syntax, judged = config.agent.call_syntax, config.rewards.definition.call_syntax
+    if judged not in (None, syntax):
         raise ValueError(
-            f"rewards.scheme={scheme} judges calls in agent.call_syntax={SYNTAX_OF[scheme]}, and "
-            f"the agent writes {syntax}; set one of them to fit"
+            f"rewards.scheme={config.rewards.scheme} judges calls in agent.call_syntax={judged}, "
+            f"and the agent writes {syntax}; set one of them to fit"
         )
     _check_lora(config.model)
     (_check_rl if config.stage is Stage.RL else _check_sft)(config)
@@ -276,20 +272,22 @@ def _check_anchor(config: Config) -> None:
             f"rewards.format_weight=0 or another scheme than paravt (rewards.scheme="
             f"{rewards.scheme}); set objective.anchor=sequence"
         )
-    if (objective.anchor == "logprob") != bool(objective.anchor_weight):
+    instead = objective.anchor == "logprob" or objective.own_anchor
+    if instead != bool(objective.anchor_weight):
         raise ValueError(
             f"objective.anchor={objective.anchor} with objective.anchor_weight="
-            f"{objective.anchor_weight}: anchor=logprob and a weight above 0 go together"
+            f"{objective.anchor_weight}: anchor=logprob or one of your own, and a weight above 0, "
+            "go together"
         )
-    if objective.anchor == "logprob" and rewards.anchor_share:
+    if instead and rewards.anchor_share:
         raise ValueError(
-            "objective.anchor=logprob takes the place of the anchor in the reward; set "
+            f"objective.anchor={objective.anchor} takes the place of the anchor in the reward; set "
             f"rewards.anchor_weight={rewards.anchor_weight} to 0"
         )
-    if objective.anchor == "sequence" and objective.anchor_paired_only:
+    if objective.anchor not in ("position", "logprob") and objective.anchor_paired_only:
         raise ValueError(
-            "objective.anchor_paired_only has no effect with objective.anchor=sequence, which "
-            "knows no positions; leave it out"
+            f"objective.anchor_paired_only has no effect with objective.anchor={objective.anchor}, "
+            "which does not read it; leave it out"
         )
 
 

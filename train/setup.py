@@ -49,7 +49,7 @@ from train.methods.length_penalty import LengthPenalty
 from train.model import ModelSettings
 from train.recipes.needle import NEEDLE_MODEL
 from train.report.steps import StepReport
-from train.rl.anchor import Anchor
+from train.rl.anchor import Anchor, OwnAnchor
 from train.rl.batches import BatchShapes, RolloutBatches
 from train.rl.learner import Learner, rl_step
 from train.rl.loop import Resumable, Rollouts, RolloutSource, Sample, ScoredRollouts, TellsMetrics
@@ -145,10 +145,8 @@ def open_learner(
       reference: the trainable weights of the policy that KL is measured from.
       table: that of the engine's automata, needed if a grammar constrains what it draws.
     """
-    rl, objective, agent = config.rl, config.objective, config.agent
-    only_paired = objective.anchor_paired_only
-    anchor = Anchor(config.advantages, agent.call_syntax, only_paired, tags, mesh)
-    weight = config.rewards.anchor_share if objective.anchor == "position" else None
+    rl, agent = config.rl, config.agent
+    anchor, weight = open_anchor(config, tags, mesh)
     return Learner(
         open_rl_step(config, policy, optimizer),
         rl,
@@ -157,6 +155,16 @@ def open_learner(
         reference,
         table,
     )
+
+
+def open_anchor(config: Config, tags: TagTable, mesh: Mesh) -> tuple[Anchor, float | None]:
+    """The format anchor, and its weight at structural tags; None where it acts elsewhere."""
+    objective, syntax = config.objective, config.agent.call_syntax
+    arguments = config.advantages, syntax, objective.anchor_paired_only, tags, mesh
+    if objective.own_anchor:
+        return OwnAnchor(str(objective.anchor), *arguments), objective.anchor_weight
+    weight = config.rewards.anchor_share if objective.anchor == "position" else None
+    return Anchor(*arguments), weight
 
 
 def open_rl_step(

@@ -15,6 +15,7 @@ from paravt_jax.rewards.metrics import (
 )
 from paravt_jax.rewards.verdicts import Judge, judge_message, verdict
 
+_TURN_BREAK = re.compile(r"<\|im_end\|>|(?:(?<=</tool_call>)|(?<=</grounding>))\s*(?=<think>)")
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)
 _TOOL_BLOCK = re.compile(
     r"<(tool_call|tool_code|grounding|tool_response)>.*?(?:</\1>|\Z)", re.DOTALL
@@ -22,6 +23,12 @@ _TOOL_BLOCK = re.compile(
 ANY_TAG = re.compile(
     r"</?(?:think|answer|tool_call|tool_code|grounding|tool_response)>|<\|im_\w+\|>"
 )
+
+
+def split_turns(completion: str) -> list[str]:
+    """Assistant turns of a completion: apart at `<|im_end|>`, and where a new `<think>` follows a
+    closed call. Pieces of white space are no turns."""
+    return [turn for turn in _TURN_BREAK.split(completion) if turn.strip()]
 
 
 def answer_bodies(turn: str) -> list[str]:

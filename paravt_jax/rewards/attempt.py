@@ -17,6 +17,8 @@ class Attempt:
 
     turns: tuple[str, ...]
     """Assistant turns, forced prefixes included."""
+    completion: str
+    """The same as one text."""
     answer: str
     """Ground truth: words, an option letter, or an interval in seconds."""
     question_type: str = "oe"
@@ -33,6 +35,8 @@ class Attempt:
     """Tool calls that ran to a result, counted by the workflow."""
     progress: float = 1.0
     """Share of the training that is done, in [0, 1]."""
+    mode: str = "f1"
+    """How an open answer that differs from the ground truth is judged, see `RewardRules.mode`."""
     judge: Judge | None = None
     """Asked about open answers if the mode is "llm"."""
 
@@ -52,8 +56,10 @@ class Attempt:
             return self.executed_calls
         return self.executed_calls - stale_calls(self.calls[: self.executed_calls], fresh_seconds)
 
-    def accuracy(self, mode: str, question_type: str | None = None) -> float:
-        """How right the answer is, in [0, 1]; open answers by `RewardRules.mode`."""
+    def accuracy(self, mode: str | None = None, question_type: str | None = None) -> float:
+        """How right the answer is, in [0, 1]; by default as the settings of the rewards ask for,
+        and as the question is typed."""
+        mode = self.mode if mode is None else mode
         kind = self.question_type if question_type is None else question_type
         if mode == "llm" and kind not in ("mcq", "tvg"):
             return judged_accuracy(self.judge, self.question, self.found, self.answer)

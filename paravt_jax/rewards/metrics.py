@@ -8,7 +8,6 @@ from collections import Counter
 from collections.abc import Iterator
 
 from paravt_jax.protocol import parse_seconds
-from paravt_jax.rewards.rules import f1, interval_iou
 
 _LONGEST_ANSWER = 4000
 """Characters of an answer that are read; bounds the time of every search below."""
@@ -146,3 +145,19 @@ def _seconds(time: str, unit: str | None) -> float | None:
     seconds = parse_seconds(time)
     minutes = unit is not None and unit.lower().startswith("m") and ":" not in time
     return seconds * 60 if minutes and seconds is not None else seconds
+
+
+def f1(common: int, predicted: int, expected: int) -> float:
+    """Harmonic mean of `common / predicted` and `common / expected`; 0 without common words."""
+    if not common:
+        return 0.0
+    precision, recall = common / predicted, common / expected
+    return 2 * precision * recall / (precision + recall)
+
+
+def interval_iou(a: tuple[float, float], b: tuple[float, float]) -> float:
+    """Intersection over union of two intervals; 0 if one of them is empty or reversed."""
+    if a[1] <= a[0] or b[1] <= b[0]:
+        return 0.0
+    intersection = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
+    return intersection / ((a[1] - a[0]) + (b[1] - b[0]) - intersection)

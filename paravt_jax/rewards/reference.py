@@ -1,6 +1,6 @@
 """The rewards of the ParaVT release (commit cf55249), faults included.
 
-For comparison and for reproducing its curves; `paravt_jax.rewards.fixed` is what trains.
+For comparison and for reproducing its curves; `paravt_jax.rewards.schemes.paravt` corrects them.
 Tags are case-sensitive and matched without greed, over lines.
 """
 
@@ -10,6 +10,8 @@ import json
 import re
 
 from paravt_jax import protocol
+from paravt_jax.rewards.attempt import Attempt
+from paravt_jax.rewards.metrics import f1, interval_iou
 from paravt_jax.rewards.rules import (
     ANCHOR,
     THINK_MIN_CHARS,
@@ -17,8 +19,6 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
-    f1,
-    interval_iou,
     total_range,
     turn_anchor,
 )
@@ -52,23 +52,17 @@ def ranges(rules: RewardRules) -> Ranges:
     return total_range(rules, parts) | {"anchor": ANCHOR, "task": bare["task"]}
 
 
-def score(
-    completion: str,
-    answer: str,
-    question_type: str,
-    rules: RewardRules,
-    question: str,
-    judge: Judge | None,
-) -> RewardBreakdown:
-    """Accuracy + format_weight * format + tool, as released.
+def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
+    """Accuracy + format_weight * format + tool, as released: tool use is read from the text.
 
     Raises:
         ValueError: an interval holds something like "1.2.3".
     """
+    completion = attempt.completion
     if completion.count(protocol.TURN_START) >= 5 and len(completion) < 300:
         return RewardBreakdown(0.0, 0.0, 0.0, 0.0)
     found = extract_answer(completion)
-    accuracy = _accuracy(found, answer, question_type, rules, question, judge)
+    accuracy = _accuracy(found, attempt)
     form, tool = format_score(completion, rules), tool_score(completion, accuracy)
     base = format_score(completion, rules, with_anchor=False)
     return RewardBreakdown(
@@ -79,12 +73,6 @@ def score(
         anchor=_anchor(completion),
         task=accuracy + rules.format_weight * base + tool,
     )
-
-
-def question_of(prompt: str) -> str:
-    """The question that the release shows to its judge: what follows the last picture."""
-    after = prompt.rpartition("<|vision_end|>")
-    return after[2].partition(protocol.TURN_END)[0].strip() if after[1] else ""
 
 
 def extract_answer(completion: str) -> str:
@@ -188,26 +176,20 @@ def tool_score(completion: str, accuracy: float) -> float:
     return min(base + 0.5 * (accuracy > 0), 1.0)
 
 
-def _accuracy(
-    found: str,
-    answer: str,
-    question_type: str,
-    rules: RewardRules,
-    question: str,
-    judge: Judge | None,
-) -> float:
+def _accuracy(found: str, attempt: Attempt) -> float:
+    answer = attempt.answer
     if not found or not answer:
         return 0.0
     if normalize_text(found) == normalize_text(answer):
         return 1.0
-    if question_type == "mcq":
+    if attempt.question_type == "mcq":
         return compute_mcq_acc(found, answer)
-    if question_type == "tvg":
+    if attempt.question_type == "tvg":
         return compute_temporal_iou(found, answer)
-    if rules.mode == "exact":
+    if attempt.mode == "exact":
         return 0.0
-    if rules.mode == "llm" and judge is not None:
-        return _judged(judge, question, found, answer)
+    if attempt.mode == "llm" and attempt.judge is not None:
+        return _judged(attempt.judge, attempt.question, found, answer)
     return compute_f1(found, answer)
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-from paravt_jax.rewards.rules import f1
+from paravt_jax.rewards.metrics import f1
 
 _WORD = re.compile(r"[^\W_]+")
 _MOST_WORDS = 400

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
 import math
-from collections.abc import Mapping
+import pkgutil
+from collections.abc import Callable, Mapping, Sequence
 
+from paravt_jax.plugins import is_reference, named
+from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.judge import JudgeSettings
 
 THINK_MIN_CHARS = 10
 """Shortest stripped thought that counts as one."""
 
 
-SCHEMES = ("paravt", "longvt", "vital", "deepvideo_r1", "video_o3", "visd")
-"""Systems whose rewards are known."""
-
 _CHOICES = {
-    "scheme": SCHEMES,
     "compat": ("fixed", "reference"),
     "mode": ("f1", "precise", "exact", "llm"),
     "window_term": ("iou", "recall", "tool", "none"),
 }
-_READERS = {
-    "compat": ("paravt", "longvt", "vital", "video_o3"),
-    "answer_suffix": ("paravt",),
-    "anchor_weight": ("paravt",),
-    "mode": ("paravt", "longvt", "video_o3"),
-    "tool_base": ("paravt",),
-    "tool_bonus": ("paravt",),
-    "fresh_seconds": ("paravt", "vital"),
-    "window_term": ("longvt",),
-    "iou_scale": ("vital",),
-    "grounded": ("vital", "deepvideo_r1", "visd"),
-}
-"""Schemes that read a setting; all of them where it is not listed."""
+_SCHEMES = "paravt_jax.rewards.schemes"
+_OF_ALL = ("scheme", "format_weight", "judge")
+"""Settings that all schemes read; of the others, those that `Scheme.reads` names."""
 
 
-def _any_of(names: tuple[str, ...]) -> str:
+def _any_of(names: Sequence[str]) -> str:
     *others, last = names
     return f"{', '.join(others)} or {last}" if others else last
 
@@ -47,8 +38,9 @@ class RewardRules:
 
     compat: str = "fixed"
     """The corrected rewards, "fixed", or those of the release, "reference"."""
-    scheme: str = "paravt"
-    """Whose rewards: one of `SCHEMES`. Each is a module of this package and says what it reads."""
+    scheme: str | Callable[..., Mapping[str, float]] = "paravt"
+    """Whose rewards: a module of `paravt_jax.rewards.schemes`, which says what it reads, or a
+    function of your own (`reward_terms`), as `path/to/file.py:name` or `package.module:name`."""
     answer_suffix: bool = True
     """Whether the answer carries more of the format score than the thinking."""
     anchor_weight: float | int = 0.5
@@ -82,6 +74,7 @@ class RewardRules:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning."""
+        object.__setattr__(self, "scheme", named(self.scheme, "scheme"))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_any_of(known)}")
@@ -92,16 +85,23 @@ class RewardRules:
         self._check_use()
 
     @property
+    def definition(self) -> Scheme:
+        """How a rollout is scored."""
+        return find_scheme(str(self.scheme))
+
+    @property
     def anchor_share(self) -> float:
         """Weight of the anchor in the total; 0 for schemes that have none."""
-        own = self.scheme in _READERS["anchor_weight"]
+        own = "anchor_weight" in self.definition.reads
         return self.anchor_weight * self.format_weight if own else 0.0
 
     def _check_use(self) -> None:
         """Refuse settings that the scheme does not read."""
+        own = (*_OF_ALL, *self.definition.reads)
         for field in dataclasses.fields(self):
-            readers, value = _READERS.get(field.name, SCHEMES), getattr(self, field.name)
-            if self.scheme not in readers and value != field.default:
+            value = getattr(self, field.name)
+            if field.name not in own and value != field.default:
+                readers = [name for name in scheme_names() if _reads(name, field.name)]
                 raise ValueError(
                     f"{field.name}={value} has no effect with scheme={self.scheme}, only with "
                     f"{_any_of(readers)}; leave it out"
@@ -150,6 +150,48 @@ class RewardBreakdown:
 
 Ranges = dict[str, tuple[float, float]]
 """Least and greatest value of each term of a breakdown, by the names of `as_dict`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Scheme:
+    """Whose rewards: how a rollout is scored by them."""
+
+    score: Callable[[Attempt, RewardRules], RewardBreakdown]
+    ranges: Callable[[RewardRules], Ranges]
+    """Least and greatest value that `score` can give each term."""
+    reads: tuple[str, ...] = ()
+    """The settings of `RewardRules` that act here, besides those that act everywhere."""
+    call_syntax: str | None = None
+    """The only syntax whose calls it judges, a name of `protocol.SYNTAXES`; None takes any."""
+
+
+def scheme_names() -> tuple[str, ...]:
+    """The schemes of this package."""
+    folder = importlib.import_module(_SCHEMES)
+    return tuple(module.name for module in pkgutil.iter_modules(folder.__path__))
+
+
+@functools.cache
+def find_scheme(name: str) -> Scheme:
+    """The scheme of a name, or of a function that `plugins.load` finds.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if is_reference(name):
+        # The adapter of such functions is made of what this module defines.
+        return importlib.import_module("paravt_jax.rewards.own").scheme_of(name)
+    if name not in scheme_names():
+        raise ValueError(
+            f"scheme={name!r} is unknown; use {_any_of(scheme_names())}, or a function of your own "
+            "as path/to/file.py:name"
+        )
+    return importlib.import_module(f"{_SCHEMES}.{name}").SCHEME
+
+
+def _reads(scheme: str, setting: str) -> bool:
+    return setting in find_scheme(scheme).reads
+
 
 UNIT = (0.0, 1.0)
 """The range of a share."""
@@ -206,19 +248,3 @@ def turn_anchor(opened: bool, closed: bool, thinks: bool, acts: bool) -> TurnAnc
     not, and a call or an answer or not."""
     thinking = 0.4 * (closed and thinks) - 0.3 * (opened and not closed)
     return TurnAnchor(thinking, 0.3 * (closed and thinks and acts))
-
-
-def f1(common: int, predicted: int, expected: int) -> float:
-    """Harmonic mean of `common / predicted` and `common / expected`; 0 without common words."""
-    if not common:
-        return 0.0
-    precision, recall = common / predicted, common / expected
-    return 2 * precision * recall / (precision + recall)
-
-
-def interval_iou(a: tuple[float, float], b: tuple[float, float]) -> float:
-    """Intersection over union of two intervals; 0 if one of them is empty or reversed."""
-    if a[1] <= a[0] or b[1] <= b[0]:
-        return 0.0
-    intersection = max(0.0, min(a[1], b[1]) - max(a[0], b[0]))
-    return intersection / ((a[1] - a[0]) + (b[1] - b[0]) - intersection)

@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.advantages import group_advantages, shape_rewards, token_advantages, whiten
+from paravt_jax.advantages import group_advantages, kl_to_go, shape_rewards, whiten
 from paravt_jax.objectives import ObjectiveConfig, divergence, policy_loss
-from paravt_jax.protocol import parse_tool_calls
+from paravt_jax.protocol import TURN_END, parse_tool_calls
 from paravt_jax.rewards import RewardRules, reference, score
 
 CASES = pathlib.Path(__file__).parents[1] / "data" / "reference_cases"
@@ -86,6 +86,12 @@ def rules_of(case):
     )
 
 
+def question_of(prompt):
+    """What the release shows to its judge: what follows the last picture."""
+    after = prompt.rpartition("<|vision_end|>")
+    return after[2].partition(TURN_END)[0].strip() if after[1] else ""
+
+
 def scored(case, messages):
     def judge(message):
         messages.append(message)
@@ -98,7 +104,7 @@ def scored(case, messages):
         case["answer"],
         case["question_type"],
         rules_of(case),
-        question=reference.question_of(case["prompt"]),
+        question=question_of(case["prompt"]),
         judge=judge,
     )
 
@@ -172,18 +178,15 @@ def advantages_of(name):
         bias=params["reward_bias"],
         clip=params["reward_clip"],
     )
-    return token_advantages(
-        group_advantages(rewards).reshape(-1),
-        array(name, "in", "loss_mask"),
-        behaviour=array(name, "in", "logprobs"),
-        reference=np.roll(array(name, "in", "ref_logp"), 1, axis=1),
-        lengths=array(name, "in", "attention_mask").sum(axis=1),
-        kl_weight=params["kl_ctl"],
-        kl_estimator=params["kl_estimator"],
-        discount=params["discount"],
-        gae_lambda=params["gae_lambda"],
-        whiten_tokens=params["adv_norm"] is not None,
-    )
+    assert params["discount"] == params["gae_lambda"] == 1.0
+    generated = array(name, "in", "loss_mask") > 0
+    # R6: the release puts the reward on the last token, and loses it if that was not generated.
+    last = array(name, "in", "attention_mask").sum(axis=1) - 1
+    kept = group_advantages(rewards).reshape(-1) * generated[np.arange(len(generated)), last]
+    policies = array(name, "in", "logprobs"), np.roll(array(name, "in", "ref_logp"), 1, axis=1)
+    penalty = kl_to_go(generated, *policies, params["kl_estimator"])
+    advantages = kept[:, None].astype(np.float32) * generated - params["kl_ctl"] * penalty
+    return whiten(advantages, generated) if params["adv_norm"] is not None else advantages
 
 
 @ppo("adv_")

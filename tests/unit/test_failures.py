@@ -10,6 +10,7 @@ import pytest
 
 from paravt_jax.failures import explain
 from paravt_jax.mesh import parse_mesh
+from paravt_jax.plugins import load
 from train import main, run
 from train.checks import memory_remedies
 from train.recipes import get_recipe
@@ -60,6 +61,13 @@ def test_a_device_without_memory_says_which_settings_help():
     line = explain(failure(too_large), memory_remedies(get_recipe("needle_rl")))
     assert "out of memory" in line and "rl.micro_groups than 2" in line and "\n" not in line
     assert "model.remat=true" in line and "PARAVT_TRACEBACK=1" in line
+
+
+def test_what_fails_in_a_users_file_is_told_with_its_place(tmp_path):
+    file = tmp_path / "mine.py"
+    file.write_text("def reward(attempt):\n    return {}['accuracy']\n")
+    line = explain(failure(lambda: load(f"{file}:reward")(None)))
+    assert line.startswith("KeyError: 'accuracy'") and f"at {file}:2 in reward" in line
 
 
 def test_remedies_are_those_that_are_not_taken():

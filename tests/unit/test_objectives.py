@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from examples.cispo import cispo
 from paravt_jax.objectives import (
     ObjectiveConfig,
     aggregate,
@@ -77,6 +78,37 @@ def test_soft_gate_is_ppo_to_first_order():
         slope = gradient(ObjectiveConfig(surrogate="soft"), arrays)
         assert float(slope[0, 0]) == pytest.approx(-advantage, rel=1e-6)
     assert one_token(50.0, 1.0, surrogate="soft") == pytest.approx(-4.0, rel=1e-6)
+
+
+def ppo(ratio, advantages):
+    """`surrogates.clipped`, as a user may write it."""
+    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 0.8, 1.2))
+
+
+def test_a_surrogate_of_ones_own_takes_the_place_of_ours():
+    own, arrays = ObjectiveConfig(surrogate=ppo), batch()
+    assert own.surrogate == f"{__file__}:ppo"
+    np.testing.assert_array_equal(mean_loss(own, arrays), mean_loss(ObjectiveConfig(), arrays))
+    expected = gradient(ObjectiveConfig(), arrays)
+    np.testing.assert_array_equal(gradient(own, arrays), expected)
+
+
+@pytest.mark.parametrize("ratio", [0.1, 1.0, 3.0, 50.0])
+@pytest.mark.parametrize("advantage", [2.0, -1.0])
+def test_cispo_clips_the_weight_and_never_the_gradient(ratio, advantage):
+    """MiniMax-M1, arXiv 2506.13585, equation 4: min(q, 5) A is what multiplies grad log pi."""
+    arrays = [np.full((1, 1), x, np.float32) for x in (np.log(ratio), 0.0, 0.0, advantage, 1.0)]
+    slope = gradient(ObjectiveConfig(surrogate=cispo), arrays)
+    np.testing.assert_allclose(slope, [[-min(ratio, 5.0) * advantage]], rtol=1e-5)
+
+
+def one_per_row(ratio, advantages):
+    return (ratio * advantages).sum(axis=1)
+
+
+def test_a_loss_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"objective\.surrogate=.*one_per_row returned \(6,\)"):
+        policy_loss(*batch(), ObjectiveConfig(surrogate=one_per_row))
 
 
 def test_at_the_proximal_policy_the_gradient_is_the_policy_gradient():
@@ -260,6 +292,7 @@ ALL = [
     ObjectiveConfig(ratio="trajectory", kl_weight=0.1, kl_estimator="k1"),
     ObjectiveConfig(**REGRESSION, kl_weight=0.1, kl_estimator="k2"),
     ObjectiveConfig(**{**REGRESSION, "ratio": "sequence"}, regression_detached=False),
+    ObjectiveConfig(surrogate=cispo),
 ]
 every = pytest.mark.parametrize("config", ALL)
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from paravt_jax.advantages import rollout_advantages
-from paravt_jax.plugins import is_reference, load, reference
+from paravt_jax.plugins import is_reference, load, named, reference
 
 ROOT = Path(__file__).resolve().parents[2]
 MINE = """
@@ -88,3 +88,17 @@ def test_mistakes_are_named(mine, text, said):
 def test_references_are_told_from_names():
     assert is_reference("mine.py:zoom") and is_reference("a.b:c")
     assert not is_reference("crop_video") and not is_reference(":x") and not is_reference("a:b c")
+
+
+def test_a_setting_keeps_our_choices_and_names_what_is_the_users(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text("def reward(attempt):\n    return {}\n\n\nnameless = lambda: 1\n")
+    monkeypatch.chdir(tmp_path)
+    kept = named("mine.py:reward", "rewards.scheme")
+    assert kept == f"{file.resolve()}:reward"
+    monkeypatch.chdir("/")
+    assert named(load(kept), "rewards.scheme") == kept
+    assert named("clip", "objective.surrogate") == "clip"
+    for text in ("nowhere.py:reward", f"{file}:", f"{file}:absent", f"{file}:nameless"):
+        with pytest.raises(ValueError, match=r"^rewards\.scheme="):
+            named(text, "rewards.scheme")

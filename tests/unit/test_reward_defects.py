@@ -10,6 +10,7 @@ import pytest
 from paravt_jax.advantages import AdvantageConfig, shape_rewards
 from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.rewards import RewardRules, ranges, score
+from paravt_jax.rewards.schemes import paravt
 
 THINK = "<think>\nThe clip shows a man opening a door.\n</think>\n"
 SHORT = "<think>hm</think>\n"
@@ -177,4 +178,4 @@ def test_the_release_breaks_it(claim):
 
 @pytest.mark.parametrize("number", CLAIMS)
 def test_the_docstring_names_it(number):
-    assert number in score.__doc__
+    assert number in str(paravt.__doc__)

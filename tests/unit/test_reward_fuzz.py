@@ -12,7 +12,7 @@ import random
 import pytest
 
 from paravt_jax.protocol import STRUCTURAL_TAGS, SYNTAXES
-from paravt_jax.rewards import SCHEMES, RewardRules, ranges, score
+from paravt_jax.rewards import RewardRules, ranges, scheme_names, score
 
 THINK = "<think>At <t>5</t>s the <obj>door</obj><box>[1,2,3,4]</box> opens.</think>"
 CALL = (
@@ -116,7 +116,7 @@ def no_files(monkeypatch):
     monkeypatch.setattr(builtins, "open", refuse)
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", scheme_names())
 def test_no_text_raises_or_leaves_its_range(scheme, no_files):
     seen = check(scheme, count=1_000, seed=0)
     constant = {"paravt": set(), "deepvideo_r1": {"tool"}, "visd": {"tool"}}.get(scheme, set())
@@ -125,6 +125,6 @@ def test_no_text_raises_or_leaves_its_range(scheme, no_files):
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", scheme_names())
 def test_100_000_texts(scheme, no_files):
     check(scheme, count=100_000, seed=1)

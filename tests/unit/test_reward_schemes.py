@@ -7,12 +7,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from paravt_jax.protocol import SYNTAXES
-from paravt_jax.rewards import SCHEMES, RewardRules, ranges, score, visd, vital
+from paravt_jax.rewards import RewardRules, ranges, scheme_names, score
 from paravt_jax.rewards import overlap as windows
 from paravt_jax.rewards.overlap import distance, merged
 from paravt_jax.rewards.rouge import rouge_l, rouge_mean, rouge_n
+from paravt_jax.rewards.schemes import visd, vital
+from paravt_jax.rewards.schemes.video_o3 import bonus, clue_score
 from paravt_jax.rewards.tag_blocks import blocks
-from paravt_jax.rewards.video_o3 import bonus, clue_score
 
 THINK = "<think>The door opens late.</think>"
 END = "<|im_end|>"
@@ -450,14 +451,14 @@ def test_visd_format(think, kind, seen, form):
 # --- All of them ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", scheme_names())
 def test_nothing_said_is_worth_nothing(scheme):
     result = reward(scheme, [], executed=0, evidence=((0, 1),))
     assert set(result.as_dict().values()) == {0.0}
     assert set(result.as_dict()) == set(ranges(RewardRules(scheme=scheme)))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", scheme_names())
 @pytest.mark.parametrize("kind", ["mcq", "oe", "tvg"])
 def test_the_format_weight_weighs_the_format(scheme, kind):
     turns = [answer("B", STAMPED)]
@@ -480,7 +481,7 @@ def test_the_format_weight_weighs_the_format(scheme, kind):
         ({"fresh_seconds": -1.0}, "fresh_seconds=-1.0"),
         ({"fresh_seconds": 1.0, "compat": "reference"}, "fresh_seconds=1.0 is no rule"),
         ({"mode": "precise", "compat": "reference"}, "mode=precise is no rule"),
-        ({"grounded": True}, "vital, deepvideo_r1 or visd"),
+        ({"grounded": True}, "deepvideo_r1, visd or vital"),
         ({"scheme": "vital", "iou_scale": (0.8, 0.2)}, "iou_scale"),
         ({"scheme": "vital", "iou_scale": (0.2, 1.2)}, "iou_scale"),
     ],

@@ -6,8 +6,7 @@ from hypothesis import strategies as st
 
 from paravt_jax import protocol
 from paravt_jax.rewards import RewardRules, score
-from paravt_jax.rewards.answers import extract_answer
-from paravt_jax.rewards.fixed import split_turns
+from paravt_jax.rewards.answers import extract_answer, split_turns
 from paravt_jax.rewards.metrics import (
     choice_accuracy,
     choice_letter,

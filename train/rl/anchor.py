@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.advantages import AdvantageConfig, turn_advantages
+from paravt_jax.anchors import Structure, own_credit
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.rewards import turn_anchors
 from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_credit, tag_mask
@@ -59,6 +62,27 @@ class Anchor:
         return self._credit_tags(batch.tokens, spoken, thinking, acting, self._table, **self._rules)
 
 
+class OwnAnchor(Anchor):
+    """An anchor that is a function of the user's, see `paravt_jax.anchors`."""
+
+    def __init__(self, name: str, *arguments: Any) -> None:
+        """`name` is what `plugins.load` finds; `arguments` are those of `Anchor`."""
+        super().__init__(*arguments)
+        compute = functools.partial(credit_own, name)
+        self._credit_own = jax.jit(compute, static_argnames="group_size")
+
+    def credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Float[Array, "b t"]:
+        """What the function gives each token, before the anchor's weight."""
+        spoken = to_mesh(turn_numbers(groups, batch.tokens.shape[1]) > 0, self._mesh)
+        rewards_PG = [t.rewards for group in groups for t in group.trajectories]
+        by_term = {
+            name: to_mesh(np.array([r[name] for r in rewards_PG], np.float32), self._mesh)
+            for name in rewards_PG[0]
+        }
+        arrays = batch.tokens, spoken, batch.loss_weights > 0, by_term, self._table
+        return self._credit_own(*arrays, group_size=len(groups[0].trajectories))
+
+
 def find_tags(
     tokens: Int[Array, "b t"],
     spoken: Bool[Array, "b t"],
@@ -88,6 +112,21 @@ def credit_tags(
     """`tag_credit` of token streams."""
     found = structural_tokens(tokens, table, spoken)
     return tag_credit(found, table, anchors, thinking, acting, only_paired)
+
+
+def credit_own(
+    anchor: str,
+    tokens: Int[Array, "b t"],
+    spoken: Bool[Array, "b t"],
+    generated: Bool[Array, "b t"],
+    rewards: dict[str, Float[Array, " b"]],
+    table: TagTable,
+    group_size: int,
+) -> Float[Array, "b t"]:
+    """`own_credit` of token streams."""
+    structure = Structure(structural_tokens(tokens, table, spoken), table, generated)
+    by_group = {name: values.reshape(-1, group_size) for name, values in rewards.items()}
+    return own_credit(anchor, structure, by_group)
 
 
 def turn_credits(

@@ -112,6 +112,8 @@ def check_updates(rl: RlSettings, objective: ObjectiveConfig) -> None:
     """
     for name in ("clip_low", "clip_high", "dual_clip", "surrogate"):
         value = getattr(objective, name)
+        if name == "surrogate" and objective.own_surrogate:
+            continue  # it may do more than clip
         if rl.updates == 1 and value != getattr(ObjectiveConfig, name):
             raise ValueError(
                 f"objective.{name}={value} has no effect while a batch gets one optimiser step, "

@@ -48,7 +48,7 @@ class TokenAdvantages:
         return dataclasses.replace(batch, advantages=main, subagents=crops)
 
     def _anchored(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array:
-        """Advantage per token. With the anchor at positions, its share acts on tags only."""
+        """Advantage per token. The anchor at positions, or one of the user's, acts on tags only."""
         shared, generated = self._normalised(groups), batch.loss_weights > 0
         if self.anchor_weight is None:
             return shared[:, None] * generated

@@ -30,6 +30,7 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
+    Scheme,
     breakdown,
     total_range,
 )
@@ -49,7 +50,7 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     if len(attempt.found) >= _LONGEST_ANSWER:
         accuracy, form = 0.0, 0.0
     else:
-        accuracy, form = attempt.accuracy(rules.mode), format_score(attempt.said)
+        accuracy, form = attempt.accuracy(), format_score(attempt.said)
     time = 0.0 if attempt.question_type == "tvg" else window_score(attempt, accuracy, rules)
     return breakdown(rules, accuracy=accuracy, format=form, tool=time)
 
@@ -79,3 +80,6 @@ def window_score(attempt: Attempt, accuracy: float, rules: RewardRules) -> float
     found = overlap([window] if window else [], attempt.evidence)
     iou = found.hull_iou if rules.compat == "reference" else found.iou
     return {"iou": iou, "recall": found.iog, "none": 0.0}[rules.window_term]
+
+
+SCHEME = Scheme(score, ranges, reads=("compat", "mode", "window_term"), call_syntax="tool_call")

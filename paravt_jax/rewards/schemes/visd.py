@@ -37,6 +37,7 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
+    Scheme,
     breakdown,
     total_range,
 )
@@ -128,3 +129,6 @@ def _truth(attempt: Attempt) -> tuple[Window, ...]:
         return attempt.evidence
     asked = interval(attempt.answer)
     return (asked,) if asked else ()
+
+
+SCHEME = Scheme(score, ranges, reads=("grounded",))

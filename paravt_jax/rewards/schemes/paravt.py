@@ -1,7 +1,28 @@
-"""The rewards that train: those of the release with its defects corrected.
+"""ParaVT's rewards (arXiv 2605.20342), those that train: the released ones, corrected.
+
+    R = R_accuracy + format_weight * R_format + R_tool
 
 A rollout is a list of assistant turns, forced prefixes included. All but the last ought to call
-tools, the last ought to answer. See `paravt_jax.rewards.score` for the list of corrections.
+tools, the last ought to answer. `compat="reference"` is the release as it is (`reference`).
+Corrected are (numbers as in the project's list of defects; `tests/unit/test_reward_defects.py`
+shows each one in both readings):
+
+* R4 forced prefixes count: each turn is judged with its own.
+* R9, R10 tool credit needs a call that ran, counted by the workflow and not read from text; the
+  bonus is proportional to the accuracy instead of all or nothing.
+* R11 nothing saturates: the format score is divided by what its rules can give, so that every
+  fault costs and a perfect rollout gets exactly 1, and the total is not clipped.
+* R17 a malformed call costs its own turn; R18, R23 actions are read after the last `</think>`, and
+  the last answer counts; R24 every turn's thinking is judged.
+* R19 the format term cannot be negative.
+* R20 F1 counts repeated words; R21 option letters are read as letters, "A" is no article; R22
+  intervals may be written "36 to 40 seconds", "0:36-0:40", "[36, 40]", and never raise.
+* R25 a judge's reply outside [0, 1] is no verdict.
+* A letter that the answer denies ("The answer is not B.") is no choice.
+
+What pays for hedging by the published rules, F1 for a list of all answers and tool credit for
+calls that look at nothing, stays as published, so that rewards can be compared with the paper's;
+`mode="precise"` and `fresh_seconds` are the switches beside it.
 """
 
 from __future__ import annotations
@@ -11,6 +32,7 @@ import re
 from collections.abc import Sequence
 
 from paravt_jax import protocol
+from paravt_jax.rewards import reference
 from paravt_jax.rewards.answers import ANY_TAG, answer_bodies
 from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.rules import (
@@ -20,32 +42,35 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
+    Scheme,
     TurnAnchor,
     total_range,
     turn_anchor,
 )
 
-_TURN_BREAK = re.compile(r"<\|im_end\|>|(?:(?<=</tool_call>)|(?<=</grounding>))\s*(?=<think>)")
 _ACTION = re.compile(r"<tool_call>|<tool_code>|<grounding>|<answer>")
 _PAIRED_TAGS = ("think", "tool_call", "tool_code", "grounding", "tool_response", "answer")
 
 
-def split_turns(completion: str) -> list[str]:
-    """Assistant turns of a completion: apart at `<|im_end|>`, and where a new `<think>` follows a
-    closed call. Pieces of white space are no turns."""
-    return [turn for turn in _TURN_BREAK.split(completion) if turn.strip()]
-
-
 def ranges(rules: RewardRules) -> Ranges:
     """Least and greatest value of each term."""
+    if rules.compat == "reference":
+        return reference.ranges(rules)
     tool = (0.0, rules.tool_base + rules.tool_bonus)
     parts = {"accuracy": UNIT, "format": UNIT, "tool": tool}
     return total_range(rules, parts) | {"anchor": ANCHOR}
 
 
 def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
-    """Reward by term; the format and the anchor are means over turns."""
-    accuracy = attempt.accuracy(rules.mode)
+    """Reward by term; the format and the anchor are means over turns.
+
+    Raises:
+        ValueError: with compat="reference", where the release raises: an interval such as
+            "1.2.3, 5".
+    """
+    if rules.compat == "reference":
+        return reference.score(attempt, rules)
+    accuracy = attempt.accuracy()
     forms = _turn_forms(attempt.turns, attempt.call_syntax)
     form_mean = _mean([form.score(rules) for form in forms])
     bare_rules = dataclasses.replace(rules, anchor_weight=0.0)
@@ -153,3 +178,18 @@ def _calls(turn: str, syntax: str) -> bool:
 
 def _mean(values: Sequence[float]) -> float:
     return sum(values) / len(values) if values else 0.0
+
+
+SCHEME = Scheme(
+    score,
+    ranges,
+    reads=(
+        "compat",
+        "answer_suffix",
+        "anchor_weight",
+        "mode",
+        "tool_base",
+        "tool_bonus",
+        "fresh_seconds",
+    ),
+)

@@ -20,6 +20,7 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
+    Scheme,
     breakdown,
     total_range,
 )
@@ -48,3 +49,6 @@ def grounding_score(attempt: Attempt) -> float:
     if named is None or attempt.question_type == "tvg":
         return 0.0
     return overlap([named], attempt.evidence).iou
+
+
+SCHEME = Scheme(score, ranges, reads=("grounded",))

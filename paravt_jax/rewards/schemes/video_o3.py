@@ -44,6 +44,7 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
+    Scheme,
     breakdown,
     total_range,
 )
@@ -117,10 +118,10 @@ def accuracy_score(attempt: Attempt, rules: RewardRules) -> float:
     """r_a: a strict letter; other questions as `Attempt.accuracy` judges them."""
     kind = attempt.question_type
     if kind == "temporal_grounding":
-        return attempt.accuracy(rules.mode, "tvg")
+        return attempt.accuracy(question_type="tvg")
     if kind == "mcq" or kind in KINDS[:-1]:
         return float(bool(attempt.found) and _letter(attempt.found) == _letter(attempt.answer))
-    return attempt.accuracy(rules.mode)
+    return attempt.accuracy()
 
 
 def _letter(text: str) -> str:
@@ -181,3 +182,6 @@ def bonus(kind: str, turns: int, clue: float) -> float:
     if kind == "temporal_grounded_qa":
         return 0.75 * decay
     return (clue + 1) / 2 * (decay if kind == "clue_single_w_tool" else 1.0)
+
+
+SCHEME = Scheme(score, ranges, reads=("compat", "mode"), call_syntax="grounding")

@@ -31,6 +31,7 @@ from paravt_jax.rewards.rules import (
     Ranges,
     RewardBreakdown,
     RewardRules,
+    Scheme,
     breakdown,
     total_range,
 )
@@ -96,3 +97,11 @@ def format_score(said: str) -> float:
     framed = order[:1] == ["think"] and order[-1:] == ["answer"]
     changing = all(a != b for a, b in itertools.pairwise(order))
     return float(known and framed and changing)
+
+
+SCHEME = Scheme(
+    score,
+    ranges,
+    reads=("compat", "fresh_seconds", "iou_scale", "grounded"),
+    call_syntax="tool_call",
+)
