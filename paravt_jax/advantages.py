@@ -190,7 +190,7 @@ def group_advantages(
     # Equal rewards: their mean may be off by one ulp, which eps would blow up.
     centred = np.where(np.ptp(groups, axis=1, keepdims=True) == 0, 0.0, centred)
     if scale_by_std:
-        centred = centred / (_spread(centred, ddof) + eps)
+        centred = centred / (_std(centred, ddof) + eps)
     return centred.reshape(rewards.shape)
 
 
@@ -228,67 +228,11 @@ def overlong_penalty(
     return np.clip((limit - margin - np.asarray(lengths, np.float64)) / margin, -1.0, 0.0)
 
 
-def token_advantages(
-    rewards: Float[ArrayLike, " b"],
-    mask: Shaped[ArrayLike, "b t"],
-    behaviour: Float[ArrayLike, "b t"] | None = None,
-    reference: Float[ArrayLike, "b t"] | None = None,
-    lengths: Shaped[ArrayLike, " b"] | None = None,
-    *,
-    kl_weight: float | int = 0.0,
-    kl_estimator: str = "k1",
-    discount: float | int = 1.0,
-    gae_lambda: float | int = 1.0,
-    whiten_tokens: bool = True,
-    eps: float | int = 1e-5,
-) -> Float[Array, "b t"]:
-    """Advantage of every generated token, with the KL penalty inside the reward.
-
-    Equations 3-7 of the ParaVT release, at the index of the token:
-
-        rho_t = -kl_weight * KL_t + r * [t is the last one]
-        A_t   = rho_t + discount * gae_lambda * A_(next generated token)
-        A    <- (A - mean) / (std + eps)      over all generated tokens of the batch
-
-    Args:
-        rewards: normalised reward of each row.
-        mask: nonzero where the token was generated.
-        behaviour, reference: log-probabilities of the token; needed if `kl_weight` is not 0.
-        lengths: place the reward on token `lengths - 1` as the release does, which loses it when
-            that token was not generated. None, the right choice, places it on the last generated
-            token.
-        kl_weight: weight of the penalty.
-        kl_estimator: see `objectives.divergence`.
-        discount, gae_lambda: decay per generated token.
-        whiten_tokens: apply the third line.
-        eps: added to the standard deviation.
-
-    Returns:
-        float32 `[b, t]`, 0 where `mask` is 0.
-
-    Raises:
-        ValueError: a KL penalty is asked for without both log-probabilities.
-    """
-    generated = jnp.asarray(mask) > 0
-    chex.assert_rank([rewards, generated], [1, 2])
-    decay = discount * gae_lambda
-    token_rewards = _last_token(generated, lengths) * jnp.asarray(rewards, jnp.float32)[:, None]
-    advantages = _discounted_sum(token_rewards, generated, decay)
-    if kl_weight:
-        if behaviour is None or reference is None:
-            raise ValueError(f"kl_weight={kl_weight} needs behaviour and reference log-probs")
-        advantages -= kl_weight * kl_to_go(generated, behaviour, reference, kl_estimator, decay)
-    if whiten_tokens:
-        advantages = whiten(advantages, generated, eps)
-    return jnp.where(generated, advantages, 0.0)
-
-
 def kl_to_go(
     mask: Shaped[ArrayLike, "b t"],
     behaviour: Float[ArrayLike, "b t"],
     reference: Float[ArrayLike, "b t"],
     estimator: str = "k1",
-    decay: float | int = 1.0,
 ) -> Float[Array, "b t"]:
     """Divergence from the reference that each generated token is charged with: its own and that
     of all later ones, 0 where `mask` is 0.
@@ -298,7 +242,7 @@ def kl_to_go(
     """
     generated = jnp.asarray(mask) > 0
     kl = divergence(jnp.asarray(behaviour), jnp.asarray(reference), estimator)
-    paid = _discounted_sum(kl, generated, float(decay))
+    paid = _sum_from_here(jnp.where(generated, kl, 0.0))
     return jnp.where(generated, paid, 0.0)
 
 
@@ -348,7 +292,7 @@ def anchored_advantages(
 def reweighted_advantages(
     advantages: Float[ArrayLike, "b t"],
     teacher_gap: Float[ArrayLike, "b t"],
-    strength: float | int | Float[Array, ""] = 0.5,
+    coefficient: float | int | Float[Array, ""] = 0.5,
     lowest: float | int = 0.8,
     highest: float | int = 1.2,
 ) -> Float[Array, "b t"]:
@@ -364,13 +308,13 @@ def reweighted_advantages(
         advantages: per token; where they are 0 the gap is never looked at.
         teacher_gap: log-probability of the student's token under the teacher, minus that under
             the student.
-        strength: s in [0, 1]; 0 leaves advantages as they are. See `annealed`.
+        coefficient: s in [0, 1]; 0 leaves advantages as they are. See `annealed`.
         lowest, highest: bounds of the weight.
     """
     advantages = jnp.asarray(advantages, jnp.float32)
     gap = jnp.where(advantages == 0, 0.0, jnp.asarray(teacher_gap, jnp.float32))
     weight = jnp.clip(jnp.exp(jnp.sign(advantages) * gap), lowest, highest)
-    return advantages * ((1.0 - strength) + strength * weight)
+    return advantages * ((1.0 - coefficient) + coefficient * weight)
 
 
 def annealed(start: float | int, step: int, steps: int) -> float:
@@ -385,7 +329,7 @@ def _baseline(groups: np.ndarray, leave_one_out: bool) -> np.ndarray:
     return (groups.sum(axis=1, keepdims=True) - groups) / max(groups.shape[1] - 1, 1)
 
 
-def _spread(centred: np.ndarray, ddof: int) -> np.ndarray:
+def _std(centred: np.ndarray, ddof: int) -> np.ndarray:
     """Standard deviation of centred groups; 1 where `ddof` leaves no degree of freedom."""
     count = centred.shape[1] - ddof
     if count == 0:
@@ -393,26 +337,7 @@ def _spread(centred: np.ndarray, ddof: int) -> np.ndarray:
     return np.sqrt(np.square(centred).sum(axis=1, keepdims=True) / count)
 
 
-def _last_token(
-    generated: Bool[Array, "b t"], lengths: Shaped[ArrayLike, " b"] | None
-) -> Bool[Array, "b t"]:
-    """One-hot of the rewarded token of each row; all False in a row without generated tokens."""
-    if lengths is not None:
-        last = jnp.arange(generated.shape[1]) == jnp.asarray(lengths)[:, None] - 1
-        return last & generated
-    later = jnp.cumsum(generated[:, ::-1], axis=1)[:, ::-1]
-    return generated & (later == 1)
-
-
 @jax.jit
-def _discounted_sum(
-    rewards: Float[Array, "b t"], generated: Bool[Array, "b t"], decay: float | Float[Array, ""]
-) -> Float[Array, "b t"]:
-    """A_t = rho_t + decay * A_(t+1) on generated tokens; others hand A_(t+1) through."""
-    factors = jnp.where(generated, decay, 1.0)
-    addends = jnp.where(generated, rewards, 0.0)
-
-    def combine(later, earlier):
-        return later[0] * earlier[0], earlier[0] * later[1] + earlier[1]
-
-    return jax.lax.associative_scan(combine, (factors, addends), axis=1, reverse=True)[1]
+def _sum_from_here(values: Float[Array, "b t"]) -> Float[Array, "b t"]:
+    """The sum of each value and all later ones of its row."""
+    return jax.lax.associative_scan(jnp.add, values, axis=1, reverse=True)

@@ -15,11 +15,10 @@ from typing import Any
 
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.sharding import Mesh
 from jaxtyping import Array
 
 from paravt_jax.array_store import StoredArray
-from paravt_jax.params import Params, ParamSpec, Table, abstract_params
+from paravt_jax.params import ParamSpec, Table
 
 ITEM = "params"
 """Name of the item that holds the weights."""
@@ -55,21 +54,6 @@ def save_args(table: Table) -> dict[str, ocp.SaveArgs]:
         return ocp.SaveArgs(chunk_byte_size=CHUNK_BYTES, shard_axes=cut)
 
     return {name: chunked(spec) for name, spec in table.items()}
-
-
-def restore_params(
-    path: str | os.PathLike, table: Table, mesh: Mesh | None = None, dtype: Any = "float32"
-) -> Params:
-    """Read the weights of a checkpoint folder straight to where they will live.
-
-    Raises:
-      ValueError: no weights there, or other parameters than `table` lists.
-    """
-    item = _existing_item(path)
-    target = abstract_params(table, mesh, dtype)
-    with ocp.StandardCheckpointer() as checkpointer:
-        _check_same(item, dict(checkpointer.metadata(item).item_metadata.items()), target)
-        return checkpointer.restore(item, target)
 
 
 def open_params(path: str | os.PathLike, table: Table) -> dict[str, StoredArray]:

@@ -81,7 +81,6 @@ CROP_VIDEO_TOOL: dict[str, Any] = {
 Window = tuple[float, float]
 
 _LONGEST_QUOTE = 40
-_LONGEST_CODE = 2000
 _LONGEST_CALL = 10_000
 DEEPEST_CALL = 8
 """Levels of lists and dictionaries in a call."""
@@ -112,26 +111,18 @@ class ReferenceParse:
 
 @overload
 def parse_tool_calls(
-    text: str,
-    compat: Literal["fixed"] = "fixed",
-    *,
-    mode: str = "strict",
-    syntax: str = "tool_call",
+    text: str, compat: Literal["fixed"] = "fixed", *, syntax: str = "tool_call"
 ) -> tuple[ToolCall, ...]: ...
 
 
 @overload
 def parse_tool_calls(
-    text: str,
-    compat: Literal["reference"],
-    *,
-    mode: str = "strict",
-    syntax: str = "tool_call",
+    text: str, compat: Literal["reference"], *, syntax: str = "tool_call"
 ) -> ReferenceParse: ...
 
 
 def parse_tool_calls(
-    text: str, compat: str = "fixed", *, mode: str = "strict", syntax: str = "tool_call"
+    text: str, compat: str = "fixed", *, syntax: str = "tool_call"
 ) -> tuple[ToolCall, ...] | ReferenceParse:
     """Tool calls of one assistant turn, in text order. Never raises on any text.
 
@@ -140,24 +131,20 @@ def parse_tool_calls(
         compat: "fixed" reads only what follows the last `</think>` (all of the text if there is
             none), takes each block on its own, and returns a malformed one as a `ToolCall` with
             `error` set. "reference" reproduces the released parser.
-        mode: "strict" repairs nothing. "repair" also reads `crop_video(...)` lines with literal
-            arguments inside `<tool_code>`. Only for compat="fixed".
         syntax: how calls are written, a name of `SYNTAXES`; others than "tool_call" only for
-            compat="fixed" and mode="strict".
+            compat="fixed".
 
     Raises:
-        ValueError: unknown `compat`, `mode` or `syntax`, or a combination that does not exist.
+        ValueError: unknown `compat` or `syntax`, or a combination that does not exist.
     """
     if compat not in ("fixed", "reference"):
         raise ValueError(f"compat={compat!r} is unknown; use 'fixed' or 'reference'")
-    if mode not in ("strict", "repair"):
-        raise ValueError(f"mode={mode!r} is unknown; use 'strict' or 'repair'")
     own = call_syntax(syntax)
-    if own.tool and (compat, mode) != ("fixed", "strict"):
-        raise ValueError(f"syntax={syntax!r} is read with compat='fixed' and mode='strict' only")
+    if own.tool and compat != "fixed":
+        raise ValueError(f"syntax={syntax!r} is read with compat='fixed' only")
     if compat == "reference":
         return _reference_parse(text)
-    return tuple(_calls(after_thinking(text), own, repair=mode == "repair"))
+    return tuple(_calls(after_thinking(text), own))
 
 
 def call_syntax(name: str) -> CallSyntax:
@@ -283,17 +270,14 @@ def _only_answer(action: str) -> bool:
     return bool(body.strip()) and not any(tag in body for tag in tags)
 
 
-def _calls(text: str, syntax: CallSyntax, repair: bool) -> Iterator[ToolCall]:
+def _calls(text: str, syntax: CallSyntax) -> Iterator[ToolCall]:
     """Walk over the call blocks of a turn; a block ends at its closing tag or the next opening."""
-    tags = (syntax.open, syntax.close, *([CODE_OPEN] if repair else []))
-    marks = list(_any_of(tags).finditer(text))
+    marks = list(_any_of((syntax.open, syntax.close)).finditer(text))
     ends = [mark.start() for mark in marks[1:]] + [len(text)]
     opened = False
     for mark, end in zip(marks, ends, strict=False):
         tag, body = mark.group(), text[mark.end() : end]
-        if tag == CODE_OPEN:
-            yield from _code_calls(body.partition(CODE_CLOSE)[0])
-        elif tag == syntax.close and not opened:
+        if tag == syntax.close and not opened:
             yield _broken("a tool call ends that was never opened")
         elif tag == syntax.open:
             closed = text.startswith(syntax.close, end)
@@ -384,19 +368,6 @@ def _finite(value: int | float) -> float | None:
         return float(value) if math.isfinite(value) else None
     except OverflowError:  # An integer beyond the range of a float.
         return None
-
-
-def _code_calls(code: str) -> Iterator[ToolCall]:
-    """Calls written as Python lines; names and literals are read, nothing is ever run."""
-    for line in code[:_LONGEST_CODE].splitlines():
-        if not line.strip() or line.strip().startswith(("#", "```")):
-            continue
-        call = _python_call(line.strip())
-        name, arguments = call or ("", {})
-        if name == TOOL_NAME and arguments:
-            yield ToolCall(name=name, arguments=arguments)
-        else:
-            yield _broken(f"not a {TOOL_NAME} call with literal arguments: {_quoted(line)}", name)
 
 
 # --- The released parser. Its regular expressions and order of attempts are its behaviour. -------

@@ -8,7 +8,7 @@ import pytest
 
 from models.common.adapter import checkpoint_lora, load_adapter
 from models.qwen3_vl import Qwen3VLPolicy, load_params, read_config, save_folder
-from paravt_jax.checkpoint import find_model_files, find_step, open_params, restore_params
+from paravt_jax.checkpoint import find_model_files, find_step, open_params
 from paravt_jax.lora import LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.command import metrics, start
@@ -93,7 +93,7 @@ def test_an_adapter_continues_where_it_was(workdir):
     check_model(config, here=True)
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
     start = setup.Model.open(config).params(config, mesh)
-    end = restore_params(find_step(workdir), policy(LORA).table)
+    end = open_params(find_step(workdir), policy(LORA).table)
     jax.tree.map(np.testing.assert_array_equal, start, end)
     with pytest.raises(ValueError, match=r"model\.lora\.alpha=32, but .* has 16"):
         check_model(override(config, ["model.lora.alpha=32"]), here=True)

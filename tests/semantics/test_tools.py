@@ -118,8 +118,8 @@ def test_each_syntax_reads_its_own_tag_alone():
     broken = parse_tool_calls("<grounding>[1]</grounding><grounding>{", syntax="grounding")
     errors = [str(call.error) for call in broken]
     assert "one JSON object" in errors[0] and "never closed" in errors[1]
-    with pytest.raises(ValueError, match="mode='strict' only"):
-        parse_tool_calls(text, mode="repair", syntax="grounding")
+    with pytest.raises(ValueError, match="compat='fixed' only"):
+        parse_tool_calls(text, "reference", syntax="grounding")
     with pytest.raises(ValueError, match="tool_call, grounding"):
         parse_tool_calls(text, syntax="xml")
 

@@ -18,7 +18,6 @@ from paravt_jax.advantages import (
     reweighted_advantages,
     rollout_advantages,
     shape_rewards,
-    token_advantages,
     turn_advantages,
     whiten,
 )
@@ -182,31 +181,6 @@ MASK = np.array([[0, 1, 1, 0, 1, 0], [0, 1, 0, 0, 0, 0], [0, 0, 0, 0, 0, 0]])
 REWARDS = np.array([2.0, -1.0, 7.0], np.float32)
 
 
-def test_without_kl_every_generated_token_gets_the_reward():
-    result = token_advantages(REWARDS, MASK, whiten_tokens=False)
-    np.testing.assert_allclose(result, MASK * REWARDS[:, None])
-
-
-def test_decay_runs_over_generated_tokens_only():
-    result = token_advantages(REWARDS, MASK, discount=0.5, gae_lambda=0.5, whiten_tokens=False)
-    np.testing.assert_allclose(result[0], [0, 2 / 16, 2 / 4, 0, 2, 0])
-
-
-def test_a_reward_on_a_token_that_was_not_generated_is_lost_only_as_in_the_release():
-    """R6: a rollout that ends on a tool response."""
-    lengths = np.array([6, 6, 6])
-    assert not token_advantages(REWARDS, MASK, lengths=lengths, whiten_tokens=False).any()
-    assert token_advantages(REWARDS, MASK, whiten_tokens=False).any()
-
-
-def test_kl_is_charged_to_the_past():
-    policy = np.full(MASK.shape, -1.0, np.float32)
-    reference = policy.copy()
-    reference[0, 2] = -3.0
-    result = token_advantages(REWARDS, MASK, policy, reference, kl_weight=0.1, whiten_tokens=False)
-    np.testing.assert_allclose(result[0], [0, 1.8, 1.8, 0, 2, 0], rtol=1e-6)
-
-
 @pytest.mark.parametrize(("estimator", "paid"), [("k1", 2.0), ("k2", 2.0), ("k3", np.exp(-2) + 1)])
 def test_kl_to_go_by_hand(estimator, paid):
     """Tokens 1, 2 and 4 were generated; at 2 the policy is 2 above the reference."""
@@ -216,11 +190,6 @@ def test_kl_to_go_by_hand(estimator, paid):
     result = kl_to_go(MASK, policy, reference, estimator)
     np.testing.assert_allclose(result[0], [0, paid, paid, 0, 0, 0], rtol=1e-6)
     assert not result[1:].any()
-
-
-def test_kl_without_its_log_probs_is_refused():
-    with pytest.raises(ValueError, match=r"kl_weight=0\.1"):
-        token_advantages(REWARDS, MASK, kl_weight=0.1)
 
 
 def test_whitening_is_over_tokens():
@@ -234,14 +203,16 @@ def test_whitening_is_over_tokens():
 
 @pytest.mark.parametrize("mask", [MASK * 0, MASK * 0 + np.eye(3, 6, dtype=int) * [[1], [0], [0]]])
 def test_no_token_or_one_token_stays_finite(mask):
-    assert np.isfinite(token_advantages(REWARDS, mask)).all()
+    assert np.isfinite(whiten(REWARDS[:, None] * np.ones(mask.shape, np.float32), mask)).all()
 
 
 def test_padding_changes_nothing():
-    wide = np.pad(MASK, [(0, 0), (0, 5)])
+    policy = np.random.default_rng(0).normal(size=(2, *MASK.shape)).astype(np.float32)
+    wide, wider = np.pad(MASK, [(0, 0), (0, 5)]), np.pad(policy, [(0, 0), (0, 0), (0, 5)])
     np.testing.assert_allclose(
-        token_advantages(REWARDS, wide)[:, :6], token_advantages(REWARDS, MASK), rtol=1e-6
+        kl_to_go(wide, *wider)[:, :6], kl_to_go(MASK, *policy), rtol=1e-6, atol=1e-6
     )
+    np.testing.assert_allclose(whiten(wider[0], wide)[:, :6], whiten(policy[0], MASK), rtol=1e-6)
 
 
 def test_the_anchor_is_added_at_generated_tokens_only():
@@ -292,14 +263,14 @@ def test_reweighted_advantages_by_hand():
     """Weights e^0.1, the lower and the upper bound, and e^0.1 where both signs turn."""
     advantages = np.array([[2.0, 2.0, 2.0, -2.0, 0.0]], np.float32)
     gap = np.array([[0.1, -3.0, 3.0, -0.1, np.nan]], np.float32)
-    result = reweighted_advantages(advantages, gap, strength=0.5)
+    result = reweighted_advantages(advantages, gap, coefficient=0.5)
     inner = 0.5 + 0.5 * np.exp(0.1)
     np.testing.assert_allclose(result, [[2 * inner, 2 * 0.9, 2 * 1.1, -2 * inner, 0.0]], rtol=1e-6)
 
 
 def test_reweighting_keeps_sign_and_bounds():
     advantages, gap = np.random.default_rng(0).normal(0, [[[3.0]], [[200.0]]], (2, 40, 50))
-    ratio = np.asarray(reweighted_advantages(advantages, gap, strength=1.0)) / advantages
+    ratio = np.asarray(reweighted_advantages(advantages, gap, coefficient=1.0)) / advantages
     assert ratio.min() == pytest.approx(0.8, rel=1e-6)
     assert ratio.max() == pytest.approx(1.2, rel=1e-6)
 

@@ -80,27 +80,26 @@ def test_an_unclosed_block_ends_where_the_next_begins():
     assert [error is None for error in errors('<tool_call>{"name"' + CALL)] == [False, True]
 
 
-def test_code_calls_are_read_in_repair_mode_only():
-    text = THINK + '<tool_code>\nprint(crop_video("v.mp4", 10, 20))\n# or not\n</tool_code>' + CALL
-    assert errors(text) == [None]
-    calls = parse_tool_calls(text, mode="repair")
-    assert [call.error for call in calls] == [None, None]
-    assert calls[0].arguments == {"video_path": "v.mp4", "start_time": 10, "end_time": 20}
+def test_code_calls_are_read_as_released_only():
+    code = '<tool_code>\nprint(crop_video("v.mp4", 10, 20))\n# or not\n</tool_code>'
+    assert errors(THINK + code + CALL) == [None]
+    (call,) = parse_tool_calls(THINK + code, "reference").tool_calls
+    asked = {"video_path": "v.mp4", "start_time": 10, "end_time": 20}
+    assert (call.name, json.loads(call.arguments_json)) == ("crop_video", asked)
 
 
 @pytest.mark.parametrize(
     "code", ["__import__('os').abort()", "crop_video(start_time=f())", "x = 1"]
 )
 def test_code_is_never_run(code):
-    (call,) = parse_tool_calls(f"<tool_code>{code}</tool_code>", mode="repair")
-    assert call.error is not None
+    assert not parse_tool_calls(f"<tool_code>{code}</tool_code>", "reference").tool_calls
 
 
 def test_unknown_switches_are_refused():
     with pytest.raises(ValueError, match="compat='old'"):
         parse_tool_calls("", "old")
-    with pytest.raises(ValueError, match="mode='lax'"):
-        parse_tool_calls("", mode="lax")
+    with pytest.raises(ValueError, match="call_syntax='xml'"):
+        parse_tool_calls("", syntax="xml")
 
 
 PIECES = [
@@ -125,9 +124,9 @@ texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8))).map(""
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=texts, mode=st.sampled_from(["strict", "repair"]))
-def test_no_text_makes_anything_raise(text, mode):
-    for call in parse_tool_calls(text, mode=mode):
+@given(text=texts)
+def test_no_text_makes_anything_raise(text):
+    for call in parse_tool_calls(text):
         outcome = crop_window(call, DURATION)
         if isinstance(outcome, str):
             outcome.encode()

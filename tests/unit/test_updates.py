@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from paravt_jax.advantages import rollout_advantages, token_advantages
+from paravt_jax.advantages import kl_to_go, rollout_advantages, whiten
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.records import LearnerBatch, Prompt, RolloutGroup, Row, Trajectory, VideoRef
@@ -244,13 +244,10 @@ def test_kl_in_the_reward_and_whitening_are_those_of_the_release():
     config = dataclasses.replace(config, advantages=settings)
     rewards, batch = np.random.default_rng(3).random((PROMPTS, GROUP)) * 2, random_batch()
     got = learner(config).advantages(scored_groups(rewards.tolist()), to_mesh(batch, ALONE))
-    want = token_advantages(
-        rollout_advantages(rewards, settings).reshape(-1).astype(np.float32),
-        batch.loss_weights,
-        batch.behaviour_log_probs,
-        batch.reference_log_probs,
-        kl_weight=0.01,
-    )
+    generated = batch.loss_weights > 0
+    normalised = rollout_advantages(rewards, settings).reshape(-1, 1).astype(np.float32)
+    paid = kl_to_go(generated, batch.behaviour_log_probs, batch.reference_log_probs)
+    want = whiten(normalised * generated - 0.01 * paid, generated)
     np.testing.assert_allclose(got.advantages, want, rtol=1e-5, atol=1e-6)
     plain = learner(configure()).advantages(scored_groups(rewards.tolist()), to_mesh(batch, ALONE))
     assert np.abs(got.advantages - plain.advantages).max() > 1e-3
