@@ -14,7 +14,7 @@ ENOUGH = 100
 def brief(attempt: Attempt) -> dict[str, float]:
     """The terms of one rollout; their sum trains."""
     strict = [parses_strictly(turn, syntax=attempt.call_syntax) for turn in attempt.turns]
-    words = len(attempt.said.split())
+    words = len(attempt.text.split())
     return {
         "accuracy": attempt.accuracy(),
         "format": float(all(strict)),

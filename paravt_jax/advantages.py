@@ -205,8 +205,8 @@ def difficulty_weights(rewards: Float[np.ndarray, "p g"]) -> Float[np.ndarray, "
     return (np.clip(2.0 - mean, 0.0, 1.0) + 1.0) / 2.0
 
 
-def has_spread(rewards: Float[np.ndarray, "p g"]) -> Bool[np.ndarray, " p"]:
-    """Which groups teach anything: their rewards differ by more than rounding.
+def has_reward_variance(rewards: Float[np.ndarray, "p g"]) -> Bool[np.ndarray, " p"]:
+    """Which groups have a gradient: their rewards differ by more than rounding.
 
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) trains on these groups alone.
     """

@@ -88,7 +88,7 @@ class Policy(Protocol):
     def init_cache(
         self, prompts: int, copies: int, prompt_slots: int, suffix_slots: int
     ) -> KVCache:
-        """An empty cache of `prompts * copies` rows: room for `prompt_slots` tokens of each prompt
+        """An empty cache of `prompts * copies` rows: slots for `prompt_slots` tokens of each prompt
         and `suffix_slots` tokens of each row after its prompt."""
         ...
 
@@ -136,7 +136,7 @@ class FrameReader(Protocol):
     """Decodes frames of a video file."""
 
     def overview(self, video: VideoRef, count: int) -> Frames:
-        """`count` frames spread over the whole video."""
+        """`count` frames at even distances over the whole video."""
         ...
 
     def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:

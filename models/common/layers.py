@@ -148,11 +148,11 @@ def scan_layers(
 
     `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
     backward pass. With `unroll`, the layers are compiled one by one, which makes the layer number
-    a constant. Layers that stand apart (`lay_apart`) are compiled one by one anyway.
+    a constant. Layers that were unstacked (`unstack_layers`) are compiled one by one anyway.
     """
     graphdef, state = nnx.split(stacked)
-    state = jax.tree.map(lambda weights: weights[rows], state, is_leaf=_is_apart)
-    if any(map(_is_apart, jax.tree.leaves(state, is_leaf=_is_apart))):
+    state = jax.tree.map(lambda weights: weights[rows], state, is_leaf=_is_unstacked)
+    if any(map(_is_unstacked, jax.tree.leaves(state, is_leaf=_is_unstacked))):
         return _each_layer(graphdef, state, step, carry, xs)
 
     def body(carry: Any, state_and_x: Any) -> Any:
@@ -167,20 +167,20 @@ def _each_layer(graphdef: Any, state: Any, step: Callable, carry: Any, xs: Any) 
     """What `jax.lax.scan` would return, over layers whose weights are arrays of their own."""
     outputs = []
     for number in range(len(jax.tree.leaves(xs)[0])):
-        own = jax.tree.map(lambda weights, i=number: weights[i], state, is_leaf=_is_apart)
+        own = jax.tree.map(lambda weights, i=number: weights[i], state, is_leaf=_is_unstacked)
         x = jax.tree.map(lambda values, i=number: values[i], xs)
         carry, output = step(nnx.merge(graphdef, own), carry, x)
         outputs.append(output)
     return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 
 
-def lay_apart(weights: Float[Array, "l *shape"]) -> tuple[Array, ...]:
+def unstack_layers(weights: Float[Array, "l *shape"]) -> tuple[Array, ...]:
     """Stacked weights, one array per layer. A layer of a stack is copied before a product reads
     it; where few rows meet many weights, in decoding, that copy takes most of the time."""
     return tuple(weights[layer] for layer in range(weights.shape[0]))
 
 
-def _is_apart(weights: Any) -> bool:
+def _is_unstacked(weights: Any) -> bool:
     return isinstance(weights, tuple)
 
 

@@ -1,8 +1,8 @@
-"""Weights as rollouts read them: what every token would do again is done once.
+"""Weights prepared for decoding, once per rollout instead of once per token.
 
 Decoding is bound by reading weights. So the matrices of the language model are cast to the
-compute dtype beforehand, a tied head gets a matrix of its own in the order in which its product
-reads it, and on CPU, where a product copies what it takes from a stack, layers stand apart.
+compute dtype beforehand, a tied head gets a matrix of its own, transposed, and on CPU, where a
+product first copies its layer out of the stack, layers are unstacked.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import jax
 from jaxtyping import Array
 
-from models.common.layers import lay_apart
+from models.common.layers import unstack_layers
 from paravt_jax.params import Params, Table
 
 EMBEDDING, HEAD = "text.embedding", "head.kernel"
@@ -23,16 +23,16 @@ MATRICES = (".kernel", ".gate_up", ".down")
 
 def prepare(params: Params, table: Table, dtype: Any) -> dict[str, Any]:
     """Weights of the model whose parameter table this is; what stays as it is, is not copied."""
-    apart = jax.default_backend() == "cpu"
+    unstacked = jax.default_backend() == "cpu"
     prepared = {
-        name: _prepare(weights, dtype if is_product(name) else weights.dtype, apart)
+        name: _prepare(weights, dtype if is_product(name) else weights.dtype, unstacked)
         if name.startswith(LAYERS)
         else weights
         for name, weights in params.items()
         if name in table
     }
     head = params[HEAD] if HEAD in table else _transpose(params[EMBEDDING])
-    return prepared | {HEAD: _prepare(head, dtype, apart=False)}
+    return prepared | {HEAD: _prepare(head, dtype, unstacked=False)}
 
 
 def is_product(name: str) -> bool:
@@ -41,10 +41,10 @@ def is_product(name: str) -> bool:
     return name.endswith(MATRICES) and ".router." not in name
 
 
-def _prepare(weights: Array, dtype: Any, apart: bool) -> Array | tuple[Array, ...]:
-    if not apart:
+def _prepare(weights: Array, dtype: Any, unstacked: bool) -> Array | tuple[Array, ...]:
+    if not unstacked:
         return weights if weights.dtype == dtype else _cast(weights, dtype)
-    return _cast_apart(weights, dtype)
+    return _cast_unstacked(weights, dtype)
 
 
 @functools.partial(jax.jit, static_argnums=1)
@@ -53,8 +53,8 @@ def _cast(weights: Array, dtype: Any) -> Array:
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _cast_apart(weights: Array, dtype: Any) -> tuple[Array, ...]:
-    return lay_apart(weights.astype(dtype))
+def _cast_unstacked(weights: Array, dtype: Any) -> tuple[Array, ...]:
+    return unstack_layers(weights.astype(dtype))
 
 
 @jax.jit

@@ -41,12 +41,12 @@ class Attempt:
     """Asked about open answers if the mode is "llm"."""
 
     @property
-    def said(self) -> str:
+    def text(self) -> str:
         """All turns as one text, without their ends."""
         return "".join(turn.replace(TURN_END, "") for turn in self.turns)
 
     @property
-    def found(self) -> str:
+    def prediction(self) -> str:
         """The answer of the last turn, or ""."""
         return extract_answer(self.turns)
 
@@ -62,5 +62,5 @@ class Attempt:
         mode = self.mode if mode is None else mode
         kind = self.question_type if question_type is None else question_type
         if mode == "llm" and kind not in ("mcq", "tvg"):
-            return judged_accuracy(self.judge, self.question, self.found, self.answer)
-        return accuracy_score(self.found, self.answer, kind, mode)
+            return judged_accuracy(self.judge, self.question, self.prediction, self.answer)
+        return accuracy_score(self.prediction, self.answer, kind, mode)

@@ -162,7 +162,7 @@ class LlmJudge:
             self._fulfil(message, reply)
         return reply.result()
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """What happened since the last call of this function, under names for `metrics.jsonl`:
         requests sent (tries again included), messages that got no verdict, messages answered from
         memory, and mean seconds until a message that was sent had its verdict or none."""

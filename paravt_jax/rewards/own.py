@@ -4,7 +4,7 @@
 
     @reward_terms(accuracy=(0, 1), brevity=(-0.2, 0))
     def concise(attempt: Attempt) -> dict[str, float]:
-        return {"accuracy": attempt.accuracy(), "brevity": -0.2 * (len(attempt.said) > 400)}
+        return {"accuracy": attempt.accuracy(), "brevity": -0.2 * (len(attempt.text) > 400)}
 
 `--set rewards.scheme=path/to/file.py:concise` trains with them, and so does a recipe with
 `RewardRules(scheme=concise)`. The total is the sum of the terms, `format` times

@@ -12,7 +12,7 @@ from paravt_jax.advantages import (
     annealed,
     difficulty_weights,
     group_advantages,
-    has_spread,
+    has_reward_variance,
     kl_to_go,
     overlong_penalty,
     reweighted_advantages,
@@ -139,7 +139,7 @@ def test_leave_one_out_is_a_multiple_of_no_std(rewards):
 
 def test_spread_of_groups():
     rewards = np.array([[0.1 + 0.2, 0.3], [0.0, 1e-3], [1.0, 1.0]])
-    assert has_spread(rewards).tolist() == [False, True, False]
+    assert has_reward_variance(rewards).tolist() == [False, True, False]
 
 
 def test_overlong_penalty_by_hand():

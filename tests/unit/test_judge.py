@@ -115,10 +115,10 @@ def test_what_the_judge_says_counts_and_all_else_is_f1(serve, status, body, accu
     service = serve(lambda *_: (status, body, 0))
     judge = open_judge(service.settings())
     assert judged(judge) == pytest.approx(accuracy)
-    figures = judge.figures()
-    assert figures["judge/calls"] == calls == len(service.requests)
-    assert figures["judge/failures"] == (accuracy == F1)
-    assert set(judge.figures().values()) == {0.0}
+    found = judge.metrics()
+    assert found["judge/calls"] == calls == len(service.requests)
+    assert found["judge/failures"] == (accuracy == F1)
+    assert set(judge.metrics().values()) == {0.0}
 
 
 @pytest.mark.parametrize("pause", [30.0, 0.1], ids=["silent", "dripping"])
@@ -129,9 +129,9 @@ def test_a_judge_that_hangs_costs_its_time_limit(serve, pause):
     began = time.monotonic()
     assert judged(judge) == pytest.approx(F1)
     assert 0.6 <= time.monotonic() - began < 2.0
-    figures = judge.figures()
-    assert (figures["judge/calls"], figures["judge/failures"]) == (2.0, 1.0)
-    assert 0.6 <= figures["judge/seconds"] < 2.0
+    found = judge.metrics()
+    assert (found["judge/calls"], found["judge/failures"]) == (2.0, 1.0)
+    assert 0.6 <= found["judge/seconds"] < 2.0
 
 
 def test_nobody_listens(serve):
@@ -145,7 +145,7 @@ def test_trouble_that_passes_is_survived(serve):
     service = serve(lambda _, number: ((503, b"", 0), (200, completion("1"), 0))[number > 2])
     judge = open_judge(service.settings())
     assert judged(judge) == 1.0
-    assert judge.figures()["judge/calls"] == 3
+    assert judge.metrics()["judge/calls"] == 3
 
 
 def test_the_request_is_a_chat_completion(serve, monkeypatch):

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from paravt_jax.advantages import has_spread
+from paravt_jax.advantages import has_reward_variance
 from paravt_jax.records import RolloutGroup
 from train.rl.loop import RolloutBatch, RolloutSource
 from train.rl.settings import RlSettings
@@ -61,4 +61,6 @@ def _teaches(groups: Sequence[RolloutGroup], term: str, mask_over_turn: bool) ->
         [t.rewards[term] for t in group.trajectories if not (mask_over_turn and t.over_turn)]
         for group in groups
     ]
-    return np.array([len(own) > 1 and bool(has_spread(np.array([own]))) for own in learned_P_G])
+    return np.array(
+        [len(own) > 1 and bool(has_reward_variance(np.array([own]))) for own in learned_P_G]
+    )

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 
-from paravt_jax.advantages import has_spread
+from paravt_jax.advantages import has_reward_variance
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
 from paravt_jax.rewards import Judge, RewardRules, open_judge, score
@@ -39,7 +39,7 @@ class Scorer:
         # Several hosts could get several verdicts: one asks, the others take its figures.
         judge = self._judge if is_first() else _silent
         scored = _agree(score_groups(groups, self._rules, judge, progress))
-        self.metrics = self._judge.figures()
+        self.metrics = self._judge.metrics()
         if self.metrics["judge/failures"]:
             failures, reason = int(self.metrics["judge/failures"]), self._judge.last_failure
             _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
@@ -145,7 +145,7 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "tool/over_turn": _mean(t.over_turn for t in rollouts),
         "tool/success_rate": sum(t.executed for t in rollouts) / max(calls, 1),
         "frames/budget_mean": _mean(group.frame_budget for group in groups),
-        "group/zero_std": _mean(~has_spread(totals)),
+        "group/zero_std": _mean(~has_reward_variance(totals)),
         "length/generated": _mean(t.generated.sum() for t in rollouts),
     }
 

@@ -38,14 +38,14 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     return breakdown(
         rules,
         accuracy=attempt.accuracy("exact"),
-        format=float(names(attempt.said) == ["think", "answer"]),
+        format=float(names(attempt.text) == ["think", "answer"]),
         added={"grounding": grounding_score(attempt)} if rules.grounded else {},
     )
 
 
 def grounding_score(attempt: Attempt) -> float:
     """IoU of the window in the answer with the evidence; 0 where the answer is the window."""
-    named = interval(attempt.found)
+    named = interval(attempt.prediction)
     if named is None or attempt.question_type == "tvg":
         return 0.0
     return overlap([named], attempt.evidence).iou

@@ -47,10 +47,10 @@ def ranges(rules: RewardRules) -> Ranges:
 
 def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     """Reward by term; R_time is the `tool` term."""
-    if len(attempt.found) >= _LONGEST_ANSWER:
+    if len(attempt.prediction) >= _LONGEST_ANSWER:
         accuracy, form = 0.0, 0.0
     else:
-        accuracy, form = attempt.accuracy(), format_score(attempt.said)
+        accuracy, form = attempt.accuracy(), format_score(attempt.text)
     time = 0.0 if attempt.question_type == "tvg" else window_score(attempt, accuracy, rules)
     return breakdown(rules, accuracy=accuracy, format=form, tool=time)
 

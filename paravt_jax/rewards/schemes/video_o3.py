@@ -120,7 +120,9 @@ def accuracy_score(attempt: Attempt, rules: RewardRules) -> float:
     if kind == "temporal_grounding":
         return attempt.accuracy(question_type="tvg")
     if kind == "mcq" or kind in KINDS[:-1]:
-        return float(bool(attempt.found) and _letter(attempt.found) == _letter(attempt.answer))
+        return float(
+            bool(attempt.prediction) and _letter(attempt.prediction) == _letter(attempt.answer)
+        )
     return attempt.accuracy()
 
 

@@ -56,13 +56,13 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     """Reward by term."""
     alone = attempt.question_type == "tvg"
     named = alone or rules.grounded
-    truth, stamps = _truth(attempt), times(thought(attempt.said))
+    truth, stamps = _truth(attempt), times(thought(attempt.text))
     return breakdown(
         rules,
-        accuracy=answer_iou(attempt.found, truth) if alone else accuracy_score(attempt),
-        format=format_score(attempt.said, (2 if named else 1) if truth else 0),
+        accuracy=answer_iou(attempt.prediction, truth) if alone else accuracy_score(attempt),
+        format=format_score(attempt.text, (2 if named else 1) if truth else 0),
         added={
-            "ans_tiou": answer_iou(attempt.found, truth) if named and not alone else 0.0,
+            "ans_tiou": answer_iou(attempt.prediction, truth) if named and not alone else 0.0,
             "thk_temporal_point": 0.0 if named else point_score(stamps, truth, attempt.progress),
             "thk_temporal_segment": segment_score(stamps, truth) if named else 0.0,
         },
@@ -73,7 +73,7 @@ def accuracy_score(attempt: Attempt) -> float:
     """ans_acc in [0, 1]."""
     if attempt.question_type == "mcq":
         return attempt.accuracy("exact")
-    return rouge_mean(_TIME_TAG.sub("", attempt.found), attempt.answer)
+    return rouge_mean(_TIME_TAG.sub("", attempt.prediction), attempt.answer)
 
 
 def answer_iou(found: str, truth: tuple[Window, ...]) -> float:

@@ -58,7 +58,7 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     return breakdown(
         rules,
         accuracy=accuracy,
-        format=format_score(attempt.said),
+        format=format_score(attempt.text),
         tool=0.5 * min(attempt.counted_calls(rules.fresh_seconds), _MOST_CALLS),
         added=added,
     )
@@ -71,12 +71,12 @@ def accuracy_score(attempt: Attempt, rules: RewardRules) -> float:
         return window_score(attempt, (expected,) if expected else (), rules)
     if attempt.question_type == "mcq":
         return attempt.accuracy("exact")
-    return rouge_mean(attempt.found, attempt.answer)
+    return rouge_mean(attempt.prediction, attempt.answer)
 
 
 def window_score(attempt: Attempt, expected: tuple[Window, ...], rules: RewardRules) -> float:
     """Scaled IoU of the last interval that the answer names."""
-    predicted = list(intervals(attempt.found))[-1:]
+    predicted = list(intervals(attempt.prediction))[-1:]
     iou = overlap(predicted, expected).iou
     if rules.compat == "reference":
         union = length([*predicted, *expected])
