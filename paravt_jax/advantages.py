@@ -118,6 +118,7 @@ def turn_advantages(
         config: how they are normalised.
         difficulty: the whole rewards, see `rollout_advantages`.
     """
+    # The weight is that of the whole rollout, applied once below.
     plain = dataclasses.replace(config, difficulty_weighted=False)
     pools = [slice(None)] if config.normalise == "batch" else range(len(values))
     advantages = np.zeros(values.shape)
@@ -210,6 +211,7 @@ def has_reward_variance(rewards: Float[np.ndarray, "p g"]) -> Bool[np.ndarray, "
 
     Dynamic sampling (DAPO, arXiv 2503.14476, section 3.2) trains on these groups alone.
     """
+    # The same terms added in another order differ in their last bits.
     return np.ptp(np.asarray(rewards, np.float64), axis=1) > 1e-9
 
 
@@ -242,6 +244,7 @@ def kl_to_go(
     """
     generated = jnp.asarray(mask) > 0
     kl = divergence(jnp.asarray(behaviour), jnp.asarray(reference), estimator)
+    # Masked before the sum: what stands between generated tokens may be NaN.
     paid = _sum_from_here(jnp.where(generated, kl, 0.0))
     return jnp.where(generated, paid, 0.0)
 
@@ -260,6 +263,7 @@ def whiten(
     chex.assert_equal_shape([values, mask])
     count = mask.sum()
     mean = jnp.where(mask, values, 0.0).sum() / jnp.maximum(count, 1)
+    # Centred before squaring: in float32 the difference of two means of squares loses its digits.
     centred = jnp.where(mask, values - mean, 0.0)
     variance = jnp.square(centred).sum() / jnp.maximum(count - ddof, 1)
     std = jnp.where(count > ddof, jnp.sqrt(variance), 1.0)
@@ -312,6 +316,7 @@ def reweighted_advantages(
         lowest, highest: bounds of the weight.
     """
     advantages = jnp.asarray(advantages, jnp.float32)
+    # Tokens without an advantage may lack a gap: NaN times 0 would be NaN.
     gap = jnp.where(advantages == 0, 0.0, jnp.asarray(teacher_gap, jnp.float32))
     weight = jnp.clip(jnp.exp(jnp.sign(advantages) * gap), lowest, highest)
     return advantages * ((1.0 - coefficient) + coefficient * weight)

@@ -44,6 +44,7 @@ class CacheArray:
         if dtype != jnp.int8 and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype={dtype}: a KV cache holds floats or int8; choose one of them")
         scales = jnp.zeros(shape[:-1], jnp.float32) if dtype == jnp.int8 else None
+        # Laid out at once: an engine's cache may not fit the one device that makes it.
         return cls(jnp.zeros(shape, dtype), scales).sharded()
 
     @property

@@ -161,6 +161,7 @@ def _before_chosen(
     hidden: Float[Array, "b t d"], chosen: Bool[Array, "b t"], budget: int
 ) -> tuple[Int[Array, "b c"], Float[Array, "b c d"]]:
     """Where the chosen tokens stand (0: nowhere), and the hidden states that predict them."""
+    # Index 0 fills up rows with fewer chosen tokens, so it must stand for none.
     chosen = chosen.at[:, 0].set(False)
     index = jax.vmap(lambda row: jnp.nonzero(row, size=budget, fill_value=0)[0])(chosen)
     return index, jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)

@@ -121,6 +121,7 @@ def _add_product(
     scale: float,
 ) -> Float[Array, "*l i o"]:
     """`kernel + scale * a @ b`, computed in float32."""
+    # In bfloat16 an update smaller than 1/256 of the weight would be rounded away.
     wide = [x.astype(jnp.float32) for x in (kernel, a, b)]
     product = jnp.matmul(wide[1], wide[2], precision=jax.lax.Precision.HIGHEST)
     return (wide[0] + scale * product).astype(kernel.dtype)

@@ -272,6 +272,7 @@ def aggregate(
     * "constant": sum of w_t l_t over all tokens / `constant_length`; the count is that number of
       rows. Long rows weigh neither more nor less per token (Dr. GRPO, arXiv 2503.20783).
     """
+    # Not a bare product: 0 times the NaN of padding is NaN.
     values = jnp.where(weight > 0, values * weight, 0.0)
     if aggregation == "token":
         return values.sum(), weight.sum()
@@ -290,6 +291,8 @@ def behaviour_weights(
 
     Equation 10 of the ParaVT release: dropped, not truncated, and without a lower bound.
     """
+    # With one step per batch the ratio is 1, and this weight still acts: it measures how far the
+    # sampler's numerics, or its older weights, are from the learner's.
     weights = safe_exp(proximal - behaviour)
     kept = jnp.ones(weights.shape, bool) if cap is None else weights <= cap
     return jnp.where(kept, weights, 0.0), kept

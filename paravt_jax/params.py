@@ -247,6 +247,7 @@ class Blueprint(Generic[Model]):
         Raises:
           KeyError: a parameter of the table is not in `params`.
         """
+        # The table is in the order of the leaves; `params` may be in any.
         leaves = [params[name] for name in self.table]
         return nnx.merge(self._graphdef, jax.tree.unflatten(self._treedef, leaves))
 
@@ -267,6 +268,7 @@ def initialise(
 
 
 def _initial_value(spec: ParamSpec, key: Array, dtype: jnp.dtype) -> Array:
+    # Not `hash`: Python salts it anew in every process, and hosts must agree.
     own_key = jax.random.fold_in(key, zlib.crc32(spec.name.encode()))
     return spec.init(own_key, spec.shape, jnp.dtype("float32")).astype(dtype)
 

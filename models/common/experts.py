@@ -121,6 +121,7 @@ def mix(
     k = choices.shape[-1]
     flat = choices.reshape(-1)
     served = (flat >= 0) & (flat < e)
+    # Rows of other devices' experts go to the end, behind all groups.
     order = jnp.argsort(jnp.where(served, flat, e), stable=True)
     back = jnp.argsort(order)
     sizes = jnp.sum(flat[:, None] == jnp.arange(e), axis=0, dtype=jnp.int32)
@@ -204,9 +205,11 @@ def _blocks(m: int, sizes: Int[Array, " e"]) -> tuple[Array, Array, Array]:
     group of each block.
     """
     e = sizes.shape[0]
+    # Each group may leave one block half empty, and there are at most as many groups as rows.
     count = m // BLOCK + min(e, m)
     needed = -(-sizes // BLOCK)
     ends, block_ends = jnp.cumsum(sizes), jnp.cumsum(needed)
+    # A binary search would be a loop on the device; comparing with all e ends is one operation.
     owner = jnp.minimum(
         jnp.searchsorted(block_ends, jnp.arange(count), side="right", method="compare_all"), e - 1
     )

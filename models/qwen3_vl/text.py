@@ -248,6 +248,7 @@ class TextTower(nnx.Module):
         features: VisionFeatures | None,
     ) -> Float[Array, "b t d"]:
         """Token embeddings, with vision tokens in their places."""
+        # The residual stream stays float32: over 36 layers, bfloat16 doubles the error of logits.
         x = lookup(self.embedding[...], tokens).astype(jnp.float32)
         if features is not None:
             seen = take_tokens(features.tokens, vision_index).astype(x.dtype)
@@ -278,6 +279,7 @@ def add_deepstack(
         addend = take_tokens(level, vision_index).astype(x.dtype)
         return x + jnp.where((vision_index >= 0)[..., None], addend, 0)
 
+    # All layers share one scanned body; where there is no level, nothing is gathered.
     with jax.named_scope("deepstack"):
         return jax.lax.cond(layer < levels, add, lambda x: x, x)
 
@@ -286,6 +288,7 @@ def mrope(positions: Int[Array, "b t 3"], config: TextConfig) -> Rope:
     """Cosines and sines of interleaved M-RoPE (Qwen3-VL): pairs take turns between time,
     height and width; pairs beyond `3 * mrope_section` follow time."""
     width = config.head_dim
+    # Rounded to float32 at each step, as in transformers: at position 10,000 an angle differs.
     exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
     frequency = 1 / np.float32(config.rope_theta) ** exponent
     turn = np.arange(width // 2)

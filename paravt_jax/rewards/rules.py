@@ -74,6 +74,7 @@ class RewardRules:
 
     def __post_init__(self) -> None:
         """Raises ValueError for a value that has no meaning."""
+        # Kept as a name, so that it can be compared, written to config.json and found again.
         object.__setattr__(self, "scheme", named(self.scheme, "scheme"))
         for name, known in _CHOICES.items():
             if getattr(self, name) not in known:
@@ -179,7 +180,7 @@ def find_scheme(name: str) -> Scheme:
         ValueError: there is none.
     """
     if is_reference(name):
-        # The adapter of such functions is made of what this module defines.
+        # Imported here: the adapter of such functions is made of what this module defines.
         return importlib.import_module("paravt_jax.rewards.own").scheme_of(name)
     if name not in scheme_names():
         raise ValueError(
