@@ -64,7 +64,7 @@ def rules_of(scheme):
         "deepvideo_r1": [{"grounded": True}],
         "video_o3": [{"mode": "exact"}, {"compat": "reference"}],
         "visd": [{"grounded": True}],
-    }[scheme]
+    }.get(scheme, [])
     return [RewardRules(scheme=scheme, **variant) for variant in variants]
 
 

@@ -1,5 +1,7 @@
 """Figures of a batch of rollouts, by hand."""
 
+import random
+
 import numpy as np
 import pytest
 
@@ -13,8 +15,9 @@ from paravt_jax.records import (
     Turn,
     VideoRef,
 )
-from paravt_jax.rewards import RewardRules
-from train.rl.scoring import accuracy_by_type, complies, rollout_metrics, score_groups
+from paravt_jax.rewards import RewardRules, reward_terms
+from train.rl import scoring
+from train.rl.scoring import Scorer, accuracy_by_type, complies, rollout_metrics, score_groups
 
 BODY = '{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 4}}'
 CALL = f"<tool_call>\n{BODY}\n</tool_call>"
@@ -102,3 +105,18 @@ def test_a_turn_that_plays_several_is_one_turn():
     (group,) = score_groups([RolloutGroup(row, 4, (pretended,))], RewardRules())
     assert group.trajectories[0].rewards["format"] < 0.9
     assert group.trajectories[0].rewards["tool"] == 0.0
+
+
+@reward_terms(luck=(0, 1))
+def lucky(attempt):
+    return {"luck": random.random()}
+
+
+def test_all_hosts_take_the_first_ones_word_on_a_function_of_the_users(groups, monkeypatch):
+    monkeypatch.setattr(scoring, "from_first", lambda values: np.full_like(values, 0.5))
+    lucks = {
+        t.rewards["luck"] for g in Scorer(RewardRules(scheme=lucky))(groups) for t in g.trajectories
+    }
+    assert lucks == {0.5}
+    (first, *_) = Scorer(RewardRules())(groups)
+    assert first.trajectories[0].rewards["accuracy"] == 1.0

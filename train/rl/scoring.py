@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from paravt_jax.advantages import has_reward_variance
+from paravt_jax.plugins import is_reference
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
 from paravt_jax.rewards import Judge, RewardRules, open_judge, score
@@ -35,7 +36,9 @@ class Scorer:
           progress: share of the training that is done.
         """
         if self._judge is None:
-            return score_groups(groups, self._rules, progress=progress)
+            scored = score_groups(groups, self._rules, progress=progress)
+            # A function of the user's may draw lots or ask a server: hosts must not go apart.
+            return _agree(scored) if is_reference(str(self._rules.scheme)) else scored
         # Several hosts could get several verdicts: one asks, the others take its figures.
         judge = self._judge if is_first() else _silent
         scored = _agree(score_groups(groups, self._rules, judge, progress))
