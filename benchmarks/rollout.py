@@ -204,7 +204,7 @@ def generate(size: str, length: int, frames: int, repeats: int) -> None:
         assert out.shape == (8, length + NEW)
 
     def ours() -> None:
-        assert run_all(engine.session(model.params), "main", [prompt], 8, NEW) == 8 * NEW
+        assert run_all(Session(engine, model.params), "main", [prompt], 8, NEW) == 8 * NEW
 
     seconds = compare({"transformers": theirs, "paravt_jax": ours}, repeats)
     ratio(seconds, "transformers", "paravt_jax")
@@ -228,7 +228,7 @@ def prefix(size: str, length: int, repeats: int) -> None:
     live: dict[str, tuple[Session, list[Stream]]] = {}
 
     def read(kind: str) -> None:
-        session = (shared if kind == "shared" else copied).session(params)
+        session = Session(shared if kind == "shared" else copied, params)
         prompts, copies = (1, 8) if kind == "shared" else (8, 1)
         seeds = np.arange(8).reshape(prompts, copies)
         streams = [s for own in seeds for s in session.open("main", prompt, own.tolist())]
@@ -259,11 +259,11 @@ def crops(size: str, length: int, repeats: int) -> None:
     prompts = [make_prompt(length, 4, policy.config, seed) for seed in range(4)]
 
     def at_once(count: int) -> None:
-        run_all(engine.session(params), "crop", prompts[:count], 1, NEW)
+        run_all(Session(engine, params), "crop", prompts[:count], 1, NEW)
 
     def in_turn() -> None:
         for prompt in prompts:
-            run_all(engine.session(params), "crop", [prompt], 1, NEW)
+            run_all(Session(engine, params), "crop", [prompt], 1, NEW)
 
     seconds = compare(
         {
@@ -289,7 +289,7 @@ def mix(size: str, repeats: int) -> None:
     use = {}
 
     def run(engine: Engine, batches: list[np.ndarray]) -> Session:
-        session = engine.session(params)
+        session = Session(engine, params)
         for batch in batches:
             for number, limit in enumerate(batch):
                 (stream,) = session.open("main", prompt, [number])
@@ -331,7 +331,7 @@ def int8(size: str, length: int, repeats: int) -> None:
             flush=True,
         )
     runs = {
-        kept: lambda engine=engine: run_all(engine.session(params), "main", [prompt], 8, NEW)
+        kept: lambda engine=engine: run_all(Session(engine, params), "main", [prompt], 8, NEW)
         for kept, engine in engines.items()
     }
     ratio(compare(runs, repeats), "int8", "compute")
@@ -341,7 +341,7 @@ def log_prob_gaps(
     engine: Engine, policy: Qwen3VLPolicy, params: dict, prompt: Prompt
 ) -> np.ndarray:
     """`[8, NEW]`: |sampler's - learner's log-prob| of each token of eight rollouts."""
-    session = engine.session(params)
+    session = Session(engine, params)
     streams = session.open("main", prompt, range(8))
     for stream in streams:
         session.speak(stream, [], SamplingConfig(), NEW)

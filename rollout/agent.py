@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterator, Sequence
 
 from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory
-from rollout.engine.engine import Engine
 from rollout.episode import Episodes, Rollout
 from rollout.evidence import Kit, Toolbox
 from rollout.limits import MAIN, AgentConfig, measure
@@ -30,7 +29,7 @@ class Agent:
 
     def __init__(
         self,
-        engine: Engine,
+        open_session: Callable[[Params], DecodeSession],
         renderer: Renderer,
         reader: FrameReader,
         tools: Tools = TOOLS,
@@ -39,10 +38,11 @@ class Agent:
         agree: Agree = list,
         between: Callable[[], None] = lambda: None,
     ) -> None:
-        """The engine must have the lanes that `rollout.limits.lanes` computes, and the prompts
-        must offer the tools' schemas.
-
+        """
         Args:
+            open_session: a session under these weights, of an engine with the lanes that
+                `rollout.limits.lanes` computes.
+            tools: what calls may name; prompts must offer their schemas.
             crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
                 response. A larger one is answered with an error. Needed where frames are shown.
             agree: what counts as a tool's failure where several hosts run the same tools. What
@@ -55,7 +55,7 @@ class Agent:
         """
         if config.evidence == "frames" and crop_tokens is None:
             raise ValueError("evidence='frames' needs crop_tokens: the room that a crop takes")
-        self._engine, self._agree, self._between = engine, agree, between
+        self._open_session, self._agree, self._between = open_session, agree, between
         room = measure(config, renderer, crop_tokens or 0)
         self._kit = Kit(renderer, reader, tools, config, room, crop_tokens)
         self.figures: dict[str, float] = {}
@@ -75,7 +75,7 @@ class Agent:
 
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
-        session = self._engine.session(params)
+        session = self._open_session(params)
         scheduler = Scheduler(session, self._agree, self._between)
         with Workers(self._kit.config.decode_threads) as workers:
             toolbox = Toolbox(self._kit, session, workers, policy_version)

@@ -265,10 +265,10 @@ class World:
             items.append((row, frames, prompt))
         return items
 
-    def roll_out(self, engine: Engine, items: Sequence[Item], seed=0, params=None):
+    def roll_out(self, engine: TapedEngine, items: Sequence[Item], seed=0, params=None):
         """Groups of rollouts, one for each item."""
         agent = Agent(
-            engine,
+            engine.session,
             self.renderer,
             WindowReader(),
             config=self.config,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from models.qwen3_vl import Qwen3VLPolicy
@@ -14,6 +16,7 @@ from rollout.agent import Agent
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine
 from rollout.engine.grammar import response_grammar
+from rollout.engine.session import Session
 from rollout.limits import AgentConfig, lanes
 from rollout.tools import agent_tools
 from train.config import Config
@@ -38,7 +41,8 @@ def open_agent(
     room = crop_tokens(config, renderer)
     tools = agent_tools(config.agent)
     return Agent(
-        *(engine, renderer, reader, tools, rules or config.agent, room),
+        functools.partial(Session, engine),
+        *(renderer, reader, tools, rules or config.agent, room),
         agree=faults_of_all,
         between=SIGNALS_OF_RUN.check,
     )

@@ -1,7 +1,7 @@
 """The device side of rollouts: compiled functions over caches of known size.
 
     engine = Engine(policy, {"main": Lane(...), "crop": Lane(...)}, ...)
-    session = engine.session(params)        requests in, streams out: `rollout.engine.session`
+    session = Session(engine, params)       requests in, streams out: `rollout.engine.session`
 
 A lane is a class of requests with one static shape. Its prompts are read once and shared by
 their copies; rows of all lanes decode in one loop. Static shapes, each compiled once: reading
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,9 +27,6 @@ from paravt_jax.mesh import constrain
 from paravt_jax.records import ArrayLike, VisionFeatures, pytree
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
-
-if TYPE_CHECKING:
-    from rollout.engine.session import Session
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,12 +160,6 @@ class Engine:
         self.admit = jax.jit(self._admit, donate_argnames=("state",))
         self.append = jax.jit(self._append, donate_argnames=("state",))
         self.decode = jax.jit(self._decode, donate_argnames=("states",))
-
-    def session(self, params: Params) -> Session:
-        """An empty session under these weights; the one before must not be used any more."""
-        from rollout.engine.session import Session
-
-        return Session(self, params)
 
     def cache_bytes(self) -> int:
         """Memory of the caches of all lanes, over all devices."""

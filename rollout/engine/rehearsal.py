@@ -20,7 +20,15 @@ from paravt_jax.interfaces import Params
 from paravt_jax.records import Patches, Prompt
 from rollout.engine.engine import Engine, Lane
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.session import APPEND_LEAST, BATCH, NEVER, PROMPT_LEAST, SILENT, static_size
+from rollout.engine.session import (
+    APPEND_LEAST,
+    BATCH,
+    NEVER,
+    PROMPT_LEAST,
+    SILENT,
+    Session,
+    static_size,
+)
 
 Size = tuple[int, int]
 """Tokens and frames of something to read."""
@@ -122,7 +130,7 @@ class _Rehearsal:
     def __init__(
         self, engine: Engine, params: Params, reads: Mapping[str, Reads], patch_values: int
     ) -> None:
-        self._engine, self._session = engine, engine.session(params)
+        self._engine, self._session = engine, Session(engine, params)
         self._reads, self._patch_values = reads, patch_values
         self._shortest = {
             name: reads[name].prompt_sizes(lane)[0] for name, lane in engine.lanes.items()

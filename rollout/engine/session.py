@@ -175,7 +175,7 @@ class Session:
     """Live streams under one set of weights."""
 
     def __init__(self, engine: Engine, params: Params) -> None:
-        """Opened by `Engine.session`."""
+        """Empty. An earlier session of the engine must not be used any more: caches are shared."""
         self._engine, self._params = engine, engine.policy.prepare(params)
         states = engine.states
         self._desks = {name: _Desk(name, lane, states) for name, lane in engine.lanes.items()}

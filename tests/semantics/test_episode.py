@@ -84,7 +84,7 @@ class Episode:
         self.reader = reader or SentinelReader()
         self.room = measure(self.config, RENDERER, CROP_TOKENS)
         self.agent = Agent(
-            self.engine,
+            self.engine.session,
             RENDERER,
             self.reader,
             agent_tools(self.config),
@@ -334,7 +334,7 @@ def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **con
     """Groups and session of a whole batch, all of whose rollouts follow one script."""
     limits = AgentConfig(turn_tokens=900, **config)
     engine = scripted_engine(limits, [turns for _ in rows for _ in range(copies)], copies=copies)
-    agent = Agent(engine, RENDERER, reader or SentinelReader(), config=limits)
+    agent = Agent(engine.session, RENDERER, reader or SentinelReader(), config=limits)
     frames = SentinelReader().overview(VIDEO, 1)
     items = []
     for name in rows:
@@ -368,7 +368,7 @@ def test_crops_are_decoded_while_others_still_think():
     engine, reader = scripted_engine(config, script), WaitingReader()
     asked = -(-len(RENDERER.encode(script[0][0])) // 16)
     reader.engine, reader.visits = engine, asked + 1
-    agent = Agent(engine, RENDERER, reader, config=config)
+    agent = Agent(engine.session, RENDERER, reader, config=config)
     prompt = RENDERER.main_prompt(Row("r", VIDEO, "q", "a"), None, tools=True)
     items = [(Row(name, VIDEO, "q", "a"), 4, prompt) for name in "ab"]
     groups = agent.run({}, items, copies=1, seed=0)
@@ -456,11 +456,11 @@ def test_frames_that_take_more_than_their_room_are_an_error():
         size = 1 if evidence == "frames" else len(RENDERER.subagent_prompt(None, 0, 8).tokens)
         for room, expected in ((size, word), (size - 1, "Error: this part has too many frames")):
             engine = scripted_engine(config, [[calls_turn(call(0, 8)), ANSWER]])
-            agent = Agent(engine, RENDERER, SentinelReader(), TOOLS, config, room)
+            agent = Agent(engine.session, RENDERER, SentinelReader(), TOOLS, config, room)
             (group,) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
             assert f"<tool_response>\n{expected}" in group.trajectories[0].full_text
     with pytest.raises(ValueError, match="crop_tokens"):
-        Agent(engine, RENDERER, SentinelReader(), TOOLS, AgentConfig(evidence="frames"))
+        Agent(engine.session, RENDERER, SentinelReader(), TOOLS, AgentConfig(evidence="frames"))
 
 
 def test_a_cap_of_tokens_ends_in_a_forced_answer():
@@ -535,7 +535,7 @@ def test_a_new_tool_is_a_schema_and_a_function():
     row = Row("row", VIDEO, "How long?", "64")
     prompt = renderer.main_prompt(row, None, tools=True)
     assert "Tool: video_length(unit)" in renderer.decode(prompt.tokens)
-    agent = Agent(engine, renderer, SentinelReader(), tools, config)
+    agent = Agent(engine.session, renderer, SentinelReader(), tools, config)
     ((group),) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
     (t,) = group.trajectories
     assert "<tool_response>\n64 seconds\n</tool_response>" in t.full_text

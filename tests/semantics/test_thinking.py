@@ -60,7 +60,7 @@ def roll_out(renderer, *turns, report=THOUGHT, **settings):
     config = AgentConfig(turn_tokens=400, answer_tokens=200, response_tokens=200, **settings)
     shapes = lanes(config, renderer, prompts=1, copies=1, prompt_tokens=2000, crop_tokens=2000)
     engine = ScriptedEngine(shapes, [turns], lambda prompt: report, renderer=renderer)
-    agent = Agent(engine, renderer, Reader(), config=config, crop_tokens=2000)
+    agent = Agent(engine.session, renderer, Reader(), config=config, crop_tokens=2000)
     prompt = renderer.main_prompt(ROW, Reader().overview(VIDEO, 2), tools=True)
     (group,) = agent.run({}, [(ROW, 2, prompt)], 1, seed=0)
     return group.trajectories[0], engine.sessions[0]

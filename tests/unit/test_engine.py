@@ -60,7 +60,7 @@ def sample_all(
     engine=ENGINE, prompts=PROMPTS, copies=1, sampling=SAMPLING, limit=12, seeds=None, params=PARAMS
 ) -> list[Generated]:
     """One turn of every copy of every prompt."""
-    session, streams = engine.session(params), []
+    session, streams = Session(engine, params), []
     for at, prompt in enumerate(prompts):
         own = range(at * copies, (at + 1) * copies)
         streams += session.open("main", prompt, [seeds[i] if seeds else i for i in own])
@@ -108,7 +108,7 @@ def chosen_log_probs(prompt, stream, **model) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_equal_a_full_forward_over_two_turns(temperature):
     """Six rows share three prompts; turns cross visits; given tokens differ in length."""
-    session, sampling = ENGINE.session(PARAMS), SamplingConfig(temperature=temperature)
+    session, sampling = Session(ENGINE, PARAMS), SamplingConfig(temperature=temperature)
     streams = [s for at, p in enumerate(PROMPTS) for s in session.open("main", p, [at, at + 9])]
     for stream in streams:
         session.speak(stream, [], sampling, 12)
@@ -164,7 +164,7 @@ def test_copies_differ_by_seed_only():
 
 def test_silent_rows_stay_as_they_are():
     """A stream that only listens while the others speak and are told things."""
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (loud,), (quiet,) = (session.open("main", p, [i]) for i, p in enumerate(PROMPTS[:2]))
     session.speak(loud, [], SAMPLING, 9)
     finish(session)
@@ -177,7 +177,7 @@ def test_crops_decode_beside_mains_and_take_free_slots():
     """Five crops on two slots, while a main agent speaks a long turn."""
     lanes = {"main": LANE, "crop": Lane(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
     engine = make_engine(lanes, eos_ids=())
-    session = engine.session(PARAMS)
+    session = Session(engine, PARAMS)
     (main,) = session.open("main", PROMPTS[0], [0])
     session.speak(main, [], SAMPLING, 30)
     crops = [s for i in range(5) for s in session.open("crop", PROMPTS[1], [50 + i])]
@@ -199,7 +199,7 @@ def test_crops_decode_beside_mains_and_take_free_slots():
 
 def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
     engine = make_engine(Lane(prompts=2, copies=1, prompt_tokens=64, suffix=64))
-    session = engine.session(PARAMS)
+    session = Session(engine, PARAMS)
     waiting = [s for i in range(9) for s in session.open("main", PROMPTS[i % 3], [i])]
     for stream in waiting:
         session.speak(stream, [65] * 3, SAMPLING, 12)
@@ -213,7 +213,7 @@ def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
 
 def test_frames_can_be_given_in_the_midst_of_a_stream():
     shown = image_prompt("look", frames=2, patches=8, seed=5)
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (stream,) = session.open("main", PROMPTS[1], [3])
     session.speak(stream, shown, SAMPLING, 10)
     turn = finish(session)[stream]
@@ -265,7 +265,7 @@ def test_stop_strings_and_penalties_are_per_request():
     text = "".join(chr(token) for token in free.tokens if token < 128)
     stop = SamplingConfig(temperature=0.0, stop=(text[3:6],))
     repeat = SamplingConfig(temperature=0.0, repetition_penalty=1e9)
-    session = engine.session(PARAMS)
+    session = Session(engine, PARAMS)
     streams = [session.open("main", PROMPTS[0], [i])[0] for i in range(3)]
     for stream, sampling in zip(streams, (stop, repeat, GREEDY), strict=True):
         session.speak(stream, [], sampling, 20)
@@ -279,7 +279,7 @@ def test_stop_strings_and_penalties_are_per_request():
 
 
 def test_penalties_need_an_engine_that_remembers():
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (stream,) = session.open("main", PROMPTS[1], [0])
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.1.*penalties=True"):
         session.speak(stream, [], SamplingConfig(repetition_penalty=1.1), 5)
@@ -287,7 +287,7 @@ def test_penalties_need_an_engine_that_remembers():
 
 def test_a_row_cannot_outgrow_its_cache():
     lane = Lane(prompts=1, copies=1, prompt_tokens=64, suffix=10)
-    session = make_engine(lane, eos_ids=()).session(PARAMS)
+    session = Session(make_engine(lane, eos_ids=()), PARAMS)
     (stream,) = session.open("main", PROMPTS[0], [0])
     session.speak(stream, [65], SAMPLING, 7)
     finish(session)
@@ -299,7 +299,7 @@ def test_a_row_cannot_outgrow_its_cache():
 
 
 def test_what_can_never_fit_is_refused_at_once():
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     with pytest.raises(ValueError, match="65 tokens and 1 copies does not fit lane 'main' of 64"):
         session.open("main", text_prompt("x" * (65 - len(text_prompt("").tokens))), [0])
     with pytest.raises(ValueError, match="3 copies does not fit"):
@@ -307,7 +307,7 @@ def test_what_can_never_fit_is_refused_at_once():
 
 
 def test_streams_are_used_in_order():
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (stream,) = session.open("main", PROMPTS[1], [0])
     session.speak(stream, [], SAMPLING, 5)
     with pytest.raises(ValueError, match="speaks already"):
@@ -319,7 +319,7 @@ def test_streams_are_used_in_order():
 
 
 def test_silent_streams_keep_their_slots():
-    session = make_engine(Lane(prompts=1, copies=1, prompt_tokens=64, suffix=9)).session(PARAMS)
+    session = Session(make_engine(Lane(prompts=1, copies=1, prompt_tokens=64, suffix=9)), PARAMS)
     (silent,) = session.open("main", PROMPTS[1], [0])
     (waiting,) = session.open("main", PROMPTS[1], [1])
     session.visit()
@@ -339,7 +339,7 @@ def test_cache_bytes_are_known_beforehand():
 def test_a_nearly_empty_lane_is_decoded_compactly():
     """Rows compute only for prompts that are live, and all the rest stays as it is."""
     lane = Lane(prompts=8, copies=1, prompt_tokens=64, suffix=64, compact=(2,))
-    session = make_engine(lane, eos_ids=()).session(PARAMS)
+    session = Session(make_engine(lane, eos_ids=()), PARAMS)
     streams = [session.open("main", PROMPTS[i % 3], [i])[0] for i in range(8)]
     for number, stream in enumerate(streams):
         session.speak(stream, [], SAMPLING, 20 if number == 5 else 5)
@@ -446,7 +446,7 @@ def test_qwen3_vl_log_probs_equal_the_learners(mesh, cache_dtype, tolerance):
             devices = make_mesh(parse_mesh(mesh, 8))
             stack.enter_context(jax.set_mesh(devices))
             live = jax.device_put(params, param_shardings(QWEN.table, devices))
-        session = engine.session(live)
+        session = Session(engine, live)
         streams = [s for at, p in enumerate(prompts) for s in session.open("main", p, [at, 7])]
         for stream in streams:
             session.speak(stream, [], SAMPLING, 12)
@@ -475,7 +475,7 @@ def test_a_second_session_compiles_nothing():
     engine = Engine(QWEN, {"main": Lane(1, 2, 64, 8)}, automata=automata, pad_id=0, visit=4)
 
     def say():
-        session = engine.session(params)
+        session = Session(engine, params)
         for stream in session.open("main", text_prompt("x"), [1, 2]):
             session.speak(stream, [], SamplingConfig(), 4)
         session.visit()
