@@ -283,12 +283,10 @@ def mix(size: str, repeats: int) -> None:
     policy, params = random_model(size)
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / 60, 64), 512)
     prompt = make_prompt(64, 0, policy.config)
-    lane = Lane(16, 1, 64, 512)
-    fixed = engine_of(policy, {"main": lane})
-    engine = engine_of(policy, {"main": dataclasses.replace(lane, compact=(2, 4, 8))})
+    engine = engine_of(policy, {"main": Lane(16, 1, 64, 512)})
     use = {}
 
-    def run(engine: Engine, batches: list[np.ndarray]) -> Session:
+    def run(batches: list[np.ndarray]) -> Session:
         session = Session(engine, params)
         for batch in batches:
             for number, limit in enumerate(batch):
@@ -300,10 +298,10 @@ def mix(size: str, repeats: int) -> None:
         return session
 
     def continuous() -> None:
-        use["slots"] = run(engine, [lengths]).slot_use
+        use["slots"] = run([lengths]).slot_use
 
     seconds = compare(
-        {"fixed batches": lambda: run(fixed, np.split(lengths, 4)), "continuous": continuous},
+        {"fixed batches": lambda: run(np.split(lengths, 4)), "continuous": continuous},
         repeats,
     )
     ratio(seconds, "fixed batches", "continuous")

@@ -41,17 +41,12 @@ class Lane:
     """Longest prompt."""
     suffix: int
     """Most tokens of a row after its prompt."""
-    compact: tuple[int, ...] = ()
-    """Numbers of prompts for which decoding is compiled besides all: when no more are live, only
-    so many are decoded. Each costs a compilation, and one more for every other lane beside it."""
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes, naming field, value and remedy."""
         for name in ("prompts", "copies", "prompt_tokens", "suffix"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not all(0 < size < self.prompts for size in self.compact):
-            raise ValueError(f"compact={self.compact}: sizes lie between 0 and {self.prompts}")
 
     @property
     def rows(self) -> int:
@@ -239,17 +234,15 @@ class Engine:
         self,
         params: Params,
         states: tuple[LaneState, ...],
-        live: tuple[Int[Array, " q"] | None, ...],
         speakers: Speakers,
         table: Int[Array, "states vocab"],
         patience: Int[Array, ""],
     ) -> tuple[tuple[LaneState, ...], Spoken]:
         """Sample up to `visit` tokens for every speaking row, or until `patience` rows have
-        finished their turn. Of each lane all prompts take part, or those at the places `live`."""
+        finished their turn."""
         self.compilations += 1
         limits = jnp.asarray(speakers.draw.limits)
-        taken = tuple(map(_take, states, live))
-        first = _Loop(jnp.int32(0), taken, limits > 0, self._silence(speakers))
+        first = _Loop(jnp.int32(0), states, limits > 0, self._silence(speakers))
         speaking = jnp.sum(first.running)
 
         def goes_on(loop: _Loop) -> Bool[Array, ""]:
@@ -261,7 +254,7 @@ class Engine:
         )
         # Every host reads these, so every device holds them.
         spoken = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), loop.spoken)
-        return tuple(map(_put_back, states, loop.states, live)), spoken
+        return loop.states, spoken
 
     def _silence(self, speakers: Speakers) -> Spoken:
         """Nothing said yet."""
@@ -357,43 +350,6 @@ def _advance(
         seen = None if state.seen is None else mark_seen(state.seen, tokens[part], on)
         after.append(LaneState(longer, moved, seen))
     return tuple(after)
-
-
-def _take(state: LaneState, live: Int[Array, " q"] | None) -> LaneState:
-    """The part of a lane that takes part."""
-    if live is None:
-        return state
-    cache, rows = state.cache, _rows_of(live, state.cache.copies)
-    part = KVCache(
-        prompt_keys=cache.prompt_keys.take(live),
-        prompt_values=cache.prompt_values.take(live),
-        prompt_lengths=jnp.asarray(cache.prompt_lengths)[live],
-        keys=cache.keys.take(rows),
-        values=cache.values.take(rows),
-        lengths=jnp.asarray(cache.lengths)[rows],
-    )
-    seen = None if state.seen is None else state.seen[rows]
-    return LaneState(part, state.hidden[rows], seen)
-
-
-def _put_back(whole: LaneState, part: LaneState, live: Int[Array, " q"] | None) -> LaneState:
-    """A lane after part of it went on."""
-    if live is None:
-        return part
-    cache, rows = whole.cache, _rows_of(live, whole.cache.copies)
-    cache = dataclasses.replace(
-        cache,
-        keys=cache.keys.put(rows, part.cache.keys),
-        values=cache.values.put(rows, part.cache.values),
-    )
-    seen = None
-    if whole.seen is not None and part.seen is not None:
-        seen = whole.seen.at[rows].set(part.seen)
-    return LaneState(cache, whole.hidden.at[rows].set(part.hidden), seen)
-
-
-def _rows_of(prompts: Int[Array, " q"], copies: int) -> Int[Array, " m"]:
-    return (prompts[:, None] * copies + jnp.arange(copies)).reshape(-1)
 
 
 def _mark_block(

@@ -158,13 +158,9 @@ class _Rehearsal:
                 yield [(name, self._shortest[name])] * lane.prompts, size, rows
 
     def _mixtures(self) -> Iterator[Request]:
-        """Decode each set of lanes, each lane with few prompts live or all."""
-        lanes = self._engine.lanes
-        counts = [[0, *lane.compact, max(lane.compact, default=0) + 1] for lane in lanes.values()]
-        for chosen in itertools.product(*counts):
-            named = zip(lanes, chosen, strict=True)
-            opened = [(name, self._shortest[name]) for name, count in named for _ in range(count)]
-            yield opened, (0, 0), None
+        """Decode each set of lanes."""
+        for chosen in itertools.product((False, True), repeat=len(self._shortest)):
+            yield list(itertools.compress(self._shortest.items(), chosen)), (0, 0), None
 
     def say(self, opened: Sequence[tuple[str, Size]], given: Size, rows: int | None) -> None:
         """Open prompts, let the first `rows` of their streams say a token, close all."""

@@ -130,22 +130,6 @@ class _Desk:
         rows = [0 if row is None else row.length for row in self.rows]
         return self.state.with_lengths(np.array(prompts, np.int32), np.array(rows, np.int32))
 
-    def live(self) -> np.ndarray | None:
-        """Places of prompts to decode: those with a speaking row and some others, as many as a
-        compact size of the lane holds; None for all."""
-        speaking = {row.prompt.slot for row in self.speaking}
-        sizes = [size for size in sorted(self.lane.compact) if size >= len(speaking)]
-        if not sizes:
-            return None
-        others = [slot for slot in range(self.lane.prompts) if slot not in speaking]
-        return np.array([*sorted(speaking), *others][: sizes[0]], np.int32)
-
-    def rows_at(self, live: np.ndarray | None) -> list[_Row | None]:
-        """Rows of these prompts."""
-        slots = range(self.lane.prompts) if live is None else live.tolist()
-        copies = self.lane.copies
-        return [row for slot in slots for row in self.rows[slot * copies : (slot + 1) * copies]]
-
     def seat(self) -> list[_Shared]:
         """Give waiting prompts the free slots."""
         seated = []
@@ -344,13 +328,11 @@ class Session:
         return features, [restride(prompt, patches) for prompt in prompts]
 
     def _decode(self, desks: Sequence[_Desk]) -> list[tuple[Stream, Generated]]:
-        live = [desk.live() for desk in desks]
-        rows = [row for desk, own in zip(desks, live, strict=True) for row in desk.rows_at(own)]
+        rows = [row for desk in desks for row in desk.rows]
         waits = any(desk.queue for desk in self._desks.values())
         states, spoken = self._engine.decode(
             self._params,
             tuple(desk.current() for desk in desks),
-            tuple(live),
             _speakers(rows),
             self._engine.automata.table,
             # With somebody waiting, a free slot is worth a visit.

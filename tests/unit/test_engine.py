@@ -145,7 +145,7 @@ def test_pixels_reach_the_samples():
         (Lane(prompts=1, copies=1, prompt_tokens=64, suffix=64), 3),
         (Lane(prompts=2, copies=1, prompt_tokens=40, suffix=12), 16),
         (Lane(prompts=7, copies=3, prompt_tokens=100, suffix=72), 5),
-        (Lane(prompts=8, copies=2, prompt_tokens=64, suffix=64, compact=(1, 3)), 4),
+        (Lane(prompts=8, copies=2, prompt_tokens=64, suffix=64), 4),
     ],
 )
 def test_samples_do_not_depend_on_slots_order_capacity_or_visits(lane, visit):
@@ -334,24 +334,6 @@ def test_cache_bytes_are_known_beforehand():
     said = engine.cache_bytes()
     actual = [state.cache for state in engine.states.values()]
     assert said == sum(leaf.nbytes for leaf in jax.tree.leaves(actual))
-
-
-def test_a_nearly_empty_lane_is_decoded_compactly():
-    """Rows compute only for prompts that are live, and all the rest stays as it is."""
-    lane = Lane(prompts=8, copies=1, prompt_tokens=64, suffix=64, compact=(2,))
-    session = Session(make_engine(lane, eos_ids=()), PARAMS)
-    streams = [session.open("main", PROMPTS[i % 3], [i])[0] for i in range(8)]
-    for number, stream in enumerate(streams):
-        session.speak(stream, [], SAMPLING, 20 if number == 5 else 5)
-    first = finish(session)
-    assert session.row_steps == 5 * 8 + 15 * 2
-    for stream in streams:
-        session.speak(stream, [66], SAMPLING, 5)
-    second = finish(session)
-    for number, stream in enumerate(streams):
-        tokens = [*first[stream].tokens, 66, *second[stream].tokens]
-        expected = chosen_log_probs(PROMPTS[number % 3], tokens)[-5:]
-        np.testing.assert_allclose(second[stream].log_probs, expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("field", ["prompts", "copies", "prompt_tokens", "suffix"])
