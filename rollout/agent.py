@@ -14,9 +14,9 @@ from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory
 from rollout.episode import Episodes, Rollout
 from rollout.evidence import Kit, Toolbox
-from rollout.limits import MAIN, AgentConfig, measure
+from rollout.limits import MAIN, AgentConfig, token_budget
 from rollout.record import derive_seed
-from rollout.tasks import Agree, DecodeSession, Program, Scheduler
+from rollout.tasks import EngineSession, Program, Scheduler, SyncErrors
 from rollout.tools import TOOLS, Tools
 from rollout.workers import Workers
 
@@ -29,25 +29,25 @@ class Agent:
 
     def __init__(
         self,
-        open_session: Callable[[Params], DecodeSession],
+        open_session: Callable[[Params], EngineSession],
         renderer: Renderer,
         reader: FrameReader,
         tools: Tools = TOOLS,
         config: AgentConfig = AgentConfig(),
         crop_tokens: int | None = None,
-        agree: Agree = list,
-        between: Callable[[], None] = lambda: None,
+        sync_errors: SyncErrors = list,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
-            open_session: a session under these weights, of an engine with the lanes that
-                `rollout.limits.lanes` computes.
+            open_session: a session under these weights, of an engine with the slot pools that
+                `rollout.limits.slot_pools` computes.
             tools: what calls may name; prompts must offer their schemas.
             crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
                 response. A larger one is answered with an error. Needed where frames are shown.
-            agree: what counts as a tool's failure where several hosts run the same tools. What
-                tools find must be the same on all of them anyway.
-            between: called before each visit of the device; what it raises ends `run`.
+            sync_errors: what counts as a tool's failure where several hosts run the same tools.
+                What tools find must be the same on all of them anyway.
+            before_step: called before each step of the engine; what it raises ends `run`.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -55,8 +55,9 @@ class Agent:
         """
         if config.evidence == "frames" and crop_tokens is None:
             raise ValueError("evidence='frames' needs crop_tokens: the room that a crop takes")
-        self._open_session, self._agree, self._between = open_session, agree, between
-        room = measure(config, renderer, crop_tokens or 0)
+        self._open_session = open_session
+        self._sync_errors, self._before_step = sync_errors, before_step
+        room = token_budget(config, renderer, crop_tokens or 0)
         self._kit = Kit(renderer, reader, tools, config, room, crop_tokens)
         self.figures: dict[str, float] = {}
         """What the last run cost on the host, for `metrics.jsonl`."""
@@ -76,7 +77,7 @@ class Agent:
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
         session = self._open_session(params)
-        scheduler = Scheduler(session, self._agree, self._between)
+        scheduler = Scheduler(session, self._sync_errors, self._before_step)
         with Workers(self._kit.config.decode_threads) as workers:
             toolbox = Toolbox(self._kit, session, workers, policy_version)
             episodes = Episodes(self._kit, session, toolbox, policy_version)
@@ -98,7 +99,7 @@ def _told(program: Program, ended: Callable[[], object]) -> Program:
 
 
 def _open_rollouts(
-    session: DecodeSession, items: Sequence[Item], copies: int, seed: int
+    session: EngineSession, items: Sequence[Item], copies: int, seed: int
 ) -> Iterator[Rollout]:
     """Rollouts in prompt-major order. A row that comes twice in a batch is drawn twice."""
     seen: collections.Counter[str] = collections.Counter()
@@ -117,8 +118,8 @@ def _figures(
     """Turns of an episode, and what its tools cost."""
     return {
         "episode/turns": sum(len(t.turns) for t in rollouts) / max(len(rollouts), 1),
-        "episode/visits": float(scheduler.visits),
+        "episode/visits": float(scheduler.steps),
         "tool/jobs": float(workers.jobs),
-        "tool/jobs_shared": float(workers.asked - workers.jobs),
-        "time/tool_wait": scheduler.waited,
+        "tool/jobs_shared": float(workers.submitted - workers.jobs),
+        "time/tool_wait": scheduler.wait_seconds,
     }

@@ -14,10 +14,10 @@ from typing import Any
 from paravt_jax.interfaces import FrameReader, Renderer
 from paravt_jax.protocol import reported
 from paravt_jax.records import Clip, Prompt, ToolCall, Trajectory, VideoRef
-from rollout.limits import CROP, AgentConfig, Room, subagent_limit
-from rollout.record import Record, spoken_turn
+from rollout.limits import CROP, AgentConfig, TokenBudget, subagent_limit
+from rollout.record import TrajectoryBuilder, generated_turn
 from rollout.responses import Response, strip_markup
-from rollout.tasks import DecodeSession, Need, Speak
+from rollout.tasks import EngineSession, Generate, Need
 from rollout.tools import OwnVideo, Tool, ToolError, Tools, find
 from rollout.workers import Job, Workers
 
@@ -32,13 +32,13 @@ class Kit:
     reader: FrameReader
     tools: Tools
     config: AgentConfig
-    room: Room
+    room: TokenBudget
     crop_tokens: int | None
     """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Ask:
+class ToolRequest:
     """One call of a rollout, as whoever answers it needs to know it."""
 
     call: ToolCall
@@ -51,7 +51,7 @@ class Ask:
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class ToolResult:
     """What came of a call."""
 
     response: Response
@@ -64,7 +64,7 @@ class Toolbox:
     """Answers calls: host work on worker threads, sub-agents in the session of the main agents."""
 
     def __init__(
-        self, kit: Kit, session: DecodeSession, workers: Workers, policy_version: int
+        self, kit: Kit, session: EngineSession, workers: Workers, policy_version: int
     ) -> None:
         self._kit, self._session, self._workers = kit, session, workers
         self._policy_version = policy_version
@@ -72,18 +72,18 @@ class Toolbox:
         self._head = kit.renderer.encode(kit.renderer.opening)
         self._limit = subagent_limit(kit.config, kit.renderer)
 
-    def answer(self, ask: Ask) -> Generator[Need, Any, Answer]:
+    def answer(self, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
         """The program that answers one call. Never raises on anything that a model can write."""
         try:
-            tool = self._allowed(ask)
-            found = yield self._job(tool, ask)
+            tool = self._allowed(request)
+            found = yield self._job(tool, request)
         except Exception as error:
-            return Answer(f"Error: {_words(error, ask.call)}")
+            return ToolResult(f"Error: {_words(error, request.call)}")
         if isinstance(found, Prompt):
-            return (yield from self._report(found, ask.seed))
-        return _answer(found, f"{tool.name} found nothing")
+            return (yield from self._report(found, request.seed))
+        return _result(found, f"{tool.name} found nothing")
 
-    def _allowed(self, ask: Ask) -> Tool:
+    def _allowed(self, request: ToolRequest) -> Tool:
         """The tool that is called.
 
         Raises:
@@ -92,19 +92,19 @@ class Toolbox:
         config = self._kit.config
         if not config.offers_tools:
             raise ToolError("tools are not available")
-        if ask.number >= config.calls_run:
+        if request.number >= config.calls_run:
             if config.dispatch == "sequential":
                 raise ToolError("call one tool at a time: only the first call of a turn is run")
             raise ToolError(f"at most {config.max_calls_per_turn} calls per turn")
-        return find(self._kit.tools, ask.call)
+        return find(self._kit.tools, request.call)
 
-    def _job(self, tool: Tool, ask: Ask) -> Job:
+    def _job(self, tool: Tool, request: ToolRequest) -> Job:
         """The tool's work. Rollouts of a group often make the same call: it is run once."""
-        arguments = sorted(ask.call.arguments.items(), key=itemgetter(0))
+        arguments = sorted(request.call.arguments.items(), key=itemgetter(0))
         limit = self._kit.config.tool_timeout if tool.timeout is None else tool.timeout
         return self._workers.submit(
-            (tool.name, ask.video, repr(arguments)),
-            lambda: self._run(tool, ask.call, ask.video),
+            (tool.name, request.video, repr(arguments)),
+            lambda: self._run(tool, request.call, request.video),
             limit,
         )
 
@@ -131,26 +131,26 @@ class Toolbox:
         if most is not None and tokens > most:
             raise ToolError("this part has too many frames to be shown; ask for a shorter one")
 
-    def _report(self, prompt: Prompt, seed: int) -> Generator[Need, Any, Answer]:
+    def _report(self, prompt: Prompt, seed: int) -> Generator[Need, Any, ToolResult]:
         """Let a sub-agent look, and make what it says after its thought the response."""
         kit = self._kit
-        record, sampling = Record(prompt), kit.config.subagent_sampling
+        record, sampling = TrajectoryBuilder(prompt), kit.config.subagent_sampling
         (stream,) = self._session.open(CROP, prompt, [seed])
-        record.give(self._head)
-        generated = yield Speak(stream, self._head, sampling, self._limit)
+        record.add_given(self._head)
+        generated = yield Generate(stream, self._head, sampling, self._limit)
         self._session.close(stream)
-        record.speak(spoken_turn(generated, self._head, kit.renderer))
+        record.add_turn(generated_turn(generated, self._head, kit.renderer))
         trajectory = record.finish(kit.renderer, self._policy_version)
-        answer = _answer(reported(trajectory.full_text), "the sub-agent reported nothing")
+        answer = _result(reported(trajectory.full_text), "the sub-agent reported nothing")
         return dataclasses.replace(answer, subagent=trajectory)
 
 
-def _answer(found: Response, nothing: str) -> Answer:
+def _result(found: Response, nothing: str) -> ToolResult:
     """A result as a response; an error if it says nothing."""
     if isinstance(found, Clip):
-        return Answer(found, executed=True)
+        return ToolResult(found, executed=True)
     text = strip_markup(found)
-    return Answer(text, executed=True) if text else Answer(f"Error: {nothing}")
+    return ToolResult(text, executed=True) if text else ToolResult(f"Error: {nothing}")
 
 
 def _words(error: Exception, call: ToolCall) -> str:

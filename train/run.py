@@ -28,7 +28,7 @@ from pipelines.sizes import prompt_tokens
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine.engine import Engine
-from rollout.limits import MAIN, subagent_room
+from rollout.limits import MAIN, subagent_budget
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.compile.cache import Compilations, keep_compiled
@@ -255,7 +255,7 @@ class Run:
         )
 
     def _learner(self, engine: Engine) -> Learner:
-        config, renderer, main = self.config, self.renderer, engine.lanes[MAIN]
+        config, renderer, main = self.config, self.renderer, engine.pools[MAIN]
         shapes = setup.batch_shapes(
             config,
             renderer.spec,
@@ -323,7 +323,7 @@ class Run:
         config = self.config
         if not config.rl.trains_subagents:
             return 0
-        own = subagent_room(config.agent, self.renderer)
+        own = subagent_budget(config.agent, self.renderer)
         length = crop_tokens(config, self.renderer) + own
         calls = config.agent.rounds * config.agent.calls_run
         rows = possible_rows(calls, config.rl.group_size)

@@ -37,7 +37,7 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
 from rollout.agent import Agent
-from rollout.limits import measure
+from rollout.limits import token_budget
 from rollout.tools import agent_tools
 from train.agent import crop_tokens
 from train.config import Config, Stage
@@ -297,7 +297,7 @@ def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> Promp
     """
     episode = 0
     if config.stage is Stage.RL:
-        episode = measure(config.agent, renderer, crop_tokens(config, renderer)).suffix
+        episode = token_budget(config.agent, renderer, crop_tokens(config, renderer)).suffix
         episode += hint_room(config.difficulty, renderer)
     return questions.prompt_room(config.data.max_prompt_tokens, positions, episode)
 

@@ -17,7 +17,7 @@ from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate
 from pipelines.render import ChatRenderer
 from rollout.agent import Agent
-from rollout.limits import AgentConfig, lanes, measure, turn_head
+from rollout.limits import AgentConfig, slot_pools, token_budget, turn_head
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import ToyRenderer
 from tests.scripted_engine import ScriptedEngine
@@ -58,7 +58,7 @@ def renderer(request) -> ChatRenderer:
 def roll_out(renderer, *turns, report=THOUGHT, **settings):
     """One scripted rollout, and the streams that the engine saw."""
     config = AgentConfig(turn_tokens=400, answer_tokens=200, response_tokens=200, **settings)
-    shapes = lanes(config, renderer, prompts=1, copies=1, prompt_tokens=2000, crop_tokens=2000)
+    shapes = slot_pools(config, renderer, prompts=1, copies=1, prompt_tokens=2000, crop_tokens=2000)
     engine = ScriptedEngine(shapes, [turns], lambda prompt: report, renderer=renderer)
     agent = Agent(engine.session, renderer, Reader(), config=config, crop_tokens=2000)
     prompt = renderer.main_prompt(ROW, Reader().overview(VIDEO, 2), tools=True)
@@ -115,8 +115,8 @@ def test_other_templates_leave_head_and_limits_to_the_settings():
     config = AgentConfig(subagent_tokens=30)
     toy = ToyRenderer()
     assert turn_head(config, toy) == toy.encode("<think>\n")
-    assert measure(config, toy).prefix == len("<think>\n")
-    shape = lanes(config, toy, prompts=1, copies=1, prompt_tokens=9, crop_tokens=9)
+    assert token_budget(config, toy).prefix == len("<think>\n")
+    shape = slot_pools(config, toy, prompts=1, copies=1, prompt_tokens=9, crop_tokens=9)
     assert shape["crop"].suffix == 30
 
 
