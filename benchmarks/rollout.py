@@ -36,7 +36,7 @@ from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
-from rollout.engine.slots import Stream
+from rollout.engine.slots import StreamId
 
 NEW = 64
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
@@ -226,7 +226,7 @@ def prefix(size: str, length: int, repeats: int) -> None:
     prompt = make_prompt(length, 0, policy.config)
     shared = engine_of(policy, {"main": SlotPool(1, 8, length, NEW + 1)}, steps_per_call=NEW)
     copied = engine_of(policy, {"main": SlotPool(8, 1, length, NEW + 1)}, steps_per_call=NEW)
-    live: dict[str, tuple[Session, list[Stream]]] = {}
+    live: dict[str, tuple[Session, list[StreamId]]] = {}
 
     def prefill(kind: str) -> None:
         session = Session(shared if kind == "shared" else copied, params)
@@ -245,7 +245,7 @@ def prefix(size: str, length: int, repeats: int) -> None:
         ratio(seconds, f"{part} copied", f"{part} shared")
 
 
-def generate_all(session: Session, streams: list[Stream], limit: int) -> None:
+def generate_all(session: Session, streams: list[StreamId], limit: int) -> None:
     """All streams go on for as many tokens."""
     for stream in streams:
         session.generate(stream, [], SamplingConfig(), limit)

@@ -20,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from paravt_jax.records import Prompt
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.slots import Generated, Stream
+from rollout.engine.slots import Generated, StreamId
 from rollout.workers import Job
 
 Given = Sequence[int] | Prompt
@@ -31,7 +31,7 @@ Given = Sequence[int] | Prompt
 class Generate:
     """Append `given` to a stream and let it generate one turn; gives `Generated`."""
 
-    stream: Stream
+    stream: StreamId
     given: Given
     sampling: SamplingConfig
     max_tokens: int
@@ -61,21 +61,21 @@ class EngineSession(Protocol):
         """Streams that are to generate and have not ended their turn."""
         ...
 
-    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
+    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
         """Streams that share one prompt, one per seed; they wait while the pool is full."""
         ...
 
     def generate(
-        self, stream: Stream, given: Given, sampling: SamplingConfig, max_tokens: int
+        self, stream: StreamId, given: Given, sampling: SamplingConfig, max_tokens: int
     ) -> None:
         """Append, then generate one turn."""
         ...
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: StreamId) -> None:
         """Free the stream's slot."""
         ...
 
-    def step(self) -> Sequence[tuple[Stream, Generated]]:
+    def step(self) -> Sequence[tuple[StreamId, Generated]]:
         """Decode a while; the turns that ended."""
         ...
 
@@ -98,7 +98,7 @@ class Scheduler:
     ) -> None:
         """`before_step` is called before each step of the session, and may raise to give up all."""
         self._session, self._sync_errors, self._before_step = session, sync_errors, before_step
-        self._generating: dict[Stream, _Task] = {}
+        self._generating: dict[StreamId, _Task] = {}
         self._waiting: list[tuple[_Task, Job]] = []
         self.steps = 0
         """Steps of the session so far."""

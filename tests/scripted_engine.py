@@ -10,7 +10,7 @@ import numpy as np
 from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Prompt, StopReason
 from rollout.engine.engine import Engine, SlotPool
-from rollout.engine.slots import Generated, Stream
+from rollout.engine.slots import Generated, StreamId
 from tests.rollout_fakes import ToyRenderer
 
 
@@ -81,7 +81,7 @@ class ScriptedSession:
         """Streams of a pool in the order in which they were opened."""
         return [row for row in self.rows if row.pool == pool]
 
-    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
+    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
         shape = self.engine.pools[pool]
         if not 1 <= len(seeds) <= shape.copies or len(prompt.tokens) > shape.prompt_tokens:
             raise ValueError(f"{len(prompt.tokens)} tokens x {len(seeds)} never fit {shape}")
@@ -91,16 +91,16 @@ class ScriptedSession:
         self.groups += 1
         return streams
 
-    def _open(self, pool: str, prompt: Prompt, seed: int) -> Stream:
+    def _open(self, pool: str, prompt: Prompt, seed: int) -> StreamId:
         if pool == "crop":
             script = [self.engine.report(self.engine.renderer.decode(prompt.tokens))]
         else:
             script = list(self.engine.turns_B[len(self.of(pool))])
         row = ScriptedStream(pool, prompt, seed, script, self.groups, prompt.tokens.tolist())
         self.rows.append(row)
-        return Stream(len(self.rows) - 1)
+        return StreamId(len(self.rows) - 1)
 
-    def tokens_left(self, stream: Stream) -> int:
+    def tokens_left(self, stream: StreamId) -> int:
         row = self.rows[stream.number]
         return self.engine.pools[row.pool].suffix - (len(row.tokens) - len(row.prompt.tokens))
 
@@ -111,7 +111,7 @@ class ScriptedSession:
         row.given, row.stop = given, sampling.stop
         row.limits.append(max_tokens)
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: StreamId) -> None:
         row = self.rows[stream.number]
         assert not row.generating and not row.closed
         row.closed = True
@@ -122,7 +122,7 @@ class ScriptedSession:
     def generating(self) -> int:
         return sum(row.generating for row in self.rows)
 
-    def step(self) -> list[tuple[Stream, Generated]]:
+    def step(self) -> list[tuple[StreamId, Generated]]:
         assert self.generating, "the device has nothing to do"
         self.log.append("step")
         self.engine.steps += 1
@@ -133,7 +133,7 @@ class ScriptedSession:
         turns = [self._decode(number) for number in range(len(self.rows))]
         return [turn for turn in turns if turn is not None]
 
-    def _decode(self, number: int) -> tuple[Stream, Generated] | None:
+    def _decode(self, number: int) -> tuple[StreamId, Generated] | None:
         row = self.rows[number]
         if row.group not in self.live[row.pool] or not row.generating:
             return None
@@ -151,7 +151,7 @@ class ScriptedSession:
             reason = StopReason.END
         elif row.stop and renderer.decode(tokens).endswith(row.stop):
             reason = StopReason.STOP
-        return Stream(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
+        return StreamId(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
 
     def _append(self, row: ScriptedStream) -> None:
         """Take in what was given, and look up what the stream is going to say."""

@@ -437,7 +437,7 @@ class Run:
         return items
 
     def _runner(self, agent: Agent, ended: Callable[[], object]):
-        agent.ended = ended
+        agent.on_episode_end = ended
 
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
             return self.scorer(agent.run(params, items, 1, seed))

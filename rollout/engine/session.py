@@ -32,7 +32,7 @@ from rollout.engine.padding import (
     static_shape,
 )
 from rollout.engine.sampler import Draw, SamplingConfig
-from rollout.engine.slots import Generated, PromptGroup, Row, SlotTable, Stream
+from rollout.engine.slots import Generated, PromptGroup, SlotTable, StreamId, StreamState
 
 IDLE = SamplingConfig()
 """How rows without a request draw; nobody looks at what."""
@@ -47,11 +47,11 @@ class Session:
         self._tables = {
             name: SlotTable(name, pool, engine.states) for name, pool in engine.pools.items()
         }
-        self._rows: dict[Stream, tuple[SlotTable, Row]] = {}
+        self._rows: dict[StreamId, tuple[SlotTable, StreamState]] = {}
         self._opened = 0
         self._row_steps = self._used_row_steps = 0
 
-    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
+    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
         """Streams that share a prompt, one per seed. They wait while the pool is full.
 
         `seeds` (uint32) decide a stream's draws together with its position, nothing else does.
@@ -70,13 +70,15 @@ class Session:
         group = PromptGroup(prompt)
         for seed in seeds:
             self._opened += 1
-            row = Row(Stream(self._opened), seed, group, position=next_position(prompt.positions))
+            row = StreamState(
+                StreamId(self._opened), seed, group, position=next_position(prompt.positions)
+            )
             group.rows.append(row)
             self._rows[row.stream] = table, row
         table.queue.append(group)
         return [row.stream for row in group.rows]
 
-    def tokens_left(self, stream: Stream) -> int:
+    def tokens_left(self, stream: StreamId) -> int:
         """Tokens that the stream can still take."""
         table, row = self._find(stream)
         given = 0 if row.given is None else len(row.given.tokens)
@@ -84,7 +86,7 @@ class Session:
 
     def generate(
         self,
-        stream: Stream,
+        stream: StreamId,
         given: Prompt | Sequence[int],
         sampling: SamplingConfig,
         max_tokens: int,
@@ -115,7 +117,7 @@ class Session:
         row.given = block if len(block.tokens) else None
         row.sampling, row.remaining = sampling, max_tokens
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: StreamId) -> None:
         """Forget a stream and free its slot."""
         table, row = self._find(stream)
         del self._rows[stream]
@@ -131,7 +133,7 @@ class Session:
         """Share of rows that generated, over all decode steps so far."""
         return self._used_row_steps / max(self._row_steps, 1)
 
-    def step(self) -> list[tuple[Stream, Generated]]:
+    def step(self) -> list[tuple[StreamId, Generated]]:
         """Prefill what waits, append what was given, decode some tokens; the turns that ended.
 
         Nothing moves while all that is to generate waits for slots that idle streams hold: close
@@ -143,7 +145,7 @@ class Session:
         tables = [table for table in self._tables.values() if table.generates]
         return self._decode(tables) if tables else []
 
-    def _find(self, stream: Stream) -> tuple[SlotTable, Row]:
+    def _find(self, stream: StreamId) -> tuple[SlotTable, StreamState]:
         if stream not in self._rows:
             raise ValueError(f"{stream} is closed or of another session")
         return self._rows[stream]
@@ -183,8 +185,8 @@ class Session:
     def _append_batch(
         self,
         table: SlotTable,
-        told: set[Row],
-        placed: Sequence[Row | None],
+        told: set[StreamState],
+        placed: Sequence[StreamState | None],
         tokens: int,
         frames: int,
     ) -> None:
@@ -217,7 +219,7 @@ class Session:
         features = self._engine.encode(self._params, *stack_patches(shown, frames, patches))
         return features, [restride(block, patches) for block in blocks]
 
-    def _decode(self, tables: Sequence[SlotTable]) -> list[tuple[Stream, Generated]]:
+    def _decode(self, tables: Sequence[SlotTable]) -> list[tuple[StreamId, Generated]]:
         rows = [row for table in tables for row in table.rows]
         waits = any(table.queue for table in self._tables.values())
         states, output = self._engine.decode(
@@ -242,7 +244,7 @@ class Session:
 
 
 def _collect(
-    row: Row, number: int, output: DecodeOutput, eos_ids: Sequence[int]
+    row: StreamState, number: int, output: DecodeOutput, eos_ids: Sequence[int]
 ) -> Generated | None:
     """Keep what a row generated; its turn if that ended it."""
     count = int(output.counts[number])
@@ -257,7 +259,7 @@ def _collect(
     return row.take_turn(stopped, eos_ids) if stopped or not row.remaining else None
 
 
-def _generating_rows(rows: Sequence[Row | None]) -> GeneratingRows:
+def _generating_rows(rows: Sequence[StreamState | None]) -> GeneratingRows:
     """Rows of free slots are idle."""
     return GeneratingRows(
         draw=Draw.of(

@@ -14,8 +14,8 @@ from rollout.engine.sampler import SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
-    """Handle of one row."""
+class StreamId:
+    """Handle of a stream, one row of the engine."""
 
     number: int
 
@@ -34,14 +34,14 @@ class Generated:
 
 
 @dataclasses.dataclass(eq=False)
-class Row:
-    """A stream and where it stands."""
+class StreamState:
+    """A row: its stream, and where that stands."""
 
-    stream: Stream
+    stream: StreamId
     seed: int
     group: PromptGroup
     number: int = -1
-    """Row of its pool; -1 while it waits."""
+    """StreamState of its pool; -1 while it waits."""
     length: int = 0
     """Tokens after the prompt."""
     position: int = 0
@@ -72,7 +72,7 @@ class PromptGroup:
     """A prompt and the rows that continue it."""
 
     prompt: Prompt
-    rows: list[Row] = dataclasses.field(default_factory=list)
+    rows: list[StreamState] = dataclasses.field(default_factory=list)
     slot: int = -1
     """Prompt slot of its pool; -1 while it waits."""
 
@@ -84,7 +84,7 @@ class SlotTable:
         self.name, self.pool, self._states = name, pool, states
         self.queue: collections.deque[PromptGroup] = collections.deque()
         self.groups: list[PromptGroup | None] = [None] * pool.prompts
-        self.rows: list[Row | None] = [None] * pool.rows
+        self.rows: list[StreamState | None] = [None] * pool.rows
 
     @property
     def generates(self) -> bool:
@@ -119,7 +119,7 @@ class SlotTable:
                 admitted.append(group)
         return admitted
 
-    def release(self, row: Row) -> None:
+    def release(self, row: StreamState) -> None:
         """Free the slot of a row, and that of its prompt after the last row."""
         group = row.group
         group.rows.remove(row)

@@ -39,7 +39,7 @@ MESH = "data:2,fsdp:2,tensor:2"
 
 @pytest.fixture(autouse=True)
 def turns_that_call(monkeypatch):
-    monkeypatch.setattr("rollout.episode.parse_tool_calls", calls_of)
+    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def toy(evidence: str, copies: int) -> World:

@@ -99,7 +99,7 @@ def engine() -> TapedEngine:
 
 @pytest.fixture(autouse=True)
 def turns_that_call(monkeypatch):
-    monkeypatch.setattr("rollout.episode.parse_tool_calls", calls_of)
+    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def expected_log_probs(

@@ -20,7 +20,7 @@ from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
-from rollout.engine.slots import Generated, Stream
+from rollout.engine.slots import Generated, StreamId
 from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 
 POLICY = ToyPolicy()
@@ -48,7 +48,7 @@ ENGINE = make_engine()
 """Shared where nothing is counted, so that shapes compile once."""
 
 
-def finish(session: Session, close: bool = False) -> dict[Stream, Generated]:
+def finish(session: Session, close: bool = False) -> dict[StreamId, Generated]:
     """Step until all is idle; `close` streams whose turn ended."""
     turns = {}
     while session.generating:
