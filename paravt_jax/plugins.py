@@ -12,6 +12,7 @@ import importlib
 import importlib.util
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -57,6 +58,21 @@ def reference(thing: Any) -> str:
     if file is None or "." in module.__name__:
         return f"{module.__name__}:{name}"
     return f"{Path(file).resolve()}:{name}"
+
+
+def named(value: str | Callable[..., Any], setting: str) -> str:
+    """What a setting keeps of its value: one of our own choices as it is, anything of the user's
+    by a name that holds in every folder and process.
+
+    Raises:
+        ValueError: naming the setting, if nothing can be found by that name.
+    """
+    try:
+        if isinstance(value, str):
+            return reference(load(value)) if ":" in value else value
+        return reference(value)
+    except ValueError as error:
+        raise ValueError(f"{setting}={error}") from error
 
 
 def _from_file(path: str) -> ModuleType:

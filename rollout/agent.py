@@ -18,7 +18,7 @@ from typing import Any
 from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.protocol import parse_tool_calls, reported
-from paravt_jax.records import Clip, Prompt, RolloutGroup, Row, ToolCall, Trajectory, Turn
+from paravt_jax.records import Clip, Frames, Prompt, RolloutGroup, Row, ToolCall, Trajectory, Turn
 from rollout.engine.slots import Generated, StreamId
 from rollout.limits import CROP, MAIN, AgentConfig, subagent_limit, token_budget, turn_head
 from rollout.record import TrajectoryBuilder, derive_seed, generated_turn, was_cut_off
@@ -33,7 +33,7 @@ from rollout.tasks import (
     Scheduler,
     SyncErrors,
 )
-from rollout.tools import TOOLS, OwnVideo, Tool, ToolError, Tools, find
+from rollout.tools import TOOLS, FoundFrames, Tool, ToolContext, ToolError, Tools, find
 from rollout.workers import Job, Workers
 
 Item = tuple[Row, int, Prompt]
@@ -55,6 +55,7 @@ class Rollout:
 
     run: RunContext
     row: Row
+    frame_budget: int
     prompt: Prompt
     seed: int
     stream: StreamId
@@ -231,24 +232,30 @@ class Agent:
 
     def _submit(self, tool: Tool, request: ToolRequest) -> Job:
         """The tool's work. Rollouts of a group often make the same call: it is run once."""
-        call, video = request.call, request.rollout.row.video
+        call, rollout = request.call, request.rollout
+        video, frames = rollout.row.video, rollout.frame_budget
         arguments = sorted(call.arguments.items(), key=itemgetter(0))
-        return request.rollout.run.workers.submit(
-            (tool.name, video, repr(arguments)),
-            lambda: self._execute(tool, call, OwnVideo(self._reader, video)),
+        key = tool.name, video, repr(arguments), frames if tool.sees_frame_budget else None
+        context = ToolContext(self._reader, video, frames)
+        return rollout.run.workers.submit(
+            key,
+            lambda: self._execute(tool, call, context),
             self._config.tool_timeout if tool.timeout is None else tool.timeout,
         )
 
-    def _execute(self, tool: Tool, call: ToolCall, video: OwnVideo) -> str | Clip | Prompt:
+    def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Prompt:
         """On a worker thread: run the tool, and render the frames that it found.
 
         Raises:
             ToolError: the call is at fault, or its frames take more room than a crop has.
         """
-        view, renderer = tool.run(call, video), self._renderer
-        if isinstance(view, str):
-            return view
-        shown = view.frames, view.start, view.end
+        found, renderer = tool.run(call, context), self._renderer
+        if isinstance(found, str):
+            return found
+        if isinstance(found, Frames):
+            # Decoded crops have the size that the model sees; what users' tools make may have any.
+            found = FoundFrames(renderer.resized(found), found.times[0], found.times[-1])
+        shown = found.frames, found.start, found.end
         if self._config.evidence == "frames":
             clip = renderer.clip(*shown)
             self._check_size(len(renderer.frames_turn([clip]).tokens) - self._response_markup)
@@ -280,13 +287,13 @@ def _open_rollouts(
 ) -> Iterator[Rollout]:
     """Rollouts in prompt-major order. A row that comes twice in a batch is drawn twice."""
     seen: collections.Counter[str] = collections.Counter()
-    for row, _, prompt in items:
+    for row, frame_budget, prompt in items:
         numbers = range(copies)
         seeds = [derive_seed(seed, row.row_id, seen[row.row_id], copy) for copy in numbers]
         streams = run.session.open(MAIN, prompt, seeds)
         seen[row.row_id] += 1
         for own, stream in zip(seeds, streams, strict=True):
-            yield Rollout(run, row, prompt, own, stream)
+            yield Rollout(run, row, frame_budget, prompt, own, stream)
 
 
 def _tool_requests(rollout: Rollout, turn: Turn, turns: int) -> list[ToolRequest]:

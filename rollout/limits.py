@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from paravt_jax.interfaces import Renderer
+from paravt_jax.plugins import named
 from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, call_syntax
 from paravt_jax.windows import STRATEGIES
 from rollout.engine.engine import SlotPool
@@ -21,9 +24,10 @@ CHOICES = {"dispatch": ("parallel", "sequential"), "evidence": ("text", "frames"
 class AgentConfig:
     """Rules and limits of an episode."""
 
-    tools: tuple[str, ...] = ("crop_video",)
-    """What the agent may call: `crop_video` (ParaVT, LongVT), `get_video_clip_frame` (VITAL) and
-    `grounding` (Video-o3), or a tool of your own in `rollout/tools.py`."""
+    tools: tuple[str | Callable[..., Any], ...] = ("crop_video",)
+    """What the agent may call: `crop_video` (ParaVT, LongVT), `get_video_clip_frame` (VITAL),
+    `grounding` (Video-o3), or functions of your own (`rollout.tools`), given as such or as
+    `path/to/file.py:name`; kept by that name."""
     call_syntax: str = "tool_call"
     """How it writes calls: `tool_call`, Qwen's tag around name and arguments; `grounding`,
     Video-o3's tag around the arguments of the tool `grounding`, its only one."""
@@ -71,6 +75,7 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible limits, naming field, value and remedy."""
+        object.__setattr__(self, "tools", tuple(named(tool, "tools") for tool in self.tools))
         may_be_0 = {
             "max_tool_rounds": "no tools",
             "episode_tokens": "as many as the other limits allow",
@@ -93,15 +98,15 @@ class AgentConfig:
         """Raises ValueError for tools, syntax and quotas that do not go together."""
         own = call_syntax(self.call_syntax)
         if not self.tools or len(set(self.tools)) < len(self.tools):
-            raise ValueError(f"tools={','.join(self.tools)}: name at least one, and each once")
+            raise ValueError(f"tools={','.join(self.tool_names)}: name at least one, and each once")
         if own.tool and self.tools != (own.tool,):
             raise ValueError(
                 f"call_syntax={self.call_syntax} can call {own.tool} alone, not "
-                f"{','.join(self.tools)}; set tools={own.tool}"
+                f"{','.join(self.tool_names)}; set tools={own.tool}"
             )
         if (GROUNDING_TOOL in self.tools) != bool(self.clip_tokens):
             raise ValueError(
-                f"clip_tokens={self.clip_tokens} with tools={','.join(self.tools)}: the tool "
+                f"clip_tokens={self.clip_tokens} with tools={','.join(self.tool_names)}: the tool "
                 f"{GROUNDING_TOOL} and its quotas of vision tokens go together"
             )
         if self.clip_tokens and (
@@ -117,6 +122,11 @@ class AgentConfig:
                     f"sampling.stop={self.sampling.stop}: calls are not written with the tags of "
                     f"{name}; stop at {own.close}"
                 )
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """`tools` as config.json keeps them: names of ours, `file.py:name` of users' own."""
+        return tuple(map(str, self.tools))
 
     @property
     def offers_tools(self) -> bool:

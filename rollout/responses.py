@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import re
+import traceback
 from collections.abc import Sequence
 
 from paravt_jax.interfaces import Renderer
@@ -52,7 +53,9 @@ def error_result(error: Exception, call: ToolCall) -> ToolResult:
     elif isinstance(error, TimeoutError):
         words = f"{call.name} took too long"
     else:
-        _LOG.warning("tool %s failed: %r", call.name, error)
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        where = "".join(f" at {frame.filename}:{frame.lineno}" for frame in place)
+        _LOG.warning("tool %s failed%s: %r", call.name, where, error)
     return ToolResult(f"Error: {words}")
 
 

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import TOOL_NAME
 from paravt_jax.records import (
     Clip,
@@ -129,7 +130,7 @@ class TerseRenderer(ToyRenderer):
         return Clip(start, end, frames.times, Patches(pixels.astype(np.float32), grids))
 
 
-class WindowReader:
+class WindowReader(FrameReader):
     """Three frames, or four of a long window."""
 
     def overview(self, video: VideoRef, count: int) -> Frames:

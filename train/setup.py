@@ -77,7 +77,7 @@ def prompt_texts(config: Config) -> PromptTexts:
         return GROUNDING_TEXTS if terse else VIDEO_O3_TEXTS
     if terse:
         return NEEDLE_TEXTS
-    texts = PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
+    texts = PromptTexts().about(list(agent_tools(agent)), parallel=agent.dispatch == "parallel")
     return texts.with_times() if config.data.instructions == "timed" else texts
 
 
@@ -237,7 +237,7 @@ def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) 
         reader,
         renderer,
         config.data.frame_budgets,
-        tool=agent.tools[0],
+        tool=next(iter(agent_tools(agent))),
         syntax=agent.call_syntax,
         quota=agent.clip_tokens[1] if agent.clip_tokens else None,
         most_looks=agent.max_tool_rounds,

@@ -42,7 +42,7 @@ from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig, slot_pools, token_budget
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from rollout.tools import TOOLS, OwnVideo, Tool, agent_tools, crop_video, registry
+from rollout.tools import TOOLS, Tool, ToolContext, agent_tools, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader, ToyRenderer
 from tests.scripted_engine import ScriptedEngine, ScriptedSession
@@ -499,7 +499,7 @@ def test_a_tool_that_hangs_or_fails_gets_an_error():
     assert episode.trajectory.executed == 2
 
 
-def video_length(call: ToolCall, video: OwnVideo) -> str:
+def video_length(call: ToolCall, video: ToolContext) -> str:
     if call.arguments.get("unit") == "nonsense":
         raise RuntimeError(f"no such unit in {VIDEO.path}")
     return f"{video.duration:g} seconds"

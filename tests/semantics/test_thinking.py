@@ -12,6 +12,7 @@ import copy
 import numpy as np
 import pytest
 
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import CROP_VIDEO_TOOL, parses_strictly, reported
 from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate
@@ -32,7 +33,7 @@ TURNS = (f"I must look.\n</think>\n\n{CALL}<|im_end|>", "Red.\n</think>\n\n<answ
 THOUGHT = "Is it red?\n</think>\n\nA red circle.<|im_end|>"
 
 
-class Reader:
+class Reader(FrameReader):
     """Two frames of 32x32 pixels."""
 
     def overview(self, video, count):
