@@ -285,9 +285,8 @@ def mix(size: str, repeats: int) -> None:
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / 60, 64), 512)
     prompt = make_prompt(64, 0, policy.config)
     engine = engine_of(policy, {"main": SlotPool(16, 1, 64, 512)})
-    use = {}
 
-    def run(batches: list[np.ndarray]) -> Session:
+    def run(batches: list[np.ndarray]) -> None:
         session = Session(engine, params)
         for batch in batches:
             for number, limit in enumerate(batch):
@@ -296,17 +295,13 @@ def mix(size: str, repeats: int) -> None:
             while session.generating:
                 for stream, _ in session.step():
                     session.close(stream)
-        return session
-
-    def continuous() -> None:
-        use["slots"] = run([lengths]).slot_use
 
     seconds = compare(
-        {"fixed batches": lambda: run(np.split(lengths, 4)), "continuous": continuous},
+        {"fixed batches": lambda: run(np.split(lengths, 4)), "continuous": lambda: run([lengths])},
         repeats,
     )
     ratio(seconds, "fixed batches", "continuous")
-    print(f"{lengths.sum()} tokens, slot use {100 * use['slots']:.1f} %")
+    print(f"{lengths.sum()} tokens")
 
 
 def int8(size: str, length: int, repeats: int) -> None:

@@ -162,6 +162,7 @@ class Agent:
                 break
             requests = _tool_requests(rollout, turn, number + 1)
             results = yield Parallel([self._answer(request) for request in requests])
+            # Counted here, not read from the text: a model can write that a call has succeeded.
             executed = sum(result.executed for result in results)
             record.add_turn(dataclasses.replace(turn, executed=executed))
             given = self._respond(record, turn, results)
@@ -235,12 +236,13 @@ class Agent:
         call, rollout = request.call, request.rollout
         video, frames = rollout.row.video, rollout.frame_budget
         arguments = sorted(call.arguments.items(), key=itemgetter(0))
+        # `repr`, because arguments are lists and dicts as often as numbers, which have no hash.
         key = tool.name, video, repr(arguments), frames if tool.sees_frame_budget else None
         context = ToolContext(self._reader, video, frames)
         return rollout.run.workers.submit(
             key,
             lambda: self._execute(tool, call, context),
-            self._config.tool_timeout if tool.timeout is None else tool.timeout,
+            self._config.tool_timeout,
         )
 
     def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Prompt:
@@ -288,6 +290,7 @@ def _open_rollouts(
     """Rollouts in prompt-major order. A row that comes twice in a batch is drawn twice."""
     seen: collections.Counter[str] = collections.Counter()
     for row, frame_budget, prompt in items:
+        # By row id and not by place in the batch: neighbours must not change a draw.
         numbers = range(copies)
         seeds = [derive_seed(seed, row.row_id, seen[row.row_id], copy) for copy in numbers]
         streams = run.session.open(MAIN, prompt, seeds)

@@ -14,6 +14,7 @@ from rollout.engine.slots import Generated
 
 def derive_seed(*parts: object) -> int:
     """A uint32 that depends on all parts and on nothing else (no salted `hash`)."""
+    # A separator that row ids do not hold, or ("a", "bc") and ("ab", "c") would share a seed.
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 

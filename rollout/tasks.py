@@ -110,6 +110,8 @@ class Scheduler:
         results: list[Any] = []
         self._side_by_side(programs, results.extend)
         while self._generating or self._waiting:
+            # Jobs get one step of the engine to be done in, and are then waited for. Whether one
+            # happens to be done earlier must not decide before which step its program goes on.
             due, self._waiting = self._waiting, []
             if self._session.generating:
                 self._step()
@@ -130,6 +132,8 @@ class Scheduler:
         began = time.perf_counter()
         outcomes = [_outcome(job) for _, job in due]
         self.wait_seconds += time.perf_counter() - began
+        # Programs are resumed in the order in which jobs were submitted, whichever was done first:
+        # hosts must open streams in the same order, or their slots and caches differ.
         errors = self._sync_errors([error for _, error in outcomes])
         for (task, _), (value, _), error in zip(due, outcomes, errors, strict=True):
             self._resume(task, value, error)

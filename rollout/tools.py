@@ -117,8 +117,6 @@ class Tool:
     schema: Mapping[str, Any]
     """In the form that chat templates take: `{"type": "function", "function": {...}}`."""
     run: ToolFunction
-    timeout: float | None = None
-    """Seconds that a call may take; None: the agent's `tool_timeout`."""
     sees_frame_budget: bool = False
     """Whether equal calls of prompts that show other numbers of frames may find other things."""
 

@@ -199,6 +199,7 @@ class Engine:
         hidden, keys, values = self.policy.prefill(
             params, padded.tokens, padded.positions, padded.vision_index, features
         )
+        # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
         copies = state.cache.copies
         rows = slots[:, None] * copies + jnp.arange(copies)
         last = _last(hidden, padded.lengths)[:, None].astype(state.hidden.dtype)
@@ -227,6 +228,8 @@ class Engine:
         )
         last = _last(hidden, padded.lengths).astype(state.hidden.dtype)
         if rows is None:
+            # A row that was given nothing must keep the hidden state that its next token is drawn
+            # from; `_last` found padding for it.
             moved = jnp.where((padded.lengths > 0)[:, None], last, state.hidden)
         else:
             moved = state.hidden.at[rows].set(last)
@@ -284,6 +287,8 @@ class Engine:
     ) -> _Loop:
         """One token for every running row, written to its cache even if it ends the turn."""
         output, running = loop.output, loop.running
+        # Drawn first, then appended: the cache of a row that ends holds its last token too, so that
+        # a tool response can follow without a step in between.
         drawn = self._draw(params, loop, generating, table)
         tokens = jnp.where(running, drawn.tokens, self.pad_id)
         after, grown = self._continue(params, loop, generating.positions + output.counts, tokens)

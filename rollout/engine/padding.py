@@ -12,6 +12,8 @@ from rollout.engine.engine import PaddedTokens
 
 T = TypeVar("T")
 
+# Batches of 1 and of 16 and nothing between: each further size would multiply the shapes that are
+# compiled, and up to a quarter of a batch is cheaper one by one.
 MAX_BATCH = 16
 """Most prompts, or blocks for running rows, in one call."""
 MIN_PROMPT, MIN_APPEND = 64, 8

@@ -49,7 +49,6 @@ class Session:
         }
         self._rows: dict[StreamId, tuple[SlotTable, StreamState]] = {}
         self._opened = 0
-        self._row_steps = self._used_row_steps = 0
 
     def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
         """Streams that share a prompt, one per seed. They wait while the pool is full.
@@ -128,17 +127,14 @@ class Session:
         """Streams that are to generate and have not ended their turn, waiting ones included."""
         return sum(row.remaining > 0 for _, row in self._rows.values())
 
-    @property
-    def slot_use(self) -> float:
-        """Share of rows that generated, over all decode steps so far."""
-        return self._used_row_steps / max(self._row_steps, 1)
-
     def step(self) -> list[tuple[StreamId, Generated]]:
         """Prefill what waits, append what was given, decode some tokens; the turns that ended.
 
         Nothing moves while all that is to generate waits for slots that idle streams hold: close
         one of those, or let it generate.
         """
+        # In this order a prompt that is admitted now decodes in this very step, its forced prefix
+        # included.
         for table in self._tables.values():
             self._prefill(table)
             self._append(table)
@@ -198,6 +194,7 @@ class Session:
         padded = pad(given, index, tokens, self._engine.pad_id, starts)
         numbers = None
         if placed is not table.rows:
+            # As with prompts: writes beyond the last row are dropped.
             beyond = table.pool.rows
             numbers = [beyond if row is None else row.number for row in placed]
             numbers = np.array(numbers, np.int32)
@@ -233,8 +230,6 @@ class Session:
         for table, state in zip(tables, states, strict=True):
             table.state = state
         host = jax.device_get(output)
-        self._row_steps += int(host.counts.max()) * len(rows)
-        self._used_row_steps += int(host.counts.sum())
         ran = [
             (number, row) for number, row in enumerate(rows) if row is not None and row.remaining
         ]

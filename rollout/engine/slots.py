@@ -59,6 +59,7 @@ class StreamState:
 
     def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
         """The turn that just ended; the row is idle again."""
+        # A turn may both end and use up its limit with one token: then it has ended.
         tokens, reason = np.concatenate(self.tokens), StopReason.LENGTH
         if stopped:
             reason = StopReason.END if tokens[-1] in eos_ids else StopReason.STOP
@@ -113,6 +114,7 @@ class SlotTable:
             if holder is None and self.queue:
                 group = self.groups[slot] = self.queue.popleft()
                 group.slot = slot
+                # Prompt-major, as the rows of the `KVCache` are.
                 for copy, row in enumerate(group.rows):
                     row.number = slot * self.pool.copies + copy
                     self.rows[row.number] = row

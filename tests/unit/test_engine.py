@@ -207,7 +207,6 @@ def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
     for stream in waiting:
         session.generate(stream, [65] * 3, SAMPLING, 12)
     turns = finish(session, close=True)
-    assert session.slot_use > 0.5
     for number, stream in enumerate(waiting):
         tokens = [65, 65, 65, *turns[stream].tokens]
         expected = chosen_log_probs(PROMPTS[number % 3], tokens)[3:]
