@@ -33,9 +33,10 @@ from paravt_jax.params import initialise
 from paravt_jax.records import Patches, Prompt
 from paravt_jax.rope_index import mrope_positions, vision_index
 from rollout.engine.automaton import TokenAutomata
-from rollout.engine.engine import Engine, Lane
+from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.session import Session, Stream
+from rollout.engine.session import Session
+from rollout.engine.slots import StreamId
 
 NEW = 64
 IMAGE, VIDEO, START, END = 120, 121, 122, 123
@@ -128,23 +129,23 @@ def ratio(seconds: dict[str, list[float]], slow: str, fast: str) -> None:
     )
 
 
-def run_all(session: Session, lane: str, prompts: list[Prompt], copies: int, limit: int) -> int:
-    """Every copy of every prompt speaks one turn; tokens generated."""
+def run_all(session: Session, pool: str, prompts: list[Prompt], copies: int, limit: int) -> int:
+    """Every copy of every prompt generates one turn; tokens generated."""
     for at, prompt in enumerate(prompts):
-        for stream in session.open(lane, prompt, range(at * copies, (at + 1) * copies)):
-            session.speak(stream, [], SamplingConfig(), limit)
+        for stream in session.open(pool, prompt, range(at * copies, (at + 1) * copies)):
+            session.generate(stream, [], SamplingConfig(), limit)
     generated = 0
-    while session.speaking:
-        for stream, turn in session.visit():
+    while session.generating:
+        for stream, turn in session.step():
             generated += len(turn.tokens)
             session.close(stream)
     return generated
 
 
-def engine_of(policy: Qwen3VLPolicy, lanes: dict[str, Lane], **options) -> Engine:
+def engine_of(policy: Qwen3VLPolicy, pools: dict[str, SlotPool], **options) -> Engine:
     """No token ends a turn: every run generates as many."""
     automata = TokenAutomata([b""] * policy.config.text.vocab_size, [], reserve=2)
-    return Engine(policy, lanes, automata=automata, pad_id=0, frame_patches=64, **options)
+    return Engine(policy, pools, automata=automata, pad_id=0, frame_patches=64, **options)
 
 
 def floor_seconds(policy: Qwen3VLPolicy, params: dict, prompt: int, copies: int) -> float:
@@ -182,7 +183,7 @@ def generate(size: str, length: int, frames: int, repeats: int) -> None:
         reference.save_pretrained(folder)
         model = from_pretrained(folder)
     prompt = make_prompt(length, frames, model.config)
-    engine = engine_of(model.policy, {"main": Lane(1, 8, length, NEW)}, visit=NEW)
+    engine = engine_of(model.policy, {"main": SlotPool(1, 8, length, NEW)}, steps_per_call=NEW)
     inputs = {"input_ids": torch.tensor(prompt.tokens[None], dtype=torch.long)}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     if prompt.patches is not None:
@@ -204,7 +205,7 @@ def generate(size: str, length: int, frames: int, repeats: int) -> None:
         assert out.shape == (8, length + NEW)
 
     def ours() -> None:
-        assert run_all(engine.session(model.params), "main", [prompt], 8, NEW) == 8 * NEW
+        assert run_all(Session(engine, model.params), "main", [prompt], 8, NEW) == 8 * NEW
 
     seconds = compare({"transformers": theirs, "paravt_jax": ours}, repeats)
     ratio(seconds, "transformers", "paravt_jax")
@@ -219,51 +220,51 @@ def random_model(size: str) -> tuple[Qwen3VLPolicy, dict]:
 
 
 def prefix(size: str, length: int, repeats: int) -> None:
-    """One cache for a prompt of eight rollouts, against a copy for each: reading the prompt (and
+    """One cache for a prompt of eight rollouts, against a copy for each: prefilling the prompt (and
     drawing one token), then decoding."""
     policy, params = random_model(size)
     prompt = make_prompt(length, 0, policy.config)
-    shared = engine_of(policy, {"main": Lane(1, 8, length, NEW + 1)}, visit=NEW)
-    copied = engine_of(policy, {"main": Lane(8, 1, length, NEW + 1)}, visit=NEW)
-    live: dict[str, tuple[Session, list[Stream]]] = {}
+    shared = engine_of(policy, {"main": SlotPool(1, 8, length, NEW + 1)}, steps_per_call=NEW)
+    copied = engine_of(policy, {"main": SlotPool(8, 1, length, NEW + 1)}, steps_per_call=NEW)
+    live: dict[str, tuple[Session, list[StreamId]]] = {}
 
-    def read(kind: str) -> None:
-        session = (shared if kind == "shared" else copied).session(params)
+    def prefill(kind: str) -> None:
+        session = Session(shared if kind == "shared" else copied, params)
         prompts, copies = (1, 8) if kind == "shared" else (8, 1)
         seeds = np.arange(8).reshape(prompts, copies)
         streams = [s for own in seeds for s in session.open("main", prompt, own.tolist())]
         live[kind] = session, streams
-        speak(session, streams, 1)
+        generate_all(session, streams, 1)
 
     runs = {}
     for kind in ("shared", "copied"):
-        runs[f"read {kind}"] = functools.partial(read, kind)
-        runs[f"decode {kind}"] = lambda kind=kind: speak(*live[kind], NEW)
+        runs[f"prefill {kind}"] = functools.partial(prefill, kind)
+        runs[f"decode {kind}"] = lambda kind=kind: generate_all(*live[kind], NEW)
     seconds = compare(runs, repeats)
-    for part in ("read", "decode"):
+    for part in ("prefill", "decode"):
         ratio(seconds, f"{part} copied", f"{part} shared")
 
 
-def speak(session: Session, streams: list[Stream], limit: int) -> None:
+def generate_all(session: Session, streams: list[StreamId], limit: int) -> None:
     """All streams go on for as many tokens."""
     for stream in streams:
-        session.speak(stream, [], SamplingConfig(), limit)
-    while session.speaking:
-        session.visit()
+        session.generate(stream, [], SamplingConfig(), limit)
+    while session.generating:
+        session.step()
 
 
 def crops(size: str, length: int, repeats: int) -> None:
     """Reports on one crop, on four at once, and on four one after the other."""
     policy, params = random_model(size)
-    engine = engine_of(policy, {"crop": Lane(4, 1, length, NEW)})
+    engine = engine_of(policy, {"crop": SlotPool(4, 1, length, NEW)})
     prompts = [make_prompt(length, 4, policy.config, seed) for seed in range(4)]
 
     def at_once(count: int) -> None:
-        run_all(engine.session(params), "crop", prompts[:count], 1, NEW)
+        run_all(Session(engine, params), "crop", prompts[:count], 1, NEW)
 
     def in_turn() -> None:
         for prompt in prompts:
-            run_all(engine.session(params), "crop", [prompt], 1, NEW)
+            run_all(Session(engine, params), "crop", [prompt], 1, NEW)
 
     seconds = compare(
         {
@@ -283,31 +284,24 @@ def mix(size: str, repeats: int) -> None:
     policy, params = random_model(size)
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / 60, 64), 512)
     prompt = make_prompt(64, 0, policy.config)
-    lane = Lane(16, 1, 64, 512)
-    fixed = engine_of(policy, {"main": lane})
-    engine = engine_of(policy, {"main": dataclasses.replace(lane, compact=(2, 4, 8))})
-    use = {}
+    engine = engine_of(policy, {"main": SlotPool(16, 1, 64, 512)})
 
-    def run(engine: Engine, batches: list[np.ndarray]) -> Session:
-        session = engine.session(params)
+    def run(batches: list[np.ndarray]) -> None:
+        session = Session(engine, params)
         for batch in batches:
             for number, limit in enumerate(batch):
                 (stream,) = session.open("main", prompt, [number])
-                session.speak(stream, [], SamplingConfig(), int(limit))
-            while session.speaking:
-                for stream, _ in session.visit():
+                session.generate(stream, [], SamplingConfig(), int(limit))
+            while session.generating:
+                for stream, _ in session.step():
                     session.close(stream)
-        return session
-
-    def continuous() -> None:
-        use["slots"] = run(engine, [lengths]).slot_use
 
     seconds = compare(
-        {"fixed batches": lambda: run(fixed, np.split(lengths, 4)), "continuous": continuous},
+        {"fixed batches": lambda: run(np.split(lengths, 4)), "continuous": lambda: run([lengths])},
         repeats,
     )
     ratio(seconds, "fixed batches", "continuous")
-    print(f"{lengths.sum()} tokens, slot use {100 * use['slots']:.1f} %")
+    print(f"{lengths.sum()} tokens")
 
 
 def int8(size: str, length: int, repeats: int) -> None:
@@ -318,8 +312,8 @@ def int8(size: str, length: int, repeats: int) -> None:
     engines = {
         kept: engine_of(
             dataclasses.replace(full, cache_dtype=kept),
-            {"main": Lane(1, 8, length, NEW)},
-            visit=NEW,
+            {"main": SlotPool(1, 8, length, NEW)},
+            steps_per_call=NEW,
         )
         for kept in ("compute", "int8")
     }
@@ -331,7 +325,7 @@ def int8(size: str, length: int, repeats: int) -> None:
             flush=True,
         )
     runs = {
-        kept: lambda engine=engine: run_all(engine.session(params), "main", [prompt], 8, NEW)
+        kept: lambda engine=engine: run_all(Session(engine, params), "main", [prompt], 8, NEW)
         for kept, engine in engines.items()
     }
     ratio(compare(runs, repeats), "int8", "compute")
@@ -341,11 +335,11 @@ def log_prob_gaps(
     engine: Engine, policy: Qwen3VLPolicy, params: dict, prompt: Prompt
 ) -> np.ndarray:
     """`[8, NEW]`: |sampler's - learner's log-prob| of each token of eight rollouts."""
-    session = engine.session(params)
+    session = Session(engine, params)
     streams = session.open("main", prompt, range(8))
     for stream in streams:
-        session.speak(stream, [], SamplingConfig(), NEW)
-    turns = dict(session.visit())
+        session.generate(stream, [], SamplingConfig(), NEW)
+    turns = dict(session.step())
     said, sampled = (
         np.stack([getattr(turns[stream], name) for stream in streams])
         for name in ("tokens", "log_probs")

@@ -144,6 +144,10 @@ class FrameReader(Protocol):
         With `tokens`, so few and so small that they come to that many vision tokens at most."""
         ...
 
+    def frames_at(self, video: VideoRef, times: Sequence[float]) -> Frames:
+        """The frames on screen at these seconds, in the resolution of the file."""
+        ...
+
 
 @runtime_checkable
 class Renderer(Protocol):
@@ -170,6 +174,10 @@ class Renderer(Protocol):
         """Tokens from the end of an assistant turn to the head of the next one: all tool
         responses of the turn, then the assistant header. Assumes that the assistant turn
         ended with its end-of-turn token."""
+        ...
+
+    def resized(self, frames: Frames) -> Frames:
+        """Frames of any size at the size that the model sees."""
         ...
 
     def clip(self, frames: Frames, start: float, end: float) -> Clip:

@@ -73,14 +73,6 @@ class CacheArray:
             return stored.astype(dtype)
         return (stored * self.scales[where][..., None]).astype(dtype)
 
-    def take(self, rows: Int[Array, " m"]) -> CacheArray:
-        """Those of some rows."""
-        return jax.tree.map(lambda leaf: leaf[:, rows], self)
-
-    def put(self, rows: Int[Array, " m"], part: CacheArray) -> CacheArray:
-        """With the slots of some rows in place of theirs."""
-        return jax.tree.map(lambda leaf, new: leaf.at[:, rows].set(new), self, part)
-
     def sharded(self) -> CacheArray:
         """Rows over the data axes of the mesh, heads over the tensor axis."""
         return jax.tree.map(lambda leaf: constrain(leaf, *SLOT_AXES[: leaf.ndim]), self)

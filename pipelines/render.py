@@ -295,6 +295,10 @@ class ChatRenderer:
         """
         return self.encode(self._tool_text(responses))
 
+    def resized(self, frames: Frames) -> Frames:
+        """Frames of any size at the size that the model sees so many of them in."""
+        return dataclasses.replace(frames, pixels=self.spec.resize(frames.pixels))
+
     def clip(self, frames: Frames, start: float, end: float) -> Clip:
         """Frames of a window, cut into patches.
 

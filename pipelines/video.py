@@ -75,8 +75,13 @@ def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int
         )
     count = int(np.clip(round((end - start) * fps), 1, cap))
     moments = start + (end - start) * np.arange(count) / count
+    return np.unique(shown_at(info, moments))
+
+
+def shown_at(info: VideoInfo, moments: np.ndarray) -> np.ndarray:
+    """Indices of the frames on screen at these seconds. int64 `[n]`."""
     shown = np.searchsorted(info.times, moments + ROUNDING, side="right") - 1
-    return np.unique(np.maximum(shown, 0))
+    return np.maximum(shown, 0)
 
 
 class VideoReader:
@@ -178,6 +183,20 @@ class VideoReader:
             cap = min(cap, self._spec.frames_within(tokens))
         indices = clip_indices(info, start, end, self._crop_fps, cap)
         return self._read(video.path, info, indices, tokens)
+
+    def frames_at(self, video: VideoRef, times: Sequence[float]) -> Frames:
+        """The frames on screen at these seconds, in the resolution of the file. They are not kept.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        info, path = self.info(video), video.path
+        indices = shown_at(info, np.asarray(times))
+        wanted = sorted(set(indices.tolist()))
+        with self._busy():
+            present = self._patience(path, lambda: decode_present(path, info, wanted))
+        frames = complete(path, {index: present.get(index) for index in wanted})
+        return Frames(np.stack([frames[index] for index in indices]), info.times[indices])
 
     def info(self, video: VideoRef) -> VideoInfo:
         """Size of the video and times of its frames, found once."""

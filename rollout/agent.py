@@ -1,28 +1,76 @@
 """Episodes: think, call tools side by side, answer from what came back.
 
-An agent turns prompts into rollouts over one session of the engine. Every rollout is a program
-of its own (`rollout.episode`); one scheduler (`rollout.tasks`) drives all of them, so that the
-crops of one are decoded and reported on while others still think.
+An agent turns prompts into rollouts over one session of the engine. Every rollout is a program of
+its own (`Agent.episode`), and so is every tool call of it; one scheduler (`rollout.tasks`) drives
+all of them, so that the crops of one are decoded and reported on while others still think. Streams
+grow by concatenation only: no token is ever rendered or tokenised twice.
 """
 
 from __future__ import annotations
 
 import collections
-from collections.abc import Callable, Iterator, Sequence
+import dataclasses
+import itertools
+from collections.abc import Callable, Generator, Iterator, Sequence
+from operator import itemgetter
+from typing import Any
 
+from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.interfaces import FrameReader, Params, Renderer
-from paravt_jax.records import Prompt, RolloutGroup, Row, Trajectory
-from rollout.engine.engine import Engine
-from rollout.episode import Episodes, Rollout
-from rollout.evidence import Kit, Toolbox
-from rollout.limits import MAIN, AgentConfig, measure
-from rollout.record import derive_seed
-from rollout.tasks import Agree, DecodeSession, Program, Scheduler
-from rollout.tools import TOOLS, Tools
-from rollout.workers import Workers
+from paravt_jax.protocol import parse_tool_calls, reported
+from paravt_jax.records import Clip, Frames, Prompt, RolloutGroup, Row, ToolCall, Trajectory, Turn
+from rollout.engine.slots import Generated, StreamId
+from rollout.limits import CROP, MAIN, AgentConfig, subagent_limit, token_budget, turn_head
+from rollout.record import TrajectoryBuilder, derive_seed, generated_turn, was_cut_off
+from rollout.responses import ToolResult, error_result, response_turn, result_of
+from rollout.tasks import (
+    EngineSession,
+    Generate,
+    Given,
+    Need,
+    Parallel,
+    Program,
+    Scheduler,
+    SyncErrors,
+)
+from rollout.tools import TOOLS, FoundFrames, Tool, ToolContext, ToolError, Tools, find
+from rollout.workers import Job, Workers
 
 Item = tuple[Row, int, Prompt]
 """A question, the number of frames that its prompt shows, and the prompt."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RunContext:
+    """What the rollouts of one call of `Agent.run` share."""
+
+    session: EngineSession
+    workers: Workers
+    policy_version: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Rollout:
+    """One attempt at a question."""
+
+    run: RunContext
+    row: Row
+    frame_budget: int
+    prompt: Prompt
+    seed: int
+    stream: StreamId
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolRequest:
+    """One call of a rollout."""
+
+    rollout: Rollout
+    call: ToolCall
+    number: int
+    """Place of the call in its turn, from 0."""
+    seed: int
+    """Every call is its own sample, also where two look at the same window."""
 
 
 class Agent:
@@ -30,24 +78,25 @@ class Agent:
 
     def __init__(
         self,
-        engine: Engine,
+        open_session: Callable[[Params], EngineSession],
         renderer: Renderer,
         reader: FrameReader,
         tools: Tools = TOOLS,
         config: AgentConfig = AgentConfig(),
         crop_tokens: int | None = None,
-        agree: Agree = list,
-        between: Callable[[], None] = lambda: None,
+        sync_errors: SyncErrors = list,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """The engine must have the lanes that `rollout.limits.lanes` computes, and the prompts
-        must offer the tools' schemas.
-
+        """
         Args:
+            open_session: a session under these weights, of an engine with the slot pools that
+                `rollout.limits.slot_pools` computes.
+            tools: what calls may name; prompts must offer their schemas.
             crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
                 response. A larger one is answered with an error. Needed where frames are shown.
-            agree: what counts as a tool's failure where several hosts run the same tools. What
-                tools find must be the same on all of them anyway.
-            between: called before each visit of the device; what it raises ends `run`.
+            sync_errors: what counts as a tool's failure where several hosts run the same tools.
+                What tools find must be the same on all of them anyway.
+            before_step: called before each step of the engine; what it raises ends `run`.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -55,12 +104,17 @@ class Agent:
         """
         if config.evidence == "frames" and crop_tokens is None:
             raise ValueError("evidence='frames' needs crop_tokens: the room that a crop takes")
-        self._engine, self._agree, self._between = engine, agree, between
-        room = measure(config, renderer, crop_tokens or 0)
-        self._kit = Kit(renderer, reader, tools, config, room, crop_tokens)
+        self._open_session, self._renderer, self._reader = open_session, renderer, reader
+        self._tools, self._config, self._crop_tokens = tools, config, crop_tokens
+        self._sync_errors, self._before_step = sync_errors, before_step
+        self._budget = token_budget(config, renderer, crop_tokens or 0)
+        self._prefix = turn_head(config, renderer)
+        self._subagent_prefix = renderer.encode(renderer.opening)
+        self._subagent_tokens = subagent_limit(config, renderer)
+        self._response_markup = len(renderer.tool_turn([""]))
         self.figures: dict[str, float] = {}
         """What the last run cost on the host, for `metrics.jsonl`."""
-        self.ended: Callable[[], object] = lambda: None
+        self.on_episode_end: Callable[[], object] = lambda: None
         """Called whenever an episode has ended: how far a run is."""
 
     def run(
@@ -75,40 +129,182 @@ class Agent:
 
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
-        session = self._engine.session(params)
-        scheduler = Scheduler(session, self._agree, self._between)
-        with Workers(self._kit.config.decode_threads) as workers:
-            toolbox = Toolbox(self._kit, session, workers, policy_version)
-            episodes = Episodes(self._kit, session, toolbox, policy_version)
-            rollouts = _open_rollouts(session, items, copies, seed)
-            programs = [_told(episodes.program(rollout), self.ended) for rollout in rollouts]
-            done = scheduler.run(programs)
+        session = self._open_session(params)
+        with Workers(self._config.decode_threads) as workers:
+            run = RunContext(session, workers, policy_version)
+            scheduler = Scheduler(session, self._sync_errors, self._before_step)
+            rollouts = _open_rollouts(run, items, copies, seed)
+            done = scheduler.run([self._episode_and_notice(rollout) for rollout in rollouts])
         self.figures = _figures(done, scheduler, workers)
         return [
             RolloutGroup(row, budget, tuple(done[at * copies : (at + 1) * copies]))
             for at, (row, budget, _) in enumerate(items)
         ]
 
+    def _episode_and_notice(self, rollout: Rollout) -> Program:
+        trajectory = yield from self.episode(rollout)
+        self.on_episode_end()
+        return trajectory
 
-def _told(program: Program, ended: Callable[[], object]) -> Program:
-    """The program, and a word when it has ended."""
-    result = yield from program
-    ended()
-    return result
+    def episode(self, rollout: Rollout) -> Generator[Need, Any, Trajectory]:
+        """The program of one rollout, from top to bottom as the protocol goes: think, call, read,
+        answer. It ends with its record."""
+        config, record = self._config, TrajectoryBuilder(rollout.prompt)
+        record.add_given(self._prefix)
+        given: Given = self._prefix
+        for number in itertools.count():
+            final = number == config.rounds or not self._another_round_fits(record)
+            limit = config.answer_tokens if final else config.turn_tokens
+            generated = yield Generate(rollout.stream, given, config.sampling, limit)
+            turn = self._turn(generated)
+            if final or not turn.calls:
+                record.add_turn(turn)
+                break
+            requests = _tool_requests(rollout, turn, number + 1)
+            results = yield Parallel([self._answer(request) for request in requests])
+            # Counted here, not read from the text: a model can write that a call has succeeded.
+            executed = sum(result.executed for result in results)
+            record.add_turn(dataclasses.replace(turn, executed=executed))
+            given = self._respond(record, turn, results)
+        rollout.run.session.close(rollout.stream)
+        done = record.finish(self._renderer, rollout.run.policy_version)
+        return dataclasses.replace(done, call_syntax=config.call_syntax)
+
+    def _another_round_fits(self, record: TrajectoryBuilder) -> bool:
+        """Whether a turn with calls, its responses and the forced answer fit what is left. The
+        prefix of the turn is on the record already."""
+        budget = self._budget
+        return len(record) - budget.prefix + budget.turn + budget.answer <= budget.suffix
+
+    def _turn(self, generated: Generated) -> Turn:
+        turn = generated_turn(generated, self._prefix, self._renderer)
+        if was_cut_off(turn):
+            return turn
+        calls = parse_tool_calls(turn.text, syntax=self._config.call_syntax)
+        return dataclasses.replace(turn, calls=calls)
+
+    def _respond(
+        self, record: TrajectoryBuilder, ended: Turn, results: Sequence[ToolResult]
+    ) -> Given:
+        """Put responses and the next turn's prefix on record; what the stream must be given.
+
+        Responses follow the template's end of turn, whatever ended this one.
+        """
+        end_of_turn = self._renderer.eos_ids[0]
+        end = [] if ended.tokens[-1] == end_of_turn else [end_of_turn]
+        record.subagents += [result.subagent for result in results if result.subagent]
+        responses = [result.response for result in results]
+        most, room = self._config.calls_run, self._budget.response - len(end)
+        turn = response_turn(self._renderer, responses, room, most)
+        if isinstance(turn, Prompt):
+            record.add_given(end)
+            record.add_frames(turn)
+            record.add_given(self._prefix)
+            return join_blocks([text_block(end), turn, text_block(self._prefix)])
+        given = [*end, *turn, *self._prefix]
+        record.add_given(given)
+        return given
+
+    def _answer(self, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
+        """The program of one tool call. Never raises on anything that a model can write."""
+        try:
+            tool = self._tool_of(request)
+            found = yield self._submit(tool, request)
+        except Exception as error:
+            return error_result(error, request.call)
+        if isinstance(found, Prompt):
+            return (yield from self._report(found, request))
+        return result_of(found, f"{tool.name} found nothing")
+
+    def _tool_of(self, request: ToolRequest) -> Tool:
+        """The tool that is called.
+
+        Raises:
+            ToolError: the rules forbid the call, or no tool has this name.
+        """
+        config = self._config
+        if not config.offers_tools:
+            raise ToolError("tools are not available")
+        if request.number >= config.calls_run:
+            if config.dispatch == "sequential":
+                raise ToolError("call one tool at a time: only the first call of a turn is run")
+            raise ToolError(f"at most {config.max_calls_per_turn} calls per turn")
+        return find(self._tools, request.call)
+
+    def _submit(self, tool: Tool, request: ToolRequest) -> Job:
+        """The tool's work. Rollouts of a group often make the same call: it is run once."""
+        call, rollout = request.call, request.rollout
+        video, frames = rollout.row.video, rollout.frame_budget
+        arguments = sorted(call.arguments.items(), key=itemgetter(0))
+        # `repr`, because arguments are lists and dicts as often as numbers, which have no hash.
+        key = tool.name, video, repr(arguments), frames if tool.sees_frame_budget else None
+        context = ToolContext(self._reader, video, frames)
+        return rollout.run.workers.submit(
+            key,
+            lambda: self._execute(tool, call, context),
+            self._config.tool_timeout,
+        )
+
+    def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Prompt:
+        """On a worker thread: run the tool, and render the frames that it found.
+
+        Raises:
+            ToolError: the call is at fault, or its frames take more room than a crop has.
+        """
+        found, renderer = tool.run(call, context), self._renderer
+        if isinstance(found, str):
+            return found
+        if isinstance(found, Frames):
+            # Decoded crops have the size that the model sees; what users' tools make may have any.
+            found = FoundFrames(renderer.resized(found), found.times[0], found.times[-1])
+        shown = found.frames, found.start, found.end
+        if self._config.evidence == "frames":
+            clip = renderer.clip(*shown)
+            self._check_size(len(renderer.frames_turn([clip]).tokens) - self._response_markup)
+            return clip
+        prompt = renderer.subagent_prompt(*shown)
+        self._check_size(len(prompt.tokens))
+        return prompt
+
+    def _check_size(self, tokens: int) -> None:
+        if self._crop_tokens is not None and tokens > self._crop_tokens:
+            raise ToolError("this part has too many frames to be shown; ask for a shorter one")
+
+    def _report(self, prompt: Prompt, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
+        """Let a sub-agent look, and make what it says after its thought the response."""
+        run, record = request.rollout.run, TrajectoryBuilder(prompt)
+        (stream,) = run.session.open(CROP, prompt, [request.seed])
+        record.add_given(self._subagent_prefix)
+        sampling = self._config.subagent_sampling
+        generated = yield Generate(stream, self._subagent_prefix, sampling, self._subagent_tokens)
+        run.session.close(stream)
+        record.add_turn(generated_turn(generated, self._subagent_prefix, self._renderer))
+        trajectory = record.finish(self._renderer, run.policy_version)
+        result = result_of(reported(trajectory.full_text), "the sub-agent reported nothing")
+        return dataclasses.replace(result, subagent=trajectory)
 
 
 def _open_rollouts(
-    session: DecodeSession, items: Sequence[Item], copies: int, seed: int
+    run: RunContext, items: Sequence[Item], copies: int, seed: int
 ) -> Iterator[Rollout]:
     """Rollouts in prompt-major order. A row that comes twice in a batch is drawn twice."""
     seen: collections.Counter[str] = collections.Counter()
-    for row, _, prompt in items:
+    for row, frame_budget, prompt in items:
+        # By row id and not by place in the batch: neighbours must not change a draw.
         numbers = range(copies)
         seeds = [derive_seed(seed, row.row_id, seen[row.row_id], copy) for copy in numbers]
-        streams = session.open(MAIN, prompt, seeds)
+        streams = run.session.open(MAIN, prompt, seeds)
         seen[row.row_id] += 1
         for own, stream in zip(seeds, streams, strict=True):
-            yield Rollout(row, prompt, own, stream)
+            yield Rollout(run, row, frame_budget, prompt, own, stream)
+
+
+def _tool_requests(rollout: Rollout, turn: Turn, turns: int) -> list[ToolRequest]:
+    """The calls of the rollout's `turns`-th turn, each with a seed of its own."""
+    return [
+        ToolRequest(rollout, call, number, derive_seed(rollout.seed, "subagent", turns, number))
+        for number, call in enumerate(turn.calls)
+    ]
 
 
 def _figures(
@@ -117,8 +313,8 @@ def _figures(
     """Turns of an episode, and what its tools cost."""
     return {
         "episode/turns": sum(len(t.turns) for t in rollouts) / max(len(rollouts), 1),
-        "episode/visits": float(scheduler.visits),
+        "episode/visits": float(scheduler.steps),
         "tool/jobs": float(workers.jobs),
-        "tool/jobs_shared": float(workers.asked - workers.jobs),
-        "time/tool_wait": scheduler.waited,
+        "tool/jobs_shared": float(workers.submitted - workers.jobs),
+        "time/tool_wait": scheduler.wait_seconds,
     }

@@ -1,17 +1,20 @@
-"""The rules and limits of an episode, and the room that they come to."""
+"""The rules and limits of an episode, and the tokens and KV-cache slots that they need."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 from paravt_jax.interfaces import Renderer
+from paravt_jax.plugins import named
 from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, call_syntax
 from paravt_jax.windows import STRATEGIES
-from rollout.engine.engine import Lane
+from rollout.engine.engine import SlotPool
 from rollout.engine.sampler import SamplingConfig
 
 MAIN, CROP = "main", "crop"
-"""Lanes of main agents and of sub-agents. Each has slots of its own, so that main agents which
+"""Slot pools of main agents and of sub-agents. Each has slots of its own, so that main agents which
 wait for crops cannot keep sub-agents from running."""
 
 CHOICES = {"dispatch": ("parallel", "sequential"), "evidence": ("text", "frames")}
@@ -21,9 +24,10 @@ CHOICES = {"dispatch": ("parallel", "sequential"), "evidence": ("text", "frames"
 class AgentConfig:
     """Rules and limits of an episode."""
 
-    tools: tuple[str, ...] = ("crop_video",)
-    """What the agent may call: `crop_video` (ParaVT, LongVT), `get_video_clip_frame` (VITAL) and
-    `grounding` (Video-o3), or a tool of your own in `rollout/tools.py`."""
+    tools: tuple[str | Callable[..., Any], ...] = ("crop_video",)
+    """What the agent may call: `crop_video` (ParaVT, LongVT), `get_video_clip_frame` (VITAL),
+    `grounding` (Video-o3), or functions of your own (`rollout.tools`), given as such or as
+    `path/to/file.py:name`; kept by that name."""
     call_syntax: str = "tool_call"
     """How it writes calls: `tool_call`, Qwen's tag around name and arguments; `grounding`,
     Video-o3's tag around the arguments of the tool `grounding`, its only one."""
@@ -49,7 +53,7 @@ class AgentConfig:
     answer_tokens: int = 96
     """Longest forced answer, in generated tokens."""
     response_tokens: int = 64
-    """Room for words of tool responses, per allowed call; the responses of a turn share it."""
+    """Tokens for words of tool responses, per allowed call; the responses of a turn share it."""
     episode_tokens: int = 0
     """Most tokens after the prompt, tool responses included: a turn that may call tools begins
     only while it, its responses and the forced answer still fit. 0: the other limits decide."""
@@ -60,7 +64,7 @@ class AgentConfig:
     subagent_tokens: int = 64
     """Longest report of a sub-agent, in generated tokens."""
     subagent_thought_tokens: int = 1024
-    """Room for its thought besides, where the chat template opens `<think>`. A thought is no
+    """Tokens for its thought besides, where the chat template opens `<think>`. A thought is no
     report: only what follows it is shown to the main agent."""
     subagent_sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How sub-agents draw tokens."""
@@ -71,6 +75,7 @@ class AgentConfig:
 
     def __post_init__(self) -> None:
         """Refuse impossible limits, naming field, value and remedy."""
+        object.__setattr__(self, "tools", tuple(named(tool, "tools") for tool in self.tools))
         may_be_0 = {
             "max_tool_rounds": "no tools",
             "episode_tokens": "as many as the other limits allow",
@@ -93,15 +98,15 @@ class AgentConfig:
         """Raises ValueError for tools, syntax and quotas that do not go together."""
         own = call_syntax(self.call_syntax)
         if not self.tools or len(set(self.tools)) < len(self.tools):
-            raise ValueError(f"tools={','.join(self.tools)}: name at least one, and each once")
+            raise ValueError(f"tools={','.join(self.tool_names)}: name at least one, and each once")
         if own.tool and self.tools != (own.tool,):
             raise ValueError(
                 f"call_syntax={self.call_syntax} can call {own.tool} alone, not "
-                f"{','.join(self.tools)}; set tools={own.tool}"
+                f"{','.join(self.tool_names)}; set tools={own.tool}"
             )
         if (GROUNDING_TOOL in self.tools) != bool(self.clip_tokens):
             raise ValueError(
-                f"clip_tokens={self.clip_tokens} with tools={','.join(self.tools)}: the tool "
+                f"clip_tokens={self.clip_tokens} with tools={','.join(self.tool_names)}: the tool "
                 f"{GROUNDING_TOOL} and its quotas of vision tokens go together"
             )
         if self.clip_tokens and (
@@ -117,6 +122,11 @@ class AgentConfig:
                     f"sampling.stop={self.sampling.stop}: calls are not written with the tags of "
                     f"{name}; stop at {own.close}"
                 )
+
+    @property
+    def tool_names(self) -> tuple[str, ...]:
+        """`tools` as config.json keeps them: names of ours, `file.py:name` of users' own."""
+        return tuple(map(str, self.tools))
 
     @property
     def offers_tools(self) -> bool:
@@ -140,7 +150,7 @@ class AgentConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Room:
+class TokenBudget:
     """What the limits come to in tokens of a tokenizer."""
 
     prefix: int
@@ -169,13 +179,13 @@ def subagent_limit(config: AgentConfig, renderer: Renderer) -> int:
     return config.subagent_tokens + thought
 
 
-def subagent_room(config: AgentConfig, renderer: Renderer) -> int:
+def subagent_budget(config: AgentConfig, renderer: Renderer) -> int:
     """Most tokens of a sub-agent's stream after its prompt."""
     return len(renderer.encode(renderer.opening)) + subagent_limit(config, renderer)
 
 
-def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Room:
-    """The room that episodes need.
+def token_budget(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> TokenBudget:
+    """The tokens that episodes need.
 
     Args:
         crop_tokens: most tokens of the frames of one crop in a tool response; counts where
@@ -197,10 +207,10 @@ def measure(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> Ro
             f"agent.episode_tokens={cap}: one turn with its responses ({turn}) and the forced "
             f"answer ({answer}) do not fit; raise it to {turn + answer} or more, or set it to 0"
         )
-    return Room(prefix, response, turn, answer, min(cap, most) if cap else most)
+    return TokenBudget(prefix, response, turn, answer, min(cap, most) if cap else most)
 
 
-def lanes(
+def slot_pools(
     config: AgentConfig,
     renderer: Renderer,
     *,
@@ -208,9 +218,9 @@ def lanes(
     copies: int,
     prompt_tokens: int,
     crop_tokens: int,
-) -> dict[str, Lane]:
-    """The lanes that an engine needs to run this agent: without tools, or where a crop shows its
-    frames, there are no sub-agents.
+) -> dict[str, SlotPool]:
+    """The slot pools that an engine needs to run this agent. There is none of sub-agents without
+    tools, or where a crop shows its frames.
 
     Args:
         prompts: prompts that are rolled out at a time; more wait for a free place.
@@ -219,9 +229,9 @@ def lanes(
         crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
             response where frames are the evidence.
     """
-    room = measure(config, renderer, crop_tokens)
-    main = Lane(prompts, copies, prompt_tokens, room.suffix)
+    budget = token_budget(config, renderer, crop_tokens)
+    main = SlotPool(prompts, copies, prompt_tokens, budget.suffix)
     if config.evidence == "frames" or not config.offers_tools:
         return {MAIN: main}
-    own = subagent_room(config, renderer)
-    return {MAIN: main, CROP: Lane(config.subagent_batch, 1, crop_tokens, own)}
+    own = subagent_budget(config, renderer)
+    return {MAIN: main, CROP: SlotPool(config.subagent_batch, 1, crop_tokens, own)}

@@ -1,4 +1,4 @@
-"""A stream while it grows, and the record that remains of it."""
+"""The record of a stream, built while the stream grows."""
 
 from __future__ import annotations
 
@@ -9,16 +9,17 @@ import numpy as np
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Choices, Prompt, Shown, StopReason, Trajectory, Turn
-from rollout.engine.session import Generated
+from rollout.engine.slots import Generated
 
 
 def derive_seed(*parts: object) -> int:
     """A uint32 that depends on all parts and on nothing else (no salted `hash`)."""
+    # A separator that row ids do not hold, or ("a", "bc") and ("ab", "c") would share a seed.
     text = "\x1f".join(str(part) for part in parts)
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "little")
 
 
-class Record:
+class TrajectoryBuilder:
     """Everything that is appended to one stream, in order."""
 
     def __init__(self, prompt: Prompt) -> None:
@@ -32,18 +33,18 @@ class Record:
         """Tokens after the prompt."""
         return sum(len(tokens) for tokens, *_ in self._parts)
 
-    def give(self, tokens: Sequence[int] | np.ndarray) -> None:
+    def add_given(self, tokens: Sequence[int] | np.ndarray) -> None:
         """Append tokens that the policy did not generate."""
         given = np.asarray(tokens, np.int32)
         nothing = np.zeros(len(given), np.float32)
         self._parts.append((given, False, nothing, Choices.free(len(given))))
 
-    def show(self, block: Prompt) -> None:
+    def add_frames(self, block: Prompt) -> None:
         """Append tool responses with frames."""
         self.shown.append(Shown(len(self), block))
-        self.give(block.tokens)
+        self.add_given(block.tokens)
 
-    def speak(self, turn: Turn) -> None:
+    def add_turn(self, turn: Turn) -> None:
         """Append a generated turn (its prefix was given before)."""
         self.turns.append(turn)
         choices = turn.choices or Choices.free(len(turn.tokens))
@@ -69,7 +70,7 @@ class Record:
         )
 
 
-def spoken_turn(generated: Generated, prefix: Sequence[int], renderer: Renderer) -> Turn:
+def generated_turn(generated: Generated, prefix: Sequence[int], renderer: Renderer) -> Turn:
     """A generated turn after its forced prefix; its calls are not parsed yet."""
     return Turn(
         prefix=np.asarray(prefix, np.int32),

@@ -1,13 +1,22 @@
-"""Tool responses as tokens: free of markup, and never longer than their room."""
+"""What a tool call comes to, and tool responses as tokens: free of markup, never too long.
+
+A bad call is an answer, not a crash: whatever goes wrong becomes words for the model.
+"""
 
 from __future__ import annotations
 
+import dataclasses
+import logging
 import re
+import traceback
 from collections.abc import Sequence
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.markup import without_tags
-from paravt_jax.records import Clip, Prompt
+from paravt_jax.records import Clip, Prompt, ToolCall, Trajectory
+from rollout.tools import ToolError
+
+_LOG = logging.getLogger(__name__)
 
 Response = str | Clip
 """Words, or frames to be shown."""
@@ -16,6 +25,38 @@ _MARKUP = re.compile(
     r"<\|[^<>|]*\|>|</?(?:tool_call|tool_code|tool_response|think|answer|grounding)>"
 )
 """Special tokens and structural tags: a tool response must not contain any."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ToolResult:
+    """What came of a call."""
+
+    response: Response
+    executed: bool = False
+    """Whether the call ran to a result."""
+    subagent: Trajectory | None = None
+
+
+def result_of(found: Response, nothing: str) -> ToolResult:
+    """What a tool found; the error `nothing` if that says nothing."""
+    if isinstance(found, Clip):
+        return ToolResult(found, executed=True)
+    text = strip_markup(found)
+    return ToolResult(text, executed=True) if text else ToolResult(f"Error: {nothing}")
+
+
+def error_result(error: Exception, call: ToolCall) -> ToolResult:
+    """What the model is told about a failure. Nothing of this machine is in it."""
+    words = f"{call.name} failed"
+    if isinstance(error, ToolError):
+        words = str(error)
+    elif isinstance(error, TimeoutError):
+        words = f"{call.name} took too long"
+    else:
+        place = traceback.extract_tb(error.__traceback__)[-1:]
+        where = "".join(f" at {frame.filename}:{frame.lineno}" for frame in place)
+        _LOG.warning("tool %s failed%s: %r", call.name, where, error)
+    return ToolResult(f"Error: {words}")
 
 
 def strip_markup(text: str) -> str:

@@ -2,12 +2,13 @@
 
 A program is a generator. It yields what it waits for and is resumed with the result:
 
-    generated = yield Speak(stream, given, sampling, limit)     a turn of a stream
-    result = yield job                                          work of a host thread
-    results = yield Together([program, ...])                    programs side by side
+    generated = yield Generate(stream, given, sampling, max_tokens)    a turn of a stream
+    result = yield job                                                 work of a host thread
+    results = yield Parallel([program, ...])                           programs side by side
 
 The order of everything depends on the session alone, never on the speed of threads: a job that
-was asked for after a visit runs during the next one, and is waited for when that one is over.
+was submitted after a step of the session runs during the next one, and is waited for when that
+one is over.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from paravt_jax.records import Prompt
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.session import Generated, Stream
+from rollout.engine.slots import Generated, StreamId
 from rollout.workers import Job
 
 Given = Sequence[int] | Prompt
@@ -27,52 +28,54 @@ Given = Sequence[int] | Prompt
 
 
 @dataclasses.dataclass(frozen=True)
-class Speak:
+class Generate:
     """Append `given` to a stream and let it generate one turn; gives `Generated`."""
 
-    stream: Stream
+    stream: StreamId
     given: Given
     sampling: SamplingConfig
-    limit: int
+    max_tokens: int
     """Most tokens of the turn."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Together:
+class Parallel:
     """Run programs side by side; gives their results, in their order."""
 
     programs: Sequence[Program]
 
 
-Need = Speak | Job | Together
+Need = Generate | Job | Parallel
 Program = Generator[Need, Any, Any]
 
-Agree = Callable[[list[Exception | None]], list[Exception | None]]
-"""Makes of the faults of jobs on this host those that count on every host."""
+SyncErrors = Callable[[list[Exception | None]], list[Exception | None]]
+"""From the errors of jobs on this host to those that count on every host."""
 
 
 @runtime_checkable
-class DecodeSession(Protocol):
+class EngineSession(Protocol):
     """What the agent needs of a session of the engine."""
 
     @property
-    def speaking(self) -> int:
-        """Streams that were told to speak and have not ended their turn."""
+    def generating(self) -> int:
+        """Streams that are to generate and have not ended their turn."""
         ...
 
-    def open(self, lane: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
-        """Streams that share one prompt, one per seed; they wait while the lane is full."""
+    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
+        """Streams that share one prompt, one per seed; they wait while the pool is full."""
         ...
 
-    def speak(self, stream: Stream, given: Given, sampling: SamplingConfig, limit: int) -> None:
+    def generate(
+        self, stream: StreamId, given: Given, sampling: SamplingConfig, max_tokens: int
+    ) -> None:
         """Append, then generate one turn."""
         ...
 
-    def close(self, stream: Stream) -> None:
-        """Leave the stream's place to others."""
+    def close(self, stream: StreamId) -> None:
+        """Free the stream's slot."""
         ...
 
-    def visit(self) -> Sequence[tuple[Stream, Generated]]:
+    def step(self) -> Sequence[tuple[StreamId, Generated]]:
         """Decode a while; the turns that ended."""
         ...
 
@@ -89,59 +92,63 @@ class Scheduler:
 
     def __init__(
         self,
-        session: DecodeSession,
-        agree: Agree = list,
-        between: Callable[[], None] = lambda: None,
+        session: EngineSession,
+        sync_errors: SyncErrors = list,
+        before_step: Callable[[], None] = lambda: None,
     ) -> None:
-        """`between` is called before each visit of the device, and may raise to give up all."""
-        self._session, self._agree, self._between = session, agree, between
-        self._speakers: dict[Stream, _Task] = {}
+        """`before_step` is called before each step of the session, and may raise to give up all."""
+        self._session, self._sync_errors, self._before_step = session, sync_errors, before_step
+        self._generating: dict[StreamId, _Task] = {}
         self._waiting: list[tuple[_Task, Job]] = []
-        self.visits = 0
-        """How often the device was visited."""
-        self.waited = 0.0
+        self.steps = 0
+        """Steps of the session so far."""
+        self.wait_seconds = 0.0
         """Seconds in which nothing was decoded because host work was not done."""
 
     def run(self, programs: Sequence[Program]) -> list[Any]:
         """Results of all programs, in their order."""
         results: list[Any] = []
         self._side_by_side(programs, results.extend)
-        while self._speakers or self._waiting:
+        while self._generating or self._waiting:
+            # Jobs get one step of the engine to be done in, and are then waited for. Whether one
+            # happens to be done earlier must not decide before which step its program goes on.
             due, self._waiting = self._waiting, []
-            if self._session.speaking:
-                self._visit()
+            if self._session.generating:
+                self._step()
             else:
-                assert due, "a stream that was told to speak has been lost"
+                assert due, "a stream that is to generate has been lost"
             if due:
                 self._finish(due)
         return results
 
-    def _visit(self) -> None:
-        self._between()
-        self.visits += 1
-        for stream, generated in self._session.visit():
-            self._resume(self._speakers.pop(stream), generated)
+    def _step(self) -> None:
+        self._before_step()
+        self.steps += 1
+        for stream, generated in self._session.step():
+            self._resume(self._generating.pop(stream), generated)
 
     def _finish(self, due: Sequence[tuple[_Task, Job]]) -> None:
         """Wait for jobs, and give their outcomes to the programs."""
         began = time.perf_counter()
         outcomes = [_outcome(job) for _, job in due]
-        self.waited += time.perf_counter() - began
-        faults = self._agree([fault for _, fault in outcomes])
-        for (task, _), (value, _), fault in zip(due, outcomes, faults, strict=True):
-            self._resume(task, value, fault)
+        self.wait_seconds += time.perf_counter() - began
+        # Programs are resumed in the order in which jobs were submitted, whichever was done first:
+        # hosts must open streams in the same order, or their slots and caches differ.
+        errors = self._sync_errors([error for _, error in outcomes])
+        for (task, _), (value, _), error in zip(due, outcomes, errors, strict=True):
+            self._resume(task, value, error)
 
-    def _resume(self, task: _Task, value: Any = None, fault: Exception | None = None) -> None:
+    def _resume(self, task: _Task, value: Any = None, error: Exception | None = None) -> None:
         """Give a program what it waited for, and see what it needs next."""
         try:
-            need = task.program.send(value) if fault is None else task.program.throw(fault)
+            need = task.program.send(value) if error is None else task.program.throw(error)
         except StopIteration as end:
             task.deliver(end.value)
             return
-        if isinstance(need, Speak):
-            self._session.speak(need.stream, need.given, need.sampling, need.limit)
-            self._speakers[need.stream] = task
-        elif isinstance(need, Together):
+        if isinstance(need, Generate):
+            self._session.generate(need.stream, need.given, need.sampling, need.max_tokens)
+            self._generating[need.stream] = task
+        elif isinstance(need, Parallel):
             self._side_by_side(need.programs, lambda results: self._resume(task, results))
         else:
             self._waiting.append((task, need))

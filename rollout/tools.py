@@ -1,25 +1,29 @@
-"""The tools that an agent may call: each a schema for the prompt and a function.
+"""The tools that an agent may call. One of your own is a plain function, in any file:
 
-    def video_length(call: ToolCall, video: OwnVideo) -> str:
-        return f"{video.duration:g} seconds"
+    def video_length(context: ToolContext) -> str:
+        '''Tell how long the video is.'''
+        return f"{context.duration:g} seconds"
 
-    tools = registry(crop_video(config), Tool(schema, video_length))
+    AgentConfig(tools=("crop_video", video_length))        or --set agent.tools=mine.py:video_length
 
-A function runs on a worker thread. It returns words, or a `View`: frames that a sub-agent
-reports on, or that are shown to the main agent, as the agent's `evidence` says. What is
-wrong with a call it raises as a `ToolError`, in words for the model; whatever else it raises
-becomes an error response too. The only file it is handed is the row's own video, whatever
-path a call names. Where several hosts run together each of them calls it, and must find the same.
+What the model reads about it is taken from the function (`rollout.signature`). It runs on a worker
+thread and returns words or `Frames`, of any size, which a sub-agent reports on or the main agent
+is shown, as the agent's `evidence` says. What is wrong with a call it raises as a `ToolError`, in
+words for the model; whatever else it raises becomes an error response too. The only file that it
+is handed is the row's own video, whatever path a call names. Where several hosts run together each
+of them calls it, and must find the same.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from paravt_jax.interfaces import FrameReader
+from paravt_jax.plugins import load
 from paravt_jax.protocol import CROP_VIDEO_TOOL, Window, crop_window
 from paravt_jax.records import Frames, ToolCall, VideoRef
 from paravt_jax.windows import (
@@ -30,6 +34,7 @@ from paravt_jax.windows import (
     grounding_window,
 )
 from rollout.limits import AgentConfig
+from rollout.signature import CONTEXT, Signature, WrongArguments
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +44,7 @@ class ToolError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class View:
+class FoundFrames:
     """Frames of a window that a tool found."""
 
     frames: Frames
@@ -49,31 +54,60 @@ class View:
     """End of the window in seconds."""
 
 
-class OwnVideo:
-    """The row's own video, as a tool may see it."""
+class ToolContext:
+    """What a tool may see: the row's own video, and no other file."""
 
-    def __init__(self, reader: FrameReader, video: VideoRef) -> None:
+    def __init__(self, reader: FrameReader, video: VideoRef, frame_budget: int) -> None:
         self._reader, self._video = reader, video
+        self.frame_budget = frame_budget
+        """Frames that the prompt shows."""
 
     @property
     def duration(self) -> float:
         """Length in seconds."""
         return self._video.duration
 
-    def clip(self, start: float, end: float, tokens: int | None = None) -> View:
+    def clip(self, start: float, end: float, tokens: int | None = None) -> FoundFrames:
         """Frames of the window [start, end) seconds, which share `tokens` vision tokens if given.
 
         Raises:
             ToolError: they cannot be decoded.
         """
+        with self._reading(f"crop {start:g}-{end:g}", "this window of the video"):
+            return FoundFrames(self._reader.clip(self._video, start, end, tokens), start, end)
+
+    def overview(self, count: int | None = None) -> Frames:
+        """`count` frames spread over the whole video, at the size that the model sees; as many as
+        the prompt shows if not told.
+
+        Raises:
+            ToolError: they cannot be decoded.
+        """
+        with self._reading("overview", "the video"):
+            return self._reader.overview(self._video, count or self.frame_budget)
+
+    def frames_at(self, *seconds: float) -> Frames:
+        """The frames on screen at these times, in the resolution of the file.
+
+        Raises:
+            ToolError: a time lies outside of the video, or they cannot be decoded.
+        """
+        for time in seconds:
+            if not 0 <= time <= self.duration:
+                raise ToolError(f"{time:g} seconds lie outside of the video's {self.duration:g}")
+        with self._reading(f"frames at {seconds}", "this moment of the video"):
+            return self._reader.frames_at(self._video, seconds)
+
+    @contextlib.contextmanager
+    def _reading(self, what: str, told: str) -> Iterator[None]:
         try:
-            return View(self._reader.clip(self._video, start, end, tokens), start, end)
+            yield
         except Exception as error:  # whatever a decoder raises on a broken file
-            _LOG.warning("crop %g-%g of %s failed: %s", start, end, self._video.path, error)
-            raise ToolError("this window of the video could not be read") from error
+            _LOG.warning("%s of %s failed: %s", what, self._video.path, error)
+            raise ToolError(f"{told} could not be read") from error
 
 
-ToolFunction = Callable[[ToolCall, OwnVideo], str | View]
+ToolFunction = Callable[[ToolCall, ToolContext], str | FoundFrames | Frames]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,8 +117,8 @@ class Tool:
     schema: Mapping[str, Any]
     """In the form that chat templates take: `{"type": "function", "function": {...}}`."""
     run: ToolFunction
-    timeout: float | None = None
-    """Seconds that a call may take; None: the agent's `tool_timeout`."""
+    sees_frame_budget: bool = False
+    """Whether equal calls of prompts that show other numbers of frames may find other things."""
 
     @property
     def name(self) -> str:
@@ -108,6 +142,29 @@ def registry(*tools: Tool) -> Tools:
     return named
 
 
+def function_tool(function: Callable[..., Any]) -> Tool:
+    """A plain function as a tool: see the top of this file.
+
+    Raises:
+        ValueError: its signature or docstring lacks what models have to be told.
+    """
+    signature = Signature.of(function)
+
+    def run(call: ToolCall, context: ToolContext) -> str | FoundFrames | Frames:
+        try:
+            arguments = signature.arguments(call.arguments)
+        except WrongArguments as error:
+            raise ToolError(str(error)) from error
+        if signature.takes_context:
+            arguments[CONTEXT] = context
+        found = function(**arguments)
+        if not isinstance(found, str | Frames | FoundFrames):
+            raise TypeError(f"it returned {type(found).__name__}, neither text nor Frames")
+        return found
+
+    return Tool(signature.schema, run, sees_frame_budget=signature.takes_context)
+
+
 def crop_video(config: AgentConfig) -> Tool:
     """The tool of ParaVT and LongVT; its description says whether a call gives words or frames."""
     schema = CROP_VIDEO_TOOL
@@ -120,7 +177,7 @@ def crop_video(config: AgentConfig) -> Tool:
 def get_video_clip_frame(config: AgentConfig) -> Tool:
     """VITAL's tool. It refuses windows that leave the video or last a second or less."""
 
-    def run(call: ToolCall, video: OwnVideo) -> View:
+    def run(call: ToolCall, video: ToolContext) -> FoundFrames:
         return video.clip(*_found(clip_frame_window(call, video.duration)))
 
     return Tool(GET_VIDEO_CLIP_FRAME_TOOL, run)
@@ -129,7 +186,7 @@ def get_video_clip_frame(config: AgentConfig) -> Tool:
 def grounding(config: AgentConfig) -> Tool:
     """Video-o3's tool: the strategy that a call names decides the clip's vision tokens."""
 
-    def run(call: ToolCall, video: OwnVideo) -> View:
+    def run(call: ToolCall, video: ToolContext) -> FoundFrames:
         window = _found(grounding_window(call, video.duration))
         strategy = grounding_strategy(call)
         if isinstance(strategy, str):
@@ -152,16 +209,28 @@ MAKERS: dict[str, Callable[[AgentConfig], Tool]] = {
 
 
 def agent_tools(config: AgentConfig) -> Tools:
-    """The tools of an agent. Add yours to `MAKERS`: schema and function reach prompts, grammar and
-    episodes.
+    """The tools of an agent, those of this file and users' own. Schemas reach prompts and grammar.
 
     Raises:
-        ValueError: a name that no tool has, or one that occurs twice.
+        ValueError: a name that no tool has, or one that occurs twice; a function that is no tool.
     """
-    if unknown := sorted(set(config.tools) - set(MAKERS)):
-        known = ", ".join(MAKERS)
-        raise ValueError(f"agent.tools={','.join(config.tools)}: {unknown} unknown; known: {known}")
-    return registry(*(MAKERS[name](config) for name in config.tools))
+    try:
+        return registry(*(_tool(name, config) for name in config.tool_names))
+    except ValueError as error:
+        raise ValueError(f"agent.tools={','.join(config.tool_names)}: {error}") from error
+
+
+def _tool(name: str, config: AgentConfig) -> Tool:
+    if name in MAKERS:
+        return MAKERS[name](config)
+    if ":" not in name:
+        raise ValueError(
+            f"{name} is unknown; known: {', '.join(MAKERS)}, or path/to/file.py:function"
+        )
+    found = load(name)
+    if not callable(found):
+        raise ValueError(f"{name} is no function")
+    return function_tool(found)
 
 
 TOOLS: Tools = agent_tools(AgentConfig())

@@ -1,6 +1,6 @@
 """Host threads that work while the device decodes, with time limits and no work done twice.
 
-Time never changes a result, but for one case: a job that runs longer than its limit.
+Time never changes a result, but for one case: a job that runs longer than its timeout.
 """
 
 from __future__ import annotations
@@ -16,13 +16,15 @@ from typing import Any
 class Job:
     """Work that was given to the workers. Several may wait for one job."""
 
-    def __init__(self, work: Callable[[], Any], limit: float, stand_in: Callable[[], None]) -> None:
-        """`stand_in` is called once, when a thread is given up as hanging in this job."""
-        self._work, self._limit, self._stand_in = work, limit, stand_in
+    def __init__(
+        self, work: Callable[[], Any], timeout: float, replace_thread: Callable[[], None]
+    ) -> None:
+        """`replace_thread` is called once, when a thread is given up as hanging in this job."""
+        self._work, self._timeout, self._replace_thread = work, timeout, replace_thread
         self._lock = threading.Lock()
         self._began, self._done = threading.Event(), threading.Event()
         self._start = 0.0
-        self._given_up = False
+        self._abandoned = False
         self._value: Any = None
         self._error: BaseException | None = None
 
@@ -36,7 +38,7 @@ class Job:
         except Exception as raised:
             error = raised
         with self._lock:
-            if self._given_up:
+            if self._abandoned:
                 return False
             self._value, self._error = value, error
             self._done.set()
@@ -46,26 +48,26 @@ class Job:
         """Wait for the result; time spent in the queue does not count.
 
         Raises:
-            TimeoutError: the work took longer than its limit.
+            TimeoutError: the work took longer than its timeout.
             Exception: whatever the work raised.
         """
         self._began.wait()
-        left = self._start + self._limit - time.monotonic()
+        left = self._start + self._timeout - time.monotonic()
         if not self._done.wait(max(left, 0.0)):
-            self._give_up()
+            self._abandon()
         if not self._done.is_set():
-            raise TimeoutError(f"took longer than {self._limit:g} seconds")
+            raise TimeoutError(f"took longer than {self._timeout:g} seconds")
         if self._error is not None:
             raise self._error
         return self._value
 
-    def _give_up(self) -> None:
+    def _abandon(self) -> None:
         with self._lock:
-            if self._given_up or self._done.is_set():
+            if self._abandoned or self._done.is_set():
                 return
-            self._given_up = True
+            self._abandoned = True
         # A thread cannot be ended from outside: another one takes its place.
-        self._stand_in()
+        self._replace_thread()
 
 
 class Workers:
@@ -80,21 +82,21 @@ class Workers:
         self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._jobs: dict[Hashable, Job] = {}
         self._threads = threads
-        self.asked = 0
+        self.submitted = 0
         """How often work was submitted, answered by an earlier job or not."""
         for _ in range(threads):
-            self._hire()
+            self._start_thread()
 
     @property
     def jobs(self) -> int:
         """Different jobs so far."""
         return len(self._jobs)
 
-    def submit(self, key: Hashable, work: Callable[[], Any], limit: float) -> Job:
-        """Have `work` done, unless a job of this key is there; `limit` seconds are allowed."""
-        self.asked += 1
+    def submit(self, key: Hashable, work: Callable[[], Any], timeout: float) -> Job:
+        """Have `work` done, unless a job of this key is there; `timeout` seconds are allowed."""
+        self.submitted += 1
         if key not in self._jobs:
-            self._jobs[key] = job = Job(work, limit, self._hire)
+            self._jobs[key] = job = Job(work, timeout, self._start_thread)
             self._queue.put(job)
         return self._jobs[key]
 
@@ -113,7 +115,7 @@ class Workers:
         for _ in range(self._threads):
             self._queue.put(None)
 
-    def _hire(self) -> None:
+    def _start_thread(self) -> None:
         # Threads that hang must not keep the program from ending.
         threading.Thread(target=self._work, daemon=True, name="tool").start()
 

@@ -47,6 +47,9 @@ class ToyRenderer:
         body = "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in responses)
         return self.encode(f"\n<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
 
+    def resized(self, frames: Frames) -> Frames:
+        return frames
+
     def clip(self, frames: Frames, start: float, end: float) -> Clip:
         count = len(frames.times)
         values = np.full((count, MERGE, 3), start, np.float32)
@@ -210,6 +213,10 @@ class SentinelReader:
             raise OSError(f"cannot decode {video.path}")
         self.clips.append((start, end))
         return self._frames(video)
+
+    def frames_at(self, video: VideoRef, times: Sequence[float]) -> Frames:
+        frames = self._frames(video)
+        return Frames(np.repeat(frames.pixels, len(times), axis=0), np.asarray(times))
 
     def _frames(self, video: VideoRef) -> Frames:
         self.opened.append(video.path)

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import jax
 import numpy as np
 
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import TOOL_NAME
 from paravt_jax.records import (
     Clip,
@@ -29,10 +30,10 @@ from paravt_jax.records import (
 from rollout.agent import Agent, Item
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine
-from rollout.engine.rehearsal import Extent, Reads
+from rollout.engine.precompile import InputSizes, SizeRange
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
-from rollout.limits import AgentConfig, lanes
+from rollout.limits import AgentConfig, slot_pools
 from tests.rollout_fakes import (
     IM_END,
     MERGE,
@@ -129,7 +130,7 @@ class TerseRenderer(ToyRenderer):
         return Clip(start, end, frames.times, Patches(pixels.astype(np.float32), grids))
 
 
-class WindowReader:
+class WindowReader(FrameReader):
     """Three frames, or four of a long window."""
 
     def overview(self, video: VideoRef, count: int) -> Frames:
@@ -148,30 +149,30 @@ class Tape(Session):
     def __init__(self, engine, params) -> None:
         super().__init__(engine, params)
         self.heard = {}
-        self.lanes = {}
+        self.pools = {}
 
-    def open(self, lane, prompt, seeds):
-        streams = super().open(lane, prompt, seeds)
+    def open(self, pool, prompt, seeds):
+        streams = super().open(pool, prompt, seeds)
         for stream in streams:
             self.heard[stream] = [_columns(prompt.tokens)]
-            self.lanes.setdefault(lane, []).append(stream)
+            self.pools.setdefault(pool, []).append(stream)
         return streams
 
-    def speak(self, stream, given, sampling, limit):
-        super().speak(stream, given, sampling, limit)
+    def generate(self, stream, given, sampling, max_tokens):
+        super().generate(stream, given, sampling, max_tokens)
         self.heard[stream].append(_columns(given.tokens if isinstance(given, Prompt) else given))
 
-    def visit(self):
-        turns = super().visit()
+    def step(self):
+        turns = super().step()
         for stream, turn in turns:
             self.heard[stream].append(_columns(turn.tokens, turn.log_probs))
         return turns
 
-    def rows(self, lane: str) -> list[bytes]:
-        """Streams of a lane in the order in which they were opened."""
+    def rows(self, pool: str) -> list[bytes]:
+        """Streams of a pool in the order in which they were opened."""
         return [
             np.concatenate(self.heard[stream], axis=1).tobytes()
-            for stream in self.lanes.get(lane, [])
+            for stream in self.pools.get(pool, [])
         ]
 
 
@@ -181,7 +182,7 @@ class TapedEngine(Engine):
     def __init__(self, *arguments, **options) -> None:
         super().__init__(*arguments, **options)
         self.shapes: list[tuple] = []
-        for name in ("encode", "admit", "append", "decode"):
+        for name in ("encode", "prefill", "append", "decode"):
             setattr(self, name, self._noting(name, getattr(self, name)))
 
     def session(self, params):
@@ -214,7 +215,7 @@ class Shape:
     """Prompt slots of main agents."""
     crops: int = 64
     """Slots of sub-agents."""
-    visit: int = 16
+    steps_per_call: int = 16
 
 
 class World:
@@ -234,7 +235,7 @@ class World:
     def engine(self, shape: Shape) -> TapedEngine:
         """An engine with room for this agent."""
         config = dataclasses.replace(self.config, subagent_batch=shape.crops)
-        room = lanes(
+        pools = slot_pools(
             config,
             self.renderer,
             prompts=shape.prompts,
@@ -245,11 +246,11 @@ class World:
         contents = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
         return TapedEngine(
             self.policy,
-            room,
+            pools,
             automata=TokenAutomata(contents, ENDS),
             pad_id=PAD,
             frame_patches=FRAME_PATCHES,
-            visit=shape.visit,
+            steps_per_call=shape.steps_per_call,
         )
 
     def items(self, count: int, seed: int = 0, longest: int = 20) -> list[Item]:
@@ -265,10 +266,10 @@ class World:
             items.append((row, frames, prompt))
         return items
 
-    def roll_out(self, engine: Engine, items: Sequence[Item], seed=0, params=None):
+    def roll_out(self, engine: TapedEngine, items: Sequence[Item], seed=0, params=None):
         """Groups of rollouts, one for each item."""
         agent = Agent(
-            engine,
+            engine.session,
             self.renderer,
             WindowReader(),
             config=self.config,
@@ -347,15 +348,21 @@ def what_happened(groups: Sequence[RolloutGroup], config: AgentConfig) -> Seen:
     )
 
 
-def reads_of(world: World) -> dict[str, Reads]:
+def input_sizes(world: World) -> dict[str, InputSizes]:
     """What the episodes of a world can be given to read."""
     frames = world.config.evidence == "frames"
-    main = Reads(
-        prompts=(Extent(0, 1, PROMPT_TOKENS), Extent(3, 1, PROMPT_TOKENS), Extent(4, 1, 96)),
-        given=tuple(Extent(count, 1, 64) for count in ([0, 3, 6] if frames else [0])),
+    main = InputSizes(
+        prompts=(
+            SizeRange(0, 1, PROMPT_TOKENS),
+            SizeRange(3, 1, PROMPT_TOKENS),
+            SizeRange(4, 1, 96),
+        ),
+        appended=tuple(SizeRange(count, 1, 64) for count in ([0, 3, 6] if frames else [0])),
         sampling=world.config.sampling,
     )
     if frames:
         return {"main": main}
-    crops = Reads((Extent(3, 1, 64), Extent(4, 1, 64)), sampling=world.config.subagent_sampling)
+    crops = InputSizes(
+        (SizeRange(3, 1, 64), SizeRange(4, 1, 64)), sampling=world.config.subagent_sampling
+    )
     return {"main": main, "crop": crops}

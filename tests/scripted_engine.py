@@ -1,4 +1,4 @@
-"""An engine that says what a script tells it: slots, queues, room and visits as in the real one."""
+"""An engine that says what a script tells it: slots, queues, room and steps as in the real one."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import numpy as np
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Prompt, StopReason
-from rollout.engine.engine import Engine, Lane
-from rollout.engine.session import Generated, Stream
+from rollout.engine.engine import Engine, SlotPool
+from rollout.engine.slots import Generated, StreamId
 from tests.rollout_fakes import ToyRenderer
 
 
@@ -19,17 +19,17 @@ class ScriptedEngine(Engine):
 
     def __init__(
         self,
-        lanes: Mapping[str, Lane],
+        pools: Mapping[str, SlotPool],
         turns_B: Sequence[Sequence[str]],
         report: Callable[[str], str] | None = None,
-        visit: int = 16,
+        tokens_per_step: int = 16,
         renderer: Renderer | None = None,
     ) -> None:
         """`turns_B`: texts of each main stream, turn by turn; without `<|im_end|>` = cut off.
         `report`: what a sub-agent says to its prompt."""
-        self.lanes, self.turns_B, self.tokens_per_visit = lanes, turns_B, visit
+        self.pools, self.turns_B, self.tokens_per_step = pools, turns_B, tokens_per_step
         self.renderer = renderer or ToyRenderer()
-        self.visits = 0
+        self.steps = 0
         self.report = report or (lambda prompt: "seen.<|im_end|>")
         self.sessions: list[ScriptedSession] = []
 
@@ -42,7 +42,7 @@ class ScriptedEngine(Engine):
 class ScriptedStream:
     """One row of a scripted session."""
 
-    lane: str
+    pool: str
     prompt: Prompt
     seed: int
     script: list[str]
@@ -52,7 +52,7 @@ class ScriptedStream:
     blocks: list[Prompt] = dataclasses.field(default_factory=list)
     """What was given with positions, frames and all."""
     given: Sequence[int] | Prompt | None = None
-    """Told to speak, nothing appended yet."""
+    """What the next turn begins with; not appended yet."""
     stop: tuple[str, ...] = ()
     """Texts that end its turn."""
     saying: list[int] = dataclasses.field(default_factory=list)
@@ -60,88 +60,88 @@ class ScriptedStream:
     closed: bool = False
 
     @property
-    def speaking(self) -> bool:
+    def generating(self) -> bool:
         return self.given is not None or bool(self.saying)
 
 
 class ScriptedSession:
-    """Slots, queues, room and visits as in the engine; words from a script."""
+    """Slots, queues, room and steps as in the engine; words from a script."""
 
     def __init__(self, engine: ScriptedEngine) -> None:
         self.engine = engine
         self.rows: list[ScriptedStream] = []
-        self.live: dict[str, list[int]] = {lane: [] for lane in engine.lanes}
-        """Groups that hold a prompt slot, by lane."""
-        self.queued: dict[str, list[int]] = {lane: [] for lane in engine.lanes}
-        self.most_live = {lane: 0 for lane in engine.lanes}
+        self.live: dict[str, list[int]] = {pool: [] for pool in engine.pools}
+        """Groups that hold a prompt slot, by pool."""
+        self.queued: dict[str, list[int]] = {pool: [] for pool in engine.pools}
+        self.most_live = {pool: 0 for pool in engine.pools}
         self.log: list[str] = []
         self.groups = 0
 
-    def of(self, lane: str) -> list[ScriptedStream]:
-        """Streams of a lane in the order in which they were opened."""
-        return [row for row in self.rows if row.lane == lane]
+    def of(self, pool: str) -> list[ScriptedStream]:
+        """Streams of a pool in the order in which they were opened."""
+        return [row for row in self.rows if row.pool == pool]
 
-    def open(self, lane: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
-        shape = self.engine.lanes[lane]
+    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
+        shape = self.engine.pools[pool]
         if not 1 <= len(seeds) <= shape.copies or len(prompt.tokens) > shape.prompt_tokens:
             raise ValueError(f"{len(prompt.tokens)} tokens x {len(seeds)} never fit {shape}")
-        self.queued[lane].append(self.groups)
-        streams = [self._open(lane, prompt, seed) for seed in seeds]
-        self.log.append(f"open {lane}")
+        self.queued[pool].append(self.groups)
+        streams = [self._open(pool, prompt, seed) for seed in seeds]
+        self.log.append(f"open {pool}")
         self.groups += 1
         return streams
 
-    def _open(self, lane: str, prompt: Prompt, seed: int) -> Stream:
-        if lane == "crop":
+    def _open(self, pool: str, prompt: Prompt, seed: int) -> StreamId:
+        if pool == "crop":
             script = [self.engine.report(self.engine.renderer.decode(prompt.tokens))]
         else:
-            script = list(self.engine.turns_B[len(self.of(lane))])
-        row = ScriptedStream(lane, prompt, seed, script, self.groups, prompt.tokens.tolist())
+            script = list(self.engine.turns_B[len(self.of(pool))])
+        row = ScriptedStream(pool, prompt, seed, script, self.groups, prompt.tokens.tolist())
         self.rows.append(row)
-        return Stream(len(self.rows) - 1)
+        return StreamId(len(self.rows) - 1)
 
-    def room(self, stream: Stream) -> int:
+    def tokens_left(self, stream: StreamId) -> int:
         row = self.rows[stream.number]
-        return self.engine.lanes[row.lane].suffix - (len(row.tokens) - len(row.prompt.tokens))
+        return self.engine.pools[row.pool].suffix - (len(row.tokens) - len(row.prompt.tokens))
 
-    def speak(self, stream, given, sampling, limit) -> None:
+    def generate(self, stream, given, sampling, max_tokens) -> None:
         row, count = self.rows[stream.number], _length(given)
-        if row.closed or row.speaking or count + limit > self.room(stream):
-            raise ValueError(f"stream {stream} cannot take {count} + {limit} tokens")
+        if row.closed or row.generating or count + max_tokens > self.tokens_left(stream):
+            raise ValueError(f"stream {stream} cannot take {count} + {max_tokens} tokens")
         row.given, row.stop = given, sampling.stop
-        row.limits.append(limit)
+        row.limits.append(max_tokens)
 
-    def close(self, stream: Stream) -> None:
+    def close(self, stream: StreamId) -> None:
         row = self.rows[stream.number]
-        assert not row.speaking and not row.closed
+        assert not row.generating and not row.closed
         row.closed = True
         if all(other.closed for other in self.rows if other.group == row.group):
-            self.live[row.lane].remove(row.group)
+            self.live[row.pool].remove(row.group)
 
     @property
-    def speaking(self) -> int:
-        return sum(row.speaking for row in self.rows)
+    def generating(self) -> int:
+        return sum(row.generating for row in self.rows)
 
-    def visit(self) -> list[tuple[Stream, Generated]]:
-        assert self.speaking, "the device has nothing to do"
-        self.log.append("visit")
-        self.engine.visits += 1
-        for lane, shape in self.engine.lanes.items():
-            while self.queued[lane] and len(self.live[lane]) < shape.prompts:
-                self.live[lane].append(self.queued[lane].pop(0))
-            self.most_live[lane] = max(self.most_live[lane], len(self.live[lane]))
+    def step(self) -> list[tuple[StreamId, Generated]]:
+        assert self.generating, "the device has nothing to do"
+        self.log.append("step")
+        self.engine.steps += 1
+        for pool, shape in self.engine.pools.items():
+            while self.queued[pool] and len(self.live[pool]) < shape.prompts:
+                self.live[pool].append(self.queued[pool].pop(0))
+            self.most_live[pool] = max(self.most_live[pool], len(self.live[pool]))
         turns = [self._decode(number) for number in range(len(self.rows))]
         return [turn for turn in turns if turn is not None]
 
-    def _decode(self, number: int) -> tuple[Stream, Generated] | None:
+    def _decode(self, number: int) -> tuple[StreamId, Generated] | None:
         row = self.rows[number]
-        if row.group not in self.live[row.lane] or not row.speaking:
+        if row.group not in self.live[row.pool] or not row.generating:
             return None
         if row.given is not None:
             self._append(row)
-        step = self.engine.tokens_per_visit
-        row.tokens += row.saying[row.said : row.said + step]
-        row.said += step
+        count = self.engine.tokens_per_step
+        row.tokens += row.saying[row.said : row.said + count]
+        row.said += count
         if row.said < len(row.saying):
             return None
         tokens, row.saying = row.saying, []
@@ -151,7 +151,7 @@ class ScriptedSession:
             reason = StopReason.END
         elif row.stop and renderer.decode(tokens).endswith(row.stop):
             reason = StopReason.STOP
-        return Stream(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
+        return StreamId(number), Generated(np.asarray(tokens, np.int32), log_probs, reason)
 
     def _append(self, row: ScriptedStream) -> None:
         """Take in what was given, and look up what the stream is going to say."""

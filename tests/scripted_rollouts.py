@@ -14,7 +14,7 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.records import RolloutGroup, Row, StopReason, Trajectory, Turn, VideoRef
 from paravt_jax.structure import tag_table
 from pipelines.preprocess import ImageSpec
-from rollout.record import Record
+from rollout.record import TrajectoryBuilder
 from tests.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
 from tests.rollout_law import Learnable
 from train.config import Config
@@ -41,18 +41,19 @@ def rollout(
 ) -> Trajectory:
     """One turn per text, each but the last answered with a response; random log-probs. Sub-agents
     look at three frames and say one text each."""
-    dice, record = np.random.default_rng(seed), Record(image_prompt("q", frames, 4, seed=0))
+    dice = np.random.default_rng(seed)
+    record = TrajectoryBuilder(image_prompt("q", frames, 4, seed=0))
     for number, text in enumerate(subagents, start=100 * seed + 1):
         record.subagents.append(rollout(text, seed=number, frames=3))
     head = RENDERER.encode(prefix)
     for number, text in enumerate(turns):
         tokens = np.array(RENDERER.encode(text), np.int32)
-        record.give(head)
+        record.add_given(head)
         log_probs = -dice.gamma(2.0, 1.0, len(tokens)).astype(np.float32)
         said = Turn(np.array(head, np.int32), tokens, log_probs, StopReason.END, prefix + text)
-        record.speak(said)
+        record.add_turn(said)
         if number < len(responses):
-            record.give(RENDERER.tool_turn([responses[number]]))
+            record.add_given(RENDERER.tool_turn([responses[number]]))
     return record.finish(RENDERER, 0)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 
 from models import ModelPolicy
@@ -14,7 +16,8 @@ from rollout.agent import Agent
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine
 from rollout.engine.grammar import response_grammar
-from rollout.limits import AgentConfig, lanes
+from rollout.engine.session import Session
+from rollout.limits import AgentConfig, slot_pools
 from rollout.tools import agent_tools
 from train.config import Config
 from train.hosts.cluster import faults_of_all
@@ -33,14 +36,15 @@ def open_agent(
     reader: VideoReader,
     rules: AgentConfig | None = None,
 ) -> Agent:
-    """The agent of a configuration, on an engine that has its lanes (`open_engine`); with other
-    rules, of the same room or less, on request."""
+    """The agent of a configuration, on an engine with its slot pools (`open_engine`); or
+    with other rules, which need no more tokens."""
     room = crop_tokens(config, renderer)
     tools = agent_tools(config.agent)
     return Agent(
-        *(engine, renderer, reader, tools, rules or config.agent, room),
-        agree=faults_of_all,
-        between=SIGNALS_OF_RUN.check,
+        functools.partial(Session, engine),
+        *(renderer, reader, tools, rules or config.agent, room),
+        sync_errors=faults_of_all,
+        before_step=SIGNALS_OF_RUN.check,
     )
 
 
@@ -58,7 +62,7 @@ def open_engine(
 
     Its `cache_bytes()` are known before anything is allocated.
     """
-    shapes = lanes(
+    shapes = slot_pools(
         config.agent,
         renderer,
         prompts=prompts,

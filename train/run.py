@@ -27,7 +27,7 @@ from pipelines.sizes import prompt_tokens
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
 from rollout.engine.engine import Engine
-from rollout.limits import MAIN, subagent_room
+from rollout.limits import MAIN, subagent_budget
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
 from train.compile.cache import Compilations, keep_compiled
@@ -254,7 +254,7 @@ class Run:
         )
 
     def _learner(self, engine: Engine) -> Learner:
-        config, renderer, main = self.config, self.renderer, engine.lanes[MAIN]
+        config, renderer, main = self.config, self.renderer, engine.pools[MAIN]
         shapes = setup.batch_shapes(
             config,
             renderer.spec,
@@ -322,7 +322,7 @@ class Run:
         config = self.config
         if not config.rl.trains_subagents:
             return 0
-        own = subagent_room(config.agent, self.renderer)
+        own = subagent_budget(config.agent, self.renderer)
         length = crop_tokens(config, self.renderer) + own
         calls = config.agent.rounds * config.agent.calls_run
         rows = possible_rows(calls, config.rl.group_size)
@@ -436,7 +436,7 @@ class Run:
         return items
 
     def _runner(self, agent: Agent, ended: Callable[[], object]):
-        agent.ended = ended
+        agent.on_episode_end = ended
 
         def run(params: FlatParams, items: Sequence[Item], seed: int) -> list[RolloutGroup]:
             return self.scorer(agent.run(params, items, 1, seed))

@@ -35,7 +35,7 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
 from rollout.agent import Agent
-from rollout.limits import measure
+from rollout.limits import token_budget
 from rollout.tools import agent_tools
 from train.agent import crop_tokens
 from train.config import Config, Stage
@@ -76,7 +76,7 @@ def prompt_texts(config: Config) -> PromptTexts:
         return GROUNDING_TEXTS if terse else VIDEO_O3_TEXTS
     if terse:
         return NEEDLE_TEXTS
-    texts = PromptTexts().about(agent.tools, parallel=agent.dispatch == "parallel")
+    texts = PromptTexts().about(list(agent_tools(agent)), parallel=agent.dispatch == "parallel")
     return texts.with_times() if config.data.instructions == "timed" else texts
 
 
@@ -247,7 +247,7 @@ def needle_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) 
         reader,
         renderer,
         config.data.frame_budgets,
-        tool=agent.tools[0],
+        tool=next(iter(agent_tools(agent))),
         syntax=agent.call_syntax,
         quota=agent.clip_tokens[1] if agent.clip_tokens else None,
         most_looks=agent.max_tool_rounds,
@@ -307,7 +307,7 @@ def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> Promp
     """
     episode = 0
     if config.stage is Stage.RL:
-        episode = measure(config.agent, renderer, crop_tokens(config, renderer)).suffix
+        episode = token_budget(config.agent, renderer, crop_tokens(config, renderer)).suffix
         episode += hint_room(config.difficulty, renderer)
     return questions.prompt_room(config.data.max_prompt_tokens, positions, episode)
 

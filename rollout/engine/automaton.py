@@ -100,7 +100,7 @@ class TokenAutomata:
 
         Args:
             sampling: what the request asks for.
-            given: tokens that the stream gets before it speaks. What follows the last
+            given: tokens that the stream is given before it generates. What follows the last
                 assistant header in them, all of them without one, is the head of the response:
                 the grammar reads it (a forced `<think>` is there already); stop strings do not.
 

@@ -1,12 +1,12 @@
-"""The device side of rollouts: compiled functions over caches of known size.
+"""The device side of rollouts: prefill, append and decode, compiled over KV caches of known size.
 
-    engine = Engine(policy, {"main": Lane(...), "crop": Lane(...)}, ...)
-    session = engine.session(params)        requests in, streams out: `rollout.engine.session`
+    engine = Engine(policy, {"main": SlotPool(...), "crop": SlotPool(...)}, ...)
+    session = Session(engine, params)       requests in, streams out: `rollout.engine.session`
 
-A lane is a class of requests with one static shape. Its prompts are read once and shared by
-their copies; rows of all lanes decode in one loop. Static shapes, each compiled once: reading
-(batch x tokens x frames), appending (rows x tokens), decoding (which lanes). Sizes are powers of
-two or four; sampling settings, lengths and stop tokens are traced.
+A pool holds the KV-cache slots of requests of one static shape. A prompt is prefilled once and
+shared by its copies; rows of all pools decode in one loop. Each static shape is compiled once:
+prefill (batch x tokens x frames), append (rows x tokens), decode (which pools). Sizes are powers
+of two or four; sampling settings, lengths and stop tokens are traced.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,33 +28,25 @@ from paravt_jax.records import ArrayLike, VisionFeatures, pytree
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 
-if TYPE_CHECKING:
-    from rollout.engine.session import Session
-
 
 @dataclasses.dataclass(frozen=True)
-class Lane:
-    """A class of requests with one static shape."""
+class SlotPool:
+    """How many KV-cache slots there are for requests of one static shape."""
 
     prompts: int
-    """Prompts that can be live at a time."""
+    """Slots of prompts: so many run at a time."""
     copies: int
     """Rows that share one prompt: the group size for main agents, 1 for crops."""
     prompt_tokens: int
     """Longest prompt."""
     suffix: int
     """Most tokens of a row after its prompt."""
-    compact: tuple[int, ...] = ()
-    """Numbers of prompts for which decoding is compiled besides all: when no more are live, only
-    so many are decoded. Each costs a compilation, and one more for every other lane beside it."""
 
     def __post_init__(self) -> None:
         """Refuse impossible sizes, naming field, value and remedy."""
         for name in ("prompts", "copies", "prompt_tokens", "suffix"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-        if not all(0 < size < self.prompts for size in self.compact):
-            raise ValueError(f"compact={self.compact}: sizes lie between 0 and {self.prompts}")
 
     @property
     def rows(self) -> int:
@@ -64,8 +56,8 @@ class Lane:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class LaneState:
-    """What a lane keeps on the device."""
+class PoolState:
+    """What the slots of a pool hold on the device."""
 
     cache: KVCache
     hidden: Float[Array, "n d"]
@@ -73,7 +65,7 @@ class LaneState:
     seen: Bool[Array, "n vocab"] | None = None
     """Tokens of each row after its prompt; kept only for repetition penalties."""
 
-    def with_lengths(self, prompts: Int[ArrayLike, " p"], rows: Int[ArrayLike, " n"]) -> LaneState:
+    def with_lengths(self, prompts: Int[ArrayLike, " p"], rows: Int[ArrayLike, " n"]) -> PoolState:
         """The host keeps the books: lengths come with every call."""
         cache = dataclasses.replace(self.cache, prompt_lengths=prompts, lengths=rows)
         return dataclasses.replace(self, cache=cache)
@@ -81,8 +73,8 @@ class LaneState:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Block:
-    """Right-padded tokens: prompts, or what is appended to live rows."""
+class PaddedTokens:
+    """Prompts, or what is appended to running rows, padded on the right to one length."""
 
     tokens: Int[ArrayLike, "b t"]
     positions: Int[ArrayLike, "b t 3"]
@@ -92,11 +84,11 @@ class Block:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Speakers:
-    """Where each row stands in its turn, and how it draws; all of it traced."""
+class GeneratingRows:
+    """Where each row stands in its turn, and how its tokens are drawn; all of it traced."""
 
     draw: Draw
-    """A limit of 0 keeps a row silent."""
+    """A limit of 0 keeps a row idle."""
     positions: Int[ArrayLike, " n"]
     """M-RoPE position of the next token; text has the same one in all components."""
     automata: Int[ArrayLike, "n 2"]
@@ -105,8 +97,8 @@ class Speakers:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Spoken:
-    """What one visit to the device drew, rows of all lanes one after the other."""
+class DecodeOutput:
+    """What one call of `decode` drew, rows of all pools one after the other."""
 
     tokens: Int[ArrayLike, "n columns"]
     log_probs: Float[ArrayLike, "n columns"]
@@ -126,199 +118,208 @@ class _Loop:
     """Carry of the decode loop."""
 
     step: Int[Array, ""]
-    states: tuple[LaneState, ...]
+    states: tuple[PoolState, ...]
     running: Bool[Array, " n"]
-    spoken: Spoken
+    output: DecodeOutput
 
 
 class Engine:
-    """Compiled functions of one policy over its lanes. Weights are arguments, not state."""
+    """Compiled functions of one policy over its slot pools. Weights are arguments, not state."""
 
     def __init__(
         self,
         policy: Policy,
-        lanes: Mapping[str, Lane],
+        pools: Mapping[str, SlotPool],
         *,
         automata: TokenAutomata,
         pad_id: int,
         frame_patches: int = 0,
-        visit: int = 16,
+        steps_per_call: int = 16,
         penalties: bool = False,
     ) -> None:
-        """`automata` know what ends a turn; `pad_id` fills rows shorter than their block.
+        """`automata` know what ends a turn; `pad_id` pads rows on the right.
 
         Frames are padded to `frame_patches` patches, or to the largest of their batch if that is
         more: the most that a frame can have keeps frames of all shapes in one compiled tower.
-        Up to `visit` tokens are decoded before the host looks. `penalties` keeps what each row
-        has seen, one byte per row and token of the vocabulary, for repetition penalties.
+        `decode` draws up to `steps_per_call` tokens of each row before the host looks. `penalties`
+        keeps what each row has seen, one byte per row and token of the vocabulary, for repetition
+        penalties.
         """
-        if not lanes or visit < 1:
-            raise ValueError(f"lanes={dict(lanes)}, visit={visit}: give a lane, and at least 1")
-        self.policy, self.lanes = policy, dict(lanes)
+        if not pools or steps_per_call < 1:
+            raise ValueError(
+                f"pools={dict(pools)}, steps_per_call={steps_per_call}: give a pool, and 1 or more"
+            )
+        self.policy, self.pools = policy, dict(pools)
         self.automata, self.pad_id, self.frame_patches = automata, pad_id, frame_patches
-        self.visit, self.penalties = visit, penalties
+        self.steps_per_call, self.penalties = steps_per_call, penalties
         self.compilations = 0
         """How often a function was traced, hence compiled, so far."""
         self.encode = jax.jit(self._encode)
-        self.admit = jax.jit(self._admit, donate_argnames=("state",))
+        self.prefill = jax.jit(self._prefill, donate_argnames=("state",))
         self.append = jax.jit(self._append, donate_argnames=("state",))
         self.decode = jax.jit(self._decode, donate_argnames=("states",))
 
-    def session(self, params: Params) -> Session:
-        """An empty session under these weights; the one before must not be used any more."""
-        from rollout.engine.session import Session
-
-        return Session(self, params)
-
     def cache_bytes(self) -> int:
-        """Memory of the caches of all lanes, over all devices."""
+        """Memory of the caches of all pools, over all devices."""
         shapes = [
-            jax.eval_shape(lambda lane=lane: self._empty(lane).cache)
-            for lane in self.lanes.values()
+            jax.eval_shape(lambda pool=pool: self._empty(pool).cache)
+            for pool in self.pools.values()
         ]
         return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
 
     @functools.cached_property
-    def states(self) -> dict[str, LaneState]:
-        """The caches of all lanes, handed on from session to session."""
+    def states(self) -> dict[str, PoolState]:
+        """The caches of all pools, handed on from session to session."""
         empty = jax.jit(self._empty, static_argnums=0)
-        return {name: jax.tree.map(_commit, empty(lane)) for name, lane in self.lanes.items()}
+        return {name: jax.tree.map(_commit, empty(pool)) for name, pool in self.pools.items()}
 
-    def _empty(self, lane: Lane) -> LaneState:
-        cache = self.policy.init_cache(lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix)
-        seen = jnp.zeros((lane.rows, self.automata.vocab), bool) if self.penalties else None
-        return LaneState(cache, *_spread((jnp.zeros((lane.rows, self.policy.width)), seen)))
+    def _empty(self, pool: SlotPool) -> PoolState:
+        cache = self.policy.init_cache(pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix)
+        seen = jnp.zeros((pool.rows, self.automata.vocab), bool) if self.penalties else None
+        return PoolState(cache, *_sharded((jnp.zeros((pool.rows, self.policy.width)), seen)))
 
     def _encode(
         self, params: Params, values: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
     ) -> VisionFeatures:
         self.compilations += 1
-        values, grids = _spread((values, grids))
+        values, grids = _sharded((values, grids))
         return self.policy.encode(params, values, grids)
 
-    def _admit(
+    def _prefill(
         self,
         params: Params,
-        state: LaneState,
-        block: Block,
+        state: PoolState,
+        padded: PaddedTokens,
         features: VisionFeatures | None,
         slots: Int[Array, " b"],
-    ) -> LaneState:
-        """Read prompts into these prompt slots, and let their rows start from them."""
+    ) -> PoolState:
+        """Prefill prompts into these prompt slots; their rows start from them."""
         self.compilations += 1
-        block = _spread(block)
+        padded = _sharded(padded)
         hidden, keys, values = self.policy.prefill(
-            params, block.tokens, block.positions, block.vision_index, features
+            params, padded.tokens, padded.positions, padded.vision_index, features
         )
+        # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
         copies = state.cache.copies
         rows = slots[:, None] * copies + jnp.arange(copies)
-        last = _last(hidden, block.lengths)[:, None].astype(state.hidden.dtype)
+        last = _last(hidden, padded.lengths)[:, None].astype(state.hidden.dtype)
         cache = state.cache.with_prompts(slots, keys, values).sharded()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
-        return LaneState(cache, _spread(state.hidden.at[rows].set(last)), seen)
+        return PoolState(cache, _sharded(state.hidden.at[rows].set(last)), seen)
 
     def _append(
         self,
         params: Params,
-        state: LaneState,
-        block: Block,
+        state: PoolState,
+        padded: PaddedTokens,
         features: VisionFeatures | None,
         rows: Int[Array, " m"] | None,
-    ) -> LaneState:
+    ) -> PoolState:
         """Append given tokens to all rows (those of length 0 stay as they are), or to `rows`."""
         self.compilations += 1
         hidden, (cache,) = self.policy.append(
             params,
-            block.tokens,
-            block.positions,
-            block.vision_index,
+            padded.tokens,
+            padded.positions,
+            padded.vision_index,
             features,
             (state.cache,),
             rows,
         )
-        last = _last(hidden, block.lengths).astype(state.hidden.dtype)
+        last = _last(hidden, padded.lengths).astype(state.hidden.dtype)
         if rows is None:
-            moved = jnp.where((block.lengths > 0)[:, None], last, state.hidden)
+            # A row that was given nothing must keep the hidden state that its next token is drawn
+            # from; `_last` found padding for it.
+            moved = jnp.where((padded.lengths > 0)[:, None], last, state.hidden)
         else:
             moved = state.hidden.at[rows].set(last)
-        seen = None if state.seen is None else _mark_block(state.seen, block, rows)
-        return LaneState(cache.sharded(), _spread(moved), seen)
+        seen = None if state.seen is None else _mark_padded(state.seen, padded, rows)
+        return PoolState(cache.sharded(), _sharded(moved), seen)
 
     def _decode(
         self,
         params: Params,
-        states: tuple[LaneState, ...],
-        live: tuple[Int[Array, " q"] | None, ...],
-        speakers: Speakers,
+        states: tuple[PoolState, ...],
+        generating: GeneratingRows,
         table: Int[Array, "states vocab"],
-        patience: Int[Array, ""],
-    ) -> tuple[tuple[LaneState, ...], Spoken]:
-        """Sample up to `visit` tokens for every speaking row, or until `patience` rows have
-        finished their turn. Of each lane all prompts take part, or those at the places `live`."""
+        min_finished: Int[Array, ""],
+    ) -> tuple[tuple[PoolState, ...], DecodeOutput]:
+        """Draw up to `steps_per_call` tokens of every generating row, or fewer once `min_finished`
+        rows have ended their turn."""
         self.compilations += 1
-        limits = jnp.asarray(speakers.draw.limits)
-        taken = tuple(map(_take, states, live))
-        first = _Loop(jnp.int32(0), taken, limits > 0, self._silence(speakers))
-        speaking = jnp.sum(first.running)
+        limits = jnp.asarray(generating.draw.limits)
+        first = _Loop(jnp.int32(0), states, limits > 0, self._no_output(generating))
+        started = jnp.sum(first.running)
 
         def goes_on(loop: _Loop) -> Bool[Array, ""]:
             still = jnp.sum(loop.running)
-            return (loop.step < self.visit) & (still > 0) & (speaking - still < patience)
+            more = (loop.step < self.steps_per_call) & (still > 0)
+            return more & (started - still < min_finished)
 
         loop = jax.lax.while_loop(
-            goes_on, lambda loop: self._decode_step(params, loop, speakers, table), first
+            goes_on, lambda loop: self._decode_step(params, loop, generating, table), first
         )
         # Every host reads these, so every device holds them.
-        spoken = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), loop.spoken)
-        return tuple(map(_put_back, states, loop.states, live)), spoken
+        output = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), loop.output)
+        return loop.states, output
 
-    def _silence(self, speakers: Speakers) -> Spoken:
-        """Nothing said yet."""
-        rows = len(speakers.positions)
-        shape = rows, self.visit
-        return Spoken(
+    def _no_output(self, generating: GeneratingRows) -> DecodeOutput:
+        """Before the first token."""
+        rows = len(generating.positions)
+        shape = rows, self.steps_per_call
+        return DecodeOutput(
             tokens=jnp.full(shape, self.pad_id, jnp.int32),
             log_probs=jnp.zeros(shape, jnp.float32),
             counts=jnp.zeros(rows, jnp.int32),
             own=jnp.zeros(shape, bool),
             floors=jnp.zeros(shape, jnp.float32),
             grammar=jnp.zeros(shape, jnp.int32),
-            automata=jnp.asarray(speakers.automata),
+            automata=jnp.asarray(generating.automata),
             ended=jnp.zeros(rows, bool),
         )
 
     def _decode_step(
-        self, params: Params, loop: _Loop, speakers: Speakers, table: Int[Array, "states vocab"]
+        self,
+        params: Params,
+        loop: _Loop,
+        generating: GeneratingRows,
+        table: Int[Array, "states vocab"],
     ) -> _Loop:
         """One token for every running row, written to its cache even if it ends the turn."""
-        spoken, running = loop.spoken, loop.running
-        drawn = self._draw(params, loop, speakers, table)
+        output, running = loop.output, loop.running
+        # Drawn first, then appended: the cache of a row that ends holds its last token too, so that
+        # a tool response can follow without a step in between.
+        drawn = self._draw(params, loop, generating, table)
         tokens = jnp.where(running, drawn.tokens, self.pad_id)
-        after, grown = self._continue(params, loop, speakers.positions + spoken.counts, tokens)
+        after, grown = self._continue(params, loop, generating.positions + output.counts, tokens)
         automata = jnp.where(
-            running[:, None], advance(table, spoken.automata, tokens), spoken.automata
+            running[:, None], advance(table, output.automata, tokens), output.automata
         )
         ended = running & has_stopped(automata)
-        counts = spoken.counts + running
+        counts = output.counts + running
         at = slice(None), loop.step
         return _Loop(
             step=loop.step + 1,
-            states=_advance(loop.states, grown, after, tokens, running),
-            running=running & ~ended & (counts < speakers.draw.limits),
-            spoken=Spoken(
-                tokens=spoken.tokens.at[at].set(tokens),
-                log_probs=spoken.log_probs.at[at].set(drawn.log_probs),
+            states=_moved_on(loop.states, grown, after, tokens, running),
+            running=running & ~ended & (counts < generating.draw.limits),
+            output=DecodeOutput(
+                tokens=output.tokens.at[at].set(tokens),
+                log_probs=output.log_probs.at[at].set(drawn.log_probs),
                 counts=counts,
-                own=spoken.own.at[at].set(~(drawn.constrained | drawn.forced)),
-                floors=spoken.floors.at[at].set(drawn.floors),
-                grammar=spoken.grammar.at[at].set(spoken.automata[:, 1]),
+                own=output.own.at[at].set(~(drawn.constrained | drawn.forced)),
+                floors=output.floors.at[at].set(drawn.floors),
+                grammar=output.grammar.at[at].set(output.automata[:, 1]),
                 automata=automata,
-                ended=spoken.ended | ended,
+                ended=output.ended | ended,
             ),
         )
 
     def _draw(
-        self, params: Params, loop: _Loop, speakers: Speakers, table: Int[Array, "states vocab"]
+        self,
+        params: Params,
+        loop: _Loop,
+        generating: GeneratingRows,
+        table: Int[Array, "states vocab"],
     ) -> Drawn:
         hidden = jnp.concatenate([state.hidden for state in loop.states])
         # A row's place in its own stream decides the draw, whatever else is in the batch.
@@ -326,36 +327,36 @@ class Engine:
         seen = [state.seen for state in loop.states if state.seen is not None]
         return draw_tokens(
             self.policy.logits(params, hidden),
-            row_keys(jnp.asarray(speakers.draw.seeds), totals),
-            speakers.draw,
+            row_keys(jnp.asarray(generating.draw.seeds), totals),
+            generating.draw,
             jnp.concatenate(seen) if seen else None,
-            allowed_tokens(table, loop.spoken.automata) if self.automata.constrains else None,
+            allowed_tokens(table, loop.output.automata) if self.automata.constrains else None,
         )
 
     def _continue(
         self, params: Params, loop: _Loop, positions: Int[Array, " n"], tokens: Int[Array, " n"]
     ) -> tuple[Float[Array, "n d"], tuple[KVCache, ...]]:
         """Hidden states after one more text token per row, and the caches that hold it."""
-        everywhere = jnp.broadcast_to(positions[:, None, None], (len(tokens), 1, 3))
+        at = jnp.broadcast_to(positions[:, None, None], (len(tokens), 1, 3))
         text = jnp.full((len(tokens), 1), -1, jnp.int32)
         caches = tuple(state.cache for state in loop.states)
-        hidden, grown = self.policy.append(params, tokens[:, None], everywhere, text, None, caches)
+        hidden, grown = self.policy.append(params, tokens[:, None], at, text, None, caches)
         return hidden[:, 0], grown
 
 
 def _commit(x: Array) -> Array:
-    """Bound to its devices, as what functions of committed weights return: they would be compiled
-    once more for arrays that are not."""
+    """Committed to its devices, as whatever a jitted function of committed weights returns: for
+    uncommitted caches, the second session would compile prefill once more."""
     return x if x.committed else jax.device_put(x, x.sharding)
 
 
-def _advance(
-    states: tuple[LaneState, ...],
+def _moved_on(
+    states: tuple[PoolState, ...],
     grown: tuple[KVCache, ...],
     hidden: Float[Array, "n d"],
     tokens: Int[Array, " n"],
     running: Bool[Array, " n"],
-) -> tuple[LaneState, ...]:
+) -> tuple[PoolState, ...]:
     """Running rows move on to their new hidden state; the others stay where they are."""
     after, start = [], 0
     for state, cache in zip(states, grown, strict=True):
@@ -364,54 +365,17 @@ def _advance(
         moved = jnp.where(on[:, None], hidden[part].astype(state.hidden.dtype), state.hidden)
         longer = dataclasses.replace(cache, lengths=cache.lengths + on)
         seen = None if state.seen is None else mark_seen(state.seen, tokens[part], on)
-        after.append(LaneState(longer, moved, seen))
+        after.append(PoolState(longer, moved, seen))
     return tuple(after)
 
 
-def _take(state: LaneState, live: Int[Array, " q"] | None) -> LaneState:
-    """The part of a lane that takes part."""
-    if live is None:
-        return state
-    cache, rows = state.cache, _rows_of(live, state.cache.copies)
-    part = KVCache(
-        prompt_keys=cache.prompt_keys.take(live),
-        prompt_values=cache.prompt_values.take(live),
-        prompt_lengths=jnp.asarray(cache.prompt_lengths)[live],
-        keys=cache.keys.take(rows),
-        values=cache.values.take(rows),
-        lengths=jnp.asarray(cache.lengths)[rows],
-    )
-    seen = None if state.seen is None else state.seen[rows]
-    return LaneState(part, state.hidden[rows], seen)
-
-
-def _put_back(whole: LaneState, part: LaneState, live: Int[Array, " q"] | None) -> LaneState:
-    """A lane after part of it went on."""
-    if live is None:
-        return part
-    cache, rows = whole.cache, _rows_of(live, whole.cache.copies)
-    cache = dataclasses.replace(
-        cache,
-        keys=cache.keys.put(rows, part.cache.keys),
-        values=cache.values.put(rows, part.cache.values),
-    )
-    seen = None
-    if whole.seen is not None and part.seen is not None:
-        seen = whole.seen.at[rows].set(part.seen)
-    return LaneState(cache, whole.hidden.at[rows].set(part.hidden), seen)
-
-
-def _rows_of(prompts: Int[Array, " q"], copies: int) -> Int[Array, " m"]:
-    return (prompts[:, None] * copies + jnp.arange(copies)).reshape(-1)
-
-
-def _mark_block(
-    seen: Bool[Array, "n vocab"], block: Block, rows: Int[Array, " m"] | None
+def _mark_padded(
+    seen: Bool[Array, "n vocab"], padded: PaddedTokens, rows: Int[Array, " m"] | None
 ) -> Bool[Array, "n vocab"]:
     """Given tokens count as seen."""
     places = jnp.arange(len(seen)) if rows is None else rows
-    real = jnp.arange(block.tokens.shape[1]) < jnp.asarray(block.lengths)[:, None]
-    return seen.at[places[:, None], block.tokens].max(real)
+    real = jnp.arange(padded.tokens.shape[1]) < jnp.asarray(padded.lengths)[:, None]
+    return seen.at[places[:, None], padded.tokens].max(real)
 
 
 def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Array, "b d"]:
@@ -420,6 +384,6 @@ def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Arr
     return jnp.take_along_axis(hidden, at, axis=1)[:, 0]
 
 
-def _spread(tree: Any) -> Any:
+def _sharded(tree: Any) -> Any:
     """Rows over the data axes of the mesh, as far as they divide."""
     return jax.tree.map(lambda leaf: constrain(leaf, "batch", *[None] * (leaf.ndim - 1)), tree)

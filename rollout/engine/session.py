@@ -1,20 +1,17 @@
 """The host side of rollouts: requests in, streams out, under one set of weights.
 
-    main = session.open("main", prompt, seeds)         streams that share a prompt
-    session.speak(stream, given, sampling, limit)      append, then generate one turn
-    for stream, turn in session.visit(): ...           turns that ended
-    session.close(stream)                              its slot is free for who waits
+    streams = session.open("main", prompt, seeds)           they share a prompt
+    session.generate(stream, given, sampling, max_tokens)   append, then generate one turn
+    for stream, turn in session.step(): ...                 turns that ended
+    session.close(stream)                                   frees its slot
 
-Waiting prompts enter as slots become free, beside rows that go on speaking. The cache of a row
-holds exactly the tokens of its stream, and nothing is ever read twice.
+Continuous batching: waiting prompts are prefilled as slots become free, beside rows that go on
+generating. The cache of a row holds exactly the tokens of its stream; none is computed twice.
 """
 
 from __future__ import annotations
 
-import collections
-import dataclasses
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import TypeVar
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -22,218 +19,93 @@ import numpy as np
 from paravt_jax.blocks import text_block
 from paravt_jax.interfaces import Params
 from paravt_jax.patches import largest, restride, stack_patches
-from paravt_jax.records import Choices, Prompt, StopReason, VisionFeatures
+from paravt_jax.records import Choices, Prompt, VisionFeatures
 from paravt_jax.rope_index import next_position
-from rollout.engine.engine import Block, Engine, Lane, LaneState, Speakers, Spoken
+from rollout.engine.engine import DecodeOutput, Engine, GeneratingRows
+from rollout.engine.padding import (
+    MIN_APPEND,
+    MIN_PROMPT,
+    NO_LIMIT,
+    batches,
+    grouped,
+    pad,
+    static_shape,
+)
 from rollout.engine.sampler import Draw, SamplingConfig
+from rollout.engine.slots import Generated, PromptGroup, SlotTable, StreamId, StreamState
 
-T = TypeVar("T")
-
-SILENT = SamplingConfig()
-BATCH = 16
-"""Prompts, or blocks for live rows, that are read together."""
-PROMPT_LEAST, APPEND_LEAST = 64, 8
-"""Smallest static sizes, in tokens, of prompts and of what is appended to live rows."""
-NEVER = np.iinfo(np.int32).max
-
-
-@dataclasses.dataclass(frozen=True)
-class Stream:
-    """Handle of one row."""
-
-    number: int
-
-
-@dataclasses.dataclass(frozen=True)
-class Generated:
-    """What one row generated in one turn."""
-
-    tokens: np.ndarray
-    """int32 `[t]`, the end-of-turn token included if there was one."""
-    log_probs: np.ndarray
-    """float32 `[t]`, under the distribution that each token was drawn from."""
-    stop_reason: StopReason
-    choices: Choices | None = None
-    """How each token was chosen; None if nothing but temperature shaped them."""
-
-
-@dataclasses.dataclass(eq=False)
-class _Row:
-    """A stream as the host sees it."""
-
-    stream: Stream
-    seed: int
-    prompt: _Shared
-    number: int = -1
-    """Row of its lane; -1 while it waits."""
-    length: int = 0
-    """Tokens after the prompt."""
-    position: int = 0
-    """M-RoPE position of its next token."""
-    given: Prompt | None = None
-    """What is to be appended before it goes on speaking."""
-    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
-    left: int = 0
-    """Tokens that it may still draw in this turn; 0 while it is silent."""
-    automata: Sequence[int] = (0, 0)
-    """States of its search for an end and of its grammar."""
-    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
-    log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
-    choices: list[Choices] = dataclasses.field(default_factory=list)
-
-    def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
-        """The turn that just ended; the row is silent again."""
-        tokens, reason = np.concatenate(self.tokens), StopReason.LENGTH
-        if stopped:
-            reason = StopReason.END if tokens[-1] in eos_ids else StopReason.STOP
-        log_probs, choices = np.concatenate(self.log_probs), Choices.joined(self.choices)
-        self.tokens, self.log_probs, self.choices, self.left = [], [], [], 0
-        return Generated(tokens, log_probs, reason, choices)
-
-
-@dataclasses.dataclass(eq=False)
-class _Shared:
-    """A prompt and the rows that continue it."""
-
-    prompt: Prompt
-    rows: list[_Row] = dataclasses.field(default_factory=list)
-    slot: int = -1
-    """Prompt slot of its lane; -1 while it waits."""
-
-
-class _Desk:
-    """The books of one lane."""
-
-    def __init__(self, name: str, lane: Lane, states: dict[str, LaneState]) -> None:
-        self.name, self.lane, self._states = name, lane, states
-        self.queue: collections.deque[_Shared] = collections.deque()
-        self.shared: list[_Shared | None] = [None] * lane.prompts
-        self.rows: list[_Row | None] = [None] * lane.rows
-
-    @property
-    def speaking(self) -> list[_Row]:
-        """Admitted rows in the midst of a turn."""
-        return [row for row in self.rows if row is not None and row.left]
-
-    @property
-    def state(self) -> LaneState:
-        """The caches. They outlive the session, hence belong to the engine."""
-        return self._states[self.name]
-
-    @state.setter
-    def state(self, state: LaneState) -> None:
-        self._states[self.name] = state
-
-    def current(self) -> LaneState:
-        """The state with the lengths of now."""
-        prompts = [0 if s is None else len(s.prompt.tokens) for s in self.shared]
-        rows = [0 if row is None else row.length for row in self.rows]
-        return self.state.with_lengths(np.array(prompts, np.int32), np.array(rows, np.int32))
-
-    def live(self) -> np.ndarray | None:
-        """Places of prompts to decode: those with a speaking row and some others, as many as a
-        compact size of the lane holds; None for all."""
-        speaking = {row.prompt.slot for row in self.speaking}
-        sizes = [size for size in sorted(self.lane.compact) if size >= len(speaking)]
-        if not sizes:
-            return None
-        others = [slot for slot in range(self.lane.prompts) if slot not in speaking]
-        return np.array([*sorted(speaking), *others][: sizes[0]], np.int32)
-
-    def rows_at(self, live: np.ndarray | None) -> list[_Row | None]:
-        """Rows of these prompts."""
-        slots = range(self.lane.prompts) if live is None else live.tolist()
-        copies = self.lane.copies
-        return [row for slot in slots for row in self.rows[slot * copies : (slot + 1) * copies]]
-
-    def seat(self) -> list[_Shared]:
-        """Give waiting prompts the free slots."""
-        seated = []
-        for slot, holder in enumerate(self.shared):
-            if holder is None and self.queue:
-                shared = self.shared[slot] = self.queue.popleft()
-                shared.slot = slot
-                for copy, row in enumerate(shared.rows):
-                    row.number = slot * self.lane.copies + copy
-                    self.rows[row.number] = row
-                seated.append(shared)
-        return seated
-
-    def leave(self, row: _Row) -> None:
-        """A closed row's place is free; its prompt's when it was the last one."""
-        shared = row.prompt
-        shared.rows.remove(row)
-        if row.number >= 0:
-            self.rows[row.number] = None
-        if not shared.rows and shared.slot >= 0:
-            self.shared[shared.slot] = None
-        elif not shared.rows:
-            self.queue.remove(shared)
+IDLE = SamplingConfig()
+"""How rows without a request draw; nobody looks at what."""
 
 
 class Session:
-    """Live streams under one set of weights."""
+    """Streams of an engine's slot pools, under one set of weights."""
 
     def __init__(self, engine: Engine, params: Params) -> None:
-        """Opened by `Engine.session`."""
+        """An earlier session of the engine must not be used any more: this one takes its caches."""
         self._engine, self._params = engine, engine.policy.prepare(params)
-        states = engine.states
-        self._desks = {name: _Desk(name, lane, states) for name, lane in engine.lanes.items()}
-        self._rows: dict[Stream, tuple[_Desk, _Row]] = {}
+        self._tables = {
+            name: SlotTable(name, pool, engine.states) for name, pool in engine.pools.items()
+        }
+        self._rows: dict[StreamId, tuple[SlotTable, StreamState]] = {}
         self._opened = 0
-        self.decode_steps = self.row_steps = self.used_row_steps = 0
-        """Decode steps; those times rows; and rows that spoke in them."""
 
-    def open(self, lane: str, prompt: Prompt, seeds: Sequence[int]) -> list[Stream]:
-        """Streams that share a prompt, one per seed. They wait while the lane is full.
+    def open(self, pool: str, prompt: Prompt, seeds: Sequence[int]) -> list[StreamId]:
+        """Streams that share a prompt, one per seed. They wait while the pool is full.
 
         `seeds` (uint32) decide a stream's draws together with its position, nothing else does.
 
         Raises:
-          ValueError: it would not fit even an empty lane.
+          ValueError: it would not fit even an empty pool.
         """
-        desk = self._desks[lane]
-        size = desk.lane
+        table = self._tables[pool]
+        size = table.pool
         if len(prompt.tokens) > size.prompt_tokens or not 0 < len(seeds) <= size.copies:
             raise ValueError(
                 f"a prompt of {len(prompt.tokens)} tokens and {len(seeds)} copies does not fit "
-                f"lane {lane!r} of {size.prompt_tokens} tokens and 1 to {size.copies} copies; "
-                "shorten it or widen the lane"
+                f"pool {pool!r} of {size.prompt_tokens} tokens and 1 to {size.copies} copies; "
+                "shorten it or widen the pool"
             )
-        shared = _Shared(prompt)
+        group = PromptGroup(prompt)
         for seed in seeds:
             self._opened += 1
-            row = _Row(Stream(self._opened), seed, shared, position=next_position(prompt.positions))
-            shared.rows.append(row)
-            self._rows[row.stream] = desk, row
-        desk.queue.append(shared)
-        return [row.stream for row in shared.rows]
+            row = StreamState(
+                StreamId(self._opened), seed, group, position=next_position(prompt.positions)
+            )
+            group.rows.append(row)
+            self._rows[row.stream] = table, row
+        table.queue.append(group)
+        return [row.stream for row in group.rows]
 
-    def room(self, stream: Stream) -> int:
+    def tokens_left(self, stream: StreamId) -> int:
         """Tokens that the stream can still take."""
-        desk, row = self._find(stream)
-        waiting = 0 if row.given is None else len(row.given.tokens)
-        return desk.lane.suffix - row.length - waiting - row.left
+        table, row = self._find(stream)
+        given = 0 if row.given is None else len(row.given.tokens)
+        return table.pool.suffix - row.length - given - row.remaining
 
-    def speak(
-        self, stream: Stream, given: Prompt | Sequence[int], sampling: SamplingConfig, limit: int
+    def generate(
+        self,
+        stream: StreamId,
+        given: Prompt | Sequence[int],
+        sampling: SamplingConfig,
+        max_tokens: int,
     ) -> None:
-        """Append what is given, then let the stream generate one turn of at most `limit` tokens.
+        """Append what is given, then generate one turn of at most `max_tokens` tokens.
 
         A `Prompt` brings frames of its own; its positions count from 0.
 
         Raises:
-          ValueError: the stream is closed, speaks already, or has no room for that; or the
+          ValueError: the stream is closed, still generates, or has no room for that; or the
             engine cannot draw like that.
         """
         _, row = self._find(stream)
         block = given if isinstance(given, Prompt) else text_block(given)
-        if row.left:
-            raise ValueError(f"{stream} speaks already: wait for its turn to end")
-        if limit < 1 or len(block.tokens) + limit > self.room(stream):
+        if row.remaining:
+            raise ValueError(f"{stream} still generates: wait for its turn to end")
+        if max_tokens < 1 or len(block.tokens) + max_tokens > self.tokens_left(stream):
             raise ValueError(
-                f"{stream} has room for {self.room(stream)} more tokens, not for "
-                f"{len(block.tokens)} given and {limit} of its own; widen its lane's suffix"
+                f"{stream} has room for {self.tokens_left(stream)} more tokens, not for "
+                f"{len(block.tokens)} given and {max_tokens} generated; widen its pool's suffix"
             )
         if sampling.repetition_penalty != 1 and not self._engine.penalties:
             raise ValueError(
@@ -242,214 +114,154 @@ class Session:
             )
         row.automata = self._engine.automata.start(sampling, block.tokens.tolist())
         row.given = block if len(block.tokens) else None
-        row.sampling, row.left = sampling, limit
+        row.sampling, row.remaining = sampling, max_tokens
 
-    def close(self, stream: Stream) -> None:
-        """Forget a stream; who waits may take its place."""
-        desk, row = self._find(stream)
+    def close(self, stream: StreamId) -> None:
+        """Forget a stream and free its slot."""
+        table, row = self._find(stream)
         del self._rows[stream]
-        desk.leave(row)
+        table.release(row)
 
     @property
-    def speaking(self) -> int:
-        """Streams that have been told to speak and have not ended their turn."""
-        return sum(row.left > 0 for _, row in self._rows.values())
+    def generating(self) -> int:
+        """Streams that are to generate and have not ended their turn, waiting ones included."""
+        return sum(row.remaining > 0 for _, row in self._rows.values())
 
-    @property
-    def slot_use(self) -> float:
-        """Share of rows that spoke, over all decode steps so far."""
-        return self.used_row_steps / max(self.row_steps, 1)
+    def step(self) -> list[tuple[StreamId, Generated]]:
+        """Prefill what waits, append what was given, decode some tokens; the turns that ended.
 
-    def visit(self) -> list[tuple[Stream, Generated]]:
-        """Admit who waits, append what was given, decode some tokens; the turns that ended.
-
-        Nothing moves while all that shall speak waits for slots that silent streams hold: close
-        one of them, or let it speak.
+        Nothing moves while all that is to generate waits for slots that idle streams hold: close
+        one of those, or let it generate.
         """
-        for desk in self._desks.values():
-            self._admit(desk)
-            self._append(desk)
-        desks = [desk for desk in self._desks.values() if desk.speaking]
-        return self._decode(desks) if desks else []
+        # In this order a prompt that is admitted now decodes in this very step, its forced prefix
+        # included.
+        for table in self._tables.values():
+            self._prefill(table)
+            self._append(table)
+        tables = [table for table in self._tables.values() if table.generates]
+        return self._decode(tables) if tables else []
 
-    def _find(self, stream: Stream) -> tuple[_Desk, _Row]:
+    def _find(self, stream: StreamId) -> tuple[SlotTable, StreamState]:
         if stream not in self._rows:
             raise ValueError(f"{stream} is closed or of another session")
         return self._rows[stream]
 
-    def _admit(self, desk: _Desk) -> None:
-        """Read the prompts that got a slot, those of one shape together."""
-        most = desk.lane.prompt_tokens
-        shapes = _grouped(desk.seat(), lambda shared: _shape(shared.prompt, PROMPT_LEAST, most))
+    def _prefill(self, table: SlotTable) -> None:
+        """Prefill the prompts that got a slot, those of one shape together."""
+        most = table.pool.prompt_tokens
+        shapes = grouped(table.admit(), lambda group: static_shape(group.prompt, MIN_PROMPT, most))
         for (tokens, frames), alike in shapes:
-            for batch, size in _batches(alike, desk.lane.prompts):
-                # Repetitions fill up the batch; their slot does not exist, so they leave no trace.
+            for batch, size in batches(alike, table.pool.prompts):
+                # Repetitions fill up the batch. Their slot is one beyond the last, and JAX drops
+                # what is written out of bounds: they leave no trace.
                 spare = size - len(batch)
-                prompts = [shared.prompt for shared in [*batch, *[batch[0]] * spare]]
-                features, index = self._see(prompts, frames)
-                block = _block(prompts, index, tokens, self._engine.pad_id)
-                own = [shared.slot for shared in batch]
-                slots = np.array([*own, *[desk.lane.prompts] * spare], np.int32)
-                desk.state = self._engine.admit(
-                    self._params, desk.current(), block, features, slots
+                prompts = [group.prompt for group in [*batch, *[batch[0]] * spare]]
+                features, index = self._encode(prompts, frames)
+                padded = pad(prompts, index, tokens, self._engine.pad_id)
+                own = [group.slot for group in batch]
+                slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
+                table.state = self._engine.prefill(
+                    self._params, table.current(), padded, features, slots
                 )
 
-    def _append(self, desk: _Desk) -> None:
+    def _append(self, table: SlotTable) -> None:
         """Append what rows were given, blocks of one shape together."""
-        told = [row for row in desk.rows if row is not None and row.given is not None]
-        for (tokens, frames), alike in _grouped(told, lambda row: _shape(row.given, APPEND_LEAST)):
-            if 2 * len(alike) >= desk.lane.rows:
+        pairs = [(row, row.given) for row in table.rows if row is not None and row.given]
+        shapes = grouped(pairs, lambda pair: static_shape(pair[1], MIN_APPEND))
+        for (tokens, frames), alike in shapes:
+            rows = [row for row, _ in alike]
+            if 2 * len(rows) >= table.pool.rows:
                 # It is cheaper to take all rows than to gather those that it concerns.
-                self._append_block(desk, set(alike), desk.rows, tokens, frames)
+                self._append_batch(table, set(rows), table.rows, tokens, frames)
                 continue
-            for batch, size in _batches(alike, desk.lane.rows):
+            for batch, size in batches(rows, table.pool.rows):
                 placed = [*batch, *[None] * (size - len(batch))]
-                self._append_block(desk, set(batch), placed, tokens, frames)
+                self._append_batch(table, set(batch), placed, tokens, frames)
 
-    def _append_block(
+    def _append_batch(
         self,
-        desk: _Desk,
-        told: set[_Row],
-        placed: Sequence[_Row | None],
+        table: SlotTable,
+        told: set[StreamState],
+        placed: Sequence[StreamState | None],
         tokens: int,
         frames: int,
     ) -> None:
-        """One block with a row for each of `placed`, empty where it was told nothing."""
+        """One batch with a row for each of `placed`, empty for those that are not `told`."""
         blank = text_block([])
         given = [row.given if row in told and row.given else blank for row in placed]
         starts = [0 if row is None else row.position for row in placed]
-        features, index = self._see(given, frames)
-        block = _block(given, index, tokens, self._engine.pad_id, starts)
+        features, index = self._encode(given, frames)
+        padded = pad(given, index, tokens, self._engine.pad_id, starts)
         numbers = None
-        if placed is not desk.rows:
-            nowhere = desk.lane.rows
-            numbers = [nowhere if row is None else row.number for row in placed]
+        if placed is not table.rows:
+            # As with prompts: writes beyond the last row are dropped.
+            beyond = table.pool.rows
+            numbers = [beyond if row is None else row.number for row in placed]
             numbers = np.array(numbers, np.int32)
-        desk.state = self._engine.append(self._params, desk.current(), block, features, numbers)
+        table.state = self._engine.append(self._params, table.current(), padded, features, numbers)
         for row in told:
             assert row.given is not None
             row.length += len(row.given.tokens)
             row.position += next_position(row.given.positions)
             row.given = None
 
-    def _see(
-        self, prompts: Sequence[Prompt], frames: int
+    def _encode(
+        self, blocks: Sequence[Prompt], frames: int
     ) -> tuple[VisionFeatures | None, list[np.ndarray]]:
-        """Vision features of a batch, and each prompt's `vision_index` into them."""
+        """Vision features of a batch, and each block's `vision_index` into them."""
         if not frames:
-            return None, [prompt.vision_index for prompt in prompts]
-        shown = [prompt.patches for prompt in prompts]
+            return None, [block.vision_index for block in blocks]
+        shown = [block.patches for block in blocks]
         patches = max(largest(shown)[1], self._engine.frame_patches)
         features = self._engine.encode(self._params, *stack_patches(shown, frames, patches))
-        return features, [restride(prompt, patches) for prompt in prompts]
+        return features, [restride(block, patches) for block in blocks]
 
-    def _decode(self, desks: Sequence[_Desk]) -> list[tuple[Stream, Generated]]:
-        live = [desk.live() for desk in desks]
-        rows = [row for desk, own in zip(desks, live, strict=True) for row in desk.rows_at(own)]
-        waits = any(desk.queue for desk in self._desks.values())
-        states, spoken = self._engine.decode(
+    def _decode(self, tables: Sequence[SlotTable]) -> list[tuple[StreamId, Generated]]:
+        rows = [row for table in tables for row in table.rows]
+        waits = any(table.queue for table in self._tables.values())
+        states, output = self._engine.decode(
             self._params,
-            tuple(desk.current() for desk in desks),
-            tuple(live),
-            _speakers(rows),
+            tuple(table.current() for table in tables),
+            _generating_rows(rows),
             self._engine.automata.table,
-            # With somebody waiting, a free slot is worth a visit.
-            np.int32(1 if waits else NEVER),
+            # With somebody waiting, a free slot is worth a return to the host.
+            np.int32(1 if waits else NO_LIMIT),
         )
-        for desk, state in zip(desks, states, strict=True):
-            desk.state = state
-        host = jax.device_get(spoken)
-        self.decode_steps += int(host.counts.max())
-        self.row_steps += int(host.counts.max()) * len(rows)
-        self.used_row_steps += int(host.counts.sum())
-        spoke = [(number, row) for number, row in enumerate(rows) if row is not None and row.left]
+        for table, state in zip(tables, states, strict=True):
+            table.state = state
+        host = jax.device_get(output)
+        ran = [
+            (number, row) for number, row in enumerate(rows) if row is not None and row.remaining
+        ]
         ends = self._engine.automata.eos_ids
-        turns = [(row.stream, _hear(row, number, host, ends)) for number, row in spoke]
+        turns = [(row.stream, _collect(row, number, host, ends)) for number, row in ran]
         return [(stream, turn) for stream, turn in turns if turn is not None]
 
 
-def _hear(row: _Row, number: int, spoken: Spoken, eos_ids: Sequence[int]) -> Generated | None:
-    """Note what a row said; its turn if that ended it."""
-    count = int(spoken.counts[number])
-    row.tokens.append(spoken.tokens[number, :count].copy())
-    row.log_probs.append(spoken.log_probs[number, :count].copy())
-    noted = spoken.own, spoken.floors, spoken.grammar
+def _collect(
+    row: StreamState, number: int, output: DecodeOutput, eos_ids: Sequence[int]
+) -> Generated | None:
+    """Keep what a row generated; its turn if that ended it."""
+    count = int(output.counts[number])
+    row.tokens.append(output.tokens[number, :count].copy())
+    row.log_probs.append(output.log_probs[number, :count].copy())
+    noted = output.own, output.floors, output.grammar
     row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
-    row.length, row.position, row.left = row.length + count, row.position + count, row.left - count
-    row.automata = spoken.automata[number].tolist()
-    stopped = bool(spoken.ended[number])
-    return row.take_turn(stopped, eos_ids) if stopped or not row.left else None
+    row.length, row.position = row.length + count, row.position + count
+    row.remaining -= count
+    row.automata = output.automata[number].tolist()
+    stopped = bool(output.ended[number])
+    return row.take_turn(stopped, eos_ids) if stopped or not row.remaining else None
 
 
-def _speakers(rows: Sequence[_Row | None]) -> Speakers:
-    """Free places are silent."""
-    return Speakers(
+def _generating_rows(rows: Sequence[StreamState | None]) -> GeneratingRows:
+    """Rows of free slots are idle."""
+    return GeneratingRows(
         draw=Draw.of(
-            [SILENT if row is None else row.sampling for row in rows],
+            [IDLE if row is None else row.sampling for row in rows],
             [0 if row is None else row.seed for row in rows],
-            [0 if row is None else row.left for row in rows],
+            [0 if row is None else row.remaining for row in rows],
         ),
         positions=np.array([0 if row is None else row.position for row in rows], np.int32),
         automata=np.array([(0, 0) if row is None else row.automata for row in rows], np.int32),
     )
-
-
-def _block(
-    prompts: Sequence[Prompt],
-    index_P_T: Sequence[np.ndarray],
-    width: int,
-    pad_id: int,
-    starts: Sequence[int] | None = None,
-) -> Block:
-    """Prompts as one right-padded block; `starts` are added to their positions."""
-    rows = len(prompts)
-    tokens = np.full((rows, width), pad_id, np.int32)
-    positions = np.zeros((rows, width, 3), np.int32)
-    vision_index = np.full((rows, width), -1, np.int32)
-    for row, (prompt, index) in enumerate(zip(prompts, index_P_T, strict=True)):
-        tokens[row, : len(index)] = prompt.tokens
-        positions[row, : len(index)] = prompt.positions + (starts[row] if starts else 0)
-        vision_index[row, : len(index)] = index
-    lengths = np.array([len(prompt.tokens) for prompt in prompts], np.int32)
-    return Block(tokens, positions, vision_index, lengths)
-
-
-def _shape(prompt: Prompt | None, least: int, most: int = NEVER) -> tuple[int, int]:
-    """Static numbers of tokens and frames that hold a prompt."""
-    if prompt is None:
-        raise ValueError("no prompt: a shape is that of something to read")
-    frames = 0 if prompt.patches is None else len(prompt.patches.grids)
-    return static_size(len(prompt.tokens), frames, least, most)
-
-
-def static_size(tokens: int, frames: int, least: int, most: int = NEVER) -> tuple[int, int]:
-    """Tokens and frames that a block of these many is padded to: powers of two, tokens at least
-    `least` and at most `most`."""
-    return min(_power(tokens, least), most), _power(frames, 1) if frames else 0
-
-
-def _power(count: int, least: int) -> int:
-    """Smallest `least * 2**i` that is at least `count`."""
-    return least << max(0, (-(-count // least) - 1).bit_length())
-
-
-def _grouped(
-    items: Iterable[T], key: Callable[[T], tuple[int, int]]
-) -> list[tuple[tuple[int, int], list[T]]]:
-    """Items of each key, in the order in which the keys first occur."""
-    groups: dict[tuple[int, int], list[T]] = {}
-    for item in items:
-        groups.setdefault(key(item), []).append(item)
-    return list(groups.items())
-
-
-def _batches(items: Sequence[T], most: int) -> Iterator[tuple[list[T], int]]:
-    """Cut into batches, each with the size that it is to be padded to: `BATCH` or 1, so that few
-    shapes occur."""
-    size = min(BATCH, most)
-    for start in range(0, len(items), size):
-        batch = list(items[start : start + size])
-        if len(batch) > size // 4:
-            yield batch, size
-        else:
-            yield from (([item], 1) for item in batch)

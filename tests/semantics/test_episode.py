@@ -39,10 +39,10 @@ from paravt_jax.records import Row, StopReason, ToolCall, Trajectory, VideoRef
 from pipelines.render import ChatRenderer
 from rollout.agent import Agent
 from rollout.engine.sampler import SamplingConfig
-from rollout.limits import AgentConfig, lanes, measure
+from rollout.limits import AgentConfig, slot_pools, token_budget
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from rollout.tools import TOOLS, OwnVideo, Tool, agent_tools, crop_video, registry
+from rollout.tools import TOOLS, Tool, ToolContext, agent_tools, crop_video, registry
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import SentinelReader, ToyRenderer
 from tests.scripted_engine import ScriptedEngine, ScriptedSession
@@ -67,11 +67,11 @@ CROP_TOKENS = 300
 """More than any crop of the toy renderer takes."""
 
 
-def scripted_engine(config: AgentConfig, turns_B, report=None, copies=1, visit=16):
-    """An engine with the lanes that the agent asks for, over a script."""
+def scripted_engine(config: AgentConfig, turns_B, report=None, copies=1, steps_per_call=16):
+    """An engine with the slot pools that the agent asks for, over a script."""
     shape = {"prompts": len(turns_B), "copies": copies, "prompt_tokens": 200}
-    shapes = lanes(config, RENDERER, **shape, crop_tokens=CROP_TOKENS)
-    return ScriptedEngine(shapes, turns_B, report, visit)
+    shapes = slot_pools(config, RENDERER, **shape, crop_tokens=CROP_TOKENS)
+    return ScriptedEngine(shapes, turns_B, report, steps_per_call)
 
 
 class Episode:
@@ -82,9 +82,9 @@ class Episode:
         self.config = AgentConfig(**(limits | config))
         self.engine = scripted_engine(self.config, [turns], report)
         self.reader = reader or SentinelReader()
-        self.room = measure(self.config, RENDERER, CROP_TOKENS)
+        self.room = token_budget(self.config, RENDERER, CROP_TOKENS)
         self.agent = Agent(
-            self.engine,
+            self.engine.session,
             RENDERER,
             self.reader,
             agent_tools(self.config),
@@ -283,7 +283,7 @@ def test_forbidden_tools():
     shape = {"prompts": 1, "copies": 1, "prompt_tokens": 500, "crop_tokens": 500}
     for rounds, names in ((0, {"main"}), (1, {"main", "crop"})):
         # Nobody asks for sub-agents: no cache is kept for them.
-        assert set(lanes(AgentConfig(max_tool_rounds=rounds), RENDERER, **shape)) == names
+        assert set(slot_pools(AgentConfig(max_tool_rounds=rounds), RENDERER, **shape)) == names
 
 
 def test_responses_are_cut_to_their_room():
@@ -334,7 +334,7 @@ def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **con
     """Groups and session of a whole batch, all of whose rollouts follow one script."""
     limits = AgentConfig(turn_tokens=900, **config)
     engine = scripted_engine(limits, [turns for _ in rows for _ in range(copies)], copies=copies)
-    agent = Agent(engine, RENDERER, reader or SentinelReader(), config=limits)
+    agent = Agent(engine.session, RENDERER, reader or SentinelReader(), config=limits)
     frames = SentinelReader().overview(VIDEO, 1)
     items = []
     for name in rows:
@@ -344,19 +344,19 @@ def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **con
     return groups, engine.sessions[0], agent.figures
 
 
-def seeds(session: ScriptedSession, lane: str) -> list[int]:
-    return [row.seed for row in session.of(lane)]
+def seeds(session: ScriptedSession, pool: str) -> list[int]:
+    return [row.seed for row in session.of(pool)]
 
 
 class WaitingReader(SentinelReader):
-    """Decodes a crop only when the device has been visited often enough."""
+    """Decodes a crop only when the engine has made enough steps."""
 
     engine: ScriptedEngine
-    visits: int
+    steps: int
 
     def clip(self, video, start, end, tokens=None):
         deadline = time.monotonic() + 5
-        while self.engine.visits < self.visits:
+        while self.engine.steps < self.steps:
             assert time.monotonic() < deadline, "nothing was decoded on the device meanwhile"
             time.sleep(0.001)
         return super().clip(video, start, end)
@@ -367,14 +367,14 @@ def test_crops_are_decoded_while_others_still_think():
     config = AgentConfig(turn_tokens=1100)
     engine, reader = scripted_engine(config, script), WaitingReader()
     asked = -(-len(RENDERER.encode(script[0][0])) // 16)
-    reader.engine, reader.visits = engine, asked + 1
-    agent = Agent(engine, RENDERER, reader, config=config)
+    reader.engine, reader.steps = engine, asked + 1
+    agent = Agent(engine.session, RENDERER, reader, config=config)
     prompt = RENDERER.main_prompt(Row("r", VIDEO, "q", "a"), None, tools=True)
     items = [(Row(name, VIDEO, "q", "a"), 4, prompt) for name in "ab"]
     groups = agent.run({}, items, copies=1, seed=0)
     assert [group.trajectories[0].executed for group in groups] == [1, 0]
     log = engine.sessions[0].log
-    assert log.index("open crop") == 2 + asked + 1, "one visit runs between a call and its crop"
+    assert log.index("open crop") == 2 + asked + 1, "one step runs between a call and its crop"
     assert len(log) == 3 - (-len(RENDERER.encode(script[1][0])) // 16)
 
 
@@ -426,7 +426,7 @@ def test_frames_are_shown_in_the_main_stream():
     bad = call(9, 3)
     episode = Episode(calls_turn(call(0, 8), bad, call(5, 8)), ANSWER, evidence="frames")
     t = episode.trajectory
-    assert [row.lane for row in episode.session.rows] == ["main"] and not t.subagents
+    assert [row.pool for row in episode.session.rows] == ["main"] and not t.subagents
     assert episode.responses[0] == episode.responses[2] == "<|image|>"
     assert episode.responses[1].startswith("Error: start_time") and t.executed == 2
     (shown,), (given,) = t.shown, episode.session.of("main")[0].blocks
@@ -456,24 +456,24 @@ def test_frames_that_take_more_than_their_room_are_an_error():
         size = 1 if evidence == "frames" else len(RENDERER.subagent_prompt(None, 0, 8).tokens)
         for room, expected in ((size, word), (size - 1, "Error: this part has too many frames")):
             engine = scripted_engine(config, [[calls_turn(call(0, 8)), ANSWER]])
-            agent = Agent(engine, RENDERER, SentinelReader(), TOOLS, config, room)
+            agent = Agent(engine.session, RENDERER, SentinelReader(), TOOLS, config, room)
             (group,) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
             assert f"<tool_response>\n{expected}" in group.trajectories[0].full_text
     with pytest.raises(ValueError, match="crop_tokens"):
-        Agent(engine, RENDERER, SentinelReader(), TOOLS, AgentConfig(evidence="frames"))
+        Agent(engine.session, RENDERER, SentinelReader(), TOOLS, AgentConfig(evidence="frames"))
 
 
 def test_a_cap_of_tokens_ends_in_a_forced_answer():
     limits = {"turn_tokens": 200, "answer_tokens": 80, "response_tokens": 40}
-    room = measure(AgentConfig(**limits), RENDERER)
+    room = token_budget(AgentConfig(**limits), RENDERER)
     rounds = [calls_turn(call(0, 8)), calls_turn(call(8, 16)), calls_turn(call(16, 24))]
     spent = len(RENDERER.encode(rounds[0])) + len(RENDERER.tool_turn(["seen."])) + room.prefix
     for cap, turns in ((spent + room.suffix, [200, 200, 80]), (spent + room.suffix - 1, [200, 80])):
         episode = Episode(*rounds, max_tool_rounds=3, episode_tokens=cap, **limits)
         assert episode.session.of("main")[0].limits == turns
-        assert len(episode.trajectory.tokens) <= cap == episode.session.engine.lanes["main"].suffix
+        assert len(episode.trajectory.tokens) <= cap == episode.session.engine.pools["main"].suffix
     with pytest.raises(ValueError, match=f"raise it to {room.suffix} or more"):
-        measure(AgentConfig(**limits, episode_tokens=room.suffix - 1), RENDERER)
+        token_budget(AgentConfig(**limits, episode_tokens=room.suffix - 1), RENDERER)
 
 
 def test_a_tool_that_hangs_or_fails_gets_an_error():
@@ -499,7 +499,7 @@ def test_a_tool_that_hangs_or_fails_gets_an_error():
     assert episode.trajectory.executed == 2
 
 
-def video_length(call: ToolCall, video: OwnVideo) -> str:
+def video_length(call: ToolCall, video: ToolContext) -> str:
     if call.arguments.get("unit") == "nonsense":
         raise RuntimeError(f"no such unit in {VIDEO.path}")
     return f"{video.duration:g} seconds"
@@ -530,12 +530,12 @@ def test_a_new_tool_is_a_schema_and_a_function():
     schemas = [dict(tool.schema) for tool in tools.values()]
     renderer = ChatRenderer.from_folder(processor_folder(), tools=schemas)
     turn = calls_turn(length_call("seconds"), length_call("nonsense"))
-    shapes = lanes(config, renderer, prompts=1, copies=1, prompt_tokens=500, crop_tokens=500)
+    shapes = slot_pools(config, renderer, prompts=1, copies=1, prompt_tokens=500, crop_tokens=500)
     engine = ScriptedEngine(shapes, [[turn, ANSWER]], renderer=renderer)
     row = Row("row", VIDEO, "How long?", "64")
     prompt = renderer.main_prompt(row, None, tools=True)
     assert "Tool: video_length(unit)" in renderer.decode(prompt.tokens)
-    agent = Agent(engine, renderer, SentinelReader(), tools, config)
+    agent = Agent(engine.session, renderer, SentinelReader(), tools, config)
     ((group),) = agent.run({}, [(row, 4, prompt)], copies=1, seed=0)
     (t,) = group.trajectories
     assert "<tool_response>\n64 seconds\n</tool_response>" in t.full_text

@@ -12,6 +12,7 @@ import pytest
 
 from models.common.attention import QUERY_CHUNK, attend
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.params import initialise
 from paravt_jax.records import Conversation, Frames, Message, VideoRef
 from pipelines.conversation import ConversationRenderer, EncodedConversation, VisionInput, pack
@@ -43,7 +44,7 @@ LENGTH, FRAMES = 512, 16
 ROOM = PackShape(8192, 16)
 
 
-class Reader:
+class Reader(FrameReader):
     """Frames that differ from video to video, of 64x96 pixels where a path says so."""
 
     def overview(self, video, count):
@@ -52,7 +53,7 @@ class Reader:
         pixels = rng.integers(0, 256, (count, *size, 3), dtype=np.uint8)
         return Frames(pixels, np.arange(count) * 1.5)
 
-    def clip(self, video, start, end):
+    def clip(self, video, start, end, tokens=None):
         raise AssertionError("nobody asks for a clip here")
 
 

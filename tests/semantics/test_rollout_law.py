@@ -17,15 +17,15 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
-from rollout.engine.rehearsal import warm_up
+from rollout.engine.precompile import precompile
 from tests.rollout_law import (
     Learnable,
     Shape,
     World,
     calls_of,
     crop_streams,
+    input_sizes,
     learner_rows,
-    reads_of,
     what_happened,
 )
 from tests.unit.test_engine import QWEN
@@ -39,7 +39,7 @@ MESH = "data:2,fsdp:2,tensor:2"
 
 @pytest.fixture(autouse=True)
 def turns_that_call(monkeypatch):
-    monkeypatch.setattr("rollout.episode.parse_tool_calls", calls_of)
+    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def toy(evidence: str, copies: int) -> World:
@@ -58,11 +58,11 @@ def check_learner(world: World, groups, tape, rows: int) -> None:
     kinds = zip(
         ("main", "crop"), (streams_of_groups(groups), crop_streams(groups)), sampling, strict=True
     )
-    for lane, streams, drawn in kinds:
-        copies = world.copies if lane == "main" else 1
+    for pool, streams, drawn in kinds:
+        copies = world.copies if pool == "main" else 1
         batches = list(world.batches(streams, rows, copies))
-        learned, heard = learner_rows(batches, len(streams)), tape.rows(lane)
-        if lane == "main":
+        learned, heard = learner_rows(batches, len(streams)), tape.rows(pool)
+        if pool == "main":
             assert learned == heard
         # Sub-agents are opened in the order of their calls' arrival.
         assert collections.Counter(learned) == collections.Counter(heard)
@@ -113,11 +113,11 @@ def test_learner_and_engine_agree_where_sub_agents_must_think():
 
 
 @pytest.mark.parametrize("evidence", EVIDENCE)
-def test_slots_and_visits_change_no_sample(evidence):
+def test_slots_and_steps_change_no_sample(evidence):
     world = toy(evidence, copies=2)
     items = world.items(6)
     groups = world.roll_out(world.engine(Shape(prompts=8, crops=8)), items)
-    few = Shape(prompts=1, crops=2, visit=5)
+    few = Shape(prompts=1, crops=2, steps_per_call=5)
     check_same(groups, world.roll_out(world.engine(few), items[::-1]))
 
 
@@ -142,7 +142,7 @@ def test_two_hundred_episodes_of_qwen3_vl(evidence):
 
 def test_a_mesh_changes_no_sample_of_qwen3_vl():
     world = qwen("text", copies=2)
-    items, few = world.items(4), Shape(prompts=2, crops=4, visit=7)
+    items, few = world.items(4), Shape(prompts=2, crops=4, steps_per_call=7)
     groups = world.roll_out(world.engine(Shape(prompts=4, crops=8)), items)
     devices = make_mesh(parse_mesh(MESH, 8))
     spread = jax.device_put(world.params, param_shardings(QWEN.table, devices))
@@ -155,7 +155,7 @@ def test_nothing_compiles_once_shapes_are_known(evidence):
     """Fifty batches of all sizes, lengths, budgets and crops, each under other weights."""
     world = toy(evidence, copies=2)
     engine = world.engine(Shape(prompts=4, crops=4))
-    warmed = warm_up(engine, world.params, reads_of(world), world.values)
+    warmed = precompile(engine, world.params, input_sizes(world), world.values)
     known = list(engine.shapes)
     assert len(known) == engine.compilations == warmed
     for step in range(50):

@@ -19,7 +19,7 @@ import pytest
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.grammar import DEAD, ByteAutomaton
 from rollout.engine.sampler import SamplingConfig
-from rollout.limits import lanes
+from rollout.limits import slot_pools
 from tests.processed import processed
 from tests.rollout_fakes import PAD, SPECIAL, VOCAB
 from tests.rollout_law import (
@@ -78,7 +78,7 @@ def shaped_world(evidence: str, main: SamplingConfig, sub: SamplingConfig) -> Wo
 def engine() -> TapedEngine:
     """One for all settings: they are traced."""
     world = shaped_world("text", SamplingConfig(), SamplingConfig())
-    room = lanes(
+    room = slot_pools(
         world.config,
         world.renderer,
         prompts=4,
@@ -99,7 +99,7 @@ def engine() -> TapedEngine:
 
 @pytest.fixture(autouse=True)
 def turns_that_call(monkeypatch):
-    monkeypatch.setattr("rollout.episode.parse_tool_calls", calls_of)
+    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def expected_log_probs(

@@ -12,12 +12,13 @@ import copy
 import numpy as np
 import pytest
 
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import CROP_VIDEO_TOOL, parses_strictly, reported
 from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate
 from pipelines.render import ChatRenderer
 from rollout.agent import Agent
-from rollout.limits import AgentConfig, lanes, measure, turn_head
+from rollout.limits import AgentConfig, slot_pools, token_budget, turn_head
 from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import ToyRenderer
 from tests.scripted_engine import ScriptedEngine
@@ -32,7 +33,7 @@ TURNS = (f"I must look.\n</think>\n\n{CALL}<|im_end|>", "Red.\n</think>\n\n<answ
 THOUGHT = "Is it red?\n</think>\n\nA red circle.<|im_end|>"
 
 
-class Reader:
+class Reader(FrameReader):
     """Two frames of 32x32 pixels."""
 
     def overview(self, video, count):
@@ -58,9 +59,9 @@ def renderer(request) -> ChatRenderer:
 def roll_out(renderer, *turns, report=THOUGHT, **settings):
     """One scripted rollout, and the streams that the engine saw."""
     config = AgentConfig(turn_tokens=400, answer_tokens=200, response_tokens=200, **settings)
-    shapes = lanes(config, renderer, prompts=1, copies=1, prompt_tokens=2000, crop_tokens=2000)
+    shapes = slot_pools(config, renderer, prompts=1, copies=1, prompt_tokens=2000, crop_tokens=2000)
     engine = ScriptedEngine(shapes, [turns], lambda prompt: report, renderer=renderer)
-    agent = Agent(engine, renderer, Reader(), config=config, crop_tokens=2000)
+    agent = Agent(engine.session, renderer, Reader(), config=config, crop_tokens=2000)
     prompt = renderer.main_prompt(ROW, Reader().overview(VIDEO, 2), tools=True)
     (group,) = agent.run({}, [(ROW, 2, prompt)], 1, seed=0)
     return group.trajectories[0], engine.sessions[0]
@@ -115,8 +116,8 @@ def test_other_templates_leave_head_and_limits_to_the_settings():
     config = AgentConfig(subagent_tokens=30)
     toy = ToyRenderer()
     assert turn_head(config, toy) == toy.encode("<think>\n")
-    assert measure(config, toy).prefix == len("<think>\n")
-    shape = lanes(config, toy, prompts=1, copies=1, prompt_tokens=9, crop_tokens=9)
+    assert token_budget(config, toy).prefix == len("<think>\n")
+    shape = slot_pools(config, toy, prompts=1, copies=1, prompt_tokens=9, crop_tokens=9)
     assert shape["crop"].suffix == 30
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.records import Conversation, Frames, ImageRef, Message, ToolCall, VideoRef
 from paravt_jax.rope_index import mrope_positions
 from pipelines.conversation import ConversationRenderer, FrameRate, pack, still_spec
@@ -18,13 +19,13 @@ PAD = "<|vision_start|><|image_pad|><|vision_end|>"
 CALL = '<tool_call>\n{"name": "crop_video", "arguments": {"start_time": 0}}\n</tool_call>'
 
 
-class Reader:
+class Reader(FrameReader):
     """Frames of 32x32 pixels, one per second."""
 
     def overview(self, video, count):
         return Frames(np.full((count, 32, 32, 3), count, np.uint8), np.arange(count) * 1.0)
 
-    def clip(self, video, start, end):
+    def clip(self, video, start, end, tokens=None):
         raise AssertionError("nobody asks for a clip here")
 
 

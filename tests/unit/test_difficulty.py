@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from paravt_jax.interfaces import FrameReader
 from paravt_jax.records import Frames, RolloutGroup, Row, Trajectory, VideoRef
 from pipelines.loader import PromptItem
 from tests.pipelines_fixtures import renderer
@@ -20,13 +21,13 @@ CONFIG = override(get_recipe("needle_rl"), SETTINGS)
 TRACE = "<think>\nI look at one part of it.\n</think>\n<answer>red</answer><|im_end|>"
 
 
-class GreyReader:
+class GreyReader(FrameReader):
     """Grey frames, a second apart."""
 
     def overview(self, video, count):
         return Frames(np.full((count, 32, 32, 3), 128, np.uint8), np.arange(count) * 1.0)
 
-    def clip(self, video, start, end):
+    def clip(self, video, start, end, tokens=None):
         raise AssertionError("augmentation crops nothing")
 
 

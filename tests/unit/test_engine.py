@@ -17,9 +17,10 @@ from paravt_jax.records import Prompt, StopReason
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
 from rollout.engine.automaton import TokenAutomata
-from rollout.engine.engine import Engine, Lane
+from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.session import Generated, Session, Stream
+from rollout.engine.session import Session
+from rollout.engine.slots import Generated, StreamId
 from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 
 POLICY = ToyPolicy()
@@ -32,24 +33,26 @@ PROMPTS = [
 SAMPLING = SamplingConfig(temperature=1.0)
 GREEDY = SamplingConfig(temperature=0.0)
 CONTENTS = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
-LANE = Lane(prompts=3, copies=2, prompt_tokens=64, suffix=64)
+POOL = SlotPool(prompts=3, copies=2, prompt_tokens=64, suffix=64)
 
 
-def make_engine(lanes=LANE, eos_ids=(IM_END, PAD), visit=5, **options) -> Engine:
-    lanes = {"main": lanes} if isinstance(lanes, Lane) else lanes
+def make_engine(pools=POOL, eos_ids=(IM_END, PAD), steps_per_call=5, **options) -> Engine:
+    pools = {"main": pools} if isinstance(pools, SlotPool) else pools
     automata = TokenAutomata(CONTENTS, eos_ids)
-    return Engine(POLICY, lanes, automata=automata, pad_id=PAD, visit=visit, **options)
+    return Engine(
+        POLICY, pools, automata=automata, pad_id=PAD, steps_per_call=steps_per_call, **options
+    )
 
 
 ENGINE = make_engine()
 """Shared where nothing is counted, so that shapes compile once."""
 
 
-def finish(session: Session, close: bool = False) -> dict[Stream, Generated]:
-    """Visit until all is silent; `close` streams whose turn ended."""
+def finish(session: Session, close: bool = False) -> dict[StreamId, Generated]:
+    """Step until all is idle; `close` streams whose turn ended."""
     turns = {}
-    while session.speaking:
-        ended = dict(session.visit())
+    while session.generating:
+        ended = dict(session.step())
         turns |= ended
         for stream in ended if close else ():
             session.close(stream)
@@ -60,12 +63,12 @@ def sample_all(
     engine=ENGINE, prompts=PROMPTS, copies=1, sampling=SAMPLING, limit=12, seeds=None, params=PARAMS
 ) -> list[Generated]:
     """One turn of every copy of every prompt."""
-    session, streams = engine.session(params), []
+    session, streams = Session(engine, params), []
     for at, prompt in enumerate(prompts):
         own = range(at * copies, (at + 1) * copies)
         streams += session.open("main", prompt, [seeds[i] if seeds else i for i in own])
     for stream in streams:
-        session.speak(stream, [], sampling, limit)
+        session.generate(stream, [], sampling, limit)
     turns = finish(session, close=True)
     return [turns[stream] for stream in streams]
 
@@ -107,15 +110,15 @@ def chosen_log_probs(prompt, stream, **model) -> np.ndarray:
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_equal_a_full_forward_over_two_turns(temperature):
-    """Six rows share three prompts; turns cross visits; given tokens differ in length."""
-    session, sampling = ENGINE.session(PARAMS), SamplingConfig(temperature=temperature)
+    """Six rows share three prompts; a turn takes several steps; given tokens differ in length."""
+    session, sampling = Session(ENGINE, PARAMS), SamplingConfig(temperature=temperature)
     streams = [s for at, p in enumerate(PROMPTS) for s in session.open("main", p, [at, at + 9])]
     for stream in streams:
-        session.speak(stream, [], sampling, 12)
+        session.generate(stream, [], sampling, 12)
     first = finish(session)
     given_B = [[65 + row] * row for row in range(6)]
     for stream, given in zip(streams, given_B, strict=True):
-        session.speak(stream, given, sampling, 12)
+        session.generate(stream, given, sampling, 12)
     second = finish(session)
     for row, (stream, given) in enumerate(zip(streams, given_B, strict=True)):
         one, two = first[stream], second[stream]
@@ -140,17 +143,17 @@ def test_pixels_reach_the_samples():
 
 
 @pytest.mark.parametrize(
-    ("lane", "visit"),
+    ("pool", "steps_per_call"),
     [
-        (Lane(prompts=1, copies=1, prompt_tokens=64, suffix=64), 3),
-        (Lane(prompts=2, copies=1, prompt_tokens=40, suffix=12), 16),
-        (Lane(prompts=7, copies=3, prompt_tokens=100, suffix=72), 5),
-        (Lane(prompts=8, copies=2, prompt_tokens=64, suffix=64, compact=(1, 3)), 4),
+        (SlotPool(prompts=1, copies=1, prompt_tokens=64, suffix=64), 3),
+        (SlotPool(prompts=2, copies=1, prompt_tokens=40, suffix=12), 16),
+        (SlotPool(prompts=7, copies=3, prompt_tokens=100, suffix=72), 5),
+        (SlotPool(prompts=8, copies=2, prompt_tokens=64, suffix=64), 4),
     ],
 )
-def test_samples_do_not_depend_on_slots_order_capacity_or_visits(lane, visit):
+def test_samples_do_not_depend_on_slots_order_capacity_or_steps(pool, steps_per_call):
     expected = sample_all(seeds=[100, 101, 102])
-    engine = make_engine(lane, visit=visit)
+    engine = make_engine(pool, steps_per_call=steps_per_call)
     turned = sample_all(engine, PROMPTS[::-1], seeds=[102, 101, 100])[::-1]
     for one, other in zip(expected, turned, strict=True):
         same(one, other)
@@ -162,30 +165,30 @@ def test_copies_differ_by_seed_only():
     same(turns[4], turns[5])
 
 
-def test_silent_rows_stay_as_they_are():
-    """A stream that only listens while the others speak and are told things."""
-    session = ENGINE.session(PARAMS)
-    (loud,), (quiet,) = (session.open("main", p, [i]) for i, p in enumerate(PROMPTS[:2]))
-    session.speak(loud, [], SAMPLING, 9)
+def test_idle_rows_stay_as_they_are():
+    """A stream that does nothing while the others generate and are given things."""
+    session = Session(ENGINE, PARAMS)
+    (active,), (idle,) = (session.open("main", p, [i]) for i, p in enumerate(PROMPTS[:2]))
+    session.generate(active, [], SAMPLING, 9)
     finish(session)
-    session.speak(loud, [66, 67], SAMPLING, 9)
-    session.speak(quiet, [], SAMPLING, 12)
-    same(finish(session)[quiet], sample_all()[1])
+    session.generate(active, [66, 67], SAMPLING, 9)
+    session.generate(idle, [], SAMPLING, 12)
+    same(finish(session)[idle], sample_all()[1])
 
 
 def test_crops_decode_beside_mains_and_take_free_slots():
-    """Five crops on two slots, while a main agent speaks a long turn."""
-    lanes = {"main": LANE, "crop": Lane(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
-    engine = make_engine(lanes, eos_ids=())
-    session = engine.session(PARAMS)
+    """Five crops on two slots, while a main agent generates a long turn."""
+    pools = {"main": POOL, "crop": SlotPool(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
+    engine = make_engine(pools, eos_ids=())
+    session = Session(engine, PARAMS)
     (main,) = session.open("main", PROMPTS[0], [0])
-    session.speak(main, [], SAMPLING, 30)
+    session.generate(main, [], SAMPLING, 30)
     crops = [s for i in range(5) for s in session.open("crop", PROMPTS[1], [50 + i])]
     for stream in crops:
-        session.speak(stream, [], SAMPLING, 6)
+        session.generate(stream, [], SAMPLING, 6)
     turns, order = {}, []
-    while session.speaking:
-        for stream, turn in session.visit():
+    while session.generating:
+        for stream, turn in session.step():
             turns[stream] = turn
             order.append(stream)
             if stream in crops:
@@ -198,13 +201,12 @@ def test_crops_decode_beside_mains_and_take_free_slots():
 
 
 def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
-    engine = make_engine(Lane(prompts=2, copies=1, prompt_tokens=64, suffix=64))
-    session = engine.session(PARAMS)
+    engine = make_engine(SlotPool(prompts=2, copies=1, prompt_tokens=64, suffix=64))
+    session = Session(engine, PARAMS)
     waiting = [s for i in range(9) for s in session.open("main", PROMPTS[i % 3], [i])]
     for stream in waiting:
-        session.speak(stream, [65] * 3, SAMPLING, 12)
+        session.generate(stream, [65] * 3, SAMPLING, 12)
     turns = finish(session, close=True)
-    assert session.slot_use > 0.5
     for number, stream in enumerate(waiting):
         tokens = [65, 65, 65, *turns[stream].tokens]
         expected = chosen_log_probs(PROMPTS[number % 3], tokens)[3:]
@@ -213,9 +215,9 @@ def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
 
 def test_frames_can_be_given_in_the_midst_of_a_stream():
     shown = image_prompt("look", frames=2, patches=8, seed=5)
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (stream,) = session.open("main", PROMPTS[1], [3])
-    session.speak(stream, shown, SAMPLING, 10)
+    session.generate(stream, shown, SAMPLING, 10)
     turn = finish(session)[stream]
     offset = next_position(PROMPTS[1].positions)
     whole = dataclasses.replace(
@@ -265,10 +267,10 @@ def test_stop_strings_and_penalties_are_per_request():
     text = "".join(chr(token) for token in free.tokens if token < 128)
     stop = SamplingConfig(temperature=0.0, stop=(text[3:6],))
     repeat = SamplingConfig(temperature=0.0, repetition_penalty=1e9)
-    session = engine.session(PARAMS)
+    session = Session(engine, PARAMS)
     streams = [session.open("main", PROMPTS[0], [i])[0] for i in range(3)]
     for stream, sampling in zip(streams, (stop, repeat, GREEDY), strict=True):
-        session.speak(stream, [], sampling, 20)
+        session.generate(stream, [], sampling, 20)
     turns = finish(session)
     stopped, varied, plain = (turns[stream] for stream in streams)
     assert stopped.stop_reason is StopReason.STOP
@@ -279,53 +281,55 @@ def test_stop_strings_and_penalties_are_per_request():
 
 
 def test_penalties_need_an_engine_that_remembers():
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (stream,) = session.open("main", PROMPTS[1], [0])
     with pytest.raises(ValueError, match=r"repetition_penalty=1\.1.*penalties=True"):
-        session.speak(stream, [], SamplingConfig(repetition_penalty=1.1), 5)
+        session.generate(stream, [], SamplingConfig(repetition_penalty=1.1), 5)
 
 
 def test_a_row_cannot_outgrow_its_cache():
-    lane = Lane(prompts=1, copies=1, prompt_tokens=64, suffix=10)
-    session = make_engine(lane, eos_ids=()).session(PARAMS)
+    pool = SlotPool(prompts=1, copies=1, prompt_tokens=64, suffix=10)
+    session = Session(make_engine(pool, eos_ids=()), PARAMS)
     (stream,) = session.open("main", PROMPTS[0], [0])
-    session.speak(stream, [65], SAMPLING, 7)
+    session.generate(stream, [65], SAMPLING, 7)
     finish(session)
-    assert session.room(stream) == 2
+    assert session.tokens_left(stream) == 2
     with pytest.raises(ValueError, match="room for 2 more tokens, not for 1 given and 2"):
-        session.speak(stream, [65], SAMPLING, 2)
-    session.speak(stream, [65], SAMPLING, 1)
-    assert session.room(stream) == 0
+        session.generate(stream, [65], SAMPLING, 2)
+    session.generate(stream, [65], SAMPLING, 1)
+    assert session.tokens_left(stream) == 0
 
 
 def test_what_can_never_fit_is_refused_at_once():
-    session = ENGINE.session(PARAMS)
-    with pytest.raises(ValueError, match="65 tokens and 1 copies does not fit lane 'main' of 64"):
+    session = Session(ENGINE, PARAMS)
+    with pytest.raises(ValueError, match="65 tokens and 1 copies does not fit pool 'main' of 64"):
         session.open("main", text_prompt("x" * (65 - len(text_prompt("").tokens))), [0])
     with pytest.raises(ValueError, match="3 copies does not fit"):
         session.open("main", PROMPTS[1], [0, 1, 2])
 
 
 def test_streams_are_used_in_order():
-    session = ENGINE.session(PARAMS)
+    session = Session(ENGINE, PARAMS)
     (stream,) = session.open("main", PROMPTS[1], [0])
-    session.speak(stream, [], SAMPLING, 5)
-    with pytest.raises(ValueError, match="speaks already"):
-        session.speak(stream, [], SAMPLING, 5)
+    session.generate(stream, [], SAMPLING, 5)
+    with pytest.raises(ValueError, match="still generates"):
+        session.generate(stream, [], SAMPLING, 5)
     session.close(stream)
     with pytest.raises(ValueError, match="closed"):
-        session.speak(stream, [], SAMPLING, 5)
-    assert session.speaking == 0 and session.visit() == []
+        session.generate(stream, [], SAMPLING, 5)
+    assert session.generating == 0 and session.step() == []
 
 
-def test_silent_streams_keep_their_slots():
-    session = make_engine(Lane(prompts=1, copies=1, prompt_tokens=64, suffix=9)).session(PARAMS)
-    (silent,) = session.open("main", PROMPTS[1], [0])
+def test_idle_streams_keep_their_slots():
+    session = Session(
+        make_engine(SlotPool(prompts=1, copies=1, prompt_tokens=64, suffix=9)), PARAMS
+    )
+    (idle,) = session.open("main", PROMPTS[1], [0])
     (waiting,) = session.open("main", PROMPTS[1], [1])
-    session.visit()
-    session.speak(waiting, [], SAMPLING, 5)
-    assert session.visit() == [] and session.speaking == 1
-    session.close(silent)
+    session.step()
+    session.generate(waiting, [], SAMPLING, 5)
+    assert session.step() == [] and session.generating == 1
+    session.close(idle)
     assert waiting in finish(session)
 
 
@@ -336,28 +340,10 @@ def test_cache_bytes_are_known_beforehand():
     assert said == sum(leaf.nbytes for leaf in jax.tree.leaves(actual))
 
 
-def test_a_nearly_empty_lane_is_decoded_compactly():
-    """Rows compute only for prompts that are live, and all the rest stays as it is."""
-    lane = Lane(prompts=8, copies=1, prompt_tokens=64, suffix=64, compact=(2,))
-    session = make_engine(lane, eos_ids=()).session(PARAMS)
-    streams = [session.open("main", PROMPTS[i % 3], [i])[0] for i in range(8)]
-    for number, stream in enumerate(streams):
-        session.speak(stream, [], SAMPLING, 20 if number == 5 else 5)
-    first = finish(session)
-    assert session.row_steps == 5 * 8 + 15 * 2
-    for stream in streams:
-        session.speak(stream, [66], SAMPLING, 5)
-    second = finish(session)
-    for number, stream in enumerate(streams):
-        tokens = [*first[stream].tokens, 66, *second[stream].tokens]
-        expected = chosen_log_probs(PROMPTS[number % 3], tokens)[-5:]
-        np.testing.assert_allclose(second[stream].log_probs, expected, atol=1e-4)
-
-
 @pytest.mark.parametrize("field", ["prompts", "copies", "prompt_tokens", "suffix"])
 def test_lanes_of_nothing_are_refused(field):
     with pytest.raises(ValueError, match=f"{field}=0"):
-        dataclasses.replace(LANE, **{field: 0})
+        dataclasses.replace(POOL, **{field: 0})
 
 
 def test_buckets():
@@ -369,11 +355,11 @@ def test_buckets():
 
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2", "data:3"])
 def test_a_mesh_changes_no_sample(mesh):
-    lane = Lane(prompts=6, copies=2, prompt_tokens=64, suffix=64)
-    alone = sample_all(make_engine(lane), copies=2)
+    pool = SlotPool(prompts=6, copies=2, prompt_tokens=64, suffix=64)
+    alone = sample_all(make_engine(pool), copies=2)
     count = 3 if mesh == "data:3" else 8
     with jax.set_mesh(make_mesh(parse_mesh(mesh, count), jax.devices()[:count])):
-        spread = sample_all(make_engine(lane), copies=2)
+        spread = sample_all(make_engine(pool), copies=2)
     for one, other in zip(alone, spread, strict=True):
         same(one, other)
 
@@ -411,12 +397,12 @@ QWEN = Qwen3VLPolicy(
 def qwen_engine(cache_dtype: str) -> Engine:
     policy = dataclasses.replace(QWEN, cache_dtype=cache_dtype)
     automata = TokenAutomata(CONTENTS, [IM_END])
-    return Engine(policy, {"main": LANE}, automata=automata, pad_id=PAD)
+    return Engine(policy, {"main": POOL}, automata=automata, pad_id=PAD)
 
 
 def test_an_int8_cache_takes_a_quarter_and_its_scales():
     full, small = (qwen_engine(cache_dtype).cache_bytes() for cache_dtype in ("compute", "int8"))
-    lengths = 4 * (LANE.prompts + LANE.rows)
+    lengths = 4 * (POOL.prompts + POOL.rows)
     scales_per_number = 1 / QWEN.config.text.head_dim
     assert small - lengths == (full - lengths) * (1 / 4 + scales_per_number)
 
@@ -446,13 +432,13 @@ def test_qwen3_vl_log_probs_equal_the_learners(mesh, cache_dtype, tolerance):
             devices = make_mesh(parse_mesh(mesh, 8))
             stack.enter_context(jax.set_mesh(devices))
             live = jax.device_put(params, param_shardings(QWEN.table, devices))
-        session = engine.session(live)
+        session = Session(engine, live)
         streams = [s for at, p in enumerate(prompts) for s in session.open("main", p, [at, 7])]
         for stream in streams:
-            session.speak(stream, [], SAMPLING, 12)
+            session.generate(stream, [], SAMPLING, 12)
         first = finish(session)
         for row, stream in enumerate(streams):
-            session.speak(stream, [65] * (3 * row), SAMPLING, 12)
+            session.generate(stream, [65] * (3 * row), SAMPLING, 12)
         second = finish(session)
     for row, stream in enumerate(streams):
         one, two = first[stream], second[stream]
@@ -472,13 +458,15 @@ def test_a_second_session_compiles_nothing():
 
     params = initialise(QWEN.table, jax.random.key(0))
     automata = TokenAutomata([b""] * VOCAB, [], reserve=2)
-    engine = Engine(QWEN, {"main": Lane(1, 2, 64, 8)}, automata=automata, pad_id=0, visit=4)
+    engine = Engine(
+        QWEN, {"main": SlotPool(1, 2, 64, 8)}, automata=automata, pad_id=0, steps_per_call=4
+    )
 
     def say():
-        session = engine.session(params)
+        session = Session(engine, params)
         for stream in session.open("main", text_prompt("x"), [1, 2]):
-            session.speak(stream, [], SamplingConfig(), 4)
-        session.visit()
+            session.generate(stream, [], SamplingConfig(), 4)
+        session.step()
 
     say()
     jax.monitoring.register_event_duration_secs_listener(note)

@@ -57,17 +57,6 @@ def test_writing_touches_the_given_slots_alone(dtype):
     assert (np.abs(after.read(ALL, jnp.float32) - expected) <= 0.501 * step).all()
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.int8])
-def test_rows_can_be_taken_and_put_back(dtype):
-    slots = CacheArray.empty(SHAPE, dtype).write(ALL, numbers())
-    rows = jnp.array([2, 0])
-    part = slots.take(rows)
-    expected = slots.read(ALL, jnp.float32)
-    np.testing.assert_array_equal(part.read(ALL, jnp.float32), expected[:, rows])
-    back = CacheArray.empty(SHAPE, dtype).put(rows, part).read(ALL, jnp.float32)
-    np.testing.assert_array_equal(back, expected.at[:, 1].set(0))
-
-
 @pytest.mark.parametrize("dtype", ["int4", "uint8", "int32"])
 def test_other_integers_are_refused(dtype):
     with pytest.raises(ValueError, match=f"dtype={dtype}.*int8"):

@@ -17,7 +17,7 @@ from paravt_jax.params import abstract_params
 from paravt_jax.records import Row, VideoRef
 from pipelines.render import ChatRenderer
 from pipelines.sizes import prompt_tokens
-from rollout.limits import Lane, lanes
+from rollout.limits import SlotPool, slot_pools
 from train import setup
 from train.agent import crop_tokens
 from train.config import Config, Stage
@@ -102,7 +102,7 @@ def _caches(config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Iterabl
     compiler decides; this is what a mesh is chosen for)."""
     data, policy = config.data, setup.abstract_policy(config)
     longest = prompt_tokens(renderer, rows, max(data.frame_budgets), data.overview_tokens)
-    shapes = lanes(
+    shapes = slot_pools(
         config.agent,
         renderer,
         prompts=config.rl.prompts_per_step,
@@ -110,11 +110,11 @@ def _caches(config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Iterabl
         prompt_tokens=longest + hint_room(config.difficulty, renderer),
         crop_tokens=crop_tokens(config, renderer),
     )
-    return sum(_cache(policy, lane, mesh) for lane in shapes.values())
+    return sum(_cache(policy, pool, mesh) for pool in shapes.values())
 
 
-def _cache(policy: ModelPolicy, lane: Lane, mesh: AnyMesh) -> int:
-    sizes = lane.prompts, lane.copies, lane.prompt_tokens, lane.suffix
+def _cache(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
+    sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix
     leaves = jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(*sizes)))
     return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in leaves)
 

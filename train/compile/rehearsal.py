@@ -18,7 +18,7 @@ from rich.console import Console
 from paravt_jax.blocks import text_block
 from paravt_jax.records import Patches, Prompt, RolloutGroup, Row, Trajectory, VideoRef
 from rollout.engine.engine import Engine
-from rollout.engine.rehearsal import Reads, warm_up
+from rollout.engine.precompile import InputSizes, precompile
 from train.report.progress import Bar
 from train.rl.batches import BatchShapes
 from train.rl.learner import Learner
@@ -31,7 +31,7 @@ BELOW = 1 << 30
 def rehearse_run(
     engine: Engine,
     learner: Learner,
-    reads: Mapping[str, Reads],
+    reads: Mapping[str, InputSizes],
     state: TrainState,
     console: Console,
 ) -> TrainState:
@@ -39,7 +39,7 @@ def rehearse_run(
     unchanged (its memory is handed on)."""
     began, shapes = time.perf_counter(), learner.batches.shapes
     rollouts = functools.partial(Bar, console, "compiling rollouts")
-    count = warm_up(engine, state.params, reads, shapes.spec.patch_values, rollouts)
+    count = precompile(engine, state.params, reads, shapes.spec.patch_values, rollouts)
     with Bar(console, "compiling updates", len(shapes.lengths)) as done:
         for length in shapes.lengths:
             state = rehearse_step(learner, state, blank_groups(learner, length))

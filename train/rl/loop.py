@@ -85,7 +85,7 @@ class ScoredRollouts:
     ) -> list[RolloutGroup]:
         """See `Sample`."""
         title, total = f"rollouts of step {step + 1}", len(prompts) * copies
-        with Bar(self.console, title, total) as self.agent.ended:
+        with Bar(self.console, title, total) as self.agent.on_episode_end:
             groups = self.agent.run(params, prompts, copies, seed, policy_version=step)
         return self.scorer(groups, progress=step / self.steps)
 

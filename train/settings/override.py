@@ -134,9 +134,9 @@ def parse(text: str, kind: Any, key: str) -> Any:
         raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
     if plain_type(kind) is not kind:
         return None if text.lower() in ("none", "null") else parse(text, plain_type(kind), key)
-    if origin is tuple and inner[0] in (int, float, str):
+    if origin is tuple and plain_type(inner[0]) in (int, float, str):
         parts = [] if text.lower() == "none" else text.split(",")
-        return tuple(parse(part, inner[0], key) for part in parts)
+        return tuple(parse(part, plain_type(inner[0]), key) for part in parts)
     if kind is bool:
         kind = {"true": True, "1": True, "false": False, "0": False}.__getitem__
     elif not (kind in (int, float, str) or isinstance(kind, enum.EnumType)):

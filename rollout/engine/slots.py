@@ -1,0 +1,133 @@
+"""Who holds which slots of a pool: rows and prompts as the host sees them."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from paravt_jax.records import Choices, Prompt, StopReason
+from rollout.engine.engine import PoolState, SlotPool
+from rollout.engine.sampler import SamplingConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class StreamId:
+    """Handle of a stream, one row of the engine."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Generated:
+    """What one row generated in one turn."""
+
+    tokens: np.ndarray
+    """int32 `[t]`, the end-of-turn token included if there was one."""
+    log_probs: np.ndarray
+    """float32 `[t]`, under the distribution that each token was drawn from."""
+    stop_reason: StopReason
+    choices: Choices | None = None
+    """How each token was chosen; None if nothing but temperature shaped them."""
+
+
+@dataclasses.dataclass(eq=False)
+class StreamState:
+    """A row: its stream, and where that stands."""
+
+    stream: StreamId
+    seed: int
+    group: PromptGroup
+    number: int = -1
+    """StreamState of its pool; -1 while it waits."""
+    length: int = 0
+    """Tokens after the prompt."""
+    position: int = 0
+    """M-RoPE position of its next token."""
+    given: Prompt | None = None
+    """What is to be appended before it goes on generating."""
+    sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
+    remaining: int = 0
+    """Tokens that it may still draw in this turn; 0 while it is idle."""
+    automata: Sequence[int] = (0, 0)
+    """States of its search for an end and of its grammar."""
+    tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
+    log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
+    choices: list[Choices] = dataclasses.field(default_factory=list)
+
+    def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
+        """The turn that just ended; the row is idle again."""
+        # A turn may both end and use up its limit with one token: then it has ended.
+        tokens, reason = np.concatenate(self.tokens), StopReason.LENGTH
+        if stopped:
+            reason = StopReason.END if tokens[-1] in eos_ids else StopReason.STOP
+        log_probs, choices = np.concatenate(self.log_probs), Choices.joined(self.choices)
+        self.tokens, self.log_probs, self.choices, self.remaining = [], [], [], 0
+        return Generated(tokens, log_probs, reason, choices)
+
+
+@dataclasses.dataclass(eq=False)
+class PromptGroup:
+    """A prompt and the rows that continue it."""
+
+    prompt: Prompt
+    rows: list[StreamState] = dataclasses.field(default_factory=list)
+    slot: int = -1
+    """Prompt slot of its pool; -1 while it waits."""
+
+
+class SlotTable:
+    """The rows and prompts of one pool, and the queue of those that wait for slots."""
+
+    def __init__(self, name: str, pool: SlotPool, states: dict[str, PoolState]) -> None:
+        self.name, self.pool, self._states = name, pool, states
+        self.queue: collections.deque[PromptGroup] = collections.deque()
+        self.groups: list[PromptGroup | None] = [None] * pool.prompts
+        self.rows: list[StreamState | None] = [None] * pool.rows
+
+    @property
+    def generates(self) -> bool:
+        """Whether any admitted row is in the midst of a turn."""
+        return any(row is not None and row.remaining for row in self.rows)
+
+    @property
+    def state(self) -> PoolState:
+        """The caches. They outlive the session, hence belong to the engine."""
+        return self._states[self.name]
+
+    @state.setter
+    def state(self, state: PoolState) -> None:
+        self._states[self.name] = state
+
+    def current(self) -> PoolState:
+        """The state with the lengths of now."""
+        prompts = [0 if group is None else len(group.prompt.tokens) for group in self.groups]
+        rows = [0 if row is None else row.length for row in self.rows]
+        return self.state.with_lengths(np.array(prompts, np.int32), np.array(rows, np.int32))
+
+    def admit(self) -> list[PromptGroup]:
+        """Give waiting prompts the free slots, first come, first served."""
+        admitted = []
+        for slot, holder in enumerate(self.groups):
+            if holder is None and self.queue:
+                group = self.groups[slot] = self.queue.popleft()
+                group.slot = slot
+                # Prompt-major, as the rows of the `KVCache` are.
+                for copy, row in enumerate(group.rows):
+                    row.number = slot * self.pool.copies + copy
+                    self.rows[row.number] = row
+                admitted.append(group)
+        return admitted
+
+    def release(self, row: StreamState) -> None:
+        """Free the slot of a row, and that of its prompt after the last row."""
+        group = row.group
+        group.rows.remove(row)
+        if row.number >= 0:
+            self.rows[row.number] = None
+        if not group.rows and group.slot >= 0:
+            self.groups[group.slot] = None
+        elif not group.rows:
+            self.queue.remove(group)
