@@ -22,7 +22,7 @@ from paravt_jax.records import Frames, Row, VideoRef
 from pipelines.loader import prompt_stream
 from pipelines.video import VideoReader
 from rollout.agent import Agent
-from rollout.limits import AgentConfig, lanes
+from rollout.limits import AgentConfig, slot_pools
 from tests.pipelines_fixtures import questions, renderer
 from tests.rollout_fakes import SentinelReader
 from tests.scripted_engine import ScriptedEngine
@@ -132,11 +132,11 @@ def test_a_turn_that_is_spelled_otherwise_stays_as_it_was_drawn():
     ]
     spelled = [Speller(own).encode(turn) for turn in turns]
     assert all(len(s) > len(own.encode(t)) for s, t in zip(spelled, turns, strict=True))
-    shapes = lanes(config, own, prompts=1, copies=1, prompt_tokens=500, crop_tokens=500)
+    shapes = slot_pools(config, own, prompts=1, copies=1, prompt_tokens=500, crop_tokens=500)
     engine = ScriptedEngine(shapes, [turns], renderer=Speller(own))
     row = Row("row", VideoRef("/own.mp4", 64.0), "What colour?", "red")
     item = row, 4, own.main_prompt(row, None, tools=True)
-    (made,) = Agent(engine, own, Reader(), config=config).run({}, [item], 1, 0)
+    (made,) = Agent(engine.session, own, Reader(), config=config).run({}, [item], 1, 0)
     (t,) = made.trajectories
     assert [turn.tokens.tolist() for turn in t.turns] == spelled
     assert t.tokens[t.generated].tolist() == [token for turn in spelled for token in turn]

@@ -424,7 +424,7 @@ def broken_config(folder):
         (point_outside, "names ../x.safetensors: only safetensors"),
         (empty_index, "holds no JSON object"),
         (only_pickled, "only pickled weights (pytorch_model.bin)"),
-        (other_architecture, "model_type = 'llava'"),
+        (other_architecture, "model_type='llava'"),
         (broken_config, "is not JSON"),
     ],
 )
