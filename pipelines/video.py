@@ -194,7 +194,7 @@ class VideoReader:
         indices = shown_at(info, np.asarray(times))
         wanted = sorted(set(indices.tolist()))
         with self._busy():
-            present = self._patience(path, lambda: decode_present(path, info, wanted))
+            present = self._timeout(path, lambda: decode_present(path, info, wanted))
         frames = complete(path, {index: present.get(index) for index in wanted})
         return Frames(np.stack([frames[index] for index in indices]), info.times[indices])
 
