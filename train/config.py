@@ -51,12 +51,15 @@ class Config:
     """Everything that decides a run."""
 
     recipe: str = dataclasses.field(metadata=RECIPE_ONLY)
+    """The name of the recipe."""
     stage: Stage
+    """`sft`: supervised fine-tuning. `rl`: reinforcement learning with rollouts."""
     steps: Annotated[int, at_least(1)]
     """Batches to learn from. In the rl stage each gets `rl.updates` optimiser steps."""
     needs: tuple[str, ...] = dataclasses.field(default=(), metadata=RECIPE_ONLY)
     """Flags without which the recipe cannot run."""
     seed: Annotated[int, at_least(0)] = 0
+    """Decides the order of data, frame budgets, sampling, and weights that start at random."""
     mesh: str | None = None
     """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
     model: ModelSettings = ModelSettings()

@@ -63,6 +63,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting")
     add("--dry-run", action="store_true", help="print the resolved run and its memory, then end")
     add("--compile-only", metavar="TOPOLOGY", help="compile for a TPU topology, e.g. v5p:2x2x2")
+    add(
+        "--help-settings",
+        metavar="PREFIX",
+        nargs="?",
+        const=True,
+        help="print every setting, or those that begin so, with types and defaults, then end",
+    )
+    add("--list-recipes", action="store_true", help="print the recipes, then end")
     return parser
 
 
@@ -99,12 +107,43 @@ def resolve(arguments: argparse.Namespace):
     return with_whole_paths(override(config, arguments.set))
 
 
+def tell(arguments: argparse.Namespace) -> None:
+    """Print what `--list-recipes` or `--help-settings` asks for: defaults are those of `--recipe`,
+    or without one those of the settings' own classes.
+
+    Raises:
+      ValueError: no recipe has this name, or no setting begins so.
+    """
+    if arguments.list_recipes:
+        return _print(_recipes())
+    if arguments.recipe is not None:
+        check_name(arguments.recipe)
+    from train.config import Config
+    from train.recipes import get_recipe
+    from train.settings.help import help_settings
+
+    asked = arguments.help_settings
+    config = Config if arguments.recipe is None else get_recipe(arguments.recipe)
+    _print(help_settings(config, "" if asked is True else asked))
+
+
+def _print(text: str) -> None:
+    """Print to a reader that may have seen enough, such as `head`."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = make_parser().parse_args(argv)
     config = workdir = None
     code = 2  # until the run begins
     try:
+        if arguments.list_recipes or arguments.help_settings is not None:
+            tell(arguments)
+            return 0
         check_name(DEFAULT_RECIPE if arguments.recipe is None else arguments.recipe)
         if not (arguments.dry_run or arguments.compile_only):
             # At once: what is imported next takes seconds.

@@ -20,6 +20,7 @@ class OptimizerSettings:
     name: str = "adamw"
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
     learning_rate: Annotated[float, above(0)] = 2e-6
+    """Largest learning rate, at the end of the warm-up."""
     warmup_steps: Annotated[int, at_least(0)] = 0
     """Optimiser steps over which the rate rises evenly: the first has 1/warmup_steps of it, the
     last of them all."""
@@ -29,9 +30,13 @@ class OptimizerSettings:
     """Optimiser steps, warm-up included, after which a cosine has reached its end and stays there;
     none takes all of the run's."""
     final_fraction: Annotated[float, within(0, 1)] = 0.0
+    """Share of the learning rate that is left at the end of a cosine."""
     b1: Annotated[float, below(0, 1)] = 0.9
+    """Decay per step of the mean of gradients; with Muon, of those that Adam takes."""
     b2: Annotated[float, below(0, 1)] = 0.999
+    """Decay per step of the mean of their squares."""
     eps: Annotated[float, above(0)] = 1e-8
+    """Added to the root of that mean before dividing by it."""
     weight_decay: Annotated[float, at_least(0)] = 0.01
     """Decay of matrices. Norms, biases and embeddings do not decay."""
     clip_norm: Annotated[float | None, above(0)] = 1.0

@@ -12,7 +12,7 @@ ROOT = Path(__file__).resolve().parents[2]
 DOOR = ROOT / "train" / "main.py"
 FLAGS = {
     "--help", "--recipe", "--mesh", "--workdir", "--model", "--data", "--steps", "--seed",
-    "--resume", "--set", "--dry-run", "--compile-only",
+    "--resume", "--set", "--dry-run", "--compile-only", "--help-settings", "--list-recipes",
 }  # fmt: skip
 
 

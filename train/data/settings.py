@@ -49,8 +49,9 @@ class DataSettings:
     crop_frames: Annotated[int, at_least(1)] = 16
     """At most this many frames in a crop."""
     min_pixels: Annotated[int, at_least(1)] = 784
+    """Least pixels of a frame after resizing."""
     max_pixels: Annotated[int, at_least(1)] = 50176
-    """Least and most pixels of a frame after resizing."""
+    """Most pixels of a frame after resizing."""
     max_prompt_tokens: Annotated[int | None, at_least(1)] = None
     """Tokens of the longest prompt, shown with the most frames; rows with longer ones are left out
     and counted (`data.max_rejected`). None: what the model's `max_position_embeddings` leaves

@@ -28,9 +28,9 @@ class TeacherSettings:
     full_weight: float = 0.0
     """Share of the comparison on the whole vocabulary (`topk_gamma`); 1 leaves only that."""
     weight_low: float = 0.8
-    """Least weight of a token ..."""
+    """Least weight of a token."""
     weight_high: float = 1.2
-    """... and the largest."""
+    """Largest weight of a token."""
     judge: JudgeSettings = dataclasses.field(
         default_factory=functools.partial(JudgeSettings, max_tokens=512)
     )

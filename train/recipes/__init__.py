@@ -97,5 +97,5 @@ def summaries() -> dict[str, str]:
         for node in ast.parse(source).body:
             if isinstance(node, ast.FunctionDef) and RECIPES.get(node.name) == module:
                 text = (ast.get_docstring(node) or "").partition("\n\n")[0]
-                lines[node.name] = " ".join(text.split()).partition(": `python")[0]
+                lines[node.name] = " ".join(text.split()).partition(": `python")[0].rstrip(".")
     return {name: lines[name] for name in RECIPES}

@@ -59,7 +59,7 @@ def longvt_rl() -> Config:
 
 
 def needle_longvt() -> Config:
-    """The same on the needle world, from the committed cold start, for trying it out:
+    """LongVT on the needle world, from the committed cold start, for trying it out:
     `python train/main.py --recipe needle_longvt`.
 
     The cold start calls several crops in a turn and was never shown frames in a response.

@@ -96,7 +96,7 @@ def _world() -> Config:
 
 
 def needle_rl() -> Config:
-    """PARA-GRPO from the committed cold start: `python train/main.py`.
+    """PARA-GRPO on the needle world, from the committed cold start: `python train/main.py`.
 
     Two x86-64 cores, 13 minutes beside other jobs, with both evaluations. On the split `held_out`,
     seed 0: accuracy sampled at T=1 goes from 0.53 to 0.78, greedy from 0.43 to 0.87, on open
@@ -123,7 +123,7 @@ def needle_rl() -> Config:
 
 
 def needle_grpo() -> Config:
-    """Vanilla GRPO beside it: `python train/main.py --recipe needle_grpo`.
+    """The baseline of needle_rl, vanilla GRPO: `python train/main.py --recipe needle_grpo`.
 
     No anchor, no frame gating (K = 4, as evaluated), the format reward of the released vanilla
     recipe. The forced `<think>` stays: the cold start never learned to write it.
@@ -157,7 +157,8 @@ def needle_frames() -> Config:
 
 
 def needle_sft() -> Config:
-    """The cold start, from random weights: `python train/main.py --recipe needle_sft`.
+    """The cold start of needle_rl, from random weights:
+    `python train/main.py --recipe needle_sft`.
 
     Two x86-64 cores, 22 minutes of steps beside seven other sessions. Afterwards 0.98 of rollouts
     sampled at T=1 keep the strict format, and accuracy is 0.53 sampled: what it reads in reports it

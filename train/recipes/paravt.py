@@ -35,7 +35,7 @@ _AGENT: dict[str, Any] = {
 
 
 def paravt_rl() -> Config:
-    """PARA-GRPO on a Qwen3-VL folder.
+    """ParaVT: PARA-GRPO on a Qwen3-VL folder and your questions.
 
     `python train/main.py --recipe paravt_rl --model QWEN3_VL --data QUESTIONS.csv
     --mesh data:1,fsdp:-1,tensor:1`. The paper trains 54 steps from an SFT checkpoint.
@@ -59,7 +59,7 @@ def paravt_rl() -> Config:
 
 
 def paravt_sft() -> Config:
-    """The cold start before it, on conversations of your own or ParaVT-Parquet's `sft` files.
+    """The cold start of paravt_rl, on conversations of your own or ParaVT-Parquet's.
 
     `python train/main.py --recipe paravt_sft --model QWEN3_VL --data CONVERSATIONS
     --mesh fsdp:-1`. The release trains 1500 steps, its model card says 500, on 8 GPUs with 4 packs
@@ -96,7 +96,7 @@ def paravt_sft() -> Config:
 
 
 def paravt_grpo() -> Config:
-    """Vanilla GRPO beside it: `python train/main.py --recipe paravt_grpo ...`.
+    """The baseline of paravt_rl, vanilla GRPO: `python train/main.py --recipe paravt_grpo ...`.
 
     No anchor, no frame gating and no forced `<think>`, as in the released vanilla recipe.
     """

@@ -88,7 +88,7 @@ def video_o3_rl() -> Config:
 
 
 def needle_video_o3_sft() -> Config:
-    """Its cold start on the needle world, with task-decoupled masks on a tenth of the rows:
+    """The cold start of needle_video_o3, with task-decoupled masks on a tenth of the rows:
     `python train/main.py --recipe needle_video_o3_sft --workdir runs/looks`.
 
     From the committed cold start, which knows the world but neither this syntax nor frames in a
@@ -118,7 +118,7 @@ def needle_video_o3_sft() -> Config:
 
 
 def needle_video_o3() -> Config:
-    """The same on the needle world, from the weights of its cold start:
+    """Video-o3 on the needle world, from the weights of needle_video_o3_sft:
     `python train/main.py --recipe needle_video_o3 --model runs/looks/hf`.
 
     Two optimiser steps per batch, so that the source's clip range acts.

@@ -66,7 +66,7 @@ def vital_rl() -> Config:
 
 
 def needle_vital() -> Config:
-    """The same on the needle world, from the committed cold start, for trying it out:
+    """VITAL on the needle world, from the committed cold start, for trying it out:
     `python train/main.py --recipe needle_vital`.
 
     The cold start knows another tool; the grammar lets it write calls of this one only. What the

@@ -1,10 +1,13 @@
 """Settings by their dotted names: `--set key=value`, and recipes that say what differs from others.
 
-based_on(needle_rl(), {"agent.evidence": "frames", "rl.minibatches": 2})
+A recipe that differs in two settings from another:
+
+    based_on(needle_rl(), {"agent.evidence": "frames", "rl.minibatches": 2})
 """
 
 from __future__ import annotations
 
+import collections.abc
 import dataclasses
 import enum
 import re
@@ -117,7 +120,8 @@ def _said(own: Assignment) -> str:
 
 
 def plain_type(kind: Any) -> Any:
-    """The type of a setting that may also be None: that without None."""
+    """The type of a setting that may also be something else, such as None or a function: the first
+    of them."""
     if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
         return next(part for part in typing.get_args(kind) if part is not type(None))
     return kind
@@ -134,7 +138,7 @@ def parse(text: str, kind: Any, key: str) -> Any:
         raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
     if plain_type(kind) is not kind:
         return None if text.lower() in ("none", "null") else parse(text, plain_type(kind), key)
-    if origin is tuple and plain_type(inner[0]) in (int, float, str):
+    if origin is tuple and can_be_set(kind):
         parts = [] if text.lower() == "none" else text.split(",")
         return tuple(parse(part, plain_type(inner[0]), key) for part in parts)
     if kind is bool:
@@ -156,7 +160,8 @@ def typed(value: Any, kind: Any, key: str) -> Any:
       ValueError: it is of another type, or names a key that the section does not have.
     """
     if plain_type(kind) is not kind:
-        return None if value is None else typed(value, plain_type(kind), key)
+        own = callable(value) and any(map(_is_callable, typing.get_args(kind)))
+        return value if own or value is None else typed(value, plain_type(kind), key)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else _typed_section(value, kind, key)
@@ -171,6 +176,10 @@ def typed(value: Any, kind: Any, key: str) -> Any:
     if origin is not None or type(value) is not kind:
         raise ValueError(f"{key}={value!r} is no {getattr(kind, '__name__', kind)}")
     return value
+
+
+def _is_callable(kind: Any) -> bool:
+    return typing.get_origin(kind) is collections.abc.Callable
 
 
 def _typed_section(value: Any, kind: Any, key: str) -> Any:
@@ -199,4 +208,6 @@ def shown(value: Any) -> str:
         return ",".join(map(shown, value)) if value else "none"
     if value is None or isinstance(value, bool):
         return str(value).lower()
-    return repr(value).removesuffix(".0") if isinstance(value, float) else str(value)
+    if isinstance(value, float):
+        return repr(value).removesuffix(".0")
+    return str(value) if str(value).isprintable() else repr(value)

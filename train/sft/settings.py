@@ -77,7 +77,9 @@ class SftSettings:
     of `--data`."""
 
     phases: tuple[SftPhase, ...] = ()
+    """Which tasks of the needle world are learned from which step on; none learns conversations."""
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
+    """The static shape of each task's batches."""
     packing: PackSettings = PackSettings()
     micro_rows: Annotated[int, at_least(1)] = 8
     """Rows per gradient micro-batch."""
