@@ -19,6 +19,12 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """What `tests/golden` is told."""
+    told = "write the figures that tests/golden compares with anew, from the runs of today"
+    parser.addoption("--rewrite-golden", action="store_true", help=told)
+
+
 @pytest.fixture(scope="session")
 def _folders(tmp_path_factory) -> Path:
     """One place for all workers of this session, or of all sessions: `QWEN3_VL_CACHE`."""
