@@ -56,3 +56,15 @@ def test_functions_of_a_users_folder_train_and_a_resume_finds_them_again(tmp_pat
     lost = two_steps(cut, tmp_path, "--resume", "must")
     assert lost.returncode == 2
     assert "cannot be continued" in lost.stderr and "brevity.py: no such file" in lost.stderr
+
+
+def test_a_recipe_that_holds_functions_runs_from_another_folder(tmp_path):
+    workdir, recipe = tmp_path / "run", f"{ROOT}/examples/zooming.py:zooming"
+    settings = ["evaluation.rows=0", "output.export_hf=false"]
+    done = start(workdir, tmp_path, "--recipe", recipe, "--steps", "1", settings=settings)
+    assert done.returncode == 0, done.stderr[-3000:]
+    kept = json.loads((workdir / "config.json").read_text())
+    assert kept["recipe"] == recipe
+    assert kept["agent"]["tools"][1] == f"{ROOT}/examples/zoom_image.py:zoom_image"
+    (record,) = metrics(workdir)
+    assert np.isfinite(record["reward/brevity"]) and record["logprob/gap_max"] < 1e-3

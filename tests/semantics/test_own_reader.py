@@ -76,6 +76,10 @@ def test_the_example_reads_choices(tmp_path: Path):
     reader = load(str(ROOT / "examples" / "own_questions.py:question"))
     (row,) = question_rows(str(tmp_path / "quiz.jsonl"), reader=reader).rows
     assert row.answer == "B" and row.question.splitlines()[2] == "(B) blue"
+    own = str(ROOT / "examples" / "own_questions.py:question")
+    command = [sys.executable, ROOT / "pipelines/describe.py", "quiz.jsonl", "--reader", own]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and "1 of 1 rows can be used" in done.stdout, done.stderr
 
 
 def test_the_setting_names_the_function_wherever_it_is_read(folder: Path, monkeypatch):
