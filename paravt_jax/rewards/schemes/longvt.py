@@ -55,18 +55,18 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     return breakdown(rules, accuracy=accuracy, format=form, tool=time)
 
 
-def format_score(said: str) -> float:
+def format_score(text: str) -> float:
     """1 for a whole rollout in LongVT's form, else 0."""
-    said = said.strip()
-    pairs = [said.count(f"<{tag}>") - said.count(f"</{tag}>") for tag in ("think", "tool_call")]
-    one = said.count(protocol.ANSWER_OPEN) == said.count(protocol.ANSWER_CLOSE) == 1
+    text = text.strip()
+    pairs = [text.count(f"<{tag}>") - text.count(f"</{tag}>") for tag in ("think", "tool_call")]
+    one = text.count(protocol.ANSWER_OPEN) == text.count(protocol.ANSWER_CLOSE) == 1
     if any(pairs) or not one:
         return 0.0
-    opened = _OPENINGS.findall(said)
+    opened = _OPENINGS.findall(text)
     calls = opened.count("tool_call")
     if calls == 0:
-        return float(names(said) == ["think", "answer"])
-    framed = said.startswith(protocol.THINK_OPEN) and said.endswith(protocol.ANSWER_CLOSE)
+        return float(names(text) == ["think", "answer"])
+    framed = text.startswith(protocol.THINK_OPEN) and text.endswith(protocol.ANSWER_CLOSE)
     return float(framed and opened == ["think", *["tool_call", "think"] * calls, "answer"])
 
 

@@ -82,9 +82,9 @@ def answer_iou(found: str, truth: tuple[Window, ...]) -> float:
     return overlap([named] if named else [], truth).iou
 
 
-def thought(said: str) -> str:
+def thought(text: str) -> str:
     """What stands in the first pair of `<think>`; empty if there is none."""
-    rest = said.partition(protocol.THINK_OPEN)[2]
+    rest = text.partition(protocol.THINK_OPEN)[2]
     inside, closed, _ = rest.partition(protocol.THINK_CLOSE)
     return inside if closed else ""
 
@@ -111,13 +111,13 @@ def segment_score(stamps: list[float], truth: tuple[Window, ...]) -> float:
     return sum(distance(time, truth) == 0.0 for time in stamps) / len(stamps)
 
 
-def format_score(said: str, stamps: int) -> float:
+def format_score(text: str, stamps: int) -> float:
     """0, 0.5 or 1; `stamps` is how often the thinking has to say when for a 1."""
-    thinking = thought(said)
-    pairs = [(said, tag) for tag in ("think", "answer")]
+    thinking = thought(text)
+    pairs = [(text, tag) for tag in ("think", "answer")]
     pairs += [(thinking, tag) for tag in ("obj", "t", "box")]
     paired = all(text.count(f"<{tag}>") == text.count(f"</{tag}>") for text, tag in pairs)
-    answered = protocol.ANSWER_CLOSE in said.partition(protocol.ANSWER_OPEN)[2]
+    answered = protocol.ANSWER_CLOSE in text.partition(protocol.ANSWER_OPEN)[2]
     if not (thinking and answered and paired):
         return 0.0
     return 1.0 if thinking.count("<t>") >= stamps else 0.5

@@ -90,9 +90,9 @@ def scaled(iou: float, scale: tuple[float, float]) -> float:
     return min(max((iou - low) / (high - low), 0.0), 1.0)
 
 
-def format_score(said: str) -> float:
+def format_score(text: str) -> float:
     """1 for a whole rollout in VITAL's form, else 0."""
-    order = names(said)
+    order = names(text)
     known = set(order) <= {"think", "tool_call", "answer"}
     framed = order[:1] == ["think"] and order[-1:] == ["answer"]
     changing = all(a != b for a, b in itertools.pairwise(order))
