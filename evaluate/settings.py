@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from paravt_jax.ranges import at_least
+from paravt_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class EvaluationSettings:
+class EvaluationSettings(Settings):
     """The before/after table."""
 
     rows: Annotated[int, at_least(0)] = 0
     """Held-out questions; 0 skips the evaluation."""
-    split: str = "held_out"
+    split: Literal["held_out", "test"] = "held_out"
     """Which videos of the needle world: `held_out` to compare settings by, `test` for figures to
     report, on which nothing is tuned. Of `--data`, questions are held out whatever this says."""
     batch: Annotated[int, at_least(1)] = 128

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from typing import Annotated
+from typing import Annotated, Literal
 
 import chex
 import jax
@@ -17,65 +17,44 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
-from paravt_jax.objectives import KL_ESTIMATORS, divergence
-from paravt_jax.ranges import above
+from paravt_jax.objectives import KlEstimator, divergence
+from paravt_jax.ranges import above, at_least
 from paravt_jax.records import ArrayLike
+from paravt_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class AdvantageConfig:
+class AdvantageConfig(Settings):
     """How rewards become advantages. The defaults are GRPO's.
 
     The released recipe is `reward_scale=10, reward_bias=-0.2, reward_clip=20, kl_weight=0.01,
     whiten_tokens=True`.
     """
 
-    normalise: str = "group"
+    normalise: Literal["group", "batch", "none"] = "group"
     """Subtract the mean of the "group", of the whole "batch", or nothing ("none")."""
     scale_by_std: bool = True
     """Divide by the standard deviation; False is Dr. GRPO."""
     leave_one_out: bool = False
     """Leave each rollout out of its own mean; RLOO."""
-    ddof: int = 1
+    ddof: Literal[0, 1] = 1
     """1 divides the variance by n - 1, 0 by n."""
-    eps: float | int = 1e-5
+    eps: Annotated[float | int, above(0)] = 1e-5
     """Added to the standard deviation."""
     reward_scale: Annotated[float | int, above(0)] = 1.0
     """Rewards are first shaped as clip((r + bias) * scale, -clip, clip)."""
     reward_bias: float | int = 0.0
-    """See `reward_scale`."""
-    reward_clip: float | int | None = None
-    """See `reward_scale`; None clips nothing."""
+    """Added to rewards, see `reward_scale`."""
+    reward_clip: Annotated[float | int | None, above(0)] = None
+    """Largest size of a shaped reward, see `reward_scale`; None clips nothing."""
     difficulty_weighted: bool = False
     """Weigh each group by how hard it is; VITAL's DGRPO, see `difficulty_weights`."""
-    kl_weight: float | int = 0.0
+    kl_weight: Annotated[float | int, at_least(0)] = 0.0
     """Weight of the divergence from the reference inside the reward, see `kl_to_go`."""
-    kl_estimator: str = "k1"
+    kl_estimator: KlEstimator = "k1"
     """Its estimator, see `objectives.divergence`."""
     whiten_tokens: bool = False
     """Normalise advantages over all generated tokens of the batch at the end, see `whiten`."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value that has no meaning or no effect."""
-        if self.normalise not in ("group", "batch", "none") or self.ddof not in (0, 1):
-            raise ValueError(
-                f"normalise={self.normalise!r}, ddof={self.ddof}: "
-                "use 'group', 'batch' or 'none', and 0 or 1"
-            )
-        if self.eps <= 0 or (self.reward_clip is not None and self.reward_clip <= 0):
-            raise ValueError(f"eps={self.eps}, reward_clip={self.reward_clip}: must be above 0")
-        if self.normalise == "none" and self.leave_one_out:
-            raise ValueError("leave_one_out has no effect with normalise='none'; switch one off")
-        if self.kl_weight < 0 or self.kl_estimator not in KL_ESTIMATORS:
-            raise ValueError(
-                f"kl_weight={self.kl_weight}, kl_estimator={self.kl_estimator!r}: use a weight of "
-                f"0 or more, and one of {', '.join(KL_ESTIMATORS)}"
-            )
-        if not self.kl_weight and self.kl_estimator != AdvantageConfig.kl_estimator:
-            raise ValueError(
-                f"kl_estimator={self.kl_estimator!r} has no effect in the reward with kl_weight=0; "
-                "set kl_weight above 0, or leave the estimator out"
-            )
 
 
 def rollout_advantages(
@@ -149,8 +128,8 @@ def shape_rewards(
 
 def group_advantages(
     rewards: Float[np.ndarray, "p g"],
-    normalise: str = "group",
-    ddof: int = 1,
+    normalise: Literal["group", "batch", "none"] = "group",
+    ddof: Literal[0, 1] = 1,
     eps: float | int = 1e-5,
     leave_one_out: bool = False,
     scale_by_std: bool = True,
@@ -174,7 +153,7 @@ def group_advantages(
         float64 `[p, g]`; exactly 0 where all rewards of a group (or batch) are equal.
 
     Raises:
-        ValueError: a reward is not finite, or `normalise` or `ddof` is unknown.
+        ValueError: a reward is not finite.
     """
     rewards = np.asarray(rewards, np.float64)
     chex.assert_rank(rewards, 2)
@@ -182,10 +161,6 @@ def group_advantages(
         raise ValueError("rewards hold NaN or infinity; check the reward function")
     if normalise == "none":
         return rewards
-    if normalise not in ("group", "batch") or ddof not in (0, 1):
-        raise ValueError(
-            f"normalise={normalise!r}, ddof={ddof}: use 'group', 'batch' or 'none', and 0 or 1"
-        )
     groups = rewards if normalise == "group" else rewards.reshape(1, -1)
     centred = groups - _baseline(groups, leave_one_out)
     # Equal rewards: their mean may be off by one ulp, which eps would blow up.
@@ -234,7 +209,7 @@ def kl_to_go(
     mask: Shaped[ArrayLike, "b t"],
     behaviour: Float[ArrayLike, "b t"],
     reference: Float[ArrayLike, "b t"],
-    estimator: str = "k1",
+    estimator: KlEstimator = "k1",
 ) -> Float[Array, "b t"]:
     """Divergence from the reference that each generated token is charged with: its own and that
     of all later ones, 0 where `mask` is 0.

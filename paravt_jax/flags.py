@@ -7,8 +7,6 @@ flag.
 from __future__ import annotations
 
 import argparse
-import dataclasses
-from typing import Any
 
 EMPTY = "is empty (an unset shell variable?); give a value, or leave it out"
 
@@ -25,23 +23,3 @@ def given(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError(f"the value {EMPTY}")
     return text
-
-
-def check_given(settings: Any, prefix: str = "") -> None:
-    """Refuse empty texts in this dataclass and those that it holds. Those that are empty by default
-    stand for nothing.
-
-    Args:
-        prefix: what stands before the names of its fields in error messages, e.g. `data.`.
-
-    Raises:
-        ValueError: naming the setting in full.
-    """
-    for field in dataclasses.fields(settings):
-        value, name = getattr(settings, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            check_given(value, f"{name}.")
-        texts = value if isinstance(value, tuple) else (value,)
-        empty = any(isinstance(text, str) and not text.strip() for text in texts)
-        if empty and value != field.default and field.name not in MAY_BE_EMPTY:
-            raise ValueError(f"{name} {EMPTY}")

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Annotated, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -19,38 +19,38 @@ from jaxtyping import Array, Float
 
 from paravt_jax.array_store import StoredArray
 from paravt_jax.params import Box, Table
+from paravt_jax.ranges import at_least
+from paravt_jax.settings import Refused, Settings
 
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+Target = Literal["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+TARGETS: tuple[Target, ...] = get_args(Target)
 """Projections of a decoder layer under their Hugging Face names."""
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraConfig:
+class LoraConfig(Settings):
     """Which projections of the language model get an adapter, and how large it is.
 
     Raises:
-      ValueError: no such targets or sizes, or settings without a rank, which would have no effect.
+      Refused: no such targets or sizes.
     """
 
-    rank: int = 0
+    rank: Annotated[int, at_least(0)] = 0
     """Inner width of each adapter; 0 trains the weights themselves, without LoRA."""
-    alpha: int = 32
+    alpha: Annotated[int, at_least(1)] = 32
     """The adapters' product is scaled by `alpha / rank`: the best learning rate then hardly depends
     on the rank (Schulman et al., LoRA Without Regret, 2025)."""
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[Target, ...] = TARGETS
     """Hugging Face names of the adapted projections."""
 
-    def __post_init__(self) -> None:
-        _require(self.rank >= 0, "rank", self.rank, "give a width of at least 1, or 0 for no LoRA")
-        _require(self.alpha > 0, "alpha", self.alpha, "give a number above 0")
-        unknown = sorted(set(self.targets) - set(TARGETS))
-        _require(not unknown, "targets", ",".join(self.targets), f"choose from {','.join(TARGETS)}")
-        once = self.targets and len(set(self.targets)) == len(self.targets)
-        _require(bool(once), "targets", ",".join(self.targets), "name each projection once")
-        for name in ("alpha", "targets"):
-            value, default = getattr(self, name), getattr(type(self), name)
-            remedy = "has no effect without LoRA; set model.lora.rank above 0 too"
-            _require(self.rank > 0 or value == default, name, value, remedy)
+    def check_together(self) -> None:
+        """Refuse no target, or one twice.
+
+        Raises:
+          Refused: naming them.
+        """
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise Refused(self, "{targets}: name each projection once, and at least one")
 
     @property
     def scale(self) -> float:
@@ -64,11 +64,6 @@ class LoraConfig:
     def adapts(self, module: str) -> bool:
         """Whether the module of this dotted Hugging Face name gets an adapter."""
         return self.rank > 0 and module.rpartition(".")[2] in self.targets
-
-
-def _require(condition: bool, name: str, value: object, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"model.lora.{name}={value}: {remedy}")
 
 
 NO_LORA = LoraConfig()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import Annotated, Literal
 
 import chex
 import jax
@@ -19,10 +20,12 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 
 from paravt_jax.anchors import AnchorFunction
-from paravt_jax.plugins import is_reference, load, named
+from paravt_jax.plugins import Own, load
+from paravt_jax.ranges import at_least, within
 from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.settings import Refused, Settings
 from paravt_jax.surrogates import (
-    LEVELS,
+    Level,
     clipped,
     log_ratios,
     regressed,
@@ -31,96 +34,84 @@ from paravt_jax.surrogates import (
     soft_gated,
 )
 
-KL_ESTIMATORS = ("k1", "k2", "k3")
+KlEstimator = Literal["k1", "k2", "k3"]
 """See `divergence`."""
 _LARGEST_KL = 10.0
-_OF_SURROGATE = {
-    "clip": ("clip_low", "clip_high", "dual_clip"),
-    "soft": ("soft_positive", "soft_negative"),
-    "regression": ("regression_eps", "regression_detached"),
-}
-"""Settings that act with one surrogate only."""
 Surrogate = Callable[[Float[Array, "b t"], Float[Array, "b t"]], Float[Array, "b t"]]
 """A surrogate of your own: the loss of each token, from the ratio pi / proximal and the advantage
 (0 where not trained). Only the ratio has a gradient."""
 
 
 @dataclasses.dataclass(frozen=True)
-class ObjectiveConfig:
+class ObjectiveConfig(Settings):
     """Which policy-gradient objective. The defaults are those of the ParaVT release."""
 
-    clip_low: float | int = 0.2
-    """A ratio is clipped at 1 - clip_low ..."""
-    clip_high: float | int = 0.2
-    """... and at 1 + clip_high (DAPO, arXiv 2503.14476, sets it higher)."""
-    dual_clip: float | int | None = None
+    clip_low: Annotated[float | int, within(0, 1)] = 0.2
+    """A ratio is clipped at 1 - clip_low."""
+    clip_high: Annotated[float | int, at_least(0)] = 0.2
+    """A ratio is clipped at 1 + clip_high (DAPO, arXiv 2503.14476, sets it higher)."""
+    dual_clip: Annotated[float | int | None, at_least(1)] = None
     """Bound the loss of a negative advantage A at dual_clip * |A| (arXiv 1912.09729)."""
-    behaviour_cap: float | int | None = 5.0
+    behaviour_cap: Annotated[float | int | None, at_least(1e-6)] = 5.0
     """Drop tokens whose weight exp(proximal - behaviour) is above this; None keeps all."""
-    ratio: str = "token"
+    ratio: Level = "token"
     """One ratio per "token", or one per row: the geometric mean of its tokens' ("sequence", GSPO),
     or their product ("trajectory", RLOO). See `surrogates.log_ratios`."""
-    surrogate: str | Surrogate = "clip"
+    surrogate: Literal["clip", "soft", "regression"] | Own | Surrogate = "clip"
     """PPO's "clip", the smooth gate of SAPO ("soft"), the "regression" of DeepVideo-R1, or a
     function of your own (`Surrogate`), as `path/to/file.py:name` or `package.module:name`."""
-    soft_positive: float | int = 1.0
+    soft_positive: Annotated[float | int, at_least(1e-6)] = 1.0
     """Temperature of the soft gate where the advantage is positive."""
-    soft_negative: float | int = 1.05
+    soft_negative: Annotated[float | int, at_least(1e-6)] = 1.05
     """Temperature of the soft gate where the advantage is not positive."""
-    regression_eps: float | int = 1e-2
+    regression_eps: Annotated[float | int, at_least(1e-6)] = 1e-2
     """Added to the standard deviation of log-ratios, see `surrogates.regressed`."""
     regression_detached: bool = True
     """Whether mean and standard deviation of log-ratios are constants to the gradient."""
-    kl_weight: float | int = 0.0
+    kl_weight: Annotated[float | int, at_least(0)] = 0.0
     """Weight of the divergence from the reference inside the loss."""
-    kl_estimator: str = "k3"
+    kl_estimator: KlEstimator = "k3"
     """One of "k1", "k2", "k3", see `divergence`; k1 has no useful gradient inside a loss."""
-    anchor: str | AnchorFunction = "sequence"
+    anchor: Literal["sequence", "position", "logprob"] | Own | AnchorFunction = "sequence"
     """Where the format anchor acts. "sequence": in the reward. "position": in the advantages of
     structural tokens. "logprob": as their likelihood in the loss, which alone is done here. Or in
     advantages as a function of your own says, given as `path/to/file.py:name` or
     `package.module:name`; see `paravt_jax.anchors`."""
-    anchor_weight: float | int = 0.0
+    anchor_weight: Annotated[float | int, at_least(0)] = 0.0
     """Weight of the "logprob" anchor, or of your own."""
     anchor_paired_only: bool = False
     """Let the anchors at "position" and "logprob" act only on tags that are opened and closed as
     they should be (`structure`), instead of on every tag that was written."""
-    aggregation: str = "token"
+    aggregation: Literal["token", "sequence", "constant"] = "token"
     """Mean over all tokens of the batch ("token", DAPO), over rows of each row's mean ("sequence",
     GRPO), or over rows of each row's sum divided by `constant_length` ("constant", Dr. GRPO)."""
-    constant_length: int | None = None
+    constant_length: Annotated[int | None, at_least(1)] = None
     """Tokens that stand for the length of every row (Dr. GRPO: the most that one may have)."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value that has no meaning."""
-        for name in ("surrogate", "anchor"):
-            object.__setattr__(self, name, named(getattr(self, name), name))
-        _check_range("clip_low", self.clip_low, 0.0, 1.0)
-        for name in ("clip_high", "kl_weight", "anchor_weight"):
-            _check_range(name, getattr(self, name), 0.0)
-        for name in ("soft_positive", "soft_negative", "regression_eps"):
-            _check_range(name, getattr(self, name), 1e-6)
-        _check_range("constant_length", self.constant_length, 1.0)
-        _check_range("dual_clip", self.dual_clip, 1.0)
-        _check_range("behaviour_cap", self.behaviour_cap, 1e-6)
-        _check_choice("ratio", self.ratio, LEVELS)
-        if not self.own_surrogate:
-            _check_choice("surrogate", str(self.surrogate), tuple(_OF_SURROGATE))
-        _check_choice("kl_estimator", self.kl_estimator, KL_ESTIMATORS)
-        if not self.own_anchor:
-            _check_choice("anchor", str(self.anchor), ("sequence", "position", "logprob"))
-        _check_choice("aggregation", self.aggregation, ("token", "sequence", "constant"))
-        _check_together(self)
+    def check_together(self) -> None:
+        """Refuse a level without rows, and a mean without their length.
+
+        Raises:
+            Refused: naming them.
+        """
+        if self.surrogate == "regression" and self.ratio == "token":
+            raise Refused(
+                self,
+                "{surrogate} compares whole rollouts, and {ratio} has none; set "
+                "{ratio:=trajectory}, or {ratio:=sequence} for a mean over tokens",
+            )
+        if self.aggregation == "constant" and self.constant_length is None:
+            raise Refused(self, "{aggregation} divides by a length; set {constant_length:name}")
 
     @property
     def own_surrogate(self) -> bool:
         """Whether the surrogate is a function of the user's."""
-        return is_reference(str(self.surrogate))
+        return isinstance(self.surrogate, Own)
 
     @property
     def own_anchor(self) -> bool:
         """Whether the anchor is a function of the user's."""
-        return is_reference(str(self.anchor))
+        return isinstance(self.anchor, Own)
 
 
 @pytree
@@ -301,14 +292,13 @@ def behaviour_weights(
 def divergence(
     log_probs: Float[Array, "*b"],
     reference: Float[Array, "*b"],
-    estimator: str = "k1",
+    estimator: KlEstimator = "k1",
 ) -> Float[Array, "*b"]:
     """Estimate of KL(pi || reference) from a sample of pi, token by token.
 
     With d = log pi - log reference: k1 = d, k2 = d^2 / 2, k3 = exp(-d) - 1 + d
     (J. Schulman, "Approximating KL divergence", 2020). Clamped to [-10, 10].
     """
-    _check_choice("kl_estimator", estimator, KL_ESTIMATORS)
     chex.assert_equal_shape([log_probs, reference])
     difference = log_probs - reference
     if estimator == "k2":
@@ -392,37 +382,3 @@ def _metrics(
         gap_max=within(gap).max(initial=0.0),
         **{name: within(x).sum() for name, x in values.items()},
     )
-
-
-def _check_together(config: ObjectiveConfig) -> None:
-    """Refuse settings of another surrogate or another mean than the one that is chosen."""
-    for surrogate, names in _OF_SURROGATE.items():
-        for name in names if surrogate != config.surrogate else ():
-            value = getattr(config, name)
-            if value != getattr(ObjectiveConfig, name):
-                raise ValueError(
-                    f"{name}={value} has no effect with surrogate={config.surrogate!r}; leave it "
-                    f"out, or set surrogate={surrogate!r}"
-                )
-    if config.surrogate == "regression" and config.ratio == "token":
-        raise ValueError(
-            "surrogate='regression' compares whole rollouts, and ratio='token' has none; set "
-            "ratio='trajectory', or 'sequence' for a mean over tokens"
-        )
-    if (config.aggregation == "constant") != (config.constant_length is not None):
-        raise ValueError(
-            f"constant_length={config.constant_length} with aggregation={config.aggregation!r}: "
-            "aggregation='constant' and a length go together"
-        )
-
-
-def _check_range(
-    name: str, value: float | int | None, lowest: float, highest: float = float("inf")
-) -> None:
-    if value is not None and not lowest <= value <= highest:
-        raise ValueError(f"{name}={value} must lie in [{lowest:g}, {highest:g}]")
-
-
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name}={value!r} is unknown; use one of {', '.join(choices)}")

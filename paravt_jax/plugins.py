@@ -20,6 +20,10 @@ from typing import Any
 _RUN: set[str] = set()
 
 
+class Own(str):
+    """The name of a function or class of the user's own, as a setting keeps it."""
+
+
 def is_reference(text: str) -> bool:
     """Whether a text has the form that `load` takes."""
     module, _, name = text.rpartition(":")
@@ -64,15 +68,15 @@ def reference(thing: Any) -> str:
 
 def named(value: str | Callable[..., Any], setting: str) -> str:
     """What a setting keeps of its value: one of our own choices as it is, anything of the user's
-    by a name that holds in every folder and process.
+    by a name that holds in every folder and process (`Own`).
 
     Raises:
         ValueError: naming the setting, if nothing can be found by that name.
     """
     try:
         if isinstance(value, str):
-            return reference(load(value)) if ":" in value else value
-        return reference(value)
+            return Own(reference(load(value))) if ":" in value else value
+        return Own(reference(value))
     except ValueError as error:
         raise ValueError(f"{setting}={error}") from error
 

@@ -51,6 +51,7 @@ class CallSyntax:
         return (THINK_OPEN, THINK_CLOSE, self.open, self.close, ANSWER_OPEN, ANSWER_CLOSE)
 
 
+Syntax = Literal["tool_call", "grounding"]
 SYNTAXES = {
     "tool_call": CallSyntax(CALL_OPEN, CALL_CLOSE),
     "grounding": CallSyntax(GROUNDING_OPEN, GROUNDING_CLOSE, GROUNDING_TOOL),

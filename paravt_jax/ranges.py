@@ -2,16 +2,14 @@
 
     learning_rate: Annotated[float, above(0)] = 2e-6
 
-`check_ranges` holds a whole configuration to them. A number without an annotation must still be
-finite, and an integer must fit 32 bits, because it ends up as the size or content of an array.
+`paravt_jax.settings` holds sections to them. A number without an annotation must still be finite,
+and an integer must fit 32 bits, because it ends up as the size or content of an array.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-import typing
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,11 +18,12 @@ INT32_MAX = 2**31 - 1
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """Which numbers a setting takes, and how an error message says so."""
+    """Which numbers a setting takes, and how help and refusals say so."""
 
     low: float | int
     high: float | int
     said: str
+    """What follows "must be"."""
     open_low: bool = False
     open_high: bool = False
 
@@ -36,67 +35,50 @@ class Range:
 
 def above(low: float | int) -> Range:
     """Finite numbers above `low`."""
-    return Range(low, math.inf, f"must be above {low:g} and finite", True, True)
+    return Range(low, math.inf, f"above {low:g}", True, True)
 
 
-def at_least(low: float | int) -> Range:
-    """Finite numbers from `low` on."""
-    return Range(low, math.inf, f"must be at least {low:g} and finite", False, True)
+def at_least(low: float | int, why: str = "") -> Range:
+    """Finite numbers from `low` on; `why` may say what is wrong with others."""
+    reason = f" ({why})" if why else ""
+    return Range(low, math.inf, f"at least {low:g}{reason}", False, True)
 
 
 def within(low: float | int, high: float | int) -> Range:
     """Numbers from `low` to `high`."""
-    return Range(low, high, f"must be between {low:g} and {high:g}")
+    return Range(low, high, f"between {low:g} and {high:g}")
 
 
 def below(low: float | int, high: float | int) -> Range:
     """Numbers from `low` up to, not including, `high`."""
-    return Range(low, high, f"must be at least {low:g} and below {high:g}", open_high=True)
+    return Range(low, high, f"at least {low:g} and below {high:g}", open_high=True)
 
 
-INTEGER = Range(-INT32_MAX, INT32_MAX, "does not fit 32 bits")
-FINITE = Range(-math.inf, math.inf, "must be a finite number", True, True)
+def above_to(low: float | int, high: float | int) -> Range:
+    """Numbers above `low` up to `high`."""
+    return Range(low, high, f"above {low:g} and at most {high:g}", open_low=True)
 
 
-def check_ranges(settings: Any, prefix: str = "") -> None:
-    """Refuse numbers outside of their ranges, in this dataclass and those that it holds.
-
-    Args:
-      prefix: what stands before the names of its fields in error messages, e.g. `optimizer.`.
-
-    Raises:
-      ValueError: naming the setting in full, its value and its range.
-    """
-    hints = _hints(type(settings))
-    for field in dataclasses.fields(settings):
-        value, name = getattr(settings, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            check_ranges(value, f"{name}.")
-            continue
-        for number in _numbers(value):
-            for limits in (*_ranges(hints[field.name]), _default(number)):
-                if number not in limits:
-                    raise ValueError(f"{name}={_shown(value)}: {limits.said}")
+FINITE = Range(-math.inf, math.inf, "a finite number", True, True)
+INTEGER = Range(-INT32_MAX, INT32_MAX, "a number of at most 32 bits")
 
 
-@functools.cache
-def _hints(kind: type) -> dict[str, Any]:
-    return typing.get_type_hints(kind, include_extras=True)
+def ranges_of(hint: Any) -> list[Range]:
+    """The ranges in a type's annotation."""
+    return [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
+
+
+def fault(value: Any, hint: Any) -> str | None:
+    """What a number, or each of a tuple, must be and is not; None where nothing is wrong."""
+    for number in _numbers(value):
+        size = INTEGER if isinstance(number, int) else FINITE
+        for limits in (size, *ranges_of(hint)):
+            if number not in limits:
+                return limits.said
+    return None
 
 
 def _numbers(value: Any) -> Iterator[float | int]:
     for part in value if isinstance(value, tuple) else (value,):
         if isinstance(part, int | float) and not isinstance(part, bool):
             yield part
-
-
-def _ranges(hint: Any) -> list[Range]:
-    return [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
-
-
-def _default(number: float | int) -> Range:
-    return INTEGER if isinstance(number, int) else FINITE
-
-
-def _shown(value: Any) -> str:
-    return ",".join(map(str, value)) if isinstance(value, tuple) else str(value)

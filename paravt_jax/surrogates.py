@@ -8,6 +8,8 @@ Shapes: b rows, t tokens; a row's `g` neighbours are the rollouts of one prompt.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
@@ -16,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Shaped
 _LARGEST_LOG_RATIO = 20.0
 """exp(20) = 5e8: far beyond any clip range, far below the overflow of float32."""
 
-LEVELS = ("token", "sequence", "trajectory")
+Level = Literal["token", "sequence", "trajectory"]
 """Levels of `log_ratios`."""
 
 
@@ -36,7 +38,7 @@ def log_ratios(
     log_probs: Float[Array, "b t"],
     proximal: Float[Array, "b t"],
     weight: Float[Array, "b t"],
-    level: str = "token",
+    level: Level = "token",
 ) -> Float[Array, "b t"]:
     """Log of the ratio q at each token.
 

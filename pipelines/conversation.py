@@ -18,7 +18,7 @@ import itertools
 import json
 import re
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -34,11 +34,10 @@ from pipelines.render import ChatRenderer
 from pipelines.tokenizer import template_opening
 
 ASSISTANT = "assistant"
-AGENT, OWN = "agent", "own"
-SYSTEMS = (AGENT, OWN)
+System = Literal["agent", "own"]
 """What a conversation begins with: the system text and the tools of the main agent's prompts in
 place of its own system message, or that alone."""
-LEARN = (ASSISTANT, "special")
+Learn = Literal["assistant", "special"]
 """What is learned: the assistant's text with its end-of-turn tokens; or, as in ParaVT's release,
 also the line break after it and every special token of all turns, vision padding excepted."""
 VISION_TEXTS = ("<|image_pad|>", "<|video_pad|>")
@@ -132,8 +131,8 @@ class ConversationRenderer:
         renderer: tokenizer, chat template, and how the frames of videos are shown.
         reader: decodes videos, at the size of the renderer's specification.
         rate: how many frames of a video are shown.
-        learn: which tokens are learned, one of `LEARN`.
-        system: what conversations begin with, one of `SYSTEMS`.
+        learn: which tokens are learned, see `Learn`.
+        system: what conversations begin with, see `System`.
         tools: whether the agent's prompts offer its tools.
         most: tokens of the longest prompt, and of the longest conversation; None for any.
     """
@@ -143,21 +142,17 @@ class ConversationRenderer:
         renderer: ChatRenderer,
         reader: FrameReader,
         rate: FrameRate = FrameRate(),
-        learn: str = ASSISTANT,
-        system: str = OWN,
+        learn: Learn = "assistant",
+        system: System = "own",
         tools: bool = True,
         most: tuple[int, int] | None = None,
     ):
-        if system not in SYSTEMS:
-            raise ValueError(f"system={system!r} is unknown; choose one of {', '.join(SYSTEMS)}")
         self._head: tuple[Message, ...] | None = None
         self._tools, self._most = None, most
-        if system == AGENT:
+        if system == "agent":
             text = renderer.system_text(tools)
             self._head = (Message("system", (text,)),) if text else ()
             self._tools = renderer.described(tools)
-        if learn not in LEARN:
-            raise ValueError(f"learn={learn!r} is unknown; choose one of {', '.join(LEARN)}")
         self._renderer, self._reader, self._rate, self._learn = renderer, reader, rate, learn
         self.image_spec = still_spec(renderer.spec)
         """How still images are shown."""
@@ -260,7 +255,7 @@ class ConversationRenderer:
         encoded = [np.asarray(renderer.encode(text), np.int32) for text in texts]
         learned = np.repeat([own for _, own in pieces], [len(ids) for ids in encoded])
         tokens = np.concatenate(encoded)
-        if self._learn != ASSISTANT:
+        if self._learn == "special":
             learned = self._with_special(tokens, learned)
         clips = tuple(timed.clip for timed in shown)
         repeats = np.ones(len(tokens), np.int64)

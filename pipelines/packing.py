@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import grain
 import numpy as np
@@ -110,7 +110,7 @@ def pack_stream(
     seed: int,
     skips: UnusableCount,
     *,
-    fit: str = "first",
+    fit: Literal["first", "best"] = "first",
     bins: int = 64,
     process_index: int = 0,
     process_count: int = 1,
@@ -135,8 +135,6 @@ def pack_stream(
     """
     if not len(conversations):
         raise ValueError("there are no conversations to pack; check --data")
-    if fit not in FITS:
-        raise ValueError(f"fit={fit!r} is unknown; choose one of {', '.join(FITS)}")
     order = grain.MapDataset.source(conversations).seed(seed).shuffle().repeat()
     own = order[process_index::process_count]
     examples = own.map_with_index(ConversationEncoder(render, shape, skips))

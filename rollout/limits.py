@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any, Literal
 
 from paravt_jax.interfaces import Renderer
-from paravt_jax.plugins import named
-from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, call_syntax
+from paravt_jax.plugins import Own
+from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, Syntax, call_syntax
+from paravt_jax.ranges import above, at_least
+from paravt_jax.settings import Refused, Settings
 from paravt_jax.windows import STRATEGIES
 from rollout.engine.engine import SlotPool
 from rollout.engine.sampler import SamplingConfig
@@ -16,111 +18,94 @@ from rollout.engine.sampler import SamplingConfig
 MAIN, CROP = "main", "crop"
 """Slot pools of main agents and of sub-agents. Each has slots of its own, so that main agents which
 wait for crops cannot keep sub-agents from running."""
-
-CHOICES = {"dispatch": ("parallel", "sequential"), "evidence": ("text", "frames")}
+ToolName = Literal["crop_video", "get_video_clip_frame", "grounding"]
+"""The tools of `rollout.tools`."""
 
 
 @dataclasses.dataclass(frozen=True)
-class AgentConfig:
+class AgentConfig(Settings):
     """Rules and limits of an episode."""
 
-    tools: tuple[str | Callable[..., Any], ...] = ("crop_video",)
+    tools: tuple[ToolName | Own | Callable[..., Any], ...] = ("crop_video",)
     """What the agent may call: `crop_video` (ParaVT, LongVT), `get_video_clip_frame` (VITAL),
     `grounding` (Video-o3), or functions of your own (`rollout.tools`), given as such or as
     `path/to/file.py:name`; kept by that name."""
-    call_syntax: str = "tool_call"
+    call_syntax: Syntax = "tool_call"
     """How it writes calls: `tool_call`, Qwen's tag around name and arguments; `grounding`,
     Video-o3's tag around the arguments of the tool `grounding`, its only one."""
-    clip_tokens: tuple[int, ...] = ()
+    clip_tokens: Annotated[tuple[int, ...], at_least(1)] = ()
     """Most vision tokens of a clip of `grounding`, one number for each of its strategies coarse,
     medium and fine. Given exactly where that tool is offered."""
-    max_tool_rounds: int = 1
+    max_tool_rounds: Annotated[int, at_least(0)] = 1
     """Rounds of tool calls; the turn after the last one is the forced answer. 0 forbids tools."""
-    dispatch: str = "parallel"
+    dispatch: Literal["parallel", "sequential"] = "parallel"
     """`parallel` runs the calls of a turn side by side, as in ParaVT; `sequential` runs the first
     call of a turn and answers the others with an error, as agents of one call per turn need it."""
-    max_calls_per_turn: int = 5
+    max_calls_per_turn: Annotated[int, at_least(1)] = 5
     """Calls of one turn that are run; each one beyond gets an error response."""
-    evidence: str = "text"
+    evidence: Literal["text", "frames"] = "text"
     """What a crop gives the main agent: `text` is the report of a sub-agent, as in ParaVT;
     `frames` are the frames themselves, as in LongVT and in the evaluation of ParaVT."""
     think_prefix: str = "<think>\n"
     """Text that we put at the head of every turn; part of the scored text. May be empty. Where the
     chat template opens turns with `<think>` itself, that is their head, and what follows a
     `<think>` here comes after it (`turn_head`)."""
-    turn_tokens: int = 192
+    turn_tokens: Annotated[int, at_least(1)] = 192
     """Longest turn that may call tools, in generated tokens."""
-    answer_tokens: int = 96
+    answer_tokens: Annotated[int, at_least(1)] = 96
     """Longest forced answer, in generated tokens."""
-    response_tokens: int = 64
+    response_tokens: Annotated[int, at_least(1)] = 64
     """Tokens for words of tool responses, per allowed call; the responses of a turn share it."""
-    episode_tokens: int = 0
+    episode_tokens: Annotated[int, at_least(0)] = 0
     """Most tokens after the prompt, tool responses included: a turn that may call tools begins
     only while it, its responses and the forced answer still fit. 0: the other limits decide."""
-    tool_timeout: float = 60.0
+    tool_timeout: Annotated[float, above(0)] = 60.0
     """Seconds that a call may take before it is answered with an error."""
     sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How the main agent draws tokens."""
-    subagent_tokens: int = 64
+    subagent_tokens: Annotated[int, at_least(1)] = 64
     """Longest report of a sub-agent, in generated tokens."""
-    subagent_thought_tokens: int = 1024
+    subagent_thought_tokens: Annotated[int, at_least(1)] = 1024
     """Tokens for its thought besides, where the chat template opens `<think>`. A thought is no
     report: only what follows it is shown to the main agent."""
     subagent_sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How sub-agents draw tokens."""
-    subagent_batch: int = 128
+    subagent_batch: Annotated[int, at_least(1)] = 128
     """Sub-agents that work at a time; others wait for a free place."""
-    decode_threads: int = 4
+    decode_threads: Annotated[int, at_least(1)] = 4
     """Threads that decode crops."""
 
-    def __post_init__(self) -> None:
-        """Refuse impossible limits, naming field, value and remedy."""
-        object.__setattr__(self, "tools", tuple(named(tool, "tools") for tool in self.tools))
-        may_be_0 = {
-            "max_tool_rounds": "no tools",
-            "episode_tokens": "as many as the other limits allow",
-        }
-        for name, meaning in may_be_0.items():
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: must be >= 0 (0 = {meaning})")
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if isinstance(value, int) and field.name not in may_be_0 and value < 1:
-                raise ValueError(f"{field.name}={value}: must be at least 1")
-        if not self.tool_timeout > 0:
-            raise ValueError(f"tool_timeout={self.tool_timeout}: must be above 0 seconds")
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r}: choose {' or '.join(known)}")
-        self._check_tools()
+    def check_together(self) -> None:
+        """Refuse tools, syntax and quotas that do not go together.
 
-    def _check_tools(self) -> None:
-        """Raises ValueError for tools, syntax and quotas that do not go together."""
+        Raises:
+            Refused: naming them.
+        """
         own = call_syntax(self.call_syntax)
         if not self.tools or len(set(self.tools)) < len(self.tools):
-            raise ValueError(f"tools={','.join(self.tool_names)}: name at least one, and each once")
+            raise Refused(self, "{tools}: name at least one, and each once")
         if own.tool and self.tools != (own.tool,):
-            raise ValueError(
-                f"call_syntax={self.call_syntax} can call {own.tool} alone, not "
-                f"{','.join(self.tool_names)}; set tools={own.tool}"
+            raise Refused(
+                self, "{call_syntax} can call {tool} alone; set {tools:=}{tool}", tool=own.tool
             )
         if (GROUNDING_TOOL in self.tools) != bool(self.clip_tokens):
-            raise ValueError(
-                f"clip_tokens={self.clip_tokens} with tools={','.join(self.tool_names)}: the tool "
-                f"{GROUNDING_TOOL} and its quotas of vision tokens go together"
+            raise Refused(
+                self,
+                "{clip_tokens} with {tools}: the tool {tool} and its quotas of vision tokens go "
+                "together",
+                tool=GROUNDING_TOOL,
             )
-        if self.clip_tokens and (
-            len(self.clip_tokens) != len(STRATEGIES) or min(self.clip_tokens) < 1
-        ):
-            raise ValueError(
-                f"clip_tokens={self.clip_tokens}: give a number of at least 1 for each of "
-                f"{', '.join(STRATEGIES)}"
-            )
+        if self.clip_tokens and len(self.clip_tokens) != len(STRATEGIES):
+            names = ", ".join(STRATEGIES)
+            raise Refused(self, "{clip_tokens}: give one number for each of {names}", names=names)
         for name, other in SYNTAXES.items():
             if other is not own and {other.open, other.close} & set(self.sampling.stop):
-                raise ValueError(
-                    f"sampling.stop={self.sampling.stop}: calls are not written with the tags of "
-                    f"{name}; stop at {own.close}"
+                raise Refused(
+                    self,
+                    "{sampling.stop}: calls are not written with the tags of {name}; stop at "
+                    "{close}",
+                    name=name,
+                    close=own.close,
                 )
 
     @property

@@ -223,10 +223,6 @@ def agent_tools(config: AgentConfig) -> Tools:
 def _tool(name: str, config: AgentConfig) -> Tool:
     if name in MAKERS:
         return MAKERS[name](config)
-    if ":" not in name:
-        raise ValueError(
-            f"{name} is unknown; known: {', '.join(MAKERS)}, or path/to/file.py:function"
-        )
     found = load(name)
     if not callable(found):
         raise ValueError(f"{name} is no function")

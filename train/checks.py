@@ -14,6 +14,7 @@ from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import AXES, RULES, AnyMesh
 from paravt_jax.params import format_table
 from paravt_jax.records import Conversation, Row
+from paravt_jax.settings import placed
 from pipelines.datasets import Found
 from pipelines.media_check import check_media
 from pipelines.render import ChatRenderer
@@ -49,8 +50,10 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
     check_model(config, here)
     if here:
         # These refuse a judge whose key is not in the environment.
-        Scorer(config.rewards)
-        open_feedback(config.teacher.judge)
+        with placed("rewards.judge."):
+            Scorer(config.rewards)
+        with placed("teacher.judge."):
+            open_feedback(config.teacher.judge)
     mixed = [("data.mixture", path) for path in config.data.mixture]
     for name, path in [("--data", config.data.path), *mixed]:
         if path is not None and not Path(path).exists():

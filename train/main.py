@@ -13,7 +13,6 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse  # noqa: E402
-import dataclasses  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any, NoReturn  # noqa: E402
 
@@ -23,6 +22,12 @@ from train.hosts.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # no
 from train.recipes import check_name, summaries  # noqa: E402
 
 DEFAULT_RECIPE = "needle_rl"
+
+FLAGS = {
+    **{"model": "model.folder", "data": "data.path"},
+    **{name: name for name in ("mesh", "steps", "seed")},
+}
+"""Flags that set a setting, and its name."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -97,14 +102,9 @@ def resolve(arguments: argparse.Namespace):
     if arguments.recipe is None and arguments.workdir is not None:
         config = read_config(Path(arguments.workdir))
     config = config or get_recipe(arguments.recipe or DEFAULT_RECIPE)
-    replace = dataclasses.replace
-    if arguments.model is not None:
-        config = replace(config, model=replace(config.model, folder=arguments.model))
-    if arguments.data is not None:
-        config = replace(config, data=replace(config.data, path=arguments.data))
-    plain = {name: getattr(arguments, name) for name in ("mesh", "steps", "seed")}
-    config = replace(config, **{k: v for k, v in plain.items() if v is not None})
-    return with_whole_paths(override(config, arguments.set))
+    flags = {key: (f"--{name}", getattr(arguments, name)) for name, key in FLAGS.items()}
+    given = {key: flag for key, flag in flags.items() if flag[1] is not None}
+    return with_whole_paths(override(config, arguments.set, given))
 
 
 def tell(arguments: argparse.Namespace) -> None:

@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.ranges import at_least
+from paravt_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class ModelSettings:
+class ModelSettings(Settings):
     """Which weights, in which precision."""
 
     folder: str | None = None
     """Hugging Face folder to start from; None starts the needle model from random weights."""
-    compute_dtype: str = "float32"
-    """Precision of matrix products: `float32` or `bfloat16`. `models/qwen3_vl/README.md` lists what
-    stays float32."""
-    cache_dtype: str = "compute"
+    compute_dtype: Literal["float32", "bfloat16"] = "float32"
+    """Precision of matrix products. `models/qwen3_vl/README.md` lists what stays float32."""
+    cache_dtype: Literal["compute", "int8"] = "compute"
     """What rollouts keep keys and values in: `compute` (the type above) or `int8`, which takes some
     28 % of float32 and moves the needle model's log-probs by 2e-4 on average and 0.15 at most
     (`docs/log.md`)."""

@@ -5,26 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import optax
 
 from paravt_jax.params import ParamSpec, Table
 from paravt_jax.ranges import above, at_least, below, within
+from paravt_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class OptimizerSettings:
+class OptimizerSettings(Settings):
     """Optax optimiser. Master weights and moments are float32."""
 
-    name: str = "adamw"
+    name: Literal["adamw", "muon"] = "adamw"
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
     learning_rate: Annotated[float, above(0)] = 2e-6
     """Largest learning rate, at the end of the warm-up."""
     warmup_steps: Annotated[int, at_least(0)] = 0
     """Optimiser steps over which the rate rises evenly: the first has 1/warmup_steps of it, the
     last of them all."""
-    decay: str = "constant"
+    decay: Literal["constant", "cosine"] = "constant"
     """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
     decay_steps: Annotated[int | None, at_least(1)] = None
     """Optimiser steps, warm-up included, after which a cosine has reached its end and stays there;
@@ -41,19 +42,6 @@ class OptimizerSettings:
     """Decay of matrices. Norms, biases and embeddings do not decay."""
     clip_norm: Annotated[float | None, above(0)] = 1.0
     """Largest global norm of a gradient; none clips nothing."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for an unknown choice, or a setting without effect."""
-        for name, known in (("name", ("adamw", "muon")), ("decay", ("constant", "cosine"))):
-            if getattr(self, name) not in known:
-                raise ValueError(
-                    f"{name}={getattr(self, name)!r} is unknown; choose one of {', '.join(known)}"
-                )
-        if self.decay == "constant" and self.decay_steps:
-            raise ValueError(
-                f"decay_steps={self.decay_steps} has no effect with decay=constant; leave it out, "
-                "or set decay=cosine"
-            )
 
 
 def make_optimizer(

@@ -15,7 +15,6 @@ import contextlib
 import dataclasses
 import http.client
 import json
-import math
 import os
 import socket
 import threading
@@ -23,8 +22,11 @@ import time
 import urllib.parse
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Annotated
 
+from paravt_jax.ranges import above, at_least
 from paravt_jax.rewards.verdicts import verdict
+from paravt_jax.settings import Refused, Settings
 
 _LONGEST_REPLY = 1 << 20
 """Bytes of a response that are read; a verdict is a few hundred."""
@@ -44,7 +46,7 @@ class JudgeError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class JudgeSettings:
+class JudgeSettings(Settings):
     """Where a language model is that judges, and how it is asked."""
 
     url: str = ""
@@ -55,52 +57,45 @@ class JudgeSettings:
     key_variable: str = ""
     """Environment variable that holds the API key; empty sends none. The key itself is never a
     setting, so that it is in no file."""
-    timeout: float | int = 30.0
+    timeout: Annotated[float | int, above(0)] = 30.0
     """Seconds that connecting may take, and then again everything until the last byte."""
-    retries: int = 2
+    retries: Annotated[int, at_least(0)] = 2
     """Further tries after a failure that may pass (no connection, time-out, overload)."""
-    backoff: float | int = 0.5
+    backoff: Annotated[float | int, at_least(0)] = 0.5
     """Seconds before the first further try; each next one waits twice as long."""
-    concurrency: int = 16
+    concurrency: Annotated[int, at_least(1)] = 16
     """Messages of a batch that are asked side by side."""
-    temperature: float | int = 0.0
+    temperature: Annotated[float | int, at_least(0)] = 0.0
     """Temperature of the judge: 0 in ParaVT, 0.3 in LongVT."""
-    max_tokens: int = 8
+    max_tokens: Annotated[int, at_least(1)] = 8
     """Longest reply, as in ParaVT. A judge that thinks aloud needs more."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value that has no meaning."""
-        for name, lowest in (("retries", 0), ("concurrency", 1), ("max_tokens", 1)):
-            if getattr(self, name) < lowest:
-                raise ValueError(f"{name}={getattr(self, name)} must be at least {lowest}")
-        for name in ("backoff", "temperature"):
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name}={getattr(self, name)} must be finite and 0 or more")
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"timeout={self.timeout} must be above 0 seconds and finite")
 
     def check(self) -> None:
         """Refuse settings with which no judge can be asked.
 
         Raises:
-            ValueError: URL or model are missing or unusable, naming setting and remedy.
+            Refused: URL or model are missing or unusable, naming setting and remedy.
         """
         if not self.url or not self.model:
-            raise ValueError(
-                f"judge.url={self.url!r} and judge.model={self.model!r}: a judge needs both, e.g. "
-                "http://localhost:8000/v1 and the name of a model that is served there"
+            raise Refused(
+                self,
+                "{url:name} and {model:name}: a judge needs both, e.g. http://localhost:8000/v1 "
+                "and the name of a model that is served there",
             )
         parts = urllib.parse.urlsplit(self.url)
         try:
             usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
         except ValueError:  # A port that is no number.
             usable = False
+        # The URL itself is not told: it may hold a key.
         if not usable:
-            raise ValueError("judge.url: write http:// or https://, a host, and a path if any")
+            raise Refused(self, "{url:name}: write http:// or https://, a host, and a path if any")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise ValueError(
-                f"judge.url for {parts.hostname} holds more than host and path; keys belong into "
-                "the environment variable that judge.key_variable names"
+            raise Refused(
+                self,
+                "{url:name} for {host} holds more than host and path; keys belong into the "
+                "environment variable that {key_variable:name} names",
+                host=parts.hostname,
             )
 
 
@@ -120,9 +115,10 @@ def open_judge(settings: JudgeSettings, read: Callable[[str], object | None] = v
     name = settings.key_variable
     key = os.environ.get(name, "") if name else ""
     if name and not (key and key.isascii() and key.isprintable()):
-        raise ValueError(
-            f"judge.key_variable={name}: this environment variable is not set, or holds characters "
-            "that no key has; export the key alone"
+        raise Refused(
+            settings,
+            "{key_variable}: this environment variable is not set, or holds characters that no key "
+            "has; export the key alone",
         )
     return LlmJudge(settings, key, read)
 

@@ -70,7 +70,7 @@ def scheme_of(reference: str) -> Scheme:
     terms: Ranges | None = getattr(function, _TERMS, None)
     if terms is None:
         raise ValueError(
-            f"scheme={reference} does not say which terms it returns; put @reward_terms(...) above "
+            f"{reference} does not say which terms it returns; put @reward_terms(...) above "
             "it (paravt_jax.rewards)"
         )
 

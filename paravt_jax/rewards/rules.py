@@ -5,40 +5,40 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
-import math
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
+from typing import Annotated, Literal
 
-from paravt_jax.plugins import is_reference, named
+from paravt_jax.plugins import Own, is_reference
+from paravt_jax.ranges import at_least
 from paravt_jax.rewards.attempt import Attempt
 from paravt_jax.rewards.judge import JudgeSettings
+from paravt_jax.settings import OneOf, Refused, Settings
 
 THINK_MIN_CHARS = 10
 """Shortest stripped thought that counts as one."""
 
 
-_CHOICES = {
-    "compat": ("fixed", "reference"),
-    "mode": ("f1", "precise", "exact", "llm"),
-    "window_term": ("iou", "recall", "tool", "none"),
-}
 _SCHEMES = "paravt_jax.rewards.schemes"
-_OF_ALL = ("scheme", "format_weight", "judge")
+READ_BY_ALL = ("scheme", "format_weight", "judge")
 """Settings that all schemes read; of the others, those that `Scheme.reads` names."""
 
 
-def _any_of(names: Sequence[str]) -> str:
-    *others, last = names
-    return f"{', '.join(others)} or {last}" if others else last
+def scheme_names() -> tuple[str, ...]:
+    """The schemes of this package."""
+    folder = importlib.import_module(_SCHEMES)
+    return tuple(module.name for module in pkgutil.iter_modules(folder.__path__))
 
 
 @dataclasses.dataclass(frozen=True)
-class RewardRules:
+class RewardRules(Settings):
     """Weights and switches of the reward. The defaults are the PARA-GRPO recipe, corrected."""
 
-    compat: str = "fixed"
+    compat: Literal["fixed", "reference"] = "fixed"
     """The corrected rewards, "fixed", or those of the release, "reference"."""
-    scheme: str | Callable[..., Mapping[str, float]] = "paravt"
+    scheme: Annotated[str | Own | Callable[..., Mapping[str, float]], OneOf(scheme_names)] = (
+        "paravt"
+    )
     """Whose rewards: a module of `paravt_jax.rewards.schemes`, which says what it reads, or a
     function of your own (`reward_terms`), as `path/to/file.py:name` or `package.module:name`."""
     answer_suffix: bool = True
@@ -47,7 +47,7 @@ class RewardRules:
     """Weight of the anchor (lambda) inside the format score; 0 is vanilla GRPO."""
     format_weight: float | int = 1.0
     """Weight of the format score in the total."""
-    mode: str = "f1"
+    mode: Literal["f1", "precise", "exact", "llm"] = "f1"
     """How an open answer that differs from the ground truth is judged: "f1", "precise", "exact" or
     "llm". By F1, the source's, a list of all six colours earns 0.286, and naming one 0.167 on
     average; "precise" is F1 times the share of words that are right, by which naming several
@@ -58,12 +58,12 @@ class RewardRules:
     """Credit for at least one executed call. Only for compat="fixed"."""
     tool_bonus: float | int = 0.5
     """Further credit, times accuracy, if a call was executed. Only for compat="fixed"."""
-    fresh_seconds: float | int = 0.0
+    fresh_seconds: Annotated[float | int, at_least(0)] = 0.0
     """Seconds of the video that a call must look at, and no earlier call did, to count as a use of
     the tool. Credit is multiplied by the share of calls that count; scheme="vital" pays for those
     alone. 0, the source's rule, counts whatever ran: a crop of 0.001 s, the same crop five times.
     Only for compat="fixed"."""
-    window_term: str = "iou"
+    window_term: Literal["iou", "recall", "tool", "none"] = "iou"
     """What scheme="longvt" gives for its last crop: "iou" with the evidence, "recall" of it, "tool"
     for having used it and being right, or "none"."""
     iou_scale: tuple[float, float] = (0.2, 0.8)
@@ -72,18 +72,28 @@ class RewardRules:
     """Whether answers in words or options also name the window, judged against the evidence. For
     scheme="vital", "deepvideo_r1" and "visd"."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a value that has no meaning."""
-        # Kept as a name, so that it can be compared, written to config.json and found again.
-        object.__setattr__(self, "scheme", named(self.scheme, "scheme"))
-        for name, known in _CHOICES.items():
-            if getattr(self, name) not in known:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; use {_any_of(known)}")
-        for name in ("anchor_weight", "format_weight", "tool_base", "tool_bonus", "fresh_seconds"):
-            self._check_weight(name)
+    def check_together(self) -> None:
+        """Refuse rules that no release has beside it, and weights without a meaning.
+
+        Raises:
+            Refused: naming them.
+        """
+        try:
+            self.definition  # noqa: B018  a function that declares no terms is refused
+        except ValueError as error:
+            raise Refused(self, "{scheme:name}={why}", why=error) from error
         if not (len(self.iou_scale) == 2 and 0 <= self.iou_scale[0] < self.iou_scale[1] <= 1):
-            raise ValueError(f"iou_scale={self.iou_scale}: give two rising numbers in [0, 1]")
-        self._check_use()
+            raise Refused(self, "{iou_scale}: give two rising numbers in [0, 1]")
+        own = (("mode", self.mode == "precise"), ("fresh_seconds", self.fresh_seconds))
+        for name in (name for name, used in own if used and self.compat == "reference"):
+            raise Refused(
+                self,
+                f"{{{name}}} is no rule of any release, which {{compat}} repeats; set "
+                "{compat:=fixed}",
+            )
+        for name in ("anchor_weight", "format_weight", "tool_base", "tool_bonus"):
+            if self.compat == "fixed" and getattr(self, name) < 0:
+                raise Refused(self, f"{{{name}}} must not be negative; 0 switches it off")
 
     @property
     def definition(self) -> Scheme:
@@ -95,32 +105,6 @@ class RewardRules:
         """Weight of the anchor in the total; 0 for schemes that have none."""
         own = "anchor_weight" in self.definition.reads
         return self.anchor_weight * self.format_weight if own else 0.0
-
-    def _check_use(self) -> None:
-        """Refuse settings that the scheme does not read."""
-        own = (*_OF_ALL, *self.definition.reads)
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name not in own and value != field.default:
-                readers = [name for name in scheme_names() if _reads(name, field.name)]
-                raise ValueError(
-                    f"{field.name}={value} has no effect with scheme={self.scheme}, only with "
-                    f"{_any_of(readers)}; leave it out"
-                )
-        for name, own in (("mode", self.mode == "precise"), ("fresh_seconds", self.fresh_seconds)):
-            if self.compat == "reference" and own:
-                raise ValueError(
-                    f"{name}={getattr(self, name)} is no rule of any release, which "
-                    "compat=reference repeats; set compat=fixed"
-                )
-        if self.mode != "llm" and self.judge != JudgeSettings():
-            raise ValueError(f"judge.* has no effect with mode={self.mode}; set mode=llm")
-
-    def _check_weight(self, name: str) -> None:
-        value = getattr(self, name)
-        lowest = 0.0 if self.compat == "fixed" else -math.inf
-        if not (math.isfinite(value) and value >= lowest):
-            raise ValueError(f"{name}={value} must be finite and not negative; 0 switches it off")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -166,12 +150,6 @@ class Scheme:
     """The only syntax whose calls it judges, a name of `protocol.SYNTAXES`; None takes any."""
 
 
-def scheme_names() -> tuple[str, ...]:
-    """The schemes of this package."""
-    folder = importlib.import_module(_SCHEMES)
-    return tuple(module.name for module in pkgutil.iter_modules(folder.__path__))
-
-
 @functools.cache
 def find_scheme(name: str) -> Scheme:
     """The scheme of a name, or of a function that `plugins.load` finds.
@@ -182,16 +160,12 @@ def find_scheme(name: str) -> Scheme:
     if is_reference(name):
         # Imported here: the adapter of such functions is made of what this module defines.
         return importlib.import_module("paravt_jax.rewards.own").scheme_of(name)
-    if name not in scheme_names():
-        raise ValueError(
-            f"scheme={name!r} is unknown; use {_any_of(scheme_names())}, or a function of your own "
-            "as path/to/file.py:name"
-        )
     return importlib.import_module(f"{_SCHEMES}.{name}").SCHEME
 
 
-def _reads(scheme: str, setting: str) -> bool:
-    return setting in find_scheme(scheme).reads
+def readers_of(setting: str) -> tuple[str, ...]:
+    """The schemes of this package that read a setting of `RewardRules`."""
+    return tuple(name for name in scheme_names() if setting in find_scheme(name).reads)
 
 
 UNIT = (0.0, 1.0)

@@ -14,33 +14,36 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Annotated
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
+from paravt_jax import ranges
 from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.settings import Refused, Settings
 from paravt_jax.shaping import penalised, within
 
 
 @dataclasses.dataclass(frozen=True)
-class SamplingConfig:
+class SamplingConfig(Settings):
     """How the tokens of one request are drawn. Changing a value never recompiles."""
 
-    temperature: float = 1.0
+    temperature: Annotated[float, ranges.at_least(0)] = 1.0
     """Divides the logits; 0 takes the most likely token."""
-    top_p: float = 1.0
+    top_p: Annotated[float, ranges.above_to(0, 1)] = 1.0
     """Draw only from the smallest set of likeliest tokens that holds this much probability."""
-    top_k: int = 0
+    top_k: Annotated[int, ranges.at_least(0)] = 0
     """Draw only from this many likeliest tokens; 0 keeps every token."""
-    min_p: float = 0.0
+    min_p: Annotated[float, ranges.within(0, 1)] = 0.0
     """Draw only tokens at least this likely relative to the likeliest; 0 keeps every token."""
-    repetition_penalty: float = 1.0
+    repetition_penalty: Annotated[float, ranges.above(0)] = 1.0
     """Makes tokens that the stream holds after its prompt, given ones included, less likely."""
     stop: tuple[str, ...] = ()
     """Texts that end a turn. The token that completes one still belongs to the turn."""
-    stop_ids: tuple[int, ...] = ()
+    stop_ids: Annotated[tuple[int, ...], ranges.at_least(0)] = ()
     """Token ids that end a turn, besides the model's own."""
     constrain: str = ""
     """Name of the grammar that the turn must follow; empty for free text."""
@@ -50,24 +53,14 @@ class SamplingConfig:
         """Whether unlikely tokens are cut off."""
         return bool(self.top_k or self.top_p < 1 or self.min_p)
 
-    def __post_init__(self) -> None:
-        """Refuse impossible settings, naming field, value and remedy."""
-        if not 0 <= self.temperature < np.inf:
-            raise ValueError(f"temperature={self.temperature}: must be >= 0 (0 means greedy)")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p={self.top_p}: must be in (0, 1]; 1 keeps every token")
-        if self.top_k < 0:
-            raise ValueError(f"top_k={self.top_k}: must be >= 0; 0 keeps every token")
-        if not 0 <= self.min_p <= 1:
-            raise ValueError(f"min_p={self.min_p}: must be in [0, 1]; 0 keeps every token")
-        if not 0 < self.repetition_penalty < np.inf:
-            raise ValueError(
-                f"repetition_penalty={self.repetition_penalty}: must be above 0; 1 changes nothing"
-            )
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop={self.stop!r}: pass a tuple of texts, none of them empty")
-        if any(index < 0 for index in self.stop_ids):
-            raise ValueError(f"stop_ids={self.stop_ids}: token ids are >= 0")
+    def check_together(self) -> None:
+        """Refuse a lone text where texts are expected.
+
+        Raises:
+            Refused: naming them.
+        """
+        if isinstance(self.stop, str):
+            raise Refused(self, "{stop}: pass a tuple of texts")
 
 
 @pytree

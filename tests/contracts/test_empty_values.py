@@ -1,7 +1,6 @@
 """An unset shell variable is refused by every flag and setting that names something."""
 
 import dataclasses
-from typing import Any
 
 import pytest
 
@@ -10,23 +9,17 @@ from paravt_jax.flags import MAY_BE_EMPTY
 from pipelines import describe
 from train import main
 from train.recipes import get_recipe
-from train.settings.override import RECIPE_ONLY, override
+from train.settings.override import leaves, override
 
 CONFIG = get_recipe("needle_rl")
 FLAGS = ["--recipe", "--mesh", "--workdir", "--model", "--data", "--compile-only", "--set"]
 
 
-def settings(section: Any, prefix: str = ""):
-    """Full names of the settings that can be set, and their values."""
-    for field in dataclasses.fields(section):
-        value, name = getattr(section, field.name), prefix + field.name
-        if dataclasses.is_dataclass(value):
-            yield from settings(value, f"{name}.")
-        elif name not in ("sft.phases", "sft.tasks") and field.metadata != RECIPE_ONLY:
-            yield name, value
-
-
-ALL = dict(settings(CONFIG))
+ALL = {
+    name: value
+    for name, value in leaves(CONFIG)
+    if name not in ("recipe", "needs", "stage", "sft.phases", "sft.tasks")
+}
 TEXTS = [
     name
     for name, value in ALL.items()
@@ -88,7 +81,7 @@ def test_a_list_of_names_with_a_gap(text):
 @pytest.mark.parametrize("name", ["path", "video_root", "cache_dir", "mixture"])
 def test_recipes(name):
     value = ("",) if name == "mixture" else ""
-    with pytest.raises(ValueError, match=rf"data\.{name} is empty"):
+    with pytest.raises(ValueError, match=rf"DataSettings\.{name} is empty"):
         dataclasses.replace(CONFIG, data=dataclasses.replace(CONFIG.data, **{name: value}))
 
 

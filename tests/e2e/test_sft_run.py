@@ -122,8 +122,8 @@ def test_subtitles_that_no_video_has_are_refused(data):
     "setting, named",
     [
         ("evaluation.rows=4", "no questions to evaluate"),
-        ("sft.packing.learn=all", "assistant, special"),
-        ("sft.packing.fit=worst", "first, best"),
+        ("sft.packing.learn=all", "assistant or special"),
+        ("sft.packing.fit=worst", "first or best"),
         ("sft.packing.fps=0", "above 0"),
         ("sft.packing.rows=0", "at least 1"),
         ("sft.micro_rows=3", "does not divide"),

@@ -95,7 +95,7 @@ def test_a_system_message_of_ones_own_can_be_kept():
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
         "<|im_start|>assistant\nA<|im_end|>\n"
     )
-    with pytest.raises(ValueError, match=r"sft\.packing\.system='mine' is unknown"):
+    with pytest.raises(ValueError, match=r"sft\.packing\.system=mine: choose agent or own"):
         override(config, ["sft.packing.system=mine"])
 
 

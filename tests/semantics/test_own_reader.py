@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from paravt_jax.plugins import load
+from paravt_jax.plugins import Own, load
 from pipelines.datasets import question_rows
 from tests.paravt_fixture import write_video
 from train.data.settings import DataSettings
@@ -85,10 +85,10 @@ def test_the_example_reads_choices(tmp_path: Path):
 def test_the_setting_names_the_function_wherever_it_is_read(folder: Path, monkeypatch):
     monkeypatch.chdir(folder)
     whole = f"{folder.resolve()}/mine.py:row"
-    assert DataSettings(reader="mine.py:row").reader == whole
+    assert DataSettings(reader=Own("mine.py:row")).reader == whole
     assert DataSettings(reader=load(whole)).reader == whole
     with pytest.raises(ValueError, match="has nothing called rows"):
-        DataSettings(reader="mine.py:rows")
+        DataSettings(reader=Own("mine.py:rows"))
 
 
 def test_a_run_reads_with_it(folder: Path):

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 
+from paravt_jax.plugins import Own
 from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import Frames, VideoRef
 from pipelines.decode import video_ref
@@ -26,7 +27,7 @@ from train.recipes import get_recipe
 from train.settings.override import override
 from train.setup import prompt_texts
 
-ZOOM = f"{Path(__file__).resolve().parents[2]}/examples/zoom_image.py:zoom_image"
+ZOOM = Own(f"{Path(__file__).resolve().parents[2]}/examples/zoom_image.py:zoom_image")
 SIDE = 256
 SPEC = ImageSpec().limited(64 * 64, 64 * 64)
 
@@ -251,7 +252,7 @@ def test_grammars_hold_its_calls():
 def test_functions_that_models_cannot_be_told_of_are_refused(tmp_path, source, said):
     (tmp_path / "mine.py").write_text(source)
     with pytest.raises(ValueError, match=rf"tools=.*{said}"):
-        agent_tools(AgentConfig(tools=(f"{tmp_path}/mine.py:t",)))
+        agent_tools(AgentConfig(tools=(Own(f"{tmp_path}/mine.py:t"),)))
 
 
 def test_recipes_and_settings_take_it():

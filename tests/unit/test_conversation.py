@@ -231,8 +231,3 @@ def test_templates_that_hide_what_was_said_are_refused(template, named):
 def test_conversations_that_cannot_be_learned(messages, named):
     with pytest.raises(ValueError, match=f"row bad: .*{named}"):
         conversations()(Conversation("bad", messages))
-
-
-def test_unknown_choice_of_what_is_learned():
-    with pytest.raises(ValueError, match="learn='all'"):
-        conversations(learn="all")

@@ -220,10 +220,11 @@ def test_hints_keep_to_their_room(text):
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (["difficulty.window=0"], "difficulty.hint_tokens=24 has no effect"),
-        (["difficulty.scale=0"], "above the tolerance"),
+        (["difficulty.window=0", "difficulty.noise=0.2"], "difficulty.noise=0.2 has no effect"),
+        (["difficulty.scale=0"], "above 0"),
+        (["difficulty.tolerance=2"], "difficulty.tolerance=2 is not below difficulty.scale=1"),
         (["difficulty.traces=5"], "rl.group_size=4"),
-        (["difficulty.noise=0"], "shares above 0"),
+        (["difficulty.noise=0"], "above 0 and at most 1"),
         (["difficulty.hint_tokens=0"], "at least 1"),
     ],
 )

@@ -239,8 +239,8 @@ def test_a_run_can_have_a_judge():
 @pytest.mark.parametrize(
     ("settings", "named"),
     [
-        (["rewards.mode=llm"], "judge.url=''"),
-        (["rewards.mode=llm", URL], "judge.model=''"),
+        (["rewards.mode=llm"], "judge.url and rewards.judge.model"),
+        (["rewards.mode=llm", URL], "judge.url and rewards.judge.model"),
         (["rewards.mode=llm", MODEL, "rewards.judge.url=localhost:1"], "http://"),
         (["rewards.mode=llm", MODEL, "rewards.judge.url=http://h:port/v1"], "http://"),
         (["rewards.mode=llm", MODEL, "rewards.judge.url=http://u:secret@h/v1"], "key_variable"),

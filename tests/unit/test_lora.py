@@ -34,11 +34,8 @@ POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL), lora=LORA)
     [
         ({"rank": -1}, "rank=-1"),
         ({"rank": 4, "alpha": 0}, "alpha=0"),
-        ({"rank": 4, "targets": ("q_proj", "qkv")}, "q_proj,qkv: choose from"),
-        ({"rank": 4, "targets": ()}, "targets=: name each"),
+        ({"rank": 4, "targets": ()}, "targets=none: name each"),
         ({"rank": 4, "targets": ("q_proj", "q_proj")}, "once"),
-        ({"alpha": 8}, "alpha=8: has no effect without"),
-        ({"targets": ("q_proj",)}, "no effect without"),
     ],
 )
 def test_bad_settings_are_refused(settings, named):

@@ -91,11 +91,6 @@ def test_what_declares_no_terms_is_refused_at_once():
         RewardRules(scheme=undeclared)
 
 
-def test_settings_of_other_schemes_are_refused():
-    with pytest.raises(ValueError, match=r"anchor_weight=0\.7 has no effect with scheme=.*quick"):
-        RewardRules(scheme=quick, anchor_weight=0.7)
-
-
 @pytest.mark.parametrize("ranges", [{}, {"total": (0, 1)}, {"pace": (1, 0)}])
 def test_a_declaration_without_meaning_is_refused(ranges):
     with pytest.raises(ValueError, match="reward_terms"):

@@ -221,10 +221,10 @@ def test_a_run_without_a_teacher_has_no_second_copy_of_its_weights():
     ("settings", "named"),
     [
         (["teacher.strength=0", "teacher.rate=0.1"], "teacher.rate=0.1 has no effect"),
-        (["teacher.strength=1.5"], "from 0 to 1"),
+        (["teacher.strength=1.5"], "between 0 and 1"),
         (["teacher.anneal_steps=0"], "at least 1"),
-        (["teacher.rate=0"], r"\(0, 1\]"),
-        (["teacher.weight_low=1.1"], "around 1"),
+        (["teacher.rate=0"], "above 0 and at most 1"),
+        (["teacher.weight_low=1.1"], "above 0 and at most 1"),
         (["teacher.full_weight=1", "teacher.support=8"], "teacher.support=8 has no effect"),
         (["difficulty.window=3", "difficulty.traces=2"], "set one of them to 0"),
     ],

@@ -15,7 +15,7 @@ from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from pipelines.preprocess import SPECS
 from train import setup
-from train.config import Config, Stage, generated_budget
+from train.config import Config, Stage
 from train.data.settings import DataSettings
 from train.optimizer import make_optimizer
 from train.rl.batches import with_what_shaped
@@ -81,7 +81,7 @@ def _largest_batch(config: Config, policy: ModelPolicy) -> LearnerBatch:
     groups = rl.prompts_per_step // rl.minibatches
     seen = most_vision_tokens(config.data, policy, max(config.data.frame_budgets))
     responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
-    own = generated_budget(config) + responses
+    own = config.agent.generated_tokens + responses
     main = _batch(config, policy, groups * rl.group_size, groups, seen, own)
     main = with_what_shaped(main, agent.sampling)
     if not rl.trains_subagents:

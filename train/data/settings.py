@@ -4,28 +4,29 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Annotated
+from typing import Annotated, Literal
 
-from paravt_jax.plugins import load, reference
+from paravt_jax.plugins import Own
 from paravt_jax.ranges import above, at_least, within
-from paravt_jax.records import Row
+from paravt_jax.records import QuestionType, Row
+from paravt_jax.settings import Refused, Settings, any_of
 
 
 @dataclasses.dataclass(frozen=True)
-class DataSettings:
+class DataSettings(Settings):
     """Which questions, and how their videos are shown."""
 
     path: str | None = None
     """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
     the needle world."""
-    reader: str | Callable[..., Row] | None = None
+    reader: Own | Callable[..., Row] | None = None
     """Your function that makes a question of each record of `path`, as `path/to/file.py:name` (see
     `pipelines.datasets.question_rows`); None reads the columns that are documented."""
     video_root: str | None = None
     """Folder below which all videos lie; None takes that of the data."""
     mixture: tuple[str, ...] = ()
     """Further data sets that are mixed with `path`, or with the needle world."""
-    weights: tuple[float, ...] = ()
+    weights: Annotated[tuple[float, ...], above(0)] = ()
     """How often each data set is drawn from, `path` first; empty goes by their sizes."""
     max_rejected: Annotated[float, within(0, 1)] = 0.05
     """Largest share of rows of a data set whose files are missing or that cannot be used."""
@@ -33,12 +34,12 @@ class DataSettings:
     """Processes that decode and render prompts; 0 uses threads of this one."""
     frame_budgets: Annotated[tuple[int, ...], at_least(1)] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
-    frames_as: str = "image"
+    frames_as: Literal["image", "video"] = "image"
     """`image`: each frame is one image with its time, as in ParaVT. `video`: frames in pairs."""
-    video_marks: str | None = None
+    video_marks: Literal["outer", "each"] | None = None
     """Vision marks of videos: `outer`, around each pair of frames and the whole video, as
     transformers from 5.10 on; `each`, as before. None: what the model folder says, else `outer`."""
-    instructions: str = "full"
+    instructions: Literal["full", "terse", "timed"] = "full"
     """What the agent is told besides the question: `full` says how to answer and to crop, `terse`
     next to nothing, for a model that learned its protocol in a cold start. `timed` is `full`, and
     the reasoning is to say when, as VISD's rewards read it."""
@@ -59,7 +60,11 @@ class DataSettings:
     overview_tokens: Annotated[int | None, at_least(1)] = None
     """Most vision tokens that the frames of a prompt share, as in Video-o3: they are made smaller
     until they fit. None: pixels alone decide."""
-    question_types: tuple[str, ...] = ("oe", "tvg", "mcq")
+    question_types: tuple[QuestionType, ...] = (
+        QuestionType.OPEN,
+        QuestionType.GROUNDING,
+        QuestionType.CHOICE,
+    )
     """Which kinds of question to train and evaluate on."""
     train_videos: Annotated[int, at_least(1)] = 2000
     """Videos of the needle world to train on."""
@@ -75,8 +80,29 @@ class DataSettings:
     cache_dir: str = "data"
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
 
-    def __post_init__(self) -> None:
-        """Raises ValueError for a reader that cannot be found."""
-        if self.reader is not None:
-            own = load(self.reader) if isinstance(self.reader, str) else self.reader
-            object.__setattr__(self, "reader", reference(own))
+    def check_together(self) -> None:
+        """Refuse sizes and numbers that do not fit one another.
+
+        Raises:
+          Refused: naming them.
+        """
+        if not self.frame_budgets:
+            raise Refused(self, "{frame_budgets}: give one number of frames, or several")
+        if not self.question_types:
+            raise Refused(self, "{question_types}: choose {kinds}", kinds=any_of(QuestionType))
+        if self.overview_tokens is not None and self.overview_tokens < max(self.frame_budgets):
+            raise Refused(
+                self,
+                "{overview_tokens} is less than one for each of {frames} frames; raise it or lower "
+                "{frame_budgets:name}",
+                frames=max(self.frame_budgets),
+            )
+        if self.min_pixels > self.max_pixels:
+            raise Refused(self, "{min_pixels} is above {max_pixels}; lower it")
+        if self.weights and self.mixture and len(self.weights) != 1 + len(self.mixture):
+            raise Refused(
+                self,
+                "{weights}: give one weight for --data (or the needle world) and one for each of "
+                "the {count} data sets of {mixture:name}",
+                count=len(self.mixture),
+            )

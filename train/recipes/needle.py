@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from evaluate.settings import EvaluationSettings
+from paravt_jax.records import QuestionType
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
 from train.config import Config, Stage
@@ -74,7 +75,7 @@ def _world() -> Config:
         steps=40,
         data=DataSettings(
             frame_budgets=(4, 8),
-            question_types=("oe", "tvg"),
+            question_types=(QuestionType.OPEN, QuestionType.GROUNDING),
             instructions="terse",
             # A frame of 32 x 32 pixels stays as it is: one vision token.
             min_pixels=32 * 32,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import enum
 import inspect
 import itertools
 import shutil
@@ -13,8 +12,10 @@ import typing
 from collections.abc import Iterator
 from typing import Any
 
-from paravt_jax.ranges import Range
-from train.settings.override import RECIPE_ONLY, can_be_set, plain_type, shown
+from paravt_jax.ranges import ranges_of
+from paravt_jax.settings import alternatives, as_text, hints_of, plain_type, told_choices
+from train.settings.effects import TABLE, of_rewards
+from train.settings.override import RECIPE_ONLY, UNSET, can_be_set, default_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,19 +54,20 @@ def help_settings(config: Any, prefix: str = "", width: int | None = None) -> st
 def entries(config: Any, prefix: str = "") -> Iterator[Entry]:
     """All settings of a configuration or a class, each section before its own."""
     kind = config if isinstance(config, type) else type(config)
-    hints, texts = typing.get_type_hints(kind, include_extras=True), docstrings(kind)
-    for field in dataclasses.fields(kind):
+    hints, texts = hints_of(kind), docstrings(kind)
+    for field in (field for field in dataclasses.fields(kind) if field.metadata != UNSET):
         name = prefix + field.name
-        value = _default(field) if config is kind else getattr(config, field.name)
+        value = default_of(field) if config is kind else getattr(config, field.name)
         if dataclasses.is_dataclass(value):
             text = texts.get(field.name) or inspect.getdoc(type(value)) or ""
             yield Entry(name, f"{name}.*", text)
             yield from entries(value, f"{name}.")
             continue
-        known = "" if value is dataclasses.MISSING else f"={shown(value)}"
+        known = "" if value is dataclasses.MISSING else f"={as_text(value)}"
         only = field.metadata == RECIPE_ONLY or not can_be_set(hints[field.name])
         said = ["in a recipe only"] if only else _choices(hints[field.name])
-        yield Entry(name, f"{name}{known} ({', '.join(said)})", texts.get(field.name, ""))
+        text = [texts.get(field.name, ""), *_effect(name)]
+        yield Entry(name, f"{name}{known} ({', '.join(said)})", "\n\n".join(text))
 
 
 def docstrings(kind: type) -> dict[str, str]:
@@ -81,30 +83,26 @@ def docstrings(kind: type) -> dict[str, str]:
     return found
 
 
-def _default(field: dataclasses.Field[Any]) -> Any:
-    if field.default_factory is not dataclasses.MISSING:
-        return field.default_factory()
-    return field.default
+def _effect(name: str) -> list[str]:
+    """With which other settings it acts, if not with all."""
+    rows = [row for row in (*TABLE, *of_rewards()) if row.concerns(name) and row.condition]
+    return [f"Acts with {' and '.join(row.condition for row in rows)} only."] if rows else []
 
 
 def _choices(hint: Any) -> list[str]:
     """What a setting can be, from the type that its field declares."""
-    ranges = [note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Range)]
-    kind = hint.__origin__ if ranges else hint
-    said = [_type(plain_type(kind)), *(limits.said.removeprefix("must be ") for limits in ranges)]
-    return [*said, "or none"] if type(None) in typing.get_args(kind) else said
+    known = told_choices(hint)
+    said = [known or _type(plain_type(hint)), *(limits.said for limits in ranges_of(hint))]
+    if typing.get_origin(plain_type(hint)) is tuple:
+        said[0] = f"several of {known}" if known else f"{said[0]},..."
+    return [*said, "or none"] if type(None) in alternatives(hint) else said
 
 
 def _type(kind: Any) -> str:
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin is typing.Literal:
-        return " or ".join(map(str, inner))
-    if isinstance(kind, enum.EnumType):
-        return " or ".join(map(str, kind))
+    if typing.get_origin(kind) is tuple:
+        return _type(plain_type(typing.get_args(kind)[0]))
     if kind is bool:
         return "true or false"
-    if origin is tuple:
-        return f"{_type(inner[0])},..."
     return {str: "text"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 

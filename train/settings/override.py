@@ -7,19 +7,29 @@ A recipe that differs in two settings from another:
 
 from __future__ import annotations
 
-import collections.abc
 import dataclasses
-import enum
-import re
-import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
 from paravt_jax.flags import EMPTY, MAY_BE_EMPTY
+from paravt_jax.plugins import Own
+from paravt_jax.settings import (
+    Refused,
+    alternatives,
+    choices,
+    hints_of,
+    plain_type,
+    takes_own,
+    told_choices,
+)
 
 RECIPE_ONLY = {"recipe only": True}
 """Metadata of a field that `--set` cannot reach."""
+UNSET = {"unset": True}
+"""Metadata of a field that is no setting."""
+
+SWITCH = {"true": True, "1": True, "false": False, "0": False}
 
 Section = TypeVar("Section")
 
@@ -41,6 +51,11 @@ class Assignment:
         """The same from one section further down."""
         return dataclasses.replace(self, path=self.path[1:])
 
+    @property
+    def said(self) -> str:
+        """The name as it was written."""
+        return f"--set {self.key}" if self.text else self.key
+
 
 def based_on(config: Section, changes: Mapping[str, Any]) -> Section:
     """The configuration with other values of the settings that are named, e.g. `agent.evidence`.
@@ -51,126 +66,190 @@ def based_on(config: Section, changes: Mapping[str, Any]) -> Section:
     Raises:
       ValueError: unknown name, a value of the wrong type, or what the result refuses.
     """
-    given = [Assignment(key, key.split("."), value) for key, value in changes.items()]
-    return _set(config, given)
+    return _apply(config, [Assignment(key, key.split("."), v) for key, v in changes.items()], {})
 
 
-def override(config: Section, assignments: list[str]) -> Section:
+def override(
+    config: Section,
+    assignments: list[str],
+    flags: Mapping[str, tuple[str, Any]] | None = None,
+) -> Section:
     """Apply `key=value` assignments with dotted keys, e.g. `optimizer.learning_rate=1e-4`.
 
     All are applied before the result is checked; of the same key the last counts.
 
+    Args:
+      flags: flags of a command line that set a setting, with their values, by its name; refusals
+        name the flag.
+
     Raises:
       ValueError: unknown key (with the keys that exist there) or a value of the wrong type.
     """
-    given = []
+    flags = flags or {}
+    given = [Assignment(key, key.split("."), value) for key, (_, value) in flags.items()]
+    written = {key: f"{flag} {value}" for key, (flag, value) in flags.items()}
     for assignment in assignments:
         key, found, value = assignment.partition("=")
         if not found:
             raise ValueError(f"--set {assignment!r} is not of the form key=value")
         given.append(Assignment(key, key.split("."), value, text=True))
-    return _set(config, given)
+        written[key] = assignment
+    return _apply(config, given, written)
 
 
-def named_in_full(message: str, section: Any, prefix: str) -> str:
-    """A section's refusal with its settings' full names: it does not know where it stands."""
-    names = "|".join(field.name for field in dataclasses.fields(section))
-    return re.sub(rf"(?<![\w.])(?:{names})(?=[=.])", lambda name: prefix + name[0], message)
+def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """All settings with their full names, and their values: of a configuration its own, of a class
+    the defaults, where there are some."""
+    for field in dataclasses.fields(config):
+        value = default_of(field) if isinstance(config, type) else getattr(config, field.name)
+        if field.metadata == UNSET or value is dataclasses.MISSING:
+            continue
+        if dataclasses.is_dataclass(value):
+            yield from leaves(value, f"{prefix}{field.name}.")
+        else:
+            yield prefix + field.name, value
 
 
-def _set(section: Any, assignments: list[Assignment], prefix: str = "") -> Any:
-    groups: dict[str, list[Assignment]] = {}
-    for own in assignments:
-        groups.setdefault(own.path[0], []).append(own)
-    values = {name: _new_value(section, name, group, prefix) for name, group in groups.items()}
+def default_of(field: dataclasses.Field[Any]) -> Any:
+    """The default of a field; `MISSING` if it has none."""
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return field.default
+
+
+def _apply(config: Any, assignments: list[Assignment], written: Mapping[str, str]) -> Any:
+    changes = _changes(config, assignments, "", written)
+    given = _given(config, changes, [own.key for own in assignments])
+    return _replaced(config, {**changes, "given": given}, "", written)
+
+
+def _given(config: Any, changes: Mapping[str, Any], keys: list[str]) -> tuple[str, ...]:
+    """The settings that are given: those that are named, and of whole sections what is new."""
+    before, after = dict(leaves(config)), {}
+    for name, value in changes.items():
+        section = dataclasses.is_dataclass(value)
+        after |= dict(leaves(value, f"{name}.")) if section else {name: value}
+    whole = tuple(f"{key}." for key in keys)
+    new = {name for name in after if name.startswith(whole) and after[name] != before.get(name)}
+    return tuple(sorted(new | (set(keys) & set(after))))
+
+
+def _replaced(section: Any, values: dict[str, Any], prefix: str, written: Mapping[str, str]) -> Any:
     try:
         return dataclasses.replace(section, **values)
-    except ValueError as error:
-        raise ValueError(named_in_full(str(error), section, prefix)) from error
+    except Refused as error:
+        raise error.within(prefix, written) from error
 
 
-def _new_value(section: Any, name: str, group: list[Assignment], prefix: str) -> Any:
-    last = group[-1].inner()
-    fields = {field.name: field for field in dataclasses.fields(section)}
+def _changes(
+    section: Any, assignments: list[Assignment], prefix: str, written: Mapping[str, str]
+) -> dict[str, Any]:
+    """The new values of the section's own fields."""
+    groups: dict[str, list[Assignment]] = {}
+    for own in assignments:
+        groups.setdefault(own.path[0], []).append(own.inner())
+    return {name: _changed(section, name, own, prefix, written) for name, own in groups.items()}
+
+
+def _changed(
+    section: Any, name: str, group: list[Assignment], prefix: str, written: Mapping[str, str]
+) -> Any:
+    last, full = group[-1], prefix + name
+    fields = {f.name: f for f in dataclasses.fields(section) if f.metadata != UNSET}
     if name not in fields:
-        raise ValueError(f"{_said(last)}: no such key; known here: {', '.join(fields)}")
+        raise ValueError(f"{last.said}: no such key; known here: {', '.join(fields)}")
     if last.text and fields[name].metadata == RECIPE_ONLY:
-        raise ValueError(f"{_said(last)}: this key can be set in a recipe only")
-    kind, current = typing.get_type_hints(type(section))[name], getattr(section, name)
+        raise ValueError(f"{last.said}: this key can be set in a recipe only")
+    hint, current = hints_of(type(section))[name], getattr(section, name)
     if dataclasses.is_dataclass(current):
-        return _new_section(current, [own.inner() for own in group], f"{prefix}{name}.")
+        current, group = _whole_section(current, group)
+        values = _changes(current, group, f"{full}.", written)
+        return _replaced(current, values, f"{full}.", written)
     if last.path:
-        raise ValueError(f"{_said(last)}: {name} has no keys of its own")
-    return parse(last.value, kind, last.key) if last.text else typed(last.value, kind, last.key)
+        raise ValueError(f"{last.said}: {name} has no keys of its own")
+    return (parse if last.text else typed)(last.value, hint, last.key)
 
 
-def _new_section(current: Any, group: list[Assignment], prefix: str) -> Any:
+def _whole_section(current: Any, group: list[Assignment]) -> tuple[Any, list[Assignment]]:
+    """The section to begin with, and what is set in it."""
     for own in group:
         if own.path:
             continue
         if own.text or not isinstance(own.value, type(current)):
             inner = ", ".join(field.name for field in dataclasses.fields(current))
-            raise ValueError(f"{_said(own)} is a section; set one of its keys: {inner}")
+            raise ValueError(f"{own.said} is a section; set one of its keys: {inner}")
         current = own.value
-    return _set(current, [own for own in group if own.path], prefix)
+    return current, [own for own in group if own.path]
 
 
-def _said(own: Assignment) -> str:
-    return f"--set {own.key}" if own.text else own.key
+def can_be_set(hint: Any) -> bool:
+    """Whether a field of this type takes a text."""
+    kind = plain_type(hint)
+    if typing.get_origin(kind) is tuple:
+        return can_be_set(typing.get_args(kind)[0])
+    return kind in (bool, int, float, str, Own) or bool(choices(kind))
 
 
-def plain_type(kind: Any) -> Any:
-    """The type of a setting that may also be something else, such as None or a function: the first
-    of them."""
-    if isinstance(kind, types.UnionType) or typing.get_origin(kind) is typing.Union:
-        return next(part for part in typing.get_args(kind) if part is not type(None))
-    return kind
-
-
-def parse(text: str, kind: Any, key: str) -> Any:
+def parse(text: str, hint: Any, key: str) -> Any:
     """A value from text, by the type that the field declares.
 
     Raises:
       ValueError: the text is no such value, or the field is no plain value.
     """
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if not text.strip() and key.rpartition(".")[2] not in MAY_BE_EMPTY:
-        raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
-    if plain_type(kind) is not kind:
-        return None if text.lower() in ("none", "null") else parse(text, plain_type(kind), key)
-    if origin is tuple and can_be_set(kind):
-        parts = [] if text.lower() == "none" else text.split(",")
-        return tuple(parse(part, plain_type(inner[0]), key) for part in parts)
-    if kind is bool:
-        kind = {"true": True, "1": True, "false": False, "0": False}.__getitem__
-    elif not (kind in (int, float, str) or isinstance(kind, enum.EnumType)):
+    if not can_be_set(hint):
         raise ValueError(f"--set {key}: this key can be set in a recipe only")
+    many = typing.get_origin(plain_type(hint)) is tuple
+    if text.lower() in ("none", "null") and (many or type(None) in alternatives(hint)):
+        return () if many else None
+    inner = typing.get_args(plain_type(hint))[0] if many else hint
+    parts = [_parsed(part, inner, key, text) for part in (text.split(",") if many else [text])]
+    return tuple(parts) if many else parts[0]
+
+
+def _parsed(part: str, hint: Any, key: str, text: str) -> Any:
+    """A single value, which is a part of a text."""
+    if not part.strip() and key.rpartition(".")[2] not in MAY_BE_EMPTY:
+        raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
+    if choices(hint) or takes_own(hint):
+        return _choice(part, hint, f"--set {key}={text}")
+    kind = plain_type(hint)
     try:
-        return kind(text.lower() if text in ("True", "False") else text)
+        return SWITCH[part.lower()] if kind is bool else kind(part)
     except (ValueError, KeyError) as error:
-        name = getattr(kind, "__name__", str(kind)).replace("__getitem__", "bool")
-        raise ValueError(f"--set {key}={text}: expected {name}") from error
+        raise ValueError(f"--set {key}={text}: expected {kind.__name__}") from error
 
 
-def typed(value: Any, kind: Any, key: str) -> Any:
+def _choice(text: str, hint: Any, said: str) -> Any:
+    """One of the values that a type lists, or the name of a function of the user's own."""
+    if takes_own(hint) and ":" in text:
+        return text
+    for known in choices(hint):
+        if str(known) == text:
+            return known
+    raise ValueError(f"{said}: choose {told_choices(hint)}")
+
+
+def typed(value: Any, hint: Any, key: str) -> Any:
     """A value as the field declares it: sections from objects of JSON, lists as tuples, whole
     numbers as floats.
 
     Raises:
       ValueError: it is of another type, or names a key that the section does not have.
     """
-    if plain_type(kind) is not kind:
-        own = callable(value) and any(map(_is_callable, typing.get_args(kind)))
-        return value if own or value is None else typed(value, plain_type(kind), key)
+    kind = plain_type(hint)
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if value is None and type(None) in alternatives(hint):
+        return None
+    if takes_own(hint) and origin is not tuple and (callable(value) or isinstance(value, str)):
+        return value
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else _typed_section(value, kind, key)
     if origin is tuple and isinstance(value, list | tuple):
         return tuple(typed(item, inner[0], key) for item in value)
     if origin is dict and isinstance(value, dict):
         return {name: typed(item, inner[1], f"{key}.{name}") for name, item in value.items()}
-    if isinstance(kind, enum.EnumType):
-        return kind(value)
+    if choices(kind) and origin is not tuple:
+        return _choice(str(value), hint, f"{key}={value}")
     if kind is float and type(value) is int:
         return float(value)
     if origin is not None or type(value) is not kind:
@@ -178,36 +257,19 @@ def typed(value: Any, kind: Any, key: str) -> Any:
     return value
 
 
-def _is_callable(kind: Any) -> bool:
-    return typing.get_origin(kind) is collections.abc.Callable
-
-
 def _typed_section(value: Any, kind: Any, key: str) -> Any:
     if not isinstance(value, dict):
         raise ValueError(f"{key or 'the whole'} is no section but {value!r}")
-    hints = typing.get_type_hints(kind)
-    names = {field.name for field in dataclasses.fields(kind)}
+    hints = hints_of(kind)
     prefix = f"{key}." if key else ""
+    names = {field.name for field in dataclasses.fields(kind) if field.metadata != UNSET}
     unknown = [f"{prefix}{name}" for name in value if name not in names]
     if unknown:
         raise ValueError(f"this version knows no setting {', '.join(unknown)}")
-    return kind(**{name: typed(v, hints[name], prefix + name) for name, v in value.items()})
-
-
-def can_be_set(kind: Any) -> bool:
-    """Whether a field of this type takes a text."""
-    kind = plain_type(getattr(kind, "__origin__", kind) if hasattr(kind, "__metadata__") else kind)
-    if typing.get_origin(kind) is tuple:
-        return can_be_set(typing.get_args(kind)[0])
-    return kind in (bool, int, float, str) or isinstance(kind, enum.EnumType)
-
-
-def shown(value: Any) -> str:
-    """A value as `--set` takes it."""
-    if isinstance(value, tuple):
-        return ",".join(map(shown, value)) if value else "none"
-    if value is None or isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, float):
-        return repr(value).removesuffix(".0")
-    return str(value) if str(value).isprintable() else repr(value)
+    values = {name: typed(v, hints[name], prefix + name) for name, v in value.items()}
+    # What a file holds was given when it was written, and must not act for ever.
+    values |= {field.name: () for field in dataclasses.fields(kind) if field.metadata == UNSET}
+    try:
+        return kind(**values)
+    except Refused as error:
+        raise error.within(prefix) from error

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from paravt_jax.records import Conversation
 from pipelines.conversation import (
-    AGENT,
     ConversationRenderer,
     FrameRate,
     TextCheck,
@@ -47,7 +46,7 @@ def system_note(config: Config, conversations: Sequence[Conversation]) -> list[s
     others = sum(
         any(is_system(m) and m.content != (agents,) for m in own.messages) for own in conversations
     )
-    if config.sft.packing.system != AGENT or not others:
+    if config.sft.packing.system != "agent" or not others:
         return []
     return [
         f"{others} of {len(conversations)} conversations have a system message of their own: the "

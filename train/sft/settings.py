@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Annotated
+from typing import Annotated, Literal
 
 from paravt_jax.ranges import above, at_least, within
-from pipelines.conversation import LEARN, SYSTEMS
-from pipelines.packing import FITS
+from paravt_jax.settings import Refused, Settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,7 +32,7 @@ class TaskShape:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackSettings:
+class PackSettings(Settings):
     """How conversations of `--data` are shown, learned and put into rows."""
 
     tokens: Annotated[int, at_least(1)] = 8192
@@ -42,7 +41,7 @@ class PackSettings:
     """Most frames of a row (pairs of them as a video): what the vision tower has room for."""
     rows: Annotated[int, at_least(1)] = 32
     """Rows of one step."""
-    fit: str = "first"
+    fit: Literal["first", "best"] = "first"
     """Which open row a conversation goes to: the `first` that has room, or the `best` filled."""
     bins: Annotated[int, at_least(1)] = 64
     """Rows open at a time: more are filled better, and hold more frames in memory."""
@@ -50,29 +49,16 @@ class PackSettings:
     """Frames shown per second of a video."""
     max_frames: Annotated[int, at_least(1)] = 64
     """Most frames shown of a video."""
-    system: str = "agent"
+    system: Literal["agent", "own"] = "agent"
     """What conversations begin with. `agent`: the system text and tools of rollouts, whatever
     system message they have. `own`: their system message, and no tools."""
-    learn: str = "assistant"
+    learn: Literal["assistant", "special"] = "assistant"
     """`assistant`: its text and end-of-turn tokens. `special`: every special token of all turns
     besides, as in ParaVT's release."""
 
-    def check(self) -> None:
-        """Refuse values that make no sense.
-
-        Raises:
-          ValueError: naming the setting.
-        """
-        for name, allowed in (("fit", FITS), ("learn", LEARN), ("system", SYSTEMS)):
-            if getattr(self, name) not in allowed:
-                raise ValueError(
-                    f"sft.packing.{name}={getattr(self, name)!r} is unknown; choose one of "
-                    f"{', '.join(allowed)}"
-                )
-
 
 @dataclasses.dataclass(frozen=True)
-class SftSettings:
+class SftSettings(Settings):
     """The supervised cold start: tasks of the needle world by a schedule, or packed conversations
     of `--data`."""
 
@@ -91,44 +77,20 @@ class SftSettings:
     call. False, as in the source, lets the tag before it see the video: then one-letter answers are
     hardly masked."""
 
-    def check(self) -> None:
-        """Refuse values that make no sense, or no difference.
+    def check_together(self) -> None:
+        """Refuse rows that gradient micro-batches do not divide.
 
         Raises:
-          ValueError: naming the setting.
+          Refused: naming them.
         """
-        if not (self.mask_predictor or self.task_masks):
-            raise ValueError(
-                "sft.mask_predictor=false has no effect with sft.task_masks=0; leave it out"
-            )
-        if self.phases:
-            self._check_phases()
-        else:
-            self._check_packs()
-
-    def _check_packs(self) -> None:
-        self.packing.check()
-        if self.packing.rows % self.micro_rows:
-            raise ValueError(
-                f"sft.micro_rows={self.micro_rows} does not divide the {self.packing.rows} rows of "
-                "sft.packing.rows; choose a divisor"
-            )
-        if self.task_masks:
-            raise ValueError(
-                f"sft.task_masks={self.task_masks} masks tasks of the needle world and has no "
-                "effect on conversations; set it to 0"
-            )
-
-    def _check_phases(self) -> None:
-        if self.packing != PackSettings():
-            raise ValueError(
-                "sft.packing has no effect on the tasks of sft.phases, whose rows hold one example "
-                "each; leave it out, or take --recipe paravt_sft"
-            )
-        for phase in self.phases:
-            for task, rows in phase.rows.items():
-                if rows > self.micro_rows and rows % self.micro_rows:
-                    raise ValueError(
-                        f"sft.micro_rows={self.micro_rows} does not divide the {rows} rows of "
-                        f"task {task}; choose a divisor"
-                    )
+        tasks = [task for phase in self.phases for task in phase.rows.items()]
+        for task, rows in tasks:
+            if rows > self.micro_rows and rows % self.micro_rows:
+                raise Refused(
+                    self,
+                    "{micro_rows} does not divide the {rows} rows of task {task}; choose a divisor",
+                    task=task,
+                    rows=rows,
+                )
+        if not self.phases and self.packing.rows % self.micro_rows:
+            raise Refused(self, "{micro_rows} does not divide {packing.rows}; choose a divisor")

@@ -6,10 +6,11 @@ import dataclasses
 from typing import Annotated
 
 from paravt_jax.ranges import at_least
+from paravt_jax.settings import Settings
 
 
 @dataclasses.dataclass(frozen=True)
-class OutputSettings:
+class OutputSettings(Settings):
     """What a run leaves in its workdir."""
 
     checkpoint_every: Annotated[int, at_least(0)] = 0

@@ -31,7 +31,7 @@ ROWS = [
     ),
     Mistake(
         "--set objective.anchor=mine.py:credit --set rewards.anchor_weight=0",
-        ("objective.anchor=", "mine.py:credit", "objective.anchor_weight=0.0"),
+        ("objective.anchor=", "mine.py:credit", "objective.anchor_weight=0"),
         files=MINE,
     ),
     Mistake(

@@ -1,0 +1,191 @@
+"""Which settings act only where another one has a certain value.
+
+A setting that is given and does not act is refused, even if its value is the default. Given is, on
+a command line, what flags and `--set` name; in a recipe, what `based_on` names; and in a
+configuration that is put together by hand, whatever differs from the defaults. What a recipe
+inherits, or a command line finds in its recipe, is not given, and may have lost its effect. Only
+what switches something on (`off` is known) must act whoever set it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import operator
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from paravt_jax.plugins import Own
+from paravt_jax.rewards.rules import READ_BY_ALL, RewardRules, readers_of
+from paravt_jax.settings import Refused, any_of, as_text
+from train.settings.override import leaves
+
+if TYPE_CHECKING:
+    from train.config import Config
+
+IF_GIVEN = object()
+
+
+@dataclasses.dataclass(frozen=True)
+class Only:
+    """Settings that act only where another one has a certain value."""
+
+    settings: str
+    """Their names; with a dot at the end, all of a section."""
+    when: str
+    """What decides: the name of a setting, or of a property of the configuration."""
+    values: tuple[Any, ...] | Callable[[Any], bool] = bool
+    """Its values with which they act, or what tells so; by default all but none, 0, false and
+    nothing."""
+    off: Any = IF_GIVEN
+    """The value that switches the settings off, or what tells so. With any other they must act,
+    given or not."""
+    said: str = ""
+    """What follows "has no effect" in a refusal; empty says what `when` and `values` say."""
+
+    def acts(self, config: Config) -> bool:
+        """Whether they act."""
+        value = operator.attrgetter(self.when)(config)
+        return value in self.values if isinstance(self.values, tuple) else self.values(value)
+
+    def is_on(self, value: Any) -> bool:
+        """Whether a value of a switch switches something on."""
+        return not self.off(value) if callable(self.off) else value != self.off
+
+    def concerns(self, name: str) -> bool:
+        """Whether it is about this setting."""
+        sections = tuple(own for own in self.settings.split() if own.endswith("."))
+        return name != self.when and (name in self.settings.split() or name.startswith(sections))
+
+    @property
+    def condition(self) -> str:
+        """What decides and how, in short; empty where settings alone do not tell."""
+        if not isinstance(self.values, tuple):
+            return self.when if self.values is bool else ""
+        return f"{self.when}={any_of(map(as_text, self.values))}"
+
+    def refusal(self, config: Config, name: str) -> Refused:
+        """The setting has no effect."""
+        own, when = f"{{{name}}} has no effect", self.when
+        if self.said:
+            return Refused(config, f"{own} {self.said}")
+        if not isinstance(self.values, tuple):
+            return Refused(config, f"{own} without {{{when}:name}}; set it too, or leave this out")
+        others = any_of(map(as_text, self.values))
+        other = f"{{{when}:={others}}}" if len(self.values) == 1 else f"{{{when}:name}} to {others}"
+        return Refused(config, f"{own} with {{{when}}}; leave it out, or set {other}")
+
+
+class Read(Only):
+    """A setting of rewards, which acts where the scheme says that it reads it."""
+
+    def acts(self, config: Config) -> bool:
+        """Whether it acts."""
+        return self.settings.removeprefix("rewards.") in config.rewards.definition.reads
+
+
+def _several(updates: int) -> bool:
+    return updates > 1
+
+
+def _clip_or_own(surrogate: str) -> bool:
+    """What a function of the user's own does with a ratio of 1 is not known."""
+    return surrogate == "clip" or isinstance(surrogate, Own)
+
+
+ONE_UPDATE = (
+    "while a batch gets one optimiser step, because its ratio is always 1; leave it out, or set "
+    "{rl.epochs:name} or {rl.minibatches:name}"
+)
+NO_ROLLOUTS = "with {stage}, which has no rollouts; leave it out"
+PACKED = "on packed conversations"
+
+TABLE = (
+    # The settings, what decides, its values with which they act, what switches them off, and what
+    # a refusal says.
+    Only("data.reader", "data.path", off=None, said="without --data; leave it out"),
+    Only("data.video_marks", "data.frames_as", ("video",), off=None),
+    Only("data.weights", "data.mixture", off=()),
+    Only("data.mixture data.workers", "stage", ("rl",), IF_GIVEN,
+         "with {stage}, which reads one data set by threads; leave it out"),
+    Only("model.train_vision", "stage", ("sft",), False,
+         "with {stage}, where vision features are computed once per prompt; set it to false"),
+    Only("model.train_vision", "model.lora.rank", (0,), False,
+         "with {model.lora.rank}, which trains adapters alone; set it to false"),
+    Only("model.lora.alpha model.lora.targets", "model.lora.rank"),
+    Only("model.adapter", "model.lora.rank", bool, None,
+         "without {model.lora.rank:name}; set it, {model.lora.alpha:name} and "
+         "{model.lora.targets:name} to those of its adapter_config.json"),
+    Only("model.router_balance", "packs_conversations", operator.not_, 0.0,
+         f"{PACKED}: it balances the experts of one stream, and a row holds several; set it to 0"),
+    Only("optimizer.decay_steps", "optimizer.decay", ("cosine",), off=None),
+    Only("optimizer.final_fraction", "optimizer.decay", ("cosine",)),
+    Only("rewards.judge.", "rewards.mode", ("llm",)),
+    Only("advantages.leave_one_out", "advantages.normalise", ("group", "batch"), off=False),
+    Only("advantages.kl_estimator", "advantages.kl_weight"),
+    Only("objective.clip_low objective.clip_high objective.dual_clip", "objective.surrogate",
+         ("clip",)),
+    Only("objective.clip_low objective.clip_high objective.dual_clip", "rl.updates", _several,
+         said=ONE_UPDATE),
+    Only("objective.surrogate", "rl.updates", _several, _clip_or_own, ONE_UPDATE),
+    Only("objective.soft_positive objective.soft_negative", "objective.surrogate", ("soft",)),
+    Only("objective.regression_eps objective.regression_detached", "objective.surrogate",
+         ("regression",)),
+    Only("objective.constant_length", "objective.aggregation", ("constant",), off=None),
+    Only("objective.anchor_paired_only", "objective.anchor", ("position", "logprob"), off=False),
+    Only("rl.filter_redraws", "rl.filter_groups"),
+    Only("rl.overlong_weight", "rl.overlong_limit"),
+    Only("rl.subagent_credit", "agent.evidence", ("text",), "none",
+         "with {agent.evidence}, where no sub-agent speaks; set it to none"),
+    Only("rl.subagent_credit", "agent.max_tool_rounds", bool, "none",
+         "with {agent.max_tool_rounds}, where no sub-agent speaks; set it to none"),
+    Only("teacher.strength", "stage", ("rl",), 0.0, NO_ROLLOUTS),
+    Only("difficulty.window", "stage", ("rl",), 0, NO_ROLLOUTS),
+    Only("teacher.", "teacher.strength"),
+    Only("teacher.judge.", "teacher.judge.url"),
+    Only("teacher.support", "teacher.full_weight", lambda weight: weight < 1, IF_GIVEN,
+         "with {teacher.full_weight}, which compares on the whole vocabulary; leave one of them "
+         "out"),
+    Only("difficulty.", "difficulty.window"),
+    Only("sft.packing.", "sft.phases", ((),), IF_GIVEN,
+         "on the tasks of {sft.phases:name}, whose rows hold one example each; leave it out, or "
+         "take --recipe paravt_sft"),
+    Only("sft.task_masks", "sft.phases", bool, 0.0,
+         "on conversations: it masks tasks of the needle world; set it to 0"),
+    Only("sft.task_masks", "agent.call_syntax", ("grounding",), off=0.0),
+    Only("sft.mask_predictor", "sft.task_masks"),
+    Only("evaluation.rows", "packs_conversations", operator.not_, 0,
+         f"{PACKED}, which hold no questions to evaluate; set it to 0"),
+)  # fmt: skip
+"""All of them, but for the settings of rewards, of which each scheme says which it reads."""
+
+
+def check_effects(config: Config) -> None:
+    """Refuse settings that do not act.
+
+    Raises:
+      Refused: naming the first of them, and what keeps it from acting.
+    """
+    values = dict(leaves(config))
+    given = changed(config) if config.given is None else config.given
+    for only in (*TABLE, *of_rewards()):
+        if only.acts(config):
+            continue
+        for name in filter(only.concerns, values):
+            value = values[name]
+            if value is not None and (name in given if only.off is IF_GIVEN else only.is_on(value)):
+                raise only.refusal(config, name)
+
+
+def changed(config: Config) -> tuple[str, ...]:
+    """Settings that differ from the defaults of their sections."""
+    defaults = dict(leaves(type(config)))
+    return tuple(n for n, value in leaves(config) if n in defaults and value != defaults[n])
+
+
+@functools.cache
+def of_rewards() -> tuple[Only, ...]:
+    """What the schemes of rewards say of themselves, as rows of the table."""
+    names = [field.name for field in dataclasses.fields(RewardRules)]
+    own = {name: readers_of(name) for name in names if name not in READ_BY_ALL}
+    return tuple(Read(f"rewards.{name}", "rewards.scheme", own[name]) for name in own)
