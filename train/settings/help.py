@@ -104,7 +104,7 @@ def _type(kind: Any) -> str:
     if kind is bool:
         return "true or false"
     if origin is tuple:
-        return f"{_type(inner[0])},..."
+        return f"{_type(plain_type(inner[0]))},..."
     return {str: "text"}.get(kind, getattr(kind, "__name__", str(kind)))
 
 
