@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.qwen3_vl_folders import folder_names, named_folder
-from tests.xla_flags import quick_compile
+from tests.support.qwen3_vl_folders import folder_names, named_folder
+from tests.support.xla_flags import quick_compile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", quick_compile(devices=8))
@@ -50,6 +50,31 @@ def instruct_folder(_folders) -> Path:
 def thinking_folder(_folders) -> Path:
     """The Thinking variant, whose template opens `<think>`, around tiny random weights."""
     return named_folder("thinking", _folders)
+
+
+@pytest.fixture(scope="module")
+def paravt_folder(tmp_path_factory) -> str:
+    """ParaVT-Parquet in small."""
+    from tests.support.paravt_parquet import write_paravt
+
+    return write_paravt(str(tmp_path_factory.mktemp("paravt")))
+
+
+@pytest.fixture
+def serve():
+    """Starts judges: `serve(behave)`, see `judge_server.Service`."""
+    from tests.support.judge_server import running
+
+    with running() as start:
+        yield start
+
+
+@pytest.fixture
+def turns_that_call(monkeypatch) -> None:
+    """What a turn calls is drawn from its text, see `rollout_law`."""
+    from tests.support.rollout_law import calls_of
+
+    monkeypatch.setattr("rollout.episode.parse_tool_calls", calls_of)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -10,15 +10,10 @@ import pytest
 from pipelines import describe
 from pipelines.preprocess import ImageSpec
 from pipelines.video import VideoReader
-from tests import paravt_fixture as fixture
-from tests.pipelines_fixtures import processor_folder, questions
+from tests.support import paravt_parquet as fixture
+from tests.support.needle import processor_folder, questions
 
 DOOR = Path(__file__).resolve().parents[2] / "pipelines" / "describe.py"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return fixture.write_paravt(str(tmp_path_factory.mktemp("paravt")))
 
 
 def command(*arguments, cwd):
@@ -33,8 +28,8 @@ def command(*arguments, cwd):
 
 
 @pytest.mark.slow
-def test_paravt_parquet_from_a_foreign_directory(folder, tmp_path):
-    done = command(folder, "--model", processor_folder(), "--budgets", "4,8", cwd=tmp_path)
+def test_paravt_parquet_from_a_foreign_directory(paravt_folder, tmp_path):
+    done = command(paravt_folder, "--model", processor_folder(), "--budgets", "4,8", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     text = done.stdout
     for line in (
@@ -59,10 +54,10 @@ def test_paravt_parquet_from_a_foreign_directory(folder, tmp_path):
 
 
 @pytest.mark.slow
-def test_own_questions_without_a_model(folder, tmp_path):
+def test_own_questions_without_a_model(paravt_folder, tmp_path):
     (tmp_path / "own.csv").write_text(
         "video,question,answer,question_type,evidence\n"
-        f'{folder}/{fixture.VIDEOS[0]},What?,red,oe,"[[1, 2]]"\n'
+        f'{paravt_folder}/{fixture.VIDEOS[0]},What?,red,oe,"[[1, 2]]"\n'
     )
     done = command("own.csv", "--frames-as", "video", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
@@ -84,9 +79,9 @@ def test_bad_input_is_one_line(arguments, named, capsys):
     assert len(errors) == 1 and errors[0].startswith("error: ") and named in errors[0]
 
 
-def test_vision_tokens_are_those_of_the_prompt(folder):
+def test_vision_tokens_are_those_of_the_prompt(paravt_folder):
     """Of an overview of frames that are resized: 64x64 pixels are 2x2 tokens each."""
-    row = describe.question_rows(folder).rows[2]
+    row = describe.question_rows(paravt_folder).rows[2]
     spec = ImageSpec().limited(784, 50176)
     assert describe.vision_tokens(row.videos, 8, spec, VideoReader(spec=spec)) == 8 * 4
     assert describe.vision_tokens(row.videos, 256, spec, VideoReader(spec=spec)) == 64 * 4

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 
-from tests.command import ROOT, documented
+from tests.support.command import ROOT, documented
 from tests.unit.test_reward_defects import CLAIMS
 from train.recipes import get_recipe
 

@@ -3,7 +3,7 @@
 import re
 from pathlib import Path
 
-from tests.command import ROOT, documented
+from tests.support.command import ROOT, documented
 from train.report.log import SHOWN
 
 CODE = ("train", "rollout", "pipelines", "paravt_jax")

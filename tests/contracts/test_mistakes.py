@@ -7,10 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.command import environment
 from tests.contracts.mistakes import SECONDS, Mistake, all_mistakes, expand
 from tests.contracts.mistakes.server import Outcome, Server, run_fresh
 from tests.contracts.mistakes.world import make_world
+from tests.support.command import environment
 
 pytestmark = pytest.mark.slow
 MISTAKES = list(all_mistakes())

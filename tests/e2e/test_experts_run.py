@@ -12,7 +12,7 @@ from transformers import Qwen3VLMoeForConditionalGeneration  # noqa: E402
 from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config, save_folder  # noqa: E402
 from models.qwen3_vl.config import ExpertsConfig  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
-from tests.command import metrics, start  # noqa: E402
+from tests.support.command import metrics, start  # noqa: E402
 from train.recipes.needle import COLD_START  # noqa: E402
 
 pytestmark = pytest.mark.slow

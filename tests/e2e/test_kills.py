@@ -9,7 +9,17 @@ import time
 
 import pytest
 
-from tests.command import command, is_saving, logged, metrics, run, saved, send, start, untimed
+from tests.support.command import (
+    command,
+    is_saving,
+    logged,
+    metrics,
+    run,
+    saved,
+    send,
+    start,
+    untimed,
+)
 
 pytestmark = pytest.mark.study
 

@@ -11,7 +11,7 @@ from models.qwen3_vl import Qwen3VLPolicy, load_params, read_config, save_folder
 from paravt_jax.checkpoint import find_model_files, find_step, open_params
 from paravt_jax.lora import LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
-from tests.command import metrics, start
+from tests.support.command import metrics, start
 from train import setup
 from train.checks import check_model
 from train.recipes import get_recipe
@@ -32,11 +32,6 @@ SETTINGS = [
     "agent.max_tool_rounds=0",
     "data.train_videos=4",
 ]
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

@@ -6,11 +6,10 @@ One short RL run is shared by the tests of this module.
 import json
 import signal
 
-import cv2
 import numpy as np
 import pytest
 
-from tests.command import (
+from tests.support.command import (
     CONTRACT,
     command,
     documented,
@@ -22,16 +21,12 @@ from tests.command import (
     start,
     untimed,
 )
-from tests.command import run as run_command
+from tests.support.command import run as run_command
+from tests.support.videos import write_video
 
 pytestmark = pytest.mark.slow
 
 QUICK = ("output.export_hf=false",)
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")
@@ -155,18 +150,10 @@ def test_a_workdir_is_not_overwritten(run, cache, arguments, named):
     assert json.loads((run[0] / "config.json").read_text())["steps"] == 3
 
 
-def write_video(path, frames, size):
-    """An mp4 of drifting colours."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 2.0, size)
-    for number in range(frames):
-        writer.write(np.full((size[1], size[0], 3), (9 * number % 255, 80, 200), np.uint8))
-    writer.release()
-
-
 def test_own_videos_of_any_size_and_length(cache, tmp_path):
     """Two shapes of frames and a video shorter than K, through another recipe."""
-    write_video(tmp_path / "wide.mp4", 40, (96, 64))
-    write_video(tmp_path / "tall.mp4", 3, (64, 128))
+    write_video(tmp_path / "wide.mp4", frames=40, rate=2.0, size=(96, 64))
+    write_video(tmp_path / "tall.mp4", frames=3, rate=2.0, size=(64, 128))
     lines = ["video,question,answer,question_type"]
     lines += [f"{name}.mp4,What colour is it?,red,oe" for name in ("wide", "tall", "wide")]
     (tmp_path / "own.csv").write_text("\n".join(lines))

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.command import ROOT, metrics, start, untimed
+from tests.support.command import ROOT, metrics, start, untimed
 
 pytestmark = pytest.mark.slow
 SETTINGS = [

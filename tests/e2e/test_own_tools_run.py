@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from tests.command import ROOT, metrics, start
+from tests.support.command import ROOT, metrics, start
 
 pytestmark = pytest.mark.slow
 

@@ -5,8 +5,8 @@ import json
 import numpy as np
 import pytest
 
-from tests import paravt_fixture as fixture
-from tests.command import metrics, start
+from tests.support import paravt_parquet as fixture
+from tests.support.command import metrics, start
 from train.data.questions import open_rows, read_questions
 from train.recipes import get_recipe
 from train.settings.override import override
@@ -23,20 +23,15 @@ SETTINGS = [
 ]
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return fixture.write_paravt(str(tmp_path_factory.mktemp("paravt")))
-
-
 def configure(tmp_path, *settings):
     base = ["data.train_videos=3", "data.held_out_videos=2", "data.question_types=oe,tvg,mcq"]
     return override(get_recipe("needle_rl"), [*base, f"data.cache_dir={tmp_path}", *settings])
 
 
 @pytest.mark.slow
-def test_two_rl_steps(folder, tmp_path):
+def test_two_rl_steps(paravt_folder, tmp_path):
     workdir = tmp_path / "run"
-    command = ("--data", folder, "--steps", "2")
+    command = ("--data", paravt_folder, "--steps", "2")
     done = start(workdir, tmp_path, *command, settings=SETTINGS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert "3 of 7 rows cannot be used" in done.stdout
@@ -49,14 +44,14 @@ def test_two_rl_steps(folder, tmp_path):
     assert shown == {f"rl/nested.parquet:{n}" for n in range(3)} | {"rl/strings.parquet:0"}
 
 
-def test_too_many_unusable_rows_stop_a_run(folder, tmp_path):
-    config = configure(tmp_path, f"data.path={folder}")
+def test_too_many_unusable_rows_stop_a_run(paravt_folder, tmp_path):
+    config = configure(tmp_path, f"data.path={paravt_folder}")
     with pytest.raises(ValueError, match=r"3 of 7 rows .* data\.max_rejected=0\.05 allows"):
         read_questions(config.data, config.evaluation)
 
 
-def test_rows_of_more_videos_than_frames_are_rejected(folder, tmp_path):
-    some = ("data.max_rejected=0.9", f"data.path={folder}", "data.frame_budgets=1")
+def test_rows_of_more_videos_than_frames_are_rejected(paravt_folder, tmp_path):
+    some = ("data.max_rejected=0.9", f"data.path={paravt_folder}", "data.frame_budgets=1")
     config = configure(tmp_path, *some, "evaluation.rows=0")
     (found,) = read_questions(config.data, config.evaluation)
     assert [len(row.videos) for row in found.rows] == [1, 1, 1]
@@ -64,15 +59,15 @@ def test_rows_of_more_videos_than_frames_are_rejected(folder, tmp_path):
     assert any("2 videos are more than the least frame budget" in reason for reason in reasons)
 
 
-def test_data_sets_mix_and_hold_out_no_video_twice(folder, tmp_path):
+def test_data_sets_mix_and_hold_out_no_video_twice(paravt_folder, tmp_path):
     """The needle world, its questions once more as a file, and ParaVT-Parquet."""
     config = configure(tmp_path, "evaluation.rows=2")
     _, held_out = open_rows(config.data, config.evaluation)
     own = tmp_path / "own.csv"
     lines = [f"{row.video.path},{n}?,red,oe" for n, row in enumerate(held_out)]
-    lines.append(f"{folder}/{fixture.VIDEOS[0]},Other?,red,oe")
+    lines.append(f"{paravt_folder}/{fixture.VIDEOS[0]},Other?,red,oe")
     own.write_text("\n".join(["video,question,answer,question_type", *lines]))
-    mixture = f"data.mixture={own},{folder}"
+    mixture = f"data.mixture={own},{paravt_folder}"
     config = configure(tmp_path, mixture, "data.max_rejected=0.9", "evaluation.rows=2")
     reports: list[str] = []
     mixed, same = open_rows(config.data, config.evaluation, reports.append)

@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.command import metrics, start, untimed
+from tests.support.command import metrics, start, untimed
 
 pytestmark = pytest.mark.slow
 
@@ -35,11 +35,6 @@ def run(recipe, workdir, cache, *arguments):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture(scope="module")

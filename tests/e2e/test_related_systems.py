@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from tests.command import CONTRACT, metrics, start
+from tests.support.command import CONTRACT, metrics, start
 from train.recipes.needle import COLD_START
 
 pytestmark = pytest.mark.slow
@@ -20,11 +20,6 @@ SETTINGS = (
     "output.export_hf=false",
     "output.checkpoint_every=0",
 )
-
-
-@pytest.fixture(scope="module")
-def cache(tmp_path_factory):
-    return tmp_path_factory.mktemp("cache")
 
 
 def run(recipe, cache, workdir, *arguments, settings=()):

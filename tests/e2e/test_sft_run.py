@@ -11,8 +11,8 @@ from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from models import convert
-from tests.command import command, metrics, run, untimed
-from tests.paravt_fixture import VIDEOS, write_paravt
+from tests.support.command import command, metrics, run, untimed
+from tests.support.paravt_parquet import VIDEOS, write_paravt
 from train.checks import describe_conversations
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tests.command import metrics, start
+from tests.support.command import metrics, start
 
 pytestmark = pytest.mark.slow
 

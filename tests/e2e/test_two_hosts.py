@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from rollout.tools import ToolError
-from tests.command import ROOT, command, environment, run
-from tests.paravt_fixture import write_video
+from tests.support.command import ROOT, command, environment, run
+from tests.support.videos import write_video
 
 pytestmark = pytest.mark.slow
 SETTINGS = [
@@ -122,7 +122,7 @@ def test_hosts_agree_on_what_failed_and_notice_different_data():
 
 def test_hosts_with_different_questions_stop(tmp_path):
     """All of them, before anything is written: one answer differs."""
-    write_video(str(tmp_path / "own.mp4"), shade=90)
+    write_video(tmp_path / "own.mp4")
     commands = []
     for answer in ("red", "blue"):
         own = tmp_path / f"{answer}.csv"

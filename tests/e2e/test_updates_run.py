@@ -6,7 +6,7 @@ import shutil
 import numpy as np
 import pytest
 
-from tests.command import metrics, start, untimed
+from tests.support.command import metrics, start, untimed
 
 pytestmark = pytest.mark.slow
 SETTINGS = [

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.command import metrics, start
+from tests.support.command import metrics, start
 
 pytestmark = pytest.mark.slow
 

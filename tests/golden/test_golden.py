@@ -32,7 +32,7 @@ import cv2
 import numpy as np
 import pytest
 
-from tests.command import SMALL, command, metrics, run, untimed
+from tests.support.command import SMALL, command, metrics, run, untimed
 
 pytestmark = pytest.mark.slow
 

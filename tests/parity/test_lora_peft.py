@@ -13,7 +13,7 @@ from models.common.adapter import load_adapter, read_adapter_config, save_adapte
 from models.qwen3_vl import Pretrained, Qwen3VLPolicy, from_pretrained, read_config  # noqa: E402
 from paravt_jax.lora import LoraConfig, adapter_table  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
-from tests.parity.qwen3_vl_torch import mixed_inputs, torch_logits, torch_model  # noqa: E402
+from tests.support.qwen3_vl_torch import mixed_inputs, torch_logits, torch_model  # noqa: E402
 
 pytestmark = pytest.mark.slow
 

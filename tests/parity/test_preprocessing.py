@@ -11,7 +11,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from qwen3_vl_torch import torch_model
 from transformers import AutoProcessor, Qwen3VLProcessor
 from transformers.video_utils import VideoMetadata
 
@@ -22,7 +21,8 @@ from pipelines.decode import VideoInfo
 from pipelines.preprocess import SPECS, ImageSpec, VideoSpec
 from pipelines.render import ChatRenderer
 from pipelines.video import overview_indices, rate_indices
-from tests.pipelines_fixtures import processor_folder
+from tests.support.needle import processor_folder
+from tests.support.qwen3_vl_torch import torch_model
 from train.recipes.needle import NEEDLE_MODEL
 
 FPS = 7.0

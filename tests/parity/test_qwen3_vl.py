@@ -6,7 +6,15 @@ import numpy as np
 import pytest
 import torch
 from flax import nnx
-from qwen3_vl_torch import (
+from transformers import Qwen3VLForConditionalGeneration
+
+from models.qwen3_vl import from_pretrained, pretrained, save_folder
+from models.qwen3_vl.inputs import from_processor
+from models.qwen3_vl.model import _blueprint
+from models.qwen3_vl.text import AttentionContext, add_deepstack, mrope
+from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.params import Blueprint
+from tests.support.qwen3_vl_torch import (
     IMAGE,
     VIDEO,
     gap,
@@ -19,14 +27,6 @@ from qwen3_vl_torch import (
     torch_model,
     video_inputs,
 )
-from transformers import Qwen3VLForConditionalGeneration
-
-from models.qwen3_vl import from_pretrained, pretrained, save_folder
-from models.qwen3_vl.inputs import from_processor
-from models.qwen3_vl.model import _blueprint
-from models.qwen3_vl.text import AttentionContext, add_deepstack, mrope
-from paravt_jax.mesh import make_mesh, parse_mesh
-from paravt_jax.params import Blueprint
 
 TOLERANCE = 1e-5
 """Largest difference over largest value, float32."""

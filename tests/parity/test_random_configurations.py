@@ -15,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from qwen3_vl_torch import IMAGE, START, VIDEO, gap, torch_logits
 from transformers import (
     Qwen3VLConfig,
     Qwen3VLForConditionalGeneration,
@@ -26,6 +25,7 @@ from transformers import (
 from models.qwen3_vl import from_pretrained
 from models.qwen3_vl.inputs import from_processor
 from paravt_jax.log_probs import gathered_log_probs
+from tests.support.qwen3_vl_torch import IMAGE, START, VIDEO, gap, torch_logits
 
 pytestmark = pytest.mark.slow
 

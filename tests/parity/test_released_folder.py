@@ -13,7 +13,7 @@ from models.qwen3_vl import from_pretrained
 from paravt_jax.protocol import CROP_VIDEO_TOOL
 from paravt_jax.records import Frames, Row, VideoRef
 from pipelines.render import ChatRenderer
-from tests.parity.qwen3_vl_torch import gap
+from tests.support.qwen3_vl_torch import gap
 
 LARGEST = 2 * 2**30
 """Bytes of weights that a test computes with, twice, in float32."""

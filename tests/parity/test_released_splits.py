@@ -7,7 +7,7 @@ from tokenizers import Tokenizer
 from paravt_jax.protocol import SYNTAXES
 from paravt_jax.structure import anchor_tags, structural_tokens, tag_credit, tag_mask, tag_table
 from paravt_jax.task_masks import task_masks
-from tests.unit.test_structure import contents_of
+from tests.support.vocabulary import contents_of
 
 TAGS = tuple(dict.fromkeys(tag for syntax in SYNTAXES.values() for tag in syntax.tags))
 

@@ -7,7 +7,7 @@ from safetensors.numpy import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
 from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, load_params, read_config
-from tests.parity.qwen3_vl_torch import text_inputs, torch_logits, torch_model
+from tests.support.qwen3_vl_torch import text_inputs, torch_logits, torch_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 

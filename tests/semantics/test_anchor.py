@@ -11,7 +11,7 @@ import pytest
 from paravt_jax.objectives import policy_loss
 from paravt_jax.rewards import RewardRules, score
 from paravt_jax.structure import ANCHOR_TAGS
-from tests.scripted_rollouts import (
+from tests.support.scripted_rollouts import (
     RENDERER,
     Learnable,
     as_state,

@@ -5,25 +5,21 @@ import functools
 import numpy as np
 import pytest
 
-from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
+from paravt_jax.records import Conversation, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate, pack
 from pipelines.tokenizer import open_tokenizer
-from tests.pipelines_fixtures import processor_folder
+from tests.support.needle import processor_folder
+from tests.support.readers import StillReader
 from train.recipes import get_recipe
 from train.settings.override import override
 from train.setup import open_renderer
 from train.sft.conversations import system_note
 
+READER = StillReader((64, 32), 1.5, lambda video, count: ord(video.path[1]))
+"""The frames of each video differ."""
+
 VIDEO, OTHER = VideoRef("/a.mp4", 9.0), VideoRef("/b.mp4", 9.0)
 THOUGHT = "<think>\nI see.\n</think>\n\n<answer>red</answer>"
-
-
-class Reader:
-    """Frames of 64x32 pixels; those of each video differ."""
-
-    def overview(self, video, count):
-        shade = ord(video.path[1])
-        return Frames(np.full((count, 64, 32, 3), shade, np.uint8), np.arange(count) * 1.5)
 
 
 @pytest.fixture(params=["instruct_folder", "thinking_folder", "needle"])
@@ -55,7 +51,7 @@ def renderer(recipe: str, folder: str, *settings: str) -> tuple:
 def test_prompts_of_paravt_sft_are_those_of_paravt_rl(folder, system, videos, settings):
     row = Row("r", videos[0], "What colour is it?", "red", more_videos=videos[1:])
     _, asks = renderer("paravt_rl", folder, *settings)
-    prompt = asks.main_prompt(row, [Reader().overview(video, 4) for video in videos], tools=True)
+    prompt = asks.main_prompt(row, [READER.overview(video, 4) for video in videos], tools=True)
 
     config, says = renderer("paravt_sft", folder, *settings)
     messages = [Message("user", (*videos, row.question)), Message("assistant", (THOUGHT,))]
@@ -63,7 +59,7 @@ def test_prompts_of_paravt_sft_are_those_of_paravt_rl(folder, system, videos, se
         messages.insert(0, Message("system", (system,)))
     own = config.sft.packing
     render = ConversationRenderer(
-        says, Reader(), FrameRate(most=4), own.learn, own.system, config.agent.offers_tools
+        says, READER, FrameRate(most=4), own.learn, own.system, config.agent.offers_tools
     )
     packed = pack([render(Conversation("c", tuple(messages)))])
     head = len(prompt.tokens)
@@ -90,7 +86,7 @@ def test_other_system_messages_are_replaced_and_that_is_said():
 def test_a_system_message_of_ones_own_can_be_kept():
     config, says = renderer("paravt_sft", processor_folder(), "sft.packing.system=own")
     chat = (Message("system", ("Be kind.",)), Message("user", ("Q",)), Message("assistant", ("A",)))
-    render = ConversationRenderer(says, Reader(), system=config.sft.packing.system)
+    render = ConversationRenderer(says, READER, system=config.sft.packing.system)
     assert says.decode(render(Conversation("c", chat)).tokens) == (
         "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nQ<|im_end|>\n"
         "<|im_start|>assistant\nA<|im_end|>\n"
@@ -102,12 +98,12 @@ def test_a_system_message_of_ones_own_can_be_kept():
 def test_conversations_that_are_too_long_are_named():
     _, says = renderer("paravt_sft", processor_folder())
     chat = Conversation("c", (Message("user", ("Q " * 50,)), Message("assistant", ("A " * 50,))))
-    whole = ConversationRenderer(says, Reader())(chat)
+    whole = ConversationRenderer(says, READER)(chat)
     prompt, length = int(np.argmax(whole.weights > 0)), len(whole.tokens)
-    ConversationRenderer(says, Reader(), most=(prompt, length))(chat)
+    ConversationRenderer(says, READER, most=(prompt, length))(chat)
     for most, named in (
         ((prompt - 1, length), r"data\.max_prompt_tokens"),
         ((prompt, length - 1), "max_position_embeddings"),
     ):
         with pytest.raises(ValueError, match=f"row c: .*{named}"):
-            ConversationRenderer(says, Reader(), most=most)(chat)
+            ConversationRenderer(says, READER, most=most)(chat)

@@ -20,8 +20,9 @@ from pipelines.faults import ANSWER, CONTROL, FIELD, LONGEST, MALFORMED, MISSING
 from pipelines.loader import prompt_list
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
-from tests import paravt_fixture as fixture
-from tests.pipelines_fixtures import processor_folder, renderer
+from tests.support import paravt_parquet as fixture
+from tests.support.needle import processor_folder, renderer
+from tests.support.videos import write_video
 from train import main
 
 DEEP = 100_000
@@ -214,7 +215,7 @@ def as_json(value: Any) -> str:
 def video(tmp_path_factory):
     """A folder with one video of 8 seconds."""
     path = tmp_path_factory.mktemp("hostile") / "a.mp4"
-    fixture.write_video(str(path), shade=60)
+    write_video(path, shade=60)
     return path
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from paravt_jax.plugins import Own, load
 from pipelines.datasets import question_rows
-from tests.paravt_fixture import write_video
+from tests.support.paravt_parquet import write_video
 from train.data.settings import DataSettings
 
 ROOT = Path(__file__).resolve().parents[2]

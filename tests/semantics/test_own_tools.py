@@ -20,9 +20,9 @@ from rollout.engine.grammar import DEAD, response_grammar
 from rollout.limits import AgentConfig
 from rollout.signature import Signature, WrongArguments
 from rollout.tools import ToolContext, ToolError, agent_tools, function_tool
-from tests.pipelines_fixtures import renderer
-from tests.rollout_fakes import SentinelReader
-from tests.semantics.test_episode import ANSWER, VIDEO, Episode, calls_turn
+from tests.support.needle import renderer
+from tests.support.rollout_fakes import SentinelReader
+from tests.support.scripted_episode import ANSWER, VIDEO, Episode, calls_turn
 from train.recipes import get_recipe
 from train.settings.override import override
 from train.setup import prompt_texts

@@ -19,7 +19,7 @@ from pipelines.conversation import ConversationRenderer, EncodedConversation, Vi
 from pipelines.packing import PackShape, UnusableCount, fill, pack_stream
 from pipelines.preprocess import ImageSpec
 from pipelines.render import ChatRenderer, PromptTexts
-from tests.pipelines_fixtures import processor_folder
+from tests.support.needle import processor_folder
 from train.batch import packed_batch
 from train.recipes.needle import NEEDLE_MODEL
 from train.step import SftStep, batch_log_probs

@@ -20,22 +20,18 @@ from pipelines.loader import prompt_list
 from pipelines.media import OUTSIDE, Bucket
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
-from tests import paravt_fixture as fixture
-from tests.pipelines_fixtures import renderer
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    return fixture.write_paravt(str(tmp_path_factory.mktemp("paravt")))
+from tests.support import paravt_parquet as fixture
+from tests.support.needle import renderer
+from tests.support.videos import write_video
 
 
 def below(folder, *names):
     return [os.path.join(os.path.realpath(folder), name) for name in names]
 
 
-def test_questions_are_read_as_published(folder):
-    rows = question_rows(folder).rows
-    first, second, third, fourth = below(folder, *fixture.VIDEOS)
+def test_questions_are_read_as_published(paravt_folder):
+    rows = question_rows(paravt_folder).rows
+    first, second, third, fourth = below(paravt_folder, *fixture.VIDEOS)
     assert [[video.path for video in row.videos] for row in rows] == [
         [first], [second], [third, fourth], [fourth],
     ]  # fmt: skip
@@ -47,20 +43,20 @@ def test_questions_are_read_as_published(folder):
     assert rows[0].video.duration == fixture.SECONDS
 
 
-def test_conversations_are_read_as_published(folder):
-    first, second, third = sft_rows(folder).rows
+def test_conversations_are_read_as_published(paravt_folder):
+    first, second, third = sft_rows(paravt_folder).rows
     assert [m.role for m in first.messages] == ["system", "user", "assistant"]
     assert first.messages[0].content == (fixture.SYSTEM,)
     video, words = first.messages[1].content
     assert isinstance(video, VideoRef) and words == "What colour is it?"
-    assert [v.path for v in second.videos] == below(folder, *fixture.VIDEOS[1:3])
+    assert [v.path for v in second.videos] == below(paravt_folder, *fixture.VIDEOS[1:3])
     assert [m.role for m in third.messages] == ["user", "assistant", "tool", "assistant"]
-    assert third.messages[2].content[0] == ImageRef(*below(folder, fixture.FRAME))
+    assert third.messages[2].content[0] == ImageRef(*below(paravt_folder, fixture.FRAME))
     assert third.row_id == "sft/selftrace/train.parquet:0"
 
 
-def test_a_row_needs_all_its_videos(folder):
-    found = question_rows(folder)
+def test_a_row_needs_all_its_videos(paravt_folder):
+    found = question_rows(paravt_folder)
     reasons = {rejected.where.rsplit(", ")[1]: rejected.reason for rejected in found.rejected}
     assert set(reasons) == {"row 3", "row 1", "row 2"}
     assert "selfqa/lost.mp4: no such file" in reasons["row 3"]
@@ -70,11 +66,11 @@ def test_a_row_needs_all_its_videos(folder):
         "museg": Bucket(3, missing=1, unreadable=0),
         "selfqa": Bucket(3, missing=1, unreadable=0),
     }
-    assert len(sft_rows(folder).rejected) == 1
+    assert len(sft_rows(paravt_folder).rejected) == 1
 
 
-def test_the_report_says_what_is_missing(folder):
-    found = question_rows(folder, None, ("oe",))
+def test_the_report_says_what_is_missing(paravt_folder):
+    found = question_rows(paravt_folder, None, ("oe",))
     report = "\n".join(found.report())
     assert found.left_out == 2 and "; museg: 1 of 3" in found.summary()
     assert "3 of 7 rows cannot be used" in report
@@ -82,10 +78,10 @@ def test_the_report_says_what_is_missing(folder):
     assert "longvt_source: 0 of 2 files missing, 1 unreadable" in report
 
 
-def test_videos_may_lie_elsewhere(folder, tmp_path):
+def test_videos_may_lie_elsewhere(paravt_folder, tmp_path):
     """Only the tables: sentinels follow the root, a `file://` URI of another machine does not."""
-    shutil.copytree(os.path.join(folder, "rl"), tmp_path / "rl")
-    found = question_rows(str(tmp_path), folder)
+    shutil.copytree(os.path.join(paravt_folder, "rl"), tmp_path / "rl")
+    found = question_rows(str(tmp_path), paravt_folder)
     assert len(found.rows) == 4
     with pytest.raises(ValueError, match=r"no questions .* 7 of 7 rows"):
         question_rows(str(tmp_path))
@@ -96,7 +92,7 @@ def test_videos_may_lie_elsewhere(folder, tmp_path):
 @pytest.mark.parametrize("escape", ["../outside.mp4", "link.mp4", "file:///{}/outside.mp4"])
 def test_nothing_outside_of_the_root_is_opened(escape, tmp_path):
     root, outside = tmp_path / "root", tmp_path / "outside.mp4"
-    fixture.write_video(str(outside), 0)
+    write_video(outside, 0)
     root.mkdir()
     (root / "link.mp4").symlink_to(outside)
     written = escape.format(tmp_path)
@@ -104,7 +100,7 @@ def test_nothing_outside_of_the_root_is_opened(escape, tmp_path):
     fixture.write_table(str(root), "rl.parquet", rows)
     with pytest.raises(ValueError, match="leads out of"):
         question_rows(str(root))
-    fixture.write_video(str(root / "inside.mp4"), 0)
+    write_video(root / "inside.mp4", 0)
     rows += [fixture.question(["inside.mp4"], "<video>What?", "x")]
     fixture.write_table(str(root), "rl.parquet", rows)
     found = question_rows(str(root))
@@ -113,7 +109,7 @@ def test_nothing_outside_of_the_root_is_opened(escape, tmp_path):
 
 
 def test_own_files_may_name_videos_absolutely_unless_a_root_is_given(tmp_path):
-    fixture.write_video(str(tmp_path / "far.mp4"), 0)
+    write_video(tmp_path / "far.mp4", 0)
     (tmp_path / "data").mkdir()
     table = tmp_path / "data" / "questions.csv"
     table.write_text(f"video,question,answer,question_type\n{tmp_path}/far.mp4,What?,red,oe\n")
@@ -126,7 +122,7 @@ def test_own_files_may_name_videos_absolutely_unless_a_root_is_given(tmp_path):
 def linked(tmp_path):
     """A root beside a folder of films: a link to it, one to a film, and links that are no entry."""
     films, root = tmp_path / "films", tmp_path / "root"
-    fixture.write_video(str(films / "a.mp4"), 0)
+    write_video(films / "a.mp4", 0)
     shutil.copy(films / "a.mp4", tmp_path / "secret.mp4")
     (films / "out.mp4").symlink_to(tmp_path / "secret.mp4")
     (root / "deep").mkdir(parents=True)
@@ -178,11 +174,11 @@ BAD_QUESTIONS = {
 
 
 @pytest.mark.parametrize(("change", "reason"), BAD_QUESTIONS.values(), ids=BAD_QUESTIONS)
-def test_bad_questions_are_rejected_with_the_reason(change, reason, folder, tmp_path):
+def test_bad_questions_are_rejected_with_the_reason(change, reason, paravt_folder, tmp_path):
     good = fixture.question([fixture.VIDEOS[0]], "<video>What?", "x")
     fixture.write_table(str(tmp_path), "good.parquet", [good])
     fixture.write_table(str(tmp_path), "bad.parquet", [good | change])
-    found = question_rows(str(tmp_path), folder)
+    found = question_rows(str(tmp_path), paravt_folder)
     assert len(found.rows) == 1
     assert reason in found.rejected[0].reason and "bad.parquet, row 0" in found.rejected[0].where
 
@@ -217,8 +213,8 @@ def test_bad_conversations_are_rejected_with_the_reason(row, reason, tmp_path):
         sft_rows(str(tmp_path))
 
 
-def test_configurations_are_told_apart(folder, tmp_path):
-    only_sft = os.path.join(folder, "sft")
+def test_configurations_are_told_apart(paravt_folder, tmp_path):
+    only_sft = os.path.join(paravt_folder, "sft")
     with pytest.raises(ValueError, match="no parquet file has the columns extra_info"):
         question_rows(only_sft)
     (tmp_path / "broken.parquet").write_bytes(b"no table")
@@ -228,8 +224,8 @@ def test_configurations_are_told_apart(folder, tmp_path):
         question_rows(str(tmp_path / "empty"))
 
 
-def test_rows_and_conversations_survive_array_record(folder, tmp_path):
-    for rows in (question_rows(folder).rows, sft_rows(folder).rows):
+def test_rows_and_conversations_survive_array_record(paravt_folder, tmp_path):
+    for rows in (question_rows(paravt_folder).rows, sft_rows(paravt_folder).rows):
         source = row_source(rows, str(tmp_path))
         assert [source[index] for index in range(len(source))] == rows
 
@@ -245,8 +241,8 @@ def test_videos_share_the_frame_budget(budget, videos, expected):
 
 
 @pytest.mark.parametrize("mode", ["image", "video"])
-def test_prompts_show_all_videos(mode, folder):
-    row = question_rows(folder, None, ("mcq",)).rows[0]
+def test_prompts_show_all_videos(mode, paravt_folder):
+    row = question_rows(paravt_folder, None, ("mcq",)).rows[0]
     r = renderer(mode)
     (item,) = prompt_list([row], VideoReader(spec=r.spec), r, budget=8)
     text = r.decode(item.prompt.tokens)

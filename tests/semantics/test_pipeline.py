@@ -25,7 +25,7 @@ from pipelines.datasets import question_rows
 from pipelines.loader import prompt_list, prompt_stream
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
-from tests.pipelines_fixtures import data_folder, questions, renderer
+from tests.support.needle import data_folder, questions, renderer
 
 BUDGETS = (2, 4)
 

@@ -23,10 +23,10 @@ from pipelines.loader import prompt_stream
 from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.limits import AgentConfig, slot_pools
-from tests.pipelines_fixtures import questions, renderer
-from tests.rollout_fakes import SentinelReader
-from tests.scripted_engine import ScriptedEngine
-from tests.scripted_rollouts import (
+from tests.support.needle import questions, renderer
+from tests.support.rollout_fakes import SentinelReader
+from tests.support.scripted_engine import ScriptedEngine
+from tests.support.scripted_rollouts import (
     RENDERER,
     Learnable,
     as_state,

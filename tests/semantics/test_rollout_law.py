@@ -18,28 +18,22 @@ import pytest
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
 from rollout.engine.precompile import precompile
-from tests.rollout_law import (
+from tests.support.rollout_law import (
     Learnable,
     Shape,
     World,
-    calls_of,
     crop_streams,
     input_sizes,
     learner_rows,
     what_happened,
 )
-from tests.unit.test_engine import QWEN
+from tests.support.tiny_models import QWEN
 from train.batch import streams_of_groups
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("turns_that_call")]
 
 EVIDENCE = ["text", "frames"]
 MESH = "data:2,fsdp:2,tensor:2"
-
-
-@pytest.fixture(autouse=True)
-def turns_that_call(monkeypatch):
-    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def toy(evidence: str, copies: int) -> World:

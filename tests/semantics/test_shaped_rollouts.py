@@ -20,9 +20,9 @@ from rollout.engine.automaton import TokenAutomata
 from rollout.engine.grammar import DEAD, ByteAutomaton
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import slot_pools
-from tests.processed import processed
-from tests.rollout_fakes import PAD, SPECIAL, VOCAB
-from tests.rollout_law import (
+from tests.support.drawing_oracle import processed
+from tests.support.rollout_fakes import PAD, SPECIAL, VOCAB
+from tests.support.rollout_law import (
     CONFIG,
     CROP_TOKENS,
     ENDS,
@@ -32,12 +32,13 @@ from tests.rollout_law import (
     TapedEngine,
     TerseRenderer,
     World,
-    calls_of,
     crop_streams,
 )
 from train.batch import Stream, streams_of_groups
 from train.rl.batches import token_shares, with_what_shaped
 from train.step import batch_hidden, batch_log_probs, shaping_of
+
+pytestmark = pytest.mark.usefixtures("turns_that_call")
 
 LOW, HIGH = range(96), range(96, 128)
 SETTINGS = {
@@ -95,11 +96,6 @@ def engine() -> TapedEngine:
         frame_patches=FRAME_PATCHES,
         penalties=True,
     )
-
-
-@pytest.fixture(autouse=True)
-def turns_that_call(monkeypatch):
-    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def expected_log_probs(

@@ -26,7 +26,7 @@ from pipelines.loader import Mixture, prompt_stream
 from pipelines.sizes import prompt_tokens
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
-from tests.pipelines_fixtures import data_folder, questions, renderer
+from tests.support.needle import data_folder, questions, renderer
 
 CHOICES = (4, 8, 16, 32, 64)
 PIXELS = np.zeros((1, 1, 1, 3), np.uint8)

@@ -12,17 +12,18 @@ import copy
 import numpy as np
 import pytest
 
-from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import CROP_VIDEO_TOOL, parses_strictly, reported
-from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
+from paravt_jax.records import Conversation, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate
 from pipelines.render import ChatRenderer
 from rollout.agent import Agent
 from rollout.limits import AgentConfig, slot_pools, token_budget, turn_head
-from tests.pipelines_fixtures import processor_folder
-from tests.rollout_fakes import ToyRenderer
-from tests.scripted_engine import ScriptedEngine
-from tests.unit.test_conversation import CHATML
+from tests.support.needle import CHATML, processor_folder
+from tests.support.readers import StillReader
+from tests.support.rollout_fakes import ToyRenderer
+from tests.support.scripted_engine import ScriptedEngine
+
+READER = StillReader(clip_frames=2)
 
 OPENED = CHATML.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%")
 VIDEO = VideoRef("/own.mp4", 64.0)
@@ -31,16 +32,6 @@ CALL = '<tool_call>\n{"name": "crop_video", "arguments": {"start_time": 0, "end_
 CALL += "</tool_call>"
 TURNS = (f"I must look.\n</think>\n\n{CALL}<|im_end|>", "Red.\n</think>\n\n<answer>red</answer>")
 THOUGHT = "Is it red?\n</think>\n\nA red circle.<|im_end|>"
-
-
-class Reader(FrameReader):
-    """Two frames of 32x32 pixels."""
-
-    def overview(self, video, count):
-        return Frames(np.full((2, 32, 32, 3), 7, np.uint8), np.array([0.0, 1.0]))
-
-    def clip(self, video, start, end, tokens=None):
-        return self.overview(video, 2)
 
 
 @pytest.fixture(params=["released", "plain"])
@@ -61,8 +52,8 @@ def roll_out(renderer, *turns, report=THOUGHT, **settings):
     config = AgentConfig(turn_tokens=400, answer_tokens=200, response_tokens=200, **settings)
     shapes = slot_pools(config, renderer, prompts=1, copies=1, prompt_tokens=2000, crop_tokens=2000)
     engine = ScriptedEngine(shapes, [turns], lambda prompt: report, renderer=renderer)
-    agent = Agent(engine.session, renderer, Reader(), config=config, crop_tokens=2000)
-    prompt = renderer.main_prompt(ROW, Reader().overview(VIDEO, 2), tools=True)
+    agent = Agent(engine.session, renderer, READER, config=config, crop_tokens=2000)
+    prompt = renderer.main_prompt(ROW, READER.overview(VIDEO, 2), tools=True)
     (group,) = agent.run({}, [(ROW, 2, prompt)], 1, seed=0)
     return group.trajectories[0], engine.sessions[0]
 
@@ -81,7 +72,7 @@ def test_the_templates_think_is_the_head_of_every_turn_and_stands_there_once(ren
 
 def test_what_is_read_is_what_the_template_writes(renderer):
     rollout, _ = roll_out(renderer, *TURNS)
-    ask = renderer.prompt(Reader().overview(VIDEO, 2), "What colour?")
+    ask = renderer.prompt(READER.overview(VIDEO, 2), "What colour?")
     asked = {"role": "user", "content": [*renderer.frame_parts(np.array([0.0, 1.0]))]}
     asked["content"].append({"type": "text", "text": "What colour?"})
     said = [f"<think>\n{turn}".removesuffix("<|im_end|>") for turn in TURNS]
@@ -141,7 +132,7 @@ def talk(*messages: tuple[str, str]) -> Conversation:
 
 def learned(renderer, conversation):
     """All tokens of a conversation, and the stretches that are learned as texts."""
-    draft = ConversationRenderer(renderer, Reader(), FrameRate(most=2))(conversation)
+    draft = ConversationRenderer(renderer, READER, FrameRate(most=2))(conversation)
     edges = np.flatnonzero(np.diff(draft.weights, prepend=0, append=0)).reshape(-1, 2)
     return draft.tokens, [renderer.decode(draft.tokens[a:b]) for a, b in edges]
 

@@ -19,9 +19,9 @@ from pipelines.render import ChatRenderer
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig, ToolName
 from rollout.tools import MAKERS, TOOLS, agent_tools
-from tests.pipelines_fixtures import processor_folder
-from tests.rollout_fakes import SentinelReader
-from tests.semantics.test_episode import ANSWER, END, VIDEO, Episode, call, calls_turn
+from tests.support.needle import processor_folder
+from tests.support.rollout_fakes import SentinelReader
+from tests.support.scripted_episode import ANSWER, END, VIDEO, Episode, call, calls_turn
 from train.agent import crop_tokens
 from train.recipes import get_recipe
 from train.settings.override import override

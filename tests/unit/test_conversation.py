@@ -1,32 +1,22 @@
 """Conversations: what is learned of them, where frames stand, and which templates are refused."""
 
-import copy
-
 import numpy as np
 import pytest
 from PIL import Image
 
-from paravt_jax.interfaces import FrameReader
-from paravt_jax.records import Conversation, Frames, ImageRef, Message, ToolCall, VideoRef
+from paravt_jax.records import Conversation, ImageRef, Message, ToolCall, VideoRef
 from paravt_jax.rope_index import mrope_positions
 from pipelines.conversation import ConversationRenderer, FrameRate, pack, still_spec
 from pipelines.preprocess import VideoSpec
 from pipelines.render import ChatRenderer, PromptTexts
-from tests.pipelines_fixtures import processor_folder, renderer
+from tests.support.needle import CHATML, processor_folder, renderer, with_template
+from tests.support.readers import StillReader
+
+READER = StillReader(shade=lambda video, count: count)
 
 VIDEO = VideoRef("/nowhere.mp4", 3.0)
 PAD = "<|vision_start|><|image_pad|><|vision_end|>"
 CALL = '<tool_call>\n{"name": "crop_video", "arguments": {"start_time": 0}}\n</tool_call>'
-
-
-class Reader(FrameReader):
-    """Frames of 32x32 pixels, one per second."""
-
-    def overview(self, video, count):
-        return Frames(np.full((count, 32, 32, 3), count, np.uint8), np.arange(count) * 1.0)
-
-    def clip(self, video, start, end, tokens=None):
-        raise AssertionError("nobody asks for a clip here")
 
 
 def message(role, *content):
@@ -57,30 +47,9 @@ SAID = [
     "<answer>red</answer><|im_end|>",
 ]
 
-CHATML = """\
-{%- for m in messages -%}
-<|im_start|>{{ m.role }}
-{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content -%}
-{%- if part.type == 'text' %}{{ part.text }}
-{%- else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif -%}
-{%- endfor %}{% endif %}<|im_end|>
-{% endfor -%}
-{%- if add_generation_prompt -%}<|im_start|>assistant
-{% endif -%}
-"""
-"""The plainest ChatML."""
-
-
-def with_template(template, mode="image"):
-    """The needle tokenizer under another chat template."""
-    own = ChatRenderer.from_folder(processor_folder(), mode, PromptTexts())
-    own.tokenizer = copy.deepcopy(own.tokenizer)
-    own.tokenizer.chat_template = template
-    return own
-
 
 def conversations(own=None, **settings):
-    return ConversationRenderer(own or renderer(), Reader(), FrameRate(most=2), **settings)
+    return ConversationRenderer(own or renderer(), READER, FrameRate(most=2), **settings)
 
 
 def runs(own, draft):
@@ -136,7 +105,7 @@ def test_what_the_release_learns():
 
 def test_prompts_at_inference_are_the_beginnings_of_what_is_trained():
     """Same tokens and positions as the renderer's own prompt of these frames and words."""
-    frames = Reader().overview(VIDEO, 2)
+    frames = READER.overview(VIDEO, 2)
     prompt = renderer().prompt(frames, "What?", "Be brief.")
     packed = pack([conversations()(TRACE)])
     head = len(prompt.tokens)

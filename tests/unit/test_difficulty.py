@@ -8,27 +8,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from paravt_jax.interfaces import FrameReader
-from paravt_jax.records import Frames, RolloutGroup, Row, Trajectory, VideoRef
+from paravt_jax.records import RolloutGroup, Row, Trajectory, VideoRef
 from pipelines.loader import PromptItem
-from tests.pipelines_fixtures import renderer
+from tests.support.needle import renderer
+from tests.support.readers import StillReader
 from train.methods.difficulty import Difficulty, hint_room, shortened, with_noise
 from train.recipes import get_recipe
 from train.settings.override import override
 
+READER = StillReader()
+
 SETTINGS = ["difficulty.window=3", "rl.group_size=4", "difficulty.hint_tokens=24"]
 CONFIG = override(get_recipe("needle_rl"), SETTINGS)
 TRACE = "<think>\nI look at one part of it.\n</think>\n<answer>red</answer><|im_end|>"
-
-
-class GreyReader(FrameReader):
-    """Grey frames, a second apart."""
-
-    def overview(self, video, count):
-        return Frames(np.full((count, 32, 32, 3), 128, np.uint8), np.arange(count) * 1.0)
-
-    def clip(self, video, start, end, tokens=None):
-        raise AssertionError("augmentation crops nothing")
 
 
 class Actor:
@@ -71,7 +63,7 @@ def rewarded(groups, *totals):
 
 def item(name: str) -> PromptItem:
     row = Row(name, VideoRef(f"/{name}.mp4", 64.0), "What colour is the circle?", "red")
-    frames = GreyReader().overview(row.video, 2)
+    frames = READER.overview(row.video, 2)
     return PromptItem(row, 2, renderer().main_prompt(row, frames, tools=True))
 
 
@@ -90,7 +82,7 @@ class First(Actor):
 
 def kit(config=CONFIG, solutions=2.0):
     actor = Actor(solutions)
-    difficulty = Difficulty(actor, config.difficulty, renderer(), GreyReader(), tools=True)
+    difficulty = Difficulty(actor, config.difficulty, renderer(), READER, tools=True)
     return SimpleNamespace(difficulty=difficulty, actor=actor)
 
 
@@ -142,7 +134,7 @@ def test_noise_is_in_the_frames_of_every_video():
     own.difficulty.set_state([0.0])
     videos = (VideoRef("/second.mp4", 9.0),)
     row = dataclasses.replace(item("r").row, more_videos=videos)
-    frames = [GreyReader().overview(video, 2) for video in row.videos]
+    frames = [READER.overview(video, 2) for video in row.videos]
     plain = PromptItem(row, 4, renderer().main_prompt(row, frames, tools=True))
     _, _, (easy,) = step_of(own, 2.0, prompts=[plain])
     noisy = easy.trajectories[0].prompt
@@ -196,7 +188,7 @@ def test_hints_grow_with_difficulty_and_end_before_the_answer():
 
 
 def test_noise_has_its_std_and_its_seed():
-    frames = GreyReader().overview(item("r0").row.video, 4)
+    frames = READER.overview(item("r0").row.video, 4)
     for std in (0.02, 0.1):
         noisy = with_noise(frames, std, seed=3)
         assert noisy.pixels.dtype == np.uint8

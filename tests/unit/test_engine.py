@@ -10,7 +10,6 @@ import jax
 import numpy as np
 import pytest
 
-from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import Prompt, StopReason
@@ -21,7 +20,8 @@ from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.engine.slots import Generated, StreamId
-from tests.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
+from tests.support.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
+from tests.support.tiny_models import QWEN
 
 POLICY = ToyPolicy()
 PARAMS = POLICY.init()
@@ -362,36 +362,6 @@ def test_a_mesh_changes_no_sample(mesh):
         spread = sample_all(make_engine(pool), copies=2)
     for one, other in zip(alone, spread, strict=True):
         same(one, other)
-
-
-QWEN = Qwen3VLPolicy(
-    Qwen3VLConfig(
-        text=TextConfig(
-            vocab_size=VOCAB,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            head_dim=8,
-            mrope_section=(2, 1, 1),
-            # Large weights, so that the model has opinions and an error shows.
-            initializer_range=0.3,
-        ),
-        vision=VisionConfig(
-            depth=1,
-            hidden_size=32,
-            intermediate_size=24,
-            num_heads=2,
-            patch_size=4,
-            out_hidden_size=32,
-            num_position_embeddings=16,
-            deepstack_visual_indexes=(0,),
-            initializer_range=0.3,
-        ),
-        tie_word_embeddings=True,
-    )
-)
 
 
 def qwen_engine(cache_dtype: str) -> Engine:

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 
 from models.common.experts import BLOCK, _blocked_matmul, mix, permute
-from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
+from models.qwen3_vl import Qwen3VLPolicy
 from models.qwen3_vl.config import ExpertsConfig
 from paravt_jax.kv_cache import CacheArray
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from tests.support.tiny_models import EXPERTS as CONFIG
 
 pytestmark = pytest.mark.slow
 
@@ -66,38 +67,6 @@ def test_mix_by_hand():
     square = np.asarray(x) ** 2
     share = np.array([[[0.25 * 0.5 + 0.75 * 1.5], [0.5 * 1.5]]])
     np.testing.assert_allclose(mixed, share * square, rtol=1e-6)
-
-
-CONFIG = Qwen3VLConfig(
-    text=TextConfig(
-        vocab_size=64,
-        hidden_size=16,
-        intermediate_size=24,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        mrope_section=(2, 1, 1),
-        initializer_range=0.3,
-        experts=ExpertsConfig(
-            num_experts=4,
-            num_experts_per_tok=2,
-            moe_intermediate_size=12,
-            decoder_sparse_step=2,
-            mlp_only_layers=(3,),
-        ),
-    ),
-    vision=VisionConfig(
-        depth=1,
-        hidden_size=8,
-        num_heads=2,
-        intermediate_size=8,
-        out_hidden_size=16,
-        patch_size=4,
-        num_position_embeddings=4,
-        deepstack_visual_indexes=(0,),
-    ),
-)
 
 
 def sparse_everywhere(num_experts=4):

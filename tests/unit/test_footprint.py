@@ -11,7 +11,7 @@ import pytest
 from paravt_jax.params import abstract_params
 from pipelines.needle.world import write_mp4
 from pipelines.sizes import prompt_tokens
-from tests.unit.test_released_shapes import MODELS
+from tests.support.released_models import MODELS
 from train import checks, main, setup
 from train.agent import open_engine
 from train.compile.footprint import EXAMPLE, footprint, format_footprint, planned_mesh

@@ -39,8 +39,9 @@ def test_a_hundred_thousand_completions():
 )
 def test_the_hook_ends_a_process_that_does_what_it_must_not(forbidden, tmp_path):
     code = (
-        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); import tests.fuzz_completions as f; "
-        f"sys.addaudithook(f.forbid); {forbidden}; print('went on')"
+        f"import os, sys; sys.path.insert(0, {str(ROOT)!r}); "
+        f"import tests.support.fuzz_completions as f; sys.addaudithook(f.forbid); "
+        f"{forbidden}; print('went on')"
     )
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60

@@ -6,8 +6,8 @@ import pytest
 
 from paravt_jax.records import Row, VideoRef
 from paravt_jax.rewards import JudgeSettings
-from tests.unit.test_judge import completion, serve  # noqa: F401  a fixture
-from tests.unit.test_scoring import ANSWER, trajectory
+from tests.support.judge_server import completion
+from tests.support.trajectories import ANSWER, trajectory
 from train.methods.hindsight import hindsight, open_feedback, read_feedback
 
 ROW = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "teal", "oe", ((2.0, 3.5), (6.0, 8.0)))
@@ -52,7 +52,7 @@ def test_reading_a_judges_reply(reply, feedback):
     assert read_feedback(reply) == feedback
 
 
-def test_a_judge_reads_the_reply_and_a_silent_one_is_replaced(serve):  # noqa: F811
+def test_a_judge_reads_the_reply_and_a_silent_one_is_replaced(serve):
     def behave(request, number):
         said = request["messages"][0]["content"]
         assert "Verified answer: teal" in said and "2 to 3.5, 6 to 8" in said

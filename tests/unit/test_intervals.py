@@ -10,7 +10,7 @@ from rich.console import Console
 from evaluate.intervals import Accuracy, accuracies
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from pipelines.needle.world import draw_events
-from tests.unit.test_sampling import rollout
+from tests.support.trajectories import rewarded
 from train.data.needle import needle_world
 from train.data.questions import all_rows, open_rows, strata
 from train.recipes import get_recipe
@@ -35,7 +35,7 @@ def test_intervals_hold_the_truth_as_often_as_they_say():
 
 def group(row_id, kind, video, accuracy):
     row = Row(row_id, VideoRef(video, 64.0), "What?", "red", kind)
-    return RolloutGroup(row, 4, (rollout(1.0, accuracy),))
+    return RolloutGroup(row, 4, (rewarded(1.0, accuracy),))
 
 
 def test_questions_are_told_apart_and_one_video_counts_once():

@@ -14,7 +14,7 @@ from paravt_jax.checkpoint import open_params, save_params
 from paravt_jax.lora import TARGETS, LoraConfig, Merged, adapter_table, is_adapter
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
-from tests.unit.test_train_step import random_batch, run_steps
+from tests.support.train_steps import random_batch, run_steps
 from train.config import OptimizerSettings
 from train.layout import to_mesh
 from train.optimizer import make_optimizer

@@ -9,7 +9,7 @@ import pytest
 from paravt_jax.markup import without_tags
 from pipelines.render import ChatRenderer
 from rollout.responses import _MARKUP, strip_markup
-from tests.pipelines_fixtures import renderer
+from tests.support.needle import renderer
 
 PARTS = ["<", ">", "<|", "|>", "a", "</", "think", "tool_call", "im_end", "<think>", "</answer>"]
 PARTS += ["<|im_end|>", "|", "\n", "π", "<think", "<<", ">>", "<|a", "<answer>"]

@@ -11,7 +11,8 @@ from safetensors.numpy import load_file, save_file
 from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig, load_params, save_folder
 from models.qwen3_vl.config import ExpertsConfig
 from models.qwen3_vl.model import Qwen3VLPolicy
-from tests.unit.test_weights import CONFIG, TABLE
+from tests.support.tiny_models import SPARSE as CONFIG
+from tests.support.tiny_models import SPARSE_TABLE as TABLE
 
 SIZES = [
     (part, field.name)

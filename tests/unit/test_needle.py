@@ -25,7 +25,7 @@ from pipelines.needle.world import (
     videos,
 )
 from pipelines.video import VideoReader
-from tests.pipelines_fixtures import (
+from tests.support.needle import (
     WORLD,
     data_folder,
     processor_folder,

@@ -10,8 +10,7 @@ import pytest
 from models.common.prepared import is_product
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.params import initialise
-from tests.unit.test_engine import QWEN
-from tests.unit.test_experts import CONFIG as EXPERTS
+from tests.support.tiny_models import EXPERTS, QWEN
 
 pytestmark = pytest.mark.slow
 

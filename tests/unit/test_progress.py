@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from paravt_jax.mesh import make_mesh, parse_mesh
-from tests.command import ROOT
+from tests.support.command import ROOT
 from train import setup
 from train.compile.cache import keep_compiled
 from train.optimizer import OptimizerSettings

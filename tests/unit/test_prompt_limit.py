@@ -9,7 +9,7 @@ from pipelines.faults import Unusable
 from pipelines.render import ChatRenderer
 from pipelines.sizes import PromptLimit, prompt_tokens
 from pipelines.tokenizer import open_tokenizer
-from tests.pipelines_fixtures import processor_folder, renderer
+from tests.support.needle import processor_folder, renderer
 from train.data.questions import read_questions
 from train.recipes import get_recipe
 from train.settings.override import override

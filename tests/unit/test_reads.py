@@ -5,7 +5,7 @@ import numpy as np
 from paravt_jax.records import Frames, Row, VideoRef
 from pipelines.render import ChatRenderer
 from rollout.limits import MAIN
-from tests.pipelines_fixtures import renderer
+from tests.support.needle import renderer
 from train.compile.prompts import agent_reads
 from train.recipes import get_recipe
 from train.settings.override import override

@@ -12,7 +12,7 @@ from paravt_jax.protocol import CROP_VIDEO_TOOL
 from paravt_jax.records import Frames, Row, VideoRef
 from paravt_jax.rope_index import mrope_positions
 from pipelines.render import ChatRenderer, PromptTexts
-from tests.pipelines_fixtures import processor_folder, renderer
+from tests.support.needle import processor_folder, renderer
 
 END = "<|im_end|>\n<|im_start|>assistant\n"
 ROW = Row("r1", VideoRef("/nowhere.mp4", 64.0), "What colour is the circle?", "red")

@@ -17,7 +17,7 @@ from rollout.engine.sampler import (
     mark_seen,
     row_keys,
 )
-from tests.processed import processed
+from tests.support.drawing_oracle import processed
 
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 VOCAB = 500

@@ -6,15 +6,14 @@ import numpy as np
 import pytest
 
 from paravt_jax.records import (
-    Prompt,
     RolloutGroup,
     Row,
     StopReason,
     ToolCall,
-    Trajectory,
     Turn,
     VideoRef,
 )
+from tests.support.trajectories import NONE, rewarded
 from train.batch import streams_of_groups
 from train.methods.dynamic_sampling import DynamicSampling, fill_batch
 from train.methods.length_penalty import with_length_penalty
@@ -22,26 +21,10 @@ from train.rl.loop import RolloutBatch
 from train.rl.scoring import rollout_metrics
 from train.rl.settings import RlSettings
 
-NONE = np.zeros(0, np.int32)
-
-
-def rollout(total, accuracy=0.0, length=0):
-    rewards = {"total": total, "accuracy": accuracy, "format": 0.0, "tool": 0.0, "task": total - 1}
-    return Trajectory(
-        prompt=Prompt(NONE, NONE.reshape(0, 3), NONE),
-        tokens=np.zeros(2 * length, np.int32),
-        generated=np.arange(2 * length) < length,
-        log_probs=np.zeros(2 * length, np.float32),
-        turns=(),
-        scored_text="",
-        full_text="",
-        rewards=rewards,
-    )
-
 
 def group(name, totals, accuracies=(0.0, 0.0)):
     row = Row(name, VideoRef("v.mp4", 8.0), "What?", "red", "oe")
-    return RolloutGroup(row, 4, tuple(map(rollout, totals, accuracies)))
+    return RolloutGroup(row, 4, tuple(map(rewarded, totals, accuracies)))
 
 
 FLAT, SPREAD = (1.0, 1.0), (0.0, 1.0)
@@ -99,7 +82,7 @@ def test_long_rollouts_are_punished_by_a_term_of_their_own():
     """Limit 100, margin 20, weight 2: 80 tokens are free, 90 cost 1, 300 cost 2."""
     settings = RlSettings(overlong_limit=100, overlong_margin=20, overlong_weight=2.0)
     row = BATCHES[0][0].row
-    lengths = RolloutGroup(row, 4, tuple(rollout(1.5, length=n) for n in (80, 90, 300)))
+    lengths = RolloutGroup(row, 4, tuple(rewarded(1.5, length=n) for n in (80, 90, 300)))
     (punished,) = with_length_penalty([lengths], settings)
     rewards = [t.rewards for t in punished.trajectories]
     assert [r["length"] for r in rewards] == [0.0, -1.0, -2.0]
@@ -146,7 +129,7 @@ def test_a_rollout_that_calls_to_the_end_teaches_nothing():
     assert names == ["a", "b"]
     talkative = dataclasses.replace(
         spoiled,
-        trajectories=(over_turn(rollout(0.0, length=3)), rollout(1.0, length=3)),
+        trajectories=(over_turn(rewarded(0.0, length=3)), rewarded(1.0, length=3)),
     )
     for mask, learned in ((False, [3, 3]), (True, [0, 3])):
         streams = streams_of_groups([talkative], mask)

@@ -6,51 +6,19 @@ import numpy as np
 import pytest
 
 from paravt_jax.records import (
-    Prompt,
     RolloutGroup,
     Row,
-    StopReason,
-    ToolCall,
-    Trajectory,
-    Turn,
     VideoRef,
 )
 from paravt_jax.rewards import RewardRules, reward_terms
+from tests.support.trajectories import ANSWER, trajectory
 from train.rl import scoring
 from train.rl.scoring import Scorer, accuracy_by_type, complies, rollout_metrics, score_groups
 
 BODY = '{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 4}}'
 CALL = f"<tool_call>\n{BODY}\n</tool_call>"
 GOOD = f"<think>\nI look at one part.\n</think>\n{CALL}\n{CALL}<|im_end|>"
-ANSWER = "<think>\nI saw a red circle.\n</think>\n<answer>red</answer><|im_end|>"
 UNCLOSED = "<think>\nI saw a red circle.\n<answer>red</answer><|im_end|>"
-
-
-def trajectory(*texts: str, calls: int = 0, executed: int = 0) -> Trajectory:
-    """A rollout of one turn per text; its first turn makes the calls."""
-    none = np.zeros(0, np.int32)
-    turns = tuple(
-        Turn(
-            prefix=none,
-            tokens=none,
-            log_probs=none.astype(np.float32),
-            stop_reason=StopReason.END,
-            text=text,
-            calls=tuple(ToolCall("crop_video", {}) for _ in range(calls if not number else 0)),
-            executed=executed if not number else 0,
-        )
-        for number, text in enumerate(texts)
-    )
-    prompt = Prompt(none, none.reshape(0, 3), none)
-    return Trajectory(
-        prompt=prompt,
-        tokens=np.zeros(4, np.int32),
-        generated=np.array([True, True, False, True]),
-        log_probs=np.zeros(4, np.float32),
-        turns=turns,
-        scored_text="".join(texts),
-        full_text="".join(texts),
-    )
 
 
 @pytest.fixture

@@ -20,6 +20,7 @@ from paravt_jax.structure import (
 )
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.world import COLOURS, SHAPES, NeedleWorld
+from tests.support.vocabulary import contents_of
 
 COUNT = 10_000
 """Sequences that are read by hand."""
@@ -57,12 +58,6 @@ def tokenizer():
     corpus = ["<think>\na</think>\n<answer>B</answer>", "<think> b</think>\n\n<answer>", " <think>"]
     tokenizer.train_from_iterator(corpus * 20, trainer)
     return tokenizer
-
-
-def contents_of(tokenizer):
-    """Bytes of each id; three ids more than the tokenizer has, as in a padded embedding."""
-    added = {i: token.content for i, token in tokenizer.get_added_tokens_decoder().items()}
-    return token_bytes(tokenizer.get_vocab(), added, size=tokenizer.get_vocab_size() + 3)
 
 
 @pytest.fixture(scope="module")

@@ -8,9 +8,9 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.records import LearnerBatch
-from tests.rollout_fakes import PAD
-from tests.rollout_law import Learnable
-from tests.scripted_rollouts import SPEC, as_state, configured, group, learner, rollout
+from tests.support.rollout_fakes import PAD
+from tests.support.rollout_law import Learnable
+from tests.support.scripted_rollouts import SPEC, as_state, configured, group, learner, rollout
 from train.batch import learner_batch, stream_of, streams_of_groups
 from train.layout import to_mesh
 from train.recipes import get_recipe

@@ -7,7 +7,7 @@ from paravt_jax.records import Conversation, Frames, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer
 from pipelines.render import ChatRenderer, PromptTexts
 from pipelines.subtitles import has_subtitles, read_srt, subtitle_text
-from tests.pipelines_fixtures import processor_folder
+from tests.support.needle import processor_folder
 
 SRT = """\
 1

@@ -15,7 +15,7 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from paravt_jax.records import Frames, RolloutGroup, Row, Shown, Trajectory, VideoRef
 from paravt_jax.structure import ANCHOR_TAGS, tag_table
-from tests.pipelines_fixtures import renderer
+from tests.support.needle import renderer
 from train.methods import teacher as teacher_module
 from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer

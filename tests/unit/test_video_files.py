@@ -11,7 +11,7 @@ from pipelines.decode import probe, video_ref
 from pipelines.decoders import DECODERS, OpenCvDecoder
 from pipelines.preprocess import VideoSpec
 from pipelines.video import VideoReader
-from tests.ffmpeg import ffmpeg, frame_pixels, frame_times, numbered
+from tests.support.ffmpeg import ffmpeg, frame_pixels, frame_times, numbered
 
 X264 = ("-c:v", "libx264", "-g", "12", "-bf", "2", "-pix_fmt", "yuv420p")
 BURSTS = ("-vf", "select='if(between(t,1,2)+gt(t,6),not(mod(n,29)),1)'", "-fps_mode", "vfr")

@@ -19,37 +19,21 @@ from models.common.folder import whole_folder
 from models.common.safetensors_io import StoredTensor, TensorSpec, stored_tensors, write_tensors
 from models.common.weights import Weights
 from models.qwen3_vl import (
-    Qwen3VLConfig,
     Qwen3VLPolicy,
-    TextConfig,
-    VisionConfig,
     load_params,
     read_config,
     save_folder,
 )
-from models.qwen3_vl.config import ExpertsConfig
 from paravt_jax import checkpoint
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import create_params, open_params
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import HfLayout, param_shardings
+from tests.support.tiny_models import SPARSE as CONFIG
+from tests.support.tiny_models import SPARSE_TABLE as TABLE
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
 
-CONFIG = Qwen3VLConfig(
-    text=TextConfig(
-        vocab_size=48, hidden_size=32, intermediate_size=24, num_hidden_layers=3,
-        num_attention_heads=2, num_key_value_heads=1, head_dim=16, mrope_section=(3, 3, 2),
-        experts=ExpertsConfig(
-            num_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, mlp_only_layers=(1,)
-        ),
-    ),
-    vision=VisionConfig(
-        depth=2, hidden_size=16, intermediate_size=24, num_heads=2, patch_size=4,
-        out_hidden_size=32, num_position_embeddings=16, deepstack_visual_indexes=(1,),
-    ),
-)  # fmt: skip
-TABLE = Qwen3VLPolicy(CONFIG).table
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import cv2
-import numpy as np
-
-from tests.command import SMALL
+from tests.support.command import SMALL
+from tests.support.videos import write_video
 from train.config import to_dict
 from train.data.needle import questions_of_world
 from train.recipes import get_recipe
@@ -27,7 +25,8 @@ def make_world(folder: Path) -> dict[str, str]:
     """Write the world below a folder; what its names stand for."""
     (folder / "videos").mkdir(parents=True)
     for number, name in enumerate("ab"):
-        write_video(folder / "videos" / f"{name}.mp4", shade=80 * number)
+        path = folder / "videos" / f"{name}.mp4"
+        write_video(path, shade=80 * number, frames=20, rate=5.0, size=(32, 32))
     (folder / "videos" / "questions.csv").write_text(QUESTIONS)
     (folder / "videos" / "chats.jsonl").write_text(json.dumps(conversation("a.mp4")) + "\n")
     settings = [*SMALL, f"data.cache_dir={folder / 'cache'}"]
@@ -45,14 +44,6 @@ def make_world(folder: Path) -> dict[str, str]:
         + _flags([f"data.cache_dir={folder / 'cache'}", "sft.packing.tokens=512"]),
     }
     return names
-
-
-def write_video(path: Path, shade: int, seconds: int = 4) -> None:
-    """An mp4 of one slowly changing colour."""
-    writer = cv2.VideoWriter(str(path), cv2.VideoWriter_fourcc(*"mp4v"), 5.0, (32, 32))
-    for number in range(5 * seconds):
-        writer.write(np.full((32, 32, 3), (shade, 9 * number, 90), np.uint8))
-    writer.release()
 
 
 def conversation(video: str) -> dict:

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 
+from tests.support.videos import write_video
+
 VIDEOS = (
     "longvt_source/hacs/a.mp4",
     "museg/charades/b.mp4",
@@ -112,12 +114,3 @@ def write_table(folder: str, name: str, rows: list[dict]) -> None:
     path = os.path.join(folder, name)
     os.makedirs(os.path.dirname(path), exist_ok=True)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
-
-
-def write_video(path: str, shade: int, size: tuple[int, int] = (64, 64)) -> None:
-    """An mp4 of `SECONDS` seconds at 4 frames per second whose frames get lighter."""
-    os.makedirs(os.path.dirname(path), exist_ok=True)
-    writer = cv2.VideoWriter(path, cv2.VideoWriter_fourcc(*"mp4v"), 4.0, size)
-    for number in range(4 * SECONDS):
-        writer.write(np.full((size[1], size[0], 3), (shade, 2 * number, 80), np.uint8))
-    writer.release()

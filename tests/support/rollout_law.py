@@ -34,7 +34,7 @@ from rollout.engine.precompile import InputSizes, SizeRange
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.limits import AgentConfig, slot_pools
-from tests.rollout_fakes import (
+from tests.support.rollout_fakes import (
     IM_END,
     MERGE,
     PAD,

@@ -16,7 +16,7 @@ import pytest
 from filelock import FileLock
 
 GIVEN = "QWEN3_VL_FOLDER"
-MAKE = Path(__file__).resolve().parents[2] / "shared" / "qwen3_vl_folder" / "make.py"
+MAKE = Path(__file__).resolve().parents[3] / "shared" / "qwen3_vl_folder" / "make.py"
 VARIANTS = ("instruct", "thinking")
 
 

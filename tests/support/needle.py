@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import tempfile
 
@@ -10,7 +11,7 @@ from pipelines.needle.questions import NeedleQuestion, ask
 from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.traces import NEEDLE_TEXTS
 from pipelines.needle.world import NeedleWorld, videos
-from pipelines.render import ChatRenderer
+from pipelines.render import ChatRenderer, PromptTexts
 
 WORLD = NeedleWorld(seed=1, train_videos=6, held_out_videos=2)
 
@@ -41,3 +42,25 @@ def renderer(mode: str = "image") -> ChatRenderer:
 def questions(*types: str) -> list[NeedleQuestion]:
     """Questions about the training videos."""
     return ask(videos(WORLD, data_folder(), "train"), types or ("oe", "tvg", "mcq"))
+
+
+CHATML = """\
+{%- for m in messages -%}
+<|im_start|>{{ m.role }}
+{% if m.content is string %}{{ m.content }}{% else %}{% for part in m.content -%}
+{%- if part.type == 'text' %}{{ part.text }}
+{%- else %}<|vision_start|><|{{ part.type }}_pad|><|vision_end|>{% endif -%}
+{%- endfor %}{% endif %}<|im_end|>
+{% endfor -%}
+{%- if add_generation_prompt -%}<|im_start|>assistant
+{% endif -%}
+"""
+"""The plainest ChatML."""
+
+
+def with_template(template, mode="image"):
+    """The needle tokenizer under another chat template."""
+    own = ChatRenderer.from_folder(processor_folder(), mode, PromptTexts())
+    own.tokenizer = copy.deepcopy(own.tokenizer)
+    own.tokenizer.chat_template = template
+    return own

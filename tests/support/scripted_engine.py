@@ -11,7 +11,7 @@ from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Prompt, StopReason
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.slots import Generated, StreamId
-from tests.rollout_fakes import ToyRenderer
+from tests.support.rollout_fakes import ToyRenderer
 
 
 class ScriptedEngine(Engine):

@@ -15,8 +15,8 @@ from paravt_jax.records import RolloutGroup, Row, StopReason, Trajectory, Turn, 
 from paravt_jax.structure import tag_table
 from pipelines.preprocess import ImageSpec
 from rollout.record import TrajectoryBuilder
-from tests.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
-from tests.rollout_law import Learnable
+from tests.support.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, image_prompt
+from tests.support.rollout_law import Learnable
 from train.config import Config
 from train.recipes import get_recipe
 from train.rl.learner import Learner
