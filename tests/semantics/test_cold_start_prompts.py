@@ -11,8 +11,7 @@ from pipelines.tokenizer import open_tokenizer
 from tests.pipelines_fixtures import processor_folder
 from train.recipes import get_recipe
 from train.settings.override import override
-from train.setup import open_renderer
-from train.sft.conversations import system_note
+from train.setup import open_renderer, system_notes
 
 VIDEO, OTHER = VideoRef("/a.mp4", 9.0), VideoRef("/b.mp4", 9.0)
 THOUGHT = "<think>\nI see.\n</think>\n\n<answer>red</answer>"
@@ -80,11 +79,11 @@ def test_other_system_messages_are_replaced_and_that_is_said():
     said = (Message("user", ("Q",)), Message("assistant", ("A",)))
     plain = Conversation("p", said)
     other = Conversation("o", (Message("system", ("Be kind.",)), *said))
-    assert system_note(config, [plain]) == []
-    (line,) = system_note(config, [plain, other])
+    assert system_notes(config, [plain]) == []
+    (line,) = system_notes(config, [plain, other])
     assert "1 of 2 conversations" in line and "sft.packing.system=own" in line
     kept = override(config, ["sft.packing.system=own"])
-    assert system_note(kept, [other]) == []
+    assert system_notes(kept, [other]) == []
 
 
 def test_a_system_message_of_ones_own_can_be_kept():

@@ -21,7 +21,8 @@ def test_prompts_with_subtitles_are_foreseen(tmp_path):
     (tmp_path / "told.srt").write_text(spoken)
     told = Row("told", VideoRef(str(tmp_path / "told.mp4"), 8.0), "What?", "red")
     silent = Row("silent", VideoRef(str(tmp_path / "silent.mp4"), 8.0), "What does she take?", "x")
-    reads = agent_reads(override(get_recipe("needle_rl"), []), own, [told, silent], [2])
+    config = override(get_recipe("needle_rl"), ["data.frame_budgets=2"])
+    reads = agent_reads(config.agent, config.data, own, [told, silent])
     (foreseen,) = reads[MAIN].prompts
     frames = Frames(np.zeros((2, 32, 32, 3), np.uint8), np.arange(2.0))
     lengths = [len(own.main_prompt(row, frames, tools=True).tokens) for row in (told, silent)]

@@ -11,8 +11,7 @@ from paravt_jax.records import LearnerBatch
 from tests.rollout_fakes import PAD
 from tests.rollout_law import Learnable
 from tests.scripted_rollouts import SPEC, as_state, configured, group, learner, rollout
-from train.batch import learner_batch, stream_of, streams_of_groups
-from train.layout import to_mesh
+from train.batch import learner_batch, stream_of, streams_of_groups, to_mesh
 from train.recipes import get_recipe
 from train.rl.learner import Learner
 from train.rl.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams

@@ -15,8 +15,7 @@ from paravt_jax.records import LearnerBatch, RolloutGroup
 from pipelines.preprocess import FrameSpec
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from train.batch import Stream, learner_batch, streams_of_groups
-from train.layout import to_mesh
+from train.batch import Stream, learner_batch, streams_of_groups, to_mesh
 from train.rl.settings import RlSettings
 from train.rl.subagents import most_crops, rows_per_group, subagent_streams
 from train.state import FlatParams

@@ -11,7 +11,7 @@ import optax
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import TrainablePolicy
-from train.layout import to_mesh
+from train.batch import to_mesh
 from train.report.steps import StepReport
 from train.sft.batches import Lessons
 from train.sft.settings import SftSettings
