@@ -19,7 +19,7 @@ from rollout.engine.engine import Engine
 from rollout.limits import AgentConfig
 from train.agent import AgentMaker
 from train.data.questions import prompt_contents
-from train.hosts.cluster import everywhere, require_same
+from train.hosts.cluster import on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.report.progress import Bar
 from train.rl.scoring import Scorer, rollout_metrics
@@ -76,7 +76,7 @@ class HeldOut:
     def _prompts(self, tools: bool) -> Sequence[Item]:
         budget, bad, agents = self.settings.frame_budget, self.max_bad_rows, self.agents
         with Bar(self.console, "reading held-out videos", len(self.rows)) as made:
-            prompts = everywhere(
+            prompts = on_all_hosts(
                 lambda: prompt_list(
                     self.rows, agents.reader, agents.renderer, budget, tools, bad, made
                 )

@@ -22,7 +22,7 @@ from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.limits import AgentConfig, slot_pools, token_budget
 from rollout.tools import agent_tools
-from train.hosts.cluster import faults_of_all
+from train.hosts.cluster import sync_errors
 from train.hosts.interrupt import SIGNALS_OF_RUN
 
 CALLS = "calls"
@@ -88,7 +88,7 @@ class AgentMaker:
         return Agent(
             functools.partial(Session, engine),
             *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
-            sync_errors=faults_of_all,
+            sync_errors=sync_errors,
             before_step=SIGNALS_OF_RUN.check,
         )
 

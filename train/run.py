@@ -24,7 +24,7 @@ from train.compile.prompts import agent_reads
 from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage, to_dict
 from train.data.questions import Questions, all_rows, identities, open_rows
-from train.hosts.cluster import everywhere, is_first, largest, require_same
+from train.hosts.cluster import is_first, max_over_hosts, on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.methods.difficulty import hint_room
 from train.optimizer import make_optimizer
@@ -61,8 +61,8 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     Raises:
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
-    everywhere(lambda: checks.tell_changes(config, workdir, resume, first_prints))
-    SIGNALS_OF_RUN.agree_by(lambda number: largest([number])[0])
+    on_all_hosts(lambda: checks.tell_changes(config, workdir, resume, first_prints))
+    SIGNALS_OF_RUN.sync_by(lambda number: max_over_hosts([number])[0])
     mesh, compiled = setup.open_mesh(config), keep_compiled(config.output.compile_cache)
     weights, data = setup.weights_named(config), setup.data_named(config.data)
     for line in introduction(workdir, mesh, weights, data, compiled):
@@ -94,7 +94,7 @@ class Run:
         self.reader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         # All hosts have agreed on the questions; from here on there is something to write.
-        self.claim = everywhere(lambda: Claim(workdir) if is_first() else None)
+        self.claim = on_all_hosts(lambda: Claim(workdir) if is_first() else None)
         table = self.model.policy.table
         self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
         kept = config.output.keep_checkpoints
@@ -129,7 +129,7 @@ class Run:
         """Questions to train on and held-out ones; the first process tells what is missing."""
         data, evaluation = self.config.data, self.config.evaluation
         check = setup.question_check(self.config, self.renderer, self._positions)
-        rows, held_out = everywhere(lambda: open_rows(data, evaluation, first_prints, check))
+        rows, held_out = on_all_hosts(lambda: open_rows(data, evaluation, first_prints, check))
         require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
         return rows, held_out
 

@@ -28,7 +28,7 @@ from pipelines.loader import PromptItem, overviews
 from pipelines.render import ChatRenderer
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from train.hosts.cluster import everywhere
+from train.hosts.cluster import on_all_hosts
 from train.methods.settings import DifficultySettings
 from train.rl.loop import Sample
 from train.state import FlatParams
@@ -166,7 +166,7 @@ class Difficulty:
         }
 
     def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
-        frames = everywhere(lambda: overviews(self._reader, item.row, item.frame_budget))
+        frames = on_all_hosts(lambda: overviews(self._reader, item.row, item.frame_budget))
         std = self._settings.noise * self._share(delta)
         noisy = [
             with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))

@@ -24,7 +24,7 @@ from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptItem, PromptStream
 from rollout.agent import Agent
 from train.data.questions import prompt_contents
-from train.hosts.cluster import everywhere, is_first, require_same
+from train.hosts.cluster import is_first, on_all_hosts, require_same
 from train.report.log import write_rollouts
 from train.report.progress import Bar
 from train.report.steps import Clock, StepReport
@@ -63,7 +63,7 @@ class Rollouts:
     def draw(self, params: FlatParams, step: int, number: int = 0) -> RolloutBatch:
         """See `RolloutSource`."""
         with self.clock.time("time/data"):
-            prompts = everywhere(lambda: next(self.prompts))
+            prompts = on_all_hosts(lambda: next(self.prompts))
             require_same(prompt_contents(prompts), f"the prompts of step {step}")
         seed = rollout_seed(self.seed, step, number)
         groups = self.sample(params, prompts, self.group_size, seed, step)

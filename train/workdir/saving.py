@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from train.hosts.cluster import is_first, largest
+from train.hosts.cluster import is_first, max_over_hosts
 from train.hosts.interrupt import Interrupted, Signals
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
@@ -62,7 +62,7 @@ class Saver:
             self._save = functools.partial(self._checkpoints.save, done, state, data_state)
         failed = self._checkpoints.failure()
         lost = self._claim is not None and self._claim.lost
-        number, due, any_failed, any_lost = largest(
+        number, due, any_failed, any_lost = max_over_hosts(
             [self._signals.received, self._is_due(), failed is not None, lost]
         )
         if any_lost:
