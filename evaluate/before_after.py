@@ -20,8 +20,8 @@ from paravt_jax.records import Row
 from train.data.questions import identities
 from train.hosts.cluster import is_first, texts_from_first
 from train.state import FlatParams
-from train.workdir.claim import write_whole
 from train.workdir.config_file import SAME_RESULTS
+from train.workdir.files import write_atomically
 
 FILE = "evaluation.json"
 SECTIONS = ("model.", "data.", "agent.", "rewards.", "evaluation.")
@@ -106,4 +106,4 @@ def write_metrics(
     """What is known so far."""
     if is_first():
         known = {"of": of, "before": before} | ({} if after is None else {"after": after})
-        write_whole(workdir / FILE, json.dumps(known, indent=2) + "\n")
+        write_atomically(workdir / FILE, json.dumps(known, indent=2) + "\n")

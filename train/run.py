@@ -37,8 +37,9 @@ from train.sft.batches import Lessons
 from train.sft.loop import School, cold_start
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
 from train.workdir.checkpoints import Checkpoints
-from train.workdir.claim import Claim, write_whole
 from train.workdir.config_file import FILE
+from train.workdir.files import write_atomically
+from train.workdir.lock import WorkdirLock
 from train.workdir.saving import Saver
 
 
@@ -94,7 +95,7 @@ class Run:
         self.reader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         # All hosts have agreed on the questions; from here on there is something to write.
-        self.claim = on_all_hosts(lambda: Claim(workdir) if is_first() else None)
+        self.lock = on_all_hosts(lambda: WorkdirLock(workdir) if is_first() else None)
         table = self.model.policy.table
         self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
         kept = config.output.keep_checkpoints
@@ -103,9 +104,9 @@ class Run:
         self.state, self.first_step, self.data_state = self._first_state(start)
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
-        self.checkpoints.rehearse(self.state)
+        self.checkpoints.precompile(self.state)
         self.saver = Saver(
-            self.checkpoints, config.output, SIGNALS_OF_RUN, self.claim, self.first_step
+            self.checkpoints, config.output, SIGNALS_OF_RUN, self.lock, self.first_step
         )
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         self.report = StepReport(
@@ -160,7 +161,7 @@ class Run:
         """`config.json` of the run, and the model folder without weights for conversion."""
         if not is_first():
             return
-        write_whole(self.workdir / FILE, json.dumps(to_dict(self.config), indent=2) + "\n")
+        write_atomically(self.workdir / FILE, json.dumps(to_dict(self.config), indent=2) + "\n")
         spec, folder = self.renderer.spec, self.workdir / MODEL_FILES
         setup.describe_checkpoints(self.model, self.config, spec, folder)
 
@@ -256,8 +257,8 @@ class Run:
             self.evaluation.after(self.state.params)
         if self.config.output.export_hf:
             self._export()
-        if self.claim is not None:
-            self.claim.check()
+        if self.lock is not None:
+            self.lock.check()
         self.log.console.print(f"everything is in {self.workdir}")
 
     def _export(self) -> None:
@@ -274,5 +275,5 @@ class Run:
         with SIGNALS_OF_RUN.deferred(), contextlib.suppress(*[OSError] * failed):
             self.checkpoints.close()
         self.log.close()
-        if self.claim is not None:
-            self.claim.release()
+        if self.lock is not None:
+            self.lock.release()

@@ -10,8 +10,8 @@ from train import checks, main
 from train.config import Config, to_dict
 from train.recipes import RECIPES, get_recipe
 from train.settings.override import override
-from train.workdir.claim import write_whole
 from train.workdir.config_file import MAY_CHANGE, check_same_run, read_settings
+from train.workdir.files import write_atomically
 
 
 def resolve(*arguments):
@@ -21,7 +21,7 @@ def resolve(*arguments):
 def hold(workdir, config, step=None):
     """A workdir with the configuration of a run, and perhaps a checkpoint."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "config.json", json.dumps(to_dict(config)))
+    write_atomically(workdir / "config.json", json.dumps(to_dict(config)))
     if step is not None:
         (workdir / "checkpoints" / str(step)).mkdir(parents=True)
 

@@ -11,7 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from paravt_jax.records import RolloutGroup, Trajectory
-from train.workdir.claim import write_whole
+from train.workdir.files import write_atomically
 
 SHOWN = (
     ("loss", "loss", "{:.3f}"),
@@ -54,7 +54,7 @@ class RunLog:
         # A run that was killed may have left half a line; it has no line break.
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         kept = [line for number, line in enumerate(lines, 1) if self._is_before(line, number, step)]
-        write_whole(self._path, "".join(line + "\n" for line in kept))
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
 
     def _is_before(self, line: str, number: int, step: int) -> bool:
         try:
@@ -98,7 +98,7 @@ def write_rollouts(folder: Path, step: int, groups: Sequence[RolloutGroup]) -> N
         for group in groups
         for index, trajectory in enumerate(group.trajectories)
     ]
-    write_whole(folder / f"step_{step:06d}.jsonl", "".join(lines))
+    write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
 
 def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[str, Any]:

@@ -37,7 +37,7 @@ def reinforce(run: RlRun, state: TrainState, first_step: int) -> TrainState:
     """Run the RL steps from `first_step` on. The order of operations matters; keep it."""
     clock = run.report.clock
     for step in range(first_step, run.steps):
-        run.saver.between(step, state, run.get_state())
+        run.saver.between_steps(step, state, run.get_state())
         clock.start()
         with clock.time("time/rollout"):
             batch = run.rollouts.draw(state.params, step)

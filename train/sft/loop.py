@@ -55,7 +55,7 @@ def cold_start(
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(lessons.take, first_step)
         for step in range(first_step, school.steps):
-            school.saver.between(step, state, position)
+            school.saver.between_steps(step, state, position)
             clock.start()
             with clock.time("time/data"):
                 lesson = following.result()

@@ -47,7 +47,7 @@ class Checkpoints:
         """The last step, complete or being written; None if there is none."""
         return self._manager.latest_step()
 
-    def rehearse(self, state: TrainState) -> None:
+    def precompile(self, state: TrainState) -> None:
         """Compile what saves a state, so that no step stops for it."""
         checksums(_arrays(state))
 
