@@ -33,8 +33,8 @@ from train.report.progress import introduction
 from train.report.steps import Clock, StepReport
 from train.rl.loop import reinforce
 from train.rl.scoring import Scorer
-from train.sft.batches import Lessons
-from train.sft.loop import School, cold_start
+from train.sft.batches import SftData
+from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
 from train.workdir.checkpoints import Checkpoints
 from train.workdir.config_file import FILE
@@ -71,7 +71,7 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh)
         try:
-            (run.reinforce if config.stage is Stage.RL else run.cold_start)()
+            (run.reinforce if config.stage is Stage.RL else run.supervise)()
         except BaseException:
             run.close(failed=True)
             raise
@@ -219,11 +219,11 @@ class Run:
             hints=self._hints,
         )
 
-    def cold_start(self) -> None:
+    def supervise(self) -> None:
         """The `sft` stage, evaluated at its end."""
-        school = School(
+        run = SftRun(
             settings=self.config.sft,
-            lessons=self._lessons(),
+            data=self._sft_data(),
             policy=self.model.policy,
             optimizer=self.optimizer,
             router_balance=self.config.model.router_balance,
@@ -233,23 +233,23 @@ class Run:
             report=self.report,
         )
         with self.saver.guard():
-            self.state, position = cold_start(school, self.state, self.first_step, self.data_state)
+            self.state, position = supervise(run, self.state, self.first_step, self.data_state)
             self.saver.finish(self.config.steps, self.state, position)
         self._finish()
 
-    def _lessons(self) -> Lessons:
+    def _sft_data(self) -> SftData:
         """Tasks of the needle world, or conversations of `--data` from where the last checkpoint
         left them."""
         config, renderer, reader = self.config, self.renderer, self.reader
         if not config.packs_conversations:
             tags = self.model.tags(config, renderer)
-            return setup.task_lessons(config, tags, renderer, reader)
-        lessons, notes = setup.packed_lessons(config, renderer, reader, self._positions)
+            return setup.task_data(config, tags, renderer, reader)
+        data, notes = setup.packed_data(config, renderer, reader, self._positions)
         for line in notes:
             self.log.console.print(line)
         if self.data_state is not None:
-            lessons.stream.set_state(self.data_state)
-        return lessons
+            data.stream.set_state(self.data_state)
+        return data
 
     def _finish(self) -> None:
         """Evaluation, table and export."""

@@ -64,7 +64,7 @@ from train.rl.loop import (
 from train.rl.scoring import Scorer
 from train.rl.subagents import possible_rows
 from train.rl.token_advantages import TokenAdvantages
-from train.sft.batches import PackedLessons, TaskLessons
+from train.sft.batches import PackedData, TaskData
 from train.sft.conversations import ConversationPacker, open_conversations, system_note
 from train.sft.masking import TaskMasking
 from train.state import FlatParams
@@ -361,15 +361,15 @@ def open_rl_run(
     )
 
 
-def task_lessons(
+def task_data(
     config: Config, tags: TagTable, renderer: ChatRenderer, reader: VideoReader
-) -> TaskLessons:
+) -> TaskData:
     """Tasks of the needle world, with masks for a share of the rows if the run asks for it."""
     sft, sources = config.sft, open_sources(config, renderer, reader)
     masking = None
     if sft.task_masks:
         masking = TaskMasking(sft.task_masks, config.seed, tags, sft.mask_predictor)
-    return TaskLessons(sft, sources, renderer.pad_id, masking)
+    return TaskData(sft, sources, renderer.pad_id, masking)
 
 
 def open_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:
@@ -378,9 +378,9 @@ def open_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) ->
     return needle_sources(config.data, config.agent, tasks, seed, renderer, reader)
 
 
-def packed_lessons(
+def packed_data(
     config: Config, renderer: ChatRenderer, reader: VideoReader, positions: int
-) -> tuple[PackedLessons, list[str]]:
+) -> tuple[PackedData, list[str]]:
     """Packed conversations of `--data`, and what a user should know of them."""
     found = open_conversations(config.data, renderer)
     packer = ConversationPacker(
@@ -393,7 +393,7 @@ def packed_lessons(
         prompt_tokens=prompt_room(config, renderer, positions).tokens,
         positions=positions,
     )
-    return packer.lessons(found.rows), [*found.report(), *system_notes(config, found.rows)]
+    return packer.packed(found.rows), [*found.report(), *system_notes(config, found.rows)]
 
 
 def system_notes(config: Config, conversations: Sequence[Conversation]) -> list[str]:

@@ -21,7 +21,7 @@ from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from train.data.questions import check_rejected, check_subtitles
 from train.data.settings import DataSettings
-from train.sft.batches import PackedLessons
+from train.sft.batches import PackedData
 from train.sft.settings import PackSettings
 
 
@@ -73,7 +73,7 @@ class ConversationPacker:
     positions: int
     """... and those that are longer than a stream of the model may be."""
 
-    def lessons(self, conversations: Sequence[Conversation]) -> PackedLessons:
+    def packed(self, conversations: Sequence[Conversation]) -> PackedData:
         """The stream of packed conversations, which are written to the data cache first."""
         own, skips = self.packing, UnusableCount(self.data.max_rejected)
         render = ConversationRenderer(
@@ -97,4 +97,4 @@ class ConversationPacker:
         )
         pad_id, patches = self.renderer.pad_id, self.renderer.spec.max_patches
         patches = max(patches, render.image_spec.max_patches)
-        return PackedLessons(own, stream, skips, pad_id, patches, len(conversations))
+        return PackedData(own, stream, skips, pad_id, patches, len(conversations))
