@@ -21,7 +21,7 @@ from train.agent import AgentMaker
 from train.data.questions import prompt_contents
 from train.hosts.cluster import on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
-from train.report.progress import Bar
+from train.report.progress import ProgressBar
 from train.rl.scoring import Scorer, rollout_metrics
 
 MetricsByMode = dict[str, dict[str, float]]
@@ -54,7 +54,7 @@ class HeldOut:
             "greedy": (greedy(rules), asked),
             "no crops": (dataclasses.replace(greedy(rules), max_tool_rounds=0), without),
         }
-        bar = Bar(self.console, "evaluating", len(modes) * len(asked))
+        bar = ProgressBar(self.console, "evaluating", len(modes) * len(asked))
         with SIGNALS_OF_RUN.deferred(), bar as ended:
             found: MetricsByMode = {}
             for mode, (own, prompts) in modes.items():
@@ -75,7 +75,7 @@ class HeldOut:
 
     def _prompts(self, tools: bool) -> Sequence[Item]:
         budget, bad, agents = self.settings.frame_budget, self.max_bad_rows, self.agents
-        with Bar(self.console, "reading held-out videos", len(self.rows)) as made:
+        with ProgressBar(self.console, "reading held-out videos", len(self.rows)) as made:
             prompts = on_all_hosts(
                 lambda: prompt_list(
                     self.rows, agents.reader, agents.renderer, budget, tools, bad, made

@@ -53,13 +53,13 @@ from train.rl.anchor import Anchor, OwnAnchor
 from train.rl.batches import BatchShapes, RolloutBatches
 from train.rl.learner import Learner, rl_step
 from train.rl.loop import (
+    MetricsSource,
     Resumable,
     RlRun,
     Rollouts,
     RolloutSource,
     Sample,
     ScoredRollouts,
-    TellsMetrics,
 )
 from train.rl.scoring import Scorer
 from train.rl.subagents import possible_rows
@@ -336,7 +336,7 @@ def open_rl_run(
     agent, compilations = agents.agent(engine), Compilations()
     sample: Sample = ScoredRollouts(agent, scorer, config.steps, report.log.console)
     resumable: dict[str, Resumable] = {"prompts": prompts}
-    metrics: list[TellsMetrics] = [lambda: prompts.figures, lambda: agent.figures]
+    metrics: list[MetricsSource] = [lambda: prompts.figures, lambda: agent.figures]
     metrics += [lambda: scorer.metrics, lambda: compilations.metrics, agents.reader.take_figures]
     if config.difficulty.window:
         own = config.difficulty, agents.renderer, agents.reader, tools

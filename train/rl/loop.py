@@ -26,7 +26,7 @@ from rollout.agent import Agent
 from train.data.questions import prompt_contents
 from train.hosts.cluster import is_first, on_all_hosts, require_same
 from train.report.log import write_rollouts
-from train.report.progress import Bar
+from train.report.progress import ProgressBar
 from train.report.steps import Clock, StepReport
 from train.rl.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
@@ -85,7 +85,7 @@ class ScoredRollouts:
     ) -> list[RolloutGroup]:
         """See `Sample`."""
         title, total = f"rollouts of step {step + 1}", len(prompts) * copies
-        with Bar(self.console, title, total) as self.agent.on_episode_end:
+        with ProgressBar(self.console, title, total) as self.agent.on_episode_end:
             groups = self.agent.run(params, prompts, copies, seed, policy_version=step)
         return self.scorer(groups, progress=step / self.steps)
 
@@ -158,7 +158,7 @@ class RolloutLearner(Protocol):
         ...
 
 
-TellsMetrics = Callable[[], Mapping[str, float]]
+MetricsSource = Callable[[], Mapping[str, float]]
 """What a part of a run has to say of the last step, for `metrics.jsonl`."""
 
 
@@ -184,7 +184,7 @@ class RlRun:
     learner: RolloutLearner
     resumable: Mapping[str, Resumable]
     """By their names in a checkpoint."""
-    metrics: Sequence[TellsMetrics]
+    metrics: Sequence[MetricsSource]
     saver: Saver
     report: StepReport
     rollouts_folder: Path | None

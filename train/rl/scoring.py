@@ -1,4 +1,4 @@
-"""Rewards of rollouts and the figures that describe a batch of them."""
+"""Rewards of rollouts, and the metrics of a batch of them."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Scorer:
             scored = score_groups(groups, self._rules, progress=progress)
             # A function of the user's may draw lots or ask a server: hosts must not go apart.
             return _agree(scored) if is_reference(str(self._rules.scheme)) else scored
-        # Several hosts could get several verdicts: one asks, the others take its figures.
+        # Several hosts could get several verdicts: one asks, the others take its numbers.
         judge = self._judge if is_first() else _silent
         scored = _agree(score_groups(groups, self._rules, judge, progress))
         self.metrics = self._judge.metrics()
@@ -128,7 +128,7 @@ def complies(trajectory: Trajectory) -> bool:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Reward, format and tool figures of a batch, under the names of `metrics.jsonl`."""
+    """Metrics of reward, format and tool of a batch, under the names of `metrics.jsonl`."""
     rollouts = [t for group in groups for t in group.trajectories]
     with_call = [t for t in rollouts if t.calls]
     calls = sum(t.calls for t in rollouts)
