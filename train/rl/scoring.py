@@ -153,16 +153,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
     }
 
 
-def accuracy_by_type(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Mean accuracy of each question type present."""
-    values: dict[str, list[float]] = {}
-    for group in groups:
-        for trajectory in group.trajectories:
-            kind = str(group.row.question_type)
-            values.setdefault(kind, []).append(trajectory.rewards["accuracy"])
-    return {f"accuracy/{kind}": _mean(found) for kind, found in sorted(values.items())}
-
-
 def _mean(values) -> float:
     array = np.array(list(values), np.float64)
     return float(array.mean()) if array.size else 0.0
