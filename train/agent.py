@@ -20,7 +20,7 @@ from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.grammar import response_grammar
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
-from rollout.limits import AgentConfig, slot_pools, token_budget
+from rollout.limits import AgentConfig, slot_pools
 from rollout.tools import agent_tools
 from train.hosts.cluster import sync_errors
 from train.hosts.interrupt import SIGNALS_OF_RUN
@@ -75,11 +75,6 @@ class AgentMaker:
     def crop(self) -> CropSize:
         """How large crops get."""
         return crop_size(self.rules, self.crop_frames, self.renderer)
-
-    @property
-    def episode_tokens(self) -> int:
-        """Most tokens of an episode after its prompt."""
-        return token_budget(self.rules, self.renderer, self.crop.tokens).suffix
 
     def agent(self, engine: Engine, rules: AgentConfig | None = None) -> Agent:
         """The agent on an engine of `engine`; with other rules on request, which need no more

@@ -32,6 +32,7 @@ from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
 from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
+from rollout.agent import Agent
 from rollout.engine.engine import Engine
 from rollout.limits import MAIN, subagent_budget, token_budget
 from rollout.tools import agent_tools
@@ -319,6 +320,34 @@ def engine_shapes(config: Config, agents: AgentMaker, engine: Engine) -> BatchSh
     return batch_shapes(config, renderer.spec, renderer.pad_id, longest, subagent_longest)
 
 
+def open_rollouts(
+    config: Config,
+    prompts: PromptStream,
+    agents: AgentMaker,
+    agent: Agent,
+    scorer: Scorer,
+    report: StepReport,
+) -> tuple[RolloutSource, dict[str, Resumable], list[MetricsSource]]:
+    """Where the rollouts of a run come from, with what other papers add to them where the
+    configuration asks for it; and which parts of it checkpoints and metrics are about."""
+    rl, own = config.rl, config.difficulty
+    sample: Sample = ScoredRollouts(agent, scorer, config.steps, report.log.console)
+    resumable: dict[str, Resumable] = {"prompts": prompts}
+    metrics: list[MetricsSource] = [lambda: prompts.figures, lambda: agent.figures]
+    metrics += [lambda: scorer.metrics, agents.reader.take_figures]
+    if own.window:
+        tools = config.agent.offers_tools
+        sample = difficulty = Difficulty(sample, own, agents.renderer, agents.reader, tools)
+        resumable["difficulty"] = difficulty
+        metrics.append(lambda: difficulty.metrics)
+    if rl.overlong_limit is not None:
+        sample = LengthPenalty(sample, rl)
+    source: RolloutSource = Rollouts(prompts, sample, rl.group_size, config.seed, report.clock)
+    if rl.filter_groups is not None:
+        source = DynamicSampling(source, rl)
+    return source, resumable, metrics
+
+
 def open_rl_run(
     config: Config,
     prompts: PromptStream,
@@ -330,31 +359,18 @@ def open_rl_run(
     report: StepReport,
     workdir: Path,
 ) -> RlRun:
-    """What the RL loop works with: PARA-GRPO, and what other papers add to it as the configuration
-    asks for it."""
-    rl, teacher, tools = config.rl, config.teacher, config.agent.offers_tools
-    agent, compilations = agents.agent(engine), Compilations()
-    sample: Sample = ScoredRollouts(agent, scorer, config.steps, report.log.console)
-    resumable: dict[str, Resumable] = {"prompts": prompts}
-    metrics: list[MetricsSource] = [lambda: prompts.figures, lambda: agent.figures]
-    metrics += [lambda: scorer.metrics, lambda: compilations.metrics, agents.reader.take_figures]
-    if config.difficulty.window:
-        own = config.difficulty, agents.renderer, agents.reader, tools
-        sample = difficulty = Difficulty(sample, *own)
-        resumable["difficulty"] = difficulty
-        metrics.append(lambda: difficulty.metrics)
-    if rl.overlong_limit is not None:
-        sample = LengthPenalty(sample, rl)
-    source: RolloutSource = Rollouts(prompts, sample, rl.group_size, config.seed, report.clock)
-    if rl.filter_groups is not None:
-        source = DynamicSampling(source, rl)
-    taught = teacher.strength > 0
+    """What the RL loop works with; with a teacher where the configuration asks for one."""
+    rollouts, resumable, metrics = open_rollouts(
+        config, prompts, agents, agents.agent(engine), scorer, report
+    )
+    compilations, own, tools = Compilations(), config.teacher, config.agent.offers_tools
+    taught = own.strength > 0
     return RlRun(
         steps=config.steps,
-        rollouts=source,
-        learner=TaughtLearner(learner, teacher, agents.renderer, tools) if taught else learner,
+        rollouts=rollouts,
+        learner=TaughtLearner(learner, own, agents.renderer, tools) if taught else learner,
         resumable=resumable,
-        metrics=metrics,
+        metrics=[*metrics, lambda: compilations.metrics],
         saver=saver,
         report=report,
         rollouts_folder=workdir / "rollouts" if config.output.rollouts else None,

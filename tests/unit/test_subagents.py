@@ -176,6 +176,21 @@ def test_minibatches_take_sub_agents_with_their_rollouts():
         np.testing.assert_array_equal(part.subagents.tokens, own)
 
 
+def test_a_step_prepares_a_batch_and_updates():
+    """On the same rollouts, to the bit; the metrics are those of both."""
+    own = learner(configured(*SETTINGS, "rl.minibatches=2"), POLICY, reference=REFERENCE)
+
+    def fresh():
+        return as_state(jax.tree.map(lambda x: x + 0, POLICY.init()))
+
+    batch, prepared = own.prepare(fresh(), groups())
+    want, learned = own.update(fresh(), batch)
+    got, metrics = own.step(fresh(), groups())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert int(got.step) == len(learned) == 2
+    assert metrics == prepared | mean_metrics(learned) and "kl" in metrics
+
+
 def test_a_batch_without_sub_agents_has_none():
     own = learner(configured(*SETTINGS), POLICY)
     bare = [
