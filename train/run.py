@@ -20,7 +20,7 @@ from paravt_jax.records import Row
 from rollout.engine.engine import Engine
 from train import checks, setup
 from train.compile.cache import keep_compiled
-from train.compile.prompts import agent_reads
+from train.compile.input_sizes import agent_input_sizes
 from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage, to_dict
 from train.data.questions import Questions, all_rows, identities, open_rows
@@ -195,8 +195,8 @@ class Run:
             run.set_state(self.data_state)
         if config.rl.warm_up:
             own = config.agent, config.data, self.renderer, all_rows(self.rows), self._hints
-            reads, console = agent_reads(*own), self.log.console
-            self.state = rehearse_run(engine, learner, reads, self.state, console)
+            sizes, console = agent_input_sizes(*own), self.log.console
+            self.state = rehearse_run(engine, learner, sizes, self.state, console)
         with self.saver.guard():
             self.state = reinforce(run, self.state, self.first_step)
             self.saver.finish(config.steps, self.state, run.get_state())

@@ -31,15 +31,15 @@ STEP_OFFSET = 1 << 30
 def rehearse_run(
     engine: Engine,
     learner: Learner,
-    reads: Mapping[str, InputSizes],
+    sizes: Mapping[str, InputSizes],
     state: TrainState,
     console: Console,
 ) -> TrainState:
-    """Compile all that steps can need where rollouts read no more than `reads`; returns the state,
-    unchanged (its memory is handed on)."""
+    """Compile all that steps can need where the engine gets inputs of these sizes; returns the
+    state, unchanged (its memory is handed on)."""
     began, shapes = time.perf_counter(), learner.batches.shapes
     rollouts = functools.partial(ProgressBar, console, "compiling rollouts")
-    count = precompile(engine, state.params, reads, shapes.spec.patch_values, rollouts)
+    count = precompile(engine, state.params, sizes, shapes.spec.patch_values, rollouts)
     with ProgressBar(console, "compiling updates", len(shapes.lengths)) as done:
         for length in shapes.lengths:
             state = rehearse_step(learner, state, blank_groups(learner, length))

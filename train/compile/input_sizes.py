@@ -1,4 +1,4 @@
-"""All that an agent can be given to read, so that it can be compiled beforehand."""
+"""Static sizes of all that an agent can put into the engine: prompts, tool responses, crops."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from train.agent import LONG_WINDOW, CropSize, crop_size
 from train.data.settings import DataSettings
 
 
-def agent_reads(
+def agent_input_sizes(
     agent: AgentConfig,
     data: DataSettings,
     renderer: ChatRenderer,
@@ -72,7 +72,7 @@ def _main(
 
 
 def _crop(renderer: ChatRenderer, frames: int, quota: int | None) -> SizeRange:
-    """What sub-agents read about so many frames."""
+    """Prompts of sub-agents with so many frames."""
     early, late = (smallest_frames(renderer.spec, frames, time) for time in (EARLY, LATE))
     return _extent(
         renderer.subagent_prompt(early, 0.0, 1.0),
