@@ -27,9 +27,8 @@ import numpy as np
 from paravt_jax.params import initialise
 from paravt_jax.structure import anchor_tags
 from train import setup
-from train.batch import learner_batch, streams_of_examples
+from train.batch import learner_batch, streams_of_examples, to_mesh
 from train.config import Config
-from train.layout import to_mesh
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.rl.anchor import find_tags
@@ -66,7 +65,7 @@ def sides(config: Config) -> tuple[Callable[[], object], Callable[[], object], t
     step = jax.jit(setup.open_rl_step(config, model.policy, optimizer))
     with jax.set_mesh(mesh):
         params = initialise(model.policy.table, jax.random.key(0), mesh)
-        state = make_state(params, config, mesh, optimizer)
+        state = make_state(params, config.model, mesh, optimizer)
         features = jax.jit(model.policy.encode)(params, batch.patches, batch.grids)
     batch = dataclasses.replace(batch, features=features, patches=None, grids=None)
 
@@ -91,7 +90,7 @@ def traces(config: Config, renderer):
         ],
     )
     reader = setup.open_reader(lessons, renderer.spec)
-    source = setup.needle_sources(lessons, renderer, reader)["trace"]
+    source = setup.open_sources(lessons, renderer, reader)["trace"]
     examples = [source[number] for number in range(config.rl.prompts_per_step)]
     copies = [example for example in examples for _ in range(config.rl.group_size)]
     batch = learner_batch(

@@ -1,47 +1,104 @@
-"""Before and after: the same held-out questions, sampled, greedy, and forbidden to crop."""
+"""Questions that a run does not train on, put to its agent in three ways."""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 
+from rich.console import Console
+
+from evaluate.intervals import accuracies
+from evaluate.settings import EvaluationSettings
+from evaluate.tables import TABLE, as_metrics
 from paravt_jax.interfaces import Params
-from paravt_jax.records import RolloutGroup
+from paravt_jax.records import RolloutGroup, Row
+from pipelines.loader import prompt_list
 from rollout.agent import Item
+from rollout.engine.engine import Engine
+from rollout.limits import AgentConfig
+from train.agent import AgentMaker
+from train.data.questions import prompt_contents
+from train.hosts.cluster import on_all_hosts, require_same
+from train.hosts.interrupt import SIGNALS_OF_RUN
+from train.report.progress import ProgressBar
+from train.rl.scoring import Scorer, rollout_metrics
 
-Run = Callable[[Params, Sequence[Item], int], list[RolloutGroup]]
-"""Runs one rollout per item from a seed and returns scored groups."""
+MetricsByMode = dict[str, dict[str, float]]
+"""Metrics of each way to put the questions to the agent."""
 
-Figures = Callable[[Sequence[RolloutGroup]], Mapping[str, float]]
+SEED = 20_260_520
+"""The same random numbers before and after, and in every run."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Mode:
-    """One way to put the questions to the agent."""
+class HeldOut:
+    """Metrics of held-out questions: sampled as in training, greedy, and greedy without crops."""
 
-    name: str
-    run: Run
-    items: Sequence[Item]
+    settings: EvaluationSettings
+    rows: Sequence[Row]
+    agents: AgentMaker
+    scorer: Scorer
+    max_bad_rows: float
+    """Largest share of the rows whose videos may turn out to be unreadable."""
+    strata: Callable[[], Mapping[str, str]]
+    """What tells questions apart besides their types, by row id."""
+    console: Console
+
+    def __call__(self, params: Params) -> MetricsByMode:
+        """Evaluate these weights."""
+        engine, rules = self._engine, self.agents.rules
+        asked, without = self._prompts(rules.offers_tools), self._prompts(tools=False)
+        modes = {
+            "sampled": (rules, asked),
+            "greedy": (greedy(rules), asked),
+            "no crops": (dataclasses.replace(greedy(rules), max_tool_rounds=0), without),
+        }
+        bar = ProgressBar(self.console, "evaluating", len(modes) * len(asked))
+        with SIGNALS_OF_RUN.deferred(), bar as ended:
+            found: MetricsByMode = {}
+            for mode, (own, prompts) in modes.items():
+                agent = self.agents.agent(engine, own)
+                agent.on_episode_end = ended
+                groups: list[RolloutGroup] = []
+                for start in range(0, len(prompts), self.settings.batch):
+                    batch = prompts[start : start + self.settings.batch]
+                    groups += self.scorer(agent.run(params, batch, 1, SEED))
+                found[mode] = self._metrics(groups)
+        return found
+
+    @functools.cached_property
+    def _engine(self) -> Engine:
+        """Room for a batch of questions, one rollout each."""
+        prompts = min(self.settings.batch, len(self.rows))
+        return self.agents.engine(self.rows, self.settings.frame_budget, prompts=prompts, copies=1)
+
+    def _prompts(self, tools: bool) -> Sequence[Item]:
+        budget, bad, agents = self.settings.frame_budget, self.max_bad_rows, self.agents
+        with ProgressBar(self.console, "reading held-out videos", len(self.rows)) as made:
+            prompts = on_all_hosts(
+                lambda: prompt_list(
+                    self.rows, agents.reader, agents.renderer, budget, tools, bad, made
+                )
+            )
+        require_same(prompt_contents(prompts), "the held-out prompts")
+        return prompts
+
+    def _metrics(self, groups: Sequence[RolloutGroup]) -> dict[str, float]:
+        """Accuracies with their intervals, and how the tool was used."""
+        metrics = rollout_metrics(groups)
+        shown = {name: metrics[name] for name in TABLE if name in metrics}
+        return as_metrics(accuracies(groups, self._strata)) | shown
+
+    @functools.cached_property
+    def _strata(self) -> Mapping[str, str]:
+        return self.strata()
 
 
-def evaluate(
-    params: Params,
-    modes: Sequence[Mode],
-    figures: Figures,
-    *,
-    batch: int,
-    seed: int,
-) -> dict[str, dict[str, float]]:
-    """Figures of each mode over all of its items, `batch` rollouts at a time.
-
-    The seed decides the samples; the same seed before and after training compares the
-    two policies under the same random numbers.
-    """
-    return {mode.name: dict(figures(_rollouts(params, mode, batch, seed))) for mode in modes}
-
-
-def _rollouts(params: Params, mode: Mode, batch: int, seed: int) -> list[RolloutGroup]:
-    groups: list[RolloutGroup] = []
-    for start in range(0, len(mode.items), batch):
-        groups += mode.run(params, mode.items[start : start + batch], seed)
-    return groups
+def greedy(rules: AgentConfig) -> AgentConfig:
+    """The same agent at temperature 0."""
+    own, subagent = (
+        dataclasses.replace(sampling, temperature=0.0)
+        for sampling in (rules.sampling, rules.subagent_sampling)
+    )
+    return dataclasses.replace(rules, sampling=own, subagent_sampling=subagent)

@@ -1,13 +1,37 @@
-"""Static shapes: few sizes to compile for, whatever the data."""
+"""Static shapes: few sizes to compile for, whatever the data.
+
+One rule for rows, frames and tokens: 1, 2, 3, 4, 6, 8, 12, 16, 24, ... times a unit. Padding takes
+at most half as much again, and so many sizes double what they hold that few of them occur.
+"""
 
 from __future__ import annotations
 
 
-def bucket(count: int, minimum: int = 1) -> int:
-    """Smallest of 1, 2, 3, 4, 6, 8, 12, 16, 24, ... that is >= `count` and >= `minimum`."""
-    power = 1
-    while True:
-        for size in (power, power + power // 2):
-            if size >= max(count, minimum):
-                return size
-        power *= 2
+def bucket(count: int, unit: int = 1, most: int | None = None, coarse: bool = False) -> int:
+    """The smallest static size that holds `count`.
+
+    Args:
+      count: what is to be held.
+      unit: sizes are multiples of it.
+      most: no size is larger. `count` must not be, either.
+      coarse: take every other size (1, 2, 4, 8, ... units), where sizes of several things multiply
+        to the number of programs.
+    """
+    size = unit
+    while size < count:
+        half = size + size // 2
+        # Half a unit is no size.
+        if not coarse and size > unit and half >= count:
+            size = half
+        else:
+            size *= 2
+    return size if most is None else min(size, most)
+
+
+def buckets(least: int, most: int, unit: int = 1) -> list[int]:
+    """The sizes of everything from `least` to `most`, the last of them `most` rounded up to the
+    next unit."""
+    last, found = -(-most // unit) * unit, []
+    while not found or found[-1] < last:
+        found.append(bucket(found[-1] + 1 if found else least, unit, last))
+    return found

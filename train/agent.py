@@ -1,26 +1,28 @@
-"""The agent of a configuration: its tools, and an engine with room for its episodes."""
+"""The agent of a run: its tools, and an engine with room for its episodes."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from collections.abc import Callable, Iterable
 
 import jax
 
 from models import ModelPolicy
 from paravt_jax.mesh import constrain
-from pipelines.preprocess import FrameSpec
+from paravt_jax.records import Row
 from pipelines.render import ChatRenderer
-from pipelines.sizes import full_size, smallest_frames
+from pipelines.sizes import full_size, prompt_tokens, smallest_frames
 from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.engine.automaton import TokenAutomata
-from rollout.engine.engine import Engine
+from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.grammar import response_grammar
+from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.limits import AgentConfig, slot_pools
 from rollout.tools import agent_tools
-from train.config import Config
-from train.hosts.cluster import faults_of_all
+from train.hosts.cluster import sync_errors
 from train.hosts.interrupt import SIGNALS_OF_RUN
 
 CALLS = "calls"
@@ -29,90 +31,110 @@ LONG_WINDOW = (1.23456e-05, 1.23457e-05)
 """Seconds: bounds that take as many characters as any."""
 
 
-def open_agent(
-    config: Config,
-    engine: Engine,
-    renderer: ChatRenderer,
-    reader: VideoReader,
-    rules: AgentConfig | None = None,
-) -> Agent:
-    """The agent of a configuration, on an engine with its slot pools (`open_engine`); or
-    with other rules, which need no more tokens."""
-    room = crop_tokens(config, renderer)
-    tools = agent_tools(config.agent)
-    return Agent(
-        functools.partial(Session, engine),
-        *(renderer, reader, tools, rules or config.agent, room),
-        sync_errors=faults_of_all,
-        before_step=SIGNALS_OF_RUN.check,
-    )
+@dataclasses.dataclass(frozen=True)
+class CropSize:
+    """How large the crops of an agent get."""
+
+    frames: int
+    """Most frames."""
+    quota: int | None
+    """Most vision tokens that they share; None where pixels alone decide."""
+    tokens: int
+    """Most tokens: of a sub-agent's prompt, or of the frames in a tool response."""
 
 
-def open_engine(
-    config: Config,
-    policy: ModelPolicy,
-    renderer: ChatRenderer,
-    *,
-    prompts: int,
-    copies: int,
-    prompt_tokens: int,
-) -> Engine:
-    """An engine with room for `prompts` prompts of at most `prompt_tokens`, `copies` rollouts of
-    each, and their crops.
-
-    Its `cache_bytes()` are known before anything is allocated.
-    """
-    shapes = slot_pools(
-        config.agent,
-        renderer,
-        prompts=prompts,
-        copies=copies,
-        prompt_tokens=prompt_tokens,
-        crop_tokens=crop_tokens(config, renderer),
-    )
-    sampling = config.agent.sampling, config.agent.subagent_sampling
-    return Engine(
-        policy,
-        shapes,
-        automata=open_automata(config, renderer, policy.vocab_size),
-        pad_id=renderer.pad_id,
-        frame_patches=renderer.spec.max_patches,
-        penalties=any(own.repetition_penalty != 1 for own in sampling),
-    )
+def crop_size(agent: AgentConfig, most_frames: int, renderer: ChatRenderer) -> CropSize:
+    """How large crops of at most so many frames get."""
+    spec, quota = renderer.spec, max(agent.clip_tokens, default=None)
+    frames = min(most_frames, spec.frames_within(quota)) if quota else most_frames
+    shown, (start, end) = smallest_frames(spec, frames), LONG_WINDOW
+    if agent.evidence == "text":
+        prompt = renderer.subagent_prompt(shown, start, end)
+        return CropSize(frames, quota, full_size(prompt, spec, quota))
+    response = renderer.frames_turn([renderer.clip(shown, start, end)])
+    around = len(renderer.tool_turn([""]))
+    return CropSize(frames, quota, full_size(response, spec, quota) - around)
 
 
-def open_automata(config: Config, renderer: ChatRenderer, vocab: int) -> TokenAutomata:
-    """What ends a turn, and the grammar of calls where the configuration asks for it."""
-    wanted = {config.agent.sampling.constrain, config.agent.subagent_sampling.constrain} - {""}
+@dataclasses.dataclass(frozen=True)
+class AgentMaker:
+    """Opens agents, and engines that have room for their episodes."""
+
+    rules: AgentConfig
+    policy: ModelPolicy
+    renderer: ChatRenderer
+    reader: VideoReader
+    crop_frames: int
+    """Most frames of a crop."""
+    overview_tokens: int | None = None
+    """Most vision tokens that the frames of a prompt share; None where pixels alone decide."""
+    tell: Callable[[str], None] = lambda line: None
+    """Told what the cache of an engine takes."""
+
+    @functools.cached_property
+    def crop(self) -> CropSize:
+        """How large crops get."""
+        return crop_size(self.rules, self.crop_frames, self.renderer)
+
+    def agent(self, engine: Engine, rules: AgentConfig | None = None) -> Agent:
+        """The agent on an engine of `engine`; with other rules on request, which need no more
+        tokens."""
+        tools = agent_tools(self.rules)
+        return Agent(
+            functools.partial(Session, engine),
+            *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
+            sync_errors=sync_errors,
+            before_step=SIGNALS_OF_RUN.check,
+        )
+
+    def engine(
+        self, rows: Iterable[Row], frames: int, *, prompts: int, copies: int, hints: int = 0
+    ) -> Engine:
+        """An engine with the slots of `pools`. Its caches are allocated when it is first used."""
+        engine = Engine(
+            self.policy,
+            self.pools(rows, frames, prompts=prompts, copies=copies, hints=hints),
+            automata=open_automata(self.rules, self.renderer, self.policy.vocab_size),
+            pad_id=self.renderer.pad_id,
+            frame_patches=self.renderer.spec.max_patches,
+            penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
+        )
+        size = engine.cache_bytes() / 2**20
+        self.tell(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
+        return engine
+
+    def pools(
+        self, rows: Iterable[Row], frames: int, *, prompts: int, copies: int, hints: int = 0
+    ) -> dict[str, SlotPool]:
+        """Slots for `prompts` prompts about any of the questions, each of `frames` frames and
+        `hints` tokens more at most, with `copies` rollouts of each, and for their crops."""
+        longest = prompt_tokens(self.renderer, rows, frames, self.overview_tokens)
+        return slot_pools(
+            self.rules,
+            self.renderer,
+            prompts=prompts,
+            copies=copies,
+            prompt_tokens=longest + hints,
+            crop_tokens=self.crop.tokens,
+        )
+
+
+def open_automata(rules: AgentConfig, renderer: ChatRenderer, vocab: int) -> TokenAutomata:
+    """What ends a turn, and the grammar of calls where the rules ask for it."""
+    wanted = {own.constrain for own in _samplings(rules)} - {""}
     if wanted - {CALLS}:
         raise ValueError(
             f"agent.sampling.constrain={', '.join(sorted(wanted))}: choose {CALLS!r}, the grammar "
             "of the agent's tools, or leave it empty"
         )
-    schemas = [tool.schema for tool in agent_tools(config.agent).values()]
+    schemas = [tool.schema for tool in agent_tools(rules).values()]
     return TokenAutomata(
         renderer.token_contents(vocab),
         renderer.eos_ids,
-        {CALLS: response_grammar(schemas, config.agent.call_syntax)} if wanted else None,
+        {CALLS: response_grammar(schemas, rules.call_syntax)} if wanted else None,
         place=jax.jit(lambda table: constrain(table, None, None)),
     )
 
 
-def crop_frames(config: Config, spec: FrameSpec) -> tuple[int, int | None]:
-    """Most frames of a crop, and the quota of vision tokens that they share, if there is one."""
-    quota = max(config.agent.clip_tokens, default=None)
-    most = spec.frames_within(quota) if quota else config.data.crop_frames
-    return min(config.data.crop_frames, most), quota
-
-
-def crop_tokens(config: Config, renderer: ChatRenderer) -> int:
-    """Most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool response."""
-    spec = renderer.spec
-    most, quota = crop_frames(config, spec)
-    frames = smallest_frames(spec, most)
-    start, end = LONG_WINDOW
-    if config.agent.evidence == "text":
-        prompt = renderer.subagent_prompt(frames, start, end)
-        return full_size(prompt, spec, quota)
-    response = renderer.frames_turn([renderer.clip(frames, start, end)])
-    return full_size(response, spec, quota) - len(renderer.tool_turn([""]))
+def _samplings(rules: AgentConfig) -> tuple[SamplingConfig, SamplingConfig]:
+    return rules.sampling, rules.subagent_sampling

@@ -1,13 +1,17 @@
-"""From token streams (examples, trajectories) to the learner's static device shapes."""
+"""From token streams (examples, trajectories) to static shapes, and onto the mesh."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh, NamedSharding
 
 from paravt_jax.blocks import whole_stream
+from paravt_jax.mesh import partition
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import (
     Choices,
@@ -188,3 +192,14 @@ def _values(
         start = len(stream.prompt.tokens)
         target[start : start + len(value)] = value
     return out
+
+
+def to_mesh(tree: Any, mesh: Mesh) -> Any:
+    """Put host arrays on the mesh, leading dimension split over the batch axes."""
+
+    def put(x: np.ndarray) -> jax.Array:
+        axes = ("batch", *(None,) * (np.ndim(x) - 1))
+        spec = partition(dict(mesh.shape), axes, np.shape(x))
+        return jax.device_put(x, NamedSharding(mesh, spec))
+
+    return jax.tree.map(put, tree)

@@ -6,30 +6,42 @@ import dataclasses
 import json
 import math
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import jax
 
+from models import ModelPolicy
 from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import AXES, RULES, AnyMesh
 from paravt_jax.params import format_table
-from paravt_jax.records import Conversation, Row
+from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.settings import placed
 from pipelines.datasets import Found
 from pipelines.media_check import check_media
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from train import setup
+from train.compile.ahead import LargestBatch, compile_step
 from train.compile.footprint import footprint, format_footprint, planned_mesh
 from train.config import Config, Stage, to_dict
 from train.data.questions import read_questions, split_sets
+from train.methods.difficulty import hint_room
 from train.methods.hindsight import open_feedback
-from train.optimizer import warm_up_note
+from train.optimizer import check_continued, make_optimizer, warm_up_note
 from train.rl.scoring import Scorer
-from train.sft.conversations import open_conversations, system_note
-from train.state import (
-    is_trainable,
+from train.sft.conversations import open_conversations
+from train.state import is_trainable
+from train.workdir.checkpoints import check_resume
+from train.workdir.config_file import (
+    check_same_run,
+    differences,
+    read_settings,
+    younger_settings,
 )
+
+EXAMPLE = Row("example", VideoRef("", 1.0), "When is the yellow triangle visible?", "")
+"""As long as the needle world's questions, which a dry run does not write."""
 
 
 def check(config: Config, here: bool = True, planned: bool = False) -> None:
@@ -59,7 +71,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         if path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
-        check_rows_fit(config, planned_mesh(config) if planned else setup.open_mesh(config))
+        check_rows_fit(config, planned_mesh(config.mesh) if planned else setup.open_mesh(config))
     if here and config.model.folder is not None:
         setup.open_renderer(config, config.model.folder)
 
@@ -110,6 +122,30 @@ def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
         )
 
 
+def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
+    """Name what differs from the run that the workdir holds. Nothing is written yet.
+
+    Raises:
+      ValueError: the run cannot go on like that.
+    """
+    resumes = check_resume(workdir / "checkpoints", resume)
+    before = read_settings(workdir, Config)
+    if before is None:
+        return
+    if resumes:
+        changes = check_same_run(before, config, workdir)
+        began = dataclasses.asdict(before.optimizer), before.optimizer_steps
+        check_continued(*began, config.optimizer, config.optimizer_steps)
+        younger = younger_settings(workdir, before)
+        if younger:
+            tell(f"{workdir} is older than these settings, which take their defaults: {younger}")
+    else:
+        changes = differences(before, config)
+        tell(f"{workdir} holds a run without a checkpoint: it begins anew")
+    for key, (old, new) in changes.items():
+        tell(f"{workdir}: {key} was {old!r} and is {new!r} from now on")
+
+
 def notes(config: Config) -> list[str]:
     """What a user should know of settings that do what they say, and perhaps not what was meant."""
     found = warm_up_note(config.optimizer, config.optimizer_steps)
@@ -139,23 +175,67 @@ def memory_remedies(config: Config) -> list[str]:
 def describe(config: Config) -> None:
     """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
     print(json.dumps(to_dict(config), indent=2))
-    mesh = planned_mesh(config)
+    mesh = planned_mesh(config.mesh)
     axes = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES)
     print(f"mesh {axes}: {mesh.size} devices ({jax.device_count()} here)")
     table = setup.abstract_policy(config).table
     print(format_table(table, mesh))
-    sizes = [math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config)]
+    sizes = [
+        math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config.model)
+    ]
     print(f"{sum(sizes):,} of the parameters train")
     rows = describe_data(config)
-    print(format_footprint(footprint(config, mesh, renderer_aside(config), rows)))
+    print(format_footprint(planned_footprint(config, mesh, renderer_aside(config), rows)))
+
+
+def planned_footprint(
+    config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Sequence[Row] = ()
+) -> dict[str, int]:
+    """See `footprint`. Without questions, room is reckoned for one of `EXAMPLE`'s length."""
+    policy, rl, pools = setup.abstract_policy(config), config.rl, None
+    optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
+    if config.stage is Stage.RL:
+        reader = setup.open_reader(config, renderer.spec)
+        pools = setup.agent_maker(config, policy, renderer, reader).pools(
+            rows or [EXAMPLE],
+            max(config.data.frame_budgets),
+            prompts=rl.prompts_per_step,
+            copies=rl.group_size,
+            hints=hint_room(config.difficulty, renderer),
+        )
+    taught = config.teacher.strength > 0
+    return footprint(policy, optimizer, config.model, mesh, taught, pools)
+
+
+def compile_only(config: Config, topology: str) -> str:
+    """Compile the RL step for a TPU topology (such as `v5p:2x2x2`); returns memory and cost per
+    device.
+
+    Raises:
+      ValueError: libtpu is missing, the topology is unknown, or the mesh does not fit it.
+    """
+    if config.stage is not Stage.RL:
+        raise ValueError(f"--compile-only compiles the rl step; {config.recipe} is an sft recipe")
+    policy = setup.abstract_policy(config)
+    optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
+    step, taught = setup.open_rl_step(config, policy, optimizer), config.teacher.strength > 0
+    batch = largest_batch(config, policy)
+    return compile_step(topology, config.mesh, step, config.model, batch, taught)
+
+
+def largest_batch(config: Config, policy: ModelPolicy) -> LargestBatch:
+    """The largest minibatch of a configuration."""
+    own = config.rl, config.agent, config.data
+    return LargestBatch(*own, policy, config.model.compute_dtype)
 
 
 def describe_data(config: Config) -> list[Row]:
     """Print what `--data` and what is mixed with it hold; returns the questions."""
     if config.packs_conversations:
         renderer = renderer_aside(config)
-        found = open_conversations(config, renderer)
-        print(describe_conversations(found), *system_note(config, found.rows), sep="\n")
+        found = open_conversations(config.data, renderer)
+        notes = setup.system_notes(config, found.rows)
+        print(describe_conversations(found), *notes, sep="\n")
         try_media(config, found, "data.max_rejected")
         return []
     if config.data.path or config.data.mixture:

@@ -94,13 +94,14 @@ def resolve(arguments: argparse.Namespace):
     Raises:
       ValueError: anything that the recipe, the flags or the overrides refuse.
     """
+    from train.config import Config
     from train.recipes import get_recipe
     from train.settings.override import override
-    from train.workdir.config_file import read_config, with_whole_paths
+    from train.workdir.config_file import read_settings, with_whole_paths
 
     config = None
     if arguments.recipe is None and arguments.workdir is not None:
-        config = read_config(Path(arguments.workdir))
+        config = read_settings(Path(arguments.workdir), Config)
     config = config or get_recipe(arguments.recipe or DEFAULT_RECIPE)
     flags = {key: (f"--{name}", getattr(arguments, name)) for name, key in FLAGS.items()}
     given = {key: flag for key, flag in flags.items() if flag[1] is not None}
@@ -162,9 +163,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             checks.describe(config)
         elif arguments.compile_only:
-            from train.compile.ahead import compile_only
-
-            print(compile_only(config, arguments.compile_only))
+            print(checks.compile_only(config, arguments.compile_only))
         else:
             run.train(config, workdir, arguments.resume)
     except Exception as error:

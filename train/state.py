@@ -14,7 +14,7 @@ from jaxtyping import Array, Int
 from paravt_jax.lora import is_adapter
 from paravt_jax.mesh import AnyMesh
 from paravt_jax.records import pytree
-from train.config import Config
+from train.model import ModelSettings
 
 FlatParams = dict[str, Array]
 
@@ -38,45 +38,49 @@ class TrainState:
         return {**self.trainable, **self.frozen}
 
 
-def is_trainable(name: str, config: Config) -> bool:
+def is_trainable(name: str, model: ModelSettings) -> bool:
     """Whether this parameter trains: with LoRA the adapters alone, otherwise everything, the
-    vision tower only where the config says so."""
-    if config.model.lora.rank:
+    vision tower only where the settings say so."""
+    if model.lora.rank:
         return is_adapter(name)
-    return config.model.train_vision or not name.startswith("vision.")
+    return model.train_vision or not name.startswith("vision.")
 
 
 def make_state(
-    params: FlatParams, config: Config, mesh: Mesh, optimizer: optax.GradientTransformation
+    params: FlatParams,
+    model: ModelSettings,
+    mesh: Mesh,
+    optimizer: optax.GradientTransformation,
+    teacher: bool = False,
 ) -> TrainState:
-    """Split the weights and set up the optimiser and, if there is one, the teacher; moments and
-    teacher are sharded like their weights."""
-    trainable, frozen = split(params, config)
+    """Split the weights and set up the optimiser and, if there is to be one, the teacher; moments
+    and teacher are sharded like their weights."""
+    trainable, frozen = split(params, model)
     init = jax.jit(optimizer.init, out_shardings=moment_shardings(optimizer, trainable, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     # A copy each: a step donates its state, and no buffer can be donated twice.
-    teacher = {name: x.copy() for name, x in trainable.items() if config.teacher.strength}
-    return TrainState(trainable, frozen, init(trainable), step, teacher)
+    taught = {name: x.copy() for name, x in trainable.items() if teacher}
+    return TrainState(trainable, frozen, init(trainable), step, taught)
 
 
 def abstract_state(
     params: dict[str, jax.ShapeDtypeStruct],
-    config: Config,
+    model: ModelSettings,
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
+    teacher: bool = False,
 ) -> TrainState:
     """Shapes and shardings of `make_state`, with no memory behind them."""
-    trainable, frozen = split(params, config)
+    trainable, frozen = split(params, model)
     moments = abstract_moments(optimizer, trainable, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    teacher = dict(trainable) if config.teacher.strength else {}
-    return TrainState(trainable, frozen, moments, step, teacher)
+    return TrainState(trainable, frozen, moments, step, dict(trainable) if teacher else {})
 
 
-def split(params: dict, config: Config) -> tuple[dict, dict]:
+def split(params: dict, model: ModelSettings) -> tuple[dict, dict]:
     """Weights that train, and those that do not."""
-    trainable = {name: value for name, value in params.items() if is_trainable(name, config)}
+    trainable = {name: value for name, value in params.items() if is_trainable(name, model)}
     return trainable, {name: value for name, value in params.items() if name not in trainable}
 
 

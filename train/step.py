@@ -26,8 +26,8 @@ from paravt_jax.routing import load_balance
 from paravt_jax.shaping import Shaping
 from train.state import FlatParams, TrainState
 
-Metrics = dict[str, Any]
-"""Figures of one optimiser step: arrays by name, and those of the objective as sums."""
+StepMetrics = dict[str, Any]
+"""Metrics of one optimiser step: arrays by name, and those of the objective as sums."""
 
 
 def batch_log_probs(
@@ -192,7 +192,7 @@ def accumulate(
     return total * scale, jax.tree.map(lambda g: g * scale, gradients), metrics
 
 
-def mean_metrics(steps: Sequence[Metrics]) -> dict[str, float]:
+def mean_metrics(steps: Sequence[StepMetrics]) -> dict[str, float]:
     """Metrics of optimiser steps as plain numbers: the objective's over all their tokens, any other
     as the mean of the steps."""
     told = jax.device_get(list(steps))
@@ -239,9 +239,9 @@ class SftStep:
 
     def __call__(
         self, state: TrainState, batches: dict[str, LearnerBatch]
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, StepMetrics]:
         gradients = jax.tree.map(jnp.zeros_like, state.trainable)
-        metrics: Metrics = {"loss": jnp.zeros(())}
+        metrics: StepMetrics = {"loss": jnp.zeros(())}
         for task, batch in batches.items():
             loss = functools.partial(self._loss, frozen=state.frozen, budget=self.budgets[task])
             count = max(batch.tokens.shape[0] // self.micro_rows, 1)
@@ -290,7 +290,7 @@ class RlStep:
 
     def __call__(
         self, state: TrainState, batch: LearnerBatch, table: Int[ArrayLike, "s vocab"] | None = None
-    ) -> tuple[TrainState, Metrics]:
+    ) -> tuple[TrainState, StepMetrics]:
         """`table` is that of the engine's automata, if a grammar constrained it."""
         loss = functools.partial(self._loss, frozen=state.frozen, table=table)
         value, gradients, (watched, balance, rows) = accumulate(
@@ -375,16 +375,16 @@ class RlStep:
         if self.router_balance:
             # Every learned token carries the balance of its row, so sums and counts stay those
             # of the objective.
-            spread = jnp.broadcast_to(balance[:, None], weights.shape)
+            per_token = jnp.broadcast_to(balance[:, None], weights.shape)
             mean = self.objective.aggregation, self.objective.constant_length
-            total += self.router_balance * aggregate(spread, weights, *mean)[0]
+            total += self.router_balance * aggregate(per_token, weights, *mean)[0]
         trained = weights.any(axis=1)
         return total, (count, (watched, jnp.sum(balance * trained), jnp.sum(1.0 * trained)))
 
 
-Watched = tuple[ObjectiveMetrics, Array, Array]
-"""Figures of the objective, the sum of balances over rows, and the rows."""
+MetricSums = tuple[ObjectiveMetrics, Array, Array]
+"""Metrics of the objective, the sum of balances over rows, and the rows."""
 
 
-def _merge(a: Watched, b: Watched) -> Watched:
+def _merge(a: MetricSums, b: MetricSums) -> MetricSums:
     return a[0].merge(b[0]), a[1] + b[1], a[2] + b[2]

@@ -8,6 +8,7 @@ from typing import TypeVar
 import numpy as np
 
 from paravt_jax.records import Prompt
+from paravt_jax.shapes import bucket
 from rollout.engine.engine import PaddedTokens
 
 T = TypeVar("T")
@@ -22,9 +23,10 @@ NO_LIMIT = np.iinfo(np.int32).max
 
 
 def static_size(tokens: int, frames: int, least: int, most: int = NO_LIMIT) -> tuple[int, int]:
-    """Tokens and frames that a block of these many is padded to: powers of two, tokens at least
-    `least` and at most `most`."""
-    return min(_power(tokens, least), most), _power(frames, 1) if frames else 0
+    """Tokens and frames that a block of these many is padded to, tokens at least `least` and at
+    most `most`. Coarse sizes: those of tokens and of frames multiply."""
+    shown = bucket(frames, coarse=True) if frames else 0
+    return bucket(tokens, least, most, coarse=True), shown
 
 
 def static_shape(block: Prompt, least: int, most: int = NO_LIMIT) -> tuple[int, int]:
@@ -84,8 +86,3 @@ def pad(
         vision_index[row, : len(index)] = index
     lengths = np.array([len(block.tokens) for block in blocks], np.int32)
     return PaddedTokens(tokens, positions, vision_index, lengths)
-
-
-def _power(count: int, least: int) -> int:
-    """Smallest `least * 2**i` that is at least `count`."""
-    return least << max(0, (-(-count // least) - 1).bit_length())

@@ -6,12 +6,12 @@ import os
 
 import pytest
 
-from train import main, run
-from train.config import to_dict
+from train import checks, main
+from train.config import Config, to_dict
 from train.recipes import RECIPES, get_recipe
 from train.settings.override import override
-from train.workdir.claim import write_whole
-from train.workdir.config_file import MAY_CHANGE, check_same_run, read_config
+from train.workdir.config_file import MAY_CHANGE, check_same_run, read_settings
+from train.workdir.files import write_atomically
 
 
 def resolve(*arguments):
@@ -21,7 +21,7 @@ def resolve(*arguments):
 def hold(workdir, config, step=None):
     """A workdir with the configuration of a run, and perhaps a checkpoint."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_whole(workdir / "config.json", json.dumps(to_dict(config)))
+    write_atomically(workdir / "config.json", json.dumps(to_dict(config)))
     if step is not None:
         (workdir / "checkpoints" / str(step)).mkdir(parents=True)
 
@@ -29,7 +29,7 @@ def hold(workdir, config, step=None):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_comes_back_from_its_file(name, tmp_path):
     hold(tmp_path, get_recipe(name))
-    assert read_config(tmp_path) == get_recipe(name)
+    assert read_settings(tmp_path, Config) == get_recipe(name)
 
 
 def test_a_workdir_alone_is_continued_from_its_own_settings(tmp_path):
@@ -46,7 +46,7 @@ def test_a_named_recipe_is_the_whole_of_it_and_is_compared(tmp_path):
     hold(tmp_path, override(get_recipe("needle_sft"), ["seed=3"]), step=2)
     told = resolve("--workdir", tmp_path, "--recipe", "needle_rl")
     with pytest.raises(ValueError, match=r"recipe='needle_sft', not 'needle_rl'.*seed=3, not 0"):
-        run.tell_changes(told, tmp_path, "auto", print)
+        checks.tell_changes(told, tmp_path, "auto", print)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +65,7 @@ def test_a_named_recipe_is_the_whole_of_it_and_is_compared(tmp_path):
 def test_what_changes_no_number_may_change_and_is_named(setting, tmp_path):
     hold(tmp_path, get_recipe("paravt_rl"), step=2)
     lines = []
-    run.tell_changes(
+    checks.tell_changes(
         resolve("--workdir", tmp_path, "--set", setting), tmp_path, "auto", lines.append
     )
     assert len(lines) == 1 and setting.split("=")[0] in lines[0] and " was " in lines[0]
@@ -91,10 +91,10 @@ def test_relative_and_absolute_paths_are_the_same_files(tmp_path, monkeypatch):
     for name in ("own", tmp_path / "own", "linked"):
         told = resolve("--workdir", "run", "--data", f"{name}/questions.csv")
         assert os.path.isabs(told.data.path)
-        run.tell_changes(told, tmp_path / "run", "auto", print)
+        checks.tell_changes(told, tmp_path / "run", "auto", print)
     other = resolve("--workdir", "run", "--data", "other/questions.csv")
     with pytest.raises(ValueError, match=r"data\.path"):
-        run.tell_changes(other, tmp_path / "run", "auto", print)
+        checks.tell_changes(other, tmp_path / "run", "auto", print)
 
 
 def test_settings_that_are_younger_than_the_file_take_their_defaults_and_are_named(tmp_path):
@@ -103,7 +103,7 @@ def test_settings_that_are_younger_than_the_file_take_their_defaults_and_are_nam
     del held["output"]["rollouts"]
     (tmp_path / "config.json").write_text(json.dumps(held))
     lines = []
-    run.tell_changes(resolve("--workdir", tmp_path), tmp_path, "auto", lines.append)
+    checks.tell_changes(resolve("--workdir", tmp_path), tmp_path, "auto", lines.append)
     assert len(lines) == 1 and "output.rollouts" in lines[0]
 
 

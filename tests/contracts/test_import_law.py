@@ -1,4 +1,5 @@
-"""The import law: composition may import everything, rooms the core, the core nobody."""
+"""The import law: composition may import everything, rooms the core, the core nobody. Shelves of a
+room stand in an order, and no import runs back."""
 
 import ast
 from pathlib import Path
@@ -67,11 +68,105 @@ def test_pipelines_are_numpy_only():
         assert "jax" not in imports_of(path), path.relative_to(ROOT)
 
 
-def test_what_models_share_knows_no_family():
-    for path in files_of("models/common"):
-        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            names = [alias.name for alias in getattr(node, "names", [])]
-            where = [node.module or ""] if isinstance(node, ast.ImportFrom) else names
-            if isinstance(node, ast.Import | ast.ImportFrom):
-                foreign = [n for n in where if n.startswith("models") and "models.common" not in n]
-                assert not foreign, f"{path.relative_to(ROOT)} imports {foreign}"
+# --- Shelves --------------------------------------------------------------------------------------
+
+ORDER = (
+    "train.settings",
+    "train.hosts",
+    "train.model",
+    "train.optimizer",
+    "train.state",
+    "train.batch",
+    "train.step",
+    "train.workdir",
+    "train.report",
+    "train.data",
+    "train.agent",
+    "train.rl",
+    "train.sft",
+    "train.methods",
+    "evaluate",
+    "train.compile",
+    "train.config",
+    "train.recipes",
+    "train.setup",
+    "train.checks",
+    "train.run",
+    "train.main",
+)
+"""Shelves and modules of the composition, lowest first. Each imports only what stands before it."""
+BASES = {"rollout.engine": "rollout", "models.common": "models"}
+"""Shelves that import nothing of their room but themselves."""
+ABOVE_ALL = ("train.config", "train.recipes", "train.setup", "train.checks", "train.run")
+"""Those that may see the whole configuration, and the door."""
+
+
+def module_of(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, at any depth of it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            inner = {f"{node.module}.{alias.name}" for alias in node.names}
+            modules = {name for name in inner if is_module(name)}
+            found |= modules or {node.module}
+    return {name for name in found if is_module(name)}
+
+
+def is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def shelf_of(module: str) -> str:
+    """The longest name in the order that the module belongs to."""
+    fitting = [name for name in ORDER if module == name or module.startswith(f"{name}.")]
+    assert fitting, f"{module}: give it a place in the order"
+    return max(fitting, key=len)
+
+
+def is_leaf(module: str) -> bool:
+    """Settings stand beside what they set, and are seen by everybody."""
+    return module.endswith(".settings") and module != "train.settings"
+
+
+def of_composition() -> list[Path]:
+    files = [path for room in ("train", "evaluate") for path in (ROOT / room).rglob("*.py")]
+    return sorted(path for path in files if module_of(path) != "train")
+
+
+@pytest.mark.parametrize("path", of_composition(), ids=module_of)
+def test_no_import_runs_back(path):
+    own = module_of(path)
+    for other in imported(path):
+        if other.partition(".")[0] not in ("train", "evaluate") or other == "train":
+            continue
+        if is_leaf(own):
+            assert is_leaf(other), f"{own} is a leaf, but imports {other}"
+        elif not is_leaf(other):
+            here, there = ORDER.index(shelf_of(own)), ORDER.index(shelf_of(other))
+            assert there <= here, f"{own} imports {other}, which stands above it"
+
+
+@pytest.mark.parametrize(("shelf", "room"), BASES.items())
+def test_what_a_room_is_built_on_knows_nothing_of_it(shelf, room):
+    for path in ROOT.joinpath(*shelf.split(".")).rglob("*.py"):
+        inside = {name for name in imported(path) if name.startswith(f"{room}.")}
+        beyond = {name for name in inside if name != shelf and not name.startswith(f"{shelf}.")}
+        assert not beyond, f"{module_of(path)} imports {sorted(beyond)}"
+
+
+def test_the_whole_configuration_is_seen_by_the_composition_alone():
+    """Everything else gets the sections that it reads."""
+    for path in of_composition():
+        if not module_of(path).startswith((*ABOVE_ALL, "train.main")):
+            assert "train.config" not in imported(path), module_of(path)
+
+
+def test_the_top_of_the_trainer_is_a_glance():
+    assert len(list((ROOT / "train").glob("*.py"))) <= 12

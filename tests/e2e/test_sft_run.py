@@ -104,16 +104,20 @@ def test_own_conversations_from_jsonl_are_described(tmp_path):
         {"role": "assistant", "content": "<think>Easy.</think><answer>red</answer>"},
     ]
     (tmp_path / "own.jsonl").write_text(5 * (json.dumps({"messages": said}) + "\n"))
-    found = open_conversations(recipe(tmp_path / "own.jsonl"))
+    found = open_conversations(recipe(tmp_path / "own.jsonl").data)
     assert describe_conversations(found) == "5 conversations, 0 videos"
 
 
 def test_subtitles_that_no_video_has_are_refused(data):
     with pytest.raises(ValueError, match="no video has subtitles"):
-        open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5"))
+        open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5").data)
     (data / VIDEOS[0]).with_suffix(".srt").write_text("1\n00:00:01,000 --> 00:00:02,000\nHello.\n")
     assert (
-        len(open_conversations(recipe(data, "data.subtitles=true", "data.max_rejected=0.5")).rows)
+        len(
+            open_conversations(
+                recipe(data, "data.subtitles=true", "data.max_rejected=0.5").data
+            ).rows
+        )
         == 3
     )
 

@@ -80,11 +80,11 @@ cluster.start()
 late, none = TimeoutError("late"), None
 mine = [[none, late, none, ToolError("no"), late], [none, none, OSError("x"), late, late]]
 faults = mine[jax.process_index()]
-print([repr(f) for f in cluster.faults_of_all(faults)])
-print(cluster.faults_of_all([none, none]))
+print([repr(f) for f in cluster.sync_errors(faults)])
+print(cluster.sync_errors([none, none]))
 print(cluster.texts_from_all("red" * jax.process_index()))
 cluster.require_same([b"a", b"same"], "the prompts of step 3")
-print(cluster.everywhere(lambda: "read"))
+print(cluster.on_all_hosts(lambda: "read"))
 
 
 def different():
@@ -97,7 +97,7 @@ def unreadable():
         raise ValueError("own.mp4 is damaged")
 
 
-for fails in (different, lambda: cluster.everywhere(unreadable)):
+for fails in (different, lambda: cluster.on_all_hosts(unreadable)):
     try:
         fails()
     except ValueError as error:

@@ -12,8 +12,7 @@ from tests.support.needle import processor_folder
 from tests.support.readers import StillReader
 from train.recipes import get_recipe
 from train.settings.override import override
-from train.setup import open_renderer
-from train.sft.conversations import system_note
+from train.setup import open_renderer, system_notes
 
 READER = StillReader((64, 32), 1.5, lambda video, count: ord(video.path[1]))
 """The frames of each video differ."""
@@ -76,11 +75,11 @@ def test_other_system_messages_are_replaced_and_that_is_said():
     said = (Message("user", ("Q",)), Message("assistant", ("A",)))
     plain = Conversation("p", said)
     other = Conversation("o", (Message("system", ("Be kind.",)), *said))
-    assert system_note(config, [plain]) == []
-    (line,) = system_note(config, [plain, other])
+    assert system_notes(config, [plain]) == []
+    (line,) = system_notes(config, [plain, other])
     assert "1 of 2 conversations" in line and "sft.packing.system=own" in line
     kept = override(config, ["sft.packing.system=own"])
-    assert system_note(kept, [other]) == []
+    assert system_notes(kept, [other]) == []
 
 
 def test_a_system_message_of_ones_own_can_be_kept():

@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 def test_log_probs_change_with_the_pixels(world):
     """Law 2: a trainer that is blind to the video fails here."""
     config, model, renderer, reader = world
-    examples = setup.needle_sources(config, renderer, reader)
+    examples = setup.open_sources(config, renderer, reader)
     streams = streams_of_examples([examples["trace"][i] for i in range(2)])
     batch = learner_batch(streams, length=384, pad_id=renderer.pad_id)
     policy = model.policy

@@ -22,7 +22,7 @@ from rollout.tools import MAKERS, TOOLS, agent_tools
 from tests.support.needle import processor_folder
 from tests.support.rollout_fakes import SentinelReader
 from tests.support.scripted_episode import ANSWER, END, VIDEO, Episode, call, calls_turn
-from train.agent import crop_tokens
+from train.agent import crop_size
 from train.recipes import get_recipe
 from train.settings.override import override
 from train.setup import prompt_texts
@@ -279,7 +279,7 @@ def test_there_is_room_for_the_clip_of_every_strategy():
     around them; and no more room than the largest needs."""
     config = override(get_recipe("needle_video_o3"), ["data.instructions=full"])
     renderer = renderer_of(config)
-    room, needed = crop_tokens(config, renderer), []
+    room, needed = crop_size(config.agent, config.data.crop_frames, renderer).tokens, []
     for quota in config.agent.clip_tokens:
         for count in range(1, renderer.spec.frames_within(quota) + 1):
             size = renderer.spec.size_within(480, 480, count, quota)

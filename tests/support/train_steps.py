@@ -12,8 +12,8 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.params import initialise
 from paravt_jax.records import LearnerBatch
+from train.batch import to_mesh
 from train.config import OptimizerSettings
-from train.layout import to_mesh
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
@@ -64,7 +64,7 @@ def run_steps(
     optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-3), steps, policy.table)
     with jax.set_mesh(mesh):
         params = initialise(policy.table, jax.random.key(0), mesh)
-        state = make_state(params, config, mesh, optimizer)
+        state = make_state(params, config.model, mesh, optimizer)
         step = jax.jit(
             RlStep(
                 policy=policy,

@@ -11,8 +11,7 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
-from train import setup
-from train.compile.ahead import abstract_batch
+from train import checks, setup
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.settings.override import override
@@ -33,7 +32,7 @@ def recipe(frames_as: str):
 def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     """Frames of 32 x 32 pixels are one token each; videos take them in pairs."""
     config = recipe(frames_as)
-    batch = abstract_batch(config, setup.abstract_policy(config), MESH)
+    batch = checks.largest_batch(config, setup.abstract_policy(config)).abstract(MESH)
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
     assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
@@ -43,7 +42,7 @@ def test_a_minibatch_is_what_is_compiled():
     """A share of the prompts, with the log-probabilities of the policy before the first step."""
     base = recipe("image")
     config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
-    batch = abstract_batch(config, setup.abstract_policy(config), MESH)
+    batch = checks.largest_batch(config, setup.abstract_policy(config)).abstract(MESH)
     assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
     assert batch.proximal_log_probs.shape == batch.tokens.shape
     assert (
@@ -59,8 +58,8 @@ def test_the_step_takes_the_abstract_batch(credit):
     optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
     params = initialise(policy.table, jax.random.key(0), MESH)
     with jax.set_mesh(MESH):
-        state = make_state(params, config, MESH, optimizer)
-        batch = abstract_batch(config, policy, MESH)
+        state = make_state(params, config.model, MESH, optimizer)
+        batch = checks.largest_batch(config, policy).abstract(MESH)
         after, metrics = jax.eval_shape(setup.open_rl_step(config, policy, optimizer), state, batch)
     assert metrics["loss"].shape == ()
     if credit == "share":

@@ -167,7 +167,7 @@ try:
     checkpoints.close()
 except OSError as error:
     print(error)
-    end_process(1, patience=5)
+    end_process(1, seconds=5)
     sys.exit(1)
 """
 

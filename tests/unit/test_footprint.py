@@ -10,11 +10,9 @@ import pytest
 
 from paravt_jax.params import abstract_params
 from pipelines.needle.world import write_mp4
-from pipelines.sizes import prompt_tokens
 from tests.support.released_models import MODELS
 from train import checks, main, setup
-from train.agent import open_engine
-from train.compile.footprint import EXAMPLE, footprint, format_footprint, planned_mesh
+from train.compile.footprint import format_footprint, planned_mesh
 from train.config import Config
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
@@ -32,13 +30,13 @@ def needle(mesh: str | None, *settings: str) -> Config:
 )
 def test_a_mesh_of_devices_that_are_elsewhere(mesh, devices):
     assert jax.device_count() == 8
-    assert planned_mesh(needle(mesh)).size == devices
+    assert planned_mesh(mesh).size == devices
 
 
 @pytest.mark.parametrize("mesh", ["pipeline:2", "data:2,data:4", "data:0", "data:3,fsdp:-1"])
 def test_a_wrong_mesh_is_refused_as_ever(mesh):
     with pytest.raises(ValueError, match="--mesh"):
-        planned_mesh(needle(mesh))
+        planned_mesh(mesh)
 
 
 def test_it_is_what_real_devices_hold():
@@ -46,11 +44,11 @@ def test_it_is_what_real_devices_hold():
     config = needle("data:2,fsdp:2,tensor:2")
     renderer = checks.renderer_aside(config)
     mesh = setup.open_mesh(config)
-    planned = footprint(config, planned_mesh(config), renderer)
-    assert planned == footprint(config, mesh, renderer)
+    planned = checks.planned_footprint(config, planned_mesh(config.mesh), renderer)
+    assert planned == checks.planned_footprint(config, mesh, renderer)
     params = setup.Model.open(config).params(config, mesh)
     held = {name: x.addressable_shards[0].data.nbytes for name, x in params.items()}
-    trains = sum(size for name, size in held.items() if is_trainable(name, config))
+    trains = sum(size for name, size in held.items() if is_trainable(name, config.model))
     assert planned["parameters"] == sum(held.values())
     assert planned["gradients"] == planned["reference"] == trains
     assert 2 * trains <= planned["moments"] <= 2 * trains + 64
@@ -61,15 +59,17 @@ def test_more_devices_hold_less_each():
     sizes = []
     for mesh in ("data:1", "fsdp:8", "fsdp:8,tensor:4"):
         config = needle(mesh)
-        found = footprint(config, planned_mesh(config), checks.renderer_aside(config))
+        found = checks.planned_footprint(
+            config, planned_mesh(config.mesh), checks.renderer_aside(config)
+        )
         sizes.append(found["parameters"] + found["moments"])
     assert sizes[0] > 4 * sizes[1] and sizes[1] > 1.2 * sizes[2]
 
 
 def test_supervised_runs_have_no_caches():
     config = get_recipe("needle_sft")
-    mesh = planned_mesh(config)
-    found = footprint(config, mesh, checks.renderer_aside(config))
+    mesh = planned_mesh(config.mesh)
+    found = checks.planned_footprint(config, mesh, checks.renderer_aside(config))
     assert set(found) == {"parameters", "moments", "gradients"}
     assert found["parameters"] == 4 * sum(
         x.size for x in abstract_params(setup.abstract_policy(config).table).values()
@@ -79,18 +79,17 @@ def test_supervised_runs_have_no_caches():
 def test_caches_are_those_of_the_engine():
     config = needle("data:1")
     renderer = checks.renderer_aside(config)
-    own = config.data
-    engine = open_engine(
-        config,
-        setup.abstract_policy(config),
-        renderer,
+    reader = setup.open_reader(config, renderer.spec)
+    agents = setup.agent_maker(config, setup.abstract_policy(config), renderer, reader)
+    engine = agents.engine(
+        [checks.EXAMPLE],
+        max(config.data.frame_budgets),
         prompts=config.rl.prompts_per_step,
         copies=config.rl.group_size,
-        prompt_tokens=prompt_tokens(
-            renderer, [EXAMPLE], max(own.frame_budgets), own.overview_tokens
-        ),
     )
-    planned = footprint(config, planned_mesh(config), renderer)["rollout caches"]
+    planned = checks.planned_footprint(config, planned_mesh(config.mesh), renderer)[
+        "rollout caches"
+    ]
     assert planned == engine.cache_bytes()
 
 

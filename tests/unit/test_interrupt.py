@@ -14,7 +14,7 @@ import sys
 sys.path[0] = {str(ROOT)!r}
 import hashlib, time
 from train.hosts import interrupt
-interrupt.PATIENCE = 0.3
+interrupt.GRACE_SECONDS = 0.3
 signals = interrupt.Signals()
 signals.install()
 say = lambda text: print(text, flush=True)
@@ -51,7 +51,7 @@ HANGING = """
 import threading
 threading.Thread(target=busy).start()
 say("ready")
-interrupt.end_process(7, patience=0.3)
+interrupt.end_process(7, seconds=0.3)
 sys.exit(7)
 """
 
@@ -98,7 +98,7 @@ def test_hosts_end_together():
 
     signals = Signals()
     signals.check()
-    signals.agree_by(lambda number: max(number, signal.SIGTERM))
+    signals.sync_by(lambda number: max(number, signal.SIGTERM))
     with pytest.raises(Interrupted) as told:
         signals.check()
     assert told.value.code == 0 and told.value.number == signal.SIGTERM

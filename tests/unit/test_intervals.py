@@ -8,13 +8,13 @@ import pytest
 from rich.console import Console
 
 from evaluate.intervals import Accuracy, accuracies
+from evaluate.tables import INTERVALS, as_metrics, interval_table
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from pipelines.needle.world import draw_events
 from tests.support.trajectories import rewarded
 from train.data.needle import needle_world
 from train.data.questions import all_rows, open_rows, strata
 from train.recipes import get_recipe
-from train.report.log import INTERVALS, flat, interval_table
 from train.settings.override import override
 
 
@@ -59,7 +59,7 @@ def test_the_table_fits_80_columns_and_shows_parts():
     names = [
         f"accuracy/{kind}/{part}" for kind in ("oe", "tvg") for part in ("1 event", "2 events")
     ]
-    figures = flat({name: Accuracy.of([1.0] * 128, 128) for name in ["accuracy", *names]})
+    figures = as_metrics({name: Accuracy.of([1.0] * 128, 128) for name in ["accuracy", *names]})
     out = io.StringIO()
     rows = {f"{mode}, before": figures for mode in ("sampled", "greedy", "no crops")}
     Console(file=out, width=80).print(interval_table(INTERVALS, rows))

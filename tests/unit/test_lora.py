@@ -15,8 +15,8 @@ from paravt_jax.lora import TARGETS, LoraConfig, Merged, adapter_table, is_adapt
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from tests.support.train_steps import random_batch, run_steps
+from train.batch import to_mesh
 from train.config import OptimizerSettings
-from train.layout import to_mesh
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import NEEDLE_MODEL
@@ -197,7 +197,8 @@ def test_a_resumed_run_goes_on_as_if_never_cut(tmp_path):
     with jax.set_mesh(mesh):
         params = initialise(POLICY.table, jax.random.key(0), mesh)
         state, _ = step(
-            make_state(params, config, mesh, optimizer), {"one": to_mesh(random_batch(0), mesh)}
+            make_state(params, config.model, mesh, optimizer),
+            {"one": to_mesh(random_batch(0), mesh)},
         )
         checkpoints.save(1, state)
         resumed, number, _ = checkpoints.restore(state)

@@ -2,7 +2,8 @@
 
 import json
 
-from train.report.log import RunLog, comparison_table
+from evaluate.tables import comparison_table
+from train.report.log import RunLog
 from train.sft.batches import examples_before, phase_at
 from train.sft.settings import SftPhase
 

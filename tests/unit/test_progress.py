@@ -19,7 +19,7 @@ from train.optimizer import OptimizerSettings
 from train.recipes import get_recipe
 from train.report import progress, steps
 from train.report.log import RunLog
-from train.report.progress import Bar, introduction
+from train.report.progress import ProgressBar, introduction
 from train.report.steps import Clock, StepReport, learning_rates
 
 
@@ -32,7 +32,7 @@ def clock(monkeypatch):
 
 def test_lines_instead_of_a_bar_come_ever_more_rarely(clock):
     said = io.StringIO()
-    with Bar(Console(file=said), "evaluating", 400) as bar:
+    with ProgressBar(Console(file=said), "evaluating", 400) as bar:
         for _ in range(400):
             clock[0] += 1
             bar()
@@ -42,7 +42,7 @@ def test_lines_instead_of_a_bar_come_ever_more_rarely(clock):
 
 def test_short_work_is_not_worth_a_line(clock):
     said = io.StringIO()
-    with Bar(Console(file=said), "evaluating", 3) as bar:
+    with ProgressBar(Console(file=said), "evaluating", 3) as bar:
         for _ in range(3):
             bar()
     assert said.getvalue() == ""
@@ -50,7 +50,7 @@ def test_short_work_is_not_worth_a_line(clock):
 
 def test_a_terminal_gets_a_bar():
     said = io.StringIO()
-    with Bar(Console(file=said, force_terminal=True), "compiling rollouts", 57) as bar:
+    with ProgressBar(Console(file=said, force_terminal=True), "compiling rollouts", 57) as bar:
         for _ in range(12):
             bar()
     assert "compiling rollouts" in said.getvalue() and "12/57" in said.getvalue()
@@ -58,7 +58,7 @@ def test_a_terminal_gets_a_bar():
 
 def test_other_hosts_are_silent(clock):
     said = io.StringIO()
-    with Bar(Console(file=said, quiet=True), "evaluating", 100) as bar:
+    with ProgressBar(Console(file=said, quiet=True), "evaluating", 100) as bar:
         for _ in range(99):
             clock[0] += 60
             bar()

@@ -11,8 +11,7 @@ from paravt_jax.records import LearnerBatch
 from tests.support.rollout_fakes import PAD
 from tests.support.rollout_law import Learnable
 from tests.support.scripted_rollouts import SPEC, as_state, configured, group, learner, rollout
-from train.batch import learner_batch, stream_of, streams_of_groups
-from train.layout import to_mesh
+from train.batch import learner_batch, stream_of, streams_of_groups, to_mesh
 from train.recipes import get_recipe
 from train.rl.learner import Learner
 from train.rl.subagents import possible_rows, rows_per_group, subagent_advantages, subagent_streams
@@ -175,6 +174,21 @@ def test_minibatches_take_sub_agents_with_their_rollouts():
         np.testing.assert_array_equal(part.tokens, batch.tokens[2 * index : 2 * index + 2])
         own = batch.subagents.tokens[4 * index : 4 * index + 4]
         np.testing.assert_array_equal(part.subagents.tokens, own)
+
+
+def test_a_step_prepares_a_batch_and_updates():
+    """On the same rollouts, to the bit; the metrics are those of both."""
+    own = learner(configured(*SETTINGS, "rl.minibatches=2"), POLICY, reference=REFERENCE)
+
+    def fresh():
+        return as_state(jax.tree.map(lambda x: x + 0, POLICY.init()))
+
+    batch, prepared = own.prepare(fresh(), groups())
+    want, learned = own.update(fresh(), batch)
+    got, metrics = own.step(fresh(), groups())
+    jax.tree.map(np.testing.assert_array_equal, got, want)
+    assert int(got.step) == len(learned) == 2
+    assert metrics == prepared | mean_metrics(learned) and "kl" in metrics
 
 
 def test_a_batch_without_sub_agents_has_none():

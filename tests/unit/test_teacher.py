@@ -85,7 +85,9 @@ def kit():
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
     optimizer = optax.sgd(0.1)
     tags = tag_table(renderer().token_contents(512), ANCHOR_TAGS)
-    state = make_state(initialise(POLICY.table, jax.random.key(0), mesh), CONFIG, mesh, optimizer)
+    state = make_state(
+        initialise(POLICY.table, jax.random.key(0), mesh), CONFIG.model, mesh, optimizer, True
+    )
     reference = {name: x.copy() for name, x in state.trainable.items()}
     shapes = batch_shapes(CONFIG, renderer().spec, renderer().pad_id)
     learner = open_learner(CONFIG, POLICY, optimizer, mesh, tags, shapes, reference)
@@ -197,7 +199,7 @@ def test_it_is_laid_out_like_the_weights_and_comes_back_from_a_checkpoint(tmp_pa
     optimizer = make_optimizer(CONFIG.optimizer, 1, POLICY.table)
     with jax.set_mesh(mesh):
         params = initialise(POLICY.table, jax.random.key(0), mesh)
-        state = make_state(params, CONFIG, mesh, optimizer)
+        state = make_state(params, CONFIG.model, mesh, optimizer, teacher=True)
         moved = {name: value + 0.5 for name, value in state.teacher.items()}
         saved = dataclasses.replace(state, teacher=moved)
         checkpoints = Checkpoints(tmp_path, 1, POLICY.table)
@@ -212,9 +214,8 @@ def test_it_is_laid_out_like_the_weights_and_comes_back_from_a_checkpoint(tmp_pa
 
 def test_a_run_without_a_teacher_has_no_second_copy_of_its_weights():
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
-    config = override(CONFIG, ["teacher.strength=0"])
     params = {"text.norm": jnp.ones(2)}
-    assert make_state(params, config, mesh, optax.sgd(0.1)).teacher == {}
+    assert make_state(params, CONFIG.model, mesh, optax.sgd(0.1)).teacher == {}
 
 
 @pytest.mark.parametrize(

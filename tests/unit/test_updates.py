@@ -17,9 +17,9 @@ from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.records import LearnerBatch, Prompt, RolloutGroup, Row, Trajectory, VideoRef
 from paravt_jax.structure import tag_table
 from pipelines.preprocess import SPECS
+from train.batch import to_mesh
 from train.compile.rehearsal import rehearse_step
 from train.config import Config
-from train.layout import to_mesh
 from train.recipes import get_recipe
 from train.rl.settings import RlSettings
 from train.setup import batch_shapes, open_learner

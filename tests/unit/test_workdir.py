@@ -8,15 +8,16 @@ from pathlib import Path
 
 import pytest
 
-from train.workdir.claim import Claim, write_whole
+from train.workdir.files import write_atomically
+from train.workdir.lock import WorkdirLock
 
 ROOT = Path(__file__).resolve().parents[2]
 HOLD = """
 import sys
 sys.path[0] = {root!r}
 from pathlib import Path
-from train.workdir.claim import Claim
-claim = Claim(Path({workdir!r}))
+from train.workdir.lock import WorkdirLock
+lock = WorkdirLock(Path({workdir!r}))
 print("held", flush=True)
 sys.stdin.read()
 """
@@ -30,31 +31,31 @@ def test_a_workdir_is_one_run_s_until_its_process_ends_however_that_is(tmp_path)
     )
     assert other.stdout is not None and other.stdout.readline() == "held\n"
     with pytest.raises(ValueError, match=f"in use by process {other.pid} on .*another --workdir"):
-        Claim(workdir)
+        WorkdirLock(workdir)
     other.kill()
     other.wait()
-    claim = Claim(workdir)
+    lock = WorkdirLock(workdir)
     assert f"process {os.getpid()} on" in (workdir / ".lock").read_text()
-    claim.check()
-    claim.release()
-    Claim(workdir).release()
+    lock.check()
+    lock.release()
+    WorkdirLock(workdir).release()
 
 
 @pytest.mark.parametrize("replaced", [False, True], ids=["deleted", "replaced"])
 def test_a_workdir_that_is_gone_is_noticed(tmp_path, replaced):
-    claim = Claim(tmp_path / "run")
+    lock = WorkdirLock(tmp_path / "run")
     shutil.rmtree(tmp_path / "run")
     if replaced:
-        Claim(tmp_path / "run").release()
+        WorkdirLock(tmp_path / "run").release()
     with pytest.raises(OSError, match="was deleted or replaced"):
-        claim.check()
+        lock.check()
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):
     path = tmp_path / "config.json"
-    write_whole(path, "old")
+    write_atomically(path, "old")
     with pytest.raises(UnicodeEncodeError):
-        write_whole(path, 100_000 * "new" + "\ud800")
+        write_atomically(path, 100_000 * "new" + "\ud800")
     assert path.read_text() == "old" and list(tmp_path.iterdir()) == [path]
-    write_whole(path, "new")
+    write_atomically(path, "new")
     assert path.read_text() == "new"

@@ -14,33 +14,120 @@ from paravt_jax.mesh import make_mesh, parse_mesh, partition
 from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from pipelines.preprocess import SPECS
-from train import setup
-from train.config import Config, Stage
+from rollout.limits import AgentConfig
 from train.data.settings import DataSettings
-from train.optimizer import make_optimizer
+from train.model import ModelSettings
 from train.rl.batches import with_what_shaped
+from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
 from train.state import abstract_state
+from train.step import RlStep
+
+GRAMMAR_STATES = 256
+"""Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
+_ALL = PartitionSpec()
+"""A whole copy on every device."""
 
 
-def compile_only(config: Config, topology: str) -> str:
-    """Compile the RL step for `topology` (such as `v5p:2x2x2`); returns memory and cost per device.
+@dataclasses.dataclass(frozen=True)
+class LargestBatch:
+    """What decides the shapes of the largest minibatch of a run."""
+
+    rl: RlSettings
+    agent: AgentConfig
+    data: DataSettings
+    policy: ModelPolicy
+    compute_dtype: str
+
+    def abstract(self, mesh: Mesh) -> LearnerBatch:
+        """Its shapes, laid out on the mesh."""
+
+        def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            axes = ("batch", *(None,) * (leaf.ndim - 1))
+            home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+
+        return jax.tree.map(lay_out, jax.eval_shape(self._zeros))
+
+    def table(self, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
+        """Shape of the table of a grammar, on every device; None without one."""
+        if not self.agent.sampling.constrain and not self.agent.subagent_sampling.constrain:
+            return None
+        shape, home = (GRAMMAR_STATES, self.policy.vocab_size), NamedSharding(mesh, _ALL)
+        return jax.ShapeDtypeStruct(shape, jnp.int16, sharding=home)
+
+    def _zeros(self) -> LearnerBatch:
+        agent, rl = self.agent, self.rl
+        groups = rl.prompts_per_step // rl.minibatches
+        seen = most_vision_tokens(self.data, self.policy, max(self.data.frame_budgets))
+        responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
+        own = agent.generated_tokens + responses
+        main = self._rows(groups * rl.group_size, groups, seen, own)
+        main = with_what_shaped(main, agent.sampling)
+        if not rl.trains_subagents:
+            return main
+        rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
+        seen = most_vision_tokens(self.data, self.policy, self.data.crop_frames)
+        crops = self._rows(rows, rows, seen, agent.subagent_tokens)
+        crops = with_what_shaped(crops, agent.subagent_sampling)
+        return dataclasses.replace(main, subagents=crops)
+
+    def _rows(self, rows: int, groups: int, seen: int, own: int) -> LearnerBatch:
+        """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
+        policy, width = self.policy, self.policy.width
+        length = -(-(seen * 5 // 4 + 256 + own) // 128) * 128
+        integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
+        dtype = jnp.dtype(self.compute_dtype)
+        return LearnerBatch(
+            tokens=integers,
+            positions=jnp.zeros((rows, length, 3), jnp.int32),
+            vision_index=integers,
+            lengths=jnp.zeros(rows, jnp.int32),
+            loss_weights=values,
+            behaviour_log_probs=values,
+            reference_log_probs=values,
+            advantages=values,
+            structural=values > 0,
+            patches=None,
+            grids=None,
+            features=VisionFeatures(
+                tokens=jnp.zeros((groups, seen, width), dtype),
+                deepstack=jnp.zeros((groups, policy.deepstack_levels, seen, width), dtype),
+            ),
+            proximal_log_probs=values if self.rl.updates > 1 else None,
+            prompt_lengths=jnp.zeros(rows, jnp.int32),
+            floors=values,
+            grammar=integers,
+        )
+
+
+def compile_step(
+    topology: str,
+    mesh: str | None,
+    step: RlStep,
+    model: ModelSettings,
+    batch: LargestBatch,
+    teacher: bool = False,
+) -> str:
+    """Compile an RL step for `topology` (such as `v5p:2x2x2`); returns memory and cost per device.
+
+    Args:
+      mesh: that of `--mesh`.
+      teacher: whether the state has a second copy of what trains.
 
     Raises:
       ValueError: libtpu is missing, the topology is unknown, or the mesh does not fit it.
     """
-    if config.stage is not Stage.RL:
-        raise ValueError(f"--compile-only compiles the rl step; {config.recipe} is an sft recipe")
     devices = _devices(topology)
-    mesh = make_mesh(parse_mesh(config.mesh, len(devices)), devices)
-    with jax.set_mesh(mesh):
-        policy = setup.abstract_policy(config)
-        optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
-        state = abstract_state(abstract_params(policy.table, mesh), config, mesh, optimizer)
-        batch = abstract_batch(config, policy, mesh)
-        step = jax.jit(setup.open_rl_step(config, policy, optimizer), donate_argnums=0)
-        compiled = step.lower(state, batch, abstract_table(config, policy, mesh)).compile()
-    return _report(topology, mesh, compiled)
+    made = make_mesh(parse_mesh(mesh, len(devices)), devices)
+    with jax.set_mesh(made):
+        params = abstract_params(batch.policy.table, made)
+        state = abstract_state(params, model, made, step.optimizer, teacher)
+        lowered = jax.jit(step, donate_argnums=0).lower(
+            state, batch.abstract(made), batch.table(made)
+        )
+        compiled = lowered.compile()
+    return _report(topology, made, compiled)
 
 
 def _devices(topology: str):
@@ -51,77 +138,6 @@ def _devices(topology: str):
             f"--compile-only {topology}: {str(error).splitlines()[0]}; install libtpu "
             "(`pip install libtpu`) and name a topology such as v5p:2x2x2"
         ) from error
-
-
-def abstract_batch(config: Config, policy: ModelPolicy, mesh: Mesh) -> LearnerBatch:
-    """Shapes of the largest minibatch of a configuration, laid out on the mesh."""
-
-    def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes = ("batch", *(None,) * (leaf.ndim - 1))
-        home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
-
-    return jax.tree.map(lay_out, jax.eval_shape(lambda: _largest_batch(config, policy)))
-
-
-GRAMMAR_STATES = 256
-"""Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
-
-
-def abstract_table(config: Config, policy: ModelPolicy, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
-    """Shape of the table of a grammar, on every device; None without one."""
-    if not config.agent.sampling.constrain and not config.agent.subagent_sampling.constrain:
-        return None
-    home = NamedSharding(mesh, PartitionSpec())
-    return jax.ShapeDtypeStruct((GRAMMAR_STATES, policy.vocab_size), jnp.int16, sharding=home)
-
-
-def _largest_batch(config: Config, policy: ModelPolicy) -> LearnerBatch:
-    agent, rl = config.agent, config.rl
-    groups = rl.prompts_per_step // rl.minibatches
-    seen = most_vision_tokens(config.data, policy, max(config.data.frame_budgets))
-    responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
-    own = config.agent.generated_tokens + responses
-    main = _batch(config, policy, groups * rl.group_size, groups, seen, own)
-    main = with_what_shaped(main, agent.sampling)
-    if not rl.trains_subagents:
-        return main
-    rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
-    seen = most_vision_tokens(config.data, policy, config.data.crop_frames)
-    crops = _batch(config, policy, rows, rows, seen, agent.subagent_tokens)
-    crops = with_what_shaped(crops, agent.subagent_sampling)
-    return dataclasses.replace(main, subagents=crops)
-
-
-def _batch(
-    config: Config, policy: ModelPolicy, rows: int, groups: int, seen: int, own: int
-) -> LearnerBatch:
-    """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
-    width = policy.width
-    length = -(-(seen * 5 // 4 + 256 + own) // 128) * 128
-    integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-    dtype = jnp.dtype(config.model.compute_dtype)
-    return LearnerBatch(
-        tokens=integers,
-        positions=jnp.zeros((rows, length, 3), jnp.int32),
-        vision_index=integers,
-        lengths=jnp.zeros(rows, jnp.int32),
-        loss_weights=values,
-        behaviour_log_probs=values,
-        reference_log_probs=values,
-        advantages=values,
-        structural=values > 0,
-        patches=None,
-        grids=None,
-        features=VisionFeatures(
-            tokens=jnp.zeros((groups, seen, width), dtype),
-            deepstack=jnp.zeros((groups, policy.deepstack_levels, seen, width), dtype),
-        ),
-        proximal_log_probs=values if config.rl.updates > 1 else None,
-        prompt_lengths=jnp.zeros(rows, jnp.int32),
-        floors=values,
-        grammar=integers,
-    )
 
 
 def most_vision_tokens(data: DataSettings, policy: ModelPolicy, frames: int) -> int:

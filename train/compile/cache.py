@@ -29,7 +29,7 @@ def keep_compiled(folder: str | None) -> str | None:
 
 
 class Compilations:
-    """Counts what this process compiles: `figures` tells of the time since they were last read."""
+    """Counts what this process compiles: `metrics` tells of the time since they were last read."""
 
     def __init__(self) -> None:
         self._seconds: list[float] = []
@@ -40,7 +40,7 @@ class Compilations:
             self._seconds.append(duration_secs)
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Programs compiled, and seconds that it took."""
         seconds, self._seconds = self._seconds, []
         return {"compile/programs": float(len(seconds)), "time/compile": sum(seconds)}

@@ -3,40 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from models import ModelPolicy
 from models.common.prepared import EMBEDDING, HEAD, LAYERS, is_product
 from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, sharding
 from paravt_jax.params import abstract_params
-from paravt_jax.records import Row, VideoRef
-from pipelines.render import ChatRenderer
-from pipelines.sizes import prompt_tokens
-from rollout.limits import SlotPool, slot_pools
-from train import setup
-from train.agent import crop_tokens
-from train.config import Config, Stage
-from train.methods.difficulty import hint_room
-from train.optimizer import make_optimizer
+from rollout.engine.engine import SlotPool
+from train.model import ModelSettings
 from train.state import abstract_moments, split
 
-EXAMPLE = Row("example", VideoRef("", 1.0), "When is the yellow triangle visible?", "")
-"""As long as the needle world's questions, which a dry run does not write."""
 
-
-def planned_mesh(config: Config) -> AbstractMesh:
+def planned_mesh(mesh: str | None) -> AbstractMesh:
     """The mesh of `--mesh` as it would be where its sizes multiply to the number of devices; with
     a size of -1, or without the flag, that of the devices of this machine.
 
     Raises:
       ValueError: naming the axis that is wrong.
     """
-    sizes = parse_mesh(config.mesh, _planned_devices(config.mesh))
+    sizes = parse_mesh(mesh, _planned_devices(mesh))
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
 
 
@@ -48,29 +39,33 @@ def _planned_devices(mesh: str | None) -> int:
 
 
 def footprint(
-    config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Sequence[Row] = ()
+    policy: ModelPolicy,
+    optimizer: optax.GradientTransformation,
+    model: ModelSettings,
+    mesh: AnyMesh,
+    teacher: bool = False,
+    pools: Mapping[str, SlotPool] | None = None,
 ) -> dict[str, int]:
     """Bytes on each device of what lives as long as the run. Activations come on top:
     `--compile-only` tells those.
 
     Args:
-      rows: the questions; without any, room is reckoned for one of `EXAMPLE`'s length.
+      teacher: whether there is a second copy of what trains.
+      pools: slots of rollouts, if the run has any.
     """
-    table = setup.abstract_policy(config).table
-    params = abstract_params(table, mesh)
-    trainable, _ = split(params, config)
-    optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
+    params = abstract_params(policy.table, mesh)
+    trainable, _ = split(params, model)
     trained = _local(trainable)
     found = {
         "parameters": _local(params),
         "moments": _local(abstract_moments(optimizer, trainable, mesh)),
         "gradients": trained,
-        "teacher": trained if config.teacher.strength else 0,
+        "teacher": trained if teacher else 0,
     }
-    if config.stage is Stage.RL:
+    if pools is not None:
         found["reference"] = trained
-        found["rollout weights"] = _prepared(config, params)
-        found["rollout caches"] = _caches(config, mesh, renderer, rows or [EXAMPLE])
+        found["rollout weights"] = _prepared(model.compute_dtype, params)
+        found["rollout caches"] = sum(_cache(policy, pool, mesh) for pool in pools.values())
     return {name: size for name, size in found.items() if size}
 
 
@@ -87,33 +82,19 @@ def _local(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _prepared(config: Config, params: dict[str, jax.ShapeDtypeStruct]) -> int:
+def _prepared(compute_dtype: str, params: dict[str, jax.ShapeDtypeStruct]) -> int:
     """Copies of weights in the compute dtype, and of a tied head; see `models.common.prepared`.
     (On CPU all layers are copied.)"""
-    dtype = jnp.dtype(config.model.compute_dtype)
+    dtype = jnp.dtype(compute_dtype)
     head = HEAD if HEAD in params else EMBEDDING
     cast = [name for name in params if name.startswith(LAYERS) and is_product(name)]
     copies = [*cast, head] if dtype != jnp.float32 else [head] if head == EMBEDDING else []
     return sum(_local(params[name]) * dtype.itemsize // 4 for name in copies)
 
 
-def _caches(config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Iterable[Row]) -> int:
+def _cache(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
     """Keys and values of the rollouts of a step, rows and heads split as far as they divide (the
     compiler decides; this is what a mesh is chosen for)."""
-    data, policy = config.data, setup.abstract_policy(config)
-    longest = prompt_tokens(renderer, rows, max(data.frame_budgets), data.overview_tokens)
-    shapes = slot_pools(
-        config.agent,
-        renderer,
-        prompts=config.rl.prompts_per_step,
-        copies=config.rl.group_size,
-        prompt_tokens=longest + hint_room(config.difficulty, renderer),
-        crop_tokens=crop_tokens(config, renderer),
-    )
-    return sum(_cache(policy, pool, mesh) for pool in shapes.values())
-
-
-def _cache(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
     sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix
     leaves = jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(*sizes)))
     return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in leaves)

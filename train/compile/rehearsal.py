@@ -19,28 +19,28 @@ from paravt_jax.blocks import text_block
 from paravt_jax.records import Patches, Prompt, RolloutGroup, Row, Trajectory, VideoRef
 from rollout.engine.engine import Engine
 from rollout.engine.precompile import InputSizes, precompile
-from train.report.progress import Bar
+from train.report.progress import ProgressBar
 from train.rl.batches import BatchShapes
 from train.rl.learner import Learner
 from train.state import TrainState
 
-BELOW = 1 << 30
+STEP_OFFSET = 1 << 30
 """More steps than any run has."""
 
 
 def rehearse_run(
     engine: Engine,
     learner: Learner,
-    reads: Mapping[str, InputSizes],
+    sizes: Mapping[str, InputSizes],
     state: TrainState,
     console: Console,
 ) -> TrainState:
-    """Compile all that steps can need where rollouts read no more than `reads`; returns the state,
-    unchanged (its memory is handed on)."""
+    """Compile all that steps can need where the engine gets inputs of these sizes; returns the
+    state, unchanged (its memory is handed on)."""
     began, shapes = time.perf_counter(), learner.batches.shapes
-    rollouts = functools.partial(Bar, console, "compiling rollouts")
-    count = precompile(engine, state.params, reads, shapes.spec.patch_values, rollouts)
-    with Bar(console, "compiling updates", len(shapes.lengths)) as done:
+    rollouts = functools.partial(ProgressBar, console, "compiling rollouts")
+    count = precompile(engine, state.params, sizes, shapes.spec.patch_values, rollouts)
+    with ProgressBar(console, "compiling updates", len(shapes.lengths)) as done:
         for length in shapes.lengths:
             state = rehearse_step(learner, state, blank_groups(learner, length))
             done()
@@ -54,9 +54,9 @@ def rehearse_run(
 def rehearse_step(learner: Learner, state: TrainState, groups: list[RolloutGroup]) -> TrainState:
     """The state unchanged, after all that a step computes: as a rehearsal, whose steps count below
     0 (see `apply_gradients`). `state` is donated."""
-    rehearsed = dataclasses.replace(state, step=state.step - BELOW)
+    rehearsed = dataclasses.replace(state, step=state.step - STEP_OFFSET)
     after, _ = learner.step(rehearsed, groups)
-    return dataclasses.replace(after, step=after.step + (BELOW - learner.settings.updates))
+    return dataclasses.replace(after, step=after.step + (STEP_OFFSET - learner.settings.updates))
 
 
 def blank_groups(learner: Learner, length: int) -> list[RolloutGroup]:

@@ -22,12 +22,12 @@ from rollout.tools import ToolError
 
 T = TypeVar("T")
 
-FAULTS: dict[str, type[Exception]] = {
+ERRORS: dict[str, type[Exception]] = {
     "ToolError": ToolError,
     "TimeoutError": TimeoutError,
     "ValueError": ValueError,
 }
-"""Failures whose kind makes a difference."""
+"""Errors whose kind makes a difference."""
 
 
 def start() -> None:
@@ -107,14 +107,14 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def from_first(values: np.ndarray) -> np.ndarray:
+def numbers_from_first(values: np.ndarray) -> np.ndarray:
     """The first host's numbers, on every host; in float32 where there are several hosts."""
     if jax.process_count() == 1:
         return values
     return np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.float32)))
 
 
-def largest(numbers: Sequence[int]) -> list[int]:
+def max_over_hosts(numbers: Sequence[int]) -> list[int]:
     """The largest of each number over all hosts, on every host."""
     if jax.process_count() == 1:
         return list(numbers)
@@ -147,37 +147,37 @@ def texts_from_all(text: str) -> list[str]:
     return [row[:size].tobytes().decode() for row, (_, size) in zip(texts, marks, strict=True)]
 
 
-def faults_of_all(faults: Sequence[Exception | None]) -> list[Exception | None]:
+def sync_errors(errors: Sequence[Exception | None]) -> list[Exception | None]:
     """What failed on any host fails on all of them, in the words of the first."""
     if jax.process_count() == 1:
-        return list(faults)
-    own = {at: _described(fault) for at, fault in enumerate(faults) if fault is not None}
-    agreed: dict[str, tuple[str, str]] = {}
+        return list(errors)
+    own = {at: _described(error) for at, error in enumerate(errors) if error is not None}
+    known: dict[str, tuple[str, str]] = {}
     for text in reversed(texts_from_all(json.dumps(own))):
-        agreed |= json.loads(text)
-    told = [agreed.get(str(at)) for at in range(len(faults))]
-    return [None if t is None else FAULTS.get(t[0], RuntimeError)(t[1]) for t in told]
+        known |= json.loads(text)
+    told = [known.get(str(at)) for at in range(len(errors))]
+    return [None if t is None else ERRORS.get(t[0], RuntimeError)(t[1]) for t in told]
 
 
-def _described(fault: Exception) -> tuple[str, str]:
-    kinds = (name for name, kind in FAULTS.items() if isinstance(fault, kind))
-    return next(kinds, ""), str(fault)
+def _described(error: Exception) -> tuple[str, str]:
+    kinds = (name for name, kind in ERRORS.items() if isinstance(error, kind))
+    return next(kinds, ""), str(error)
 
 
-def everywhere(work: Callable[[], T]) -> T:
+def on_all_hosts(work: Callable[[], T]) -> T:
     """What `work` gives on this host; where it fails on one host, it fails on all of them.
 
     Raises:
       ValueError: it failed.
     """
-    value, fault = None, None
+    value, failed = None, None
     try:
         value = work()
     except ValueError as error:
-        fault = error
-    (agreed,) = faults_of_all([fault])
-    if agreed is not None:
-        raise agreed
+        failed = error
+    (synced,) = sync_errors([failed])
+    if synced is not None:
+        raise synced
     return cast(T, value)
 
 

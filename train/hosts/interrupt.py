@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
-PATIENCE = 5.0
+GRACE_SECONDS = 5.0
 """Seconds after which a process that has nothing to save is ended, also within a compilation."""
 
 
@@ -44,7 +44,7 @@ class Signals:
         self.received = 0
         """Number of the first signal, 0 before."""
         self._deferred = 0
-        self._agree: Callable[[int], int] = lambda number: number
+        self._sync: Callable[[int], int] = lambda number: number
 
     def install(self) -> None:
         """Take both signals, for the main thread; what they did before is over."""
@@ -57,9 +57,9 @@ class Signals:
         signal.set_wakeup_fd(writing, warn_on_full_buffer=False)
         threading.Thread(target=self._watch, args=(reading,), daemon=True).start()
 
-    def agree_by(self, agree: Callable[[int], int]) -> None:
+    def sync_by(self, sync: Callable[[int], int]) -> None:
         """How hosts make one of the signals that reached them: the largest number."""
-        self._agree = agree
+        self._sync = sync
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
@@ -72,7 +72,7 @@ class Signals:
 
     def check(self) -> None:
         """Where a run can be ended; raises Interrupted if a signal has reached any host."""
-        number = self._agree(self.received)
+        number = self._sync(self.received)
         if number:
             raise Interrupted(number)
 
@@ -96,7 +96,7 @@ class Signals:
                 threading.Thread(target=self._end_if_stuck, args=(number,), daemon=True).start()
 
     def _end_if_stuck(self, number: int) -> None:
-        time.sleep(PATIENCE)
+        time.sleep(GRACE_SECONDS)
         if not self._deferred:
             os._exit(exit_code(number))
 
@@ -110,11 +110,11 @@ SIGNALS_OF_RUN = Signals()
 """Signals come to the process; so there is one of these."""
 
 
-def end_process(code: int, patience: float = 10.0) -> None:
-    """End the process within some seconds, also where a thread of a library hangs."""
+def end_process(code: int, seconds: float = 10.0) -> None:
+    """End the process within these seconds, also where a thread of a library hangs."""
 
     def end() -> None:
-        time.sleep(patience)
+        time.sleep(seconds)
         os._exit(code)
 
     threading.Thread(target=end, daemon=True).start()

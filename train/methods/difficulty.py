@@ -28,7 +28,7 @@ from pipelines.loader import PromptItem, overviews
 from pipelines.render import ChatRenderer
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from train.hosts.cluster import everywhere
+from train.hosts.cluster import on_all_hosts
 from train.methods.settings import DifficultySettings
 from train.rl.loop import Sample
 from train.state import FlatParams
@@ -103,15 +103,15 @@ class Difficulty:
         means = [mean_reward(group) for group in groups]
         deltas = [self.delta(mean) for mean in means]
         self._window.extend(means)
-        helped = self._helped(sample, prompts, means, deltas)
-        disturbed = self._disturbed(prompts, deltas, seed)
+        hinted = self._with_hints(sample, prompts, means, deltas)
+        noisy = self._with_noises(prompts, deltas, seed)
         self.metrics = {
             "difficulty/delta": float(np.mean(np.abs(deltas))),
-            "difficulty/helped": len(helped) / len(groups),
-            "difficulty/disturbed": len(disturbed) / len(groups),
+            "difficulty/helped": len(hinted) / len(groups),
+            "difficulty/disturbed": len(noisy) / len(groups),
             "difficulty/reward_before": float(np.mean(means)),
         }
-        changed, copies = helped | disturbed, len(groups[0].trajectories)
+        changed, copies = hinted | noisy, len(groups[0].trajectories)
         again = sample(changed.values(), copies, "again")
         revised = dict(enumerate(groups)) | dict(zip(changed, again, strict=True))
         return list(revised.values())
@@ -123,7 +123,7 @@ class Difficulty:
     def _share(self, delta: float) -> float:
         return min(abs(delta) / self._settings.scale, 1.0)
 
-    def _helped(
+    def _with_hints(
         self,
         sample: SampleAnew,
         prompts: Sequence[PromptItem],
@@ -133,14 +133,14 @@ class Difficulty:
         """Hard prompts with the beginning of a good solution, where one was found."""
         hard = [at for at, delta in enumerate(deltas) if delta > self._settings.tolerance]
         told = [self._hinted(prompts[at], _ANSWER_HINT, prompts[at].row.answer) for at in hard]
-        helped = {}
+        hinted = {}
         groups = sample(told, self._settings.traces, "traces")
         for at, group in zip(hard, groups, strict=True):
             best = max(group.trajectories, key=lambda t: t.rewards["total"])
             words = self.beginning(best, deltas[at])
             if words and best.rewards["total"] > means[at]:
-                helped[at] = self._hinted(prompts[at], _TRACE_HINT, words)
-        return helped
+                hinted[at] = self._hinted(prompts[at], _TRACE_HINT, words)
+        return hinted
 
     def beginning(self, trace: Trajectory, delta: float) -> str:
         """The first words of a solution, the more the harder the question; never its answer."""
@@ -155,7 +155,7 @@ class Difficulty:
         prompt = self._renderer.with_hint(item.row, item.prompt, self._tools, text)
         return item._replace(prompt=prompt)
 
-    def _disturbed(
+    def _with_noises(
         self, prompts: Sequence[PromptItem], deltas: Sequence[float], seed: int
     ) -> dict[int, PromptItem]:
         """Easy prompts with noise in their frames."""
@@ -166,7 +166,7 @@ class Difficulty:
         }
 
     def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
-        frames = everywhere(lambda: overviews(self._reader, item.row, item.frame_budget))
+        frames = on_all_hosts(lambda: overviews(self._reader, item.row, item.frame_budget))
         std = self._settings.noise * self._share(delta)
         noisy = [
             with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))

@@ -8,13 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich import box
 from rich.console import Console
-from rich.table import Table
 
-from evaluate.intervals import Accuracy
 from paravt_jax.records import RolloutGroup, Trajectory
-from train.workdir.claim import write_whole
+from train.workdir.files import write_atomically
 
 SHOWN = (
     ("loss", "loss", "{:.3f}"),
@@ -57,7 +54,7 @@ class RunLog:
         # A run that was killed may have left half a line; it has no line break.
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
         kept = [line for number, line in enumerate(lines, 1) if self._is_before(line, number, step)]
-        write_whole(self._path, "".join(line + "\n" for line in kept))
+        write_atomically(self._path, "".join(line + "\n" for line in kept))
 
     def _is_before(self, line: str, number: int, step: int) -> bool:
         try:
@@ -101,7 +98,7 @@ def write_rollouts(folder: Path, step: int, groups: Sequence[RolloutGroup]) -> N
         for group in groups
         for index, trajectory in enumerate(group.trajectories)
     ]
-    write_whole(folder / f"step_{step:06d}.jsonl", "".join(lines))
+    write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
 
 
 def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[str, Any]:
@@ -126,66 +123,3 @@ def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[s
         "chosen": trajectory.chosen.astype(int).tolist(),
         "log_probs": [round(value, 5) for value in trajectory.log_probs.tolist()],
     }
-
-
-TABLE = {
-    "accuracy": "accuracy",
-    "accuracy/oe": "open",
-    "accuracy/tvg": "grounding",
-    "accuracy/mcq": "choice",
-    "format/compliance": "format",
-    "tool/rollouts_with_call": "use crops",
-    "tool/calls_per_using_rollout": "crops",
-}
-"""Figures of the before/after table and their column titles."""
-
-
-def comparison_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """Figures of several evaluations, one row each; narrow enough for 80 columns."""
-    present = [name for name in TABLE if any(name in figures for figures in rows.values())]
-    table = Table(title=title)
-    table.add_column("")
-    for name in present:
-        table.add_column(TABLE[name], justify="right")
-    for row, figures in rows.items():
-        cells = [f"{figures[name]:.3f}" if name in figures else "-" for name in present]
-        table.add_row(row, *cells)
-    return table
-
-
-INTERVALS = "accuracy in percent, its 95 % interval (Wilson), videos"
-
-
-def flat(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
-    """Accuracies as figures: of each `NAME`, and `NAME/low`, `NAME/high` and `NAME/videos`."""
-    return {
-        name if field == "mean" else f"{name}/{field}": float(value)
-        for name, accuracy in accuracies.items()
-        for field, value in accuracy._asdict().items()
-    }
-
-
-def interval_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
-    """Accuracies of several evaluations, one row each, and how sure they are: of the parts that
-    question types are told apart by, or of the types where there are none."""
-    named = (name for figures in rows.values() for name in figures if name.endswith("/low"))
-    every = sorted({name.removesuffix("/low") for name in named})
-    parts = [name for name in every if name.count("/") == 2]
-    shown = ["accuracy", *(parts or every[1:])]
-    table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)
-    table.add_column("")
-    for name in shown:
-        videos = max(int(figures.get(f"{name}/videos", 0)) for figures in rows.values())
-        kind, _, part = name.removeprefix("accuracy/").partition("/")
-        titled = [TABLE.get(f"accuracy/{kind}", "all"), part, f"n={videos}"]
-        table.add_column("\n".join(filter(None, titled)), justify="right")
-    for row, figures in rows.items():
-        table.add_row(row, *(_interval(figures, name) for name in shown))
-    return table
-
-
-def _interval(figures: Mapping[str, float], name: str) -> str:
-    if name not in figures:
-        return "-"
-    mean, low, high = (100 * figures[key] for key in (name, f"{name}/low", f"{name}/high"))
-    return f"{mean:.1f} {low:.0f}-{high:.0f}"

@@ -38,10 +38,10 @@ def introduction(
     ]
 
 
-class Bar:
+class ProgressBar:
     """How far something is: a bar on a terminal, elsewhere a line now and then.
 
-    with Bar(console, "evaluating", total=64) as bar:
+    with ProgressBar(console, "evaluating", total=64) as bar:
         bar()  # one more is done
     """
 
@@ -53,7 +53,7 @@ class Bar:
         self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
         self._task = self._bar.add_task(title, total=total)
 
-    def __enter__(self) -> Bar:
+    def __enter__(self) -> ProgressBar:
         self._bar.start()
         return self
 

@@ -17,8 +17,7 @@ from paravt_jax.anchors import Structure, own_credit
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.rewards import turn_anchors
 from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_credit, tag_mask
-from train.batch import turn_numbers
-from train.layout import to_mesh
+from train.batch import to_mesh, turn_numbers
 
 
 class Anchor:

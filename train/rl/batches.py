@@ -12,18 +12,18 @@ from jax.sharding import Mesh
 
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.records import LearnerBatch, RolloutGroup
+from paravt_jax.shapes import bucket, buckets
 from pipelines.preprocess import FrameSpec
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from train.batch import Stream, learner_batch, streams_of_groups
-from train.layout import to_mesh
+from train.batch import Stream, learner_batch, streams_of_groups, to_mesh
 from train.rl.settings import RlSettings
 from train.rl.subagents import most_crops, rows_per_group, subagent_streams
 from train.state import FlatParams
 from train.step import encode_parts
 
-LENGTH_STEP, LENGTHS = 64, 4
-"""Streams are padded to quarters of the longest, rounded up to a multiple of this."""
+LENGTH_UNIT = 64
+"""Rows have multiples of this many tokens."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,12 +39,23 @@ class BatchShapes:
     longest: int = 0
     """Most tokens of a main agent's stream, whose rows then have one of few lengths. 0: unknown."""
     subagent_longest: int = 0
-    """Most tokens of a sub-agent's stream, the length of all of their rows. 0: unknown."""
+    """Most tokens of a sub-agent's stream, whose rows all have one length. 0: unknown."""
 
     @functools.cached_property
     def lengths(self) -> list[int]:
-        """The few lengths of rows of main agents."""
-        return static_lengths(self.longest)
+        """The few lengths of rows of main agents: shorter ones than a quarter of the longest would
+        save little. None if that is unknown."""
+        return buckets(-(-self.longest // 4), self.longest, LENGTH_UNIT) if self.longest else []
+
+    @property
+    def subagent_length(self) -> int:
+        """The one length of rows of sub-agents; 0 if that is unknown."""
+        return -(-self.subagent_longest // LENGTH_UNIT) * LENGTH_UNIT
+
+    def length(self, longest: int) -> int:
+        """The length of rows of which the longest has so many tokens."""
+        fitting = [length for length in self.lengths if length >= longest]
+        return fitting[0] if fitting else bucket(longest, LENGTH_UNIT)
 
 
 class RolloutBatches:
@@ -89,7 +100,7 @@ class RolloutBatches:
         """Rows of sub-agents, each with frames of its own."""
         shapes = self.shapes
         sampling = self._agent.subagent_sampling
-        batch = self.padded(streams, 1, shapes.crop_frames, shapes.subagent_longest, sampling)
+        batch = self.padded(streams, 1, shapes.crop_frames, shapes.subagent_length, sampling)
         features = self._encode_parts(params, batch)
         return dataclasses.replace(batch, features=features, patches=None, grids=None)
 
@@ -107,14 +118,14 @@ class RolloutBatches:
           streams: of all rows.
           group_size: neighbouring rows that share a prompt.
           frames: least frames of each group, by default those of the largest prompt.
-          length: least tokens of a row; 0 takes one of `BatchShapes.lengths`.
+          length: tokens of a row; 0 takes one of `BatchShapes.lengths`.
           sampling: what they were drawn by, by default that of main agents.
         """
         shapes = self.shapes
-        longest = max(length, *(len(s.prompt.tokens) + len(s.tokens) for s in streams))
+        longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
         host = learner_batch(
             streams,
-            length=static_length(longest, [] if length else shapes.lengths),
+            length=length or shapes.length(longest),
             pad_id=shapes.pad_id,
             group_size=group_size,
             frames=shapes.spec.group_count(shapes.prompt_frames if frames is None else frames),
@@ -157,15 +168,3 @@ def token_shares(streams: Sequence[Stream]) -> dict[str, float]:
         "tokens/learned_not_chosen": float((learned & ~own).sum() / trained),
         "tokens/truncated": float((learned & (floors > -np.inf)).sum() / trained),
     }
-
-
-def static_lengths(longest: int) -> list[int]:
-    """The few lengths that batches are padded to."""
-    parts = {-(-longest * part // (LENGTHS * LENGTH_STEP)) for part in range(1, LENGTHS + 1)}
-    return [part * LENGTH_STEP for part in sorted(parts) if part]
-
-
-def static_length(longest: int, lengths: Sequence[int]) -> int:
-    """The first of `lengths` that holds the longest stream; beyond them, a multiple of the step."""
-    fitting = [length for length in lengths if length >= longest]
-    return fitting[0] if fitting else -(-longest // LENGTH_STEP) * LENGTH_STEP

@@ -18,7 +18,7 @@ from train.rl.batches import RolloutBatches
 from train.rl.settings import RlSettings
 from train.rl.token_advantages import TokenAdvantages
 from train.state import FlatParams, TrainState
-from train.step import Metrics, RlStep, mean_metrics, minibatch
+from train.step import RlStep, StepMetrics, mean_metrics, minibatch
 
 
 def rl_step(
@@ -100,7 +100,9 @@ class Learner:
         batch = self.advantages(groups, batch)
         return batch, {"format/tag_validity": float(validity), **metrics}
 
-    def update(self, state: TrainState, batch: LearnerBatch) -> tuple[TrainState, list[Metrics]]:
+    def update(
+        self, state: TrainState, batch: LearnerBatch
+    ) -> tuple[TrainState, list[StepMetrics]]:
         """All optimiser steps of a batch and the metrics of each; `state` is donated.
 
         `rl.epochs` times over `rl.minibatches` shares of the batch. Ratios are to the policy before

@@ -24,9 +24,9 @@ from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptItem, PromptStream
 from rollout.agent import Agent
 from train.data.questions import prompt_contents
-from train.hosts.cluster import everywhere, is_first, require_same
+from train.hosts.cluster import is_first, on_all_hosts, require_same
 from train.report.log import write_rollouts
-from train.report.progress import Bar
+from train.report.progress import ProgressBar
 from train.report.steps import Clock, StepReport
 from train.rl.scoring import Scorer, rollout_metrics
 from train.state import FlatParams, TrainState
@@ -37,7 +37,7 @@ def reinforce(run: RlRun, state: TrainState, first_step: int) -> TrainState:
     """Run the RL steps from `first_step` on. The order of operations matters; keep it."""
     clock = run.report.clock
     for step in range(first_step, run.steps):
-        run.saver.between(step, state, run.get_state())
+        run.saver.between_steps(step, state, run.get_state())
         clock.start()
         with clock.time("time/rollout"):
             batch = run.rollouts.draw(state.params, step)
@@ -63,7 +63,7 @@ class Rollouts:
     def draw(self, params: FlatParams, step: int, number: int = 0) -> RolloutBatch:
         """See `RolloutSource`."""
         with self.clock.time("time/data"):
-            prompts = everywhere(lambda: next(self.prompts))
+            prompts = on_all_hosts(lambda: next(self.prompts))
             require_same(prompt_contents(prompts), f"the prompts of step {step}")
         seed = rollout_seed(self.seed, step, number)
         groups = self.sample(params, prompts, self.group_size, seed, step)
@@ -85,7 +85,7 @@ class ScoredRollouts:
     ) -> list[RolloutGroup]:
         """See `Sample`."""
         title, total = f"rollouts of step {step + 1}", len(prompts) * copies
-        with Bar(self.console, title, total) as self.agent.on_episode_end:
+        with ProgressBar(self.console, title, total) as self.agent.on_episode_end:
             groups = self.agent.run(params, prompts, copies, seed, policy_version=step)
         return self.scorer(groups, progress=step / self.steps)
 
@@ -158,7 +158,7 @@ class RolloutLearner(Protocol):
         ...
 
 
-TellsMetrics = Callable[[], Mapping[str, float]]
+MetricsSource = Callable[[], Mapping[str, float]]
 """What a part of a run has to say of the last step, for `metrics.jsonl`."""
 
 
@@ -184,7 +184,7 @@ class RlRun:
     learner: RolloutLearner
     resumable: Mapping[str, Resumable]
     """By their names in a checkpoint."""
-    metrics: Sequence[TellsMetrics]
+    metrics: Sequence[MetricsSource]
     saver: Saver
     report: StepReport
     rollouts_folder: Path | None

@@ -1,4 +1,4 @@
-"""Rewards of rollouts and the figures that describe a batch of them."""
+"""Rewards of rollouts, and the metrics of a batch of them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from paravt_jax.plugins import is_reference
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
 from paravt_jax.rewards import Judge, RewardRules, open_judge, score
-from train.hosts.cluster import from_first, is_first
+from train.hosts.cluster import is_first, numbers_from_first
 
 _LOG = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class Scorer:
             scored = score_groups(groups, self._rules, progress=progress)
             # A function of the user's may draw lots or ask a server: hosts must not go apart.
             return _agree(scored) if is_reference(str(self._rules.scheme)) else scored
-        # Several hosts could get several verdicts: one asks, the others take its figures.
+        # Several hosts could get several verdicts: one asks, the others take its numbers.
         judge = self._judge if is_first() else _silent
         scored = _agree(score_groups(groups, self._rules, judge, progress))
         self.metrics = self._judge.metrics()
@@ -111,7 +111,7 @@ def _with_rewards(
 def _agree(groups: list[RolloutGroup]) -> list[RolloutGroup]:
     """The groups with the rewards that the first host gave them."""
     rewards = [t.rewards for group in groups for t in group.trajectories]
-    values = from_first(np.array([list(terms.values()) for terms in rewards], np.float64))
+    values = numbers_from_first(np.array([list(terms.values()) for terms in rewards], np.float64))
     named = (dict(zip(rewards[0], map(float, row), strict=True)) for row in values)
     return _with_rewards(groups, named)
 
@@ -128,7 +128,7 @@ def complies(trajectory: Trajectory) -> bool:
 
 
 def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Reward, format and tool figures of a batch, under the names of `metrics.jsonl`."""
+    """Metrics of reward, format and tool of a batch, under the names of `metrics.jsonl`."""
     rollouts = [t for group in groups for t in group.trajectories]
     with_call = [t for t in rollouts if t.calls]
     calls = sum(t.calls for t in rollouts)
@@ -151,16 +151,6 @@ def rollout_metrics(groups: Sequence[RolloutGroup]) -> dict[str, float]:
         "group/zero_std": _mean(~has_reward_variance(totals)),
         "length/generated": _mean(t.generated.sum() for t in rollouts),
     }
-
-
-def accuracy_by_type(groups: Sequence[RolloutGroup]) -> dict[str, float]:
-    """Mean accuracy of each question type present."""
-    values: dict[str, list[float]] = {}
-    for group in groups:
-        for trajectory in group.trajectories:
-            kind = str(group.row.question_type)
-            values.setdefault(kind, []).append(trajectory.rewards["accuracy"])
-    return {f"accuracy/{kind}": _mean(found) for kind, found in sorted(values.items())}
 
 
 def _mean(values) -> float:

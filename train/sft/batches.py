@@ -17,28 +17,28 @@ PACKS = "packs"
 """Name of the only task of a run on conversations."""
 
 
-class Lesson(NamedTuple):
+class StepData(NamedTuple):
     """One step's worth of examples."""
 
     batches: dict[str, LearnerBatch]
     """By task."""
-    figures: dict[str, float]
+    metrics: dict[str, float]
     """For `metrics.jsonl`."""
     position: Any
     """Where the data stands after this step, as JSON; None if the step's number says it."""
 
 
 @runtime_checkable
-class Lessons(Protocol):
-    """Where lessons come from."""
+class SftData(Protocol):
+    """Where the data of each step comes from."""
 
     @property
     def budgets(self) -> Mapping[str, int]:
         """Most learned tokens of a row, by task."""
         ...
 
-    def take(self, step: int) -> Lesson:
-        """The lesson of a step; called once for each, in order."""
+    def take(self, step: int) -> StepData:
+        """The data of a step; called once for each, in order."""
         ...
 
 
@@ -50,7 +50,7 @@ class Examples(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskLessons:
+class TaskData:
     """A schedule of task mixes. What a step takes depends on the step alone, so a run resumes."""
 
     settings: SftSettings
@@ -62,17 +62,17 @@ class TaskLessons:
 
     @property
     def budgets(self) -> dict[str, int]:
-        """See `Lessons`."""
+        """See `SftData`."""
         return {task: shape.learned for task, shape in self.settings.tasks.items()}
 
-    def take(self, step: int) -> Lesson:
-        """See `Lessons`."""
+    def take(self, step: int) -> StepData:
+        """See `SftData`."""
         phases = self.settings.phases
         batches = {
             task: self._batch(task, examples_before(phases, step, task), rows)
             for task, rows in phase_at(phases, step).rows.items()
         }
-        return Lesson(batches, {}, None)
+        return StepData(batches, {}, None)
 
     def _batch(self, task: str, start: int, rows: int) -> LearnerBatch:
         shape = self.settings.tasks[task]
@@ -91,7 +91,7 @@ class TaskLessons:
 
 
 @dataclasses.dataclass(frozen=True)
-class PackedLessons:
+class PackedData:
     """Packed conversations, in the order of their stream."""
 
     settings: PackSettings
@@ -105,11 +105,11 @@ class PackedLessons:
 
     @property
     def budgets(self) -> dict[str, int]:
-        """See `Lessons`. All tokens of a row might be learned."""
+        """See `SftData`. All tokens of a row might be learned."""
         return {PACKS: self.settings.tokens}
 
-    def take(self, step: int) -> Lesson:
-        """See `Lessons`."""
+    def take(self, step: int) -> StepData:
+        """See `SftData`."""
         packs = next(self.stream)
         batch = packed_batch(
             packs,
@@ -118,13 +118,13 @@ class PackedLessons:
             frames=self.settings.frames,
             frame_patches=self.frame_patches,
         )
-        figures = {
+        metrics = {
             "data/epoch": max(item.drawn for item in packs) / self.total,
             "data/fill": fill(packs, self.settings.tokens),
             "data/conversations": float(conversations_in(packs)),
             "data/skipped": float(self.skips.skipped),
         }
-        return Lesson({PACKS: batch}, figures, self.stream.get_state())
+        return StepData({PACKS: batch}, metrics, self.stream.get_state())
 
 
 def phase_at(phases: Sequence[SftPhase], step: int) -> SftPhase:

@@ -1,4 +1,4 @@
-"""The `sft` stage: supervised steps on lessons."""
+"""The `sft` stage: supervised steps."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ import optax
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import TrainablePolicy
-from train.layout import to_mesh
+from train.batch import to_mesh
 from train.report.steps import StepReport
-from train.sft.batches import Lessons
+from train.sft.batches import SftData
 from train.sft.settings import SftSettings
 from train.state import TrainState
 from train.step import SftStep, mean_metrics
@@ -21,11 +21,11 @@ from train.workdir.saving import Saver
 
 
 @dataclasses.dataclass(frozen=True)
-class School:
+class SftRun:
     """What the stage works with; `train.run` puts it together."""
 
     settings: SftSettings
-    lessons: Lessons
+    data: SftData
     policy: TrainablePolicy
     optimizer: optax.GradientTransformation
     router_balance: float
@@ -35,36 +35,36 @@ class School:
     report: StepReport
 
 
-def cold_start(
-    school: School, state: TrainState, first_step: int, position: Any = None
+def supervise(
+    run: SftRun, state: TrainState, first_step: int, position: Any = None
 ) -> tuple[TrainState, Any]:
-    """Run the supervised steps from `first_step` on; each lesson is made during the one before it.
+    """Run the supervised steps from `first_step` on; data of each is made during the one before.
 
     Returns:
       the trained state, and the position of the data after the last step.
     """
-    lessons, clock = school.lessons, school.report.clock
+    data, clock = run.data, run.report.clock
     update = SftStep(
-        policy=school.policy,
-        optimizer=school.optimizer,
-        micro_rows=school.settings.micro_rows,
-        budgets=lessons.budgets,
-        router_balance=school.router_balance,
+        policy=run.policy,
+        optimizer=run.optimizer,
+        micro_rows=run.settings.micro_rows,
+        budgets=data.budgets,
+        router_balance=run.router_balance,
     )
     compiled = jax.jit(update, donate_argnums=0)
     with ThreadPoolExecutor(1) as pool:
-        following = pool.submit(lessons.take, first_step)
-        for step in range(first_step, school.steps):
-            school.saver.between(step, state, position)
+        following = pool.submit(data.take, first_step)
+        for step in range(first_step, run.steps):
+            run.saver.between_steps(step, state, position)
             clock.start()
             with clock.time("time/data"):
-                lesson = following.result()
-                batches, position = to_mesh(lesson.batches, school.mesh), lesson.position
+                taken = following.result()
+                batches, position = to_mesh(taken.batches, run.mesh), taken.position
             with clock.time("time/learn"):
-                if step + 1 < school.steps:
-                    following = pool.submit(lessons.take, step + 1)
-                school.saver.begin_update()
+                if step + 1 < run.steps:
+                    following = pool.submit(data.take, step + 1)
+                run.saver.begin_update()
                 state, learned = compiled(state, batches)
                 metrics = mean_metrics([learned])
-            school.report(step, metrics | lesson.figures)
+            run.report(step, metrics | taken.metrics)
     return state, position

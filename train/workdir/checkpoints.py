@@ -24,7 +24,7 @@ import orbax.checkpoint as ocp
 from paravt_jax.checkpoint import save_args
 from paravt_jax.checksum import checksums
 from paravt_jax.params import Table
-from train.hosts.cluster import everywhere, is_first
+from train.hosts.cluster import is_first, on_all_hosts
 from train.state import TrainState
 
 Restored = tuple[TrainState, int, Any]
@@ -47,7 +47,7 @@ class Checkpoints:
         """The last step, complete or being written; None if there is none."""
         return self._manager.latest_step()
 
-    def rehearse(self, state: TrainState) -> None:
+    def precompile(self, state: TrainState) -> None:
         """Compile what saves a state, so that no step stops for it."""
         checksums(_arrays(state))
 
@@ -122,12 +122,12 @@ class Checkpoints:
         damaged: dict[int, str] = {}
         for step in sorted(self._manager.all_steps(), reverse=True):
             try:
-                restored = everywhere(lambda step=step: self._read(step, like, tell))
+                restored = on_all_hosts(lambda step=step: self._read(step, like, tell))
             except ValueError as error:
                 damaged[step] = str(error)
                 continue
             for bad, why in damaged.items():
-                aside = everywhere(lambda bad=bad: self._set_aside(bad))
+                aside = on_all_hosts(lambda bad=bad: self._set_aside(bad))
                 tell(
                     f"{self.folder / str(bad)} is damaged ({why}): the run goes on from "
                     f"{self.folder / str(step)}, and the damaged one is now {aside}"

@@ -1,17 +1,21 @@
-"""`config.json` of a workdir: read back, and compared with what a resumed run is told."""
+"""`config.json` of a workdir: read back, and compared with what a resumed run is told.
+
+Settings are any tree of dataclasses.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from train.config import Config, to_dict
-from train.optimizer import check_continued
-from train.settings.override import typed
+from train.settings.override import based_on, typed
+
+Settings = TypeVar("Settings")
 
 FILE = "config.json"
 
@@ -54,8 +58,8 @@ Difference = tuple[Any, Any]
 """A setting as the workdir has it, and as the command line has it."""
 
 
-def read_config(workdir: Path) -> Config | None:
-    """The configuration of the run in a workdir; None if it holds none.
+def read_settings(workdir: Path, kind: type[Settings]) -> Settings | None:
+    """The settings of the run in a workdir, of this kind; None if it holds none.
 
     Settings that are younger than the file take their defaults.
 
@@ -66,7 +70,7 @@ def read_config(workdir: Path) -> Config | None:
     if not path.exists():
         return None
     try:
-        return typed(json.loads(path.read_text(encoding="utf-8")), Config, "")
+        return typed(json.loads(path.read_text(encoding="utf-8")), kind, "")
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be continued: {error}; mend it, use the version that wrote it, or "
@@ -74,18 +78,18 @@ def read_config(workdir: Path) -> Config | None:
         ) from error
 
 
-def younger_settings(workdir: Path, config: Config) -> list[str]:
+def younger_settings(workdir: Path, settings: Any) -> list[str]:
     """Settings that the workdir's file does not hold, because it was written before them."""
     held = _flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
-    return sorted(set(flat_settings(config)) - set(held))
+    return sorted(set(flat_settings(settings)) - set(held))
 
 
-def flat_settings(config: Config) -> dict[str, Any]:
+def flat_settings(settings: Any) -> dict[str, Any]:
     """All settings by their dotted names, as JSON values."""
-    return _flatten(json.loads(json.dumps(to_dict(config))))
+    return _flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
 
 
-def differences(before: Config, now: Config) -> dict[str, Difference]:
+def differences(before: Any, now: Any) -> dict[str, Difference]:
     """Settings that differ, by name."""
     old, new = flat_settings(before), flat_settings(now)
     keys = dict.fromkeys((*old, *new))
@@ -100,7 +104,7 @@ def _meant(key: str, value: Any) -> Any:
     return [os.path.realpath(p) for p in ([value] if isinstance(value, str) else value)]
 
 
-def check_same_run(before: Config, now: Config, workdir: Path) -> dict[str, Difference]:
+def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference]:
     """What a resumed run gives anew.
 
     Raises:
@@ -117,31 +121,20 @@ def check_same_run(before: Config, now: Config, workdir: Path) -> dict[str, Diff
             f"{workdir} holds a run with {'; '.join(refused)}: choose another --workdir, or leave "
             "out --recipe and what differs, and it goes on with its own settings"
         )
-    began = dataclasses.asdict(before.optimizer)
-    check_continued(began, before.optimizer_steps, now.optimizer, now.optimizer_steps)
     return found
 
 
-def with_whole_paths(config: Config) -> Config:
-    """The configuration with absolute paths, so that a run can be continued from anywhere."""
-    data, model = config.data, config.model
-    return dataclasses.replace(
-        config,
-        model=dataclasses.replace(
-            model, folder=_whole(model.folder), adapter=_whole(model.adapter)
-        ),
-        data=dataclasses.replace(
-            data,
-            path=_whole(data.path),
-            video_root=_whole(data.video_root),
-            mixture=tuple(_whole(path) or path for path in data.mixture),
-            cache_dir=_whole(data.cache_dir) or data.cache_dir,
-        ),
-    )
+def with_whole_paths(settings: Settings) -> Settings:
+    """The settings with absolute paths, so that a run can be continued from anywhere."""
+    given = {key: functools.reduce(getattr, key.split("."), settings) for key in PATHS}
+    return based_on(settings, {key: _whole(value) for key, value in given.items() if value})
 
 
-def _whole(path: str | None) -> str | None:
-    return os.path.abspath(path) if path else path
+def _whole(value: Any) -> Any:
+    """A path, or several, from the root."""
+    if isinstance(value, str):
+        return os.path.abspath(value)
+    return tuple(map(os.path.abspath, value))
 
 
 def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,14 +6,16 @@ not those of a run, whose limits are `data.min_pixels` and `data.max_pixels`.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pipelines.preprocess import MARKS, SPECS, FrameSpec, VideoSpec
-from train.config import Config
 
 
-def write_processors(config: Config, spec: FrameSpec, folder: Path) -> None:
+def write_processors(
+    spec: FrameSpec, pixels: tuple[int, int], sampling: Mapping[str, Any], folder: Path
+) -> None:
     """Write the frames of a run into the processor settings of a folder, for images and videos.
 
     What those cannot say: a least size of each frame of a video (see `VideoSpec`), and the quotas
@@ -21,25 +23,21 @@ def write_processors(config: Config, spec: FrameSpec, folder: Path) -> None:
     5.16, transformers had no most of a frame either.
 
     Args:
-      config: the run.
-      spec: how it shows frames.
+      spec: how the run shows frames.
+      pixels: least and most of a frame.
+      sampling: how many frames of a video are taken, see `frames_sampled`.
       folder: a Hugging Face model folder.
     """
-    pixels = (config.data.min_pixels, config.data.max_pixels)
-    more = video_settings(config, spec) if isinstance(spec, VideoSpec) else {}
+    more: dict[str, Any] = {}
+    if isinstance(spec, VideoSpec):
+        # For transformers, which reads the numbers, and for whoever chooses its version.
+        more = {"video_marks": spec.marks, "video_marks_as_in": MARKS[spec.marks], **sampling}
     for kind in SPECS.values():
         kind.limit_folder(str(folder), pixels, more if kind is VideoSpec else {})
 
 
-def video_settings(config: Config, spec: VideoSpec) -> dict[str, Any]:
-    """How many frames of a video are sampled, and where its vision marks stand: for transformers,
-    which reads the numbers, and for whoever chooses its version."""
-    said = {"video_marks": spec.marks, "video_marks_as_in": MARKS[spec.marks]}
-    if config.packs_conversations:
-        own = config.sft.packing
-        rate, counts = {"fps": own.fps}, (1, own.max_frames)
-    else:
-        rate, counts = {}, config.data.frame_budgets
+def frames_sampled(counts: Sequence[int], fps: float | None = None) -> dict[str, float]:
+    """Settings of a video processor: from the fewest to the most of these numbers of frames."""
     # Two at least: a processor refuses a lone frame.
     few, many = max(min(counts), 2), max(*counts, 2)
-    return said | rate | {"min_frames": few, "max_frames": many}
+    return ({} if fps is None else {"fps": fps}) | {"min_frames": few, "max_frames": many}

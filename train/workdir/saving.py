@@ -8,11 +8,11 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from train.hosts.cluster import is_first, largest
+from train.hosts.cluster import is_first, max_over_hosts
 from train.hosts.interrupt import Interrupted, Signals
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
-from train.workdir.claim import Claim, lost_message
+from train.workdir.lock import WorkdirLock, lost_message
 from train.workdir.settings import OutputSettings
 
 
@@ -24,11 +24,11 @@ class Saver:
         checkpoints: Checkpoints,
         output: OutputSettings,
         signals: Signals,
-        claim: Claim | None,
+        lock: WorkdirLock | None,
         first_step: int,
     ):
         self._checkpoints, self._output = checkpoints, output
-        self._signals, self._claim, self._first = signals, claim, first_step
+        self._signals, self._lock, self._first = signals, lock, first_step
         self._saved_at = time.monotonic()
         self._save: Callable[[], None] | None = None
         """Saves the state of before the step that is being made, as long as that exists."""
@@ -50,7 +50,7 @@ class Saver:
                 self._save_last()
                 raise Interrupted(self._signals.received) from error
 
-    def between(self, done: int, state: TrainState, data_state: Any) -> None:
+    def between_steps(self, done: int, state: TrainState, data_state: Any) -> None:
         """Between two steps, `done` of which are done; `data_state` is JSON.
 
         Raises:
@@ -61,8 +61,8 @@ class Saver:
         if done > self._first:
             self._save = functools.partial(self._checkpoints.save, done, state, data_state)
         failed = self._checkpoints.failure()
-        lost = self._claim is not None and self._claim.lost
-        number, due, any_failed, any_lost = largest(
+        lost = self._lock is not None and self._lock.lost
+        number, due, any_failed, any_lost = max_over_hosts(
             [self._signals.received, self._is_due(), failed is not None, lost]
         )
         if any_lost:
@@ -82,7 +82,7 @@ class Saver:
 
     def finish(self, done: int, state: TrainState, data_state: Any) -> None:
         """After the last step: the state is on the disk when this returns."""
-        self.between(done, state, data_state)
+        self.between_steps(done, state, data_state)
         self._checkpoints.save(done, state, data_state)
         self._checkpoints.wait()
 

@@ -6,7 +6,7 @@ from paravt_jax.records import Frames, Row, VideoRef
 from pipelines.render import ChatRenderer
 from rollout.limits import MAIN
 from tests.support.needle import renderer
-from train.compile.prompts import agent_reads
+from train.compile.input_sizes import agent_input_sizes
 from train.recipes import get_recipe
 from train.settings.override import override
 
@@ -21,8 +21,9 @@ def test_prompts_with_subtitles_are_foreseen(tmp_path):
     (tmp_path / "told.srt").write_text(spoken)
     told = Row("told", VideoRef(str(tmp_path / "told.mp4"), 8.0), "What?", "red")
     silent = Row("silent", VideoRef(str(tmp_path / "silent.mp4"), 8.0), "What does she take?", "x")
-    reads = agent_reads(override(get_recipe("needle_rl"), []), own, [told, silent], [2])
-    (foreseen,) = reads[MAIN].prompts
+    config = override(get_recipe("needle_rl"), ["data.frame_budgets=2"])
+    sizes = agent_input_sizes(config.agent, config.data, own, [told, silent])
+    (foreseen,) = sizes[MAIN].prompts
     frames = Frames(np.zeros((2, 32, 32, 3), np.uint8), np.arange(2.0))
     lengths = [len(own.main_prompt(row, frames, tools=True).tokens) for row in (told, silent)]
     assert foreseen.least <= min(lengths) and max(lengths) <= foreseen.most

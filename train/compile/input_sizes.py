@@ -1,4 +1,4 @@
-"""All that an agent can be given to read, so that it can be compiled beforehand."""
+"""Static sizes of all that an agent can put into the engine: prompts, tool responses, crops."""
 
 from __future__ import annotations
 
@@ -12,34 +12,33 @@ from pipelines.preprocess import FrameSpec
 from pipelines.render import ChatRenderer
 from pipelines.sizes import EARLY, LATE, full_size, smallest_frames
 from rollout.engine.precompile import InputSizes, SizeRange
-from rollout.limits import CROP, MAIN, token_budget
-from train.agent import LONG_WINDOW, crop_frames, crop_tokens
-from train.config import Config
+from rollout.limits import CROP, MAIN, AgentConfig, token_budget
+from train.agent import LONG_WINDOW, CropSize, crop_size
+from train.data.settings import DataSettings
 
 
-def agent_reads(
-    config: Config,
+def agent_input_sizes(
+    agent: AgentConfig,
+    data: DataSettings,
     renderer: ChatRenderer,
     rows: Iterable[Row],
-    budgets: Iterable[int],
     hints: int = 0,
 ) -> dict[str, InputSizes]:
-    """Sizes of what the slot pools of `open_engine` can be given, for any of the questions shown
-    with any of the frame budgets and a hint of at most `hints` tokens. (A video of fewer frames
-    than its budget is not foreseen.)"""
-    ends = list(_ends(renderer, rows))
+    """Sizes of what the slots of an `AgentMaker`'s engine can be given, for any of the questions
+    shown with any of the frame budgets and a hint of at most `hints` tokens. (A video of fewer
+    frames than its budget is not foreseen.)"""
+    ends, crop = list(_ends(renderer, rows)), crop_size(agent, data.crop_frames, renderer)
     prompts = tuple(
-        _main(config, renderer, shortest, longest, budget, hints)
-        for budget, (shortest, longest) in itertools.product(sorted(set(budgets)), ends)
+        _main(data.overview_tokens, renderer, shortest, longest, budget, hints)
+        for budget, (shortest, longest) in itertools.product(sorted(set(data.frame_budgets)), ends)
     )
-    main = InputSizes(prompts, _given(config, renderer), config.agent.sampling)
-    if config.agent.evidence == "frames":
+    main = InputSizes(prompts, _given(agent, crop, renderer), agent.sampling)
+    if agent.evidence == "frames":
         return {MAIN: main}
-    most, quota = crop_frames(config, renderer.spec)
-    crops = tuple(_crop(renderer, frames, quota) for frames in range(1, most + 1))
+    crops = tuple(_crop(renderer, frames, crop.quota) for frames in range(1, crop.frames + 1))
     head = len(renderer.encode(renderer.opening))
     given = (SizeRange(0, head, head),) if head else ()
-    return {MAIN: main, CROP: InputSizes(crops, given, config.agent.subagent_sampling)}
+    return {MAIN: main, CROP: InputSizes(crops, given, agent.subagent_sampling)}
 
 
 def _ends(renderer: ChatRenderer, rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:
@@ -53,10 +52,15 @@ def _ends(renderer: ChatRenderer, rows: Iterable[Row]) -> Iterator[tuple[Row, Ro
 
 
 def _main(
-    config: Config, renderer: ChatRenderer, shortest: Row, longest: Row, budget: int, hints: int
+    quota: int | None,
+    renderer: ChatRenderer,
+    shortest: Row,
+    longest: Row,
+    budget: int,
+    hints: int,
 ) -> SizeRange:
-    """Prompts of main agents with so many frames."""
-    spec, quota, videos = renderer.spec, config.data.overview_tokens, len(longest.videos)
+    """Prompts of main agents with so many frames, and vision tokens for each video."""
+    spec, videos = renderer.spec, len(longest.videos)
 
     def prompt(row: Row, time: float) -> Prompt:
         shown = [smallest_frames(spec, share, time) for share in shares(budget, videos)]
@@ -68,7 +72,7 @@ def _main(
 
 
 def _crop(renderer: ChatRenderer, frames: int, quota: int | None) -> SizeRange:
-    """What sub-agents read about so many frames."""
+    """Prompts of sub-agents with so many frames."""
     early, late = (smallest_frames(renderer.spec, frames, time) for time in (EARLY, LATE))
     return _extent(
         renderer.subagent_prompt(early, 0.0, 1.0),
@@ -78,13 +82,13 @@ def _crop(renderer: ChatRenderer, frames: int, quota: int | None) -> SizeRange:
     )
 
 
-def _given(config: Config, renderer: ChatRenderer) -> tuple[SizeRange, ...]:
+def _given(agent: AgentConfig, crop: CropSize, renderer: ChatRenderer) -> tuple[SizeRange, ...]:
     """What comes before a turn: its forced prefix, after responses from the second turn on."""
-    agent, room = config.agent, token_budget(config.agent, renderer, crop_tokens(config, renderer))
+    room = token_budget(agent, renderer, crop.tokens)
     least, most = max(room.prefix, 1), room.prefix + room.response
     if agent.evidence == "text":
         return (SizeRange(0, least, most),)
-    shown = agent.calls_run * crop_frames(config, renderer.spec)[0]
+    shown = agent.calls_run * crop.frames
     return tuple(SizeRange(frames, max(frames, least), most) for frames in range(shown + 1))
 
 

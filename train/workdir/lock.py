@@ -14,7 +14,7 @@ NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)
 """What file systems that know no locks (buckets that are mounted) say."""
 
 
-class Claim:
+class WorkdirLock:
     """The right to write into a workdir, held by the first host until the process ends.
 
     The kernel gives it back however the process ends, so there is nothing to clean up.
@@ -72,21 +72,3 @@ def lost_message(workdir: Path) -> str:
         f"--workdir {workdir} was deleted or replaced while the run was writing there; what it "
         "learned is lost: start again, and keep the folder until the run has ended"
     )
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is there whole, or as it was before.
-
-    Raises:
-      OSError: it cannot be written, for instance because the disk is full.
-    """
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise

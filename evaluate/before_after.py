@@ -1,0 +1,109 @@
+"""`evaluation.json` and its table: held-out metrics before and after a run.
+
+Those of before outlive an interruption: a resumed run reads them where they are kept.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from evaluate.held_out import HeldOut, MetricsByMode
+from evaluate.tables import INTERVALS, comparison_table, interval_table
+from paravt_jax.checksum import checksums
+from paravt_jax.records import Row
+from train.data.questions import identities
+from train.hosts.cluster import is_first, texts_from_first
+from train.state import FlatParams
+from train.workdir.config_file import SAME_RESULTS
+from train.workdir.files import write_atomically
+
+FILE = "evaluation.json"
+SECTIONS = ("model.", "data.", "agent.", "rewards.", "evaluation.")
+"""Settings that an evaluation depends on."""
+
+
+class BeforeAfter:
+    """Evaluates at the beginning of a run and at its end, and shows what became of it."""
+
+    def __init__(
+        self,
+        held_out: HeldOut,
+        settings: Mapping[str, Any],
+        workdir: Path,
+        title: str,
+        console: Console,
+    ) -> None:
+        """
+        Args:
+          held_out: puts the questions to the agent.
+          settings: all of the run, by their dotted names.
+          workdir: where metrics are kept.
+          title: of the table.
+        """
+        self._held_out, self._settings = held_out, settings
+        self._workdir, self._title, self._console = workdir, title, console
+        self._before: MetricsByMode = {}
+        self._of = ""
+
+    def before(self, params: FlatParams) -> None:
+        """Evaluate what the run begins from, unless the workdir holds that already."""
+        self._of = fingerprint(self._settings, self._held_out.rows, params)
+        kept = read_before(self._workdir, self._of)
+        if kept is not None:
+            self._before = kept
+            return
+        self._before = self._held_out(params)
+        write_metrics(self._workdir, self._of, self._before)
+
+    def after(self, params: FlatParams) -> None:
+        """Evaluate what the run ends with, and show the table."""
+        after, before, rows = self._held_out(params), self._before, {}
+        for mode, metrics in after.items():
+            if mode in before:
+                rows[f"{mode}, before"] = before[mode]
+            rows[f"{mode}, after"] = metrics
+        self._console.print(comparison_table(self._title, rows))
+        self._console.print(interval_table(INTERVALS, rows))
+        write_metrics(self._workdir, self._of, before, after)
+
+
+def fingerprint(settings: Mapping[str, Any], rows: Iterable[Row], weights: FlatParams) -> str:
+    """What an evaluation is of: two with the same one have the same metrics."""
+    own = {
+        key: value
+        for key, value in settings.items()
+        if key.startswith(SECTIONS) and not key.startswith(SAME_RESULTS)
+    }
+    said = json.dumps([own, sorted(checksums(weights).items())], sort_keys=True).encode()
+    for part in identities(rows):
+        said += part
+    return f"{zlib.crc32(said):08x}"
+
+
+def read_before(workdir: Path, of: str) -> MetricsByMode | None:
+    """The metrics of before that the workdir holds, if they are of the same; on every host those
+    of the first."""
+    text = ""
+    if is_first() and (workdir / FILE).exists():
+        text = (workdir / FILE).read_text(encoding="utf-8")
+    (text,) = texts_from_first([text])
+    try:
+        held = json.loads(text or "{}")
+    except ValueError:
+        return None  # damaged: evaluated anew
+    return held.get("before") if held.get("of") == of else None
+
+
+def write_metrics(
+    workdir: Path, of: str, before: MetricsByMode, after: MetricsByMode | None = None
+) -> None:
+    """What is known so far."""
+    if is_first():
+        known = {"of": of, "before": before} | ({} if after is None else {"after": after})
+        write_atomically(workdir / FILE, json.dumps(known, indent=2) + "\n")
