@@ -30,7 +30,7 @@ from rollout.engine.engine import Engine
 from rollout.limits import MAIN, subagent_budget
 from train import setup
 from train.agent import crop_tokens, open_agent, open_engine
-from train.compile.cache import Compilations, keep_compiled
+from train.compile.cache import Compilations, Compiling, keep_compiled
 from train.compile.prompts import agent_reads
 from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage, to_dict
@@ -103,8 +103,10 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     tell = functools.partial(print, flush=True) if is_first() else lambda line: None
     everywhere(lambda: tell_changes(config, workdir, resume, tell))
     SIGNALS_OF_RUN.agree_by(lambda number: largest([number])[0])
+    SIGNALS_OF_RUN.details = Compiling().__str__
     mesh = setup.open_mesh(config)
-    compiled = keep_compiled(config.output.compile_cache)
+    output = config.output
+    compiled = keep_compiled(output.compile_cache, output.compile_cache_gb)
     weights, data = setup.weights_named(config), setup.data_named(config.data)
     for line in introduction(workdir, mesh, weights, data, compiled):
         tell(line)
@@ -416,7 +418,7 @@ class Run:
             "no crops": (self.agent(engine, 0.0, crops=False), without),
         }
         bar = Bar(self.log.console, "evaluating", 3 * len(with_tools))
-        with SIGNALS_OF_RUN.deferred(), bar as ended:
+        with SIGNALS_OF_RUN.deferred("the next pause in the evaluation"), bar as ended:
             modes = [
                 Mode(name, self._runner(agent, ended), items)
                 for name, (agent, items) in agents.items()
@@ -468,7 +470,8 @@ class Run:
     def close(self, failed: bool = False) -> None:
         """Finish what is being written and let others write into the workdir; if the run failed,
         why is told already."""
-        with SIGNALS_OF_RUN.deferred(), contextlib.suppress(*[OSError] * failed):
+        writing = SIGNALS_OF_RUN.deferred("the checkpoint that is being written")
+        with writing, contextlib.suppress(*[OSError] * failed):
             self.checkpoints.close()
         self.log.close()
         if self.claim is not None:

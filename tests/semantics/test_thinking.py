@@ -8,6 +8,7 @@
 """
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -23,6 +24,8 @@ from tests.pipelines_fixtures import processor_folder
 from tests.rollout_fakes import ToyRenderer
 from tests.scripted_engine import ScriptedEngine
 from tests.unit.test_conversation import CHATML
+from train import main
+from train.recipes.needle import COLD_START
 
 OPENED = CHATML.replace("<|im_start|>assistant\n{%", "<|im_start|>assistant\n<think>\n{%")
 VIDEO = VideoRef("/own.mp4", 64.0)
@@ -105,6 +108,24 @@ def test_a_sub_agent_reports_what_follows_its_thought(renderer):
     assert subagent.full_text == f"<think>\n{THOUGHT}"
     assert seen.tokens == [*subagent.prompt.tokens.tolist(), *subagent.tokens.tolist()]
     assert not subagent.generated[: len(renderer.encode(renderer.opening))].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["needle_rl", "needle_sft"])
+def test_the_dry_run_says_that_the_template_thinks(recipe, tmp_path, capsys):
+    folder, flags = tmp_path / "thinking", ["--dry-run", "--recipe", recipe]
+    assert main.main([*flags, "--model", str(COLD_START)]) == 0
+    assert "by itself" not in capsys.readouterr().out
+    shutil.copytree(COLD_START, folder)
+    template = folder / "chat_template.jinja"
+    header = "{{- '<|im_start|>assistant\\n"
+    assert template.read_text().count(header) == 1
+    template.write_text(template.read_text().replace(header, header + "<think>\\n"))
+    assert main.main([*flags, "--model", str(folder)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "by itself" in line)
+    assert "'<think>\\n'" in line
+    named = ("agent.think_prefix", "agent.subagent_thought_tokens=1024")
+    assert all((name in line) is (recipe == "needle_rl") for name in named)
 
 
 def test_a_thought_without_an_end_is_no_report(renderer):
