@@ -55,7 +55,7 @@ class HeldOut:
             "no crops": (dataclasses.replace(greedy(rules), max_tool_rounds=0), without),
         }
         bar = ProgressBar(self.console, "evaluating", len(modes) * len(asked))
-        with SIGNALS_OF_RUN.deferred(), bar as ended:
+        with SIGNALS_OF_RUN.deferred("the next pause in the evaluation"), bar as ended:
             found: MetricsByMode = {}
             for mode, (own, prompts) in modes.items():
                 agent = self.agents.agent(engine, own)

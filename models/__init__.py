@@ -11,7 +11,7 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from models.common.folder import CONFIG, existing_folder
+from models.common.folder import CONFIG, existing_folder, naming
 from models.common.policy import ModelPolicy
 from models.common.safetensors_io import read_json
 
@@ -31,11 +31,15 @@ def open_policy(source: str | os.PathLike | Mapping[str, Any], **settings: Any) 
     Raises:
       ValueError: no such folder, a model of another type, or one that its family refuses.
     """
-    config = source if isinstance(source, Mapping) else read_json(existing_folder(source) / CONFIG)
-    kind = config.get("model_type")
+    if not isinstance(source, Mapping):
+        path = existing_folder(source) / CONFIG
+        config = read_json(path)
+        with naming(path):
+            return open_policy(config, **settings)
+    kind = source.get("model_type")
     if kind not in FAMILIES:
         raise ValueError(
             f"model_type={kind!r} in config.json is no model that can be computed here; give one "
             f"of {', '.join(FAMILIES)}"
         )
-    return importlib.import_module(FAMILIES[kind]).open_policy(config, **settings)
+    return importlib.import_module(FAMILIES[kind]).open_policy(source, **settings)

@@ -8,6 +8,7 @@ wrote. config.json, tokenizer and processor files come from `--base`, else from 
 folder of the checkpoint or of its run.
 """
 
+import os
 import os.path
 import sys
 
@@ -15,6 +16,8 @@ if __name__ == "__main__":
     # Run as a script, `sys.path[0]` is this folder, where `import models` would find
     # somebody else's. Swap it for the repository root before any other import.
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    # Weights pass through the host, and accelerators are left to those who compute on them.
+    os.environ["JAX_PLATFORMS"] = "cpu"
 
 import argparse
 import logging
@@ -32,7 +35,9 @@ from paravt_jax.checkpoint import (
     find_model_files,
     find_step,
     open_params,
+    verify_params,
 )
+from paravt_jax.failures import attempt
 from paravt_jax.flags import given
 
 
@@ -45,14 +50,14 @@ class Parser(argparse.ArgumentParser):
 
 def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
     """Write the weights of a checkpoint as a Hugging Face folder, in the type they are stored in,
-    adapters added.
+    adapters added. They are compared with their checksums first.
 
     Raises:
       ValueError: no checkpoint, a damaged one, no config.json for it, weights of another model,
         or `out` exists.
       OSError: the disk is full.
     """
-    step = find_step(checkpoint)
+    step, target = find_step(checkpoint), _new_folder(out)
     source = Path(base) if base is not None else find_model_files(step)
     if source is None:
         raise ValueError(
@@ -60,8 +65,10 @@ def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
             "Hugging Face folder of the same model"
         )
     policy = open_policy(source, lora=checkpoint_lora(find_model_files(step)))
-    params = policy.merge(open_params(step, policy.table))
-    policy.without_lora.save_folder(params, _new_folder(out), base=source)
+    stored = open_params(step, policy.table)
+    if not verify_params(step, stored):
+        print(f"note: {step} holds no checksums; its weights are taken as they are")
+    policy.without_lora.save_folder(policy.merge(stored), target, base=source)
 
 
 def from_hf(folder: str, out: str) -> None:
@@ -109,13 +116,10 @@ def main(arguments: list[str] | None = None) -> int:
     for own in commands.choices.values():
         own.register("type", None, given)  # of arguments without a type
     parsed = parser.parse_args(arguments)
-    try:
-        parsed.run(parsed)
-    except (ValueError, OSError) as error:
-        print(f"models/convert.py: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    print(f"wrote {parsed.out}")
-    return 0
+    code = attempt(lambda: parsed.run(parsed), prefix="models/convert.py")
+    if code == 0:
+        print(f"wrote {parsed.out}")
+    return code
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ class StoredArray:
     """An array on disk. Boxes that are whole chunks are read and written fastest."""
 
     store: ts.TensorStore
+    name: str
 
     @classmethod
     def open(cls, item: Path, name: str) -> StoredArray:
@@ -35,8 +36,8 @@ class StoredArray:
         try:
             store = ts.open(f"file://{item}/|ocdbt:{name}/|auto:", open=True).result()
         except ValueError as error:
-            raise ValueError(f"{item} is damaged: {error}") from error
-        return cls(store)
+            raise ValueError(f"{item} is damaged at {name}: {_first(error)}") from error
+        return cls(store, name)
 
     def resized(self, shape: Sequence[int], chunk: Sequence[int]) -> StoredArray:
         """The array laid out anew, empty, with this shape and chunk, in the same encoding.
@@ -58,7 +59,7 @@ class StoredArray:
             ).result()
         except ValueError as error:
             raise OSError(str(error)) from error
-        return StoredArray(store)
+        return StoredArray(store, self.name)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -84,7 +85,8 @@ class StoredArray:
         try:
             return self.store[box].read().result()
         except ValueError as error:
-            raise ValueError(f"the checkpoint is damaged: {error}") from error
+            why = f"the checkpoint is damaged at {self.name}: {_first(error)}"
+            raise ValueError(f"{why}; give another one") from error
 
     def __setitem__(self, box: Box, values: np.ndarray) -> None:
         """Write a box.
@@ -102,6 +104,11 @@ class StoredArray:
         """The whole array, for numpy and jax."""
         values = self[tuple(slice(0, size) for size in self.shape)]
         return values if dtype is None else values.astype(dtype)
+
+
+def _first(error: ValueError) -> str:
+    """What TensorStore says, without the places in its own source."""
+    return " ".join(str(error).partition(" [")[0].split())
 
 
 def boxes(shape: Sequence[int], chunk: Sequence[int]) -> Iterator[Box]:

@@ -17,11 +17,15 @@ import numpy as np
 import orbax.checkpoint as ocp
 from jaxtyping import Array
 
-from paravt_jax.array_store import StoredArray
+from paravt_jax.array_store import StoredArray, boxes
+from paravt_jax.checksum import is_intact, part_checksum
+from paravt_jax.event_loops import close_in_order
 from paravt_jax.params import ParamSpec, Table
 
 ITEM = "params"
 """Name of the item that holds the weights."""
+META, CHECKSUMS = "meta", "arrays"
+"""Name of the item that says what the checkpoint is, and the key of its arrays' checksums."""
 MODEL_FILES = "model"
 """Folder with config.json, tokenizer and processor files."""
 CHUNK_BYTES = 32 * 2**20
@@ -39,7 +43,7 @@ def save_params(path: str | os.PathLike, params: Mapping[str, Array | np.ndarray
     if item.exists():
         raise ValueError(f"{item} already exists: choose another folder")
     try:
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        with _open(ocp.StandardCheckpointHandler()) as checkpointer:
             checkpointer.save(item, args=ocp.args.StandardSave(dict(params)))
     except ValueError as error:  # what TensorStore makes of a full disk
         raise OSError(f"{item} could not be written: {error}") from error
@@ -63,10 +67,59 @@ def open_params(path: str | os.PathLike, table: Table) -> dict[str, StoredArray]
       ValueError: no weights there, or other parameters than `table` lists.
     """
     item = _existing_item(path)
-    with ocp.StandardCheckpointer() as checkpointer:
-        stored = dict(checkpointer.metadata(item).item_metadata.items())
+    with _open(ocp.StandardCheckpointHandler()) as checkpointer:
+        stored = _listed(checkpointer, item)
     _check_same(item, stored, table)
     return {name: StoredArray.open(item, name) for name in table}
+
+
+def verify_params(path: str | os.PathLike, params: Mapping[str, StoredArray]) -> bool:
+    """Compare weights with the checksums that were written beside them, box by box.
+
+    Returns:
+      Whether there are any: what `models/convert.py` and earlier versions wrote has none.
+
+    Raises:
+      ValueError: an array is not what it was, or its checksum.
+    """
+    expected = _read_checksums(Path(path).absolute())
+    if expected is None:
+        return False
+    damaged = [name for name, stored in params.items() if _checksum(stored) != expected.get(name)]
+    if damaged:
+        raise ValueError(
+            f"{path} is damaged: {len(damaged)} of {len(params)} arrays of weights have changed "
+            f"since they were written, the first is {damaged[0]}; give an older checkpoint, or a "
+            "copy of this one"
+        )
+    return True
+
+
+def _checksum(stored: StoredArray) -> int:
+    parts = (
+        part_checksum(stored[box], tuple(side.start for side in box), stored.shape)
+        for box in boxes(stored.shape, stored.chunk)
+    )
+    return sum(parts) % 2**32
+
+
+def _read_checksums(step: Path) -> dict[str, int] | None:
+    """The checksum of each array of weights, by its name."""
+    if not (step / META).is_dir():
+        return None
+    try:
+        with _open(ocp.JsonCheckpointHandler()) as checkpointer:
+            meta = checkpointer.restore(step / META)
+        intact = is_intact(meta)
+    except Exception as error:  # whatever a damaged file brings about
+        raise ValueError(f"{step / META} is damaged: {error}; give another checkpoint") from error
+    if CHECKSUMS not in meta:
+        return None
+    if not intact:
+        raise ValueError(f"{step / META} has changed since it was written; give another checkpoint")
+    prefix = f"[{ITEM!r}]"
+    keys = (key for key in meta[CHECKSUMS] if key.startswith(prefix))
+    return {key[len(prefix) + 2 : -2]: meta[CHECKSUMS][key] for key in keys}
 
 
 def create_params(
@@ -133,6 +186,23 @@ def _existing_item(path: str | os.PathLike) -> Path:
             f"{path} holds no {ITEM!r}: give a checkpoint folder, WORKDIR/checkpoints/<step>"
         )
     return item
+
+
+def _open(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
+    """What reads and writes items of one kind."""
+    close_in_order()
+    return ocp.Checkpointer(handler)
+
+
+def _listed(checkpointer: ocp.Checkpointer, item: Path) -> dict[str, Any]:
+    """Name, shape and type of what an item says it holds."""
+    listed = checkpointer.metadata(item).item_metadata
+    if not listed:  # Orbax logs what it finds wrong, and goes on
+        raise ValueError(
+            f"{item} is damaged: it does not say what it holds; give an older checkpoint, or a "
+            "copy of this one"
+        )
+    return dict(listed.items())
 
 
 def _check_same(item: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -8,20 +8,45 @@ changes cancel one time in 2^32.
 
 from __future__ import annotations
 
+import functools
+import json
+import zlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
+from paravt_jax.records import ArrayLike
+
+CRC = "crc32"
+"""Key under which a sealed record holds the CRC of all else in it."""
+
 
 @jax.jit
 def checksum(x: Array) -> UInt32[Array, ""]:
     """The checksum of one array of any shape and plain type."""
+    return _sum(x, (0,) * x.ndim, x.shape)
+
+
+def part_checksum(x: ArrayLike, starts: tuple[int, ...], shape: tuple[int, ...]) -> int:
+    """What a box adds to the checksum of an array of this `shape`, in which it begins at
+    `starts`. The sum over all boxes, modulo 2^32, is the checksum of the array."""
+    return int(_part(jnp.asarray(x), jnp.asarray(starts, jnp.uint32), shape))
+
+
+@functools.partial(jax.jit, static_argnames="shape")
+def _part(x: Array, starts: UInt32[Array, " n"], shape: tuple[int, ...]) -> UInt32[Array, ""]:
+    # Traced starts: boxes of one size share a program.
+    return _sum(x, tuple(starts), shape)
+
+
+def _sum(x: Array, starts: tuple[Any, ...], shape: tuple[int, ...]) -> UInt32[Array, ""]:
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
-        counted = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis)
-        place, stride = place + counted * jnp.uint32(stride % 2**32), stride * x.shape[axis]
+        counted = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(starts[axis])
+        place, stride = place + counted * jnp.uint32(stride % 2**32), stride * shape[axis]
     return jnp.sum(_mix(_bits(x) ^ _mix(place + 1)), dtype=jnp.uint32)
 
 
@@ -51,3 +76,17 @@ def _mix(x: Array) -> Array:
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
     return x ^ (x >> 16)
+
+
+def sealed(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A record of JSON with the CRC of what it says."""
+    return {**record, CRC: _crc(record)}
+
+
+def is_intact(record: Mapping[str, Any]) -> bool:
+    """Whether a sealed record says what it said when it was sealed."""
+    return _crc({key: value for key, value in record.items() if key != CRC}) == record.get(CRC)
+
+
+def _crc(record: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(record, sort_keys=True).encode())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from paravt_jax.plugins import is_own_file
@@ -44,6 +44,24 @@ def complain(error: object, prefix: str = "error", remedies: Sequence[str] = ())
             traceback.print_exception(error)
         error = explain(error, remedies)
     print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr)
+
+
+def attempt(work: Callable[[], object], prefix: str = "error") -> int:
+    """Do what a command does; returns its exit code: 0, 1 after a line about a failure, 130 after
+    Ctrl-C."""
+    try:
+        work()
+        sys.stdout.flush()
+    except BrokenPipeError:  # who reads what is printed, `head` perhaps, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except Exception as error:
+        complain(error, prefix)
+        return 1
+    except KeyboardInterrupt:
+        complain("interrupted", prefix)
+        return 130
+    return 0
 
 
 def _is_own(error: BaseException) -> bool:

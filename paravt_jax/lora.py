@@ -98,7 +98,7 @@ class Merged(Mapping[str, Any]):
         kernel = self._params[name]
         a, b = (self._params[f"{module}.lora.{part}"] for part in "ab")
         if isinstance(kernel, StoredArray):
-            return MergedStore(kernel.store, np.asarray(a), np.asarray(b), self._lora.scale)
+            return MergedStore(kernel.store, name, np.asarray(a), np.asarray(b), self._lora.scale)
         return _add_product(kernel, a, b, self._lora.scale)
 
     def __iter__(self) -> Iterator[str]:

@@ -31,7 +31,7 @@ from pipelines.faults import CONTROL, Unusable
 from pipelines.images import read_image
 from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
 from pipelines.render import ChatRenderer
-from pipelines.tokenizer import template_opening
+from pipelines.tokenizer import template_opening, written
 
 ASSISTANT = "assistant"
 System = Literal["agent", "own"]
@@ -368,9 +368,7 @@ def _squeezed(text: str) -> str:
 def _render(
     tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Tools = None, asked: bool = False
 ) -> str:
-    return tokenizer.apply_chat_template(
-        list(messages), tools=tools, add_generation_prompt=asked, tokenize=False
-    )
+    return written(tokenizer, list(messages), tools=tools, add_generation_prompt=asked)
 
 
 def still_spec(spec: FrameSpec) -> ImageSpec:

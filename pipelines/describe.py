@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from paravt_jax.failures import attempt
 from paravt_jax.flags import given
 from paravt_jax.plugins import load
 from paravt_jax.records import Conversation, Row, VideoRef
@@ -70,13 +71,12 @@ def make_parser() -> argparse.ArgumentParser:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = make_parser().parse_args(argv)
-    try:
+
+    def tell() -> None:
         for line in report(arguments):
             print(line)
-    except (ValueError, OSError) as error:
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 1
-    return 0
+
+    return attempt(tell)
 
 
 def report(arguments: argparse.Namespace) -> Iterator[str]:

@@ -76,7 +76,7 @@ class FrameSpec(abc.ABC):
         in which transformers 5 keeps either.
 
         Raises:
-            ValueError: the file is missing, lacks a field or holds an unknown `video_marks`.
+            ValueError: the file is missing, lacks a field or holds a value that has no meaning.
         """
         path = os.path.join(folder, cls._file)
         combined = os.path.join(folder, TOGETHER)
@@ -122,6 +122,11 @@ class FrameSpec(abc.ABC):
 
     @classmethod
     def _from_config(cls, config: dict[str, Any]) -> Self:
+        size = {f"size.{name}": config["size"][name] for name in ("shortest_edge", "longest_edge")}
+        sides = {name: config[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}
+        for name, value in (sides | size).items():
+            if type(value) is not int or value < (name != "size.shortest_edge"):
+                raise ValueError(f"{name}={value!r} is no number of pixels, patches or frames")
         return cls(
             patch_size=config["patch_size"],
             merge_size=config["merge_size"],

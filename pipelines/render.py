@@ -18,7 +18,7 @@ from paravt_jax.structure import token_bytes
 from pipelines.faults import CONTROL, Unusable
 from pipelines.preprocess import EACH, SPECS, FrameSpec, VideoSpec, to_patches
 from pipelines.subtitles import subtitle_text
-from pipelines.tokenizer import end_tokens, open_tokenizer, template_opening
+from pipelines.tokenizer import REMEDY, end_tokens, open_tokenizer, template_opening, written
 
 # Encoded pieces of text between control tokens that are remembered.
 PIECES_KEPT = 1 << 14
@@ -379,9 +379,7 @@ class ChatRenderer:
     def _render(self, messages: list[dict], tools: list[dict] | None = None) -> str:
         """Messages up to and including the assistant header, without what the template puts at the
         head of the turn itself."""
-        text = self.tokenizer.apply_chat_template(
-            messages, tools=tools, add_generation_prompt=True, tokenize=False
-        )
+        text = written(self.tokenizer, messages, tools=tools, add_generation_prompt=True)
         return text.removesuffix(self.opening)
 
     def video_parts(self, times: np.ndarray, number: int | None) -> list[dict[str, str]]:
@@ -450,12 +448,22 @@ def _mean_times(times: np.ndarray, size: int) -> np.ndarray:
 def _with_vision(
     tokens: Sequence[int], patches: Patches | None, vision_id: int, merge: int
 ) -> Prompt:
-    """Repeat each frame's one vision token to its true number and place everything."""
+    """Repeat each frame's one vision token to its true number and place everything.
+
+    Raises:
+        ValueError: the chat template leaves out frames.
+    """
     ids = np.asarray(tokens, np.int32)
     if patches is None:
         nowhere = np.full(len(ids), -1, np.int32)
         text = np.zeros(len(ids), bool)
         return Prompt(ids, mrope_positions(text, np.zeros((0, 2), int), merge), nowhere)
+    shown = int((ids == vision_id).sum())
+    if shown != len(patches.grids):
+        raise ValueError(
+            f"the chat template shows {shown} of {len(patches.grids)} frames: it is none of "
+            f"Qwen3-VL; {REMEDY}"
+        )
     repeats = np.ones(len(ids), np.int64)
     repeats[ids == vision_id] = patches.grids.prod(1) // merge**2
     ids = np.repeat(ids, repeats)

@@ -15,6 +15,7 @@ from models import ModelPolicy
 from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import AXES, RULES, AnyMesh
 from paravt_jax.params import format_table
+from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.settings import placed
 from pipelines.datasets import Found
@@ -184,8 +185,10 @@ def describe(config: Config) -> None:
         math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config.model)
     ]
     print(f"{sum(sizes):,} of the parameters train")
-    rows = describe_data(config)
-    print(format_footprint(planned_footprint(config, mesh, renderer_aside(config), rows)))
+    rows, renderer = describe_data(config), renderer_aside(config)
+    for note in thinking_note(config, renderer.opening):
+        print(note)
+    print(format_footprint(planned_footprint(config, mesh, renderer, rows)))
 
 
 def planned_footprint(
@@ -227,6 +230,21 @@ def largest_batch(config: Config, policy: ModelPolicy) -> LargestBatch:
     """The largest minibatch of a configuration."""
     own = config.rl, config.agent, config.data
     return LargestBatch(*own, policy, config.model.compute_dtype)
+
+
+def thinking_note(config: Config, opening: str) -> list[str]:
+    """What follows from a chat template that opens turns with a thought (Thinking models)."""
+    if not opening:
+        return []
+    told = f"the chat template opens {THINK_OPEN} by itself: every turn begins with {opening!r}"
+    if config.stage is Stage.SFT:
+        return [f"{told}, which is not learned"]
+    agent = config.agent
+    return [
+        f"{told}, whatever agent.think_prefix={agent.think_prefix!r} says. Sub-agents think, "
+        f"within agent.subagent_thought_tokens={agent.subagent_thought_tokens}, and report what "
+        "follows"
+    ]
 
 
 def describe_data(config: Config) -> list[Row]:

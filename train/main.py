@@ -157,6 +157,7 @@ def main(argv: list[str] | None = None) -> int:
         cluster.start()
         checks.check(config, not arguments.compile_only, planned=arguments.dry_run)
         workdir = run.name_workdir(config, arguments.workdir)
+        SIGNALS_OF_RUN.remedy = f"continue with --workdir {workdir}"
         code = 1
         for note in checks.notes(config) if cluster.is_first() else ():
             print(f"note: {note}")
@@ -172,6 +173,7 @@ def main(argv: list[str] | None = None) -> int:
     except Interrupted as error:
         more = f"; continue with --workdir {workdir}" if workdir else ""
         complain(f"interrupted{more}", prefix=error.number.name)
+        SIGNALS_OF_RUN.told = True
         return error.code
     except KeyboardInterrupt:
         complain(f"interrupted; continue with --workdir {workdir}" if workdir else "interrupted")

@@ -19,7 +19,7 @@ from paravt_jax.params import abstract_params
 from paravt_jax.records import Row
 from rollout.engine.engine import Engine
 from train import checks, setup
-from train.compile.cache import keep_compiled
+from train.compile.cache import Compiling, keep_compiled
 from train.compile.input_sizes import agent_input_sizes
 from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage, to_dict
@@ -64,7 +64,9 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     """
     on_all_hosts(lambda: checks.tell_changes(config, workdir, resume, first_prints))
     SIGNALS_OF_RUN.sync_by(lambda number: max_over_hosts([number])[0])
-    mesh, compiled = setup.open_mesh(config), keep_compiled(config.output.compile_cache)
+    SIGNALS_OF_RUN.details = Compiling().__str__
+    mesh, output = setup.open_mesh(config), config.output
+    compiled = keep_compiled(output.compile_cache, output.compile_cache_gb)
     weights, data = setup.weights_named(config), setup.data_named(config.data)
     for line in introduction(workdir, mesh, weights, data, compiled):
         first_prints(line)
@@ -272,7 +274,8 @@ class Run:
     def close(self, failed: bool = False) -> None:
         """Finish what is being written and let others write into the workdir; if the run failed,
         why is told already."""
-        with SIGNALS_OF_RUN.deferred(), contextlib.suppress(*[OSError] * failed):
+        writing = SIGNALS_OF_RUN.deferred("the checkpoint that is being written")
+        with writing, contextlib.suppress(*[OSError] * failed):
             self.checkpoints.close()
         self.log.close()
         if self.lock is not None:

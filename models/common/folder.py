@@ -17,6 +17,21 @@ TEMPLATES = "additional_chat_templates"
 """Folder with chat templates beside the default one, as transformers saves them."""
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Errors about what a file says name the file.
+
+    Raises:
+      ValueError: instead of any of them.
+    """
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
+    except (TypeError, AttributeError, KeyError) as error:  # a list for a number, and the like
+        raise ValueError(f"{path} is damaged ({error!r}): fetch it again") from error
+
+
 def existing_folder(folder: str | os.PathLike) -> Path:
     """The path of a model folder.
 

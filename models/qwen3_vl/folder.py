@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from models.common.folder import CONFIG, existing_folder
+from models.common.folder import CONFIG, existing_folder, naming
 from models.common.safetensors_io import read_json
 from models.qwen3_vl.config import Qwen3VLConfig
 
@@ -18,7 +18,10 @@ def read_config(folder: str | os.PathLike) -> Qwen3VLConfig:
     Raises:
       ValueError: no such folder or file, or a model that is no Qwen3-VL.
     """
-    return Qwen3VLConfig.from_dict(read_json(existing_folder(folder) / CONFIG))
+    path = existing_folder(folder) / CONFIG
+    raw = read_json(path)
+    with naming(path):
+        return Qwen3VLConfig.from_dict(raw)
 
 
 def write_config(config: Qwen3VLConfig, dtype: str, base: Path | None, folder: Path) -> None:

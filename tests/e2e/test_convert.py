@@ -6,9 +6,11 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore as ts
 
 from benchmarks.convert import measure
 from models import convert as door
@@ -24,6 +26,8 @@ from models.qwen3_vl import (
 )
 from paravt_jax.checkpoint import open_params, save_params
 from paravt_jax.params import initialise
+from train.state import TrainState
+from train.workdir.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.slow
 
@@ -100,6 +104,58 @@ def test_a_run_means_its_latest_step(tmp_path, model, params, meant):
     assert door.main(["to-hf", str(tmp_path / meant), str(tmp_path / "hf")]) == 0
     assert_same(tmp_path / "hf", params)
     assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+@pytest.fixture
+def run(tmp_path, model, params):
+    """A run's folder with a checkpoint that carries checksums."""
+    checkpoints = Checkpoints(tmp_path / "run" / "checkpoints", keep=1, table=TABLE)
+    step = jnp.asarray(3, jnp.int32)
+    checkpoints.save(3, TrainState(dict(params), {}, {"count": step}, step))
+    checkpoints.close()
+    model.rename(tmp_path / "run" / "model")
+    return tmp_path / "run"
+
+
+def change_one_number(step, name):
+    """As a disk would that flips bits."""
+    store = ts.open(f"file://{step}/params/|ocdbt:{name}/|auto:", open=True).result()
+    values = store.read().result().copy()
+    values.reshape(-1).view(np.uint32)[3] ^= 1 << 22
+    store.write(values).result()
+
+
+@pytest.mark.parametrize("name", ["text.norm.scale", "text.layers.mlp.up.kernel"])
+def test_weights_that_have_changed_since_are_named(tmp_path, run, params, name):
+    whole = convert(tmp_path, "to-hf", "run", "whole")
+    assert (whole.returncode, whole.stderr) == (0, "") and "checksum" not in whole.stdout
+    assert_same(tmp_path / "whole", params)
+    change_one_number(run / "checkpoints" / "3", name)
+    changed = convert(tmp_path, "to-hf", "run", "changed")
+    assert changed.returncode == 1 and not (tmp_path / "changed").exists()
+    (line,) = changed.stderr.strip().splitlines()
+    assert f"1 of {len(TABLE)} arrays" in line and line.count(name) == 1
+    assert "run/checkpoints/3 is damaged" in line and "older checkpoint" in line
+
+
+def test_accelerators_are_left_to_others(tmp_path, model, monkeypatch):
+    """Here are none, so that asking for one would fail."""
+    monkeypatch.setenv("JAX_PLATFORMS", "tpu")
+    done = convert(tmp_path, "from-hf", model, "there")
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_what_cannot_be_read_is_named(tmp_path, model, capsys):
+    """Without checksums too, which is told."""
+    assert door.main(["from-hf", str(model), str(tmp_path / "there")]) == 0
+    assert door.main(["to-hf", str(tmp_path / "there"), str(tmp_path / "again")]) == 0
+    assert "holds no checksums" in capsys.readouterr().out
+    files = sorted((tmp_path / "there" / "params" / "d").iterdir(), key=lambda p: p.stat().st_size)
+    files[-1].write_bytes(files[-1].read_bytes()[: files[-1].stat().st_size // 2])
+    assert door.main(["to-hf", str(tmp_path / "there"), str(tmp_path / "lost")]) == 1
+    assert not (tmp_path / "lost").exists()
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "damaged at " in line and any(name in line for name in TABLE), line
 
 
 def test_misuse_is_one_line_and_code_2(tmp_path):

@@ -4,6 +4,7 @@ One short RL run is shared by the tests of this module.
 """
 
 import json
+import resource
 import signal
 
 import numpy as np
@@ -12,6 +13,7 @@ import pytest
 from tests.support.command import (
     CONTRACT,
     command,
+    disturb,
     documented,
     is_saving,
     logged,
@@ -27,6 +29,8 @@ from tests.support.videos import write_video
 pytestmark = pytest.mark.slow
 
 QUICK = ("output.export_hf=false",)
+FULL_BYTES = 300_000
+"""More than logs and rollouts take, and less than the weights."""
 
 
 @pytest.fixture(scope="module")
@@ -132,6 +136,29 @@ def test_a_run_that_is_stopped_and_killed_ends_like_one_that_was_not(run, cache,
     assert saved(cut, 3) == saved(run[0], 3), "all weights and moments, bit by bit"
     figures = [json.loads((w / "evaluation.json").read_text()) for w in (cut, run[0])]
     assert figures[0] == figures[1]
+
+
+def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
+    run, cache, tmp_path
+):
+    """Files that may not grow beyond a size stand in for the disk."""
+    full, quick = tmp_path / "full", (*QUICK, "evaluation.rows=0")
+
+    def fill(process):
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
+
+    saved_once = lambda: (full / "checkpoints" / "1").exists()  # noqa: E731
+    code, said = disturb(fill, saved_once, full, cache, "--steps", "3", settings=quick)
+    assert code == 1, said
+    line = said.splitlines()[-1]
+    assert said.count("rror") == 1 and line.startswith("error: checkpoint "), said
+    assert "(File too large)" in line and str(full) in line and "--workdir" in line
+    assert "Traceback" not in said
+    whole = [path.name for path in (full / "checkpoints").iterdir() if path.name.isdigit()]
+    assert whole, "the last good one stays"
+    done = run_command(command(full, sets=()), cache)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert saved(full, 3) == saved(run[0], 3), "all weights and moments, bit by bit"
 
 
 @pytest.mark.parametrize(

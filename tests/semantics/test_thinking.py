@@ -8,6 +8,7 @@
 """
 
 import copy
+import shutil
 
 import numpy as np
 import pytest
@@ -22,6 +23,8 @@ from tests.support.needle import CHATML, processor_folder
 from tests.support.readers import StillReader
 from tests.support.rollout_fakes import ToyRenderer
 from tests.support.scripted_engine import ScriptedEngine
+from train import main
+from train.recipes.needle import COLD_START
 
 READER = StillReader(clip_frames=2)
 
@@ -96,6 +99,24 @@ def test_a_sub_agent_reports_what_follows_its_thought(renderer):
     assert subagent.full_text == f"<think>\n{THOUGHT}"
     assert seen.tokens == [*subagent.prompt.tokens.tolist(), *subagent.tokens.tolist()]
     assert not subagent.generated[: len(renderer.encode(renderer.opening))].any()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["needle_rl", "needle_sft"])
+def test_the_dry_run_says_that_the_template_thinks(recipe, tmp_path, capsys):
+    folder, flags = tmp_path / "thinking", ["--dry-run", "--recipe", recipe]
+    assert main.main([*flags, "--model", str(COLD_START)]) == 0
+    assert "by itself" not in capsys.readouterr().out
+    shutil.copytree(COLD_START, folder)
+    template = folder / "chat_template.jinja"
+    header = "{{- '<|im_start|>assistant\\n"
+    assert template.read_text().count(header) == 1
+    template.write_text(template.read_text().replace(header, header + "<think>\\n"))
+    assert main.main([*flags, "--model", str(folder)]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if "by itself" in line)
+    assert "'<think>\\n'" in line
+    named = ("agent.think_prefix", "agent.subagent_thought_tokens=1024")
+    assert all((name in line) is (recipe == "needle_rl") for name in named)
 
 
 def test_a_thought_without_an_end_is_no_report(renderer):

@@ -76,6 +76,22 @@ def send(
     settings: Sequence[str] = (),
 ) -> tuple[int, str]:
     """Start the same, send it a signal when something holds; its exit code, and what it said."""
+
+    def kill(process: subprocess.Popen) -> None:
+        process.send_signal(number)
+
+    return disturb(kill, when, workdir, cache, *arguments, settings=settings)
+
+
+def disturb(
+    act: Callable[[subprocess.Popen], None],
+    when: Callable[[], bool],
+    workdir: Path,
+    cache: Path,
+    *arguments: str,
+    settings: Sequence[str] = (),
+) -> tuple[int, str]:
+    """Start the same, do something to it when something holds; its exit code, and what it said."""
     sets = [*SMALL, f"data.cache_dir={cache}", *settings]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
@@ -87,7 +103,7 @@ def send(
         )
         while process.poll() is None and not when():
             time.sleep(0.005)
-        process.send_signal(number)
+        act(process)
         code = process.wait(timeout=900)
         said.seek(0)
         return code, said.read()

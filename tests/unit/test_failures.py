@@ -2,15 +2,19 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.failures import explain
+from models import convert
+from paravt_jax.failures import ROOT, explain
 from paravt_jax.mesh import parse_mesh
 from paravt_jax.plugins import load
+from pipelines import describe
 from train import main, run
 from train.checks import memory_remedies
 from train.recipes import get_recipe
@@ -99,3 +103,45 @@ def test_an_interruption_at_any_time_is_one_line(monkeypatch, capsys):
     monkeypatch.setattr(main, "resolve", interrupt)
     assert main.main([]) == 130
     assert capsys.readouterr().err.strip() == "error: interrupted"
+
+
+@pytest.mark.parametrize("door", [describe, convert], ids=["describe", "convert"])
+@pytest.mark.parametrize("action", [deep, FOREIGN["KeyError"], FOREIGN["jax"]])
+def test_the_other_commands_end_in_one_line_too(door, action, monkeypatch, capsys):
+    """Whatever fails within them, and wherever."""
+    monkeypatch.setattr(describe, "report", lambda _: action())
+    monkeypatch.setattr(convert, "from_hf", lambda *_: action())
+    monkeypatch.delenv("PARAVT_TRACEBACK", raising=False)
+    arguments = ["from-hf", "a", "b"] if door is convert else []
+    assert door.main(arguments) == 1
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith(("error: ", "models/convert.py: ")) and "PARAVT_TRACEBACK=1" in line
+    monkeypatch.setenv("PARAVT_TRACEBACK", "1")
+    assert door.main(arguments) == 1
+    assert capsys.readouterr().err.startswith("Traceback")
+
+
+def test_the_other_commands_are_interrupted_in_one_line(monkeypatch, capsys):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(convert, "from_hf", interrupt)
+    assert convert.main(["from-hf", "a", "b"]) == 130
+    assert capsys.readouterr().err == "models/convert.py: interrupted\n"
+
+
+def test_a_reader_who_has_seen_enough_is_no_failure():
+    """As `head` is."""
+    code = f"""
+import sys
+sys.path[0] = {str(ROOT)!r}
+from paravt_jax.failures import attempt
+sys.exit(attempt(lambda: [print("x" * 999) for _ in range(999)]))
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as talker:
+        assert talker.stdout is not None and talker.stderr is not None
+        talker.stdout.read(1)
+        talker.stdout.close()
+        assert talker.stderr.read() == b"" and talker.wait(timeout=60) == 1

@@ -17,8 +17,12 @@ from train.hosts import interrupt
 interrupt.GRACE_SECONDS = 0.3
 signals = interrupt.Signals()
 signals.install()
+signals.remedy = "continue with --workdir runs/a"
 say = lambda text: print(text, flush=True)
 busy = lambda: hashlib.pbkdf2_hmac("sha256", b"a", b"b", 2**31 - 1)  # minutes, deaf to signals
+"""
+DETAILS = """
+signals.details = lambda: "compiling jit_step, 7 s so far"
 """
 FREE = """
 try:
@@ -31,11 +35,21 @@ STUCK = """
 try:
     say("ready")
     busy()
-except interrupt.Interrupted as error:  # it came before
+except interrupt.Interrupted as error:
+    say("it came before")
     sys.exit(error.code)
 """
+SLOW = """
+try:
+    say("ready")
+    time.sleep(60)
+except interrupt.Interrupted as error:
+    print("interrupted", file=sys.stderr, flush=True)
+    signals.told = True
+    busy()
+"""
 STEPS = """
-with signals.deferred():
+with signals.deferred("the next pause in step 3"):
     say("ready")
     try:
         while True:
@@ -68,24 +82,41 @@ def started(body):
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
-@pytest.mark.parametrize("body", [FREE, STUCK, STEPS], ids=["free", "stuck", "steps"])
+@pytest.mark.parametrize("body", [FREE, STUCK, SLOW, STEPS], ids=["free", "stuck", "slow", "steps"])
 def test_one_signal_ends_with_its_code(body, number, code):
     process = started(body)
     process.send_signal(number)
     out, errors = process.communicate(timeout=30)
     assert process.returncode == code
     name = signal.Signals(number).name
-    assert errors == (f"{name}: ending; once more ends at once\n" if body == STEPS else "")
+    told = {
+        FREE: "",
+        SLOW: "interrupted\n",
+        STUCK: f"{name}: ended at once; continue with --workdir runs/a\n",
+        STEPS: f"{name}: waiting for the next pause in step 3, then the run ends; once more ends "
+        "it at once\n",
+    }
+    assert errors == ("" if "it came before" in out else told[body])
     assert body != STEPS or out.endswith("step\nsaved\n")
 
 
-def test_a_second_signal_ends_at_once():
-    process = started(STEPS.replace("signals.check()", "time.sleep(60)"))
+@pytest.mark.parametrize("second", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("deaf", ["time.sleep(60)", "busy()"], ids=["waiting", "compiling"])
+def test_a_second_signal_ends_at_once_and_says_so(deaf, second):
+    process = started(DETAILS + STEPS.replace("for _ in range(10):", f"{deaf}\n            if 1:"))
     process.send_signal(signal.SIGTERM)
     time.sleep(0.5)
     assert process.poll() is None
-    process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=30) == 128 + signal.SIGTERM
+    began = time.monotonic()
+    process.send_signal(second)
+    _, errors = process.communicate(timeout=30)
+    assert process.returncode == 128 + second and time.monotonic() - began < 2
+    waits, ended = errors.splitlines()
+    assert "waiting for the next pause in step 3 (compiling jit_step, 7 s so far)" in waits
+    assert ended == (
+        f"{second.name}: ended at once during the next pause in step 3 (compiling jit_step, 7 s so "
+        "far); continue with --workdir runs/a"
+    )
 
 
 def test_a_process_ends_although_a_thread_hangs():

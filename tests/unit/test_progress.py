@@ -14,7 +14,7 @@ from rich.console import Console
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.support.command import ROOT
 from train import setup
-from train.compile.cache import keep_compiled
+from train.compile.cache import Compiling, keep_compiled, prune
 from train.optimizer import OptimizerSettings
 from train.recipes import get_recipe
 from train.report import progress, steps
@@ -93,6 +93,27 @@ def test_the_first_line_comes_before_the_imports(tmp_path):
     assert "importing" in line and seconds < 3
 
 
+PROGRAM = """
+import sys
+sys.path[0] = {root!r}
+from pathlib import Path
+import jax
+from train.compile.cache import Compiling, keep_compiled, prune, prune
+folder = Path({folder!r})
+held = lambda: len(list(folder.glob("*-cache")))
+print(held())
+if not held():
+    keep_compiled(str(folder))
+    double = jax.jit(lambda x: x + x)
+    double(1.0)
+    prune(folder, 0)
+    print(held())
+    jax.clear_caches()
+    double(1.0)
+    print(held())
+"""
+
+
 @pytest.fixture
 def no_cache():
     before = jax.config.jax_compilation_cache_dir
@@ -111,6 +132,82 @@ def test_compiled_programs_are_kept_in_a_folder_that_is_named(no_cache, tmp_path
 
 def test_nothing_is_kept_if_so_asked(no_cache):
     assert keep_compiled(None) is None and jax.config.jax_compilation_cache_dir is None
+
+
+def kept_program(folder, name, used, size):
+    """A compiled program of some bytes, last used so many seconds ago."""
+    path = folder / f"jit_{name}-{'0' * 64}-cache"
+    path.write_bytes(b"x" * size)
+    os.utime(path, (time.time() - used, time.time() - 1000))
+    return path
+
+
+def test_a_folder_of_compiled_programs_is_cut_down_to_what_was_used_last(tmp_path):
+    old, older, used = (
+        kept_program(tmp_path, n, s, 400) for n, s in (("a", 500), ("b", 900), ("c", 1))
+    )
+    foreign = tmp_path / "my-cache"
+    foreign.write_bytes(b"y" * 4000)
+    prune(tmp_path, 1200)
+    assert old.exists() and older.exists() and used.exists()
+    prune(tmp_path, 1199)
+    assert old.exists() and not older.exists() and used.exists()
+    prune(tmp_path, 1)
+    assert [path for path in tmp_path.iterdir()] == [foreign], "what JAX did not write stays"
+
+
+def test_a_run_cuts_down_its_own_folder_only(no_cache, tmp_path):
+    path = kept_program(tmp_path, "a", 1, 2000)
+    assert keep_compiled(str(tmp_path), 0.0) and path.exists(), "0 keeps all"
+    assert keep_compiled(str(tmp_path), 1e-6) and path.exists(), "named by JAX's own setting now"
+    jax.config.update("jax_compilation_cache_dir", None)
+    assert keep_compiled(str(tmp_path), 1e-6) and not path.exists()
+    assert get_recipe("needle_rl").output.compile_cache_gb > 0
+
+
+def test_what_is_pruned_is_compiled_again_and_kept(no_cache, tmp_path):
+    """By JAX itself: names of its files are those that `prune` knows."""
+    code = PROGRAM.format(root=str(ROOT), folder=str(tmp_path))
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("JAX_COMPILATION")}
+    environment["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
+    said = [
+        subprocess.run(
+            [sys.executable, "-c", code],
+            env=environment,
+            check=True,
+            capture_output=True,
+            text=True,
+        ).stdout.split()
+        for _ in range(2)
+    ]
+    (before, pruned, after), (kept, *_) = said
+    assert before == "0" and pruned == "0" and int(after) > 0 and kept == after
+
+
+@pytest.fixture
+def compiling():
+    found = Compiling()
+    yield found
+    jax.monitoring.unregister_scalar_listener(found._begin)
+    jax.monitoring.unregister_event_duration_listener(found._end)
+
+
+def test_what_is_being_compiled_is_known(compiling):
+    seen = []
+
+    def double(x):
+        return x + x
+
+    def note(event, value, **_):
+        if event.endswith("backend_compile_duration"):
+            seen.append(str(compiling))
+
+    jax.monitoring.register_scalar_listener(note)
+    assert str(compiling) == ""
+    jax.jit(double)(3.0)
+    jax.monitoring.unregister_scalar_listener(note)
+    assert any("compiling" in text and "double" in text and "0 s" in text for text in seen)
+    assert str(compiling) == ""
 
 
 def test_rate_and_memory_are_those_of_the_last_update():

@@ -43,6 +43,14 @@ class Signals:
     def __init__(self) -> None:
         self.received = 0
         """Number of the first signal, 0 before."""
+        self.doing = ""
+        """What a signal waits for while it is deferred."""
+        self.details: Callable[[], str] = str
+        """Says more of it, or nothing."""
+        self.told = False
+        """Whether the user knows that the process ends."""
+        self.remedy = ""
+        """How the run is continued, once that is known."""
         self._deferred = 0
         self._sync: Callable[[int], int] = lambda number: number
 
@@ -62,13 +70,15 @@ class Signals:
         self._sync = sync
 
     @contextlib.contextmanager
-    def deferred(self) -> Iterator[None]:
-        """Signals wait for `check`."""
+    def deferred(self, doing: str) -> Iterator[None]:
+        """Signals wait for `check`, and meanwhile for what is being done."""
+        outer, self.doing = self.doing, doing
         self._deferred += 1
         try:
             yield
         finally:
             self._deferred -= 1
+            self.doing = outer
 
     def check(self) -> None:
         """Where a run can be ended; raises Interrupted if a signal has reached any host."""
@@ -88,22 +98,38 @@ class Signals:
             if number not in SIGNALS:
                 continue
             if first:
-                os._exit(128 + number)
+                self._end(number, 128 + number)
             first = self.received = number
             if self._deferred:
-                _tell(f"{signal.Signals(number).name}: ending; once more ends at once")
+                waits = f"waiting for {self._busy()}, then the run ends; once more ends it at once"
+                _tell(number, waits)
             else:
                 threading.Thread(target=self._end_if_stuck, args=(number,), daemon=True).start()
 
     def _end_if_stuck(self, number: int) -> None:
         time.sleep(GRACE_SECONDS)
-        if not self._deferred:
+        if self._deferred:
+            return
+        if self.told:
             os._exit(exit_code(number))
+        self._end(number, exit_code(number))
+
+    def _end(self, number: int, code: int) -> None:
+        """End the process here and now, with one line."""
+        parts = ["ended at once", self._busy() and f"during {self._busy()}"]
+        remedy = self.remedy and f"; {self.remedy}"
+        _tell(number, " ".join(filter(None, parts)) + remedy)
+        os._exit(code)
+
+    def _busy(self) -> str:
+        """What is being done."""
+        details = self.details()
+        return f"{self.doing} ({details})" if self.doing and details else self.doing or details
 
 
-def _tell(line: str) -> None:
+def _tell(number: int, line: str) -> None:
     with contextlib.suppress(OSError):
-        os.write(2, f"{line}\n".encode())
+        os.write(2, f"{signal.Signals(number).name}: {line}\n".encode())
 
 
 SIGNALS_OF_RUN = Signals()

@@ -7,12 +7,10 @@ a checksum of each of its arrays, and of what it says besides. docs/adr/0021 tel
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
+import os
 import re
 import shutil
-import sys
-import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +19,9 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from paravt_jax.checkpoint import save_args
-from paravt_jax.checksum import checksums
+from paravt_jax.checkpoint import CHECKSUMS, META, save_args
+from paravt_jax.checksum import checksums, is_intact, sealed
+from paravt_jax.event_loops import close_in_order
 from paravt_jax.params import Table
 from train.hosts.cluster import is_first, on_all_hosts
 from train.state import TrainState
@@ -35,6 +34,7 @@ class Checkpoints:
     """The `checkpoints/` folder of a workdir, for the parameters of a table."""
 
     def __init__(self, folder: Path, keep: int, table: Table):
+        close_in_order()
         _hush_writers()
         self.folder, self._keep, self._save_args = folder.absolute(), keep, save_args(table)
         # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
@@ -62,11 +62,11 @@ class Checkpoints:
             return
         self.wait()
         said = {"step": step, "updates": int(state.step), "data": data_state}
-        said["arrays"] = checksums(_arrays(state))
+        said[CHECKSUMS] = checksums(_arrays(state))
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params, self._save_args),
             "optimizer": ocp.args.StandardSave(state.optimizer),
-            "meta": ocp.args.JsonSave({**said, "crc32": _crc(said)}),
+            META: ocp.args.JsonSave(sealed(said)),
         }
         if state.teacher:
             items["teacher"] = ocp.args.StandardSave(state.teacher)
@@ -146,7 +146,7 @@ class Checkpoints:
         items: dict[str, Any] = {
             "params": ocp.args.StandardRestore(like.params),
             "optimizer": ocp.args.StandardRestore(like.optimizer),
-            "meta": ocp.args.JsonRestore(),
+            META: ocp.args.JsonRestore(),
         }
         if like.teacher:
             items["teacher"] = ocp.args.StandardRestore(like.teacher)
@@ -161,7 +161,7 @@ class Checkpoints:
             step=jax.device_put(np.int32(saved.meta["updates"]), like.step.sharding),
             teacher=saved.teacher if like.teacher else {},
         )
-        if "arrays" in saved.meta:
+        if CHECKSUMS in saved.meta:
             _verify(saved.meta, state)
         else:
             tell(f"{self.folder / str(step)} is of an earlier version and holds no checksums")
@@ -191,17 +191,12 @@ def _arrays(state: TrainState) -> dict[str, Any]:
     return {"params": state.params, "optimizer": state.optimizer, "teacher": state.teacher}
 
 
-def _crc(said: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps(said, sort_keys=True).encode())
-
-
 def _verify(meta: dict[str, Any], state: TrainState) -> None:
     """Raises ValueError if anything is not as it was saved."""
-    said = {key: value for key, value in meta.items() if key != "crc32"}
-    if _crc(said) != meta.get("crc32"):
+    if not is_intact(meta):
         raise ValueError("its step and data position have changed since they were written")
     found = checksums(_arrays(state))
-    changed = [name for name, value in meta["arrays"].items() if found.get(name) != value]
+    changed = [name for name, value in meta[CHECKSUMS].items() if found.get(name) != value]
     if changed:
         raise ValueError(f"{len(changed)} arrays have changed since, the first is {changed[0]}")
 
@@ -209,32 +204,26 @@ def _verify(meta: dict[str, Any], state: TrainState) -> None:
 def _reason(error: BaseException) -> str:
     """The heart of what Orbax and TensorStore say at length."""
     text = " ".join(str(error).split())
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    if code := re.search(r"os_error_code='(\d+)'", text):
+        return os.strerror(int(code.group(1)))
     found = re.search(r"\[OS error \d*:? ?([^\]]*)\]", text)
     return found.group(1).strip() if found else text[:200] or type(error).__name__
 
 
 def _hush_writers() -> None:
-    """A failed write ends in one line of ours; threads of Orbax and TensorStore would add hundreds.
+    """A failed write ends in one line of ours; Orbax would log it in hundreds.
 
-    Their errors reach us by `check_for_errors` and `wait_until_finished`.
+    Its errors reach us by `check_for_errors` and `wait_until_finished`.
     """
     logger = logging.getLogger("absl")
     if _not_of_orbax not in logger.filters:
         logger.addFilter(_not_of_orbax)
-        sys.excepthook = _without_closed_loops
 
 
 def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
-
-
-_excepthook = sys.excepthook
-
-
-def _without_closed_loops(kind: Any, error: BaseException, trace: Any) -> None:
-    """TensorStore tells an event loop of a failed write after Orbax has closed it."""
-    if not (isinstance(error, RuntimeError) and str(error) == "Event loop is closed"):
-        _excepthook(kind, error, trace)
 
 
 def check_resume(folder: Path, resume: str) -> bool:

@@ -29,7 +29,7 @@ class Saver:
     ):
         self._checkpoints, self._output = checkpoints, output
         self._signals, self._lock, self._first = signals, lock, first_step
-        self._saved_at = time.monotonic()
+        self._saved_at, self._step = time.monotonic(), first_step + 1
         self._save: Callable[[], None] | None = None
         """Saves the state of before the step that is being made, as long as that exists."""
 
@@ -37,7 +37,7 @@ class Saver:
     def guard(self) -> Iterator[None]:
         """Within it a signal waits for a place where the run can be ended, and the last whole
         state is saved before it is."""
-        with self._signals.deferred():
+        with self._signals.deferred("the first step"):
             try:
                 yield
             except Interrupted:
@@ -58,6 +58,7 @@ class Saver:
           OSError: the workdir is gone, or a checkpoint could not be written.
         """
         self._save = None
+        self._step, self._signals.doing = done + 1, f"the next pause in step {done + 1}"
         if done > self._first:
             self._save = functools.partial(self._checkpoints.save, done, state, data_state)
         failed = self._checkpoints.failure()
@@ -79,10 +80,12 @@ class Saver:
     def begin_update(self) -> None:
         """From here on the state of before the step is donated, and there is nothing to save."""
         self._save = None
+        self._signals.doing = f"the update of step {self._step}"
 
     def finish(self, done: int, state: TrainState, data_state: Any) -> None:
         """After the last step: the state is on the disk when this returns."""
         self.between_steps(done, state, data_state)
+        self._signals.doing = "the last checkpoint"
         self._checkpoints.save(done, state, data_state)
         self._checkpoints.wait()
 
@@ -93,5 +96,6 @@ class Saver:
 
     def _save_last(self) -> None:
         if self._save is not None:
+            self._signals.doing = "the last checkpoint"
             self._save()
             self._checkpoints.wait()

@@ -58,6 +58,12 @@ RANGES = [
     refused("data.frames_as=gif", named=("video",)),
     refused("data.frames_as=video", "data.video_marks=inner", named=("outer", "each")),
     refused("data.video_marks=each", named=("data.frames_as",)),
+    refused("output.compile_cache_gb=-1"),
+    refused(
+        "output.compile_cache=none",
+        "output.compile_cache_gb=2",
+        named=("output.compile_cache=none",),
+    ),
     refused("data.instructions=loud", named=("terse",)),
     refused("model.compute_dtype=float16", named=("bfloat16",)),
     refused("model.cache_dtype=int4", named=("int8",)),
