@@ -1,10 +1,19 @@
 """Rewards that are a function of the user's own."""
 
 import dataclasses
+import sys
 
 import pytest
 
-from paravt_jax.rewards import Attempt, RewardRules, ranges, reward_terms, score
+from paravt_jax.rewards import (
+    Attempt,
+    RewardRules,
+    ranges,
+    reward_terms,
+    scheme_names,
+    schemes,
+    score,
+)
 
 SAID = "<think>\nthe ball is red\n</think>\n<answer>red</answer>"
 
@@ -95,3 +104,25 @@ def test_what_declares_no_terms_is_refused_at_once():
 def test_a_declaration_without_meaning_is_refused(ranges):
     with pytest.raises(ValueError, match="reward_terms"):
         reward_terms(**ranges)
+
+
+def test_a_module_among_the_schemes_is_found_by_its_name(tmp_path, monkeypatch):
+    """A scheme of this package is one file: nothing else names it."""
+    (tmp_path / "lengthy.py").write_text(
+        "from paravt_jax.rewards.rules import Scheme, breakdown, total_range\n"
+        "def score(attempt, rules):\n"
+        "    return breakdown(rules, accuracy=0.0, format=0.0, added={'words': 2.0})\n"
+        "def ranges(rules):\n"
+        "    zero = (0.0, 0.0)\n"
+        "    parts = {'accuracy': zero, 'format': zero, 'tool': zero, 'words': (0.0, 9.0)}\n"
+        "    return total_range(rules, parts)\n"
+        "SCHEME = Scheme(score, ranges, reads=('grounded',))\n"
+    )
+    monkeypatch.setattr(schemes, "__path__", [*schemes.__path__, str(tmp_path)])
+    monkeypatch.delitem(sys.modules, f"{schemes.__name__}.lengthy", raising=False)
+    assert "lengthy" in scheme_names()
+    rules = RewardRules(scheme="lengthy", grounded=True)
+    assert score(SAID, "red", rules=rules).total == 2.0
+    assert ranges(rules)["total"] == (0.0, 9.0)
+    with pytest.raises(ValueError, match=r"tool_base=0\.5 has no effect with scheme=lengthy"):
+        RewardRules(scheme="lengthy", tool_base=0.5)
