@@ -12,6 +12,8 @@ EMPTY = "is empty (an unset shell variable?); give a value, or leave it out"
 
 MAY_BE_EMPTY = ("think_prefix", "constrain")
 """Settings of which an empty text means that there is none."""
+MAY_BE_BLANK = ("stop",)
+"""Settings whose texts may be white space alone: turns may end at a blank line."""
 
 
 def given(text: str) -> str:

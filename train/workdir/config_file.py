@@ -85,8 +85,10 @@ def younger_settings(workdir: Path, settings: Any) -> list[str]:
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
-    """All settings by their dotted names, as JSON values."""
-    return _flatten(json.loads(json.dumps(dataclasses.asdict(settings))))
+    """All settings by their dotted names, as JSON values. Which of them were given is none."""
+    values = dataclasses.asdict(settings)
+    values.pop("given", None)
+    return _flatten(json.loads(json.dumps(values)))
 
 
 def differences(before: Any, now: Any) -> dict[str, Difference]:
