@@ -18,6 +18,11 @@ from train.settings.override import based_on, leaves, override
 ALL = {name: get_recipe(name) for name in RECIPES}
 NAMES = dict(leaves(ALL["needle_rl"]))
 """Every setting that there is."""
+OFF = (
+    based_on(ALL["needle_visd"], {"teacher.full_weight": 1.0}),
+    based_on(ALL["needle_rl"], {"output.compile_cache": None}),
+)
+"""Configurations that switch off what every recipe has."""
 ROWS = {f"{row.settings} by {row.when}": row for row in TABLE}
 
 
@@ -37,7 +42,7 @@ def test_the_default_of_what_does_not_act_is_refused_if_it_is_given(row):
     if row.off is not IF_GIVEN:
         return
     asked = 0
-    for config in (*ALL.values(), based_on(ALL["needle_visd"], {"teacher.full_weight": 1.0})):
+    for config in (*ALL.values(), *OFF):
         for name in () if row.acts(config) else concerned(row):
             value = dict(leaves(config))[name]
             if value in (None, (), ""):
@@ -97,24 +102,25 @@ def replaced(config: Config, changes: dict[str, Any], given: tuple[str, ...] = (
 @pytest.mark.parametrize(
     ("recipe", "settings", "said"),
     [
-        ("needle_rl", ["rl.filter_redraws=3"], "without rl.filter_groups; set it too"),
-        ("needle_rl", ["model.lora.alpha=32"], "without model.lora.rank; set it too"),
+        ("needle_rl", ["rl.filter_redraws=3"],
+         "with rl.filter_groups=none; leave it out, or set rl.filter_groups too"),
+        ("needle_rl", ["model.lora.alpha=32"], "with model.lora.rank=0; leave it out"),
         ("needle_rl", ["rl.epochs=2", "objective.surrogate=soft", "objective.clip_low=0.1"],
          "with objective.surrogate=soft; leave it out, or set objective.surrogate=clip"),
         ("needle_rl", ["objective.regression_detached=true"], "set objective.surrogate=regression"),
         ("needle_rl", ["objective.clip_high=0.20"], "set rl.epochs or rl.minibatches"),
         ("needle_rl", ["objective.constant_length=64"], "set objective.aggregation=constant"),
-        ("needle_rl", ["advantages.kl_estimator=k1"], "without advantages.kl_weight"),
+        ("needle_rl", ["advantages.kl_estimator=k1"], "with advantages.kl_weight=0"),
         ("needle_rl", ["rewards.window_term=iou"], "set rewards.scheme=longvt"),
         ("needle_rl", ["rewards.grounded=false"], "rewards.scheme to deepvideo_r1, visd or vital"),
         ("needle_vital", ["rewards.mode=f1"], "rewards.scheme to longvt, paravt or video_o3"),
         ("needle_longvt", ["rewards.anchor_weight=0"], "set rewards.scheme=paravt"),
         ("needle_sft", ["optimizer.decay=constant", "optimizer.final_fraction=0"],
          "with optimizer.decay=constant; leave it out, or set optimizer.decay=cosine"),
-        ("needle_visd", ["teacher.judge.model=m"], "without teacher.judge.url"),
+        ("needle_visd", ["teacher.judge.model=m"], "with teacher.judge.url=;"),
         ("needle_visd", ["teacher.full_weight=1", "teacher.support=16"], "teacher.full_weight=1"),
         ("needle_video_o3_sft", ["sft.task_masks=0", "sft.mask_predictor=true"],
-         "without sft.task_masks"),
+         "with sft.task_masks=0"),
     ],
 )  # fmt: skip
 def test_what_is_said(recipe, settings, said):

@@ -70,7 +70,8 @@ class Only:
         if self.said:
             return Refused(config, f"{own} {self.said}")
         if not isinstance(self.values, tuple):
-            return Refused(config, f"{own} without {{{when}:name}}; set it too, or leave this out")
+            remedy = f"leave it out, or set {{{when}:name}} too"
+            return Refused(config, f"{own} with {{{when}}}; {remedy}")
         others = any_of(map(as_text, self.values))
         other = f"{{{when}:={others}}}" if len(self.values) == 1 else f"{{{when}:name}} to {others}"
         return Refused(config, f"{own} with {{{when}}}; leave it out, or set {other}")
@@ -156,6 +157,7 @@ TABLE = (
     Only("sft.mask_predictor", "sft.task_masks"),
     Only("evaluation.rows", "packs_conversations", operator.not_, 0,
          f"{PACKED}, which hold no questions to evaluate; set it to 0"),
+    Only("output.compile_cache_gb", "output.compile_cache"),
 )  # fmt: skip
 """All of them, but for the settings of rewards, of which each scheme says which it reads."""
 

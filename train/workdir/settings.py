@@ -30,12 +30,3 @@ class OutputSettings(Settings):
     compile_cache_gb: Annotated[float, at_least(0)] = 4.0
     """GiB that this folder is cut down to before a run, programs that were longest not used first;
     0 keeps all."""
-
-    def __post_init__(self) -> None:
-        """Raises ValueError for a setting that has no effect."""
-        default = type(self).compile_cache_gb
-        if self.compile_cache is None and self.compile_cache_gb != default:
-            raise ValueError(
-                f"output.compile_cache_gb={self.compile_cache_gb} has no effect with "
-                "output.compile_cache=none; leave it out"
-            )
