@@ -100,7 +100,7 @@ def needle_rl() -> Config:
     """PARA-GRPO on the needle world, from the committed cold start: `python train/main.py`.
 
     Two quiet x86-64 cores, 10.6 minutes with set-up and both evaluations. Over three seeds accuracy
-    sampled at T=1 goes from 0.46 to 0.76-0.79, greedy from 0.39 to 0.84-0.86; on open questions about
+    sampled at T=1 goes from 0.46 to 0.76-0.79, greedy from 0.39 to 0.84-0.86; on open questions on
     videos of two events from 0.57 to 0.93-0.96 and from 0.45 to 1.00; crops from 2.3 to 3.9.
     These are figures of the split `test`; compare settings by `--set evaluation.split=held_out`.
     """
