@@ -27,7 +27,7 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from paravt_jax.flags import EMPTY, MAY_BE_BLANK, MAY_BE_EMPTY
+from paravt_jax.flags import EMPTY, is_empty
 from paravt_jax.plugins import Own, named
 from paravt_jax.ranges import fault
 
@@ -205,9 +205,8 @@ def _check_values(section: Any) -> None:
             raise Refused(section, f"{{{name}}}: must be {said}")
         if not all(_is_choice(part, hint) for part in parts):
             raise Refused(section, f"{{{name}}}: choose {{known}}", known=told_choices(hint))
-        texts = [part for part in parts if isinstance(part, str)]
-        empty = not all(text if name in MAY_BE_BLANK else text.strip() for text in texts)
-        if empty and value != field.default and name not in MAY_BE_EMPTY:
+        empty = any(isinstance(part, str) and is_empty(part, name) for part in parts)
+        if empty and value != field.default:
             raise Refused(section, f"{{{name}:name}} {EMPTY}")
 
 

@@ -25,12 +25,13 @@ from pipelines.video import VideoReader
 from train import setup
 from train.compile.ahead import LargestBatch, compile_step
 from train.compile.footprint import footprint, format_footprint, planned_mesh
-from train.config import Config, Stage, to_dict
+from train.config import Config, Stage
 from train.data.questions import read_questions, split_sets
 from train.methods.difficulty import hint_room
 from train.methods.hindsight import open_feedback
 from train.optimizer import check_continued, make_optimizer, warm_up_note
 from train.rl.scoring import Scorer
+from train.settings.override import to_dict
 from train.sft.conversations import open_conversations
 from train.state import is_trainable
 from train.workdir.checkpoints import check_resume

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
 from evaluate.settings import EvaluationSettings
 from paravt_jax.advantages import AdvantageConfig
@@ -93,10 +93,3 @@ class Config(Settings):
     def optimizer_steps(self) -> int:
         """Optimiser steps of the whole run, which the learning rate's schedule counts."""
         return self.steps * (self.rl.updates if self.stage is Stage.RL else 1)
-
-
-def to_dict(config: Config) -> dict[str, Any]:
-    """The resolved configuration as plain JSON values."""
-    values = dataclasses.asdict(config)
-    del values["given"]
-    return values

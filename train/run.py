@@ -22,7 +22,7 @@ from train import checks, setup
 from train.compile.cache import Compiling, keep_compiled
 from train.compile.input_sizes import agent_input_sizes
 from train.compile.rehearsal import rehearse_run
-from train.config import Config, Stage, to_dict
+from train.config import Config, Stage
 from train.data.questions import Questions, all_rows, identities, open_rows
 from train.hosts.cluster import is_first, max_over_hosts, on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
@@ -33,6 +33,7 @@ from train.report.progress import introduction
 from train.report.steps import Clock, StepReport
 from train.rl.loop import reinforce
 from train.rl.scoring import Scorer
+from train.settings.override import to_dict
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state

@@ -7,9 +7,9 @@ import os
 import pytest
 
 from train import checks, main
-from train.config import Config, to_dict
+from train.config import Config
 from train.recipes import RECIPES, get_recipe
-from train.settings.override import override
+from train.settings.override import override, to_dict
 from train.workdir.config_file import MAY_CHANGE, check_same_run, read_settings
 from train.workdir.files import write_atomically
 

@@ -91,3 +91,7 @@ def test_what_may_be_empty_and_how_a_list_is_emptied():
         ["agent.think_prefix=", "agent.sampling.constrain=", "data.mixture=none", "mesh=none"],
     )
     assert config.agent.think_prefix == "" and config.data.mixture == () and config.mesh is None
+    lines = override(CONFIG, ["agent.sampling.stop=\n\n,</answer>"]).agent.sampling
+    assert lines.stop == ("\n\n", "</answer>")
+    with pytest.raises(ValueError, match=r"agent\.sampling\.stop.*empty"):
+        override(CONFIG, ["agent.sampling.stop=a,"])

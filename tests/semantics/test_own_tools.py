@@ -158,7 +158,7 @@ def wrong() -> str:
 
 def test_functions_given_as_such_or_by_name(tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
-    names = [f"{tmp_path}/mine.py:{name}" for name in ("length", "broken", "wrong")]
+    names = [Own(f"{tmp_path}/mine.py:{name}") for name in ("length", "broken", "wrong")]
     turn = calls_turn(*(call(name) for name in ("length", "broken", "wrong")))
     episode = Episode(turn, ANSWER, tools=tuple(names), max_calls_per_turn=3)
     assert episode.responses == [

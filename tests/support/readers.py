@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
@@ -30,3 +30,6 @@ class StillReader:
     def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         assert self.clip_frames, "nobody asks for a clip here"
         return self.overview(video, self.clip_frames)
+
+    def frames_at(self, video: VideoRef, times: Sequence[float]) -> Frames:
+        return self.overview(video, len(times))

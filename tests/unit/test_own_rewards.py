@@ -14,6 +14,7 @@ from paravt_jax.rewards import (
     schemes,
     score,
 )
+from paravt_jax.rewards.rules import readers_of
 
 SAID = "<think>\nthe ball is red\n</think>\n<answer>red</answer>"
 
@@ -124,5 +125,4 @@ def test_a_module_among_the_schemes_is_found_by_its_name(tmp_path, monkeypatch):
     rules = RewardRules(scheme="lengthy", grounded=True)
     assert score(SAID, "red", rules=rules).total == 2.0
     assert ranges(rules)["total"] == (0.0, 9.0)
-    with pytest.raises(ValueError, match=r"tool_base=0\.5 has no effect with scheme=lengthy"):
-        RewardRules(scheme="lengthy", tool_base=0.5)
+    assert readers_of("grounded") == ("deepvideo_r1", "lengthy", "visd", "vital")

@@ -80,7 +80,7 @@ def lucky(attempt):
 
 
 def test_all_hosts_take_the_first_ones_word_on_a_function_of_the_users(groups, monkeypatch):
-    monkeypatch.setattr(scoring, "from_first", lambda values: np.full_like(values, 0.5))
+    monkeypatch.setattr(scoring, "numbers_from_first", lambda values: np.full_like(values, 0.5))
     lucks = {
         t.rewards["luck"] for g in Scorer(RewardRules(scheme=lucky))(groups) for t in g.trajectories
     }

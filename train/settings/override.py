@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from paravt_jax.flags import EMPTY, MAY_BE_EMPTY
+from paravt_jax.flags import EMPTY, is_empty
 from paravt_jax.plugins import Own
 from paravt_jax.settings import (
     Refused,
@@ -117,6 +117,12 @@ def default_of(field: dataclasses.Field[Any]) -> Any:
     return field.default
 
 
+def to_dict(config: Any) -> dict[str, Any]:
+    """The resolved configuration as plain JSON values."""
+    unset = {field.name for field in dataclasses.fields(config) if field.metadata == UNSET}
+    return {k: value for k, value in dataclasses.asdict(config).items() if k not in unset}
+
+
 def _apply(config: Any, assignments: list[Assignment], written: Mapping[str, str]) -> Any:
     changes = _changes(config, assignments, "", written)
     given = _given(config, changes, [own.key for own in assignments])
@@ -208,7 +214,7 @@ def parse(text: str, hint: Any, key: str) -> Any:
 
 def _parsed(part: str, hint: Any, key: str, text: str) -> Any:
     """A single value, which is a part of a text."""
-    if not part.strip() and key.rpartition(".")[2] not in MAY_BE_EMPTY:
+    if is_empty(part, key.rpartition(".")[2]):
         raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
     if choices(hint) or takes_own(hint):
         return _choice(part, hint, f"--set {key}={text}")
@@ -222,7 +228,7 @@ def _parsed(part: str, hint: Any, key: str, text: str) -> Any:
 def _choice(text: str, hint: Any, said: str) -> Any:
     """One of the values that a type lists, or the name of a function of the user's own."""
     if takes_own(hint) and ":" in text:
-        return text
+        return Own(text)
     for known in choices(hint):
         if str(known) == text:
             return known
@@ -240,7 +246,7 @@ def typed(value: Any, hint: Any, key: str) -> Any:
     origin, inner = typing.get_origin(kind), typing.get_args(kind)
     if value is None and type(None) in alternatives(hint):
         return None
-    if takes_own(hint) and origin is not tuple and (callable(value) or isinstance(value, str)):
+    if takes_own(hint) and origin is not tuple and callable(value):
         return value
     if isinstance(kind, type) and dataclasses.is_dataclass(kind):
         return value if isinstance(value, kind) else _typed_section(value, kind, key)
@@ -248,7 +254,7 @@ def typed(value: Any, hint: Any, key: str) -> Any:
         return tuple(typed(item, inner[0], key) for item in value)
     if origin is dict and isinstance(value, dict):
         return {name: typed(item, inner[1], f"{key}.{name}") for name, item in value.items()}
-    if choices(kind) and origin is not tuple:
+    if (choices(hint) or takes_own(hint)) and origin is not tuple:
         return _choice(str(value), hint, f"{key}={value}")
     if kind is float and type(value) is int:
         return float(value)

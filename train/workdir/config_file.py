@@ -5,7 +5,6 @@ Settings are any tree of dataclasses.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import json
 import os
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from train.settings.override import based_on, typed
+from train.settings.override import based_on, to_dict, typed
 
 Settings = TypeVar("Settings")
 
@@ -85,10 +84,8 @@ def younger_settings(workdir: Path, settings: Any) -> list[str]:
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
-    """All settings by their dotted names, as JSON values. Which of them were given is none."""
-    values = dataclasses.asdict(settings)
-    values.pop("given", None)
-    return _flatten(json.loads(json.dumps(values)))
+    """All settings by their dotted names, as JSON values."""
+    return _flatten(json.loads(json.dumps(to_dict(settings))))
 
 
 def differences(before: Any, now: Any) -> dict[str, Difference]:

@@ -7,11 +7,10 @@ from pathlib import Path
 
 from tests.support.command import SMALL
 from tests.support.videos import write_video
-from train.config import to_dict
 from train.data.needle import questions_of_world
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
-from train.settings.override import override
+from train.settings.override import override, to_dict
 
 QUESTIONS = """video,question,answer,question_type
 a.mp4,What colour is the wall?,red,oe
