@@ -18,7 +18,7 @@ from models.common.folder import ADAPTER_CONFIG as CONFIG
 from models.common.folder import whole_folder
 from models.common.safetensors_io import read_json
 from models.common.weights import load_params, to_host
-from paravt_jax.lora import NO_LORA, TARGETS, LoraConfig, adapter_table
+from paravt_jax.lora import NO_LORA, TARGETS, LoraConfig, Target, adapter_table
 from paravt_jax.params import Params, Table
 
 ADAPTER = "adapter"
@@ -137,7 +137,8 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
     if foreign:
         values = ", ".join(f"{name}={raw.get(name)!r}" for name in foreign)
         raise ValueError(f"{path} has {values}: give a plain LoRA adapter, or merge it with peft")
-    targets = tuple(name for name in TARGETS if _is_target(raw.get("target_modules"), name))
+    named = raw.get("target_modules")
+    targets: tuple[Target, ...] = tuple(name for name in TARGETS if _is_target(named, name))
     return LoraConfig(rank=raw["r"], alpha=raw["lora_alpha"], targets=targets)
 
 
