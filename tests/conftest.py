@@ -74,7 +74,7 @@ def turns_that_call(monkeypatch) -> None:
     """What a turn calls is drawn from its text, see `rollout_law`."""
     from tests.support.rollout_law import calls_of
 
-    monkeypatch.setattr("rollout.episode.parse_tool_calls", calls_of)
+    monkeypatch.setattr("rollout.agent.parse_tool_calls", calls_of)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
