@@ -84,9 +84,9 @@ def test_small_steps_move_weights_while_products_are_bfloat16():
     kernels = r"text\..*\.kernel"
     params = {n: x for n, x in model.params(config, mesh).items() if re.fullmatch(kernels, n)}
     assert params and all(x.dtype == jnp.float32 for x in params.values())
-    assert moved(params, optimizer, make_state(dict(params), config, mesh, optimizer)) > 0.99
+    assert moved(params, optimizer, make_state(dict(params), config.model, mesh, optimizer)) > 0.99
     rounded = {name: x.astype(jnp.bfloat16) for name, x in params.items()}
-    assert moved(rounded, optimizer, make_state(dict(rounded), config, mesh, optimizer)) < 0.5
+    assert moved(rounded, optimizer, make_state(dict(rounded), config.model, mesh, optimizer)) < 0.5
 
 
 def test_questions_about_one_video_have_prompts_of_their_own():

@@ -1,6 +1,6 @@
 """Random and mutated completions through parser and rewards, with an eye on the whole process.
 
-    python tests/fuzz_completions.py COUNT [SEED]
+    python tests/support/fuzz_completions.py COUNT [SEED]
 
 Run from the root of the checkout. No text may raise, give a reward outside of its range, open a
 file, import a module, start a process or run code: an audit hook ends the process that does.
@@ -10,7 +10,8 @@ import os.path
 import sys
 
 if __name__ == "__main__":
-    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+    here = os.path.dirname(os.path.abspath(__file__))
+    sys.path[0] = os.path.dirname(os.path.dirname(here))
 
 import json
 import pathlib

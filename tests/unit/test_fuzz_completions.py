@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPT = ROOT / "tests" / "fuzz_completions.py"
+SCRIPT = ROOT / "tests" / "support" / "fuzz_completions.py"
 
 
 def fuzz(count, *arguments):

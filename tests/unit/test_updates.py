@@ -274,7 +274,6 @@ def test_the_schedule_counts_optimiser_steps():
 @pytest.mark.parametrize(
     ("objective", "rl", "named"),
     [
-        (CLIPPED, {}, "objective.clip_low=0.1 has no effect"),
         (ObjectiveConfig(surrogate="soft"), {}, "objective.surrogate=soft"),
         (REGRESSION, {}, "set rl.epochs or rl.minibatches"),
         (ObjectiveConfig(), {"overlong_limit": 900, "overlong_margin": 8}, "at most 44 tokens"),
