@@ -26,8 +26,13 @@ READ_BY_ALL = ("scheme", "format_weight", "judge")
 
 def scheme_names() -> tuple[str, ...]:
     """The schemes of this package."""
-    folder = importlib.import_module(_SCHEMES)
-    return tuple(module.name for module in pkgutil.iter_modules(folder.__path__))
+    return _modules_below(tuple(importlib.import_module(_SCHEMES).__path__))
+
+
+@functools.cache
+def _modules_below(folders: tuple[str, ...]) -> tuple[str, ...]:
+    # Once: rules are made for every rollout that is scored, and folders are slow to list.
+    return tuple(sorted(module.name for module in pkgutil.iter_modules(folders)))
 
 
 @dataclasses.dataclass(frozen=True)

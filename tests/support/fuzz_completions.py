@@ -22,7 +22,7 @@ from collections import Counter
 from paravt_jax.protocol import crop_window, parse_tool_calls, parses_strictly
 from paravt_jax.rewards import RewardRules, ranges, scheme_names, score
 
-CASES = pathlib.Path(__file__).parent / "data" / "reference_cases"
+CASES = pathlib.Path(__file__).parents[1] / "data" / "reference_cases"
 FORBIDDEN = ("open", "exec", "import", "subprocess.", "socket.", "os.", "shutil.", "ctypes.")
 """Audit events: running compiled code is "exec", evaluating text would be "compile" and "exec"."""
 WAYS = ("tool_call", "grounding")
