@@ -133,6 +133,14 @@ def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) ->
     return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
 
 
+def platform() -> str:
+    """What the program that is being traced will run on, "cpu", "tpu" or "gpu": the platform of the
+    active mesh, whose devices may be elsewhere (`--compile-only`), or of this process without one.
+    """
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def constrain(x: Array, *axes: str | None) -> Array:
     """Ask the compiler to lay out an activation by its logical axes; no-op without a mesh."""
     mesh = jax.sharding.get_abstract_mesh()

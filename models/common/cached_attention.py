@@ -58,7 +58,10 @@ def append(
     """The cache with a block written after what each row has; what falls beyond it is dropped."""
     rows = jnp.arange(cache.lengths.shape[0]) if rows is None else rows
     slots = cache.lengths[rows][:, None] + jnp.arange(key.shape[1])
-    where = (layer, rows[:, None], slice(None), slots)
+    # Heads are indexed too: with a slice for them, XLA scatters windows of heads, for which a TPU
+    # copies the whole cache to another layout and back at every token.
+    heads = jnp.arange(key.shape[2])
+    where = (layer, rows[:, None, None], heads, slots[..., None])
     return dataclasses.replace(
         cache,
         keys=cache.keys.write(where, key),

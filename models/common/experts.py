@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.common.layers import ACTIVATIONS, Linear, precision
-from paravt_jax.mesh import partition
+from paravt_jax.mesh import partition, platform
 from paravt_jax.params import HfLayout, Normal, declare
 
 BLOCK = 32
@@ -157,7 +157,7 @@ def grouped_matmul(
 
     On CPU `jax.lax.ragged_dot` multiplies all rows with all matrices; blocks cost only theirs.
     """
-    if jax.default_backend() == "cpu":
+    if platform() == "cpu":
         return _blocked_matmul(rows, weights, sizes)
     return jax.lax.ragged_dot(rows, weights, sizes, precision=precision(rows.dtype))
 

@@ -14,6 +14,7 @@ import jax
 from jaxtyping import Array
 
 from models.common.layers import unstack_layers
+from paravt_jax.mesh import platform
 from paravt_jax.params import Params, Table
 
 EMBEDDING, HEAD = "text.embedding", "head.kernel"
@@ -23,7 +24,7 @@ MATRICES = (".kernel", ".gate_up", ".down")
 
 def prepare(params: Params, table: Table, dtype: Any) -> dict[str, Any]:
     """Weights of the model whose parameter table this is; what stays as it is, is not copied."""
-    unstacked = jax.default_backend() == "cpu"
+    unstacked = platform() == "cpu"
     prepared = {
         name: _prepare(weights, dtype if is_product(name) else weights.dtype, unstacked)
         if name.startswith(LAYERS)

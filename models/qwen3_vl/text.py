@@ -20,7 +20,7 @@ from models.common.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, s
 from models.qwen3_vl.config import TextConfig
 from paravt_jax.kv_cache import KVCache
 from paravt_jax.lora import NO_LORA, LoraConfig
-from paravt_jax.mesh import constrain
+from paravt_jax.mesh import constrain, platform
 from paravt_jax.params import Normal, declare, stack
 from paravt_jax.records import HiddenKeys, VisionFeatures
 
@@ -205,7 +205,7 @@ class TextTower(nnx.Module):
             return (add_deepstack(x, vision_index, features, number), after.caches), extra
 
         # On CPU, reading a layer of the cache at a constant offset is five times faster.
-        unroll = bool(context.caches) and jax.default_backend() == "cpu"
+        unroll = bool(context.caches) and platform() == "cpu"
         carry, routed, kept = (x, context.caches), [], []
         with jax.named_scope("decoder_layers"):
             for layers, rows, numbers in self._runs():
