@@ -38,7 +38,7 @@ class AdvantageConfig(Settings):
     leave_one_out: bool = False
     """Leave each rollout out of its own mean; RLOO."""
     ddof: Literal[0, 1] = 1
-    """1 divides the variance by n - 1, 0 by n."""
+    """1 divides the variance by n - 1, 0 by n. A single rollout has std 1 with 1."""
     eps: Annotated[float | int, above(0)] = 1e-5
     """Added to the standard deviation."""
     reward_scale: Annotated[float | int, above(0)] = 1.0
@@ -69,15 +69,7 @@ def rollout_advantages(
         config: how.
         difficulty: what tells how hard a group is: the whole reward. None takes `rewards`.
     """
-    shaped = shape_rewards(rewards, config.reward_scale, config.reward_bias, config.reward_clip)
-    advantages = group_advantages(
-        shaped,
-        normalise=config.normalise,
-        ddof=config.ddof,
-        eps=config.eps,
-        leave_one_out=config.leave_one_out,
-        scale_by_std=config.scale_by_std,
-    )
+    advantages = group_advantages(shape_rewards(rewards, config), config)
     if not config.difficulty_weighted:
         return advantages
     return advantages * difficulty_weights(rewards if difficulty is None else difficulty)
@@ -112,42 +104,26 @@ def turn_advantages(
 
 
 def shape_rewards(
-    rewards: Float[np.ndarray, "p g"],
-    scale: float | int = 1.0,
-    bias: float | int = 0.0,
-    clip: float | int | None = None,
+    rewards: Float[np.ndarray, "p g"], config: AdvantageConfig
 ) -> Float[np.ndarray, "p g"]:
     """r' = clip((r + bias) * scale, -clip, clip); equation 1 of the ParaVT release.
 
     The release uses scale 10, bias -0.2 and clip 20, which makes every reward above 2.2 the same.
     The default changes nothing.
     """
-    shaped = (np.asarray(rewards, np.float64) + bias) * scale
+    shaped = (np.asarray(rewards, np.float64) + config.reward_bias) * config.reward_scale
+    clip = config.reward_clip
     return shaped if clip is None else np.clip(shaped, -clip, clip)
 
 
 def group_advantages(
-    rewards: Float[np.ndarray, "p g"],
-    normalise: Literal["group", "batch", "none"] = "group",
-    ddof: Literal[0, 1] = 1,
-    eps: float | int = 1e-5,
-    leave_one_out: bool = False,
-    scale_by_std: bool = True,
+    rewards: Float[np.ndarray, "p g"], config: AdvantageConfig = AdvantageConfig()
 ) -> Float[np.ndarray, "p g"]:
     """A_i = (r_i - mean) / (std + eps) over the g rollouts of each of p prompts.
 
     Equation 2 of the ParaVT release; GRPO (arXiv 2402.03300, section 4.1.2). Without
     `scale_by_std` it is Dr. GRPO (arXiv 2503.20783), with `leave_one_out` RLOO's baseline
-    (arXiv 2402.14740).
-
-    Args:
-        rewards: one scalar per rollout.
-        normalise: over each group, over the whole batch, or not at all.
-        ddof: 1 divides the variance by n - 1, 0 by n. A single rollout has std 1 with ddof 1.
-        eps: added to the standard deviation.
-        leave_one_out: the mean of a rollout leaves itself out. The std is then taken around
-            these means.
-        scale_by_std: divide by the standard deviation.
+    (arXiv 2402.14740), around which the std is then taken.
 
     Returns:
         float64 `[p, g]`; exactly 0 where all rewards of a group (or batch) are equal.
@@ -159,14 +135,14 @@ def group_advantages(
     chex.assert_rank(rewards, 2)
     if not np.isfinite(rewards).all():
         raise ValueError("rewards hold NaN or infinity; check the reward function")
-    if normalise == "none":
+    if config.normalise == "none":
         return rewards
-    groups = rewards if normalise == "group" else rewards.reshape(1, -1)
-    centred = groups - _baseline(groups, leave_one_out)
+    groups = rewards if config.normalise == "group" else rewards.reshape(1, -1)
+    centred = groups - _baseline(groups, config.leave_one_out)
     # Equal rewards: their mean may be off by one ulp, which eps would blow up.
     centred = np.where(np.ptp(groups, axis=1, keepdims=True) == 0, 0.0, centred)
-    if scale_by_std:
-        centred = centred / (_std(centred, ddof) + eps)
+    if config.scale_by_std:
+        centred = centred / (_std(centred, config.ddof) + config.eps)
     return centred.reshape(rewards.shape)
 
 

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.advantages import group_advantages, kl_to_go, shape_rewards, whiten
+from paravt_jax.advantages import AdvantageConfig, group_advantages, kl_to_go, shape_rewards, whiten
 from paravt_jax.objectives import ObjectiveConfig, divergence, policy_loss
 from paravt_jax.protocol import TURN_END, parse_tool_calls
 from paravt_jax.rewards import RewardRules, reference, score
@@ -155,9 +155,8 @@ def test_reward_normalisation(name):
     params, x = PPO[name]["params"], array(name, "in", "x").astype(np.float64)
     size = params["group_size"] if params["mean_level"] == "group" else len(x)
     whole = len(x) // size * size  # Rows beyond the last full group cannot exist in [p, g].
-    result = group_advantages(
-        x[:whole].reshape(-1, size), leave_one_out=params["mean_leave1out"], eps=params["eps"]
-    )
+    config = AdvantageConfig(leave_one_out=params["mean_leave1out"], eps=params["eps"])
+    result = group_advantages(x[:whole].reshape(-1, size), config)
     np.testing.assert_allclose(
         result.reshape(-1), array(name, "out", "y")[:whole], rtol=0, atol=1e-6
     )
@@ -172,12 +171,12 @@ def test_token_normalisation(name):
 def advantages_of(name):
     """Advantages at the index of the token; the release keeps them at the predicting position."""
     params = PPO[name]["params"]
-    rewards = shape_rewards(
-        array(name, "in", "rewards").reshape(-1, 8).astype(np.float64),
-        scale=params["reward_scaling"],
-        bias=params["reward_bias"],
-        clip=params["reward_clip"],
+    config = AdvantageConfig(
+        reward_scale=params["reward_scaling"],
+        reward_bias=params["reward_bias"],
+        reward_clip=params["reward_clip"],
     )
+    rewards = shape_rewards(array(name, "in", "rewards").reshape(-1, 8).astype(np.float64), config)
     assert params["discount"] == params["gae_lambda"] == 1.0
     generated = array(name, "in", "loss_mask") > 0
     # R6: the release puts the reward on the last token, and loses it if that was not generated.

@@ -22,32 +22,37 @@ from paravt_jax.advantages import (
     whiten,
 )
 
+RLOO = AdvantageConfig(leave_one_out=True, scale_by_std=False)
 rewards_P_G = hnp.arrays(np.float64, (3, 4), elements=st.integers(-40, 40).map(lambda n: n / 8))
 
 
 def test_hand_values():
-    result = group_advantages(np.array([[1.0, 0.0, 0.0, 1.0]]), eps=0.0)
+    result = group_advantages(np.array([[1.0, 0.0, 0.0, 1.0]]), AdvantageConfig(eps=1e-12))
     root = np.sqrt(1 / 3)
     np.testing.assert_allclose(result, [[0.5 / root, -0.5 / root, -0.5 / root, 0.5 / root]])
 
 
 def test_leave_one_out_hand_values():
-    result = group_advantages(np.array([[3.0, 0.0, 0.0]]), leave_one_out=True, scale_by_std=False)
+    result = group_advantages(np.array([[3.0, 0.0, 0.0]]), RLOO)
     np.testing.assert_allclose(result, [[3.0, -1.5, -1.5]])
 
 
 def test_batch_normalisation_forgets_the_groups():
     rewards = np.array([[1.0, 2.0], [3.0, 4.0]])
     one_group = group_advantages(rewards.reshape(1, 4)).reshape(2, 2)
-    np.testing.assert_allclose(group_advantages(rewards, normalise="batch"), one_group)
-    np.testing.assert_array_equal(group_advantages(rewards, normalise="none"), rewards)
+    np.testing.assert_allclose(
+        group_advantages(rewards, AdvantageConfig(normalise="batch")), one_group
+    )
+    np.testing.assert_array_equal(
+        group_advantages(rewards, AdvantageConfig(normalise="none")), rewards
+    )
 
 
 @pytest.mark.parametrize("value", [0.0, 0.1, 2.6, 1e-300, 1e300])
 @pytest.mark.parametrize("leave_one_out", [False, True])
 def test_equal_rewards_teach_exactly_nothing(value, leave_one_out):
     """0.1 added seven times and divided by seven is not 0.1; eps would blow the rest up."""
-    result = group_advantages(np.full((2, 7), value), leave_one_out=leave_one_out)
+    result = group_advantages(np.full((2, 7), value), AdvantageConfig(leave_one_out=leave_one_out))
     assert (result == 0).all()
 
 
@@ -58,8 +63,9 @@ def test_a_lone_rollout_has_no_advantage():
 @settings(deadline=None)
 @given(rewards=rewards_P_G, shift=st.integers(-5, 5), scale=st.integers(1, 8))
 def test_invariant_to_shift_and_scale(rewards, shift, scale):
-    plain = group_advantages(rewards, eps=1e-12)
-    moved = group_advantages(rewards * scale + shift, eps=1e-12)
+    exact = AdvantageConfig(eps=1e-12)
+    plain = group_advantages(rewards, exact)
+    moved = group_advantages(rewards * scale + shift, exact)
     np.testing.assert_allclose(moved, plain, atol=1e-6)
 
 
@@ -75,8 +81,9 @@ def test_each_group_sums_to_zero_and_order_is_kept(rewards):
 
 def test_the_released_shaping_saturates_and_the_default_does_not():
     high = np.array([[2.2, 2.6]])
-    np.testing.assert_allclose(shape_rewards(high, scale=10, bias=-0.2, clip=20), [[20.0, 20.0]])
-    np.testing.assert_array_equal(shape_rewards(high), high)
+    released = AdvantageConfig(reward_scale=10, reward_bias=-0.2, reward_clip=20)
+    np.testing.assert_allclose(shape_rewards(high, released), [[20.0, 20.0]])
+    np.testing.assert_array_equal(shape_rewards(high, AdvantageConfig()), high)
 
 
 def test_settings_reach_the_result():
@@ -131,10 +138,8 @@ def test_difficulty_may_be_told_by_another_reward():
 @given(rewards=rewards_P_G)
 def test_leave_one_out_is_a_multiple_of_no_std(rewards):
     """RLOO's advantage is Dr. GRPO's times g / (g - 1)."""
-    rloo = group_advantages(rewards, leave_one_out=True, scale_by_std=False)
-    np.testing.assert_allclose(
-        rloo, group_advantages(rewards, scale_by_std=False) * 4 / 3, atol=1e-9
-    )
+    plain = group_advantages(rewards, AdvantageConfig(scale_by_std=False))
+    np.testing.assert_allclose(group_advantages(rewards, RLOO), plain * 4 / 3, atol=1e-9)
 
 
 def test_spread_of_groups():

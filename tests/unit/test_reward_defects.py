@@ -73,10 +73,9 @@ def the_tool_bonus_grows_with_the_accuracy(compat):
 
 
 def good_totals_stay_apart_when_shaped(compat):
-    shape = {"reference": {"scale": 10.0, "bias": -0.2, "clip": 20.0}, "fixed": {}}
-    config = AdvantageConfig()
-    default = {"scale": config.reward_scale, "bias": config.reward_bias, "clip": config.reward_clip}
-    low, high = shape_rewards(np.array([[2.3, 2.6]]), **(shape[compat] or default))[0]
+    released = AdvantageConfig(reward_scale=10.0, reward_bias=-0.2, reward_clip=20.0)
+    config = released if compat == "reference" else AdvantageConfig()
+    low, high = shape_rewards(np.array([[2.3, 2.6]]), config)[0]
     return low < high
 
 
