@@ -6,7 +6,6 @@ data set of any size costs no memory while it is used and Grain can shuffle it g
 
 from __future__ import annotations
 
-import abc
 import contextlib
 import dataclasses
 import hashlib
@@ -16,7 +15,6 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
-import numpy as np
 import tensorflow_datasets as tfds
 
 from paravt_jax.records import Conversation, ImageRef, Message, Row, ToolCall, VideoRef
@@ -25,8 +23,8 @@ T = TypeVar("T", Row, Conversation)
 SPLIT = "train"
 
 
-class RowBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, Generic[T], skip_registration=True):
-    """Builder of a data set of rows.
+class RowBuilder(tfds.core.GeneratorBasedBuilder, Generic[T], skip_registration=True):
+    """Builder of a data set of questions or conversations.
 
     Args:
         rows: the rows, in the order in which they are kept.
@@ -40,127 +38,53 @@ class RowBuilder(tfds.core.GeneratorBasedBuilder, abc.ABC, Generic[T], skip_regi
     url_infos = None
 
     def __init__(self, rows: Sequence[T], data_dir: str):
-        self._rows = rows
-        folder = os.path.join(data_dir, f"rows-{self.fingerprint(rows)}")
+        self._examples = list(map(_encoded, rows))
+        digest = hashlib.sha256("".join(row["content"] for row in self._examples).encode())
+        folder = os.path.join(data_dir, f"rows-{digest.hexdigest()[:16]}")
         super().__init__(data_dir=folder, file_format="array_record")
 
-    @staticmethod
-    @abc.abstractmethod
-    def features() -> tfds.features.FeaturesDict:
-        """What is written of a row."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def encode(row: T) -> dict[str, Any]:
-        """A row as its features."""
-
-    @staticmethod
-    @abc.abstractmethod
-    def decode(values: dict[str, Any]) -> T:
-        """The row of its features."""
-
-    @classmethod
-    def fingerprint(cls, rows: Sequence[T]) -> str:
-        """A short hash of the rows' content and order, and of how they are written."""
-        digest = hashlib.sha256(",".join(cls.features()).encode())
-        for row in rows:
-            digest.update(json.dumps(cls.encode(row), default=np.ndarray.tolist).encode())
-        return digest.hexdigest()[:16]
-
     def _info(self) -> tfds.core.DatasetInfo:
+        text = tfds.features.Text
+        features = tfds.features.FeaturesDict(
+            {
+                "row_id": text(doc="Unique within the data set."),
+                # One text: parts of messages nest deeper than tensors like.
+                "content": text(doc="JSON of all fields of a `Row` or a `Conversation`."),
+            }
+        )
         # Grain shuffles, anew in every epoch; the files keep the order of the rows.
-        return tfds.core.DatasetInfo(builder=self, features=self.features(), disable_shuffling=True)
+        return tfds.core.DatasetInfo(builder=self, features=features, disable_shuffling=True)
 
     def _split_generators(self, dl_manager: Any) -> dict[str, Iterator]:
         return {SPLIT: self._generate_examples()}
 
-    def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
-        yield from enumerate(map(self.encode, self._rows))
+    def _generate_examples(self) -> Iterator[tuple[int, dict[str, str]]]:
+        yield from enumerate(self._examples)
 
 
-class QuestionRows(RowBuilder[Row]):
-    """Questions about videos: the needle world's, a user's own, ParaVT-Parquet's `rl`."""
-
-    @staticmethod
-    def features() -> tfds.features.FeaturesDict:
-        """One entry per field of a row; its videos as paths and lengths."""
-        text, tensor = tfds.features.Text, tfds.features.Tensor
-        return tfds.features.FeaturesDict(
-            {
-                "row_id": text(doc="Unique within the data set."),
-                "videos": tensor(shape=(None,), dtype=np.str_, doc="Absolute paths."),
-                "durations": tensor(shape=(None,), dtype=np.float64, doc="Seconds."),
-                "question": text(),
-                "answer": text(),
-                "question_type": text(doc="oe, mcq or tvg."),
-                "evidence": tensor(shape=(None, 2), dtype=np.float64, doc="Windows in seconds."),
-            }
-        )
-
-    @staticmethod
-    def encode(row: Row) -> dict[str, Any]:
-        """See `features`."""
-        return {
-            "row_id": row.row_id,
-            "videos": np.array([video.path for video in row.videos], object),
-            "durations": np.array([video.duration for video in row.videos], np.float64),
-            "question": row.question,
-            "answer": row.answer,
-            "question_type": str(row.question_type),
-            "evidence": np.array(row.evidence, np.float64).reshape(-1, 2),
-        }
-
-    @staticmethod
-    def decode(values: dict[str, Any]) -> Row:
-        """See `features`."""
-        paths, durations = values.pop("videos"), values.pop("durations")
-        videos = map(VideoRef, map(_text, paths), map(float, durations))
-        windows = values.pop("evidence").tolist()
-        return Row(
-            video=next(videos),
-            more_videos=tuple(videos),
-            evidence=tuple((start, end) for start, end in windows),
-            **{name: _text(value) for name, value in values.items()},
-        )
+def _encoded(row: Row | Conversation) -> dict[str, str]:
+    return {"row_id": row.row_id, "content": json.dumps(dataclasses.asdict(row))}
 
 
-class Conversations(RowBuilder[Conversation]):
-    """Conversations to learn from: ParaVT-Parquet's `sft`."""
-
-    @staticmethod
-    def features() -> tfds.features.FeaturesDict:
-        """Messages are one JSON text: their parts nest deeper than tensors like."""
-        text = tfds.features.Text
-        return tfds.features.FeaturesDict(
-            {
-                "row_id": text(doc="Unique within the data set."),
-                "messages": text(doc="JSON: [role, [part, ...], [call, ...]] of each message."),
-            }
-        )
-
-    @staticmethod
-    def encode(row: Conversation) -> dict[str, Any]:
-        """See `features`."""
-        messages = [
-            [m.role, list(map(_plain_part, m.content)), list(map(dataclasses.asdict, m.calls))]
-            for m in row.messages
-        ]
-        return {"row_id": row.row_id, "messages": json.dumps(messages)}
-
-    @staticmethod
-    def decode(values: dict[str, Any]) -> Conversation:
-        """See `features`."""
-        messages = tuple(
-            Message(role, tuple(map(_part, parts)), tuple(ToolCall(**call) for call in calls))
-            for role, parts, calls in json.loads(values["messages"])
-        )
-        return Conversation(_text(values["row_id"]), messages)
+def _decoded(content: str | bytes) -> Row | Conversation:
+    fields = json.loads(content)
+    if "messages" in fields:
+        return Conversation(fields["row_id"], tuple(map(_message, fields["messages"])))
+    fields["video"] = VideoRef(**fields["video"])
+    fields["more_videos"] = tuple(VideoRef(**video) for video in fields["more_videos"])
+    fields["evidence"] = tuple((float(start), float(end)) for start, end in fields["evidence"])
+    return Row(**fields)
 
 
-BUILDERS: dict[str, type[RowBuilder]] = {
-    builder.name: builder for builder in (QuestionRows, Conversations)
-}
-"""By the name that TFDS writes beside a data set."""
+def _message(fields: dict[str, Any]) -> Message:
+    calls = tuple(ToolCall(**call) for call in fields["calls"])
+    return Message(fields["role"], tuple(map(_part, fields["content"])), calls)
+
+
+def _part(plain: str | dict[str, Any]) -> str | ImageRef | VideoRef:
+    if isinstance(plain, str):
+        return plain
+    return VideoRef(**plain) if "duration" in plain else ImageRef(**plain)
 
 
 class RowSource(Generic[T]):
@@ -172,10 +96,8 @@ class RowSource(Generic[T]):
 
     def __init__(self, folder: str):
         self._folder = folder
-        builder = tfds.builder_from_directory(folder)
-        self._decode = BUILDERS[builder.name].decode
         # A decorator hides the signature of `as_data_source` from type checkers.
-        open_split: Any = builder.as_data_source
+        open_split: Any = tfds.builder_from_directory(folder).as_data_source
         self._source = open_split(split=SPLIT)
 
     def __reduce__(self) -> tuple:
@@ -187,7 +109,7 @@ class RowSource(Generic[T]):
     def __getitem__(self, index: int) -> T:
         if not 0 <= index < len(self):
             raise IndexError(index)
-        return self._decode(dict(self._source[index]))
+        return _decoded(self._source[index]["content"])  # type: ignore[return-value]
 
     def __repr__(self) -> str:
         return f"RowSource({len(self)} rows)"
@@ -204,23 +126,8 @@ def row_source(rows: Sequence[T], cache_dir: str) -> RowSource[T]:
     if len({row.row_id for row in rows}) < len(rows):
         raise ValueError("two rows share a row_id; seeds are derived from it, make it unique")
     tfds.disable_progress_bar()
-    kind = QuestionRows if isinstance(rows[0], Row) else Conversations
     # TFDS tells its progress on standard output, which belongs to the run's own report.
     with contextlib.redirect_stdout(io.StringIO()):
-        builder = kind(rows, data_dir=cache_dir)  # type: ignore[arg-type]
+        builder = RowBuilder(rows, data_dir=cache_dir)
         builder.download_and_prepare()
     return RowSource(os.fspath(builder.data_path))
-
-
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
-
-
-def _plain_part(part: str | ImageRef | VideoRef) -> str | dict[str, Any]:
-    return part if isinstance(part, str) else dataclasses.asdict(part)
-
-
-def _part(plain: str | dict[str, Any]) -> str | ImageRef | VideoRef:
-    if isinstance(plain, str):
-        return plain
-    return VideoRef(**plain) if "duration" in plain else ImageRef(**plain)
