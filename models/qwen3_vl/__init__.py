@@ -1,11 +1,9 @@
 """Qwen3-VL, dense and with experts, exact to transformers."""
 
-from models.common.folder import copy_model_files
-from models.common.weights import load_params
 from models.qwen3_vl.config import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.folder import read_config
 from models.qwen3_vl.model import Qwen3VLPolicy
-from models.qwen3_vl.pretrained import Pretrained, from_pretrained, open_policy, save_folder
+from models.qwen3_vl.pretrained import Pretrained, from_pretrained, open_policy
 
 __all__ = [
     "Pretrained",
@@ -13,10 +11,7 @@ __all__ = [
     "Qwen3VLPolicy",
     "TextConfig",
     "VisionConfig",
-    "copy_model_files",
     "from_pretrained",
-    "load_params",
     "open_policy",
     "read_config",
-    "save_folder",
 ]

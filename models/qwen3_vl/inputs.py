@@ -6,27 +6,27 @@ import dataclasses
 from collections.abc import Callable, Iterator
 
 import numpy as np
+from jaxtyping import Float, Int
 
 from models.qwen3_vl.config import Qwen3VLConfig
+from paravt_jax.records import ArrayLike, pytree
 from paravt_jax.rope_index import mrope_positions, vision_index
 
 
+@pytree
 @dataclasses.dataclass(frozen=True)
 class PolicyInputs:
     """A batch of prompts, right-padded, with the frames of each."""
 
-    tokens: np.ndarray
-    """int32 `[b, t]`."""
-    positions: np.ndarray
-    """int32 `[b, t, 3]`."""
-    vision_index: np.ndarray
-    """int32 `[b, t]`; -1 for text."""
-    places: np.ndarray
-    """int32 `[b, t]`: column of each token in the caller's `input_ids`; -1 for padding."""
-    patches: np.ndarray | None
-    """float32 `[b, f, p, c]`; None without any frame."""
-    grids: np.ndarray | None
-    """int32 `[b, f, 2]`."""
+    tokens: Int[ArrayLike, "b t"]
+    positions: Int[ArrayLike, "b t 3"]
+    vision_index: Int[ArrayLike, "b t"]
+    """-1 for text."""
+    places: Int[ArrayLike, "b t"]
+    """Column of each token in the caller's `input_ids`; -1 for padding."""
+    patches: Float[ArrayLike, "b f p c"] | None
+    """None without any frame."""
+    grids: Int[ArrayLike, "b f 2"] | None
 
 
 def from_processor(

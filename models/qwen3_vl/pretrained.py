@@ -12,12 +12,11 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from models.common.weights import MAX_SHARD_BYTES, load_params
+from models.common.weights import load_params
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.folder import read_config
-from models.qwen3_vl.inputs import from_processor
+from models.qwen3_vl.inputs import PolicyInputs, from_processor
 from models.qwen3_vl.model import Qwen3VLPolicy
-from paravt_jax.array_store import StoredArray
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.params import Params
 from paravt_jax.shapes import bucket
@@ -54,25 +53,12 @@ class Pretrained:
         Raises:
           ValueError: inputs that do not belong together; see `from_processor`.
         """
+        images, videos = (pixel_values, image_grid_thw), (pixel_values_videos, video_grid_thw)
         inputs = from_processor(
-            self.config,
-            input_ids,
-            attention_mask,
-            pixel_values,
-            image_grid_thw,
-            pixel_values_videos,
-            video_grid_thw,
-            size=bucket,
-        )
-        arguments = (
-            inputs.tokens,
-            inputs.positions,
-            inputs.vision_index,
-            inputs.patches,
-            inputs.grids,
+            self.config, input_ids, attention_mask, *images, *videos, size=bucket
         )
         with jax.set_mesh(self.mesh) if self.mesh else contextlib.nullcontext():
-            computed = np.asarray(_logits(self.policy, self.params, *arguments))
+            computed = np.asarray(_logits(self.policy, self.params, inputs))
         logits = np.zeros((*np.shape(input_ids), computed.shape[-1]), np.float32)
         row, column = np.nonzero(inputs.places >= 0)
         logits[row, inputs.places[row, column]] = computed[row, column]
@@ -115,27 +101,10 @@ def open_policy(
     return Qwen3VLPolicy(Qwen3VLConfig.from_dict(config), compute_dtype, remat, lora, cache_dtype)
 
 
-def save_folder(
-    params: Mapping[str, jax.Array | StoredArray],
-    config: Qwen3VLConfig,
-    folder: str | os.PathLike,
-    base: str | os.PathLike | None = None,
-    max_shard_bytes: int = MAX_SHARD_BYTES,
-) -> None:
-    """Write a folder that transformers loads; see `save_weights`."""
-    Qwen3VLPolicy(config).save_folder(params, folder, base, max_shard_bytes)
-
-
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(
-    policy: Qwen3VLPolicy,
-    params: Params,
-    tokens: Any,
-    positions: Any,
-    index: Any,
-    patches: Any,
-    grids: Any,
-) -> jax.Array:
-    features = None if patches is None else policy.encode(params, patches, grids)
-    hidden = policy.hidden(params, tokens, positions, index, features)
-    return policy.logits(params, hidden)
+def _logits(policy: Qwen3VLPolicy, params: Params, inputs: PolicyInputs) -> jax.Array:
+    features = None
+    if inputs.patches is not None and inputs.grids is not None:
+        features = policy.encode(params, inputs.patches, inputs.grids)
+    where = inputs.positions, inputs.vision_index
+    return policy.logits(params, policy.hidden(params, inputs.tokens, *where, features))

@@ -110,18 +110,10 @@ class VisionMlp(nnx.Module):
     """Two layers with a GELU between."""
 
     def __init__(self, config: VisionConfig, hf: str, dtype: Any):
-        d, width, init = (
-            config.hidden_size,
-            config.intermediate_size,
-            Normal(config.initializer_range),
-        )
-        self.act = config.hidden_act
-        self.up = Linear(
-            d, width, ("embed", "mlp"), hf + "linear_fc1", init=init, bias=True, dtype=dtype
-        )
-        self.down = Linear(
-            width, d, ("mlp", "embed"), hf + "linear_fc2", init=init, bias=True, dtype=dtype
-        )
+        d, width, self.act = config.hidden_size, config.intermediate_size, config.hidden_act
+        shared = {"init": Normal(config.initializer_range), "bias": True, "dtype": dtype}
+        self.up = Linear(d, width, ("embed", "mlp"), hf + "linear_fc1", **shared)
+        self.down = Linear(width, d, ("mlp", "embed"), hf + "linear_fc2", **shared)
 
     def __call__(self, x: Float[Array, "r p d"]) -> Float[Array, "r p d"]:
         return self.down(ACTIVATIONS[self.act](self.up(x)))
@@ -151,28 +143,13 @@ class Merger(nnx.Module):
     """
 
     def __init__(self, config: VisionConfig, hf: str, dtype: Any, norm_folded: bool):
-        init = Normal(config.initializer_range)
-        self.folded = config.hidden_size * config.spatial_merge_size**2
+        shared = {"init": Normal(config.initializer_range), "bias": True, "dtype": dtype}
+        self.folded = width = config.hidden_size * config.spatial_merge_size**2
         self.norm_folded = norm_folded
         self.norm = LayerNorm(self.folded if norm_folded else config.hidden_size, hf + "norm")
-        self.up = Linear(
-            self.folded,
-            self.folded,
-            ("embed", "mlp"),
-            hf + "linear_fc1",
-            init=init,
-            bias=True,
-            dtype=dtype,
-        )
-        self.down = Linear(
-            self.folded,
-            config.out_hidden_size,
-            ("mlp", "embed"),
-            hf + "linear_fc2",
-            init=init,
-            bias=True,
-            dtype=dtype,
-        )
+        self.up = Linear(width, width, ("embed", "mlp"), hf + "linear_fc1", **shared)
+        out = config.out_hidden_size
+        self.down = Linear(width, out, ("mlp", "embed"), hf + "linear_fc2", **shared)
 
     def __call__(self, x: Float[Array, "r p d"]) -> Float[Array, "r q e"]:
         folded = (x.shape[0], -1, self.folded)

@@ -14,15 +14,14 @@ import tensorstore as ts
 
 from benchmarks.convert import measure
 from models import convert as door
+from models.common.weights import load_params
 from models.qwen3_vl import (
     Qwen3VLConfig,
     Qwen3VLPolicy,
     TextConfig,
     VisionConfig,
     from_pretrained,
-    load_params,
     read_config,
-    save_folder,
 )
 from paravt_jax.checkpoint import open_params, save_params
 from paravt_jax.params import initialise
@@ -55,7 +54,7 @@ def params():
 def model(tmp_path, params):
     """A Hugging Face folder with a tokenizer file and a field that is not ours."""
     folder = tmp_path / "model"
-    save_folder(params, CONFIG, folder)
+    Qwen3VLPolicy(CONFIG).save_folder(params, folder)
     raw = json.loads((folder / "config.json").read_text())
     raw["text_config"]["eos_token_id"] = 7
     (folder / "config.json").write_text(json.dumps(raw))
@@ -203,7 +202,7 @@ def test_weights_of_another_model_are_refused(tmp_path, model, params):
 
 def test_saving_again_replaces_a_model(tmp_path, model, params):
     changed = {name: value + 1 for name, value in params.items()}
-    save_folder(changed, CONFIG, model, base=model)
+    Qwen3VLPolicy(CONFIG).save_folder(changed, model, base=model)
     assert_same(model, changed)
     assert (model / "tokenizer.json").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]

@@ -9,7 +9,7 @@ import pytest
 torch = pytest.importorskip("torch")
 from transformers import Qwen3VLMoeForConditionalGeneration  # noqa: E402
 
-from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config, save_folder  # noqa: E402
+from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config  # noqa: E402
 from models.qwen3_vl.config import ExpertsConfig  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
 from tests.support.command import metrics, start  # noqa: E402
@@ -39,7 +39,7 @@ def run(tmp_path_factory):
     text = dataclasses.replace(dense.text, num_hidden_layers=2, experts=EXPERTS)
     config = dataclasses.replace(dense, text=text)
     params = initialise(Qwen3VLPolicy(config).table, jax.random.key(0))
-    save_folder(params, config, root / "model", base=COLD_START)
+    Qwen3VLPolicy(config).save_folder(params, root / "model", base=COLD_START)
     arguments = ["--model", str(root / "model"), "--steps", "2"]
     mesh = ["--mesh", "fsdp:2,expert:2,tensor:2"]
     done = start(root / "run", root, *arguments, *mesh, settings=SETTINGS, devices=8)

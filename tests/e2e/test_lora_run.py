@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from models.common.adapter import checkpoint_lora, load_adapter
-from models.qwen3_vl import Qwen3VLPolicy, load_params, read_config, save_folder
+from models.common.weights import load_params
+from models.qwen3_vl import Qwen3VLPolicy, read_config
 from paravt_jax.checkpoint import find_model_files, find_step, open_params
 from paravt_jax.lora import LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
@@ -73,7 +74,7 @@ def test_a_checkpoint_knows_its_adapters(workdir, tmp_path):
     adapted = policy(checkpoint_lora(source))
     assert adapted.lora == LORA
     params = adapted.merge(open_params(step, adapted.table))
-    save_folder(params, adapted.config, tmp_path / "hf", base=source)
+    Qwen3VLPolicy(adapted.config).save_folder(params, tmp_path / "hf", base=source)
     ours, theirs = (load_params(f / "hf", adapted.without_lora.table) for f in (tmp_path, workdir))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-7), ours, theirs)
     assert {p.name for p in (tmp_path / "hf").iterdir()} == {

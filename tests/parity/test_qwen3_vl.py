@@ -8,7 +8,7 @@ import torch
 from flax import nnx
 from transformers import Qwen3VLForConditionalGeneration
 
-from models.qwen3_vl import from_pretrained, pretrained, save_folder
+from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, pretrained
 from models.qwen3_vl.inputs import from_processor
 from models.qwen3_vl.model import _blueprint
 from models.qwen3_vl.text import AttentionContext, add_deepstack, mrope
@@ -240,7 +240,7 @@ def test_gradients(plain):
 def test_saved_folder_loads_in_transformers(plain, tmp_path, max_shard_bytes):
     reference, model = plain
     folder = tmp_path / "saved"
-    save_folder(model.params, model.config, folder, model.base, max_shard_bytes)
+    Qwen3VLPolicy(model.config).save_folder(model.params, folder, model.base, max_shard_bytes)
     assert (len(list(folder.glob("*.safetensors"))) > 1) == (max_shard_bytes < 2**30)
     assert (folder / "generation_config.json").exists()
     again, information = Qwen3VLForConditionalGeneration.from_pretrained(

@@ -6,7 +6,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 from transformers import Qwen3VLForConditionalGeneration
 
-from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, load_params, read_config
+from models.common.weights import load_params
+from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config
 from tests.support.qwen3_vl_torch import text_inputs, torch_logits, torch_model
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig, load_params, save_folder
+from models.common.weights import load_params
+from models.qwen3_vl import Qwen3VLConfig, TextConfig, VisionConfig
 from models.qwen3_vl.config import ExpertsConfig
 from models.qwen3_vl.model import Qwen3VLPolicy
 from tests.support.tiny_models import SPARSE as CONFIG
@@ -68,7 +69,7 @@ def folder(tmp_path):
     params = {
         n: jnp.asarray(generator.normal(size=spec.shape), jnp.float32) for n, spec in TABLE.items()
     }
-    save_folder(params, CONFIG, tmp_path / "model")
+    Qwen3VLPolicy(CONFIG).save_folder(params, tmp_path / "model")
     return tmp_path / "model"
 
 
@@ -110,6 +111,6 @@ def test_an_export_over_a_base_of_transformers_5_says_it_once(folder, tmp_path):
     rope = raw["text_config"].pop("rope_scaling") | {"rope_theta": raw["text_config"]["rope_theta"]}
     raw["text_config"]["rope_parameters"] = rope
     (folder / "config.json").write_text(json.dumps(raw))
-    save_folder(load_params(folder, TABLE), CONFIG, tmp_path / "again", base=folder)
+    Qwen3VLPolicy(CONFIG).save_folder(load_params(folder, TABLE), tmp_path / "again", base=folder)
     text = json.loads((tmp_path / "again" / "config.json").read_text())["text_config"]
     assert "rope_parameters" not in text and text["rope_theta"] == CONFIG.text.rope_theta

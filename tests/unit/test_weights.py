@@ -17,13 +17,8 @@ from models import convert
 from models.common import weights as weights_module
 from models.common.folder import whole_folder
 from models.common.safetensors_io import StoredTensor, TensorSpec, stored_tensors, write_tensors
-from models.common.weights import Weights
-from models.qwen3_vl import (
-    Qwen3VLPolicy,
-    load_params,
-    read_config,
-    save_folder,
-)
+from models.common.weights import Weights, load_params
+from models.qwen3_vl import Qwen3VLPolicy, read_config
 from paravt_jax import checkpoint
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import create_params, open_params
@@ -48,7 +43,7 @@ def params():
 def written(tmp_path_factory, params):
     """A folder in three shards with an index."""
     folder = tmp_path_factory.mktemp("written") / "model"
-    save_folder(params, CONFIG, folder, max_shard_bytes=70_000)
+    Qwen3VLPolicy(CONFIG).save_folder(params, folder, max_shard_bytes=70_000)
     assert len(list(folder.glob("*.safetensors"))) == 3
     return folder
 
@@ -198,7 +193,7 @@ def test_each_shard_is_read_once_and_alone(model, params, monkeypatch):
 
 def test_sharded_weights_are_written_as_whole_ones(tmp_path, model, params):
     mesh = make_mesh(parse_mesh("fsdp:2,expert:2,tensor:2", 8))
-    save_folder(load_params(model, TABLE, mesh), CONFIG, tmp_path / "again")
+    Qwen3VLPolicy(CONFIG).save_folder(load_params(model, TABLE, mesh), tmp_path / "again")
     assert_same(load_params(tmp_path / "again", TABLE), params)
 
 
@@ -286,7 +281,7 @@ def test_files_are_carried_and_weights_are_not(tmp_path, model, params):
         assert names >= {*kept, "config.json", "additional_chat_templates"}
         assert not names & set(left)
         assert (folder / "additional_chat_templates" / "tools.jinja").read_text() == "t"
-    save_folder(params, CONFIG, tmp_path / "back", base=tmp_path / "back")
+    Qwen3VLPolicy(CONFIG).save_folder(params, tmp_path / "back", base=tmp_path / "back")
     assert (tmp_path / "back" / "additional_chat_templates").is_dir()
 
 
@@ -319,7 +314,7 @@ def test_a_tied_model_may_repeat_its_embedding(tmp_path, model, params):
     assert "head.kernel" not in loaded
     change(model, lambda tensors: tensors.pop(HEAD))
     assert_same(load_params(model, tied), loaded)
-    save_folder(loaded, read_config(model), tmp_path / "saved")
+    Qwen3VLPolicy(read_config(model)).save_folder(loaded, tmp_path / "saved")
     raw = json.loads((tmp_path / "saved" / "config.json").read_text())
     assert raw["tie_word_embeddings"] is raw["text_config"]["tie_word_embeddings"] is True
 
