@@ -42,7 +42,7 @@ async def _end_others() -> None:
     await asyncio.gather(*(task for task in others if task.done()), return_exceptions=True)
 
 
-class Policy(asyncio.DefaultEventLoopPolicy):
+class LoopPolicy(asyncio.DefaultEventLoopPolicy):
     """Makes such loops, in every thread."""
 
     def new_event_loop(self) -> Loop:
@@ -53,4 +53,4 @@ class Policy(asyncio.DefaultEventLoopPolicy):
 def close_in_order() -> None:
     """From now on this process makes such loops, unless somebody has chosen other ones."""
     if type(asyncio.get_event_loop_policy()) is asyncio.DefaultEventLoopPolicy:
-        asyncio.set_event_loop_policy(Policy())
+        asyncio.set_event_loop_policy(LoopPolicy())

@@ -26,10 +26,27 @@ Params = Any
 """A pytree of weights: `{parameter name: array}`."""
 
 
+class _Towers(Protocol):
+    """What sampler and trainer both need of a language model with a vision tower: pure functions
+    of its weights."""
+
+    def encode(
+        self,
+        params: Params,
+        patches: Float[Array, "b f p c"],
+        grids: Int[Array, "b f 2"],
+    ) -> VisionFeatures:
+        """Run the vision tower over the frames of each prompt; `v = f * p / merge**2`."""
+        ...
+
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
+        """Float32 vocabulary logits of hidden states."""
+        ...
+
+
 @runtime_checkable
-class Policy(Protocol):
-    """A language model with a vision tower, as the sampler sees it: pure functions of its
-    weights."""
+class Policy(_Towers, Protocol):
+    """A policy as the sampler sees it: prompts and what continues them, through a KV cache."""
 
     @property
     def width(self) -> int:
@@ -39,15 +56,6 @@ class Policy(Protocol):
     def prepare(self, params: Params) -> Params:
         """Weights in the form that the other methods read fastest, for as long as they stay the
         same. Every method takes either form."""
-        ...
-
-    def encode(
-        self,
-        params: Params,
-        patches: Float[Array, "b f p c"],
-        grids: Int[Array, "b f 2"],
-    ) -> VisionFeatures:
-        """Run the vision tower over the frames of each prompt; `v = f * p / merge**2`."""
         ...
 
     def prefill(
@@ -81,10 +89,6 @@ class Policy(Protocol):
         """
         ...
 
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
-        """Float32 vocabulary logits of hidden states."""
-        ...
-
     def init_cache(
         self, prompts: int, copies: int, prompt_slots: int, suffix_slots: int
     ) -> KVCache:
@@ -94,21 +98,12 @@ class Policy(Protocol):
 
 
 @runtime_checkable
-class TrainablePolicy(Protocol):
+class TrainablePolicy(_Towers, Protocol):
     """A policy as the trainer sees it: whole streams at once, and the routers of its experts."""
 
     @property
     def experts_per_token(self) -> int:
         """Experts that serve each token; 0 for a dense model."""
-        ...
-
-    def encode(
-        self,
-        params: Params,
-        patches: Float[Array, "b f p c"],
-        grids: Int[Array, "b f 2"],
-    ) -> VisionFeatures:
-        """See `Policy.encode`."""
         ...
 
     def hidden_and_router(
@@ -124,10 +119,6 @@ class TrainablePolicy(Protocol):
         """Final hidden states of right-padded rows, and the router's logits of each layer with
         experts; None if none has. With `segments`, a token sees only those of its own; with
         `hidden_keys`, none that are hidden from it."""
-        ...
-
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
-        """Float32 vocabulary logits of hidden states."""
         ...
 
 

@@ -44,11 +44,7 @@ class LoraConfig(Settings):
     """Hugging Face names of the adapted projections."""
 
     def check_together(self) -> None:
-        """Refuse no target, or one twice.
-
-        Raises:
-          Refused: naming them.
-        """
+        """Refuse no target, or one twice."""
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise Refused(self, "{targets}: name each projection once, and at least one")
 

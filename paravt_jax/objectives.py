@@ -89,11 +89,7 @@ class ObjectiveConfig(Settings):
     """Tokens that stand for the length of every row (Dr. GRPO: the most that one may have)."""
 
     def check_together(self) -> None:
-        """Refuse a level without rows, and a mean without their length.
-
-        Raises:
-            Refused: naming them.
-        """
+        """Refuse a level without rows, and a mean without their length."""
         if self.surrogate == "regression" and self.ratio == "token":
             raise Refused(
                 self,

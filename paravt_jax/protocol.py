@@ -62,22 +62,26 @@ Video-o3's (arXiv 2601.23224)."""
 STRUCTURAL_TAGS = SYNTAXES["tool_call"].tags
 """Tags whose tokens make up the structure of a rollout in the syntax `tool_call`."""
 
-CROP_VIDEO_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": TOOL_NAME,
-        "description": "Watch one part of the video closely and get a description of it.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "start_time": {"type": "number", "description": "Start of the part, in seconds."},
-                "end_time": {"type": "number", "description": "End of the part, in seconds."},
-            },
-            "required": ["start_time", "end_time"],
-        },
-    },
-}
-"""Schema of the crop tool, in the form that chat templates take."""
+
+def window_tool(name: str, description: str) -> dict[str, Any]:
+    """Schema of a tool that looks at a part of the video, in the form that chat templates take."""
+    start, end = (
+        {"type": "number", "description": f"{word} of the part, in seconds."}
+        for word in ("Start", "End")
+    )
+    parameters = {
+        "type": "object",
+        "properties": {"start_time": start, "end_time": end},
+        "required": ["start_time", "end_time"],
+    }
+    function = {"name": name, "description": description, "parameters": parameters}
+    return {"type": "function", "function": function}
+
+
+CROP_VIDEO_TOOL = window_tool(
+    TOOL_NAME, "Watch one part of the video closely and get a description of it."
+)
+"""Schema of the crop tool."""
 
 Window = tuple[float, float]
 

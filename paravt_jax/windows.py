@@ -10,12 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from paravt_jax.protocol import (
-    GROUNDING_TOOL,
-    Window,
-    call_times,
-    parse_seconds,
-)
+from paravt_jax.protocol import GROUNDING_TOOL, Window, call_times, parse_seconds, window_tool
 from paravt_jax.records import ToolCall
 
 CLIP_FRAME_TOOL = "get_video_clip_frame"
@@ -27,22 +22,10 @@ STRATEGIES = ("coarse", "medium", "fine")
 SHORTEST_CLIP = 1.0
 """Seconds. VITAL's tool wants more than this, Video-o3's at least this."""
 
-GET_VIDEO_CLIP_FRAME_TOOL: dict[str, Any] = {
-    "type": "function",
-    "function": {
-        "name": CLIP_FRAME_TOOL,
-        "description": "Get the frames of one part of the video, which is longer than 1 second.",
-        "parameters": {
-            "type": "object",
-            "properties": {
-                "start_time": {"type": "number", "description": "Start of the part, in seconds."},
-                "end_time": {"type": "number", "description": "End of the part, in seconds."},
-            },
-            "required": ["start_time", "end_time"],
-        },
-    },
-}
-"""Schema of VITAL's tool, in the form that chat templates take."""
+GET_VIDEO_CLIP_FRAME_TOOL = window_tool(
+    CLIP_FRAME_TOOL, "Get the frames of one part of the video, which is longer than 1 second."
+)
+"""Schema of VITAL's tool."""
 
 GROUNDING_SCHEMA: dict[str, Any] = {
     "type": "function",

@@ -18,10 +18,20 @@ from typing import Any
 from paravt_jax.blocks import join_blocks, text_block
 from paravt_jax.interfaces import FrameReader, Params, Renderer
 from paravt_jax.protocol import parse_tool_calls, reported
-from paravt_jax.records import Clip, Frames, Prompt, RolloutGroup, Row, ToolCall, Trajectory, Turn
+from paravt_jax.records import (
+    Clip,
+    Frames,
+    Prompt,
+    RolloutGroup,
+    Row,
+    StopReason,
+    ToolCall,
+    Trajectory,
+    Turn,
+)
 from rollout.engine.slots import Generated, StreamId
 from rollout.limits import CROP, MAIN, AgentConfig, subagent_limit, token_budget, turn_head
-from rollout.record import TrajectoryBuilder, derive_seed, generated_turn, was_cut_off
+from rollout.record import TrajectoryBuilder, derive_seed, generated_turn
 from rollout.responses import ToolResult, error_result, response_turn, result_of
 from rollout.tasks import (
     EngineSession,
@@ -178,7 +188,7 @@ class Agent:
 
     def _turn(self, generated: Generated) -> Turn:
         turn = generated_turn(generated, self._prefix, self._renderer)
-        if was_cut_off(turn):
+        if turn.stop_reason is StopReason.LENGTH:
             return turn
         calls = parse_tool_calls(turn.text, syntax=self._config.call_syntax)
         return dataclasses.replace(turn, calls=calls)

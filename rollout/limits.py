@@ -76,11 +76,7 @@ class AgentConfig(Settings):
     """Threads that decode crops."""
 
     def check_together(self) -> None:
-        """Refuse tools, syntax and quotas that do not go together.
-
-        Raises:
-            Refused: naming them.
-        """
+        """Refuse tools, syntax and quotas that do not go together."""
         own = call_syntax(self.call_syntax)
         if not self.tools or len(set(self.tools)) < len(self.tools):
             raise Refused(self, "{tools}: name at least one, and each once")

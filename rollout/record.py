@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from paravt_jax.interfaces import Renderer
-from paravt_jax.records import Choices, Prompt, Shown, StopReason, Trajectory, Turn
+from paravt_jax.records import Choices, Prompt, Shown, Trajectory, Turn
 from rollout.engine.slots import Generated
 
 
@@ -80,8 +80,3 @@ def generated_turn(generated: Generated, prefix: Sequence[int], renderer: Render
         choices=generated.choices,
         text=renderer.decode([*prefix, *generated.tokens.tolist()]),
     )
-
-
-def was_cut_off(turn: Turn) -> bool:
-    """Whether the turn used up its tokens before it was over."""
-    return turn.stop_reason is StopReason.LENGTH

@@ -20,6 +20,7 @@ import socket
 import threading
 import time
 import urllib.parse
+from collections import defaultdict
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated
@@ -138,7 +139,7 @@ class LlmJudge:
             self._headers["Authorization"] = f"Bearer {key}"
         self._lock = threading.Lock()
         self._replies: dict[str, Future[str]] = {}
-        self._counts = _Counts()
+        self._counts = defaultdict[str, float](float)
         self.last_failure = ""
         """Why the last message without a verdict has none."""
 
@@ -153,7 +154,7 @@ class LlmJudge:
             reply = known or Future()
             if known is None:
                 self._remember(message, reply)
-            self._counts.cached += known is not None
+            self._counts["cached"] += known is not None
         if known is None:
             self._fulfil(message, reply)
         return reply.result()
@@ -163,13 +164,9 @@ class LlmJudge:
         requests sent (tries again included), messages that got no verdict, messages answered from
         memory, and mean seconds until a message that was sent had its verdict or none."""
         with self._lock:
-            counts, self._counts = self._counts, _Counts()
-        return {
-            "judge/calls": float(counts.calls),
-            "judge/failures": float(counts.failures),
-            "judge/cached": float(counts.cached),
-            "judge/seconds": counts.seconds / max(counts.messages, 1),
-        }
+            counts, self._counts = self._counts, defaultdict[str, float](float)
+        named = {f"judge/{name}": float(counts[name]) for name in ("calls", "failures", "cached")}
+        return named | {"judge/seconds": counts["seconds"] / max(counts["messages"], 1)}
 
     def _remember(self, message: str, reply: Future[str]) -> None:
         self._replies[message] = reply
@@ -183,13 +180,13 @@ class LlmJudge:
             reply.set_result(self._ask(message))
         except Exception as error:  # Whatever it is, nobody may wait for ever.
             with self._lock:
-                self._counts.failures += 1
+                self._counts["failures"] += 1
                 self.last_failure = f"{type(error).__name__}: {error}"
                 self._replies.pop(message, None)
             reply.set_exception(error)
         with self._lock:
-            self._counts.messages += 1
-            self._counts.seconds += time.monotonic() - began
+            self._counts["messages"] += 1
+            self._counts["seconds"] += time.monotonic() - began
 
     def _ask(self, message: str) -> str:
         """A reply that holds a verdict, after as many tries as it takes and is allowed."""
@@ -222,7 +219,7 @@ class LlmJudge:
             JudgeError: no connection, out of time, or a status other than 200.
         """
         with self._lock:
-            self._counts.calls += 1
+            self._counts["calls"] += 1
         parts = urllib.parse.urlsplit(self.settings.url)
         kind = {"http": http.client.HTTPConnection, "https": http.client.HTTPSConnection}
         connection = kind[parts.scheme](
@@ -243,15 +240,6 @@ class LlmJudge:
             passing = response.status in _WORTH_ANOTHER_TRY
             raise JudgeError(f"the judge answers with status {response.status}", passing)
         return reply
-
-
-@dataclasses.dataclass
-class _Counts:
-    calls: int = 0
-    failures: int = 0
-    cached: int = 0
-    messages: int = 0
-    seconds: float = 0.0
 
 
 @contextlib.contextmanager

@@ -78,11 +78,7 @@ class RewardRules(Settings):
     scheme="vital", "deepvideo_r1" and "visd"."""
 
     def check_together(self) -> None:
-        """Refuse rules that no release has beside it, and weights without a meaning.
-
-        Raises:
-            Refused: naming them.
-        """
+        """Refuse rules that no release has beside it, and weights without a meaning."""
         try:
             self.definition  # noqa: B018  a function that declares no terms is refused
         except ValueError as error:

@@ -54,11 +54,7 @@ class SamplingConfig(Settings):
         return bool(self.top_k or self.top_p < 1 or self.min_p)
 
     def check_together(self) -> None:
-        """Refuse a lone text where texts are expected.
-
-        Raises:
-            Refused: naming them.
-        """
+        """Refuse a lone text where texts are expected."""
         if isinstance(self.stop, str):
             raise Refused(self, "{stop}: pass a tuple of texts")
 
