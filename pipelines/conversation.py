@@ -68,6 +68,8 @@ class VisionInput:
     pixels: np.ndarray
     """uint8 `[f, h, w, 3]`."""
     spec: FrameSpec
+    times: np.ndarray | None = None
+    """Seconds of the frames of a video; a still image has none."""
 
     @property
     def grids(self) -> np.ndarray:
@@ -178,7 +180,7 @@ class ConversationRenderer:
                 for message, (content, _) in zip(said, parts, strict=True)
             ]
             pieces = list(turns(self._renderer.tokenizer, messages, self._tools))
-            example = self._encoded(pieces, [clip for _, clips in parts for clip in clips])
+            example = self._encoded(pieces, tuple(clip for _, clips in parts for clip in clips))
             self._check_length(example)
             return example
         except ValueError as error:
@@ -205,10 +207,10 @@ class ConversationRenderer:
             if length > most:
                 raise ValueError(f"{length} tokens are more than {most}, the most of {name}")
 
-    def _parts(self, message: Message) -> tuple[list[dict[str, str]], list[Shown]]:
+    def _parts(self, message: Message) -> tuple[list[dict[str, str]], list[VisionInput]]:
         """Content of a message as templates take it, and what it shows."""
         content: list[dict[str, str]] = []
-        shown: list[Shown] = []
+        shown: list[VisionInput] = []
         videos = [part for part in message.content if isinstance(part, VideoRef)]
         numbers = iter(range(1, len(videos) + 1) if self._head is not None else ())
         for part in message.content:
@@ -219,11 +221,11 @@ class ConversationRenderer:
                 raise ValueError("the assistant shows an image or a video; it can only write")
             number = None if isinstance(part, ImageRef) else next(numbers, None)
             number = number if len(videos) > 1 else None
-            more, timed = (
+            more, clip = (
                 self._still(part) if isinstance(part, ImageRef) else self._video(part, number)
             )
             content += more
-            shown.append(timed)
+            shown.append(clip)
         return content, shown
 
     def _calls(self, message: Message) -> dict[str, Any]:
@@ -233,31 +235,32 @@ class ConversationRenderer:
         calls = [{"name": call.name, "arguments": call.arguments} for call in message.calls]
         return {"tool_calls": [{"type": "function", "function": call} for call in calls]}
 
-    def _video(self, video: VideoRef, number: int | None) -> tuple[list[dict[str, str]], Shown]:
+    def _video(
+        self, video: VideoRef, number: int | None
+    ) -> tuple[list[dict[str, str]], VisionInput]:
         frames = self._reader.overview(video, self._rate.count(video))
         content = self._renderer.video_parts(frames.times, number)
         if words := self._renderer.subtitles(video):
             content = [*content, {"type": "text", "text": words}]
-        return content, Shown(VisionInput(frames.pixels, self._renderer.spec), frames.times)
+        return content, VisionInput(frames.pixels, self._renderer.spec, frames.times)
 
-    def _still(self, image: ImageRef) -> tuple[list[dict[str, str]], Shown]:
+    def _still(self, image: ImageRef) -> tuple[list[dict[str, str]], VisionInput]:
         pixels = self.image_spec.resize(read_image(image)[None])
-        return [{"type": "image"}], Shown(VisionInput(pixels, self.image_spec))
+        return [{"type": "image"}], VisionInput(pixels, self.image_spec)
 
     def _encoded(
-        self, pieces: Sequence[tuple[str, bool]], shown: Sequence[Shown]
+        self, pieces: Sequence[tuple[str, bool]], clips: tuple[VisionInput, ...]
     ) -> EncodedConversation:
         """Tokens of all pieces. Each is encoded by itself: at inference what the assistant says is
         generated after its header, with which no merge can join it."""
         renderer = self._renderer
-        times = iter([timed.times for timed in shown if timed.times is not None])
+        times = iter([clip.times for clip in clips if clip.times is not None])
         texts = [renderer.with_times(text, times) for text, _ in pieces]
         encoded = [np.asarray(renderer.encode(text), np.int32) for text in texts]
         learned = np.repeat([own for _, own in pieces], [len(ids) for ids in encoded])
         tokens = np.concatenate(encoded)
         if self._learn == "special":
             learned = self._with_special(tokens, learned)
-        clips = tuple(timed.clip for timed in shown)
         repeats = np.ones(len(tokens), np.int64)
         marks = np.isin(tokens, self._vision_ids)
         repeats[marks] = _vision_counts(clips)
@@ -269,14 +272,6 @@ class ConversationRenderer:
         after = np.zeros_like(learned)
         after[1:] = learned[:-1] & ~learned[1:]
         return learned | after | np.isin(tokens, self._special_ids)
-
-
-@dataclasses.dataclass(frozen=True)
-class Shown:
-    """What a part of a message shows, and the times of its frames; a still image has none."""
-
-    clip: VisionInput
-    times: np.ndarray | None = None
 
 
 def is_system(message: Message) -> bool:

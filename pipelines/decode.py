@@ -52,11 +52,6 @@ class VideoInfo:
     decoder: str = "opencv"
     """Which of `DECODERS` reads it."""
 
-    @classmethod
-    def steady(cls, frames: int, fps: float, height: int, width: int) -> VideoInfo:
-        """Of frames that follow one another at a constant rate."""
-        return cls(np.arange(frames) / fps, frames / fps, height, width)
-
     @functools.cached_property
     def frames(self) -> int:
         """How many there are."""

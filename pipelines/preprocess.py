@@ -324,14 +324,6 @@ class VideoSpec(FrameSpec):
             self, min_pixels=0, min_frame_pixels=min_pixels, max_frame_pixels=max_pixels
         )
 
-    def marked(self, marks: str) -> Self:
-        """This specification, with vision marks elsewhere.
-
-        Raises:
-            ValueError: none of `MARKS`.
-        """
-        return dataclasses.replace(self, marks=marks)
-
     def target_size(self, height: int, width: int, count: int = 1) -> tuple[int, int]:
         """See `FrameSpec`. A lone frame, which the processor refuses, counts as a pair of it."""
         count = max(count, self.temporal_patch_size)

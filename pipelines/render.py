@@ -170,7 +170,8 @@ class ChatRenderer:
         tokenizer = open_tokenizer(folder)
         spec = SPECS[mode].from_folder(folder)
         spec = spec.limited(*pixels) if pixels else spec
-        spec = spec.marked(marks) if marks and isinstance(spec, VideoSpec) else spec
+        if marks and isinstance(spec, VideoSpec):
+            spec = dataclasses.replace(spec, marks=marks)
         return cls(tokenizer, spec, texts, end_tokens(folder), tools, subtitles)
 
     def main_prompt(self, row: Row, frames: Overview, tools: bool, hint: str = "") -> Prompt:

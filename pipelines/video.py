@@ -37,26 +37,6 @@ def overview_indices(frames: int, count: int) -> np.ndarray:
     return np.linspace(0, frames - 1, count).round().astype(np.int64)
 
 
-def rate_indices(
-    info: VideoInfo, fps: float, min_frames: int = 4, max_frames: int = 768
-) -> np.ndarray:
-    """Indices of frames spread evenly over the whole video, `fps` of them per second.
-
-    At least `min_frames` and at most `max_frames`, but no more than there are. int64 `[n]`; the
-    rule and the defaults of Qwen3-VL's video processor (`sample_frames`).
-
-    Raises:
-        ValueError: the rate is not positive, or no number of frames is allowed.
-    """
-    if not fps > 0 or not 1 <= min_frames <= max_frames:
-        raise ValueError(
-            f"fps={fps}, min_frames={min_frames}, max_frames={max_frames}: choose a positive rate "
-            "and 1 <= min_frames <= max_frames"
-        )
-    count = int(info.duration * fps)
-    return overview_indices(info.frames, min(max(count, min_frames), max_frames))
-
-
 def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int) -> np.ndarray:
     """Indices of the frames on screen at evenly spaced moments of the window [start, end).
 

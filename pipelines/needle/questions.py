@@ -15,7 +15,6 @@ from pipelines.needle.world import COLOURS, SHAPES, Event, NeedleVideo
 LETTERS = "ABCD"
 
 Asked = Literal["colour", "shape", "time"]
-ASKED: tuple[Asked, ...] = ("colour", "shape", "time")
 """What a question asks for: the colour of a shape, the shape of a coloured thing, the time of a
 thing whose colour and shape it names."""
 
@@ -61,22 +60,25 @@ def _ask_about(
     video: NeedleVideo, number: int, event: Event, kind: QuestionType
 ) -> list[NeedleQuestion]:
     name = f"{video.name}/{number}"
+
+    def question(
+        place: str, text: str, answer: str, vocabulary: tuple[str, ...], asked: Asked
+    ) -> NeedleQuestion:
+        evidence = ((float(event.start), float(event.end)),)
+        row = Row(f"{name}/{place}", video.video, text, answer, kind.value, evidence)
+        return NeedleQuestion(row, video.events, event, vocabulary, asked)
+
+    colour, shape = f"What colour is the {event.shape}?", f"What shape is the {event.colour} thing?"
     if kind is QuestionType.OPEN:
-        colour = f"What colour is the {event.shape}?"
-        shape = f"What shape is the {event.colour} thing?"
         return [
-            _question(
-                video, event, f"{name}/colour", colour, event.colour, kind, tuple(COLOURS), "colour"
-            ),
-            _question(video, event, f"{name}/shape", shape, event.shape, kind, SHAPES, "shape"),
+            question("colour", colour, event.colour, tuple(COLOURS), "colour"),
+            question("shape", shape, event.shape, SHAPES, "shape"),
         ]
     if kind is QuestionType.GROUNDING:
-        when = f"When is the {event.name} visible?"
-        answer = f"{event.start}, {event.end}"
-        return [_question(video, event, f"{name}/when", when, answer, kind, (), "time")]
+        when, answer = f"When is the {event.name} visible?", f"{event.start}, {event.end}"
+        return [question("when", when, answer, (), "time")]
     options, letter = _options(f"{name}/choice", event.colour)
-    text = f"What colour is the {event.shape}?\n{options}"
-    return [_question(video, event, f"{name}/choice", text, letter, kind, tuple(LETTERS), "colour")]
+    return [question("choice", f"{colour}\n{options}", letter, tuple(LETTERS), "colour")]
 
 
 def _options(row_id: str, colour: str) -> tuple[str, str]:
@@ -88,18 +90,3 @@ def _options(row_id: str, colour: str) -> tuple[str, str]:
     order = rng.permutation(len(LETTERS))
     lines = [f"{letter}. {chosen[i]}" for letter, i in zip(LETTERS, order, strict=True)]
     return "\n".join(lines), LETTERS[int(np.flatnonzero(order == 0)[0])]
-
-
-def _question(
-    video: NeedleVideo,
-    event: Event,
-    row_id: str,
-    text: str,
-    answer: str,
-    kind: QuestionType,
-    vocabulary: tuple[str, ...],
-    asked: Asked,
-) -> NeedleQuestion:
-    evidence = ((float(event.start), float(event.end)),)
-    row = Row(row_id, video.video, text, answer, kind.value, evidence)
-    return NeedleQuestion(row, video.events, event, vocabulary, asked)

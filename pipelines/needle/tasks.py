@@ -15,7 +15,7 @@ import numpy as np
 
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import TOOL_NAME
-from paravt_jax.records import Clip, Example, Prompt, VideoRef
+from paravt_jax.records import Clip, Example, Prompt, Shown, VideoRef
 from pipelines.needle import traces
 from pipelines.needle.questions import Asked, NeedleQuestion, ask
 from pipelines.needle.world import SHAPES, NeedleVideo, NeedleWorld, draw_events
@@ -141,9 +141,7 @@ def looks(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> E
     calls = [traces.look(kit.tool, kit.syntax, *window) for window in windows]
     clips = [_clip(kit, question, window) for window in windows]
     answer = traces.decide(question, kit.world, times, windows, rng)
-    episode = traces.looks(kit.renderer, calls, clips, answer)
-    weights = (episode.turns >= 0).astype(np.float32)
-    return Example(prompt, episode.tokens, weights, episode.shown)
+    return _example(prompt, *traces.looks(kit.renderer, calls, clips, answer))
 
 
 def _clip(kit: TaskKit, question: NeedleQuestion, window: Window) -> Clip:
@@ -205,10 +203,12 @@ def _episode(
     return _example(prompt, traces.trace(question, kit.world, kit.renderer, times, windows, rng))
 
 
-def _example(prompt: Prompt, parts: Sequence[traces.Part]) -> Example:
+def _example(
+    prompt: Prompt, parts: Sequence[traces.Part], shown: tuple[Shown, ...] = ()
+) -> Example:
     """A stream of which everything is learned that the agent writes."""
     tokens, turns = traces.join(parts)
-    return Example(prompt, tokens, (turns >= 0).astype(np.float32))
+    return Example(prompt, tokens, (turns >= 0).astype(np.float32), shown)
 
 
 def _reply(kit: TaskKit, prompt: Prompt, text: str) -> Example:

@@ -174,22 +174,11 @@ def conclusion(
     return [(told, -1), (renderer.encode(PREFIX), -1), (renderer.encode(answer), 1)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Looks:
-    """An ideal episode that looks at one window after the other and sees their frames itself."""
-
-    tokens: np.ndarray
-    """int32 `[t]`, everything after the prompt."""
-    turns: np.ndarray
-    """int32 `[t]`, see `join`."""
-    shown: tuple[Shown, ...]
-    """The frames of each look."""
-
-
 def looks(
     renderer: ChatRenderer, calls: Sequence[str], clips: Sequence[Clip], answer: Answer
-) -> Looks:
-    """The episode that makes these calls, one a turn, is shown these clips, and answers."""
+) -> tuple[list[Part], tuple[Shown, ...]]:
+    """An ideal episode that makes these calls, one a turn, is shown these clips, and answers; and
+    the frames of each look."""
     prefix = renderer.encode(PREFIX)
     parts: list[Part] = [(prefix, -1)]
     shown = []
@@ -199,7 +188,7 @@ def looks(
         shown.append(Shown(sum(len(ids) for ids, _ in parts), block))
         parts += [(block.tokens.tolist(), -1), (prefix, -1)]
     parts.append((renderer.encode(answer_turn(answer)), len(calls)))
-    return Looks(*join(parts), tuple(shown))
+    return parts, tuple(shown)
 
 
 def join(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:

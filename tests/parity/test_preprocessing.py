@@ -16,11 +16,11 @@ from transformers.video_utils import VideoMetadata
 
 from models.qwen3_vl import Qwen3VLConfig
 from models.qwen3_vl.inputs import from_processor
-from paravt_jax.records import Frames
-from pipelines.decode import VideoInfo
+from paravt_jax.records import Frames, VideoRef
+from pipelines.conversation import FrameRate
 from pipelines.preprocess import SPECS, ImageSpec, VideoSpec
 from pipelines.render import ChatRenderer
-from pipelines.video import overview_indices, rate_indices
+from pipelines.video import overview_indices
 from tests.support.needle import processor_folder
 from tests.support.qwen3_vl_torch import torch_model
 from train.recipes.needle import NEEDLE_MODEL
@@ -251,13 +251,14 @@ def test_what_the_processor_refuses_is_refused(processors, folders, mode, size):
 def test_sampling_equals_the_processor(processors, frames, fps):
     sample = processors["released"].video_processor.sample_frames
     metadata = VideoMetadata(total_num_frames=frames, fps=fps)
-    info = VideoInfo.steady(frames, fps, 1, 1)
+    video = VideoRef("a.mp4", frames / fps)
     for count in (1, 2, 4, 5):
         np.testing.assert_array_equal(
             overview_indices(frames, count), sample(metadata, num_frames=count)
         )
     for rate in (0.3, 1.0, 2, 23.976):
-        np.testing.assert_array_equal(rate_indices(info, rate), sample(metadata, fps=rate))
+        count = FrameRate(rate, least=4, most=768).count(video)
+        np.testing.assert_array_equal(overview_indices(frames, count), sample(metadata, fps=rate))
 
 
 @pytest.mark.parametrize("side", ["left", "right"])

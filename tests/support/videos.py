@@ -7,6 +7,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 
+from pipelines.decode import VideoInfo
+
 
 def write_video(
     path: str | Path,
@@ -21,3 +23,8 @@ def write_video(
     for number in range(frames):
         writer.write(np.full((size[1], size[0], 3), (shade, 4 * number % 256, 80), np.uint8))
     writer.release()
+
+
+def steady(frames: int, fps: float, height: int = 1, width: int = 1) -> VideoInfo:
+    """A stream of frames that follow one another at a constant rate."""
+    return VideoInfo(np.arange(frames) / fps, frames / fps, height, width)

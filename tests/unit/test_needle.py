@@ -6,6 +6,7 @@ import os
 import re
 import time
 from collections import Counter
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ import pytest
 from paravt_jax.protocol import crop_window, parse_tool_calls, parses_strictly
 from paravt_jax.records import QuestionType
 from pipelines.needle import tasks, tokenizer, traces
-from pipelines.needle.questions import ASKED
+from pipelines.needle.questions import Asked
 from pipelines.needle.world import (
     COLOURS,
     SHAPES,
@@ -206,7 +207,7 @@ def decide(kind, times, windows, seed=0):
 
 def test_a_thought_names_what_was_asked_and_then_at_once_what_was_found():
     """The last word before what was found is in the question, and is looked up in the reports."""
-    said = {asked: traces.statement(asked, CIRCLE, (36, 40)) for asked in ASKED}
+    said = {asked: traces.statement(asked, CIRCLE, (36, 40)) for asked in get_args(Asked)}
     assert said == {
         "colour": ("I find the circle", "red."),
         "shape": ("I find the red", "circle."),

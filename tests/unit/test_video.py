@@ -11,10 +11,11 @@ import pytest
 from paravt_jax.records import VideoRef
 from pipelines import decode, video
 from pipelines.container import UnreadableVideo
-from pipelines.decode import VideoInfo, complete, decode_present, probe, video_ref
+from pipelines.decode import complete, decode_present, probe, video_ref
 from pipelines.needle.world import write_mp4
 from pipelines.preprocess import ImageSpec, VideoSpec
-from pipelines.video import VideoReader, clip_indices, overview_indices, rate_indices
+from pipelines.video import VideoReader, clip_indices, overview_indices
+from tests.support.videos import steady
 
 COUNT, FPS, SIDE = 150, 10.0, 48
 
@@ -54,22 +55,6 @@ def test_overview_of_a_short_video_shows_every_frame_once():
     assert overview_indices(3, 8).tolist() == [0, 1, 2]
 
 
-def test_rate_is_kept_between_its_limits():
-    info = VideoInfo.steady(frames=300, fps=30.0, height=1, width=1)
-    assert rate_indices(info, 2.0).tolist() == overview_indices(300, 20).tolist()
-    assert rate_indices(info, 0.1).tolist() == [0, 100, 199, 299]
-    assert len(rate_indices(info, 30.0, max_frames=64)) == 64
-    short = VideoInfo.steady(frames=3, fps=30.0, height=1, width=1)
-    assert rate_indices(short, 2.0).tolist() == [0, 1, 2]
-
-
-@pytest.mark.parametrize("options", [{"fps": 0.0}, {"fps": 1.0, "min_frames": 9, "max_frames": 8}])
-def test_impossible_rates_are_refused(options):
-    info = VideoInfo.steady(frames=300, fps=30.0, height=1, width=1)
-    with pytest.raises(ValueError, match=rf"fps={options['fps']}, min_frames="):
-        rate_indices(info, **options)
-
-
 def test_clip_is_half_open_and_samples_at_its_rate(clip_file):
     frames = VideoReader(crop_fps=2.0).clip(clip_file, 3.0, 6.0)
     np.testing.assert_allclose(frames.times, [3.0, 3.5, 4.0, 4.5, 5.0, 5.5])
@@ -87,7 +72,7 @@ def test_clip_is_cut_at_the_ends_of_the_video(clip_file):
 
 
 def test_clip_of_a_moment_is_one_frame():
-    info = VideoInfo.steady(frames=100, fps=10.0, height=1, width=1)
+    info = steady(100, 10.0)
     assert clip_indices(info, 2.0, 2.01, fps=1.0, cap=16).tolist() == [20]
 
 
@@ -207,7 +192,7 @@ def test_a_thread_whose_decoding_fails_does_not_fail_another(clip_file, monkeypa
 def test_absent_frames_are_copies_within_each_request(clip_file):
     """What stands for a frame that is listed but cannot be decoded does not depend on who asked for
     it first."""
-    shown, info = [], VideoInfo.steady(160, FPS, SIDE, SIDE)
+    shown, info = [], steady(160, FPS, SIDE, SIDE)
     for first in (148, 100):
         reader = VideoReader()
         for index in (first, 248 - first):
@@ -262,7 +247,7 @@ def test_absent_frames_are_copies_of_the_one_before():
 
 
 def test_mostly_missing_frames_are_an_error(clip_file):
-    info = VideoInfo.steady(800, FPS, SIDE, SIDE)
+    info = steady(800, FPS, SIDE, SIDE)
     with pytest.raises(ValueError, match=r"grey\.mp4: only 1 of 4 frames"):
         VideoReader()._read(clip_file.path, info, np.array([10, 500, 600, 700]))
 
