@@ -1,7 +1,8 @@
 """Networks and their weights: what all share in `common`, and a package for each model family.
 
 A family is named in `FAMILIES` by the `model_type` of its config.json files. Its package offers
-`open_policy`, see `models.common.policy.OpenPolicy`; nothing else of it is asked for.
+`open_policy`, which takes the content of config.json and the settings of the one below; nothing
+else of it is asked for.
 """
 
 from __future__ import annotations
@@ -26,7 +27,10 @@ def open_policy(source: str | os.PathLike | Mapping[str, Any], **settings: Any) 
 
     Args:
       source: the folder, or the content of its config.json.
-      settings: precision, adapters and memory, see `models.common.policy.OpenPolicy`.
+      settings: `compute_dtype` of matrix products, "float32" or "bfloat16"; `remat`, whether the
+        backward pass computes each layer's activations again, to save memory; `lora`, adapters
+        beside the language model's matrices; `cache_dtype` of the KV cache, "compute" (the type of
+        products) or "int8".
 
     Raises:
       ValueError: no such folder, a model of another type, or one that its family refuses.

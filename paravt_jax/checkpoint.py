@@ -190,6 +190,8 @@ def _existing_item(path: str | os.PathLike) -> Path:
 
 def _open(handler: ocp.CheckpointHandler) -> ocp.Checkpointer:
     """What reads and writes items of one kind."""
+    # Before Orbax makes its event loop: closed at a first failure, that of a full disk left 447
+    # tracebacks of the arrays that failed after it.
     close_in_order()
     return ocp.Checkpointer(handler)
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
@@ -37,14 +39,8 @@ def attend(
     """
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value, segments, hidden_keys)
-    visible = visibility(
-        query.shape[1],
-        key.shape[1],
-        causal,
-        key_lengths=key_lengths,
-        segments=segments,
-        hidden_keys=hidden_keys,
-    )
+    limits = key_lengths, segments, hidden_keys
+    visible = visibility(query.shape[1], key.shape[1], causal, 0, *limits)
     return reference(query, key, value, visible)
 
 
@@ -60,21 +56,17 @@ def visibility(
     """Which keys each query sees (see `attend`), the first query being number `first`; None when
     all are visible. This is the only place that decides it: kernels that take segment ids
     (splash, cuDNN) get them as they are."""
-    slots = jnp.arange(keys, dtype=jnp.int32)
-    visible = None
+    slots, masks = jnp.arange(keys, dtype=jnp.int32), []
     if key_lengths is not None:
-        visible = slots[None, None, :] < key_lengths[:, None, None]
+        masks.append(slots[None, None, :] < key_lengths[:, None, None])
     if causal:
         last = first + jnp.arange(queries, dtype=jnp.int32)
-        before = (slots <= last[:, None])[None]
-        visible = before if visible is None else visible & before
+        masks.append((slots <= last[:, None])[None])
     if segments is not None:
-        own = segments[:, first : first + queries, None] == segments[:, None, :keys]
-        visible = own if visible is None else visible & own
+        masks.append(segments[:, first : first + queries, None] == segments[:, None, :keys])
     if hidden_keys is not None:
-        shown = hidden_keys.visible(queries, keys, first)
-        visible = shown if visible is None else visible & shown
-    return visible
+        masks.append(hidden_keys.visible(queries, keys, first))
+    return functools.reduce(jnp.logical_and, masks) if masks else None
 
 
 def reference(
@@ -120,14 +112,7 @@ def _causal_chunks(
     chunks = []
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
-        visible = visibility(
-            end - start,
-            end,
-            causal=True,
-            first=start,
-            segments=segments,
-            hidden_keys=hidden_keys,
-        )
+        visible = visibility(end - start, end, True, start, None, segments, hidden_keys)
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
 

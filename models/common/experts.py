@@ -77,6 +77,7 @@ class Experts(nnx.Module):
         mesh = jax.sharding.get_abstract_mesh()
         if mesh.empty or mesh.size == 1:
             return mix(x, choices, shares, gate_up, down, self.act)
+        # Gathered, not exchanged: the sizes of an exchange would depend on the data.
         split = functools.partial(partition, dict(mesh.shape))
         rows = split(("expert_batch", None, None), x.shape)
         wide = split(("expert", None, None, "mlp"), gate_up.shape)
@@ -158,6 +159,7 @@ def grouped_matmul(
     On CPU `jax.lax.ragged_dot` multiplies all rows with all matrices; blocks cost only theirs.
     """
     if platform() == "cpu":
+        # 4,096 rows and 32 experts of 256 x 256: 7 ms instead of 210 (`docs/log.md`).
         return _blocked_matmul(rows, weights, sizes)
     return jax.lax.ragged_dot(rows, weights, sizes, precision=precision(rows.dtype))
 

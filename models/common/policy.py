@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import Protocol
 
 from jaxtyping import Array
 
@@ -72,32 +72,5 @@ class ModelPolicy(Policy, TrainablePolicy, Protocol):
         Raises:
           ValueError: `folder` holds something that is no model, or `base` does not exist.
           OSError: the disk is full.
-        """
-        ...
-
-
-class OpenPolicy(Protocol):
-    """What the package of a model family offers as `open_policy`."""
-
-    def __call__(
-        self,
-        config: Mapping[str, Any],
-        *,
-        compute_dtype: str = "float32",
-        remat: bool = False,
-        lora: LoraConfig = ...,
-        cache_dtype: str = "compute",
-    ) -> ModelPolicy:
-        """The policy of a config.json.
-
-        Args:
-          config: the file's content.
-          compute_dtype: type of matrix products, "float32" or "bfloat16".
-          remat: compute each layer's activations again in the backward pass, to save memory.
-          lora: adapters beside the language model's matrices.
-          cache_dtype: type of the KV cache, "compute" (the type above) or "int8".
-
-        Raises:
-          ValueError: a field that this implementation cannot honour.
         """
         ...

@@ -61,6 +61,7 @@ class Qwen3VL(nnx.Module):
             flat,
             kernel.astype(self.dtype),
             precision=precision(self.dtype),
+            # In bfloat16 logits near 20 are 0.125 apart, and log-probabilities would be as well.
             preferred_element_type=jnp.float32,
         )
         return logits.reshape(*hidden.shape[:-1], kernel.shape[-1])
@@ -165,9 +166,8 @@ class Qwen3VLPolicy:
     ) -> Float[Array, "b t d"]:
         """Final hidden states of right-padded rows; each token sees those before it, of its own
         segment if there are several."""
-        return self.hidden_and_router(params, tokens, positions, vision_index, features, segments)[
-            0
-        ]
+        arguments = tokens, positions, vision_index, features, segments
+        return self.hidden_and_router(params, *arguments)[0]
 
     def hidden_and_router(
         self,

@@ -97,7 +97,7 @@ def open_policy(
     lora: LoraConfig = NO_LORA,
     cache_dtype: str = "compute",
 ) -> Qwen3VLPolicy:
-    """The policy of a config.json; see `models.common.policy.OpenPolicy`."""
+    """The policy of a config.json; see `models.open_policy`."""
     return Qwen3VLPolicy(Qwen3VLConfig.from_dict(config), compute_dtype, remat, lora, cache_dtype)
 
 

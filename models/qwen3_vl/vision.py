@@ -206,6 +206,7 @@ class VisionTower(nnx.Module):
     ) -> Float[Array, "r p d"]:
         """Patch embeddings plus the learned positions, resampled to each frame's grid."""
         row, col = patch_coordinates(grids, patches.shape[1], self.config.spatial_merge_size)
+        # The residual stream stays float32: with bfloat16 the error of logits doubles (ADR 7).
         x = self.patch_embedding(patches).astype(jnp.float32)
         return x + self._learned_positions(row, col, grids).astype(x.dtype)
 
