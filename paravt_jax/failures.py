@@ -67,12 +67,9 @@ def attempt(work: Callable[[], object], prefix: str = "error") -> int:
 def _is_own(error: BaseException) -> bool:
     """Whether our code raised it to be read: a ValueError, by a `raise` in a file of ours."""
     frames = traceback.extract_tb(error.__traceback__)
-    raised = not frames or (_is_ours(frames[-1].filename) and _line(frames[-1]).startswith("raise"))
+    line = (frames[-1].line or "").strip() if frames else ""
+    raised = not frames or (_is_ours(frames[-1].filename) and line.startswith("raise"))
     return isinstance(error, ValueError) and raised
-
-
-def _line(frame: traceback.FrameSummary) -> str:
-    return (frame.line or "").strip()
 
 
 def _is_ours(file: str) -> bool:

@@ -66,7 +66,8 @@ def join_patches(items: Sequence[Patches | None]) -> Patches | None:
     if len(present) < 2:
         return present[0] if present else None
     _, patches = largest(present)
-    values = [_widen(item.values, patches) for item in present]
+    wide = [((0, 0), (0, patches - item.values.shape[1]), (0, 0)) for item in present]
+    values = [np.pad(item.values, sides) for item, sides in zip(present, wide, strict=True)]
     return Patches(np.concatenate(values), np.concatenate([item.grids for item in present]))
 
 
@@ -77,7 +78,3 @@ def split_patches(patches: Patches, counts: Sequence[int]) -> list[Patches]:
     ends = np.cumsum(counts)[:-1]
     values, grids = np.split(patches.values, ends), np.split(patches.grids, ends)
     return [Patches(*pair) for pair in zip(values, grids, strict=True)]
-
-
-def _widen(values: np.ndarray, patches: int) -> np.ndarray:
-    return np.pad(values, ((0, 0), (0, patches - values.shape[1]), (0, 0)))

@@ -165,7 +165,8 @@ def question_rows(
     files = data_files(path) if reader else _files(path, paravt.RL_COLUMNS)
     make, paths = paravt.rl_row, paravt.rl_videos
     if reader:
-        make, paths = _guarded(reader), _no_videos
+        # Which of a user's fields are paths is known when the reader asks for the video.
+        make, paths = _guarded(reader), lambda fields: []
     elif not files[0].endswith(".parquet"):
         make, paths = own_row, _own_videos
     usable = _Usable(make, most_videos, check)
@@ -362,11 +363,6 @@ def _guarded(reader: Make[Row]) -> Make[Row]:
         return row
 
     return make
-
-
-def _no_videos(fields: dict[str, Any]) -> list[str]:
-    """Which of a user's fields are paths is known when the reader asks for the video."""
-    return []
 
 
 def _own_videos(fields: dict[str, Any]) -> list[str]:

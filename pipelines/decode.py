@@ -212,9 +212,6 @@ class _Cursor:
             # OpenCV counts frames at the average rate from a key frame on, so that it goes too far
             # where frames are rare, and transport streams are not sought exactly.
             goal -= max(SEEK_GAP, 2 * (self._at - index))
-        self._restart()
-
-    def _restart(self) -> None:
         self._decoder, self._at = self._open(), -1
 
     def _next(self) -> bool:

@@ -129,7 +129,8 @@ class ChatRenderer:
         self.tools = list(tools)
         own = tokenizer.eos_token_id
         self.eos_ids: tuple[int, ...] = (own, *(index for index in eos_ids if index != own))
-        self.pad_id: int = _first(tokenizer.pad_token_id, self.eos_ids[0])
+        pad = tokenizer.pad_token_id
+        self.pad_id: int = own if pad is None else pad
         self._pad_text = f"<|{self.mode}_pad|>"
         self._vision_id: int = tokenizer.convert_tokens_to_ids(self._pad_text)
         controls = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -434,10 +435,6 @@ def _marked(pad: str) -> str:
 
 def _stamp(time: float) -> str:
     return f"<{time:.1f} seconds>"
-
-
-def _first(value: int | None, default: int) -> int:
-    return default if value is None else value
 
 
 def _mean_times(times: np.ndarray, size: int) -> np.ndarray:

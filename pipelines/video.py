@@ -289,7 +289,8 @@ class VideoReader:
     def _store(self, key: Key, decoded: Decoded) -> None:
         # A file's frames are kept apart by size: as video, few are shown larger than many.
         frames = (self._frames.get(key) or {}) | decoded
-        self._frames.put(key, frames, _size(frames))
+        size = sum(frame.nbytes for frame in frames.values() if frame is not None)
+        self._frames.put(key, frames, size)
 
 
 class LruCache(Generic[T]):
@@ -316,7 +317,3 @@ class LruCache(Generic[T]):
         while self.held > self._limit:
             _, (_, dropped) = self._kept.popitem(last=False)
             self.held -= dropped
-
-
-def _size(frames: Decoded) -> int:
-    return sum(frame.nbytes for frame in frames.values() if frame is not None)

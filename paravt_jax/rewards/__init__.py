@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from paravt_jax.protocol import Window, parse_tool_calls
+from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import ToolCall
 from paravt_jax.rewards.answers import split_turns
 from paravt_jax.rewards.attempt import Attempt
@@ -110,7 +110,7 @@ def score(
         answer=answer,
         question_type=str(question_type),
         question=question,
-        evidence=_windows(evidence),
+        evidence=tuple((float(start), float(end)) for start, end in evidence),
         calls=_written_calls(turns, call_syntax) if calls is None else tuple(calls),
         call_syntax=call_syntax,
         executed_calls=executed_calls or 0,
@@ -119,10 +119,6 @@ def score(
         judge=judge,
     )
     return rules.definition.score(attempt, rules)
-
-
-def _windows(evidence: Sequence[tuple[float | int, float | int]]) -> tuple[Window, ...]:
-    return tuple((float(start), float(end)) for start, end in evidence)
 
 
 def _written_calls(turns: Sequence[str], syntax: str) -> tuple[ToolCall, ...]:

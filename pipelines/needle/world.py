@@ -174,7 +174,7 @@ def build(world: NeedleWorld, folder: str) -> str:
     with tempfile.TemporaryDirectory(dir=folder, prefix=".needle-") as scratch:
         made = os.path.join(scratch, "world")
         for split in SPLITS:
-            _write_split(world, split, os.path.join(made, split))
+            _write_split(world, split, made)
         with open(os.path.join(made, MANIFEST), "w", encoding="utf-8") as file:
             json.dump(parameters, file, indent=1)
         _move(world, made, target)
@@ -232,11 +232,10 @@ def _path(root: str, split: str, index: int) -> str:
     return os.path.join(root, split, f"{index:05d}.mp4")
 
 
-def _write_split(world: NeedleWorld, split: str, folder: str) -> None:
-    os.makedirs(folder)
+def _write_split(world: NeedleWorld, split: str, root: str) -> None:
+    os.makedirs(os.path.join(root, split))
     for index in range(world.count(split)):
-        path = os.path.join(folder, f"{index:05d}.mp4")
-        write_mp4(path, draw_frames(world, split, index), fps=1.0)
+        write_mp4(_path(root, split, index), draw_frames(world, split, index), fps=1.0)
 
 
 def write_mp4(path: str, frames: np.ndarray, fps: float) -> None:

@@ -151,7 +151,7 @@ def _turn_form(turn: str, last: bool, syntax: str) -> _TurnForm:
         opened=protocol.THINK_OPEN in turn,
         closed=protocol.THINK_CLOSE in turn,
         thinks=_has_substance(turn),
-        acts=_answers(turn) if last else _calls(turn, syntax),
+        acts=any(map(str.strip, answer_bodies(turn))) if last else _calls(turn, syntax),
         strict=protocol.parses_strictly(turn, syntax=syntax),
         balanced=all(turn.count(f"<{tag}>") == turn.count(f"</{tag}>") for tag in _PAIRED_TAGS),
     )
@@ -165,10 +165,6 @@ def _has_substance(turn: str) -> bool:
         if len(ANY_TAG.sub("", thought).strip()) >= THINK_MIN_CHARS:
             return True
     return False
-
-
-def _answers(turn: str) -> bool:
-    return any(body.strip() for body in answer_bodies(turn))
 
 
 def _calls(turn: str, syntax: str) -> bool:
