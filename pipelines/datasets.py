@@ -244,11 +244,7 @@ def sft_rows(
 
 
 def _files(path: str, wanted: set[str]) -> list[str]:
-    """The files of a data set that have the wanted columns: both configurations may lie together.
-
-    Raises:
-        ValueError: there are none.
-    """
+    """Files of a data set that have the wanted columns: both configurations may lie together."""
     files = data_files(path)
     if files[0].endswith(".csv"):
         _check_header(files[0])
@@ -264,11 +260,7 @@ def _files(path: str, wanted: set[str]) -> list[str]:
 
 
 def _check_header(file: str) -> None:
-    """Refuse a CSV file that does not name its columns.
-
-    Raises:
-        ValueError: with the header that was found.
-    """
+    """Refuse a CSV file that does not name its columns."""
     header = columns(file)
     if missing := [name for name in COLUMNS if name not in header]:
         found = one_line(",".join(header))

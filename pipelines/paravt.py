@@ -114,11 +114,7 @@ def _call(call: Any) -> ToolCall:
 
 
 def _check_writable(arguments: dict[str, Any]) -> None:
-    """Refuse arguments that an agent could not write, or that its calls are not read with.
-
-    Raises:
-        Unusable: they are no JSON, or nest too deeply.
-    """
+    """Refuse arguments that an agent could not write, or that its calls are not read with."""
     try:
         json.dumps(arguments, allow_nan=False)
     except (TypeError, ValueError, RecursionError) as error:

@@ -446,11 +446,7 @@ def _mean_times(times: np.ndarray, size: int) -> np.ndarray:
 def _with_vision(
     tokens: Sequence[int], patches: Patches | None, vision_id: int, merge: int
 ) -> Prompt:
-    """Repeat each frame's one vision token to its true number and place everything.
-
-    Raises:
-        ValueError: the chat template leaves out frames.
-    """
+    """Repeat each frame's one vision token to its true number and place everything."""
     ids = np.asarray(tokens, np.int32)
     if patches is None:
         nowhere = np.full(len(ids), -1, np.int32)

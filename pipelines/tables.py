@@ -149,11 +149,7 @@ def _check_letters(text: str, name: str) -> None:
 
 
 def _lines(file: str) -> Iterator[str]:
-    """The lines of a text file with their ends.
-
-    Raises:
-        ValueError: it is not in UTF-8.
-    """
+    """The lines of a text file with their ends."""
     with open(file, "rb") as raw:
         head = raw.read(2)
     if head in _UTF_16 or b"\0" in head:

@@ -273,11 +273,7 @@ class VideoReader:
             del self._coming[key][index]
 
     def _target_size(self, info: VideoInfo, count: int, tokens: int | None) -> Size:
-        """Of `count` frames shown together, within `tokens` vision tokens if given.
-
-        Raises:
-            ValueError: tokens are given, and there is no `spec` to say what they are.
-        """
+        """Of `count` frames shown together, within `tokens` vision tokens if given."""
         if tokens is not None:
             if self._spec is None:
                 raise ValueError(f"tokens={tokens}: give the reader the spec that they are of")

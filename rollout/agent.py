@@ -227,11 +227,7 @@ class Agent:
         return result_of(found, f"{tool.name} found nothing")
 
     def _tool_of(self, request: ToolRequest) -> Tool:
-        """The tool that is called.
-
-        Raises:
-            ToolError: the rules forbid the call, or no tool has this name.
-        """
+        """The tool that is called."""
         config = self._config
         if not config.offers_tools:
             raise ToolError("tools are not available")
@@ -256,11 +252,7 @@ class Agent:
         )
 
     def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Prompt:
-        """On a worker thread: run the tool, and render the frames that it found.
-
-        Raises:
-            ToolError: the call is at fault, or its frames take more room than a crop has.
-        """
+        """On a worker thread: run the tool, and render the frames that it found."""
         found, renderer = tool.run(call, context), self._renderer
         if isinstance(found, str):
             return found

@@ -143,11 +143,7 @@ def _docstring(text: str) -> tuple[str, dict[str, str]]:
 
 
 def _kind(hint: Any, where: str) -> _Kind:
-    """Values of a type hint.
-
-    Raises:
-        ValueError: JSON has no such type, or the hint does not say what a list holds.
-    """
+    """Values of a type hint."""
     origin, inner = typing.get_origin(hint), typing.get_args(hint)
     if hint in _SIMPLE:
         return _SIMPLE[hint]

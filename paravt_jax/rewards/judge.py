@@ -261,11 +261,7 @@ def _deadline(connected: socket.socket, seconds: float):
 
 
 def _content(response: bytes) -> str:
-    """The text of the first choice.
-
-    Raises:
-        JudgeError: the response is not a chat completion.
-    """
+    """The text of the first choice."""
     try:
         content = json.loads(response)["choices"][0]["message"]["content"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
