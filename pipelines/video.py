@@ -6,18 +6,21 @@ import contextlib
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
 from typing import Generic, TypeVar
 
 import numpy as np
 
+from paravt_jax.deadlines import OutOfTime, within_seconds
 from paravt_jax.records import Frames, VideoRef
+from pipelines.container import UnreadableVideo
 from pipelines.decode import Decoded, Size, VideoInfo, complete, decode_present, probe
 from pipelines.decoders import ROUNDING
 from pipelines.preprocess import FrameSpec
-from pipelines.timeout import DECODE_SECONDS, ReadTimeout
 
+DECODE_SECONDS = 300.0
+"""Enough for 64 frames of hours in 4K from a slow disk."""
 # A video that is smaller than this when decoded is decoded whole, once, at its first use.
 WHOLE_BYTES = 1 << 20
 # Bound on the frame times kept, 8 bytes each: some 80 hours at 30 frames per second.
@@ -313,3 +316,29 @@ class LruCache(Generic[T]):
         while self.held > self._limit:
             _, (_, dropped) = self._kept.popitem(last=False)
             self.held -= dropped
+
+
+class ReadTimeout:
+    """Waits for files to be read, so many seconds for each request; a file that takes longer is not
+    tried again."""
+
+    def __init__(self, seconds: float):
+        self._seconds = seconds
+        self._given_up: set[str] = set()
+
+    def __call__(self, path: str, work: Callable[[], T]) -> T:
+        """What `work`, which reads the file, returns.
+
+        Raises:
+            UnreadableVideo: it takes longer, or once did.
+            Exception: whatever the work raises.
+        """
+        try:
+            if path not in self._given_up:
+                return within_seconds(work, self._seconds)
+        except OutOfTime:
+            self._given_up.add(path)
+        raise UnreadableVideo(
+            f"video {path}: decoding takes longer than data.decode_seconds={self._seconds:g}; "
+            "re-encode the file with a key frame every few seconds, or raise the limit"
+        )

@@ -16,7 +16,7 @@ from paravt_jax.protocol import parse_tool_calls
 from paravt_jax.records import ToolCall
 from paravt_jax.rewards.answers import split_turns
 from paravt_jax.rewards.attempt import Attempt
-from paravt_jax.rewards.judge import JudgeSettings, LlmJudge, open_judge
+from paravt_jax.rewards.judge import Judge, JudgeSettings, LlmJudge, judge_message, open_judge
 from paravt_jax.rewards.own import RewardFunction, reward_terms
 from paravt_jax.rewards.rules import (
     Ranges,
@@ -27,7 +27,6 @@ from paravt_jax.rewards.rules import (
     scheme_names,
 )
 from paravt_jax.rewards.schemes.paravt import turn_anchors
-from paravt_jax.rewards.verdicts import Judge, judge_message
 
 __all__ = [
     "DEFAULT_RULES",

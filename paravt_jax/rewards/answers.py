@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 
 from paravt_jax import protocol
+from paravt_jax.rewards.judge import Judge, judge_message, verdict
 from paravt_jax.rewards.metrics import (
     choice_accuracy,
     normalise,
@@ -13,7 +14,6 @@ from paravt_jax.rewards.metrics import (
     temporal_iou,
     token_f1,
 )
-from paravt_jax.rewards.verdicts import Judge, judge_message, verdict
 
 _TURN_BREAK = re.compile(r"<\|im_end\|>|(?:(?<=</tool_call>)|(?<=</grounding>))\s*(?=<think>)")
 _ANSWER = re.compile(r"<answer>((?:(?!</?answer>).)*)</answer>", re.DOTALL)

@@ -7,8 +7,8 @@ import dataclasses
 from paravt_jax.protocol import TURN_END, Window
 from paravt_jax.records import ToolCall
 from paravt_jax.rewards.answers import accuracy_score, extract_answer, judged_accuracy
+from paravt_jax.rewards.judge import Judge
 from paravt_jax.rewards.overlap import stale_calls
-from paravt_jax.rewards.verdicts import Judge
 
 
 @dataclasses.dataclass(frozen=True)

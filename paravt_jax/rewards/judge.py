@@ -16,6 +16,7 @@ import dataclasses
 import http.client
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -25,16 +26,41 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated
 
+from paravt_jax.protocol import after_thinking
 from paravt_jax.ranges import above, at_least
-from paravt_jax.rewards.verdicts import verdict
 from paravt_jax.settings import Refused, Settings
 
+Judge = Callable[[str], str]
+"""Takes a user message, returns the reply of a language model."""
+
+_NUMBER = re.compile(r"-?(?:\d{1,9}(?:\.\d{0,9})?|\.\d{1,9})")
+_READ = 4000
+"""Characters at the end of a reply that are read."""
 _LONGEST_REPLY = 1 << 20
 """Bytes of a response that are read; a verdict is a few hundred."""
 _MOST_VERDICTS = 1 << 16
 """Verdicts that are kept; beyond, the oldest is forgotten."""
 _WORTH_ANOTHER_TRY = (408, 409, 425, 429, 500, 502, 503, 504, 529)
 """Status codes of trouble that passes."""
+
+
+def judge_message(question: str, prediction: str, answer: str) -> str:
+    """The user message with which a language model is asked for a verdict."""
+    return (
+        f"Question: {question}\n"
+        f"Ground truth answer: {answer}\n"
+        f"Model prediction: {prediction}\n\n"
+        "Is the prediction semantically equivalent to the ground truth? "
+        "Reply with a single number: 1.0 if correct, 0.5 if partially correct, 0.0 if wrong."
+    )
+
+
+def verdict(reply: str) -> float | None:
+    """The first number of a reply, after its thinking if the judge thinks; None if there is none,
+    or if it lies outside [0, 1]."""
+    match = _NUMBER.search(after_thinking(reply[-_READ:]))
+    value = float(match.group()) if match else -1.0
+    return value if 0.0 <= value <= 1.0 else None
 
 
 class JudgeError(Exception):

@@ -11,6 +11,7 @@ import re
 
 from paravt_jax import protocol
 from paravt_jax.rewards.attempt import Attempt
+from paravt_jax.rewards.judge import Judge, judge_message
 from paravt_jax.rewards.metrics import f1, interval_iou
 from paravt_jax.rewards.rules import (
     ANCHOR,
@@ -22,7 +23,6 @@ from paravt_jax.rewards.rules import (
     total_range,
     turn_anchor,
 )
-from paravt_jax.rewards.verdicts import Judge, judge_message
 
 _ANSWER = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)
 _CALL_BODY = re.compile(r"<tool_call>(.*?)(?:</tool_call>|$)", re.DOTALL)

@@ -6,8 +6,7 @@ import pytest
 
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from paravt_jax.rewards import JudgeSettings, RewardRules, open_judge, score
-from paravt_jax.rewards.judge import JudgeError
-from paravt_jax.rewards.verdicts import verdict
+from paravt_jax.rewards.judge import JudgeError, verdict
 from tests.support.judge_server import completion
 from tests.support.trajectories import trajectory
 from train.recipes import get_recipe
