@@ -221,23 +221,19 @@ def prompt_stream(
     groups_per_step: int,
     seed: int,
     tools: bool = True,
-    process_index: int = 0,
-    process_count: int = 1,
     threads: int = 4,
     workers: int = 0,
     max_bad_rows: float = 0.0,
 ) -> PromptStream:
-    """Compose the stream: shuffle anew each epoch, take this process' share, draw K, decode, leave
-    out what cannot be read, batch. Batches are always full.
+    """Compose the stream: shuffle anew each epoch, draw K, decode, leave out what cannot be read,
+    batch. Batches are always full.
 
     Args:
         rows: the questions; of a mixture, any stretch of the stream has the data sets in
             proportion to their weights, and each shows all its rows once before it repeats one.
         budgets: choices of K (frame gating); one value switches gating off.
-        groups_per_step: prompts of one step of this process.
+        groups_per_step: prompts of one step.
         tools: whether the prompts offer the crop tool.
-        process_index, process_count: this process takes every `process_count`-th row of the
-            common order (of each data set).
         threads: rows decoded side by side, ahead of their use.
         workers: decode in this many worker processes instead, each with `threads` threads. The
             order and saved positions stay the same.
@@ -246,12 +242,9 @@ def prompt_stream(
     Raises:
         ValueError: an argument is out of range. Taking a step raises it if too many rows are bad.
     """
-    _check(rows, groups_per_step, process_index, process_count)
+    _check(rows, groups_per_step)
     mixed = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
-    parts = [
-        _draws(source, seed + number)[process_index::process_count]
-        for number, source in enumerate(mixed.sources)
-    ]
+    parts = [_draws(source, seed + number) for number, source in enumerate(mixed.sources)]
     draws = grain.MapDataset.mix(parts, mixed.weights) if len(parts) > 1 else parts[0]
     made = draws.map(PromptMaker(reader, renderer, budgets, seed, tools))
     ahead = grain.ReadOptions(
@@ -307,13 +300,9 @@ def prompt_list(
     return good
 
 
-def _check(
-    rows: Rows | Mixture, groups_per_step: int, process_index: int, process_count: int
-) -> None:
+def _check(rows: Rows | Mixture, groups_per_step: int) -> None:
     empty = isinstance(rows, Mixture) and min(map(len, rows.sources)) == 0
     if len(rows) == 0 or empty:
         raise ValueError("rows is empty: check the question types and the question file")
     if groups_per_step < 1:
         raise ValueError(f"groups_per_step={groups_per_step} must be at least 1")
-    if not 0 <= process_index < process_count:
-        raise ValueError(f"process_index={process_index}: must be 0 to {process_count - 1}")

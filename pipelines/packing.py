@@ -112,23 +112,20 @@ def pack_stream(
     *,
     fit: Literal["first", "best"] = "first",
     bins: int = 64,
-    process_index: int = 0,
-    process_count: int = 1,
     threads: int = 4,
 ) -> StepStream[Pack]:
-    """Compose the stream: shuffle anew each epoch, take this process' share, render, pack, batch.
+    """Compose the stream: shuffle anew each epoch, render, pack, batch.
 
     Args:
         conversations: the rows.
         render: makes the example of a conversation (`ConversationRenderer`).
         shape: room of a row; conversations that do not fit into it are skipped.
-        packs_per_step: rows of one step of this process.
+        packs_per_step: rows of one step.
         seed: of the order.
         skips: counts what cannot be used.
         fit: one of `FITS`.
         bins: rows open at a time. More of them are filled better, and take longer to begin (16 fill
             0.95 of their tokens, 64 fill 0.97, see `docs/log.md`).
-        process_index, process_count: this process takes every `process_count`-th conversation.
         threads: conversations rendered side by side, ahead of their use.
 
     Raises:
@@ -137,8 +134,7 @@ def pack_stream(
     if not len(conversations):
         raise ValueError("there are no conversations to pack; check --data")
     order = grain.MapDataset.source(conversations).seed(seed).shuffle().repeat()
-    own = order[process_index::process_count]
-    examples = own.map_with_index(ConversationEncoder(render, shape, skips))
+    examples = order.map_with_index(ConversationEncoder(render, shape, skips))
     ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
     packed = FITS[fit](
         examples.to_iter_dataset(ahead),

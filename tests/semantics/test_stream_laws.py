@@ -1,8 +1,8 @@
-"""Laws of the stream of prompts, over processes, workers, restarts and mixtures.
+"""Laws of the stream of prompts, over workers, restarts and mixtures.
 
 1. K is uniform over its choices, and a function of seed, epoch and row alone.
 2. A stream set to the state it had at any element goes on as it did.
-3. Every row comes once per epoch, over all processes together, in each data set of a mixture.
+3. Every row comes once per epoch, in each data set of a mixture.
 4. A mixture draws from its data sets in proportion to their weights, at any stretch.
 5. No prompt is larger than the element spec says.
 
@@ -90,20 +90,17 @@ def test_budgets_differ_between_epochs_and_are_the_same_after_a_restart():
     assert json.loads(again.stdout) == epochs
 
 
-@pytest.mark.parametrize("processes", [1, 2])
-def test_a_stream_resumes_at_any_element(processes):
+def test_a_stream_resumes_at_any_element():
     rows, total = make_rows(7), 20
-    for process in range(processes):
-        share = {"process_index": process, "process_count": processes}
-        prompts, states, items = stream(rows, **share), [], []
-        for _ in range(total):
-            states.append(json.loads(json.dumps(prompts.get_state())))
-            items += seen(prompts, 1)
-        for at, state in enumerate(states):
-            resumed = stream(rows, **share)
-            resumed.set_state(state)
-            assert seen(resumed, total - at) == items[at:], f"element {at}"
-            resumed.close()
+    prompts, states, items = stream(rows), [], []
+    for _ in range(total):
+        states.append(json.loads(json.dumps(prompts.get_state())))
+        items += seen(prompts, 1)
+    for at, state in enumerate(states):
+        resumed = stream(rows)
+        resumed.set_state(state)
+        assert seen(resumed, total - at) == items[at:], f"element {at}"
+        resumed.close()
 
 
 def test_a_position_of_an_earlier_version_is_read_where_it_counts_rows():
@@ -116,20 +113,14 @@ def test_a_position_of_an_earlier_version_is_read_where_it_counts_rows():
         resumed.set_state({"position": {"workers_state": {}}, "bad_rows": []})
 
 
-@pytest.mark.parametrize("processes", [1, 2, 3])
-def test_processes_together_show_every_row_once_per_epoch(processes):
+def test_every_row_is_shown_once_per_epoch():
     rows, epochs = make_rows(6), 3
-    shares = [
-        seen(stream(rows, process_index=p, process_count=processes), 6 * epochs // processes)
-        for p in range(processes)
-    ]
-    woven = [item for step in zip(*shares, strict=True) for item in step]
+    shown = seen(stream(rows), 6 * epochs)
     for epoch in range(epochs):
-        part = woven[6 * epoch : 6 * epoch + 6]
+        part = shown[6 * epoch : 6 * epoch + 6]
         assert sorted(name for name, _ in part) == sorted(row.row_id for row in rows)
         for name, budget in part:
             assert budget == frame_budget(0, epoch, name, CHOICES)
-    assert woven == seen(stream(rows), 6 * epochs)
 
 
 def test_a_mixture_draws_by_weight_and_keeps_epochs():
@@ -143,19 +134,13 @@ def test_a_mixture_draws_by_weight_and_keeps_epochs():
             assert len(set(of_kind[start : start + len(rows)])) == len(rows)
 
 
-def test_processes_share_a_mixture_and_it_resumes():
+def test_a_mixture_resumes():
     mixture = Mixture((make_rows(4, "a"), make_rows(6, "b")), (1.0, 1.0))
-    for process in range(2):
-        share = {"process_index": process, "process_count": 2}
-        prompts = stream(mixture, **share)
-        first = seen(prompts, 4)
-        assert sum(name[0] == "a" for name, _ in first) == 2, "each process gets both"
-        state = prompts.get_state()
-        resumed = stream(mixture, **share)
-        resumed.set_state(state)
-        assert seen(resumed, 9) == seen(prompts, 9)
-    both = [seen(stream(mixture, process_index=p, process_count=2), 4) for p in range(2)]
-    assert len({name for name, _ in both[0] + both[1] if name[0] == "a"}) == 4
+    prompts, resumed = stream(mixture), stream(mixture)
+    first = seen(prompts, 4)
+    assert sum(name[0] == "a" for name, _ in first) == 2, "it has both"
+    resumed.set_state(prompts.get_state())
+    assert seen(resumed, 9) == seen(prompts, 9)
 
 
 def test_a_mixture_is_a_sequence_of_all_rows():
@@ -196,39 +181,36 @@ def whole(prompts, count: int) -> list[tuple]:
     ]
 
 
-def check_workers(workers: int, processes: int, total: int, at: tuple[int, ...]) -> None:
+def check_workers(workers: int, total: int, at: tuple[int, ...]) -> None:
     """With workers, the stream is that without them, and resumes at these elements: at even ones
     without workers, at odd ones with as many."""
     rows = row_source([question.row for question in questions()][:5], data_folder())
 
-    def real(workers: int, process: int):
+    def real(workers: int):
         return prompt_stream(
-            rows, VideoReader(), renderer(), (2, 4), groups_per_step=1, seed=0,
-            process_index=process, process_count=processes, workers=workers,
-        )  # fmt: skip
+            rows, VideoReader(), renderer(), (2, 4), groups_per_step=1, seed=0, workers=workers
+        )
 
-    for process in range(processes):
-        expected = whole(real(0, process), total)
-        prompts, states, items = real(workers, process), {}, []
-        for step in range(total):
-            states[step] = json.loads(json.dumps(prompts.get_state()))
-            items += whole(prompts, 1)
-        prompts.close()
-        assert items == expected
-        for step in at:
-            resumed = real(step % 2 * workers, process)
-            resumed.set_state(states[step])
-            assert whole(resumed, total - step) == items[step:], f"element {step}"
-            resumed.close()
+    expected = whole(real(0), total)
+    prompts, states, items = real(workers), {}, []
+    for step in range(total):
+        states[step] = json.loads(json.dumps(prompts.get_state()))
+        items += whole(prompts, 1)
+    prompts.close()
+    assert items == expected
+    for step in at:
+        resumed = real(step % 2 * workers)
+        resumed.set_state(states[step])
+        assert whole(resumed, total - step) == items[step:], f"element {step}"
+        resumed.close()
 
 
 @pytest.mark.slow
 def test_a_stream_with_a_worker_resumes_without_one():
-    check_workers(workers=1, processes=1, total=7, at=(4,))
+    check_workers(workers=1, total=7, at=(4,))
 
 
 @pytest.mark.study
-@pytest.mark.parametrize("processes", [1, 2])
 @pytest.mark.parametrize("workers", [1, 4])
-def test_streams_with_workers_resume_at_any_element(workers, processes):
-    check_workers(workers, processes, total=8, at=tuple(range(8)))
+def test_streams_with_workers_resume_at_any_element(workers):
+    check_workers(workers, total=8, at=tuple(range(8)))
