@@ -204,7 +204,6 @@ def whiten(
     values: Float[ArrayLike, "*b"],
     mask: Shaped[ArrayLike, "*b"],
     eps: float | int = 1e-5,
-    ddof: int = 1,
 ) -> Float[Array, "*b"]:
     """(x - mean) / (std + eps) over the masked values; equation 7 of the ParaVT release.
 
@@ -216,8 +215,8 @@ def whiten(
     mean = jnp.where(mask, values, 0.0).sum() / jnp.maximum(count, 1)
     # Centred before squaring: in float32 the difference of two means of squares loses its digits.
     centred = jnp.where(mask, values - mean, 0.0)
-    variance = jnp.square(centred).sum() / jnp.maximum(count - ddof, 1)
-    std = jnp.where(count > ddof, jnp.sqrt(variance), 1.0)
+    variance = jnp.square(centred).sum() / jnp.maximum(count - 1, 1)
+    std = jnp.where(count > 1, jnp.sqrt(variance), 1.0)
     return jnp.where(count > 0, centred / (std + eps), values)
 
 

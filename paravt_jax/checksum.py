@@ -45,6 +45,7 @@ def _part(x: Array, starts: UInt32[Array, " n"], shape: tuple[int, ...]) -> UInt
 def _sum(x: Array, starts: tuple[Any, ...], shape: tuple[int, ...]) -> UInt32[Array, ""]:
     place, stride = jnp.zeros(x.shape, jnp.uint32), 1
     for axis in reversed(range(x.ndim)):
+        # Beyond 2^32 elements places repeat, on the host as on the device.
         counted = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(starts[axis])
         place, stride = place + counted * jnp.uint32(stride % 2**32), stride * shape[axis]
     return jnp.sum(_mix(_bits(x) ^ _mix(place + 1)), dtype=jnp.uint32)

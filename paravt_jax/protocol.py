@@ -175,7 +175,7 @@ def reported(text: str) -> str:
     return "" if said.lstrip().startswith(THINK_OPEN) else said
 
 
-def parses_strictly(turn: str, prefix: str = "", *, syntax: str = "tool_call") -> bool:
+def parses_strictly(turn: str, *, syntax: str = "tool_call") -> bool:
     """Whether one assistant turn is well formed to the letter.
 
     That is `<think>...</think>`, then either valid calls with only white space between them or
@@ -183,11 +183,10 @@ def parses_strictly(turn: str, prefix: str = "", *, syntax: str = "tool_call") -
     for `format/compliance` if all of its turns parse.
 
     Args:
-        turn: text of the turn.
-        prefix: forced text that stands before `turn` but is not part of it.
+        turn: text of the turn, its forced prefix included.
         syntax: how calls are written, a name of `SYNTAXES`.
     """
-    text = (prefix + turn).strip().removesuffix(TURN_END).rstrip()
+    text = turn.strip().removesuffix(TURN_END).rstrip()
     think, closed, action = text.removeprefix(THINK_OPEN).partition(THINK_CLOSE)
     if not (text.startswith(THINK_OPEN) and closed) or THINK_OPEN in think or THINK_CLOSE in action:
         return False

@@ -296,6 +296,7 @@ class LruCache(Generic[T]):
     """Keeps what was used last, up to a number of bytes. Not safe for threads."""
 
     def __init__(self, limit: int):
+        # Memory of a run grows for hundreds of steps until this is reached: that is no leak.
         self._limit = limit
         self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self.held = 0

@@ -242,5 +242,6 @@ def find(tools: Tools, call: ToolCall) -> Tool:
     if call.error is not None:
         raise ToolError(call.error)
     if call.name not in tools:
+        # A model may write anything as a name, and reads this again: little of it, and in ASCII.
         raise ToolError(f"unknown tool {call.name[:40]!a}; available: {', '.join(tools)}")
     return tools[call.name]

@@ -94,6 +94,7 @@ def whole_folder(target: Path) -> Iterator[Path]:
 
 def _replace(temporary: Path, target: Path) -> None:
     old = target.with_name(temporary.name + ".old")
+    # Out of the way first: a folder cannot take the name of one that is not empty.
     if target.exists():
         target.rename(old)
     temporary.rename(target)

@@ -29,9 +29,9 @@ def blocks(text: str, gap: str = r"\s*") -> list[Block] | None:
     return found
 
 
-def names(text: str, gap: str = r"\s*") -> list[str]:
+def names(text: str) -> list[str]:
     """Names of the blocks of a text; empty if it is not made of blocks alone."""
-    return [name for name, _ in blocks(text, gap) or []]
+    return [name for name, _ in blocks(text) or []]
 
 
 def _skip(space: re.Pattern[str], text: str, place: int) -> int:

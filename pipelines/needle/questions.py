@@ -83,6 +83,7 @@ def _ask_about(
 
 def _options(row_id: str, colour: str) -> tuple[str, str]:
     """Four colours in an order that depends on the row alone, and the letter of the right one."""
+    # Not `hash`, which Python salts anew in every process (R13).
     digest = hashlib.sha256(row_id.encode()).digest()
     rng = np.random.default_rng(list(digest))
     others = [other for other in COLOURS if other != colour]
