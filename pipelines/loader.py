@@ -100,7 +100,7 @@ class BadRows:
 
 
 @dataclasses.dataclass(frozen=True)
-class Draw:
+class DrawnRow:
     """Which row to show, in which epoch."""
 
     row: Row
@@ -122,7 +122,7 @@ class PromptMaker:
         self._reader, self._renderer = reader, renderer
         self._budgets, self._seed, self._tools = tuple(budgets), seed, tools
 
-    def __call__(self, draw: Draw) -> PromptItem | BadRow:
+    def __call__(self, draw: DrawnRow) -> PromptItem | BadRow:
         """Draw K for the row, decode K frames, render; or say what cannot be read.
 
         Raises:
@@ -264,11 +264,11 @@ def prompt_stream(
     return PromptStream(steps_from, bad_rows)
 
 
-def _draws(rows: Rows, seed: int) -> grain.MapDataset[Draw]:
+def _draws(rows: Rows, seed: int) -> grain.MapDataset[DrawnRow]:
     """Epoch after epoch, every row once in each, in an order of its own."""
     length = len(rows)
     order = grain.MapDataset.source(rows).seed(seed).shuffle().repeat()
-    return order.map_with_index(lambda index, row: Draw(row, index // length))
+    return order.map_with_index(lambda index, row: DrawnRow(row, index // length))
 
 
 def prompt_list(
@@ -290,7 +290,7 @@ def prompt_list(
     make = PromptMaker(reader, renderer, (budget,), seed=0, tools=tools)
     bad_rows = BadRows(len(rows), max_bad_rows)
     every: Iterable[PromptItem | BadRow] = (
-        make(Draw(rows[index], epoch=0)) for index in range(len(rows))
+        make(DrawnRow(rows[index], epoch=0)) for index in range(len(rows))
     )
     good: list[PromptItem] = []
     for item in every:
