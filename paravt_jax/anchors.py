@@ -62,4 +62,5 @@ def own_credit(
             f"objective.anchor={anchor} returned no array of {structure.generated.shape}; return "
             "the credit of each token of each rollout"
         )
+    # A mask of tags is a credit as well: of 1 where it holds.
     return credit.astype("float32")

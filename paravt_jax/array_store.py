@@ -34,6 +34,7 @@ class StoredArray:
           ValueError: it is missing or damaged.
         """
         try:
+            # `auto`: which version of zarr Orbax wrote is its own choice.
             store = ts.open(f"file://{item}/|ocdbt:{name}/|auto:", open=True).result()
         except ValueError as error:
             raise ValueError(f"{item} is damaged at {name}: {_first(error)}") from error

@@ -165,6 +165,7 @@ def find_step(path: str | os.PathLike) -> Path:
         numbers = folder.iterdir() if folder.is_dir() else ()
         steps = [step for step in numbers if step.name.isdigit() and (step / ITEM).is_dir()]
         if steps:
+            # As numbers: as texts, 9 comes after 10.
             return max(steps, key=lambda step: int(step.name))
     raise ValueError(
         f"{path} holds no checkpoint: give a run's folder (WORKDIR), one of its "

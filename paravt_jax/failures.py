@@ -29,6 +29,7 @@ def explain(error: BaseException, memory_remedies: Sequence[str] = ()) -> str:
     if _is_own(error) or isinstance(error, OSError):
         return text
     more = f"{_place(error)}; {TRACEBACK}=1 in the environment shows all of it"
+    # XLA raises no kind of its own for this: its status stands in the text.
     if "RESOURCE_EXHAUSTED" in text:
         remedies = "".join(f"; {remedy}" for remedy in memory_remedies)
         return f"a device is out of memory ({_first(error)}){remedies} ({more})"

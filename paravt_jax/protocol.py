@@ -239,6 +239,7 @@ def parse_seconds(value: Any) -> float | None:
 
     None for anything else, among it booleans, NaN and infinities.
     """
+    # Before numbers: Python's True is 1, JSON's true is no time.
     if isinstance(value, bool):
         return None
     if isinstance(value, int | float):

@@ -39,6 +39,7 @@ def mrope_positions(visual: np.ndarray, grids: np.ndarray, merge: int) -> np.nda
         positions[first:at, 0] = start
         positions[first:at, 1] = start + np.repeat(np.arange(rows), cols)
         positions[first:at, 2] = start + np.tile(np.arange(cols), rows)
+        # A frame takes one moment of time, and what follows stands behind its longer side.
         start += max(rows, cols)
     positions[at:] = start + np.arange(len(visual) - at)[:, None]
     return positions

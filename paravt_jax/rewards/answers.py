@@ -78,6 +78,7 @@ def judged_accuracy(judge: Judge | None, question: str, found: str, answer: str)
     """
     fallback = accuracy_score(found, answer, "oe", "f1")
     equal = accuracy_score(found, answer, "oe", "exact") == 1.0
+    # Equal or empty ones cost no request: a step has hundreds of answers.
     if judge is None or equal or not found.strip() or not answer.strip():
         return fallback
     try:

@@ -197,6 +197,7 @@ class LlmJudge:
     def _remember(self, message: str, reply: Future[str]) -> None:
         self._replies[message] = reply
         if len(self._replies) > _MOST_VERDICTS:
+            # A dictionary keeps its order: the first one is the oldest.
             del self._replies[next(iter(self._replies))]
 
     def _fulfil(self, message: str, reply: Future[str]) -> None:
@@ -208,6 +209,7 @@ class LlmJudge:
             with self._lock:
                 self._counts["failures"] += 1
                 self.last_failure = f"{type(error).__name__}: {error}"
+                # Not kept: who asks the same next time gets another try.
                 self._replies.pop(message, None)
             reply.set_exception(error)
         with self._lock:
@@ -253,6 +255,7 @@ class LlmJudge:
         )
         path = f"{parts.path.rstrip('/')}/chat/completions"
         try:
+            # By itself, so that there is a socket to cut while the request is on its way.
             connection.connect()
             with _deadline(connection.sock, self.settings.timeout):
                 connection.request("POST", path, body, self._headers)

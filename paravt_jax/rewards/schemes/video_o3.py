@@ -80,6 +80,7 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     kind, accuracy = kind_of(attempt), accuracy_score(attempt, rules)
     form, windows = format_score(attempt.turns)
     turns = len(attempt.turns) - 1
+    # Text alone earns nothing: a model writes groundings that never ran.
     if rules.compat == "fixed" and not attempt.executed_calls:
         windows, turns = [], 0
     found = overlap(windows, attempt.evidence)
