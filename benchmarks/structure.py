@@ -55,10 +55,9 @@ def main() -> None:
 
 def sides(config: Config) -> tuple[Callable[[], object], Callable[[], object], tuple[int, ...]]:
     """Finding the tags of a batch, one optimiser step on it, and the batch's shape."""
-    mesh, model = setup.open_mesh(config), setup.Model.open(config)
-    renderer = model.renderer(config)
-    batch = to_mesh(traces(config, renderer), mesh)
-    table, anchors = model.tags(config, renderer), anchor_tags(config.agent.call_syntax)
+    mesh, model = setup.open_mesh(config), setup.Parts(config)
+    batch = to_mesh(traces(config, model.renderer), mesh)
+    table, anchors = model.tags, anchor_tags(config.agent.call_syntax)
     find = jax.jit(find_tags, static_argnames=("anchors", "only_paired"))
     spoken = batch.loss_weights > 0
     optimizer = make_optimizer(config.optimizer, config.steps, model.policy.table)
@@ -89,8 +88,7 @@ def traces(config: Config, renderer):
             for name in ("cache_dir", "train_videos", "held_out_videos")
         ],
     )
-    reader = setup.open_reader(lessons, renderer.spec)
-    source = setup.open_sources(lessons, renderer, reader)["trace"]
+    source = setup.Parts(lessons).sources()["trace"]
     examples = [source[number] for number in range(config.rl.prompts_per_step)]
     copies = [example for example in examples for _ in range(config.rl.group_size)]
     batch = learner_batch(

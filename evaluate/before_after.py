@@ -18,7 +18,7 @@ from evaluate.tables import INTERVALS, comparison_table, interval_table
 from paravt_jax.checksum import checksums
 from paravt_jax.records import Row
 from train.data.questions import identities
-from train.hosts.cluster import is_first, texts_from_first
+from train.hosts.cluster import from_first, is_first
 from train.state import FlatParams
 from train.workdir.config_file import SAME_RESULTS
 from train.workdir.files import write_atomically
@@ -55,11 +55,9 @@ class BeforeAfter:
         """Evaluate what the run begins from, unless the workdir holds that already."""
         self._of = fingerprint(self._settings, self._held_out.rows, params)
         kept = read_before(self._workdir, self._of)
-        if kept is not None:
-            self._before = kept
-            return
-        self._before = self._held_out(params)
-        write_metrics(self._workdir, self._of, self._before)
+        self._before = self._held_out(params) if kept is None else kept
+        if kept is None:
+            self._write({})
 
     def after(self, params: FlatParams) -> None:
         """Evaluate what the run ends with, and show the table."""
@@ -70,7 +68,12 @@ class BeforeAfter:
             rows[f"{mode}, after"] = metrics
         self._console.print(comparison_table(self._title, rows))
         self._console.print(interval_table(INTERVALS, rows))
-        write_metrics(self._workdir, self._of, before, after)
+        self._write({"after": after})
+
+    def _write(self, more: Mapping[str, MetricsByMode]) -> None:
+        if is_first():
+            known = {"of": self._of, "before": self._before, **more}
+            write_atomically(self._workdir / FILE, json.dumps(known, indent=2) + "\n")
 
 
 def fingerprint(settings: Mapping[str, Any], rows: Iterable[Row], weights: FlatParams) -> str:
@@ -92,18 +95,8 @@ def read_before(workdir: Path, of: str) -> MetricsByMode | None:
     text = ""
     if is_first() and (workdir / FILE).exists():
         text = (workdir / FILE).read_text(encoding="utf-8")
-    (text,) = texts_from_first([text])
     try:
-        held = json.loads(text or "{}")
+        held = json.loads(from_first(text) or "{}")
     except ValueError:
         return None  # damaged: evaluated anew
     return held.get("before") if held.get("of") == of else None
-
-
-def write_metrics(
-    workdir: Path, of: str, before: MetricsByMode, after: MetricsByMode | None = None
-) -> None:
-    """What is known so far."""
-    if is_first():
-        known = {"of": of, "before": before} | ({} if after is None else {"after": after})
-        write_atomically(workdir / FILE, json.dumps(known, indent=2) + "\n")

@@ -71,7 +71,8 @@ class HeldOut:
     def _engine(self) -> Engine:
         """Room for a batch of questions, one rollout each."""
         prompts = min(self.settings.batch, len(self.rows))
-        return self.agents.engine(self.rows, self.settings.frame_budget, prompts=prompts, copies=1)
+        budget = self.settings.frame_budget
+        return self.agents.engine(self.agents.pools(self.rows, budget, prompts=prompts, copies=1))
 
     def _prompts(self, tools: bool) -> Sequence[Item]:
         budget, bad, agents = self.settings.frame_budget, self.max_bad_rows, self.agents

@@ -217,6 +217,7 @@ def _is_choice(value: Any, hint: Any) -> bool:
 
 def told_choices(hint: Any) -> str:
     """What a setting takes, for a sentence; empty where its type lists nothing."""
-    known = any_of(choices(hint)) if choices(hint) else ""
+    listed = [choice for choice in choices(hint) if choice != ""]
+    known = any_of(listed) if listed else ""
     own = "a function of your own as path/to/file.py:name" if takes_own(hint) else ""
     return f"{known}, or {own}" if known and own else known or own

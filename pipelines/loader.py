@@ -182,7 +182,7 @@ class PromptStream(StepStream[PromptItem]):
         self._steps_from, self._bad_rows = steps_from, bad_rows
 
     @property
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """How often all questions were shown, and the bad rows so far, for `metrics.jsonl`."""
         return {
             "data/epoch": self._bad_rows.seen / self._bad_rows.total,

@@ -124,12 +124,12 @@ class VideoReader:
         """Bytes of decoded frames held now."""
         return self._frames.held
 
-    def take_figures(self) -> dict[str, float]:
+    def take_metrics(self) -> dict[str, float]:
         """What was done since the last call, for `metrics.jsonl`: frames asked for, those among
         them that were not decoded for it, frames decoded, and the seconds that all threads together
         spent on it. What worker processes do is not seen."""
         with self._lock:
-            figures = {
+            metrics = {
                 "frames/asked": float(self._asked),
                 "frames/cache_hits": float(self._asked - self._missed),
                 "frames/decoded": float(self._decoded),
@@ -137,7 +137,7 @@ class VideoReader:
             }
             self._asked = self._missed = self._decoded = 0
             self._seconds = 0.0
-        return figures
+        return metrics
 
     def overview(self, video: VideoRef, count: int) -> Frames:
         """`count` frames spread over the whole video (all of them if it has fewer).

@@ -122,7 +122,7 @@ class Agent:
         self._subagent_prefix = renderer.encode(renderer.opening)
         self._subagent_tokens = subagent_limit(config, renderer)
         self._response_markup = len(renderer.tool_turn([""]))
-        self.figures: dict[str, float] = {}
+        self.metrics: dict[str, float] = {}
         """What the last run cost on the host, for `metrics.jsonl`."""
         self.on_episode_end: Callable[[], object] = lambda: None
         """Called whenever an episode has ended: how far a run is."""
@@ -145,7 +145,7 @@ class Agent:
             scheduler = Scheduler(session, self._sync_errors, self._before_step)
             rollouts = _open_rollouts(run, items, copies, seed)
             done = scheduler.run([self._episode_and_notice(rollout) for rollout in rollouts])
-        self.figures = _figures(done, scheduler, workers)
+        self.metrics = _metrics(done, scheduler, workers)
         return [
             RolloutGroup(row, budget, tuple(done[at * copies : (at + 1) * copies]))
             for at, (row, budget, _) in enumerate(items)
@@ -309,7 +309,7 @@ def _tool_requests(rollout: Rollout, turn: Turn, turns: int) -> list[ToolRequest
     ]
 
 
-def _figures(
+def _metrics(
     rollouts: Sequence[Trajectory], scheduler: Scheduler, workers: Workers
 ) -> dict[str, float]:
     """Turns of an episode, and what its tools cost."""

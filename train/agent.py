@@ -20,8 +20,9 @@ from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.grammar import response_grammar
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
-from rollout.limits import AgentConfig, slot_pools
+from rollout.limits import MAIN, AgentConfig, slot_pools
 from rollout.tools import agent_tools
+from train.data.settings import DataSettings
 from train.hosts.cluster import sync_errors
 from train.hosts.interrupt import SIGNALS_OF_RUN
 
@@ -61,20 +62,18 @@ class AgentMaker:
     """Opens agents, and engines that have room for their episodes."""
 
     rules: AgentConfig
+    data: DataSettings
+    """How videos are shown."""
     policy: ModelPolicy
     renderer: ChatRenderer
     reader: VideoReader
-    crop_frames: int
-    """Most frames of a crop."""
-    overview_tokens: int | None = None
-    """Most vision tokens that the frames of a prompt share; None where pixels alone decide."""
     tell: Callable[[str], None] = lambda line: None
     """Told what the cache of an engine takes."""
 
     @functools.cached_property
     def crop(self) -> CropSize:
         """How large crops get."""
-        return crop_size(self.rules, self.crop_frames, self.renderer)
+        return crop_size(self.rules, self.data.crop_frames, self.renderer)
 
     def agent(self, engine: Engine, rules: AgentConfig | None = None) -> Agent:
         """The agent on an engine of `engine`; with other rules on request, which need no more
@@ -87,20 +86,18 @@ class AgentMaker:
             before_step=SIGNALS_OF_RUN.check,
         )
 
-    def engine(
-        self, rows: Iterable[Row], frames: int, *, prompts: int, copies: int, hints: int = 0
-    ) -> Engine:
-        """An engine with the slots of `pools`. Its caches are allocated when it is first used."""
+    def engine(self, pools: dict[str, SlotPool]) -> Engine:
+        """An engine with these slots. Its caches are allocated when it is first used."""
         engine = Engine(
             self.policy,
-            self.pools(rows, frames, prompts=prompts, copies=copies, hints=hints),
+            pools,
             automata=open_automata(self.rules, self.renderer, self.policy.vocab_size),
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
         )
-        size = engine.cache_bytes() / 2**20
-        self.tell(f"engine: {prompts} prompts x {copies}, cache {size:,.0f} MiB")
+        main, size = pools[MAIN], engine.cache_bytes() / 2**20
+        self.tell(f"engine: {main.prompts} prompts x {main.copies}, cache {size:,.0f} MiB")
         return engine
 
     def pools(
@@ -108,7 +105,7 @@ class AgentMaker:
     ) -> dict[str, SlotPool]:
         """Slots for `prompts` prompts about any of the questions, each of `frames` frames and
         `hints` tokens more at most, with `copies` rollouts of each, and for their crops."""
-        longest = prompt_tokens(self.renderer, rows, frames, self.overview_tokens)
+        longest = prompt_tokens(self.renderer, rows, frames, self.data.overview_tokens)
         return slot_pools(
             self.rules,
             self.renderer,
@@ -121,12 +118,7 @@ class AgentMaker:
 
 def open_automata(rules: AgentConfig, renderer: ChatRenderer, vocab: int) -> TokenAutomata:
     """What ends a turn, and the grammar of calls where the rules ask for it."""
-    wanted = {own.constrain for own in _samplings(rules)} - {""}
-    if wanted - {CALLS}:
-        raise ValueError(
-            f"agent.sampling.constrain={', '.join(sorted(wanted))}: choose {CALLS!r}, the grammar "
-            "of the agent's tools, or leave it empty"
-        )
+    wanted = any(own.constrain for own in _samplings(rules))
     schemas = [tool.schema for tool in agent_tools(rules).values()]
     return TokenAutomata(
         renderer.token_contents(vocab),

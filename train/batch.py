@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -27,7 +28,7 @@ from paravt_jax.shapes import bucket
 
 
 @dataclasses.dataclass(frozen=True)
-class Stream:
+class LearnerStream:
     """One row of a learner batch: a prompt, and per-token values of what came after it."""
 
     prompt: Prompt
@@ -50,14 +51,17 @@ class Stream:
         return self.choices or Choices.free(len(self.tokens))
 
 
-def streams_of_examples(examples: Sequence[Example]) -> list[Stream]:
+def streams_of_examples(examples: Sequence[Example]) -> list[LearnerStream]:
     """Supervised streams: no sampler."""
     return [
-        Stream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights), e.shown) for e in examples
+        LearnerStream(e.prompt, e.tokens, e.weights, np.zeros_like(e.weights), e.shown)
+        for e in examples
     ]
 
 
-def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = False) -> list[Stream]:
+def streams_of_groups(
+    groups: Sequence[RolloutGroup], mask_over_turn: bool = False
+) -> list[LearnerStream]:
     """Streams of all rollouts, group by group; what the policy chose is trained, of `over_turn`
     rollouts nothing if so wished."""
     return [
@@ -67,11 +71,11 @@ def streams_of_groups(groups: Sequence[RolloutGroup], mask_over_turn: bool = Fal
     ]
 
 
-def stream_of(rollout: Trajectory, learned: bool = True) -> Stream:
+def stream_of(rollout: Trajectory, learned: bool = True) -> LearnerStream:
     """One rollout, of a main agent or a sub-agent; what the policy chose is trained. What a grammar
     wrote in its place is not: it stays context."""
     weights = (rollout.chosen & learned).astype(np.float32)
-    return Stream(
+    return LearnerStream(
         prompt=rollout.prompt,
         tokens=rollout.tokens,
         loss_weights=weights,
@@ -83,7 +87,7 @@ def stream_of(rollout: Trajectory, learned: bool = True) -> Stream:
 
 
 def learner_batch(
-    streams: Sequence[Stream],
+    streams: Sequence[LearnerStream],
     *,
     length: int,
     pad_id: int,
@@ -100,36 +104,24 @@ def learner_batch(
     Raises:
       ValueError: a stream is longer than `length` (the caller chose the bucket wrongly).
     """
-    longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
+    starts = [len(s.prompt.tokens) for s in streams]
+    longest = max(start + len(s.tokens) for start, s in zip(starts, streams, strict=True))
     if longest > length:
         raise ValueError(f"a stream of {longest} tokens does not fit the batch length {length}")
     wholes = [whole_stream(s.prompt, s.tokens, s.shown) for s in streams]
     alone = any(s.shown for s in streams)
-    seen = [whole.patches for whole in wholes[:: 1 if alone else group_size]]
-    most_frames, most_patches = largest(seen)
-    patches, grids = None, None
-    if most_frames:
-        most_frames = max(frames, bucket(most_frames) if alone else most_frames)
-        most_patches = max(most_patches, frame_patches)
-        patches, grids = stack_patches(seen, most_frames, most_patches)
-    zeros = np.zeros((len(streams), length), np.float32)
+    groups = wholes[:: 1 if alone else group_size]
+    most, _ = largest([whole.patches for whole in groups])
+    frames = max(frames, bucket(most) if alone else most)
+    rows = functools.partial(_rows, length=length, starts=starts)
     noted = [s.noted for s in streams]
-    return LearnerBatch(
-        tokens=_rows([whole.tokens for whole in wholes], length, pad_id),
-        positions=_rows([whole.positions for whole in wholes], length, 0),
-        vision_index=_rows([restride(whole, most_patches) for whole in wholes], length, -1),
-        lengths=np.array([len(whole.tokens) for whole in wholes], np.int32),
-        loss_weights=_values([s.loss_weights for s in streams], streams, length),
-        behaviour_log_probs=_values([s.log_probs for s in streams], streams, length),
-        reference_log_probs=zeros,
-        advantages=zeros,
-        structural=zeros > 0,
-        patches=patches,
-        grids=grids,
-        features=None,
-        prompt_lengths=np.array([len(s.prompt.tokens) for s in streams], np.int32),
-        floors=_values([own.floors for own in noted], streams, length, -np.inf),
-        grammar=_values([own.grammar for own in noted], streams, length, 0, np.int32),
+    return dataclasses.replace(
+        _batch(wholes, groups, length, pad_id, frames, frame_patches),
+        loss_weights=rows([s.loss_weights for s in streams], dtype=np.float32),
+        behaviour_log_probs=rows([s.log_probs for s in streams], dtype=np.float32),
+        prompt_lengths=np.array(starts, np.int32),
+        floors=rows([own.floors for own in noted], fill=-np.inf, dtype=np.float32),
+        grammar=rows([own.grammar for own in noted]),
     )
 
 
@@ -139,58 +131,75 @@ def packed_batch(
     """Pad packs to `[b, length]`, each a group of its own with room for `frames` frames of at least
     `frame_patches` patches."""
     streams = [item.stream for item in packs]
-    seen = [stream.patches for stream in streams]
-    most_frames, most_patches = largest(seen)
-    most_patches = max(most_patches, frame_patches)
-    patches, grids = stack_patches(seen, frames, most_patches) if most_frames else (None, None)
-    zeros = np.zeros((len(packs), length), np.float32)
+    return dataclasses.replace(
+        _batch(streams, streams, length, pad_id, frames, frame_patches),
+        loss_weights=_rows([item.weights for item in packs], length, dtype=np.float32),
+        segments=_rows([item.segments for item in packs], length),
+    )
+
+
+def blank_batch(rows: int, length: int) -> LearnerBatch:
+    """A batch `[rows, length]` of zeros, from which nothing is learned."""
+    integers, values = (np.zeros((rows, length), dtype) for dtype in (np.int32, np.float32))
     return LearnerBatch(
-        tokens=_rows([stream.tokens for stream in streams], length, pad_id),
-        positions=_rows([stream.positions for stream in streams], length, 0),
-        vision_index=_rows([restride(stream, most_patches) for stream in streams], length, -1),
-        lengths=np.array([len(stream.tokens) for stream in streams], np.int32),
-        loss_weights=_rows([item.weights for item in packs], length, 0, np.float32),
-        behaviour_log_probs=zeros,
-        reference_log_probs=zeros,
-        advantages=zeros,
-        structural=zeros > 0,
-        patches=patches,
-        grids=grids,
+        tokens=integers,
+        positions=np.zeros((rows, length, 3), np.int32),
+        vision_index=integers,
+        lengths=np.zeros(rows, np.int32),
+        loss_weights=values,
+        behaviour_log_probs=values,
+        reference_log_probs=values,
+        advantages=values,
+        structural=values > 0,
+        patches=None,
+        grids=None,
         features=None,
-        segments=_rows([item.segments for item in packs], length, 0),
     )
 
 
 def turn_numbers(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
     """int32 `[b, length]`: `Trajectory.turn_numbers` in the rows of `streams_of_groups`."""
     rollouts = [t for group in groups for t in group.trajectories]
-    numbers = np.zeros((len(rollouts), length), np.int32)
-    for row, rollout in zip(numbers, rollouts, strict=True):
-        start = len(rollout.prompt.tokens)
-        row[start : start + len(rollout.tokens)] = rollout.turn_numbers
-    return numbers
+    starts = [len(t.prompt.tokens) for t in rollouts]
+    return _rows([t.turn_numbers for t in rollouts], length, starts=starts)
+
+
+def _batch(
+    streams: Sequence[Prompt],
+    groups: Sequence[Prompt],
+    length: int,
+    pad_id: int,
+    frames: int,
+    frame_patches: int,
+) -> LearnerBatch:
+    """Padded streams, and the frames of those that stand for their group."""
+    seen = [stream.patches for stream in groups]
+    most_frames, most_patches = largest(seen)
+    most_patches = max(most_patches, frame_patches)
+    patches, grids = stack_patches(seen, frames, most_patches) if most_frames else (None, None)
+    index = [restride(stream, most_patches) for stream in streams]
+    return dataclasses.replace(
+        blank_batch(len(streams), length),
+        tokens=_rows([stream.tokens for stream in streams], length, pad_id),
+        positions=_rows([stream.positions for stream in streams], length),
+        vision_index=_rows(index, length, -1),
+        lengths=np.array([len(stream.tokens) for stream in streams], np.int32),
+        patches=patches,
+        grids=grids,
+    )
 
 
 def _rows(
-    rows: list[np.ndarray], length: int, fill: int, dtype: type[np.number] = np.int32
-) -> np.ndarray:
-    out = np.full((len(rows), length, *rows[0].shape[1:]), fill, dtype)
-    for target, row in zip(out, rows, strict=True):
-        target[: len(row)] = row
-    return out
-
-
-def _values(
-    values: list[np.ndarray],
-    streams: Sequence[Stream],
+    rows: Sequence[np.ndarray],
     length: int,
-    fill: float | int = 0.0,
-    dtype: type[np.number] = np.float32,
+    fill: float = 0,
+    dtype: type[np.number] = np.int32,
+    starts: Sequence[int] | None = None,
 ) -> np.ndarray:
-    out = np.full((len(values), length), fill, dtype)
-    for target, value, stream in zip(out, values, streams, strict=True):
-        start = len(stream.prompt.tokens)
-        target[start : start + len(value)] = value
+    """Rows of `length` that hold the given ones, from `starts` on, and elsewhere `fill`."""
+    out = np.full((len(rows), length, *rows[0].shape[1:]), fill, dtype)
+    for target, row, start in zip(out, rows, starts or [0] * len(rows), strict=True):
+        target[start : start + len(row)] = row
     return out
 
 

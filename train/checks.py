@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -20,14 +19,12 @@ from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.settings import placed
 from pipelines.datasets import Found
 from pipelines.media_check import check_media
-from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from train import setup
 from train.compile.ahead import LargestBatch, compile_step
 from train.compile.footprint import footprint, format_footprint, planned_mesh
 from train.config import Config, Stage
 from train.data.questions import read_questions, split_sets
-from train.methods.difficulty import hint_room
 from train.methods.hindsight import open_feedback
 from train.optimizer import check_continued, make_optimizer, warm_up_note
 from train.rl.scoring import Scorer
@@ -61,6 +58,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
     missing = [flag for flag in config.needs if given[flag] is None]
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
+    parts = setup.Parts(config)
     check_model(config, here)
     if here:
         # These refuse a judge whose key is not in the environment.
@@ -75,7 +73,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
     if here:
         check_rows_fit(config, planned_mesh(config.mesh) if planned else setup.open_mesh(config))
     if here and config.model.folder is not None:
-        setup.open_renderer(config, config.model.folder)
+        parts.renderer  # noqa: B018  refuses a folder without tokenizer or processor
 
 
 def check_model(config: Config, here: bool) -> None:
@@ -90,7 +88,7 @@ def check_model(config: Config, here: bool) -> None:
             f"model.lora.rank={model.lora.rank} trains beside weights that stay as they are: give "
             "--model, or set it to 0 to train from random weights"
         )
-    policy = setup.abstract_policy(config)
+    policy = setup.Parts(config).policy
     policy.table  # noqa: B018  the table refuses what the model lacks
     if model.router_balance and not policy.experts_per_token:
         raise ValueError(
@@ -180,35 +178,28 @@ def describe(config: Config) -> None:
     mesh = planned_mesh(config.mesh)
     axes = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES)
     print(f"mesh {axes}: {mesh.size} devices ({jax.device_count()} here)")
-    table = setup.abstract_policy(config).table
-    print(format_table(table, mesh))
+    parts = setup.Parts(config)
+    print(format_table(parts.policy.table, mesh))
     sizes = [
-        math.prod(spec.shape) for name, spec in table.items() if is_trainable(name, config.model)
+        math.prod(spec.shape)
+        for name, spec in parts.policy.table.items()
+        if is_trainable(name, config.model)
     ]
     print(f"{sum(sizes):,} of the parameters train")
-    rows, renderer = describe_data(config), renderer_aside(config)
-    for note in thinking_note(config, renderer.opening):
+    rows = describe_data(parts)
+    for note in thinking_note(config, parts.renderer.opening):
         print(note)
-    print(format_footprint(planned_footprint(config, mesh, renderer, rows)))
+    print(format_footprint(planned_footprint(parts, mesh, rows)))
 
 
 def planned_footprint(
-    config: Config, mesh: AnyMesh, renderer: ChatRenderer, rows: Sequence[Row] = ()
+    parts: setup.Parts, mesh: AnyMesh, rows: Sequence[Row] = ()
 ) -> dict[str, int]:
     """See `footprint`. Without questions, room is reckoned for one of `EXAMPLE`'s length."""
-    policy, rl, pools = setup.abstract_policy(config), config.rl, None
+    config, policy = parts.config, parts.policy
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
-    if config.stage is Stage.RL:
-        reader = setup.open_reader(config, renderer.spec)
-        pools = setup.agent_maker(config, policy, renderer, reader).pools(
-            rows or [EXAMPLE],
-            max(config.data.frame_budgets),
-            prompts=rl.prompts_per_step,
-            copies=rl.group_size,
-            hints=hint_room(config.difficulty, renderer),
-        )
-    taught = config.teacher.strength > 0
-    return footprint(policy, optimizer, config.model, mesh, taught, pools)
+    pools = parts.pools(rows or [EXAMPLE]) if config.stage is Stage.RL else None
+    return footprint(policy, optimizer, config.model, mesh, config.teacher.strength > 0, pools)
 
 
 def compile_only(config: Config, topology: str) -> str:
@@ -220,7 +211,7 @@ def compile_only(config: Config, topology: str) -> str:
     """
     if config.stage is not Stage.RL:
         raise ValueError(f"--compile-only compiles the rl step; {config.recipe} is an sft recipe")
-    policy = setup.abstract_policy(config)
+    policy = setup.Parts(config).policy
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
     step, taught = setup.open_rl_step(config, policy, optimizer), config.teacher.strength > 0
     batch = largest_batch(config, policy)
@@ -248,27 +239,23 @@ def thinking_note(config: Config, opening: str) -> list[str]:
     ]
 
 
-def describe_data(config: Config) -> list[Row]:
+def describe_data(parts: setup.Parts) -> list[Row]:
     """Print what `--data` and what is mixed with it hold; returns the questions."""
+    config = parts.config
     if config.packs_conversations:
-        renderer = renderer_aside(config)
-        found = open_conversations(config.data, renderer)
+        found = open_conversations(config.data, parts.renderer)
         notes = setup.system_notes(config, found.rows)
         print(describe_conversations(found), *notes, sep="\n")
         try_media(config, found, "data.max_rejected")
         return []
-    if config.data.path or config.data.mixture:
-        return describe_questions(config)
-    return []
+    return describe_questions(parts) if config.data.path or config.data.mixture else []
 
 
-def describe_questions(config: Config) -> list[Row]:
+def describe_questions(parts: setup.Parts) -> list[Row]:
     """Print how many questions there are, which cannot be used, and how they are split; returns
     those that can be used."""
-    positions = setup.abstract_policy(config).context_length
-    check = setup.question_check(config, renderer_aside(config), positions)
-    data, evaluation = config.data, config.evaluation
-    sets = read_questions(data, evaluation, check)
+    config, data, evaluation = parts.config, parts.config.data, parts.config.evaluation
+    sets = read_questions(data, evaluation, parts.check)
     for found in sets:
         paths = {video.path for row in found.rows for video in row.videos}
         print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
@@ -276,15 +263,6 @@ def describe_questions(config: Config) -> list[Row]:
     if data.path:
         print(split_sets(data, evaluation, sets).report())
     return [row for found in sets for row in found.rows]
-
-
-def renderer_aside(config: Config) -> ChatRenderer:
-    """The renderer of a run. Without --model its tokenizer is made, of which a dry run leaves
-    nothing behind."""
-    with tempfile.TemporaryDirectory() as folder:
-        data = dataclasses.replace(config.data, cache_dir=folder)
-        aside = dataclasses.replace(config, data=data)
-        return setup.Model.open(aside).renderer(aside)
 
 
 def try_media(config: Config, found: Found, setting: str) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
+import functools
 import itertools
 import json
 import time
@@ -13,32 +15,35 @@ import jax
 from jax.sharding import Mesh
 
 from evaluate.before_after import BeforeAfter
+from evaluate.held_out import HeldOut
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.params import abstract_params
 from paravt_jax.records import Row
+from pipelines.loader import PromptStream
 from rollout.engine.engine import Engine
 from train import checks, setup
-from train.compile.cache import Compiling, keep_compiled
+from train.compile.cache import Compilations, keep_compiled
 from train.compile.input_sizes import agent_input_sizes
 from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage
-from train.data.questions import Questions, all_rows, identities, open_rows
+from train.data.questions import Questions, all_rows, identities, open_rows, strata
 from train.hosts.cluster import is_first, max_over_hosts, on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
-from train.methods.difficulty import hint_room
+from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
 from train.report.log import RunLog
 from train.report.progress import introduction
 from train.report.steps import Clock, StepReport
-from train.rl.loop import reinforce
+from train.rl.learner import Learner
+from train.rl.loop import RlRun, reinforce
 from train.rl.scoring import Scorer
 from train.settings.override import to_dict
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
 from train.workdir.checkpoints import Checkpoints
-from train.workdir.config_file import FILE
+from train.workdir.config_file import FILE, flat_settings
 from train.workdir.files import write_atomically
 from train.workdir.lock import WorkdirLock
 from train.workdir.saving import Saver
@@ -65,14 +70,15 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     """
     on_all_hosts(lambda: checks.tell_changes(config, workdir, resume, first_prints))
     SIGNALS_OF_RUN.sync_by(lambda number: max_over_hosts([number])[0])
-    SIGNALS_OF_RUN.details = Compiling().__str__
+    compilations = Compilations()
+    SIGNALS_OF_RUN.details = compilations.__str__
     mesh, output = setup.open_mesh(config), config.output
     compiled = keep_compiled(output.compile_cache, output.compile_cache_gb)
     weights, data = setup.weights_named(config), setup.data_named(config.data)
     for line in introduction(workdir, mesh, weights, data, compiled):
         first_prints(line)
     with jax.set_mesh(mesh):
-        run = Run(config, workdir, mesh)
+        run = Run(config, workdir, mesh, compilations)
         try:
             (run.reinforce if config.stage is Stage.RL else run.supervise)()
         except BaseException:
@@ -90,49 +96,32 @@ def first_prints(line: str) -> None:
 class Run:
     """The parts of a run that both stages share, and the order in which they are used."""
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh):
+    def __init__(self, config: Config, workdir: Path, mesh: Mesh, compilations: Compilations):
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.model = setup.Model.open(config)
+        self.compilations = compilations
+        self.parts = setup.Parts(config)
         self.scorer = Scorer(config.rewards)
-        self.renderer = self.model.renderer(config)
-        self.reader = setup.open_reader(config, self.renderer.spec)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         # All hosts have agreed on the questions; from here on there is something to write.
         self.lock = on_all_hosts(lambda: WorkdirLock(workdir) if is_first() else None)
-        table = self.model.policy.table
+        table, output = self.parts.policy.table, config.output
         self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
-        kept = config.output.keep_checkpoints
-        self.checkpoints = Checkpoints(workdir / "checkpoints", kept, table)
-        start = self.model.params(config, mesh)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", output.keep_checkpoints, table)
+        start = self.parts.params(mesh)
         self.state, self.first_step, self.data_state = self._first_state(start)
         self.reference = {name: start[name] for name in self.state.trainable}
         self._prepare_workdir()
         self.checkpoints.precompile(self.state)
-        self.saver = Saver(
-            self.checkpoints, config.output, SIGNALS_OF_RUN, self.lock, self.first_step
-        )
+        self.saver = Saver(self.checkpoints, output, SIGNALS_OF_RUN, self.lock, self.first_step)
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
-        self.report = StepReport(
-            self.log,
-            Clock(),
-            config.optimizer,
-            config.steps,
-            config.optimizer_steps // config.steps,
-        )
-        self.agents = setup.agent_maker(
-            config, self.model.policy, self.renderer, self.reader, self.log.console.print
-        )
+        updates = config.optimizer_steps // config.steps
+        self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
+        self.agents = dataclasses.replace(self.parts.agents, tell=self.log.console.print)
         self.evaluation = self._evaluation() if self.held_out else None
-
-    @property
-    def _positions(self) -> int:
-        """How long a stream of the model may be."""
-        return self.model.policy.context_length
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
-        data, evaluation = self.config.data, self.config.evaluation
-        check = setup.question_check(self.config, self.renderer, self._positions)
+        data, evaluation, check = self.config.data, self.config.evaluation, self.parts.check
         rows, held_out = on_all_hosts(lambda: open_rows(data, evaluation, first_prints, check))
         require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
         return rows, held_out
@@ -156,49 +145,41 @@ class Run:
             raise ValueError(
                 f"--steps {config.steps}: {self.workdir} is already at step {latest}; ask for more"
             )
-        params = abstract_params(self.model.policy.table, mesh)
+        params = abstract_params(self.parts.policy.table, mesh)
         like = abstract_state(params, config.model, mesh, self.optimizer, taught)
         return self.checkpoints.restore(like, first_prints)
 
     def _prepare_workdir(self) -> None:
         """`config.json` of the run, and the model folder without weights for conversion."""
-        if not is_first():
-            return
-        write_atomically(self.workdir / FILE, json.dumps(to_dict(self.config), indent=2) + "\n")
-        spec, folder = self.renderer.spec, self.workdir / MODEL_FILES
-        setup.describe_checkpoints(self.model, self.config, spec, folder)
+        if is_first():
+            settings = json.dumps(to_dict(self.config), indent=2) + "\n"
+            write_atomically(self.workdir / FILE, settings)
+            self.parts.describe_checkpoints(self.workdir / MODEL_FILES)
 
     def _evaluation(self) -> BeforeAfter:
-        return setup.open_evaluation(
-            self.config, self.held_out, self.agents, self.scorer, self.workdir, self.log.console
-        )
+        """Evaluation on held-out questions, before and after."""
+        own, data, console = self.config.evaluation, self.config.data, self.log.console
+        by_events, bad = functools.partial(strata, data, own.split), data.max_bad_rows
+        asked = HeldOut(own, self.held_out, self.agents, self.scorer, bad, by_events, console)
+        part = "test" if own.split == "test" and not data.path else "held-out"
+        title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
+        return BeforeAfter(asked, flat_settings(self.config), self.workdir, title, console)
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
         config = self.config
         if self.evaluation is not None:
             self.evaluation.before({**self.state.frozen, **self.reference})
-        engine = self._engine()
-        learner = setup.open_learner(
-            config,
-            self.model.policy,
-            self.optimizer,
-            self.mesh,
-            self.model.tags(config, self.renderer),
-            setup.engine_shapes(config, self.agents, engine),
-            self.reference,
-            table=engine.automata.table if engine.automata.constrains else None,
-        )
-        prompts = setup.open_prompts(config, self.rows, self.reader, self.renderer)
-        run = setup.open_rl_run(
-            *(config, prompts, self.agents, engine, self.scorer, learner),
-            *(self.saver, self.report, self.workdir),
-        )
+        engine = self.agents.engine(self.parts.pools(all_rows(self.rows)))
+        learner, prompts = self._learner(engine), self.parts.prompts(self.rows)
+        run = self._rl_run(engine, learner, prompts)
         if self.data_state is not None:
             run.set_state(self.data_state)
         if config.rl.warm_up:
-            own = config.agent, config.data, self.renderer, all_rows(self.rows), self._hints
-            sizes, console = agent_input_sizes(*own), self.log.console
+            parts, console = self.parts, self.log.console
+            sizes = agent_input_sizes(
+                config.agent, config.data, parts.renderer, all_rows(self.rows), parts.hints
+            )
             self.state = rehearse_run(engine, learner, sizes, self.state, console)
         with self.saver.guard():
             self.state = reinforce(run, self.state, self.first_step)
@@ -206,20 +187,37 @@ class Run:
         prompts.close()
         self._finish()
 
-    @property
-    def _hints(self) -> int:
-        """Most tokens by which a method makes prompts longer."""
-        return hint_room(self.config.difficulty, self.renderer)
+    def _learner(self, engine: Engine) -> Learner:
+        """Learns from what the engine rolls out."""
+        return setup.open_learner(
+            self.config,
+            self.parts.policy,
+            self.optimizer,
+            self.mesh,
+            self.parts.tags,
+            setup.engine_shapes(self.config, self.agents, engine),
+            self.reference,
+            table=engine.automata.table if engine.automata.constrains else None,
+        )
 
-    def _engine(self) -> Engine:
-        """Room for the rollouts of one step."""
-        rl, frames = self.config.rl, max(self.config.data.frame_budgets)
-        return self.agents.engine(
-            all_rows(self.rows),
-            frames,
-            prompts=rl.prompts_per_step,
-            copies=rl.group_size,
-            hints=self._hints,
+    def _rl_run(self, engine: Engine, learner: Learner, prompts: PromptStream) -> RlRun:
+        """What the RL loop works with; with a teacher where the configuration asks for one."""
+        config = self.config
+        self.compilations.metrics()  # what was compiled so far belongs to no step
+        rollouts, resumable, metrics = setup.open_rollouts(
+            config, prompts, self.agents, self.agents.agent(engine), self.scorer, self.report
+        )
+        own, tools = config.teacher, config.agent.offers_tools
+        taught = TaughtLearner(learner, own, self.agents.renderer, tools) if own.strength else None
+        return RlRun(
+            steps=config.steps,
+            rollouts=rollouts,
+            learner=taught or learner,
+            resumable=resumable,
+            metrics=[*metrics, self.compilations.metrics],
+            saver=self.saver,
+            report=self.report,
+            rollouts_folder=self.workdir / "rollouts" if config.output.rollouts else None,
         )
 
     def supervise(self) -> None:
@@ -227,7 +225,7 @@ class Run:
         run = SftRun(
             settings=self.config.sft,
             data=self._sft_data(),
-            policy=self.model.policy,
+            policy=self.parts.policy,
             optimizer=self.optimizer,
             router_balance=self.config.model.router_balance,
             mesh=self.mesh,
@@ -243,11 +241,9 @@ class Run:
     def _sft_data(self) -> SftData:
         """Tasks of the needle world, or conversations of `--data` from where the last checkpoint
         left them."""
-        config, renderer, reader = self.config, self.renderer, self.reader
-        if not config.packs_conversations:
-            tags = self.model.tags(config, renderer)
-            return setup.task_data(config, tags, renderer, reader)
-        data, notes = setup.packed_data(config, renderer, reader, self._positions)
+        if not self.config.packs_conversations:
+            return self.parts.task_data()
+        data, notes = self.parts.packed_data()
         for line in notes:
             self.log.console.print(line)
         if self.data_state is not None:
@@ -266,10 +262,10 @@ class Run:
 
     def _export(self) -> None:
         """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""
-        policy, params, base = self.model.policy, self.state.params, self.workdir / MODEL_FILES
+        policy, params, base = self.parts.policy, self.state.params, self.workdir / MODEL_FILES
         policy.save_folder(policy.merge(params), self.workdir / "hf", base=base)
         if policy.lora.rank:
-            folder, origin = self.workdir / ADAPTER, self.model.base.absolute()
+            folder, origin = self.workdir / ADAPTER, self.parts.base.absolute()
             save_adapter(params, policy.table, policy.lora, folder, origin)
 
     def close(self, failed: bool = False) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
-from rich.console import Console
 
-from evaluate.before_after import BeforeAfter
-from evaluate.held_out import HeldOut
 from models import ModelPolicy, open_policy
 from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
 from models.common.folder import copy_model_files
@@ -27,36 +24,32 @@ from paravt_jax.params import initialise
 from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Conversation, Row
 from paravt_jax.structure import TagTable, tag_table
+from pipelines.conversation import is_system
 from pipelines.loader import PromptStream, prompt_stream
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
 from pipelines.preprocess import FrameSpec
 from pipelines.render import VIDEO_O3_TEXTS, ChatRenderer, PromptTexts
 from pipelines.video import VideoReader
 from rollout.agent import Agent
-from rollout.engine.engine import Engine
+from rollout.engine.engine import Engine, SlotPool
 from rollout.limits import MAIN, subagent_budget, token_budget
 from rollout.tools import agent_tools
 from train.agent import AgentMaker, crop_size
-from train.compile.cache import Compilations
 from train.config import Config, Stage
-from train.data import questions
-from train.data.needle import needle_folder, needle_sources, world_folder
-from train.data.questions import Check, PromptRoom, Questions, strata
+from train.data.needle import needle_sources, world_folder
+from train.data.questions import Check, PromptRoom, Questions, question_check
 from train.data.settings import DataSettings
 from train.methods.difficulty import Difficulty, hint_room
 from train.methods.dynamic_sampling import DynamicSampling
 from train.methods.length_penalty import LengthPenalty
-from train.methods.teacher import TaughtLearner
-from train.model import ModelSettings
-from train.recipes.needle import NEEDLE_MODEL
+from train.recipes.needle import COLD_START
 from train.report.steps import StepReport
 from train.rl.anchor import Anchor, OwnAnchor
 from train.rl.batches import BatchShapes, RolloutBatches
-from train.rl.learner import Learner, rl_step
+from train.rl.learner import Learner
 from train.rl.loop import (
     MetricsSource,
     Resumable,
-    RlRun,
     Rollouts,
     RolloutSource,
     Sample,
@@ -66,13 +59,11 @@ from train.rl.scoring import Scorer
 from train.rl.subagents import possible_rows
 from train.rl.token_advantages import TokenAdvantages
 from train.sft.batches import PackedData, TaskData
-from train.sft.conversations import ConversationPacker, open_conversations, system_note
+from train.sft.conversations import open_conversations, pack_conversations
 from train.sft.masking import TaskMasking
 from train.state import FlatParams
 from train.step import RlStep
-from train.workdir.config_file import flat_settings
 from train.workdir.processors import frames_sampled, write_processors
-from train.workdir.saving import Saver
 
 
 def open_mesh(config: Config) -> Mesh:
@@ -109,67 +100,171 @@ def open_renderer(config: Config, folder: str) -> ChatRenderer:
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A policy and the folder that its tokenizer and processor come from."""
+@dataclasses.dataclass(frozen=True, eq=False)
+class Parts:
+    """The parts of a run that hold no weights, each opened when it is first asked for."""
 
-    policy: ModelPolicy
-    base: Path
+    config: Config
 
-    @classmethod
-    def open(cls, config: Config) -> Model:
-        """From `--model`, or the needle model, whose folder is written below the data cache."""
-        folder = config.model.folder
-        base = Path(folder) if folder else needle_folder(config.data, NEEDLE_MODEL)
-        return cls(_policy(base, config.model), base)
+    @functools.cached_property
+    def base(self) -> Path:
+        """The model folder that tokenizer and processor come from."""
+        return Path(self.config.model.folder or COLD_START)
 
-    def params(self, config: Config, mesh: Mesh) -> FlatParams:
+    @functools.cached_property
+    def policy(self) -> ModelPolicy:
+        """The model."""
+        own = self.config.model
+        return open_policy(
+            self.base,
+            compute_dtype=own.compute_dtype,
+            remat=own.remat,
+            lora=own.lora,
+            cache_dtype=own.cache_dtype,
+        )
+
+    def params(self, mesh: Mesh) -> FlatParams:
         """The weights to start from: the folder's, or fresh ones; adapters beside them."""
-        key, settings = jax.random.key(config.seed), config.model
-        if settings.folder is None:
-            return initialise(self.policy.table, key, mesh)
-        params = load_params(settings.folder, self.policy.without_lora.table, mesh)
-        if settings.adapter is None:
-            return params | initialise(adapter_table(self.policy.table), key, mesh)
-        return params | load_adapter(settings.adapter, self.policy.table, settings.lora, mesh)
+        key, own, table = jax.random.key(self.config.seed), self.config.model, self.policy.table
+        if own.folder is None:
+            return initialise(table, key, mesh)
+        params = load_params(own.folder, self.policy.without_lora.table, mesh)
+        if own.adapter is None:
+            return params | initialise(adapter_table(table), key, mesh)
+        return params | load_adapter(own.adapter, table, own.lora, mesh)
 
-    def renderer(self, config: Config) -> ChatRenderer:
-        """Prompts in the model's own chat template."""
-        return open_renderer(config, str(self.base))
+    @functools.cached_property
+    def renderer(self) -> ChatRenderer:
+        """Makes prompts in the model's own chat template."""
+        return open_renderer(self.config, str(self.base))
 
-    def tags(self, config: Config, renderer: ChatRenderer) -> TagTable:
-        """What finds structural tags in token streams of this tokenizer."""
-        contents = renderer.token_contents(self.policy.vocab_size)
-        return tag_table(contents, call_syntax(config.agent.call_syntax).tags)
+    @functools.cached_property
+    def reader(self) -> VideoReader:
+        """Decodes overviews and crops; frames are kept at the size that the model sees."""
+        own = self.config.data
+        return VideoReader(
+            own.crop_fps,
+            own.crop_frames,
+            spec=self.renderer.spec,
+            overview_tokens=own.overview_tokens,
+            decode_seconds=own.decode_seconds,
+        )
+
+    @functools.cached_property
+    def tags(self) -> TagTable:
+        """Finds structural tags in token streams of this tokenizer."""
+        contents = self.renderer.token_contents(self.policy.vocab_size)
+        return tag_table(contents, call_syntax(self.config.agent.call_syntax).tags)
+
+    @functools.cached_property
+    def agents(self) -> AgentMaker:
+        """Opens agents and their engines."""
+        config = self.config
+        return AgentMaker(config.agent, config.data, self.policy, self.renderer, self.reader)
+
+    @property
+    def hints(self) -> int:
+        """Most tokens by which a method makes prompts longer."""
+        return hint_room(self.config.difficulty, self.renderer)
+
+    def pools(self, rows: Iterable[Row]) -> dict[str, SlotPool]:
+        """The engine's slots for the rollouts of one step, whichever questions it asks."""
+        rl, frames = self.config.rl, max(self.config.data.frame_budgets)
+        sizes = {"prompts": rl.prompts_per_step, "copies": rl.group_size, "hints": self.hints}
+        return self.agents.pools(rows, frames, **sizes)
+
+    @property
+    def room(self) -> PromptRoom:
+        """The room for a main agent's prompt, see `prompt_room`."""
+        return prompt_room(self.config, self.renderer, self.policy.context_length)
+
+    @property
+    def check(self) -> Check:
+        """What a question must pass to be used in the run."""
+        config = self.config
+        return question_check(config.data, config.evaluation, self.renderer, self.room)
+
+    def prompts(self, rows: Questions | Sequence[Row]) -> PromptStream:
+        """The endless prompts of the run."""
+        config = self.config
+        return prompt_stream(
+            rows,
+            self.reader,
+            self.renderer,
+            config.data.frame_budgets,
+            config.rl.prompts_per_step,
+            config.seed,
+            workers=config.data.workers,
+            tools=config.agent.offers_tools,
+            max_bad_rows=config.data.max_bad_rows,
+        )
+
+    def sources(self) -> dict[str, Any]:
+        """Endless supervised examples of each needle task of the run."""
+        config, tasks = self.config, self.config.sft.tasks
+        return needle_sources(
+            config.data, config.agent, tasks, config.seed, self.renderer, self.reader
+        )
+
+    def task_data(self) -> TaskData:
+        """Tasks of the needle world, with masks for a share of the rows if the run asks for it."""
+        sft, masking = self.config.sft, None
+        if sft.task_masks:
+            masking = TaskMasking(sft.task_masks, self.config.seed, self.tags, sft.mask_predictor)
+        return TaskData(sft, self.sources(), self.renderer.pad_id, masking)
+
+    def packed_data(self) -> tuple[PackedData, list[str]]:
+        """Packed conversations of `--data`, and what a user should know of them."""
+        config = self.config
+        found = open_conversations(config.data, self.renderer)
+        data = pack_conversations(
+            found.rows,
+            config.sft.packing,
+            config.data,
+            config.seed,
+            self.renderer,
+            self.reader,
+            tools=config.agent.offers_tools,
+            most_tokens=(self.room.tokens, self.policy.context_length),
+        )
+        return data, [*found.report(), *system_notes(config, found.rows)]
+
+    def describe_checkpoints(self, target: Path) -> None:
+        """What a checkpoint needs to become a model folder again: configuration, tokenizer,
+        processor files that show frames as the run does, and which adapters it holds. No weights.
+        """
+        data, packing = self.config.data, self.config.sft.packing
+        counts, fps = data.frame_budgets, None
+        if self.config.packs_conversations:
+            counts, fps = (1, packing.max_frames), packing.fps
+        copy_model_files(self.base, target)
+        pixels = data.min_pixels, data.max_pixels
+        write_processors(self.renderer.spec, pixels, frames_sampled(counts, fps), target)
+        if self.policy.lora.rank:
+            write_adapter_config(self.policy.lora, target / ADAPTER, self.base)
 
 
-def abstract_policy(config: Config) -> ModelPolicy:
-    """The policy of a configuration, without touching the disk for the needle model."""
-    return _policy(config.model.folder or NEEDLE_MODEL, config.model)
+def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> PromptRoom:
+    """The room for a main agent's prompt in a model of so many positions.
 
-
-def _policy(source: str | Path | Mapping[str, Any], settings: ModelSettings) -> ModelPolicy:
-    return open_policy(
-        source,
-        compute_dtype=settings.compute_dtype,
-        remat=settings.remat,
-        lora=settings.lora,
-        cache_dtype=settings.cache_dtype,
-    )
-
-
-def describe_checkpoints(model: Model, config: Config, spec: FrameSpec, target: Path) -> None:
-    """What a checkpoint needs to become a model folder again: configuration, tokenizer, processor
-    files that show frames as the run does (`spec`), and which adapters it holds. No weights."""
-    data, packing = config.data, config.sft.packing
-    counts, fps = data.frame_budgets, None
-    if config.packs_conversations:
-        counts, fps = (1, packing.max_frames), packing.fps
-    copy_model_files(model.base, target)
-    pixels = data.min_pixels, data.max_pixels
-    write_processors(spec, pixels, frames_sampled(counts, fps), target)
-    if model.policy.lora.rank:
-        write_adapter_config(model.policy.lora, target / ADAPTER, model.base)
+    Raises:
+      ValueError: naming the settings, if nothing is left.
+    """
+    episode, asked = 0, config.data.max_prompt_tokens
+    if config.stage is Stage.RL:
+        crop = crop_size(config.agent, config.data.crop_frames, renderer)
+        episode = token_budget(config.agent, renderer, crop.tokens).suffix
+        episode += hint_room(config.difficulty, renderer)
+    left = positions - episode
+    if left < (asked or 1):
+        raise ValueError(
+            f"data.max_prompt_tokens={asked}: an episode takes {episode} tokens after its prompt, "
+            f"and the model has max_position_embeddings={positions}; lower it, agent.turn_tokens, "
+            "agent.response_tokens, agent.max_tool_rounds or agent.episode_tokens"
+        )
+    if asked is not None:
+        return PromptRoom(asked, f"data.max_prompt_tokens={asked}")
+    return PromptRoom(left, f"max_position_embeddings={positions} less an episode of {episode}")
 
 
 def weights_named(config: Config) -> str:
@@ -183,80 +278,26 @@ def data_named(data: DataSettings) -> str:
     return ", ".join([data.path or world, *data.mixture])
 
 
-def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> PromptRoom:
-    """The room for a main agent's prompt in a model of so many positions.
-
-    Raises:
-      ValueError: naming the settings, if nothing is left.
-    """
-    episode = 0
-    if config.stage is Stage.RL:
-        crop = crop_size(config.agent, config.data.crop_frames, renderer)
-        episode = token_budget(config.agent, renderer, crop.tokens).suffix
-        episode += hint_room(config.difficulty, renderer)
-    return questions.prompt_room(config.data.max_prompt_tokens, positions, episode)
-
-
-def question_check(config: Config, renderer: ChatRenderer, positions: int) -> Check:
-    """What a question must pass to be used in a run, see `train.data.questions.question_check`.
-
-    Raises:
-      ValueError: naming the settings, if the model has too few positions for any prompt.
-    """
-    room = prompt_room(config, renderer, positions)
-    return questions.question_check(config.data, config.evaluation, renderer, room)
-
-
-def open_reader(config: Config, spec: FrameSpec) -> VideoReader:
-    """Decodes overviews and crops; frames are kept at the size that the model sees."""
-    own = config.data
-    return VideoReader(
-        own.crop_fps,
-        own.crop_frames,
-        spec=spec,
-        overview_tokens=own.overview_tokens,
-        decode_seconds=own.decode_seconds,
-    )
-
-
-def agent_maker(
-    config: Config,
-    policy: ModelPolicy,
-    renderer: ChatRenderer,
-    reader: VideoReader,
-    tell: Callable[[str], None] = lambda line: None,
-) -> AgentMaker:
-    """What opens the agents of a configuration."""
-    crop_frames, overview_tokens = config.data.crop_frames, config.data.overview_tokens
-    return AgentMaker(config.agent, policy, renderer, reader, crop_frames, overview_tokens, tell)
-
-
-def open_prompts(
-    config: Config,
-    rows: Questions | Sequence[Row],
-    reader: VideoReader,
-    renderer: ChatRenderer,
-) -> PromptStream:
-    """The endless prompts of a configuration."""
-    return prompt_stream(
-        rows,
-        reader,
-        renderer,
-        config.data.frame_budgets,
-        config.rl.prompts_per_step,
-        config.seed,
-        workers=config.data.workers,
-        tools=config.agent.offers_tools,
-        max_bad_rows=config.data.max_bad_rows,
-    )
-
-
 def open_rl_step(
     config: Config, policy: TrainablePolicy, optimizer: optax.GradientTransformation
 ) -> RlStep:
-    """The train step of a configuration, not yet compiled: for one minibatch."""
-    balance = config.model.router_balance
-    return rl_step(policy, optimizer, config.rl, config.objective, config.agent, balance)
+    """The train step for one minibatch of the agent's rollouts, not yet compiled."""
+    rl, agent = config.rl, config.agent
+    return RlStep(
+        policy=policy,
+        optimizer=optimizer,
+        objective=config.objective,
+        # Sampler, learner and reference share one temperature: only so is KL 0 at step 0 (law 3).
+        temperature=agent.sampling.temperature,
+        micro_batches=rl.prompts_per_step // (rl.minibatches * rl.micro_groups),
+        budget=agent.generated_tokens,
+        router_balance=config.model.router_balance,
+        group_size=rl.group_size,
+        subagent_temperature=agent.subagent_sampling.temperature,
+        subagent_budget=agent.subagent_tokens,
+        penalty=agent.sampling.repetition_penalty,
+        subagent_penalty=agent.subagent_sampling.repetition_penalty,
+    )
 
 
 def open_learner(
@@ -333,104 +374,32 @@ def open_rollouts(
     rl, own = config.rl, config.difficulty
     sample: Sample = ScoredRollouts(agent, scorer, config.steps, report.log.console)
     resumable: dict[str, Resumable] = {"prompts": prompts}
-    metrics: list[MetricsSource] = [lambda: prompts.figures, lambda: agent.figures]
-    metrics += [lambda: scorer.metrics, agents.reader.take_figures]
+    metrics: list[MetricsSource] = [lambda: prompts.metrics, lambda: agent.metrics]
+    metrics += [lambda: scorer.metrics, agents.reader.take_metrics]
     if own.window:
         tools = config.agent.offers_tools
         sample = difficulty = Difficulty(sample, own, agents.renderer, agents.reader, tools)
         resumable["difficulty"] = difficulty
         metrics.append(lambda: difficulty.metrics)
-    if rl.overlong_limit is not None:
-        sample = LengthPenalty(sample, rl)
+    if rl.overlong_limit and rl.overlong_margin:
+        limits = rl.overlong_limit, rl.overlong_margin
+        sample = LengthPenalty(sample, rl.overlong_weight, *limits)
     source: RolloutSource = Rollouts(prompts, sample, rl.group_size, config.seed, report.clock)
     if rl.filter_groups is not None:
         source = DynamicSampling(source, rl)
     return source, resumable, metrics
 
 
-def open_rl_run(
-    config: Config,
-    prompts: PromptStream,
-    agents: AgentMaker,
-    engine: Engine,
-    scorer: Scorer,
-    learner: Learner,
-    saver: Saver,
-    report: StepReport,
-    workdir: Path,
-) -> RlRun:
-    """What the RL loop works with; with a teacher where the configuration asks for one."""
-    rollouts, resumable, metrics = open_rollouts(
-        config, prompts, agents, agents.agent(engine), scorer, report
-    )
-    compilations, own, tools = Compilations(), config.teacher, config.agent.offers_tools
-    taught = own.strength > 0
-    return RlRun(
-        steps=config.steps,
-        rollouts=rollouts,
-        learner=TaughtLearner(learner, own, agents.renderer, tools) if taught else learner,
-        resumable=resumable,
-        metrics=[*metrics, lambda: compilations.metrics],
-        saver=saver,
-        report=report,
-        rollouts_folder=workdir / "rollouts" if config.output.rollouts else None,
-    )
-
-
-def task_data(
-    config: Config, tags: TagTable, renderer: ChatRenderer, reader: VideoReader
-) -> TaskData:
-    """Tasks of the needle world, with masks for a share of the rows if the run asks for it."""
-    sft, sources = config.sft, open_sources(config, renderer, reader)
-    masking = None
-    if sft.task_masks:
-        masking = TaskMasking(sft.task_masks, config.seed, tags, sft.mask_predictor)
-    return TaskData(sft, sources, renderer.pad_id, masking)
-
-
-def open_sources(config: Config, renderer: ChatRenderer, reader: VideoReader) -> dict[str, Any]:
-    """Endless supervised examples of each task of the configuration."""
-    tasks, seed = config.sft.tasks, config.seed
-    return needle_sources(config.data, config.agent, tasks, seed, renderer, reader)
-
-
-def packed_data(
-    config: Config, renderer: ChatRenderer, reader: VideoReader, positions: int
-) -> tuple[PackedData, list[str]]:
-    """Packed conversations of `--data`, and what a user should know of them."""
-    found = open_conversations(config.data, renderer)
-    packer = ConversationPacker(
-        config.sft.packing,
-        config.data,
-        config.seed,
-        renderer,
-        reader,
-        tools=config.agent.offers_tools,
-        prompt_tokens=prompt_room(config, renderer, positions).tokens,
-        positions=positions,
-    )
-    return packer.packed(found.rows), [*found.report(), *system_notes(config, found.rows)]
-
-
 def system_notes(config: Config, conversations: Sequence[Conversation]) -> list[str]:
-    """See `train.sft.conversations.system_note`."""
+    """Says, if so, that the agent's system text takes the place of other ones."""
     texts = prompt_texts(config)
     agents = texts.system + (texts.tools if config.agent.offers_tools else "")
-    return system_note(config.sft.packing, agents, conversations)
-
-
-def open_evaluation(
-    config: Config,
-    held_out: Sequence[Row],
-    agents: AgentMaker,
-    scorer: Scorer,
-    workdir: Path,
-    console: Console,
-) -> BeforeAfter:
-    """Evaluation on held-out questions, before and after."""
-    own, data = config.evaluation, config.data
-    by_events = functools.partial(strata, data, own.split)
-    asked = HeldOut(own, held_out, agents, scorer, data.max_bad_rows, by_events, console)
-    part = "test" if own.split == "test" and not data.path else "held-out"
-    title = f"{len(held_out)} {part} questions, K={own.frame_budget}"
-    return BeforeAfter(asked, flat_settings(config), workdir, title, console)
+    others = sum(
+        any(is_system(m) and m.content != (agents,) for m in own.messages) for own in conversations
+    )
+    if config.sft.packing.system != "agent" or not others:
+        return []
+    return [
+        f"{others} of {len(conversations)} conversations have a system message of their own: the "
+        "text and the tools of rollouts take its place (sft.packing.system=own keeps it)"
+    ]

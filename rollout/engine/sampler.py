@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Literal
 
 import jax
 import jax.numpy as jnp
@@ -45,8 +45,9 @@ class SamplingConfig(Settings):
     """Texts that end a turn. The token that completes one still belongs to the turn."""
     stop_ids: Annotated[tuple[int, ...], ranges.at_least(0)] = ()
     """Token ids that end a turn, besides the model's own."""
-    constrain: str = ""
-    """Name of the grammar that the turn must follow; empty for free text."""
+    constrain: Literal["", "calls"] = ""
+    """The grammar that the turn must follow: `calls`, whose calls fit the tools' schemas; empty for
+    free text."""
 
     @property
     def truncates(self) -> bool:

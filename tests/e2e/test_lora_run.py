@@ -88,7 +88,7 @@ def test_an_adapter_continues_where_it_was(workdir):
     config = override(get_recipe("needle_rl"), onward)
     check_model(config, here=True)
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
-    start = setup.Model.open(config).params(config, mesh)
+    start = setup.Parts(config).params(mesh)
     end = open_params(find_step(workdir), policy(LORA).table)
     jax.tree.map(np.testing.assert_array_equal, start, end)
     with pytest.raises(ValueError, match=r"model\.lora\.alpha=32, but .* has 16"):

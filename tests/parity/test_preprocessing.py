@@ -23,7 +23,7 @@ from pipelines.render import ChatRenderer
 from pipelines.video import overview_indices
 from tests.support.needle import processor_folder
 from tests.support.qwen3_vl_torch import torch_model
-from train.recipes.needle import NEEDLE_MODEL
+from tests.support.tiny_models import NEEDLE_MODEL
 
 FPS = 7.0
 QUESTION = "What colour is the circle?"

@@ -267,7 +267,7 @@ def run_batch(rows: list[str], turns: list[str], copies: int, reader=None, **con
         row = Row(name, VIDEO, name, "red")
         items.append((row, 4, RENDERER.main_prompt(row, frames, tools=True)))
     groups = agent.run({}, items, copies, seed=7)
-    return groups, engine.sessions[0], agent.figures
+    return groups, engine.sessions[0], agent.metrics
 
 
 def seeds(session: ScriptedSession, pool: str) -> list[int]:
@@ -307,10 +307,10 @@ def test_crops_are_decoded_while_others_still_think():
 def test_equal_calls_are_one_piece_of_work():
     turns = [calls_turn(call(0, 8), call(0, 8)), ANSWER]
     reader = SentinelReader()
-    groups, session, figures = run_batch(["a"], turns, copies=3, reader=reader)
+    groups, session, metrics = run_batch(["a"], turns, copies=3, reader=reader)
     assert reader.clips == [(0.0, 8.0)]
-    assert (figures["tool/jobs"], figures["tool/jobs_shared"]) == (1, 5)
-    assert figures["episode/turns"] == 2
+    assert (metrics["tool/jobs"], metrics["tool/jobs_shared"]) == (1, 5)
+    assert metrics["episode/turns"] == 2
     assert len(set(seeds(session, "crop"))) == 6
     assert [t.executed for t in groups[0].trajectories] == [2, 2, 2]
 

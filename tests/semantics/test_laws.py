@@ -27,19 +27,15 @@ def world(tmp_path_factory):
             "data.held_out_videos=2",
         ],
     )
-    model = setup.Model.open(config)
-    renderer = model.renderer(config)
-    reader = setup.open_reader(config, renderer.spec)
-    return config, model, renderer, reader
+    return setup.Parts(config)
 
 
 def test_log_probs_change_with_the_pixels(world):
     """Law 2: a trainer that is blind to the video fails here."""
-    config, model, renderer, reader = world
-    examples = setup.open_sources(config, renderer, reader)
+    examples = world.sources()
     streams = streams_of_examples([examples["trace"][i] for i in range(2)])
-    batch = learner_batch(streams, length=384, pad_id=renderer.pad_id)
-    policy = model.policy
+    batch = learner_batch(streams, length=384, pad_id=world.renderer.pad_id)
+    policy = world.policy
     params = initialise(policy.table, jax.random.key(0))
     log_probs = jax.jit(
         lambda batch: batch_log_probs(policy, params, batch, temperature=1.0, budget=160)[0]
@@ -53,7 +49,7 @@ def test_log_probs_change_with_the_pixels(world):
 
 def test_gating_gates(world):
     """Law 8: K frames reach the model, K as drawn for the row, one K per group."""
-    config, _, renderer, reader = world
+    config, renderer, reader = world.config, world.renderer, world.reader
     rows, _ = open_rows(config.data, config.evaluation)
     budgets = (4, 8, 16)
     stream = prompt_stream(rows, reader, renderer, budgets, groups_per_step=24, seed=3)

@@ -20,8 +20,8 @@ from pipelines.packing import PackShape, UnusableCount, fill, pack_stream
 from pipelines.preprocess import ImageSpec
 from pipelines.render import ChatRenderer, PromptTexts
 from tests.support.needle import processor_folder
+from tests.support.tiny_models import NEEDLE_MODEL
 from train.batch import packed_batch
-from train.recipes.needle import NEEDLE_MODEL
 from train.step import SftStep, batch_log_probs
 
 pytestmark = pytest.mark.slow

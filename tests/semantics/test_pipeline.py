@@ -143,7 +143,7 @@ def test_bad_rows_are_left_out_and_told_once(tmp_path, caplog):
     prompts = stream(source, groups_per_step=len(good), max_bad_rows=0.5)
     for _ in range(2):
         assert sorted(item.row.row_id for item in next(prompts)) == good
-    assert prompts.figures["data/bad_rows"] == bad
+    assert prompts.metrics["data/bad_rows"] == bad
     assert len(caplog.messages) == bad and all("broken.mp4" in m for m in caplog.messages)
 
 
@@ -154,7 +154,7 @@ def test_the_position_of_a_stream_that_left_rows_out_resumes_exactly(tmp_path):
         state = json.loads(json.dumps(prompts.get_state()))
         resumed = stream(source, groups_per_step=1, max_bad_rows=0.5)
         resumed.set_state(state)
-        assert resumed.figures["data/bad_rows"] == prompts.figures["data/bad_rows"]
+        assert resumed.metrics["data/bad_rows"] == prompts.metrics["data/bad_rows"]
         assert same(next(prompts)[0], next(resumed)[0])
 
 

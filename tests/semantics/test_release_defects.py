@@ -78,11 +78,11 @@ def test_small_steps_move_weights_while_products_are_bfloat16():
     bfloat16 weight."""
     config = override(get_recipe("needle_rl"), ["model.compute_dtype=bfloat16"])
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
-    model = setup.Model.open(config)
+    model = setup.Parts(config)
     rate = dataclasses.replace(get_recipe("paravt_rl").optimizer, weight_decay=0.0)
     optimizer = make_optimizer(rate, 10, model.policy.table)
     kernels = r"text\..*\.kernel"
-    params = {n: x for n, x in model.params(config, mesh).items() if re.fullmatch(kernels, n)}
+    params = {n: x for n, x in model.params(mesh).items() if re.fullmatch(kernels, n)}
     assert params and all(x.dtype == jnp.float32 for x in params.values())
     assert moved(params, optimizer, make_state(dict(params), config.model, mesh, optimizer)) > 0.99
     rounded = {name: x.astype(jnp.bfloat16) for name, x in params.items()}

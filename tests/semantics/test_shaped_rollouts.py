@@ -34,7 +34,7 @@ from tests.support.rollout_law import (
     World,
     crop_streams,
 )
-from train.batch import Stream, streams_of_groups
+from train.batch import LearnerStream, streams_of_groups
 from train.rl.batches import token_shares, with_what_shaped
 from train.step import batch_hidden, batch_log_probs, shaping_of
 
@@ -99,7 +99,7 @@ def engine() -> TapedEngine:
 
 
 def expected_log_probs(
-    logits: np.ndarray, stream: Stream, own: SamplingConfig, places: np.ndarray
+    logits: np.ndarray, stream: LearnerStream, own: SamplingConfig, places: np.ndarray
 ) -> np.ndarray:
     """Of the tokens at these places behind the prompt, by what stands before each of them."""
     moves, state = two_by_two().moves, 0

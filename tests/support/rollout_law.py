@@ -44,7 +44,7 @@ from tests.support.rollout_fakes import (
     image_prompt,
     text_prompt,
 )
-from train.batch import Stream, learner_batch, streams_of_groups
+from train.batch import LearnerStream, learner_batch, streams_of_groups
 from train.step import batch_log_probs
 
 ENDS = (IM_END, PAD, *range(48, 58))
@@ -285,7 +285,7 @@ class World:
         return float(gap[batch.loss_weights > 0].max())
 
     def batches(
-        self, streams: Sequence[Stream], rows: int, group_size: int
+        self, streams: Sequence[LearnerStream], rows: int, group_size: int
     ) -> Iterator[LearnerBatch]:
         """Learner batches of `rows` rows; the last is filled up from the first streams."""
         for start in range(0, len(streams), rows):
@@ -299,7 +299,7 @@ class World:
             )
 
 
-def crop_streams(groups: Sequence[RolloutGroup]) -> list[Stream]:
+def crop_streams(groups: Sequence[RolloutGroup]) -> list[LearnerStream]:
     """Sub-agents as the learner would get them."""
     return [
         stream

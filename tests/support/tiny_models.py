@@ -1,8 +1,14 @@
 """Models of Qwen3-VL's architecture that are too small to be slow."""
 
+import json
+
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from models.qwen3_vl.config import ExpertsConfig
 from tests.support.rollout_fakes import VOCAB
+from train.recipes.needle import COLD_START
+
+NEEDLE_MODEL = json.loads((COLD_START / "config.json").read_text())
+"""config.json of the needle model."""
 
 QWEN = Qwen3VLPolicy(
     Qwen3VLConfig(

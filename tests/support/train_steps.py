@@ -12,11 +12,11 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.params import initialise
 from paravt_jax.records import LearnerBatch
+from tests.support.tiny_models import NEEDLE_MODEL
 from train.batch import to_mesh
 from train.config import OptimizerSettings
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.recipes.needle import NEEDLE_MODEL
 from train.state import make_state
 from train.step import RlStep
 

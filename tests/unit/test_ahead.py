@@ -32,7 +32,7 @@ def recipe(frames_as: str):
 def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     """Frames of 32 x 32 pixels are one token each; videos take them in pairs."""
     config = recipe(frames_as)
-    batch = checks.largest_batch(config, setup.abstract_policy(config)).abstract(MESH)
+    batch = checks.largest_batch(config, setup.Parts(config).policy).abstract(MESH)
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
     assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
@@ -42,19 +42,17 @@ def test_a_minibatch_is_what_is_compiled():
     """A share of the prompts, with the log-probabilities of the policy before the first step."""
     base = recipe("image")
     config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
-    batch = checks.largest_batch(config, setup.abstract_policy(config)).abstract(MESH)
+    batch = checks.largest_batch(config, setup.Parts(config).policy).abstract(MESH)
     assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
     assert batch.proximal_log_probs.shape == batch.tokens.shape
-    assert (
-        setup.open_rl_step(config, setup.abstract_policy(config), optax.sgd(0.1)).micro_batches == 2
-    )
+    assert setup.open_rl_step(config, setup.Parts(config).policy, optax.sgd(0.1)).micro_batches == 2
 
 
 @pytest.mark.parametrize("credit", ["none", "share"])
 def test_the_step_takes_the_abstract_batch(credit):
     sampled = ["agent.subagent_sampling.temperature=1", f"rl.subagent_credit={credit}"]
     config = override(recipe("image"), sampled)
-    policy = setup.abstract_policy(config)
+    policy = setup.Parts(config).policy
     optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
     params = initialise(policy.table, jax.random.key(0), MESH)
     with jax.set_mesh(MESH):

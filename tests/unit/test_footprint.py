@@ -42,11 +42,10 @@ def test_a_wrong_mesh_is_refused_as_ever(mesh):
 def test_it_is_what_real_devices_hold():
     """Bytes of weights that are really laid out over eight devices."""
     config = needle("data:2,fsdp:2,tensor:2")
-    renderer = checks.renderer_aside(config)
-    mesh = setup.open_mesh(config)
-    planned = checks.planned_footprint(config, planned_mesh(config.mesh), renderer)
-    assert planned == checks.planned_footprint(config, mesh, renderer)
-    params = setup.Model.open(config).params(config, mesh)
+    parts, mesh = setup.Parts(config), setup.open_mesh(config)
+    planned = checks.planned_footprint(parts, planned_mesh(config.mesh))
+    assert planned == checks.planned_footprint(parts, mesh)
+    params = parts.params(mesh)
     held = {name: x.addressable_shards[0].data.nbytes for name, x in params.items()}
     trains = sum(size for name, size in held.items() if is_trainable(name, config.model))
     assert planned["parameters"] == sum(held.values())
@@ -59,38 +58,26 @@ def test_more_devices_hold_less_each():
     sizes = []
     for mesh in ("data:1", "fsdp:8", "fsdp:8,tensor:4"):
         config = needle(mesh)
-        found = checks.planned_footprint(
-            config, planned_mesh(config.mesh), checks.renderer_aside(config)
-        )
+        found = checks.planned_footprint(setup.Parts(config), planned_mesh(config.mesh))
         sizes.append(found["parameters"] + found["moments"])
     assert sizes[0] > 4 * sizes[1] and sizes[1] > 1.2 * sizes[2]
 
 
 def test_supervised_runs_have_no_caches():
-    config = get_recipe("needle_sft")
-    mesh = planned_mesh(config.mesh)
-    found = checks.planned_footprint(config, mesh, checks.renderer_aside(config))
+    parts = setup.Parts(get_recipe("needle_sft"))
+    found = checks.planned_footprint(parts, planned_mesh(None))
     assert set(found) == {"parameters", "moments", "gradients"}
     assert found["parameters"] == 4 * sum(
-        x.size for x in abstract_params(setup.abstract_policy(config).table).values()
+        x.size for x in abstract_params(parts.policy.table).values()
     )
 
 
 def test_caches_are_those_of_the_engine():
     config = needle("data:1")
-    renderer = checks.renderer_aside(config)
-    reader = setup.open_reader(config, renderer.spec)
-    agents = setup.agent_maker(config, setup.abstract_policy(config), renderer, reader)
-    engine = agents.engine(
-        [checks.EXAMPLE],
-        max(config.data.frame_budgets),
-        prompts=config.rl.prompts_per_step,
-        copies=config.rl.group_size,
-    )
-    planned = checks.planned_footprint(config, planned_mesh(config.mesh), renderer)[
-        "rollout caches"
-    ]
-    assert planned == engine.cache_bytes()
+    parts = setup.Parts(config)
+    engine = parts.agents.engine(parts.pools([checks.EXAMPLE]))
+    planned = checks.planned_footprint(parts, planned_mesh(config.mesh))
+    assert planned["rollout caches"] == engine.cache_bytes()
 
 
 @pytest.fixture

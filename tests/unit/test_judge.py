@@ -138,9 +138,9 @@ def test_a_batch_is_asked_side_by_side_and_equal_messages_once(serve):
     accuracies = [[t.rewards["accuracy"] for t in g.trajectories] for g in scored]
     assert accuracies == [[0.5, 0.5], [1.0, 1.0], [1.0, 1.0], [1.0, 1.0]]
     assert 1 < service.most_busy <= 4
-    figures = scorer.metrics
-    assert (figures["judge/calls"], figures["judge/cached"]) == (3.0, 3.0)
-    assert figures["judge/seconds"] >= 0.1
+    metrics = scorer.metrics
+    assert (metrics["judge/calls"], metrics["judge/cached"]) == (3.0, 3.0)
+    assert metrics["judge/seconds"] >= 0.1
     scorer(groups_of("a gate"))
     assert (scorer.metrics["judge/calls"], scorer.metrics["judge/cached"]) == (0.0, 2.0)
 

@@ -14,12 +14,12 @@ from paravt_jax.checkpoint import open_params, save_params
 from paravt_jax.lora import TARGETS, LoraConfig, Merged, adapter_table, is_adapter
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from tests.support.tiny_models import NEEDLE_MODEL
 from tests.support.train_steps import random_batch, run_steps
 from train.batch import to_mesh
 from train.config import OptimizerSettings
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.recipes.needle import NEEDLE_MODEL
 from train.settings.override import override
 from train.state import make_state
 from train.step import SftStep

@@ -33,6 +33,7 @@ from tests.support.needle import (
     questions,
     renderer,
 )
+from train.recipes.needle import COLD_START
 
 READER = VideoReader()
 CIRCLE = Event("red", "circle", 36, 40, 24, 16, 16)
@@ -416,6 +417,13 @@ def test_folder_loads_with_a_model_config_beside_it(tmp_path):
     text = "<|im_start|>user\n<36.0 seconds>What colour is the circle?<think>"
     assert loaded.encode(text) == renderer().encode(text)
     assert loaded.chat_template == renderer().tokenizer.chat_template
+
+
+def test_the_committed_folder_is_what_the_world_writes(tmp_path):
+    """Runs from random weights take its tokenizer and its settings of frames."""
+    tokenizer.write_processor_folder(str(tmp_path), NeedleWorld())
+    for path in tmp_path.iterdir():
+        assert path.read_bytes() == (COLD_START / path.name).read_bytes(), path.name
 
 
 def test_a_frame_of_the_world_is_one_vision_token():

@@ -10,7 +10,7 @@ import models
 from models import ModelPolicy, open_policy
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
 from paravt_jax.lora import LoraConfig
-from train.recipes.needle import NEEDLE_MODEL
+from tests.support.tiny_models import NEEDLE_MODEL
 
 
 def test_a_folder_and_its_config_json_open_the_same_policy(tmp_path):

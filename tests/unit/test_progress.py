@@ -14,7 +14,7 @@ from rich.console import Console
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.support.command import ROOT
 from train import setup
-from train.compile.cache import Compiling, keep_compiled, prune
+from train.compile.cache import Compilations, keep_compiled, prune
 from train.optimizer import OptimizerSettings
 from train.recipes import get_recipe
 from train.report import progress, steps
@@ -98,7 +98,7 @@ import sys
 sys.path[0] = {root!r}
 from pathlib import Path
 import jax
-from train.compile.cache import Compiling, keep_compiled, prune, prune
+from train.compile.cache import Compilations, keep_compiled, prune, prune
 folder = Path({folder!r})
 held = lambda: len(list(folder.glob("*-cache")))
 print(held())
@@ -186,7 +186,7 @@ def test_what_is_pruned_is_compiled_again_and_kept(no_cache, tmp_path):
 
 @pytest.fixture
 def compiling():
-    found = Compiling()
+    found = Compilations()
     yield found
     jax.monitoring.unregister_scalar_listener(found._begin)
     jax.monitoring.unregister_event_duration_listener(found._end)

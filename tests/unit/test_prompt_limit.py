@@ -10,10 +10,10 @@ from pipelines.render import ChatRenderer
 from pipelines.sizes import PromptLimit, prompt_tokens
 from pipelines.tokenizer import open_tokenizer
 from tests.support.needle import processor_folder, renderer
-from train.data.questions import read_questions
+from train.data.questions import question_check, read_questions
 from train.recipes import get_recipe
 from train.settings.override import override
-from train.setup import prompt_room, question_check
+from train.setup import prompt_room
 
 VIDEO = VideoRef("/a.mp4", 9.0)
 ROWS = [
@@ -43,6 +43,11 @@ def test_the_limit_is_the_last_that_fits():
     assert refusal.value.kind == "long prompt"
 
 
+def check(config, positions):
+    room = prompt_room(config, renderer(), positions)
+    return question_check(config.data, config.evaluation, renderer(), room)
+
+
 def test_rows_with_long_prompts_are_rejected_and_counted(tmp_path, monkeypatch):
     """A question of 60,000 tokens or more."""
     from pipelines.media import Media
@@ -55,17 +60,14 @@ def test_rows_with_long_prompts_are_rejected_and_counted(tmp_path, monkeypatch):
     (tmp_path / "a.mp4").touch()
     some = (f"data.path={data}", "data.max_rejected=0.5", "data.frame_budgets=4")
     config = override(get_recipe("needle_rl"), [*some, "evaluation.rows=0"])
-    check = question_check(config, renderer(), positions=4096)
-    (found,) = read_questions(config.data, config.evaluation, check)
+    (found,) = read_questions(config.data, config.evaluation, check(config, 4096))
     assert [row.question for row in found.rows] == ["What?", "Which?"]
     assert "max_position_embeddings=4096" in found.rejected[0].reason
-    (found,) = read_questions(
-        config.data, config.evaluation, question_check(config, renderer(), positions=2**20)
-    )
+    (found,) = read_questions(config.data, config.evaluation, check(config, 2**20))
     assert len(found.rows) == 3
     tight = override(config, ["data.max_prompt_tokens=1"])
     with pytest.raises(ValueError, match=r"data\.max_prompt_tokens=1\b"):
-        read_questions(tight.data, tight.evaluation, question_check(tight, renderer(), 4096))
+        read_questions(tight.data, tight.evaluation, check(tight, 4096))
 
 
 def test_an_episode_must_fit_the_model():

@@ -15,8 +15,8 @@ from paravt_jax.records import (
 )
 from tests.support.trajectories import NONE, rewarded
 from train.batch import streams_of_groups
-from train.methods.dynamic_sampling import DynamicSampling, fill_batch
-from train.methods.length_penalty import with_length_penalty
+from train.methods.dynamic_sampling import DynamicSampling
+from train.methods.length_penalty import LengthPenalty
 from train.rl.loop import RolloutBatch
 from train.rl.scoring import rollout_metrics
 from train.rl.settings import RlSettings
@@ -35,62 +35,65 @@ BATCHES = [
 ]
 
 
-def draw_all(**settings):
-    drawn = fill_batch(BATCHES.__getitem__, RlSettings(prompts_per_step=3, **settings))
+class Source:
+    """Batches in their order."""
+
+    def __init__(self, batches):
+        self.batches, self.asked = batches, []
+
+    def draw(self, params, step, number=0):
+        self.asked.append((params, step, number))
+        return RolloutBatch(self.batches[number], self.batches[number])
+
+
+def draw(batches, **settings):
+    settings = {"filter_groups": "total", **settings}
+    own = RlSettings(prompts_per_step=len(batches[0]), **settings)
+    drawn = DynamicSampling(Source(batches), own).draw({}, 0)
     return drawn, "".join(g.row.row_id for g in drawn.groups)
 
 
-def test_without_a_filter_the_first_batch_is_it():
-    drawn, names = draw_all()
-    assert names == "abc" and drawn.metrics() == {"group/redraws": 0.0, "group/kept": 1.0}
+def test_a_batch_that_teaches_is_drawn_once():
+    drawn, names = draw([BATCHES[2][:2], BATCHES[0][:2]])
+    assert names == "gh" and drawn.metrics() == {"group/redraws": 0.0, "group/kept": 1.0}
 
 
 def test_flat_groups_are_replaced_and_what_is_over_is_left():
-    drawn, names = draw_all(filter_groups="total")
+    drawn, names = draw(BATCHES)
     assert names == "bfg"
     assert "".join(g.row.row_id for g in drawn.drawn) == "abcdefghi"
     assert drawn.metrics() == {"group/redraws": 2.0, "group/kept": pytest.approx(1 / 3)}
 
 
 def test_the_limit_ends_the_search_and_flat_groups_fill_up():
-    drawn, names = draw_all(filter_groups="total", filter_redraws=1)
+    drawn, names = draw(BATCHES, filter_redraws=1)
     assert names == "abf" and drawn.metrics()["group/redraws"] == 1
 
 
 def test_further_batches_are_drawn_from_the_same_source_and_policy():
-    asked = []
-
-    class Source:
-        def draw(self, params, step, number=0):
-            asked.append((params, step, number))
-            return RolloutBatch(BATCHES[number], BATCHES[number])
-
-    settings = RlSettings(prompts_per_step=3, filter_groups="total")
-    DynamicSampling(Source(), settings).draw({}, 5)
-    assert asked == [({}, 5, number) for number in range(3)]
+    source = Source(BATCHES)
+    DynamicSampling(source, RlSettings(prompts_per_step=3, filter_groups="total")).draw({}, 5)
+    assert source.asked == [({}, 5, number) for number in range(3)]
 
 
 def test_the_reward_that_must_differ_is_a_choice():
     """Total rewards differ, but every rollout is right: nothing to learn for `accuracy`."""
     batches = [[group("a", SPREAD, (1.0, 1.0))], [group("b", FLAT, (0.0, 1.0))]]
-    by_total = fill_batch(batches.__getitem__, RlSettings(1, filter_groups="total"))
-    by_accuracy = fill_batch(batches.__getitem__, RlSettings(1, filter_groups="accuracy"))
-    assert [d.groups[0].row.row_id for d in (by_total, by_accuracy)] == ["a", "b"]
+    assert [draw(batches, filter_groups=term)[1] for term in ("total", "accuracy")] == ["a", "b"]
 
 
 def test_long_rollouts_are_punished_by_a_term_of_their_own():
     """Limit 100, margin 20, weight 2: 80 tokens are free, 90 cost 1, 300 cost 2."""
-    settings = RlSettings(overlong_limit=100, overlong_margin=20, overlong_weight=2.0)
     row = BATCHES[0][0].row
     lengths = RolloutGroup(row, 4, tuple(rewarded(1.5, length=n) for n in (80, 90, 300)))
-    (punished,) = with_length_penalty([lengths], settings)
+    sample = LengthPenalty(lambda *_: [lengths], weight=2.0, limit=100, margin=20)
+    (punished,) = sample({}, [], 3, 0, 0)
     rewards = [t.rewards for t in punished.trajectories]
     assert [r["length"] for r in rewards] == [0.0, -1.0, -2.0]
     assert [r["total"] for r in rewards] == [1.5, 0.5, -0.5]
     assert [r["task"] for r in rewards] == [0.5, -0.5, -1.5]
     assert rollout_metrics([punished])["reward/length"] == -1.0
     assert "reward/length" not in rollout_metrics([lengths])
-    assert with_length_penalty([lengths], RlSettings()) == [lengths]
 
 
 @pytest.mark.parametrize(
@@ -120,12 +123,7 @@ def test_a_rollout_that_calls_to_the_end_teaches_nothing():
     first, *others = spoiled.trajectories
     spoiled = dataclasses.replace(spoiled, trajectories=(over_turn(first), *others))
     batches = [[spoiled], [group("b", SPREAD)]]
-    names = [
-        fill_batch(batches.__getitem__, RlSettings(1, filter_groups="total", mask_over_turn=mask))
-        .groups[0]
-        .row.row_id
-        for mask in (False, True)
-    ]
+    names = [draw(batches, mask_over_turn=mask)[1] for mask in (False, True)]
     assert names == ["a", "b"]
     talkative = dataclasses.replace(
         spoiled,

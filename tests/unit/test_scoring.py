@@ -2,7 +2,6 @@
 
 import random
 
-import numpy as np
 import pytest
 
 from paravt_jax.records import (
@@ -45,17 +44,17 @@ def test_a_call_that_failed_earns_no_tool_credit():
 
 
 def test_figures_by_hand(groups):
-    figures = rollout_metrics(groups)
-    assert figures["reward/accuracy"] == 1.0
-    assert figures["format/compliance"] == 0.75
-    assert figures["tool/calls_per_rollout"] == 0.5
-    assert figures["tool/rollouts_with_call"] == 0.25
-    assert figures["tool/calls_per_using_rollout"] == 2.0
-    assert figures["tool/parallel_max"] == 2.0
-    assert figures["tool/success_rate"] == 1.0
-    assert figures["frames/budget_mean"] == 6.0
-    assert figures["group/zero_std"] == 0.5
-    assert figures["length/generated"] == 3.0
+    metrics = rollout_metrics(groups)
+    assert metrics["reward/accuracy"] == 1.0
+    assert metrics["format/compliance"] == 0.75
+    assert metrics["tool/calls_per_rollout"] == 0.5
+    assert metrics["tool/rollouts_with_call"] == 0.25
+    assert metrics["tool/calls_per_using_rollout"] == 2.0
+    assert metrics["tool/parallel_max"] == 2.0
+    assert metrics["tool/success_rate"] == 1.0
+    assert metrics["frames/budget_mean"] == 6.0
+    assert metrics["group/zero_std"] == 0.5
+    assert metrics["length/generated"] == 3.0
 
 
 def test_compliance_asks_every_turn():
@@ -80,7 +79,7 @@ def lucky(attempt):
 
 
 def test_all_hosts_take_the_first_ones_word_on_a_function_of_the_users(groups, monkeypatch):
-    monkeypatch.setattr(scoring, "numbers_from_first", lambda values: np.full_like(values, 0.5))
+    monkeypatch.setattr(scoring, "from_first", lambda own: [terms | {"luck": 0.5} for terms in own])
     lucks = {
         t.rewards["luck"] for g in Scorer(RewardRules(scheme=lucky))(groups) for t in g.trajectories
     }

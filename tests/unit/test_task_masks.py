@@ -14,7 +14,7 @@ from paravt_jax.protocol import STRUCTURAL_TAGS, SYNTAXES
 from paravt_jax.records import HiddenKeys, Prompt
 from paravt_jax.structure import tag_table
 from paravt_jax.task_masks import task_masks
-from train.batch import Stream, learner_batch
+from train.batch import LearnerStream, learner_batch
 from train.sft.masking import TaskMasking
 
 pytestmark = pytest.mark.slow
@@ -182,7 +182,7 @@ def test_masked_rows_are_a_share_that_is_drawn_for_each_batch_anew():
     seen = np.where(videos > 0, 0, -1)
     count, plain = 400, np.zeros(len(parts) - 2, np.float32)
     prompt = Prompt(tokens[0, :2], np.zeros((2, 3), np.int32), seen[0, :2])
-    streams = [Stream(prompt, tokens[0, 2:], plain, plain)] * count
+    streams = [LearnerStream(prompt, tokens[0, 2:], plain, plain)] * count
     batch = learner_batch(streams, length=len(parts), pad_id=0)
     batch = dataclasses.replace(batch, vision_index=np.repeat(seen, count, axis=0))
     masking = TaskMasking(0.1, seed=0, tags=TABLE)

@@ -16,11 +16,11 @@ from paravt_jax.params import initialise
 from paravt_jax.records import Frames, RolloutGroup, Row, Shown, Trajectory, VideoRef
 from paravt_jax.structure import ANCHOR_TAGS, tag_table
 from tests.support.needle import renderer
+from tests.support.tiny_models import NEEDLE_MODEL
 from train.methods import teacher as teacher_module
 from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.recipes.needle import NEEDLE_MODEL
 from train.settings.override import override
 from train.setup import batch_shapes, open_learner
 from train.state import TrainState, make_state

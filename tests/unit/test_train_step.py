@@ -12,12 +12,12 @@ from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.params import initialise
+from tests.support.tiny_models import NEEDLE_MODEL
 from tests.support.train_steps import POLICY, TOKENS, random_batch, run_steps
 from train.config import OptimizerSettings
 from train.model import ModelSettings
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.recipes.needle import NEEDLE_MODEL
 from train.state import make_state
 from train.step import RlStep, SftStep, batch_log_probs
 

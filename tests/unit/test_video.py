@@ -155,12 +155,12 @@ def test_threads_that_ask_at_once_decode_every_frame_once(clip_file, monkeypatch
         np.testing.assert_allclose(
             levels(frames), [grey(start + i) for i in range(0, 60, 5)], atol=8
         )
-    figures = reader.take_figures()
-    assert (figures["frames/asked"], figures["frames/decoded"]) == (48, 18)
-    assert figures["frames/cache_hits"] == 48 - 18
-    assert figures["frames/decode_seconds"] > 2 * 0.05
+    metrics = reader.take_metrics()
+    assert (metrics["frames/asked"], metrics["frames/decoded"]) == (48, 18)
+    assert metrics["frames/cache_hits"] == 48 - 18
+    assert metrics["frames/decode_seconds"] > 2 * 0.05
     assert reader.cached_bytes == 18 * SIDE * SIDE * 3
-    assert set(reader.take_figures().values()) == {0.0}
+    assert set(reader.take_metrics().values()) == {0.0}
 
 
 def test_a_thread_whose_decoding_fails_does_not_fail_another(clip_file, monkeypatch):

@@ -13,11 +13,13 @@ from models import ModelPolicy
 from paravt_jax.mesh import make_mesh, parse_mesh, partition
 from paravt_jax.params import abstract_params
 from paravt_jax.records import LearnerBatch, VisionFeatures
+from paravt_jax.shapes import bucket
 from pipelines.preprocess import SPECS
 from rollout.limits import AgentConfig
+from train.batch import blank_batch
 from train.data.settings import DataSettings
 from train.model import ModelSettings
-from train.rl.batches import with_what_shaped
+from train.rl.batches import LENGTH_UNIT, with_what_shaped
 from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
 from train.state import abstract_state
@@ -75,29 +77,19 @@ class LargestBatch:
     def _rows(self, rows: int, groups: int, seen: int, own: int) -> LearnerBatch:
         """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
         policy, width = self.policy, self.policy.width
-        length = -(-(seen * 5 // 4 + 256 + own) // 128) * 128
-        integers, values = (jnp.zeros((rows, length), dtype) for dtype in (jnp.int32, jnp.float32))
-        dtype = jnp.dtype(self.compute_dtype)
-        return LearnerBatch(
-            tokens=integers,
-            positions=jnp.zeros((rows, length, 3), jnp.int32),
-            vision_index=integers,
-            lengths=jnp.zeros(rows, jnp.int32),
-            loss_weights=values,
-            behaviour_log_probs=values,
-            reference_log_probs=values,
-            advantages=values,
-            structural=values > 0,
-            patches=None,
-            grids=None,
+        length = bucket(seen * 5 // 4 + 256 + own, LENGTH_UNIT)
+        batch, dtype = blank_batch(rows, length), jnp.dtype(self.compute_dtype)
+        deepstack = groups, policy.deepstack_levels, seen, width
+        return dataclasses.replace(
+            batch,
             features=VisionFeatures(
                 tokens=jnp.zeros((groups, seen, width), dtype),
-                deepstack=jnp.zeros((groups, policy.deepstack_levels, seen, width), dtype),
+                deepstack=jnp.zeros(deepstack, dtype),
             ),
-            proximal_log_probs=values if self.rl.updates > 1 else None,
-            prompt_lengths=jnp.zeros(rows, jnp.int32),
-            floors=values,
-            grammar=integers,
+            proximal_log_probs=batch.advantages if self.rl.updates > 1 else None,
+            prompt_lengths=batch.lengths,
+            floors=batch.advantages,
+            grammar=batch.tokens,
         )
 
 

@@ -65,11 +65,12 @@ def prune(folder: Path, limit: int) -> None:
             excess -= size
 
 
-class Compiling:
-    """What is being compiled at this moment."""
+class Compilations:
+    """What this process compiles: what at this moment, and how much since that was last asked."""
 
     def __init__(self) -> None:
         self._began: dict[int, tuple[str, float]] = {}
+        self._seconds: list[float] = []
         jax.monitoring.register_scalar_listener(self._begin)
         jax.monitoring.register_event_duration_secs_listener(self._end)
 
@@ -81,27 +82,15 @@ class Compiling:
     def _end(self, event: str, duration_secs: float, **_: str | int) -> None:
         if event == _COMPILED:
             self._began.pop(threading.get_ident(), None)
+            self._seconds.append(duration_secs)
 
     def __str__(self) -> str:
-        """The programs and for how long; empty if there are none."""
+        """The programs that are being compiled and for how long; empty if there are none."""
         now = time.monotonic()
         running = [f"{name}, {now - began:.0f} s so far" for name, began in self._began.values()]
         return f"compiling {' and '.join(running)}" if running else ""
 
-
-class Compilations:
-    """Counts what this process compiles: `metrics` tells of the time since they were last read."""
-
-    def __init__(self) -> None:
-        self._seconds: list[float] = []
-        jax.monitoring.register_event_duration_secs_listener(self._note)
-
-    def _note(self, event: str, duration_secs: float, **_: str | int) -> None:
-        if event == _COMPILED:
-            self._seconds.append(duration_secs)
-
-    @property
     def metrics(self) -> dict[str, float]:
-        """Programs compiled, and seconds that it took."""
+        """Programs compiled since the last call, and seconds that it took."""
         seconds, self._seconds = self._seconds, []
         return {"compile/programs": float(len(seconds)), "time/compile": sum(seconds)}

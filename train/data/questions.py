@@ -81,30 +81,6 @@ def question_check(
     return check
 
 
-def prompt_room(asked: int | None, positions: int, episode: int) -> PromptRoom:
-    """The room for a main agent's prompt.
-
-    Args:
-      asked: `data.max_prompt_tokens`.
-      positions: of the model.
-      episode: most tokens of an episode after its prompt, and of hints in it.
-
-    Raises:
-      ValueError: naming the settings, if nothing is left.
-    """
-    left = positions - episode
-    if left < (asked or 1):
-        raise ValueError(
-            f"data.max_prompt_tokens={asked}: an episode takes {episode} tokens after its prompt, "
-            f"and the model has max_position_embeddings={positions}; lower it, agent.turn_tokens, "
-            "agent.response_tokens, agent.max_tool_rounds or agent.episode_tokens"
-        )
-    if asked is not None:
-        return PromptRoom(asked, f"data.max_prompt_tokens={asked}")
-    reason = f"max_position_embeddings={positions} less an episode of {episode}"
-    return PromptRoom(left, reason)
-
-
 def read_questions(
     data: DataSettings, evaluation: EvaluationSettings, check: Check = lambda row: None
 ) -> list[Found[Row]]:

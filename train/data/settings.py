@@ -81,11 +81,7 @@ class DataSettings(Settings):
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
 
     def check_together(self) -> None:
-        """Refuse sizes and numbers that do not fit one another.
-
-        Raises:
-          Refused: naming them.
-        """
+        """Refuse sizes and numbers that do not fit one another."""
         if not self.frame_budgets:
             raise Refused(self, "{frame_budgets}: give one number of frames, or several")
         if not self.question_types:

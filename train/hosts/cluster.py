@@ -107,13 +107,6 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def numbers_from_first(values: np.ndarray) -> np.ndarray:
-    """The first host's numbers, on every host; in float32 where there are several hosts."""
-    if jax.process_count() == 1:
-        return values
-    return np.asarray(multihost_utils.broadcast_one_to_all(values.astype(np.float32)))
-
-
 def max_over_hosts(numbers: Sequence[int]) -> list[int]:
     """The largest of each number over all hosts, on every host."""
     if jax.process_count() == 1:
@@ -122,14 +115,10 @@ def max_over_hosts(numbers: Sequence[int]) -> list[int]:
     return np.asarray(gathered).reshape(-1, len(numbers)).max(0).tolist()
 
 
-def texts_from_first(texts: Sequence[str]) -> list[str]:
-    """The first host's texts, on every host; what the others give does not matter."""
-    if jax.process_count() == 1:
-        return list(texts)
-    data = np.frombuffer(json.dumps(list(texts)).encode(), np.uint8)
-    share = multihost_utils.broadcast_one_to_all
-    size = int(share(np.int32(len(data))))
-    return json.loads(np.asarray(share(np.resize(data, size))).tobytes())
+def from_first(value: T) -> T:
+    """The first host's value, which JSON can hold, on every host; what the others give does not
+    matter."""
+    return value if jax.process_count() == 1 else json.loads(texts_from_all(json.dumps(value))[0])
 
 
 def texts_from_all(text: str) -> list[str]:

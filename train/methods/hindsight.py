@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from paravt_jax.protocol import after_thinking
 from paravt_jax.records import Row, Trajectory
 from paravt_jax.rewards import JudgeSettings, LlmJudge, open_judge
-from train.hosts.cluster import is_first, texts_from_first
+from train.hosts.cluster import from_first, is_first
 
 Attempt = tuple[Row, Trajectory]
 """A question and a scored rollout."""
@@ -47,7 +47,7 @@ def open_feedback(settings: JudgeSettings) -> Feedback:
 
     def ask(attempts: Sequence[Attempt]) -> list[str]:
         # Several hosts could be told several things: one asks, the others are told.
-        return texts_from_first(feedback_from_judge(judge, attempts) if is_first() else [])
+        return from_first(feedback_from_judge(judge, attempts) if is_first() else [])
 
     return ask
 

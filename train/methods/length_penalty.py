@@ -11,40 +11,36 @@ from paravt_jax.advantages import overlong_penalty
 from paravt_jax.records import RolloutGroup, Trajectory
 from pipelines.loader import PromptItem
 from train.rl.loop import Sample
-from train.rl.settings import RlSettings
 from train.state import FlatParams
 
 
 @dataclasses.dataclass(frozen=True)
 class LengthPenalty:
-    """Samples like another, and punishes what is long."""
+    """Samples like another, and punishes what is long by a reward term of its own, `length`.
+
+    The penalty (`overlong_penalty`) counts in `total`, and in `task`, which is the total without
+    the anchor.
+    """
 
     sample: Sample
-    settings: RlSettings
+    weight: float
+    limit: int
+    """Generated tokens that cost all of the weight."""
+    margin: int
+    """Tokens below the limit from which on they cost something."""
 
     def __call__(
         self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
     ) -> list[RolloutGroup]:
         """See `Sample`."""
-        return with_length_penalty(self.sample(params, prompts, copies, seed, step), self.settings)
+        return list(map(self.punished, self.sample(params, prompts, copies, seed, step)))
 
-
-def with_length_penalty(groups: Sequence[RolloutGroup], settings: RlSettings) -> list[RolloutGroup]:
-    """The same groups, long rollouts punished by a reward term of their own, `length`.
-
-    The penalty (`overlong_penalty`) counts in `total`, and in `task`, which is the total without
-    the anchor. Without a limit nothing changes.
-    """
-    limit, margin = settings.overlong_limit, settings.overlong_margin
-    if limit is None or margin is None:
-        return list(groups)
-    punished = []
-    for group in groups:
+    def punished(self, group: RolloutGroup) -> RolloutGroup:
+        """The same group with the term `length`."""
         lengths = np.array([t.generated.sum() for t in group.trajectories])
-        penalties = settings.overlong_weight * overlong_penalty(lengths, limit, margin)
+        penalties = self.weight * overlong_penalty(lengths, self.limit, self.margin)
         rollouts = tuple(map(_with_length, group.trajectories, penalties.tolist()))
-        punished.append(dataclasses.replace(group, trajectories=rollouts))
-    return punished
+        return dataclasses.replace(group, trajectories=rollouts)
 
 
 def _with_length(rollout: Trajectory, penalty: float) -> Trajectory:

@@ -40,11 +40,7 @@ class TeacherSettings(Settings):
     as in VISD; without one, a sentence is made from the rewards."""
 
     def check_together(self) -> None:
-        """Refuse a judge that cannot be asked.
-
-        Raises:
-          Refused: naming its setting.
-        """
+        """Refuse a judge that cannot be asked."""
         if self.judge.url:
             with placed("judge."):
                 self.judge.check()
@@ -72,10 +68,6 @@ class DifficultySettings(Settings):
     """Standard deviation of the strongest noise, as a share of the range of a pixel's value."""
 
     def check_together(self) -> None:
-        """Refuse a tolerance that leaves no room.
-
-        Raises:
-          Refused: naming it.
-        """
+        """Refuse a tolerance that leaves no room."""
         if self.tolerance >= self.scale:
             raise Refused(self, "{tolerance} is not below {scale}; lower it")

@@ -25,7 +25,7 @@ from paravt_jax.advantages import annealed, reweighted_advantages
 from paravt_jax.log_probs import View, teacher_gap
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from pipelines.render import ChatRenderer
-from train.batch import Stream, streams_of_groups
+from train.batch import LearnerStream, streams_of_groups
 from train.methods.hindsight import hindsight, open_feedback
 from train.methods.settings import TeacherSettings
 from train.rl.learner import Learner
@@ -103,7 +103,7 @@ class TaughtLearner:
         teacher = {**state.frozen, **state.teacher}
         return self._gaps(state.params, teacher, batch, hinted, self._learner.table)
 
-    def streams(self, groups: Sequence[RolloutGroup]) -> list[Stream]:
+    def streams(self, groups: Sequence[RolloutGroup]) -> list[LearnerStream]:
         """The student's streams after prompts that end with a hint: what follows is the same token
         by token, tool responses and their frames included."""
         attempts = [(group.row, t) for group in groups for t in group.trajectories]

@@ -5,7 +5,6 @@ recipe stand in its docstring; rows of `benchmarks/results.md` are the measureme
 """
 
 from pathlib import Path
-from typing import Any
 
 from evaluate.settings import EvaluationSettings
 from paravt_jax.records import QuestionType
@@ -18,53 +17,8 @@ from train.settings.override import based_on
 from train.sft.settings import SftPhase, TaskShape
 
 COLD_START = Path(__file__).resolve().parents[1] / "assets" / "needle_sft"
-"""Weights of `needle_sft`, committed so that the demo starts where RL begins."""
-
-NEEDLE_MODEL: dict[str, Any] = {
-    "model_type": "qwen3_vl",
-    "architectures": ["Qwen3VLForConditionalGeneration"],
-    "tie_word_embeddings": True,
-    "text_config": {
-        "model_type": "qwen3_vl_text",
-        "vocab_size": 512,
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_hidden_layers": 4,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "head_dim": 32,
-        "hidden_act": "silu",
-        "max_position_embeddings": 4096,
-        "initializer_range": 0.02,
-        "rms_norm_eps": 1e-6,
-        "attention_bias": False,
-        "tie_word_embeddings": True,
-        "rope_parameters": {
-            "rope_type": "default",
-            "rope_theta": 10000.0,
-            "mrope_section": [6, 5, 5],
-            "mrope_interleaved": True,
-        },
-    },
-    "vision_config": {
-        "model_type": "qwen3_vl",
-        "depth": 2,
-        "hidden_size": 96,
-        "intermediate_size": 192,
-        "num_heads": 3,
-        "in_channels": 3,
-        "patch_size": 16,
-        "spatial_merge_size": 2,
-        "temporal_patch_size": 2,
-        "out_hidden_size": 128,
-        "num_position_embeddings": 16,
-        "deepstack_visual_indexes": [0],
-        "hidden_act": "gelu_pytorch_tanh",
-        "initializer_range": 0.02,
-    },
-}
-"""A real `qwen3_vl` configuration of about one million parameters. Token ids come from
-the needle tokenizer."""
+"""What `needle_sft` made, committed so that the demo starts where RL begins. Runs without `--model`
+take its configuration and its tokenizer, and begin from random weights."""
 
 
 def _world() -> Config:

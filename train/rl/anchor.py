@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -41,7 +40,7 @@ class Anchor:
         self._settings, self._table, self._mesh = advantages, table, mesh
         self._rules = {"anchors": anchor_tags(call_syntax), "only_paired": only_paired}
         self._find_tags = jax.jit(find_tags, static_argnames=tuple(self._rules))
-        self._credit_tags = jax.jit(credit_tags, static_argnames=tuple(self._rules))
+        self._credit_tags = jax.jit(self._credit)
 
     def positions(
         self, groups: Sequence[RolloutGroup], batch: LearnerBatch
@@ -57,8 +56,14 @@ class Anchor:
         normalised among turns of the same number, at the tags that they are about."""
         numbers = turn_numbers(groups, batch.tokens.shape[1])
         parts = turn_credits(groups, numbers, self._settings)
-        spoken, thinking, acting = (to_mesh(x, self._mesh) for x in (numbers > 0, *parts))
-        return self._credit_tags(batch.tokens, spoken, thinking, acting, self._table, **self._rules)
+        arrays = (to_mesh(x, self._mesh) for x in (numbers > 0, *parts))
+        return self._credit_tags(self._table, batch.tokens, *arrays)
+
+    def _credit(
+        self, table: TagTable, tokens: Array, spoken: Array, thinking: Array, acting: Array
+    ) -> Array:
+        found, rules = structural_tokens(tokens, table, spoken), self._rules
+        return tag_credit(found, table, rules["anchors"], thinking, acting, rules["only_paired"])
 
 
 class OwnAnchor(Anchor):
@@ -67,19 +72,33 @@ class OwnAnchor(Anchor):
     def __init__(self, name: str, *arguments: Any) -> None:
         """`name` is what `plugins.load` finds; `arguments` are those of `Anchor`."""
         super().__init__(*arguments)
-        compute = functools.partial(credit_own, name)
-        self._credit_own = jax.jit(compute, static_argnames="group_size")
+        self._name = name
+        self._credit_own = jax.jit(self._own, static_argnames="groups")
 
     def credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Float[Array, "b t"]:
         """What the function gives each token, before the anchor's weight."""
-        spoken = to_mesh(turn_numbers(groups, batch.tokens.shape[1]) > 0, self._mesh)
-        rewards_PG = [t.rewards for group in groups for t in group.trajectories]
-        by_term = {
-            name: to_mesh(np.array([r[name] for r in rewards_PG], np.float32), self._mesh)
-            for name in rewards_PG[0]
+        rollouts = [t for group in groups for t in group.trajectories]
+        numbers = turn_numbers(groups, batch.tokens.shape[1])
+        rewards = {
+            name: np.array([t.rewards[name] for t in rollouts], np.float32)
+            for name in rollouts[0].rewards
         }
-        arrays = batch.tokens, spoken, batch.loss_weights > 0, by_term, self._table
-        return self._credit_own(*arrays, group_size=len(groups[0].trajectories))
+        arrays = to_mesh((numbers > 0, rewards), self._mesh)
+        generated = batch.loss_weights > 0
+        return self._credit_own(self._table, batch.tokens, generated, *arrays, groups=len(groups))
+
+    def _own(
+        self,
+        table: TagTable,
+        tokens: Array,
+        generated: Array,
+        spoken: Array,
+        rewards: dict[str, Array],
+        groups: int,
+    ) -> Array:
+        structure = Structure(structural_tokens(tokens, table, spoken), table, generated)
+        by_group = {name: values.reshape(groups, -1) for name, values in rewards.items()}
+        return own_credit(self._name, structure, by_group)
 
 
 def find_tags(
@@ -97,35 +116,6 @@ def find_tags(
     found = structural_tokens(tokens, table, spoken)
     anchored = tag_mask(found, table, anchors, only_paired) & generated
     return anchored, found.paired.sum() / jnp.maximum(found.counts.sum(), 1)
-
-
-def credit_tags(
-    tokens: Int[Array, "b t"],
-    spoken: Bool[Array, "b t"],
-    thinking: Float[Array, "b t"],
-    acting: Float[Array, "b t"],
-    table: TagTable,
-    anchors: tuple[str, ...],
-    only_paired: bool,
-) -> Float[Array, "b t"]:
-    """`tag_credit` of token streams."""
-    found = structural_tokens(tokens, table, spoken)
-    return tag_credit(found, table, anchors, thinking, acting, only_paired)
-
-
-def credit_own(
-    anchor: str,
-    tokens: Int[Array, "b t"],
-    spoken: Bool[Array, "b t"],
-    generated: Bool[Array, "b t"],
-    rewards: dict[str, Float[Array, " b"]],
-    table: TagTable,
-    group_size: int,
-) -> Float[Array, "b t"]:
-    """`own_credit` of token streams."""
-    structure = Structure(structural_tokens(tokens, table, spoken), table, generated)
-    by_group = {name: values.reshape(-1, group_size) for name, values in rewards.items()}
-    return own_credit(anchor, structure, by_group)
 
 
 def turn_credits(

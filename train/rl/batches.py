@@ -16,7 +16,7 @@ from paravt_jax.shapes import bucket, buckets
 from pipelines.preprocess import FrameSpec
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from train.batch import Stream, learner_batch, streams_of_groups, to_mesh
+from train.batch import LearnerStream, learner_batch, streams_of_groups, to_mesh
 from train.rl.settings import RlSettings
 from train.rl.subagents import most_crops, rows_per_group, subagent_streams
 from train.state import FlatParams
@@ -96,7 +96,7 @@ class RolloutBatches:
         )
         return batch, metrics | token_shares([*streams, *crops])
 
-    def _subagents(self, params: FlatParams, streams: Sequence[Stream]) -> LearnerBatch:
+    def _subagents(self, params: FlatParams, streams: Sequence[LearnerStream]) -> LearnerBatch:
         """Rows of sub-agents, each with frames of its own."""
         shapes = self.shapes
         sampling = self._agent.subagent_sampling
@@ -106,7 +106,7 @@ class RolloutBatches:
 
     def padded(
         self,
-        streams: Sequence[Stream],
+        streams: Sequence[LearnerStream],
         group_size: int,
         frames: int | None = None,
         length: int = 0,
@@ -145,7 +145,7 @@ def with_what_shaped(batch: LearnerBatch, sampling: SamplingConfig) -> LearnerBa
     )
 
 
-def token_shares(streams: Sequence[Stream]) -> dict[str, float]:
+def token_shares(streams: Sequence[LearnerStream]) -> dict[str, float]:
     """Who chose the tokens of a batch, and which of them are learned, for `metrics.jsonl`.
 
     * `tokens/learned`: share of generated tokens that are learned.

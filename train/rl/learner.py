@@ -7,43 +7,14 @@ import functools
 from collections.abc import Sequence
 
 import jax
-import optax
 from jaxtyping import Array
 
-from paravt_jax.interfaces import TrainablePolicy
-from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import LearnerBatch, RolloutGroup
-from rollout.limits import AgentConfig
 from train.rl.batches import RolloutBatches
 from train.rl.settings import RlSettings
 from train.rl.token_advantages import TokenAdvantages
 from train.state import FlatParams, TrainState
 from train.step import RlStep, StepMetrics, mean_metrics, minibatch
-
-
-def rl_step(
-    policy: TrainablePolicy,
-    optimizer: optax.GradientTransformation,
-    rl: RlSettings,
-    objective: ObjectiveConfig,
-    agent: AgentConfig,
-    router_balance: float = 0.0,
-) -> RlStep:
-    """The train step for one minibatch of an agent's rollouts, not yet compiled."""
-    return RlStep(
-        policy=policy,
-        optimizer=optimizer,
-        objective=objective,
-        temperature=agent.sampling.temperature,
-        micro_batches=rl.prompts_per_step // (rl.minibatches * rl.micro_groups),
-        budget=agent.generated_tokens,
-        router_balance=router_balance,
-        group_size=rl.group_size,
-        subagent_temperature=agent.subagent_sampling.temperature,
-        subagent_budget=agent.subagent_tokens,
-        penalty=agent.sampling.repetition_penalty,
-        subagent_penalty=agent.subagent_sampling.repetition_penalty,
-    )
 
 
 class Learner:

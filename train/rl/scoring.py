@@ -14,7 +14,7 @@ from paravt_jax.plugins import is_reference
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
 from paravt_jax.rewards import Judge, RewardRules, open_judge, score
-from train.hosts.cluster import is_first, numbers_from_first
+from train.hosts.cluster import from_first, is_first
 
 _LOG = logging.getLogger(__name__)
 
@@ -111,9 +111,8 @@ def _with_rewards(
 def _agree(groups: list[RolloutGroup]) -> list[RolloutGroup]:
     """The groups with the rewards that the first host gave them."""
     rewards = [t.rewards for group in groups for t in group.trajectories]
-    values = numbers_from_first(np.array([list(terms.values()) for terms in rewards], np.float64))
-    named = (dict(zip(rewards[0], map(float, row), strict=True)) for row in values)
-    return _with_rewards(groups, named)
+    plain = [{name: float(value) for name, value in terms.items()} for terms in rewards]
+    return _with_rewards(groups, from_first(plain))
 
 
 def _silent(message: str) -> str:

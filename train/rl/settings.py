@@ -49,11 +49,7 @@ class RlSettings(Settings):
     """Size of the punishment."""
 
     def check_together(self) -> None:
-        """Refuse sizes that do not fit one another.
-
-        Raises:
-          Refused: naming them.
-        """
+        """Refuse sizes that do not fit one another."""
         if self.prompts_per_step % (self.minibatches * self.micro_groups):
             raise Refused(
                 self,

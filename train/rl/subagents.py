@@ -16,7 +16,7 @@ import numpy as np
 
 from paravt_jax.records import RolloutGroup, Trajectory
 from paravt_jax.shapes import bucket
-from train.batch import Stream, stream_of
+from train.batch import LearnerStream, stream_of
 
 
 def rows_per_group(most: int, group_size: int) -> int:
@@ -37,14 +37,14 @@ def most_crops(groups: Sequence[RolloutGroup]) -> int:
 
 def subagent_streams(
     groups: Sequence[RolloutGroup], rows: int, mask_over_turn: bool = False
-) -> list[Stream]:
+) -> list[LearnerStream]:
     """`rows` streams for each group: its sub-agents in call order, trained like their rollouts
     (see `streams_of_groups`), then copies of the first of the batch that are not trained."""
     first = next(stream_of(crop) for group in groups for crop in _crops(group))
     nothing = np.zeros_like(first.log_probs)
     silent = np.zeros_like(first.generated)
     idle = dataclasses.replace(first, loss_weights=nothing, log_probs=nothing, generated=silent)
-    streams: list[Stream] = []
+    streams: list[LearnerStream] = []
     for group in groups:
         own = [
             stream_of(crop, not (mask_over_turn and rollout.over_turn))

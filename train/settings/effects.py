@@ -140,6 +140,10 @@ TABLE = (
          "with {agent.evidence}, where no sub-agent speaks; set it to none"),
     Only("rl.subagent_credit", "agent.max_tool_rounds", bool, "none",
          "with {agent.max_tool_rounds}, where no sub-agent speaks; set it to none"),
+    Only("rl. objective. advantages.", "stage", ("rl",), said=NO_ROLLOUTS),
+    Only("sft.", "stage", ("sft",), said="with {stage}, which learns from rollouts; leave it out"),
+    Only("agent.subagent_tokens agent.subagent_thought_tokens agent.subagent_batch "
+         "agent.subagent_sampling.", "agent.evidence", ("text",)),
     Only("teacher.strength", "stage", ("rl",), 0.0, NO_ROLLOUTS),
     Only("difficulty.window", "stage", ("rl",), 0, NO_ROLLOUTS),
     Only("teacher.", "teacher.strength"),

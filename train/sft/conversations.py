@@ -2,17 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
 from paravt_jax.records import Conversation
-from pipelines.conversation import (
-    ConversationRenderer,
-    FrameRate,
-    TextCheck,
-    is_system,
-)
+from pipelines.conversation import ConversationRenderer, FrameRate, TextCheck
 from pipelines.datasets import Found, sft_rows
 from pipelines.packing import PackShape, UnusableCount, pack_stream
 from pipelines.render import ChatRenderer
@@ -41,59 +35,40 @@ def open_conversations(
     return found
 
 
-def system_note(
-    packing: PackSettings, agents: str, conversations: Sequence[Conversation]
-) -> list[str]:
-    """Says, if so, that the agent's system text takes the place of other ones."""
-    others = sum(
-        any(is_system(m) and m.content != (agents,) for m in own.messages) for own in conversations
+def pack_conversations(
+    conversations: Sequence[Conversation],
+    packing: PackSettings,
+    data: DataSettings,
+    seed: int,
+    renderer: ChatRenderer,
+    reader: VideoReader,
+    *,
+    tools: bool,
+    most_tokens: tuple[int, int],
+) -> PackedData:
+    """The stream of packed conversations, which are written to the data cache first.
+
+    Args:
+      tools: whether prompts offer the agent's tools.
+      most_tokens: conversations with longer prompts are skipped, and those that are longer
+        altogether.
+    """
+    skips, frames = (
+        UnusableCount(data.max_rejected),
+        FrameRate(packing.fps, most=packing.max_frames),
     )
-    if packing.system != "agent" or not others:
-        return []
-    return [
-        f"{others} of {len(conversations)} conversations have a system message of their own: the "
-        "text and the tools of rollouts take its place (sft.packing.system=own keeps it)"
-    ]
-
-
-@dataclasses.dataclass(frozen=True)
-class ConversationPacker:
-    """Shows conversations and puts them into rows."""
-
-    packing: PackSettings
-    data: DataSettings
-    seed: int
-    renderer: ChatRenderer
-    reader: VideoReader
-    tools: bool
-    """Whether prompts offer the agent's tools."""
-    prompt_tokens: int
-    """Those with longer prompts are skipped, ..."""
-    positions: int
-    """... and those that are longer than a stream of the model may be."""
-
-    def packed(self, conversations: Sequence[Conversation]) -> PackedData:
-        """The stream of packed conversations, which are written to the data cache first."""
-        own, skips = self.packing, UnusableCount(self.data.max_rejected)
-        render = ConversationRenderer(
-            self.renderer,
-            self.reader,
-            FrameRate(own.fps, most=own.max_frames),
-            own.learn,
-            own.system,
-            self.tools,
-            (self.prompt_tokens, self.positions),
-        )
-        stream = pack_stream(
-            row_source(conversations, str(Path(self.data.cache_dir).absolute() / "rows")),
-            render,
-            PackShape(own.tokens, own.frames),
-            own.rows,
-            self.seed,
-            skips,
-            fit=own.fit,
-            bins=own.bins,
-        )
-        pad_id, patches = self.renderer.pad_id, self.renderer.spec.max_patches
-        patches = max(patches, render.image_spec.max_patches)
-        return PackedData(own, stream, skips, pad_id, patches, len(conversations))
+    render = ConversationRenderer(
+        renderer, reader, frames, packing.learn, packing.system, tools, most_tokens
+    )
+    stream = pack_stream(
+        row_source(conversations, str(Path(data.cache_dir).absolute() / "rows")),
+        render,
+        PackShape(packing.tokens, packing.frames),
+        packing.rows,
+        seed,
+        skips,
+        fit=packing.fit,
+        bins=packing.bins,
+    )
+    patches = max(renderer.spec.max_patches, render.image_spec.max_patches)
+    return PackedData(packing, stream, skips, renderer.pad_id, patches, len(conversations))

@@ -12,7 +12,7 @@ import numpy as np
 from paravt_jax.records import LearnerBatch
 from paravt_jax.structure import TagTable
 from paravt_jax.task_masks import FIRST_VIDEO, LATER_VIDEOS, task_masks
-from train.batch import Stream
+from train.batch import LearnerStream
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class TaskMasking:
     """Whether the token that predicts the first word of a span is masked too."""
 
     def __call__(
-        self, batch: LearnerBatch, streams: Sequence[Stream], place: Sequence[int]
+        self, batch: LearnerBatch, streams: Sequence[LearnerStream], place: Sequence[int]
     ) -> LearnerBatch:
         """The batch with `hidden_keys`. The draw depends on seed and `place`, numbers that tell
         this batch from all others of the run, and on nothing else."""
@@ -44,6 +44,6 @@ class TaskMasking:
         return jax.jit(functools.partial(task_masks, predictor=self.predictor))
 
 
-def prompt_lengths(streams: Sequence[Stream]) -> np.ndarray:
+def prompt_lengths(streams: Sequence[LearnerStream]) -> np.ndarray:
     """int64 `[b]`: tokens before what the agent says and is told."""
     return np.array([len(stream.prompt.tokens) for stream in streams])

@@ -78,11 +78,7 @@ class SftSettings(Settings):
     hardly masked."""
 
     def check_together(self) -> None:
-        """Refuse rows that gradient micro-batches do not divide.
-
-        Raises:
-          Refused: naming them.
-        """
+        """Refuse rows that gradient micro-batches do not divide."""
         tasks = [task for phase in self.phases for task in phase.rows.items()]
         for task, rows in tasks:
             if rows > self.micro_rows and rows % self.micro_rows:
