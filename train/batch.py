@@ -112,6 +112,7 @@ def learner_batch(
     alone = any(s.shown for s in streams)
     groups = wholes[:: 1 if alone else group_size]
     most, _ = largest([whole.patches for whole in groups])
+    # How many frames tool responses bring depends on what was said; prompts have few numbers.
     frames = max(frames, bucket(most) if alone else most)
     rows = functools.partial(_rows, length=length, starts=starts)
     noted = [s.noted for s in streams]
@@ -192,7 +193,7 @@ def _batch(
 def _rows(
     rows: Sequence[np.ndarray],
     length: int,
-    fill: float = 0,
+    fill: int | float = 0,
     dtype: type[np.number] = np.int32,
     starts: Sequence[int] | None = None,
 ) -> np.ndarray:

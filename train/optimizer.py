@@ -56,6 +56,7 @@ def make_optimizer(
             adam_b2=settings.b2,
             eps=settings.eps,
             weight_decay=settings.weight_decay,
+            # Steps as large as Adam's (Moonlight, arXiv 2502.16982), so that one rate fits both.
             consistent_rms=0.2,
             muon_weight_dimension_numbers=functools.partial(_muon_dimensions, table=table),
         )

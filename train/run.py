@@ -42,6 +42,7 @@ from train.settings.override import to_dict
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
+from train.step import SftStep
 from train.workdir.checkpoints import Checkpoints
 from train.workdir.config_file import FILE, flat_settings
 from train.workdir.files import write_atomically
@@ -222,20 +223,18 @@ class Run:
 
     def supervise(self) -> None:
         """The `sft` stage, evaluated at its end."""
-        run = SftRun(
-            settings=self.config.sft,
-            data=self._sft_data(),
+        config, data = self.config, self._sft_data()
+        update = SftStep(
             policy=self.parts.policy,
             optimizer=self.optimizer,
-            router_balance=self.config.model.router_balance,
-            mesh=self.mesh,
-            steps=self.config.steps,
-            saver=self.saver,
-            report=self.report,
+            micro_rows=config.sft.micro_rows,
+            budgets=data.budgets,
+            router_balance=config.model.router_balance,
         )
+        run = SftRun(data, update, self.mesh, config.steps, self.saver, self.report)
         with self.saver.guard():
             self.state, position = supervise(run, self.state, self.first_step, self.data_state)
-            self.saver.finish(self.config.steps, self.state, position)
+            self.saver.finish(config.steps, self.state, position)
         self._finish()
 
     def _sft_data(self) -> SftData:

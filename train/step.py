@@ -188,6 +188,7 @@ def accumulate(
         return (sums, jax.tree.map(jnp.add, gradients, slope)), None
 
     ((total, (count, metrics)), gradients), _ = jax.lax.scan(add, zeros, pieces)
+    # Once, at the end: a micro-batch of short rollouts would otherwise weigh as much as a long one.
     scale = 1.0 / jnp.maximum(count, 1.0)
     return total * scale, jax.tree.map(lambda g: g * scale, gradients), metrics
 
@@ -258,6 +259,7 @@ class SftStep:
         log_probs, _, balance = batch_log_probs(
             self.policy, params, batch, temperature=1.0, budget=budget
         )
+        # Nothing stands before a row's first token that could predict it.
         weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
         losses = -log_probs
         if self.router_balance:

@@ -88,6 +88,7 @@ class Signals:
 
     def _handle(self, number: int, frame: object) -> None:
         self.received = self.received or number
+        # Raised within a step, it could leave locks of Grain and Orbax held (ADR 21).
         if not self._deferred:
             raise Interrupted(number)
 

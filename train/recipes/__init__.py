@@ -9,7 +9,6 @@ from __future__ import annotations
 import ast
 import dataclasses
 import importlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -53,40 +52,22 @@ def check_name(name: str) -> None:
         )
 
 
-def recipe_function(name: str) -> Callable[[], Config]:
-    """The function of a recipe; its docstring says what to expect of it.
+def get_recipe(name: str) -> Config:
+    """The configuration of a recipe; that of a user's bears the name under which it is found again.
 
     Raises:
-      ValueError: no recipe has this name.
+      ValueError: no recipe has this name, or it is no recipe.
     """
     check_name(name)
-    if is_reference(name):
-        return _own(name)
-    return getattr(importlib.import_module(f"{__name__}.{RECIPES[name]}"), name)
-
-
-def _own(name: str) -> Callable[[], Config]:
-    """A user's recipe, whose configuration bears the name under which it is found again."""
+    if not is_reference(name):
+        return getattr(importlib.import_module(f"{__name__}.{RECIPES[name]}"), name)()
     from train.config import Config
 
     function = load(name)
-
-    def recipe() -> Config:
-        config = function()
-        if not isinstance(config, Config):
-            raise ValueError(f"--recipe {name} returned {type(config).__name__}, not a Config")
-        return dataclasses.replace(config, recipe=reference(function))
-
-    return recipe
-
-
-def get_recipe(name: str) -> Config:
-    """The configuration of a recipe.
-
-    Raises:
-      ValueError: no recipe has this name.
-    """
-    return recipe_function(name)()
+    config = function()
+    if not isinstance(config, Config):
+        raise ValueError(f"--recipe {name} returned {type(config).__name__}, not a Config")
+    return dataclasses.replace(config, recipe=reference(function))
 
 
 def summaries() -> dict[str, str]:

@@ -80,6 +80,7 @@ class Learner:
         the first step, whose log-probabilities are computed once, so that clips can act.
         """
         rl, learned = self.settings, []
+        # Of the learner itself, not of the sampler, whose precision would move the ratio (ADR 14).
         if rl.updates > 1:
             batch = self._with_log_probs("proximal_log_probs", state.params, batch)
         for number in range(rl.updates):

@@ -74,6 +74,7 @@ class TokenAdvantages:
                 policies = batch.behaviour_log_probs, batch.reference_log_probs
                 shaped[at] -= settings.kl_weight * kl_to_go(mask, *policies, settings.kl_estimator)
         if settings.whiten_tokens:
+            # Main agents and sub-agents as one: apart, each would be centred on itself.
             flat, mask = (jnp.concatenate([x.ravel() for x in xs]) for xs in (shaped, masks))
             cuts = np.cumsum([x.size for x in shaped])[:-1]
             pieces = jnp.split(whiten(flat, mask, settings.eps), cuts)

@@ -40,16 +40,10 @@ class Assignment:
 
     key: str
     """Its whole dotted name."""
-    path: list[str]
-    """The part of the name that is still to follow."""
     value: Any
     """What it is set to: a value, or the text of one."""
     text: bool = False
     """Whether it is a text from a command line."""
-
-    def inner(self) -> Assignment:
-        """The same from one section further down."""
-        return dataclasses.replace(self, path=self.path[1:])
 
     @property
     def said(self) -> str:
@@ -66,7 +60,7 @@ def based_on(config: Section, changes: Mapping[str, Any]) -> Section:
     Raises:
       ValueError: unknown name, a value of the wrong type, or what the result refuses.
     """
-    return _apply(config, [Assignment(key, key.split("."), v) for key, v in changes.items()], {})
+    return _apply(config, [Assignment(key, value) for key, value in changes.items()], {})
 
 
 def override(
@@ -86,13 +80,13 @@ def override(
       ValueError: unknown key (with the keys that exist there) or a value of the wrong type.
     """
     flags = flags or {}
-    given = [Assignment(key, key.split("."), value) for key, (_, value) in flags.items()]
+    given = [Assignment(key, value) for key, (_, value) in flags.items()]
     written = {key: f"{flag} {value}" for key, (flag, value) in flags.items()}
     for assignment in assignments:
         key, found, value = assignment.partition("=")
         if not found:
             raise ValueError(f"--set {assignment!r} is not of the form key=value")
-        given.append(Assignment(key, key.split("."), value, text=True))
+        given.append(Assignment(key, value, text=True))
         written[key] = assignment
     return _apply(config, given, written)
 
@@ -153,7 +147,8 @@ def _changes(
     """The new values of the section's own fields."""
     groups: dict[str, list[Assignment]] = {}
     for own in assignments:
-        groups.setdefault(own.path[0], []).append(own.inner())
+        name = own.key.removeprefix(prefix).partition(".")[0]
+        groups.setdefault(name, []).append(own)
     return {name: _changed(section, name, own, prefix, written) for name, own in groups.items()}
 
 
@@ -167,25 +162,19 @@ def _changed(
     if last.text and fields[name].metadata == RECIPE_ONLY:
         raise ValueError(f"{last.said}: this key can be set in a recipe only")
     hint, current = hints_of(type(section))[name], getattr(section, name)
+    whole = [own for own in group if own.key == full]
     if dataclasses.is_dataclass(current):
-        current, group = _whole_section(current, group)
-        values = _changes(current, group, f"{full}.", written)
+        for own in whole:
+            if own.text or not isinstance(own.value, type(current)):
+                inner = ", ".join(field.name for field in dataclasses.fields(current))
+                raise ValueError(f"{own.said} is a section; set one of its keys: {inner}")
+            current = own.value
+        parts = [own for own in group if own.key != full]
+        values = _changes(current, parts, f"{full}.", written)
         return _replaced(current, values, f"{full}.", written)
-    if last.path:
+    if last not in whole:
         raise ValueError(f"{last.said}: {name} has no keys of its own")
     return (parse if last.text else typed)(last.value, hint, last.key)
-
-
-def _whole_section(current: Any, group: list[Assignment]) -> tuple[Any, list[Assignment]]:
-    """The section to begin with, and what is set in it."""
-    for own in group:
-        if own.path:
-            continue
-        if own.text or not isinstance(own.value, type(current)):
-            inner = ", ".join(field.name for field in dataclasses.fields(current))
-            raise ValueError(f"{own.said} is a section; set one of its keys: {inner}")
-        current = own.value
-    return current, [own for own in group if own.path]
 
 
 def can_be_set(hint: Any) -> bool:

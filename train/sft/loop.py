@@ -7,14 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import optax
 from jax.sharding import Mesh
 
-from paravt_jax.interfaces import TrainablePolicy
 from train.batch import to_mesh
 from train.report.steps import StepReport
 from train.sft.batches import SftData
-from train.sft.settings import SftSettings
 from train.state import TrainState
 from train.step import SftStep, mean_metrics
 from train.workdir.saving import Saver
@@ -24,11 +21,8 @@ from train.workdir.saving import Saver
 class SftRun:
     """What the stage works with; `train.run` puts it together."""
 
-    settings: SftSettings
     data: SftData
-    policy: TrainablePolicy
-    optimizer: optax.GradientTransformation
-    router_balance: float
+    update: SftStep
     mesh: Mesh
     steps: int
     saver: Saver
@@ -44,14 +38,7 @@ def supervise(
       the trained state, and the position of the data after the last step.
     """
     data, clock = run.data, run.report.clock
-    update = SftStep(
-        policy=run.policy,
-        optimizer=run.optimizer,
-        micro_rows=run.settings.micro_rows,
-        budgets=data.budgets,
-        router_balance=run.router_balance,
-    )
-    compiled = jax.jit(update, donate_argnums=0)
+    compiled = jax.jit(run.update, donate_argnums=0)
     with ThreadPoolExecutor(1) as pool:
         following = pool.submit(data.take, first_step)
         for step in range(first_step, run.steps):

@@ -99,6 +99,7 @@ RANGES = [
     refused("agent.tool_timeout=0"),
     refused("agent.dispatch=random", named=("parallel",)),
     refused("agent.evidence=audio", named=("frames",)),
+    refused("agent.sampling.constrain=json", named=("calls",)),
     refused("agent.sampling.temperature=0"),
     refused("agent.sampling.temperature=-1"),
     refused("agent.sampling.temperature=nan"),
@@ -179,6 +180,10 @@ WITHOUT_EFFECT = [
     refused("agent.clip_tokens=1,2,3", named=("grounding",)),
     Mistake("--recipe needle_sft --set sft.packing.rows=8", ("sft.packing", "paravt_sft")),
     Mistake("--recipe needle_sft --set teacher.strength=0.5", ("teacher", "sft")),
+    refused("agent.evidence=frames", "agent.subagent_tokens=64", named=("agent.evidence=frames",)),
+    refused("sft.micro_rows=8", named=("stage=rl",)),
+    refused("rl.group_size=8", flags="--recipe needle_sft", named=("stage=sft",)),
+    refused("objective.kl_weight=0", flags="--recipe needle_sft", named=("stage=sft",)),
     refused("data.workers=2", flags="--recipe needle_sft", named=("stage=sft",)),
     refused("sft.task_masks=0.5", flags="--recipe needle_sft", named=("grounding",)),
     refused("sft.micro_rows=7", flags="--recipe needle_sft", named=("task",)),
@@ -196,7 +201,6 @@ CONVERSATIONS = [
     refused("model.router_balance=0.1", flags="{chatting}"),
 ]
 LATER = [
-    Mistake("{small} --set agent.sampling.constrain=json", "agent.sampling.constrain", code=1),
     Mistake("{small} --set agent.episode_tokens=50", "agent.episode_tokens", code=1),
     Mistake("{own} --set data.subtitles=true", "data.subtitles", code=1),
     Mistake("{own} --set evaluation.rows=4 --set data.max_rejected=0", "evaluation.rows", code=1),
