@@ -48,12 +48,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
 
     Args:
       here: the run is for the devices of this machine (not compiled ahead for others).
-      planned: it is only looked at, and may be for a mesh of other devices.
-
-    Raises:
-      ValueError: a flag that the recipe needs is missing, or mesh, model folder or data path do
-        not fit.
-    """
+      planned: it is only looked at, and may be for a mesh of other devices."""
     given = {"--model": config.model.folder, "--data": config.data.path}
     missing = [flag for flag in config.needs if given[flag] is None]
     if missing and here:
@@ -77,11 +72,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
 
 
 def check_model(config: Config, here: bool) -> None:
-    """Refuse a model folder that cannot be read, and adapters that do not fit the model.
-
-    Raises:
-      ValueError: naming the setting.
-    """
+    """Refuse a model folder that cannot be read, and adapters that do not fit the model."""
     model = config.model
     if model.lora.rank and model.folder is None and here:
         raise ValueError(

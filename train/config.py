@@ -81,11 +81,7 @@ class Config(Settings):
         return self.stage is Stage.SFT and not self.sft.phases
 
     def check_together(self) -> None:
-        """Refuse settings that do not fit one another, and those without effect.
-
-        Raises:
-          Refused: naming them.
-        """
+        """Refuse settings that do not fit one another, and those without effect."""
         check_effects(self)
         check_crossing(self)
 

@@ -112,11 +112,7 @@ def check_continued(
       before: the optimiser's settings that the run began with, as in its `config.json`.
       steps_before: optimiser steps of the run then.
       now: the settings that it would continue with.
-      steps: optimiser steps of the run now.
-
-    Raises:
-      ValueError: naming the setting that chooses.
-    """
+      steps: optimiser steps of the run now."""
     if now.decay != "cosine" or now.decay_steps:
         return
     end = before.get("decay_steps") or steps_before

@@ -107,11 +107,7 @@ def read_questions(
 
 
 def check_rejected(found: Found, path: str, limit: float) -> None:
-    """Refuse a data set of which too much cannot be used.
-
-    Raises:
-      ValueError: the share of rejected rows is above `limit`.
-    """
+    """Refuse a data set of which too much cannot be used."""
     if found.share_rejected > limit:
         raise ValueError(
             f"{path}: {found.summary()}. This is more than "
@@ -121,11 +117,7 @@ def check_rejected(found: Found, path: str, limit: float) -> None:
 
 
 def check_subtitles(data: DataSettings, videos: Iterable[VideoRef]) -> None:
-    """Refuse to show subtitles that nobody has.
-
-    Raises:
-      ValueError: no video has any.
-    """
+    """Refuse to show subtitles that nobody has."""
     if data.subtitles and not any(map(has_subtitles, videos)):
         raise ValueError(
             "data.subtitles=true, but no video has subtitles: put NAME.srt beside NAME.mp4, or "

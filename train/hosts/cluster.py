@@ -171,11 +171,7 @@ def on_all_hosts(work: Callable[[], T]) -> T:
 
 
 def require_same(parts: Iterable[bytes | memoryview], what: str) -> None:
-    """Stop all hosts where one of them holds something else.
-
-    Raises:
-      ValueError: naming what differs and the remedy.
-    """
+    """Stop all hosts where one of them holds something else."""
     if jax.process_count() == 1:
         return
     own = 0

@@ -40,11 +40,7 @@ RECIPES: dict[str, str] = {
 
 
 def check_name(name: str) -> None:
-    """Refuse a recipe that does not exist.
-
-    Raises:
-      ValueError: naming those that do.
-    """
+    """Refuse a recipe that does not exist."""
     if name not in RECIPES and not is_reference(name):
         raise ValueError(
             f"--recipe {name} is unknown; give a function of yours as path/to/file.py:name, or "
@@ -53,14 +49,15 @@ def check_name(name: str) -> None:
 
 
 def get_recipe(name: str) -> Config:
-    """The configuration of a recipe; that of a user's bears the name under which it is found again.
+    """The configuration of a recipe, which bears the name under which it is found again.
 
     Raises:
       ValueError: no recipe has this name, or it is no recipe.
     """
     check_name(name)
     if not is_reference(name):
-        return getattr(importlib.import_module(f"{__name__}.{RECIPES[name]}"), name)()
+        function = getattr(importlib.import_module(f"{__name__}.{RECIPES[name]}"), name)
+        return dataclasses.replace(function(), recipe=name)
     from train.config import Config
 
     function = load(name)

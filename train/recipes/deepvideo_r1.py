@@ -36,7 +36,6 @@ def deepvideo_r1_rl() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "deepvideo_r1_rl",
             "steps": 2000,
             **_DEEPVIDEO_R1,
             "data.frame_budgets": (16,),
@@ -63,7 +62,6 @@ def needle_deepvideo_r1() -> Config:
     return based_on(
         base,
         {
-            "recipe": "needle_deepvideo_r1",
             **_DEEPVIDEO_R1,
             "optimizer.learning_rate": base.optimizer.learning_rate / 2,
             "difficulty.hint_tokens": 64,

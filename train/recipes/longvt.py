@@ -32,7 +32,6 @@ def longvt_rl() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "longvt_rl",
             "steps": 104,
             "data.frame_budgets": (512,),
             "data.crop_fps": 1.0,
@@ -67,7 +66,6 @@ def needle_longvt() -> Config:
     return based_on(
         needle_frames(),
         {
-            "recipe": "needle_longvt",
             "rewards.scheme": "longvt",
             "objective.kl_weight": 0.001,
             "rl.minibatches": 2,

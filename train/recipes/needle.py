@@ -61,7 +61,6 @@ def needle_rl() -> Config:
     return based_on(
         _world(),
         {
-            "recipe": "needle_rl",
             "model.folder": str(COLD_START),
             "objective.anchor": "position",
             # At 2.5e-4, without warm-up, divergence and greedy sub-agents, strict format fell from
@@ -88,7 +87,6 @@ def needle_grpo() -> Config:
     return based_on(
         needle_rl(),
         {
-            "recipe": "needle_grpo",
             "data.frame_budgets": (4,),
             "rewards.anchor_weight": 0.0,
             "rewards.answer_suffix": False,
@@ -124,7 +122,6 @@ def needle_sft() -> Config:
     return based_on(
         _world(),
         {
-            "recipe": "needle_sft",
             "stage": Stage.SFT,
             "steps": 590,
             "model.train_vision": True,

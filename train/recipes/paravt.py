@@ -43,7 +43,6 @@ def paravt_rl() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "paravt_rl",
             "steps": 54,
             **_AGENT,
             "objective.anchor": "position",
@@ -80,7 +79,6 @@ def paravt_sft() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "paravt_sft",
             "stage": Stage.SFT,
             "steps": 1500,
             "model.train_vision": True,
@@ -103,7 +101,6 @@ def paravt_grpo() -> Config:
     return based_on(
         paravt_rl(),
         {
-            "recipe": "paravt_grpo",
             "data.frame_budgets": (64,),
             "agent.think_prefix": "",
             "rewards.anchor_weight": 0.0,

@@ -57,7 +57,6 @@ def video_o3_rl() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "video_o3_rl",
             "steps": 200,
             "data.frame_budgets": (128,),
             "data.frames_as": "video",
@@ -99,7 +98,6 @@ def needle_video_o3_sft() -> Config:
     return based_on(
         needle_frames(),
         {
-            "recipe": "needle_video_o3_sft",
             "stage": Stage.SFT,
             "steps": 150,
             "model.train_vision": True,
@@ -126,7 +124,6 @@ def needle_video_o3() -> Config:
     return based_on(
         needle_frames(),
         {
-            "recipe": "needle_video_o3",
             "needs": ("--model",),
             "model.folder": None,
             **_NEEDLE_LOOKS,

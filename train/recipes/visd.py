@@ -38,7 +38,6 @@ def visd_rl() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "visd_rl",
             "steps": 1000,
             **_VISD,
             "data.frame_budgets": (16,),
@@ -68,7 +67,6 @@ def needle_visd() -> Config:
     return based_on(
         base,
         {
-            "recipe": "needle_visd",
             **_VISD,
             "objective.kl_weight": 0.0,
             "teacher.anneal_steps": base.steps,

@@ -35,7 +35,6 @@ def vital_rl() -> Config:
     return based_on(
         own_videos(),
         {
-            "recipe": "vital_rl",
             "steps": 250,
             "data.frame_budgets": (32,),
             "data.crop_fps": 2.0,
@@ -77,7 +76,6 @@ def needle_vital() -> Config:
     return based_on(
         needle_frames(),
         {
-            "recipe": "needle_vital",
             "agent.tools": ("get_video_clip_frame",),
             "agent.sampling.constrain": "calls",
             "rewards.scheme": "vital",

@@ -105,11 +105,7 @@ def memory() -> dict[str, float]:
 
 
 def stop_if_not_finite(record: Mapping[str, float], step: int, learning_rate: float) -> None:
-    """Stop the run at the step whose loss or gradient is no number.
-
-    Raises:
-      ValueError: naming the step and the remedy.
-    """
+    """Stop the run at the step whose loss or gradient is no number."""
     if not np.isfinite(record["loss"] + record["grad_norm"]):
         raise ValueError(
             f"step {step}: loss {record['loss']}, gradient norm {record['grad_norm']}; continue "

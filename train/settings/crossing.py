@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 def check_crossing(config: Config) -> None:
-    """Refuse settings that exclude one another, or that together leave nothing to do.
-
-    Raises:
-      Refused: naming them.
-    """
+    """Refuse settings that exclude one another, or that together leave nothing to do."""
     data, rewards = config.data, config.rewards
     if data.video_root and not (data.path or data.mixture):
         raise Refused(config, "{data.video_root} has no effect without --data; leave it out")

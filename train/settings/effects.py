@@ -167,11 +167,7 @@ TABLE = (
 
 
 def check_effects(config: Config) -> None:
-    """Refuse settings that do not act.
-
-    Raises:
-      Refused: naming the first of them, and what keeps it from acting.
-    """
+    """Refuse settings that do not act."""
     values = dict(leaves(config))
     given = changed(config) if config.given is None else config.given
     for only in (*TABLE, *of_rewards()):

@@ -30,13 +30,12 @@ class Entry:
     """What it is for."""
 
 
-def help_settings(config: Any, prefix: str = "", width: int | None = None) -> str:
+def help_settings(config: Any, prefix: str = "") -> str:
     """Every setting of a configuration, or those whose names begin with `prefix`.
 
     Args:
       config: a configuration, whose values are shown as defaults, or the class of one, of which
         the fields' defaults are.
-      width: columns of a line; None takes the terminal's.
 
     Raises:
       ValueError: no setting begins so.
@@ -47,7 +46,7 @@ def help_settings(config: Any, prefix: str = "", width: int | None = None) -> st
         raise ValueError(
             f"--help-settings {prefix}: no setting begins so; choose from {', '.join(sections)}"
         )
-    width = max(width or shutil.get_terminal_size().columns, 40)
+    width = max(shutil.get_terminal_size().columns, 40)
     return "\n\n".join(_wrapped(entry, width) for entry in found)
 
 
