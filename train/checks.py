@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -125,7 +124,7 @@ def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str
         return
     if resumes:
         changes = check_same_run(before, config, workdir)
-        began = dataclasses.asdict(before.optimizer), before.optimizer_steps
+        began = before.optimizer, before.optimizer_steps
         check_continued(*began, config.optimizer, config.optimizer_steps)
         younger = younger_settings(workdir, before)
         if younger:

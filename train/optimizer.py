@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 import optax
@@ -104,18 +103,13 @@ def warm_up_note(settings: OptimizerSettings, steps: int) -> str | None:
 
 
 def check_continued(
-    before: Mapping[str, Any], steps_before: int, now: OptimizerSettings, steps: int
-):
-    """Refuse to continue a cosine that would rise again, unless its new end was chosen.
-
-    Args:
-      before: the optimiser's settings that the run began with, as in its `config.json`.
-      steps_before: optimiser steps of the run then.
-      now: the settings that it would continue with.
-      steps: optimiser steps of the run now."""
+    before: OptimizerSettings, steps_before: int, now: OptimizerSettings, steps: int
+) -> None:
+    """Refuse to continue a cosine that would rise again, unless its new end was chosen. Of the run
+    as it began and as it goes on: the settings, and its optimiser steps."""
     if now.decay != "cosine" or now.decay_steps:
         return
-    end = before.get("decay_steps") or steps_before
+    end = before.decay_steps or steps_before
     if end != steps:
         raise ValueError(
             f"optimizer.decay=cosine ended at optimiser step {end}, and over {steps} steps the "

@@ -310,14 +310,7 @@ def open_learner(
     reference: FlatParams,
     table: Array | None = None,
 ) -> Learner:
-    """The learner of a configuration.
-
-    Args:
-      tags: finds structural tags in token streams.
-      shapes: static shapes of its batches, see `batch_shapes`.
-      reference: the trainable weights of the policy that KL is measured from.
-      table: that of the engine's automata, needed if a grammar constrains what it draws.
-    """
+    """The learner of a configuration, see `Learner`; `tags` finds tags in token streams."""
     rl, agent = config.rl, config.agent
     anchor, weight = open_anchor(config, tags, mesh)
     return Learner(

@@ -87,8 +87,7 @@ def test_a_warm_up_beyond_the_run_is_said():
 
 
 def test_a_cosine_does_not_rise_again_unasked():
-    began = {"decay": "cosine", "decay_steps": None}
-    cosine = OptimizerSettings(decay="cosine")
+    began = cosine = OptimizerSettings(decay="cosine")
     check_continued(began, 8, cosine, 8)
     check_continued(began, 8, OptimizerSettings(), 16)
     for chosen in (8, 16):

@@ -72,14 +72,29 @@ class Difficulty:
     def __call__(
         self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
     ) -> list[RolloutGroup]:
-        """See `Sample`."""
+        """See `Sample`. Groups of hard and of easy prompts are sampled anew."""
+
+        def again(chosen: Iterable[PromptItem], copies: int, purpose: str) -> list[RolloutGroup]:
+            own = list(chosen)
+            return (
+                self._sample(params, own, copies, derive_seed(seed, purpose), step) if own else []
+            )
+
         groups = self._sample(params, prompts, copies, seed, step)
-
-        def again(prompts: Iterable[PromptItem], copies: int, purpose: str) -> list[RolloutGroup]:
-            chosen, own_seed = list(prompts), derive_seed(seed, purpose)
-            return self._sample(params, chosen, copies, own_seed, step) if chosen else []
-
-        return self.revise(again, prompts, groups, seed)
+        means = [mean_reward(group) for group in groups]
+        deltas = [self.delta(mean) for mean in means]
+        self._window.extend(means)
+        hinted = self._with_hints(again, prompts, means, deltas)
+        noisy = self._with_noises(prompts, deltas, seed)
+        self.metrics = {
+            "difficulty/delta": float(np.mean(np.abs(deltas))),
+            "difficulty/helped": len(hinted) / len(groups),
+            "difficulty/disturbed": len(noisy) / len(groups),
+            "difficulty/reward_before": float(np.mean(means)),
+        }
+        changed = hinted | noisy
+        anew = again(changed.values(), copies, "again")
+        return list((dict(enumerate(groups)) | dict(zip(changed, anew, strict=True))).values())
 
     def get_state(self) -> list[float]:
         """The mean rewards in the window, oldest first."""
@@ -88,33 +103,6 @@ class Difficulty:
     def set_state(self, state: Sequence[float]) -> None:
         """Go on from a saved window."""
         self._window.extend(state)
-
-    def revise(
-        self,
-        sample: SampleAnew,
-        prompts: Sequence[PromptItem],
-        groups: Sequence[RolloutGroup],
-        seed: int,
-    ) -> list[RolloutGroup]:
-        """Scored groups of prompts, those of hard and easy ones sampled anew.
-
-        `seed` is that of the groups: all that is drawn here follows from it.
-        """
-        means = [mean_reward(group) for group in groups]
-        deltas = [self.delta(mean) for mean in means]
-        self._window.extend(means)
-        hinted = self._with_hints(sample, prompts, means, deltas)
-        noisy = self._with_noises(prompts, deltas, seed)
-        self.metrics = {
-            "difficulty/delta": float(np.mean(np.abs(deltas))),
-            "difficulty/helped": len(hinted) / len(groups),
-            "difficulty/disturbed": len(noisy) / len(groups),
-            "difficulty/reward_before": float(np.mean(means)),
-        }
-        changed, copies = hinted | noisy, len(groups[0].trajectories)
-        again = sample(changed.values(), copies, "again")
-        revised = dict(enumerate(groups)) | dict(zip(changed, again, strict=True))
-        return list(revised.values())
 
     def delta(self, mean: float) -> float:
         """How far a group of this mean reward falls behind the window; 0 while that is empty."""

@@ -19,13 +19,8 @@ long as the one before, so that a log does not fill."""
 def introduction(
     workdir: Path, mesh: Mesh, weights: str, data: str, compiled: str | None
 ) -> list[str]:
-    """What a run is about to use, before it takes its time.
-
-    Args:
-      weights: where the first ones come from.
-      data: where the questions or conversations come from.
-      compiled: the folder that keeps compiled programs, if any does.
-    """
+    """What a run is about to use, before it takes its time: where weights and data come from, and
+    the folder that keeps compiled programs, if any does."""
     devices = jax.devices()
     sizes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
     hosts = f" on {jax.process_count()} hosts" if jax.process_count() > 1 else ""

@@ -154,13 +154,8 @@ def token_shares(streams: Sequence[LearnerStream]) -> dict[str, float]:
     * `tokens/learned_not_chosen`: share of learned tokens that the policy did not choose; 0.
     * `tokens/truncated`: share of learned tokens where top-k, top-p or min-p cut others off.
     """
-    generated, learned, own, floors = (
-        np.concatenate(columns)
-        for columns in zip(
-            *((s.generated, s.loss_weights > 0, s.noted.own, s.noted.floors) for s in streams),
-            strict=True,
-        )
-    )
+    columns = [(s.generated, s.loss_weights > 0, s.noted.own, s.noted.floors) for s in streams]
+    generated, learned, own, floors = map(np.concatenate, zip(*columns, strict=True))
     drawn, trained = max(generated.sum(), 1), max(learned.sum(), 1)
     return {
         "tokens/learned": float(learned.sum() / drawn),
