@@ -11,6 +11,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from tests.support.xla_flags import quick_compile
+from train.config import Config
+from train.recipes import RECIPES, get_recipe
+from train.workdir.config_file import read_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -54,6 +57,16 @@ def environment(devices: int = 1, **extra: str) -> dict[str, str]:
     return {**os.environ, "XLA_FLAGS": quick_compile(devices), **extra}
 
 
+def small(workdir: Path, arguments: Sequence[str]) -> list[str]:
+    """`SMALL`, as far as it acts in the recipe of these arguments, or of the run in the workdir."""
+    recipe = arguments[arguments.index("--recipe") + 1] if "--recipe" in arguments else "needle_rl"
+    held = None if "--recipe" in arguments else read_settings(workdir, Config)
+    config = held or get_recipe(recipe if recipe in RECIPES else "needle_rl")
+    idle = ["rl."] * (config.stage == "sft")
+    idle += ["agent.subagent_batch"] * (config.agent.evidence == "frames")
+    return [text for text in SMALL if not text.startswith(tuple(idle))]
+
+
 def run(arguments: Sequence[str], cwd: Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
     """Run a command from a foreign directory to its end."""
     return subprocess.run(
@@ -63,7 +76,7 @@ def run(arguments: Sequence[str], cwd: Path, devices: int = 1) -> subprocess.Com
 
 def start(workdir: Path, cache: Path, *arguments: str, settings: Sequence[str] = (), devices=1):
     """A small run on the needle world, whose videos are in `cache`."""
-    sets = [*SMALL, f"data.cache_dir={cache}", *settings]
+    sets = [*small(workdir, arguments), f"data.cache_dir={cache}", *settings]
     return run(command(workdir, *arguments, sets=sets), cache, devices)
 
 
@@ -92,7 +105,7 @@ def disturb(
     settings: Sequence[str] = (),
 ) -> tuple[int, str]:
     """Start the same, do something to it when something holds; its exit code, and what it said."""
-    sets = [*SMALL, f"data.cache_dir={cache}", *settings]
+    sets = [*small(workdir, arguments), f"data.cache_dir={cache}", *settings]
     with tempfile.TemporaryFile("w+") as said:
         process = subprocess.Popen(
             command(workdir, *arguments, sets=sets),
