@@ -59,8 +59,9 @@ def test_lines_keep_to_the_terminal(capsys, monkeypatch):
         "teacher.judge.max_tokens=512 (int",
     ],
 )
-def test_types_and_ranges(title):
-    assert title in help_settings(Config, width=200)
+def test_types_and_ranges(title, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    assert title in help_settings(Config)
 
 
 def test_a_prefix_that_no_setting_has_is_refused(capsys):
