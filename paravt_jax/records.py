@@ -382,11 +382,13 @@ class HiddenKeys:
     kinds: Int[ArrayLike, "b t"]
     """Bits of the kinds that a token is of."""
 
-    def visible(self, queries: int, keys: int, first: int = 0) -> Bool[Array, "b q s"]:
+    def visible(
+        self, queries: int, keys: int, first: int | Int[Array, ""] = 0
+    ) -> Bool[Array, "b q s"]:
         """Which of the first `keys` tokens are not hidden from `queries` tokens, from number
         `first` on."""
-        blind = jnp.asarray(self.blind)[:, first : first + queries, None]
-        return blind & jnp.asarray(self.kinds)[:, None, :keys] == 0
+        blind = jax.lax.dynamic_slice_in_dim(jnp.asarray(self.blind), first, queries, axis=1)
+        return blind[:, :, None] & jnp.asarray(self.kinds)[:, None, :keys] == 0
 
 
 @pytree

@@ -1,4 +1,7 @@
-"""Attention behind one dispatch function, with a plain reference that every path must equal."""
+"""Attention behind one dispatch function, with a plain reference that every path must equal.
+
+On a TPU it is a kernel (`models.common.splash`), elsewhere products that XLA compiles.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +9,23 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from models.common import splash
 from models.common.layers import precision
 from paravt_jax.records import HiddenKeys
 
 QUERY_CHUNK = 96
 """Causal attention is computed in chunks of queries that see only the keys before their end:
 at 368 tokens that skips three eighths of the products."""
+
+UNROLLED = 4096
+"""Chunks of rows of more tokens are computed in loops: compile time of unrolled ones grows with the
+square of their number, and each one's weights wait in memory for the backward pass."""
+
+LOOPS = 8
+"""Loops over a long row: each sees the keys before its end, 9/16 of all instead of 1/2."""
 
 HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
@@ -36,7 +48,12 @@ def attend(
     Query i of row b sees key j if `j < key_lengths[b]` (when given), when `causal`, `j <= i`, and
     when there are `segments`, both are of the same one, and `hidden_keys` does not hide j from i
     (queries and keys then being the same tokens). Query head `n` reads key head `n // (n/k)`.
+    Where queries and keys are the same tokens, what is mixed for those beyond `key_lengths` means
+    nothing.
     """
+    if hidden_keys is None and splash.serves(query, key):
+        segments = _within(key_lengths, key.shape[1], segments)
+        return splash.attend(query, key, value, causal=causal, segments=segments)
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value, segments, hidden_keys)
     limits = key_lengths, segments, hidden_keys
@@ -44,11 +61,20 @@ def attend(
     return reference(query, key, value, visible)
 
 
+def _within(
+    lengths: Int[Array, " b"] | None, slots: int, segments: Int[Array, "b s"] | None
+) -> Int[Array, "b s"] | None:
+    """Segments, in which what lies beyond the lengths is one of its own."""
+    if lengths is None:
+        return segments
+    return jnp.where(jnp.arange(slots) < lengths[:, None], 0 if segments is None else segments, -1)
+
+
 def visibility(
     queries: int,
     keys: int,
     causal: bool,
-    first: int = 0,
+    first: int | Int[Array, ""] = 0,
     key_lengths: Int[Array, " b"] | None = None,
     segments: Int[Array, "b tokens"] | None = None,
     hidden_keys: HiddenKeys | None = None,
@@ -63,7 +89,8 @@ def visibility(
         last = first + jnp.arange(queries, dtype=jnp.int32)
         masks.append((slots <= last[:, None])[None])
     if segments is not None:
-        masks.append(segments[:, first : first + queries, None] == segments[:, None, :keys])
+        asking = jax.lax.dynamic_slice_in_dim(segments, first, queries, axis=1)
+        masks.append(asking[:, :, None] == segments[:, None, :keys])
     if hidden_keys is not None:
         masks.append(hidden_keys.visible(queries, keys, first))
     return functools.reduce(jnp.logical_and, masks) if masks else None
@@ -109,12 +136,49 @@ def _causal_chunks(
     segments: Array | None,
     hidden_keys: HiddenKeys | None,
 ) -> Array:
+    if query.shape[1] > UNROLLED:
+        return _causal_loops(query, key, value, segments, hidden_keys)
     chunks = []
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
         visible = visibility(end - start, end, True, start, None, segments, hidden_keys)
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
+
+
+def _causal_loops(
+    query: Array,
+    key: Array,
+    value: Array,
+    segments: Array | None,
+    hidden_keys: HiddenKeys | None,
+) -> Array:
+    """As `_causal_chunks`, in a few loops; a chunk's weights are computed again in the backward
+    pass."""
+    (b, t), count = query.shape[:2], -(-query.shape[1] // QUERY_CHUNK)
+    tokens = query, key, value, segments, hidden_keys
+    query, key, value, segments, hidden_keys = jax.tree.map(
+        lambda x: jnp.pad(x, [(0, 0), (0, count * QUERY_CHUNK - t)] + [(0, 0)] * (x.ndim - 2)),
+        tokens,
+    )
+    chunks = query.reshape(b, count, QUERY_CHUNK, *query.shape[2:]).swapaxes(0, 1)
+
+    def loop(numbers: np.ndarray) -> Array:
+        end = (int(numbers[-1]) + 1) * QUERY_CHUNK
+
+        @jax.checkpoint
+        def chunk(number_and_query: tuple[Array, Array]) -> Array:
+            first, query = number_and_query[0] * QUERY_CHUNK, number_and_query[1]
+            visible = visibility(
+                QUERY_CHUNK, end, True, first, segments=segments, hidden_keys=hidden_keys
+            )
+            return reference(query, key[:, :end], value[:, :end], visible)
+
+        return jax.lax.map(chunk, (jnp.asarray(numbers), chunks[numbers[0] : numbers[-1] + 1]))
+
+    parts = np.array_split(np.arange(count, dtype=np.int32), LOOPS)
+    mixed = jnp.concatenate([loop(numbers) for numbers in parts])
+    return mixed.swapaxes(0, 1).reshape(b, -1, *query.shape[2:])[:, :t]
 
 
 Partial = tuple[Float[Array, "b k q h"], Float[Array, "b k q"], Float[Array, "b k q"]]

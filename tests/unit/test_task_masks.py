@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.common import attention
 from models.common.attention import QUERY_CHUNK, attend, reference
 from paravt_jax.protocol import STRUCTURAL_TAGS, SYNTAXES
 from paravt_jax.records import HiddenKeys, Prompt
@@ -159,9 +160,12 @@ def test_a_table_without_the_tags_is_refused():
         task_masks(*stream("a"), np.ones(1, bool), table)
 
 
-@pytest.mark.parametrize("length", [20, QUERY_CHUNK + 30], ids=["at once", "in chunks"])
-def test_attention_sees_nothing_that_is_hidden(length):
-    """Beside causality and segments, all three at once, against the matrix written out."""
+@pytest.mark.parametrize("length", [20, QUERY_CHUNK + 30, 3 * QUERY_CHUNK + 30])
+def test_attention_sees_nothing_that_is_hidden(length, monkeypatch):
+    """Beside causality and segments, all three at once, against the matrix written out; at once, in
+    chunks, and in chunks of loops. So do gradients."""
+    monkeypatch.setattr(attention, "UNROLLED", 2 * QUERY_CHUNK)
+    monkeypatch.setattr(attention, "LOOPS", 2)
     rng = np.random.default_rng(0)
     query, key, value = jnp.asarray(rng.normal(size=(3, 2, length, 2, 8)), jnp.float32)
     kinds = rng.choice([0, 1, 2], (2, length))
@@ -172,6 +176,12 @@ def test_attention_sees_nothing_that_is_hidden(length):
     terms = {"segments": jnp.asarray(segments), "hidden_keys": HiddenKeys(blind, kinds)}
     got = attend(query, key, value, causal=True, **terms)
     np.testing.assert_allclose(got, reference(query, key, value, jnp.asarray(sees)), atol=1e-6)
+    ours, plain = (
+        jax.jit(jax.grad(lambda x, mixed=mixed: jnp.sum(mixed(x, x, x) ** 2)))(query)
+        for mixed in (functools.partial(attend, causal=True, **terms),
+                      functools.partial(reference, visible=jnp.asarray(sees)))
+    )  # fmt: skip
+    np.testing.assert_allclose(ours, plain, atol=1e-5, rtol=1e-5)
     assert np.abs(got - attend(query, key, value, causal=True)).max() > 0.1
 
 

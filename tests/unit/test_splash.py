@@ -1,0 +1,138 @@
+"""TPU's attention kernel against the plain computation: emulated here, compiled where libtpu is."""
+
+import functools
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental import topologies
+from jax.sharding import NamedSharding, PartitionSpec
+
+from models.common import attention, splash
+from models.common.attention import reference, visibility
+from paravt_jax.mesh import make_mesh, parse_mesh
+
+TOKENS = 300
+PACKED = np.repeat([[1, 2, 3, 0], [1, 1, 2, 0]], TOKENS // 4, axis=1)
+
+
+def draw(*shapes, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
+
+
+def in_lanes(prompt, lanes, own):
+    """Which slot of a prompt with lanes sees which, written out."""
+    slots = np.arange(prompt + lanes * own)
+    lane = np.where(slots < prompt, -1, (slots - prompt) // own)
+    mine = (slots < prompt) | (lane == lane[:, None])
+    return (slots <= slots[:, None]) & mine
+
+
+CASES = {
+    "causal": ((2, TOKENS, 4, 2, 128), {"causal": True}),
+    "packed": ((2, TOKENS, 4, 2, 64), {"causal": True, "segments": PACKED}),
+    "frames": ((2, TOKENS, 3, 3, 72), {"causal": False, "segments": PACKED == 0}),
+    "whole frames": ((1, TOKENS, 2, 2, 72), {"causal": False}),
+    "lanes": ((1, 100 + 4 * 85, 4, 2, 128), {"causal": True, "prompt": 100, "lanes": 4}),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients_are_those_of_the_plain_computation(name):
+    (b, t, n, k, h), terms = CASES[name]
+    terms = {name: jnp.asarray(x, jnp.int32) if np.ndim(x) else x for name, x in terms.items()}
+    query, key, value, weights = draw((b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h))
+    visible = visibility(t, t, terms["causal"], segments=terms.get("segments"))
+    if "lanes" in terms:
+        visible = jnp.asarray(in_lanes(100, 4, 85))[None]
+
+    def weighed(attend, *inputs):
+        mixed = attend(*inputs)
+        return jnp.sum(mixed * weights), mixed
+
+    def both(attend):
+        loss = functools.partial(weighed, attend)
+        return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
+
+    ours = both(functools.partial(splash.attend, **terms, interpret=True))
+    plain = both(lambda *inputs: reference(*inputs, visible))
+    for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
+        np.testing.assert_allclose(one, other, atol=2e-6 * float(jnp.abs(other).max()))
+
+
+@pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
+def test_rows_and_heads_are_split_over_a_mesh(mesh):
+    """Also where there are fewer key heads than parts of heads."""
+    inputs = draw((4, 128, 4, 128), (4, 128, 2, 128), (4, 128, 2, 128))
+    segments = jnp.asarray(np.repeat([[1, 2]] * 4, 64, axis=1), jnp.int32)
+    ours = functools.partial(splash.attend, causal=True, segments=segments, interpret=True)
+    alone = jax.jit(ours)(*inputs)
+    sizes = parse_mesh(mesh, 8)
+    with jax.set_mesh(make_mesh(sizes)):
+        split = jax.jit(ours)(*inputs)
+    np.testing.assert_allclose(split, alone, atol=1e-6)
+    assert split.sharding.shard_shape(split.shape) == (1 if "data" in mesh else 2, 128, *(
+        (2,) if "tensor:2" in mesh else (1,)), 128)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("tokens", "slots", "block"),
+    [(130, 256, 256), (512, 512, 512), (513, 768, 768), (1500, 1536, 768), (20_096, 20_480, 1024)],
+)
+def test_rows_are_padded_to_few_large_blocks(tokens, slots, block):
+    assert splash.padded_length(tokens) == (slots, block)
+
+
+def test_what_the_kernel_serves(monkeypatch):
+    """16 bits on a TPU, and no row too short, no block of a cache: the rest is XLA's."""
+    shape = (1, splash.SHORT, 2, 128)
+    query = jnp.zeros(shape, jnp.bfloat16)
+    assert not splash.serves(query, query)
+    monkeypatch.setattr(splash, "platform", lambda: "tpu")
+    assert splash.serves(query, query)
+    assert not splash.serves(query.astype(jnp.float32), query.astype(jnp.float32))
+    assert not splash.serves(query[:, 1:], query[:, 1:])
+    assert not splash.serves(query[:, 1:], query)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_the_door_takes_the_kernel_and_tells_it_the_lengths(monkeypatch, causal):
+    monkeypatch.setattr(splash, "platform", lambda: "tpu")
+    emulated = functools.partial(splash.attend, interpret=True)
+    monkeypatch.setattr(splash, "attend", emulated)
+    shapes = (2, TOKENS, 4, 128), (2, TOKENS, 2, 128), (2, TOKENS, 2, 128)
+    inputs, lengths = draw(*shapes, dtype=jnp.bfloat16), jnp.asarray([200, TOKENS], jnp.int32)
+    got = jax.jit(functools.partial(attention.attend, causal=causal, key_lengths=lengths))(*inputs)
+    visible = visibility(TOKENS, TOKENS, causal, key_lengths=lengths)
+    exact = reference(*(x.astype(jnp.float32) for x in inputs), visible)
+    real = (jnp.arange(TOKENS) < lengths[:, None])[..., None, None]
+    assert float(jnp.abs(jnp.where(real, got - exact, 0)).max()) < 0.02
+
+
+@pytest.mark.parametrize("lanes", [0, 8])
+def test_it_compiles_for_a_tpu_and_nothing_is_gathered(lanes):
+    """Forward and backward pass of a layer's attention, its rows and heads split over eight chips;
+    each is one kernel, in which XLA sees nothing to partition."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU takes libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+    mesh = make_mesh(parse_mesh("fsdp:4,tensor:2", 8), devices)
+    where = NamedSharding(mesh, PartitionSpec("fsdp", None, "tensor"))
+    query, key = (
+        jax.ShapeDtypeStruct((4, 2048, heads, 128), jnp.bfloat16, sharding=where)
+        for heads in (8, 4)
+    )
+
+    door = functools.partial(attention.attend, causal=True)
+    in_lanes = functools.partial(splash.attend, causal=True, prompt=1024, lanes=lanes)
+
+    def loss(*inputs):
+        mixed = (in_lanes if lanes else door)(*inputs)
+        return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text()
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert not re.search("all-gather|all-to-all|collective-permute", text)
