@@ -142,6 +142,7 @@ def test_pixels_reach_the_samples():
     assert one.tokens.tolist() != two.tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pool", "steps_per_call"),
     [
@@ -176,6 +177,7 @@ def test_idle_rows_stay_as_they_are():
     same(finish(session)[idle], sample_all()[1])
 
 
+@pytest.mark.slow
 def test_crops_decode_beside_mains_and_take_free_slots():
     """Five crops on two slots, while a main agent generates a long turn."""
     pools = {"main": POOL, "crop": SlotPool(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
@@ -367,6 +369,7 @@ def test_buckets():
         assert sizes == sorted({bucket(n, unit, sizes[-1]) for n in range(least, most + 1)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2", "data:3"])
 def test_a_mesh_changes_no_sample(mesh):
     pool = SlotPool(prompts=6, copies=2, prompt_tokens=64, suffix=64)

@@ -182,6 +182,7 @@ def test_a_perfect_fit_costs_nothing():
     np.testing.assert_allclose(regression_slope(arrays), 0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detached", [True, False])
 def test_regression_forgets_shift_and_scale_of_log_ratios(detached):
     ratios, advantages = np.array([0.1, -0.4, 0.9, 0.2]), [1.0, -1.0, 0.5, -0.5]
@@ -309,6 +310,7 @@ def groups_of(config):
     return {"group_size": GROUP if config.surrogate == "regression" else None}
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("sizes", [[1] * ROWS, [2, 4], [5, 1]])
 def test_micro_batches_change_nothing(config, sizes):
@@ -335,6 +337,7 @@ def test_micro_batches_change_nothing(config, sizes):
         np.testing.assert_allclose(value, whole[2].means()[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @every
 def test_padding_changes_nothing_whatever_it_holds(config):
     """Neither NaN nor infinities outside of the mask reach the loss or its gradient."""

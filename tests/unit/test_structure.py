@@ -246,6 +246,7 @@ def needle_tokenizer(tmp_path_factory):
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_every_position_of_the_needle_tokenizer_agrees(needle_tokenizer):
     contents = contents_of(needle_tokenizer)
     batch = np.array(list(sequences(needle_tokenizer, contents, COUNT // 4, length=40)), np.int32)
