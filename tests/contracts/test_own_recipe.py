@@ -48,6 +48,7 @@ def test_what_is_no_recipe_is_refused(file: Path):
         check_name("neddle_rl")
 
 
+@pytest.mark.slow
 def test_the_command_takes_it_from_another_folder(file: Path):
     command = [sys.executable, ROOT / "train/main.py", "--recipe", "mine.py:short", "--dry-run"]
     done = run(command, file.parent)

@@ -56,6 +56,7 @@ def test_a_reader_must_return_rows(folder: Path):
         question_rows(str(folder / "mine.jsonl"), reader=lambda record, row_id, media: "red")
 
 
+@pytest.mark.slow
 def test_describe_reads_with_it_from_another_folder(folder: Path):
     command = [ROOT / "pipelines/describe.py", "mine.jsonl", "--reader", "mine.py:row"]
     done = run([sys.executable, *command], folder)
@@ -63,6 +64,7 @@ def test_describe_reads_with_it_from_another_folder(folder: Path):
     assert "KeyError: 'ask'" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_reads_choices(tmp_path: Path):
     write_video(str(tmp_path / "a.mp4"), 120)
     record = {"clip": "a.mp4", "ask": "Which colour?", "choices": ["red", "blue"], "correct": 1}
@@ -85,6 +87,7 @@ def test_the_setting_names_the_function_wherever_it_is_read(folder: Path, monkey
         DataSettings(reader=Own("mine.py:rows"))
 
 
+@pytest.mark.slow
 def test_a_run_reads_with_it(folder: Path):
     settings = ["data.reader=mine.py:row", "data.max_rejected=0.7", "evaluation.rows=0"]
     flags = [part for setting in settings for part in ("--set", setting)]

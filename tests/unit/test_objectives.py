@@ -163,6 +163,7 @@ def regression_slope(arrays, **settings):
     return np.asarray(slope[:, 0])
 
 
+@pytest.mark.slow
 def test_regression_by_hand():
     """rho = 0, 1, 2 has mean 1 and std 1: fitted -1, 0, 1; against 1, 0, -1 that costs 4, 0, 4."""
     arrays = rollouts([0.0, 1.0, 2.0], [1.0, 0.0, -1.0])
@@ -195,6 +196,7 @@ def test_regression_forgets_shift_and_scale_of_log_ratios(detached):
     np.testing.assert_allclose(large, small / 3, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detached", [True, False])
 def test_regression_begins_as_a_policy_gradient(detached):
     """At the proximal policy rho and its std are 0: finite, and downhill is where A points."""

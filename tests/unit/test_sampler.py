@@ -90,6 +90,7 @@ def test_floors_part_what_can_be_drawn_from_what_was_cut_off():
         assert np.isfinite(drawn.floors[row]) == (not above.all())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}])
 def test_tokens_that_a_constraint_left_alone_are_a_fair_sample_of_those_drawn(settings):
     """Learning from them only must not prefer any token, or it would teach the grammar."""

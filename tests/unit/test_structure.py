@@ -253,6 +253,7 @@ def test_every_position_of_the_needle_tokenizer_agrees(needle_tokenizer):
     agrees(batch, partly_spoken(*batch.shape), contents, tag_table(contents))
 
 
+@pytest.mark.slow
 def test_no_answer_of_the_needle_world_is_structure(needle_tokenizer):
     """Some of its one-word answers are one token with the end of the tag."""
     table, glued = tag_table(contents_of(needle_tokenizer)), []
