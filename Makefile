@@ -16,7 +16,7 @@ demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not study"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not study"
 
 # The same tests on the newest versions that the ranges allow.
 test-newest:
@@ -26,7 +26,7 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not slow and not study"
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not study"
 
 setup: $(VENV)/.runtime
 

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import shape_checks
 from tests.support.qwen3_vl_folders import folder_names, named_folder
 from tests.support.xla_flags import quick_compile
+
+shape_checks.install()
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", quick_compile(devices=8))

@@ -1,29 +1,17 @@
 """The command line is a public contract: its flags, its one-line errors, its exit codes."""
 
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
+from tests.support.command import ROOT, run, run_anew
 from train import main
 
-ROOT = Path(__file__).resolve().parents[2]
-DOOR = ROOT / "train" / "main.py"
+DOOR = [sys.executable, str(ROOT / "train" / "main.py")]
 FLAGS = {
     "--help", "--recipe", "--mesh", "--workdir", "--model", "--data", "--steps", "--seed",
     "--resume", "--set", "--dry-run", "--compile-only", "--help-settings", "--list-recipes",
 }  # fmt: skip
-
-
-def command(*arguments, cwd):
-    return subprocess.run(
-        [sys.executable, str(DOOR), *map(str, arguments)],
-        cwd=cwd,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 def test_flags_are_frozen():
@@ -33,10 +21,11 @@ def test_flags_are_frozen():
 
 @pytest.mark.slow
 def test_dry_run_from_a_foreign_directory(tmp_path):
-    done = command("--dry-run", "--mesh=data:2,fsdp:2,tensor:2", cwd=tmp_path)
+    mesh = "data:2,fsdp:2,tensor:2"
+    done = run_anew([*DOOR, "--dry-run", f"--mesh={mesh}"], tmp_path, devices=8)
     assert done.returncode == 0, done.stderr
     assert '"recipe": "needle_rl"' in done.stdout
-    assert "data:2,fsdp:2,tensor:2" in done.stdout
+    assert mesh in done.stdout
     assert "parameters" in done.stdout
     assert not list(tmp_path.iterdir()), "a dry run must not write anything"
 
@@ -77,7 +66,7 @@ def assert_one_line(errors: str, named: str):
 @pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "code", "named"), BY_COMMAND, ids=names(BY_COMMAND))
 def test_bad_input_is_one_line_with_the_remedy(arguments, code, named, tmp_path):
-    done = command(*arguments, cwd=tmp_path)
+    done = run([*DOOR, *arguments], tmp_path, devices=8)
     assert done.returncode == code, done.stderr
     assert_one_line(done.stderr, named)
 

@@ -8,26 +8,21 @@ from pathlib import Path
 import pytest
 
 from tests.contracts.mistakes import SECONDS, Mistake, all_mistakes, expand
-from tests.contracts.mistakes.server import Outcome, Server, run_fresh
 from tests.contracts.mistakes.world import make_world
-from tests.support.command import environment
+from tests.support.command import environment, server
+from tests.support.forked import Outcome, run_fresh
 
 pytestmark = pytest.mark.slow
 MISTAKES = list(all_mistakes())
 LEAST = 150
 """Rows that the table holds at least."""
+WORK = 20
+"""Seconds of processor time after which a forked row works for nothing."""
 
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     return make_world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture(scope="module")
-def server():
-    server = Server(environment())
-    yield server
-    server.close()
 
 
 def prepared(row: Mistake, folder: Path, world: dict[str, str]) -> dict[str, str]:
@@ -43,12 +38,13 @@ def prepared(row: Mistake, folder: Path, world: dict[str, str]) -> dict[str, str
     return world
 
 
-def run(row: Mistake, folder: Path, world: dict[str, str], server: Server | None) -> Outcome:
+def run(row: Mistake, folder: Path, world: dict[str, str], fresh: bool = False) -> Outcome:
     """Makes the mistake, in a forked child of the server or in a process of its own."""
     arguments = row.expanded(prepared(row, folder, world))
     variables = environment(row.devices, **row.environment)
-    forked = server is not None and not row.fresh
-    return (server.run if forked else run_fresh)(row.door, arguments, folder, variables)
+    if fresh or row.fresh:
+        return run_fresh(row.door, arguments, folder, variables)
+    return server().start(row.door, arguments, folder, variables, work=WORK).wait()
 
 
 def assert_one_line(row: Mistake, outcome: Outcome) -> None:
@@ -64,8 +60,8 @@ def assert_one_line(row: Mistake, outcome: Outcome) -> None:
 @pytest.mark.parametrize(
     "row", [row for _, row in MISTAKES], ids=[f"{area}: {row.arguments}" for area, row in MISTAKES]
 )
-def test_a_mistake_is_one_line(row, world, server, tmp_path):
-    outcome = run(row, tmp_path, world, server)
+def test_a_mistake_is_one_line(row, world, tmp_path):
+    outcome = run(row, tmp_path, world)
     assert_one_line(row, outcome)
     if row.code == 2:
         left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
@@ -74,11 +70,11 @@ def test_a_mistake_is_one_line(row, world, server, tmp_path):
 
 
 @pytest.mark.parametrize("row", [row for _, row in MISTAKES if not row.fresh][::60])
-def test_forked_children_are_the_real_command(row, world, server, tmp_path):
+def test_forked_children_are_the_real_command(row, world, tmp_path):
     """A few rows once more as a user runs them."""
-    outcome = run(row, tmp_path, world, None)
+    outcome = run(row, tmp_path, world, fresh=True)
     assert_one_line(row, outcome)
-    assert outcome.stderr == run(row, tmp_path, world, server).stderr
+    assert outcome.stderr == run(row, tmp_path, world).stderr
 
 
 def test_there_are_enough_rows():

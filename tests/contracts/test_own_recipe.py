@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from tests.support.command import ROOT, run
 from train.recipes import check_name, get_recipe
-
-ROOT = Path(__file__).resolve().parents[2]
 
 MINE = '''
 import dataclasses
@@ -50,9 +48,10 @@ def test_what_is_no_recipe_is_refused(file: Path):
         check_name("neddle_rl")
 
 
+@pytest.mark.slow
 def test_the_command_takes_it_from_another_folder(file: Path):
     command = [sys.executable, ROOT / "train/main.py", "--recipe", "mine.py:short", "--dry-run"]
-    done = subprocess.run(command, cwd=file.parent, capture_output=True, text=True)
+    done = run(command, file.parent)
     assert done.returncode == 0, done.stderr
     text = done.stdout[done.stdout.index("{") :]
     config, _ = json.JSONDecoder().raw_decode(text)

@@ -69,10 +69,12 @@ def where_seen(logits, inputs):
     return logits[mask > 0]
 
 
+@pytest.mark.slow
 def test_logits_of_every_variant(pair):
     check_logits(*pair, mixed_inputs())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", INPUTS)
 def test_logits_of_every_input(plain, kind):
     check_logits(*plain, INPUTS[kind]())
@@ -166,6 +168,7 @@ def vision_layers(model, patches, grids):
     return outputs
 
 
+@pytest.mark.slow
 def test_vision_tower_layer_by_layer(plain):
     reference, model = plain
     inputs = one_row(video_inputs())
@@ -195,6 +198,7 @@ def decoder_layers(model, tokens, positions, index, patches, grids):
     return outputs
 
 
+@pytest.mark.slow
 def test_decoder_layer_by_layer(plain):
     reference, model = plain
     inputs = one_row(video_inputs())
@@ -236,6 +240,7 @@ def test_gradients(plain):
     reference.zero_grad()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 50_000])
 def test_saved_folder_loads_in_transformers(plain, tmp_path, max_shard_bytes):
     reference, model = plain
@@ -262,6 +267,7 @@ def test_tied_model_and_its_saved_folder_loads_in_transformers(tmp_path):
     np.testing.assert_array_equal(torch_logits(again, inputs), torch_logits(reference, inputs))
 
 
+@pytest.mark.slow
 def test_sharded_equals_unsharded(plain):
     _, model = plain
     mesh = make_mesh(parse_mesh("data:2,fsdp:2,tensor:2", 8))

@@ -257,6 +257,7 @@ def test_loss_gradient_and_statistics(name):
         )
 
 
+@pytest.mark.slow
 def test_micro_batches_add_up():
     name = "loss_microbatch_aggregate"
     edges = np.cumsum([0, *PPO[name]["params"]["split"]])

@@ -36,6 +36,7 @@ def write(folder, saved, top, text, head):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("head", ["absent", "embedding", "own"])
 @pytest.mark.parametrize("text", [None, False, True])
 @pytest.mark.parametrize("top", [None, False, True])

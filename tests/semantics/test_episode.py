@@ -182,6 +182,7 @@ def test_responses_follow_the_end_of_turn_of_the_template(evidence, end):
     assert episode.trajectory.generated.sum() == same.generated.sum() - (not end)
 
 
+@pytest.mark.slow
 def test_an_end_of_turn_has_its_room():
     """Responses that fill theirs to the last token."""
     for length in range(1, 100):

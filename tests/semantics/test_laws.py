@@ -30,6 +30,7 @@ def world(tmp_path_factory):
     return setup.Parts(config)
 
 
+@pytest.mark.slow
 def test_log_probs_change_with_the_pixels(world):
     """Law 2: a trainer that is blind to the video fails here."""
     examples = world.sources()

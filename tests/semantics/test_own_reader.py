@@ -1,7 +1,6 @@
 """A data set of one's own columns, read by a function from outside of the package."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -9,10 +8,9 @@ import pytest
 
 from paravt_jax.plugins import Own, load
 from pipelines.datasets import question_rows
+from tests.support.command import ROOT, run
 from tests.support.paravt_parquet import write_video
 from train.data.settings import DataSettings
-
-ROOT = Path(__file__).resolve().parents[2]
 
 MINE = """
 from paravt_jax.records import Row
@@ -58,17 +56,15 @@ def test_a_reader_must_return_rows(folder: Path):
         question_rows(str(folder / "mine.jsonl"), reader=lambda record, row_id, media: "red")
 
 
+@pytest.mark.slow
 def test_describe_reads_with_it_from_another_folder(folder: Path):
-    done = subprocess.run(
-        [sys.executable, ROOT / "pipelines/describe.py", "mine.jsonl", "--reader", "mine.py:row"],
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    command = [ROOT / "pipelines/describe.py", "mine.jsonl", "--reader", "mine.py:row"]
+    done = run([sys.executable, *command], folder)
     assert done.returncode == 0, done.stderr
     assert "KeyError: 'ask'" in done.stdout
 
 
+@pytest.mark.slow
 def test_the_example_reads_choices(tmp_path: Path):
     write_video(str(tmp_path / "a.mp4"), 120)
     record = {"clip": "a.mp4", "ask": "Which colour?", "choices": ["red", "blue"], "correct": 1}
@@ -78,7 +74,7 @@ def test_the_example_reads_choices(tmp_path: Path):
     assert row.answer == "B" and row.question.splitlines()[2] == "(B) blue"
     own = str(ROOT / "examples" / "own_questions.py:question")
     command = [sys.executable, ROOT / "pipelines/describe.py", "quiz.jsonl", "--reader", own]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = run(command, tmp_path)
     assert done.returncode == 0 and "1 of 1 rows can be used" in done.stdout, done.stderr
 
 
@@ -91,10 +87,11 @@ def test_the_setting_names_the_function_wherever_it_is_read(folder: Path, monkey
         DataSettings(reader=Own("mine.py:rows"))
 
 
+@pytest.mark.slow
 def test_a_run_reads_with_it(folder: Path):
     settings = ["data.reader=mine.py:row", "data.max_rejected=0.7", "evaluation.rows=0"]
     flags = [part for setting in settings for part in ("--set", setting)]
     command = [sys.executable, ROOT / "train/main.py", "--data", "mine.jsonl", "--dry-run", *flags]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = run(command, folder)
     assert done.returncode == 0, done.stderr
     assert "1 questions about 1 videos" in done.stdout

@@ -147,6 +147,7 @@ def test_bad_rows_are_left_out_and_told_once(tmp_path, caplog):
     assert len(caplog.messages) == bad and all("broken.mp4" in m for m in caplog.messages)
 
 
+@pytest.mark.slow
 def test_the_position_of_a_stream_that_left_rows_out_resumes_exactly(tmp_path):
     source = with_broken(tmp_path, every=2)
     prompts = stream(source, groups_per_step=1, max_bad_rows=0.5)

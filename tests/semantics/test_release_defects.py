@@ -73,6 +73,7 @@ def moved(params, optimizer, state) -> float:
     return float(np.concatenate(changed).mean())
 
 
+@pytest.mark.slow
 def test_small_steps_move_weights_while_products_are_bfloat16():
     """R12. The release's learning rate is 2e-6, far below half a unit in the last place of a
     bfloat16 weight."""

@@ -146,13 +146,13 @@ def test_a_mesh_changes_no_sample_of_qwen3_vl():
 
 @pytest.mark.parametrize("evidence", EVIDENCE)
 def test_nothing_compiles_once_shapes_are_known(evidence):
-    """Fifty batches of all sizes, lengths, budgets and crops, each under other weights."""
+    """Thirty batches of all sizes, lengths, budgets and crops, each under other weights."""
     world = toy(evidence, copies=2)
     engine = world.engine(Shape(prompts=4, crops=4))
     warmed = precompile(engine, world.params, input_sizes(world), world.values)
     known = list(engine.shapes)
     assert len(known) == engine.compilations == warmed
-    for step in range(50):
+    for step in range(30):
         items = world.items(1 + step % 6, seed=step, longest=70)
         world.roll_out(engine, items, seed=step, params=world.policy.init(step))
     assert engine.shapes == known

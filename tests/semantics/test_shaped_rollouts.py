@@ -169,6 +169,7 @@ def all_logits(world: World, batch) -> np.ndarray:
     return np.asarray(world.policy.logits(world.params, hidden))
 
 
+@pytest.mark.slow
 def test_what_a_grammar_wrote_is_context(engine):
     own = SamplingConfig(temperature=1.5, constrain="calls")
     world = shaped_world("text", own, own)

@@ -1,21 +1,20 @@
-"""The real command in a subprocess: short runs on the needle world, and what they leave."""
+"""The real command: short runs on the needle world, and what they leave."""
 
+import functools
 import json
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from tests.support.forked import ROOT, Running, Server
 from tests.support.xla_flags import quick_compile
 from train.config import Config
 from train.recipes import RECIPES, get_recipe
 from train.workdir.config_file import read_settings
-
-ROOT = Path(__file__).resolve().parents[2]
 
 SMALL = (
     "data.train_videos=12",
@@ -67,8 +66,23 @@ def small(workdir: Path, arguments: Sequence[str]) -> list[str]:
     return [text for text in SMALL if not text.startswith(tuple(idle))]
 
 
+@functools.cache
+def server() -> Server:
+    """What forks the commands of this process; it ends when nobody can ask it any more."""
+    return Server(environment())
+
+
 def run(arguments: Sequence[str], cwd: Path, devices: int = 1) -> subprocess.CompletedProcess[str]:
-    """Run a command from a foreign directory to its end."""
+    """Run `python door ...` from a foreign directory to its end, in a forked child."""
+    _, door, *rest = map(str, arguments)
+    done = server().start(door, rest, cwd, environment(devices)).wait()
+    return subprocess.CompletedProcess(arguments, done.code, done.stdout, done.stderr)
+
+
+def run_anew(
+    arguments: Sequence[str], cwd: Path, devices: int = 1
+) -> subprocess.CompletedProcess[str]:
+    """The same, started as a user starts it: with an interpreter and imports of its own."""
     return subprocess.run(
         arguments, cwd=cwd, env=environment(devices), capture_output=True, text=True, timeout=900
     )
@@ -90,14 +104,14 @@ def send(
 ) -> tuple[int, str]:
     """Start the same, send it a signal when something holds; its exit code, and what it said."""
 
-    def kill(process: subprocess.Popen) -> None:
+    def kill(process: Running) -> None:
         process.send_signal(number)
 
     return disturb(kill, when, workdir, cache, *arguments, settings=settings)
 
 
 def disturb(
-    act: Callable[[subprocess.Popen], None],
+    act: Callable[[Running], None],
     when: Callable[[], bool],
     workdir: Path,
     cache: Path,
@@ -106,20 +120,13 @@ def disturb(
 ) -> tuple[int, str]:
     """Start the same, do something to it when something holds; its exit code, and what it said."""
     sets = [*small(workdir, arguments), f"data.cache_dir={cache}", *settings]
-    with tempfile.TemporaryFile("w+") as said:
-        process = subprocess.Popen(
-            command(workdir, *arguments, sets=sets),
-            cwd=cache,
-            env=environment(),
-            stdout=said,
-            stderr=subprocess.STDOUT,
-        )
-        while process.poll() is None and not when():
-            time.sleep(0.005)
-        act(process)
-        code = process.wait(timeout=900)
-        said.seek(0)
-        return code, said.read()
+    _, door, *rest = command(workdir, *arguments, sets=sets)
+    process = server().start(door, rest, cache, environment(), together=True)
+    while not process.ended and not when():
+        time.sleep(0.005)
+    act(process)
+    done = process.wait()
+    return done.code, done.stdout
 
 
 def is_saving(workdir: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import numpy as np
@@ -52,10 +53,12 @@ def random_batch(seed: int = 0) -> LearnerBatch:
     )
 
 
+@functools.cache
 def run_steps(
     mesh_text: str, micro_batches: int, steps: int, objective=None, policy=POLICY, balance=0.0
 ):
-    """Losses and gradient norms of `steps` RL steps on a mesh, and the final state."""
+    """Losses and gradient norms of `steps` RL steps on a mesh, and the final state; the same runs
+    are run once."""
     count = 1 if mesh_text == "data:1" else 8
     mesh = make_mesh(parse_mesh(mesh_text, count), jax.devices()[:count])
     config = get_recipe("needle_rl")

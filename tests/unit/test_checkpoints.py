@@ -168,6 +168,7 @@ def test_what_fails_together_is_not_heard_of_one_by_one(tmp_path, monkeypatch):
     assert heard == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.05, 60])
 def test_a_loop_that_closes_has_no_tasks_left(seconds, monkeypatch, caplog):
     """Those that end soon are waited for, others are cancelled; nobody complains of either."""

@@ -108,6 +108,7 @@ def chosen_log_probs(prompt, stream, **model) -> np.ndarray:
     return np.take_along_axis(table, np.asarray(stream)[:, None], axis=1)[:, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_log_probs_equal_a_full_forward_over_two_turns(temperature):
     """Six rows share three prompts; a turn takes several steps; given tokens differ in length."""
@@ -142,6 +143,7 @@ def test_pixels_reach_the_samples():
     assert one.tokens.tolist() != two.tokens.tolist()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("pool", "steps_per_call"),
     [
@@ -176,6 +178,7 @@ def test_idle_rows_stay_as_they_are():
     same(finish(session)[idle], sample_all()[1])
 
 
+@pytest.mark.slow
 def test_crops_decode_beside_mains_and_take_free_slots():
     """Five crops on two slots, while a main agent generates a long turn."""
     pools = {"main": POOL, "crop": SlotPool(prompts=2, copies=1, prompt_tokens=64, suffix=20)}
@@ -200,6 +203,7 @@ def test_crops_decode_beside_mains_and_take_free_slots():
         same(turns[stream], sample_all(alone, [PROMPTS[1]], limit=6, seeds=[50 + number])[0])
 
 
+@pytest.mark.slow
 def test_closed_slots_are_used_again_and_never_leak_into_the_next_stream():
     engine = make_engine(SlotPool(prompts=2, copies=1, prompt_tokens=64, suffix=64))
     session = Session(engine, PARAMS)
@@ -367,6 +371,7 @@ def test_buckets():
         assert sizes == sorted({bucket(n, unit, sizes[-1]) for n in range(least, most + 1)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2", "data:3"])
 def test_a_mesh_changes_no_sample(mesh):
     pool = SlotPool(prompts=6, copies=2, prompt_tokens=64, suffix=64)
@@ -433,6 +438,7 @@ def test_qwen3_vl_log_probs_equal_the_learners(mesh, cache_dtype, tolerance):
         assert expected.std() > 0.5
 
 
+@pytest.mark.slow
 def test_a_second_session_compiles_nothing():
     """Counted by XLA: jit compiles anew for arrays that are bound to devices and were not."""
     compiled = []

@@ -43,6 +43,7 @@ NESTED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", NESTED)
 def test_two_million_characters_take_seconds(kind):
     """Searching again took 0.6 s for 40,000, and would take half an hour for these."""

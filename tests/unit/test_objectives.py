@@ -163,6 +163,7 @@ def regression_slope(arrays, **settings):
     return np.asarray(slope[:, 0])
 
 
+@pytest.mark.slow
 def test_regression_by_hand():
     """rho = 0, 1, 2 has mean 1 and std 1: fitted -1, 0, 1; against 1, 0, -1 that costs 4, 0, 4."""
     arrays = rollouts([0.0, 1.0, 2.0], [1.0, 0.0, -1.0])
@@ -182,6 +183,7 @@ def test_a_perfect_fit_costs_nothing():
     np.testing.assert_allclose(regression_slope(arrays), 0, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detached", [True, False])
 def test_regression_forgets_shift_and_scale_of_log_ratios(detached):
     ratios, advantages = np.array([0.1, -0.4, 0.9, 0.2]), [1.0, -1.0, 0.5, -0.5]
@@ -194,6 +196,7 @@ def test_regression_forgets_shift_and_scale_of_log_ratios(detached):
     np.testing.assert_allclose(large, small / 3, rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("detached", [True, False])
 def test_regression_begins_as_a_policy_gradient(detached):
     """At the proximal policy rho and its std are 0: finite, and downhill is where A points."""
@@ -309,6 +312,7 @@ def groups_of(config):
     return {"group_size": GROUP if config.surrogate == "regression" else None}
 
 
+@pytest.mark.slow
 @every
 @pytest.mark.parametrize("sizes", [[1] * ROWS, [2, 4], [5, 1]])
 def test_micro_batches_change_nothing(config, sizes):
@@ -335,6 +339,7 @@ def test_micro_batches_change_nothing(config, sizes):
         np.testing.assert_allclose(value, whole[2].means()[name], rtol=1e-5, atol=1e-7)
 
 
+@pytest.mark.slow
 @every
 def test_padding_changes_nothing_whatever_it_holds(config):
     """Neither NaN nor infinities outside of the mask reach the loss or its gradient."""

@@ -43,6 +43,7 @@ def test_a_cosine_stays_at_its_end():
     np.testing.assert_allclose(found, [1, 0.55, 0.1, 0.1, 0.1, 0.1], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_matrices_decay_and_nothing_else(name):
     table = {

@@ -94,6 +94,7 @@ def test_every_known_layout_is_read_and_the_first_is_written():
         spec.from_hf(np.zeros((3, 2, 8)))
 
 
+@pytest.mark.slow
 def test_initial_values_depend_on_key_and_name_only():
     params = initialise(BLUEPRINT.table, jax.random.key(0))
     alone = initialise({"table": BLUEPRINT.table["table"]}, jax.random.key(0))

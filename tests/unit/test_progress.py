@@ -165,6 +165,7 @@ def test_a_run_cuts_down_its_own_folder_only(no_cache, tmp_path):
     assert get_recipe("needle_rl").output.compile_cache_gb > 0
 
 
+@pytest.mark.slow
 def test_what_is_pruned_is_compiled_again_and_kept(no_cache, tmp_path):
     """By JAX itself: names of its files are those that `prune` knows."""
     code = PROGRAM.format(root=str(ROOT), folder=str(tmp_path))

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from paravt_jax.routing import load_balance
 
@@ -19,6 +20,7 @@ def test_the_same_experts_for_all_tokens():
     np.testing.assert_allclose(load_balance(logits, jnp.ones((1, 3), bool), 2), [2.0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_mean_over_layers_and_padding_left_out():
     even, skewed = 50.0 * jnp.eye(2), jnp.asarray([[50.0, 0.0], [50.0, 0.0]])
     logits = jnp.stack([even, skewed])[:, None]
@@ -28,12 +30,14 @@ def test_mean_over_layers_and_padding_left_out():
     np.testing.assert_allclose(load_balance(padded, valid, 1), [1.5], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_no_real_token_is_zero_with_finite_gradient():
     logits, valid = jnp.ones((1, 1, 2, 2)), jnp.zeros((1, 2), bool)
     value, slope = jax.value_and_grad(lambda x: load_balance(x, valid, 1)[0])(logits)
     assert value == 0 and np.isfinite(slope).all()
 
 
+@pytest.mark.slow
 def test_descending_it_evens_the_router():
     logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 32, 4))) + jnp.arange(4.0)
     valid, bias = jnp.ones((1, 32), bool), jnp.zeros(4)

@@ -246,12 +246,14 @@ def needle_tokenizer(tmp_path_factory):
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_every_position_of_the_needle_tokenizer_agrees(needle_tokenizer):
     contents = contents_of(needle_tokenizer)
     batch = np.array(list(sequences(needle_tokenizer, contents, COUNT // 4, length=40)), np.int32)
     agrees(batch, partly_spoken(*batch.shape), contents, tag_table(contents))
 
 
+@pytest.mark.slow
 def test_no_answer_of_the_needle_world_is_structure(needle_tokenizer):
     """Some of its one-word answers are one token with the end of the tag."""
     table, glued = tag_table(contents_of(needle_tokenizer)), []

@@ -22,6 +22,7 @@ from train.state import make_state
 from train.step import RlStep, SftStep, batch_log_probs
 
 pytestmark = pytest.mark.slow
+LOG_PROBS = jax.jit(batch_log_probs, static_argnums=0, static_argnames=("temperature", "budget"))
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 64}
 SPARSE = Qwen3VLPolicy(
     Qwen3VLConfig.from_dict(
@@ -72,7 +73,7 @@ def assert_nothing_large_is_replicated(state, limit: int = 64 * 1024):
 def test_reference_log_probs_do_not_depend_on_micro_batching():
     batch = jax.tree.map(jnp.asarray, random_batch())
     params = initialise(POLICY.table, jax.random.key(0))
-    whole, *_ = batch_log_probs(POLICY, params, batch, temperature=0.8, budget=TOKENS)
+    whole, *_ = LOG_PROBS(POLICY, params, batch, temperature=0.8, budget=TOKENS)
     optimizer, objective = optax.sgd(0.1), ObjectiveConfig()
     parts = RlStep(POLICY, optimizer, objective, 0.8, micro_batches=2, budget=TOKENS)
     np.testing.assert_allclose(parts.log_probs(params, batch), whole, atol=1e-5)
@@ -99,12 +100,12 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood():
     optimizer = optax.sgd(0.1)
     params = initialise(POLICY.table, jax.random.key(0), mesh)
     state = make_state(params, config.model, mesh, optimizer)
-    log_probs, *_ = batch_log_probs(POLICY, params, batch, temperature=1.0, budget=TOKENS)
+    log_probs, *_ = LOG_PROBS(POLICY, params, batch, temperature=1.0, budget=TOKENS)
     expected = -(log_probs * batch.loss_weights).sum() / batch.loss_weights.sum()
     step = SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": TOKENS})
     after, metrics = jax.jit(lambda s, b: step(s, {"one": b}))(state, batch)
     assert metrics["loss"] == pytest.approx(float(expected), rel=1e-5)
-    again, *_ = batch_log_probs(POLICY, after.params, batch, temperature=1.0, budget=TOKENS)
+    again, *_ = LOG_PROBS(POLICY, after.params, batch, temperature=1.0, budget=TOKENS)
     assert (again * batch.loss_weights).sum() > (log_probs * batch.loss_weights).sum()
 
 

@@ -164,6 +164,7 @@ def every_decoder(request, monkeypatch):
         )
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("every_decoder")
 @pytest.mark.parametrize("make", READ.values(), ids=list(READ))
 def test_files_are_read_as_ffmpeg_reads_them(make, tmp_path, monkeypatch):
@@ -226,6 +227,7 @@ def test_a_crop_shows_what_is_on_screen_whatever_the_rate(tmp_path):
     np.testing.assert_allclose(frames.times, np.unique(expected), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_three_hours_are_sought(tmp_path, monkeypatch):
     """Few frames are decoded, and they are the right ones."""
     path = encoded(tmp_path, "long.mp4", *X264, rate="1/4", seconds=3 * 3600, size="32x32")

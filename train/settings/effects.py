@@ -169,14 +169,20 @@ TABLE = (
 def check_effects(config: Config) -> None:
     """Refuse settings that do not act."""
     values = dict(leaves(config))
+    names = tuple(values)
     given = changed(config) if config.given is None else config.given
     for only in (*TABLE, *of_rewards()):
         if only.acts(config):
             continue
-        for name in filter(only.concerns, values):
+        for name in _concerned(only, names):
             value = values[name]
             if value is not None and (name in given if only.off is IF_GIVEN else only.is_on(value)):
                 raise only.refusal(config, name)
+
+
+@functools.cache
+def _concerned(only: Only, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(filter(only.concerns, names))
 
 
 def changed(config: Config) -> tuple[str, ...]:

@@ -21,9 +21,9 @@ called. In arguments (and in texts of `files`) these words stand for what `world
     {chatting}   all that `paravt_sft` needs for a short run on {chats}
     {here}       the row's own folder
 
-Rows run in forked children of one process that has imported everything (`server.py`), which saves
-the four seconds that imports take. Where that would not be the real thing, because an environment
-variable is read at import, say `fresh=True`: a process of its own; those rows are few.
+Rows run in forked children of a process that has imported everything (`tests/support/forked.py`),
+which saves the four seconds that imports take. Where that would not be the real thing, because an
+environment variable is read at import, say `fresh=True`: a process of its own; those rows are few.
 """
 
 from __future__ import annotations

@@ -5,12 +5,14 @@ the end, which take seconds: `runpy` runs the door's file as `__main__`, with `s
 folder, environment and file descriptors of its own, threads are waited for and exit handlers run.
 No backend of JAX may be there before the fork: its threads would not come along.
 
-Reads one request per line, answers each with one line, both JSON: `Request` and `Outcome`.
+Reads one request per line, and answers each with two: the number of the child's process, and how
+it ended (`Outcome`). All are JSON.
 """
 
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import importlib
 import json
@@ -24,18 +26,21 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
-ROOT = Path(__file__).resolve().parents[3]
+ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     "train.run",
     "train.compile.ahead",
     "pipelines.describe",
     "models.convert",
+    "tensorboardX",
     "transformers",
 )
-PATIENCE, WORK = 240, 20
-"""Seconds after which a command hangs, and of processor time after which it works for nothing."""
+OF_TRANSFORMERS = ("AutoTokenizer", "Qwen3VLConfig")
+"""What it imports when it is named; torch comes along where it is installed."""
+PATIENCE = 900
+"""Seconds after which a command hangs."""
 
 
 class Outcome(NamedTuple):
@@ -49,12 +54,38 @@ class Outcome(NamedTuple):
     """Processor time of the command and its children."""
 
 
+class Running:
+    """A command that has been started and not yet been waited for."""
+
+    def __init__(self, answers: IO[str]) -> None:
+        self._answers = answers
+        self.pid = int(answers.readline())
+
+    @property
+    def ended(self) -> bool:
+        """Whether it has come to its end."""
+        try:
+            os.kill(self.pid, 0)
+        except ProcessLookupError:
+            return True
+        return False
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, number)
+
+    def wait(self) -> Outcome:
+        """How it ended."""
+        return Outcome(*json.loads(self._answers.readline()))
+
+
 class Server:
-    """The process that forks, as the tests see it."""
+    """The process that forks, as the tests see it. It ends when nobody can ask it any more."""
 
     def __init__(self, environment: Mapping[str, str]):
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "tests.contracts.mistakes.server"],
+            [sys.executable, "-m", "tests.support.forked"],
             cwd=ROOT,
             env=environment,
             stdin=subprocess.PIPE,
@@ -62,27 +93,33 @@ class Server:
             text=True,
         )
 
-    def run(
-        self, door: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]
-    ) -> Outcome:
-        """Run `python door arguments...` in a folder, with these variables besides one's own."""
+    def start(
+        self,
+        door: str,
+        arguments: Sequence[str],
+        cwd: Path,
+        environment: Mapping[str, str],
+        work: int = PATIENCE,
+        together: bool = False,
+    ) -> Running:
+        """Run `python door arguments...` in a folder, with these variables and no others. One at a
+        time: it must be waited for before the next.
+
+        Args:
+          work: seconds of processor time after which the command works for nothing.
+          together: whether what it says on stderr is put into `stdout` as well.
+        """
         assert self._process.stdin is not None and self._process.stdout is not None
-        request = [door, list(arguments), str(cwd), dict(environment)]
+        request = [door, list(arguments), str(cwd), dict(environment), work, together]
         self._process.stdin.write(json.dumps(request) + "\n")
         self._process.stdin.flush()
-        return Outcome(*json.loads(self._process.stdout.readline()))
-
-    def close(self) -> None:
-        """End the process."""
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        self._process.wait(timeout=60)
+        return Running(self._process.stdout)
 
 
 def run_fresh(
     door: str, arguments: Sequence[str], cwd: Path, environment: Mapping[str, str]
 ) -> Outcome:
-    """The same as `Server.run` in a process of its own, started as a user starts it."""
+    """The same as by a `Server` in a process of its own, started as a user starts it."""
     began = os.times()
     done = subprocess.run(
         [sys.executable, str(ROOT / door), *arguments],
@@ -102,16 +139,22 @@ def run_fresh(
 def _serve() -> None:
     for module in IMPORTED:
         importlib.import_module(module)
+    for name in OF_TRANSFORMERS:
+        getattr(importlib.import_module("transformers"), name)
+    importlib.import_module("train.recipes").get_recipe("needle_rl")  # imports schemes of rewards
     from jax._src import xla_bridge
 
     assert not xla_bridge.backends_are_initialized(), "an import has started a backend of JAX"
     gc.freeze()  # or every child would copy all of it, just to look for garbage
     for line in sys.stdin:
-        door, arguments, cwd, environment = json.loads(line)
+        door, arguments, cwd, environment, work, together = json.loads(line)
         outputs = [os.memfd_create(name) for name in ("stdout", "stderr")]
         child = os.fork()
         if not child:
-            _become(ROOT / door, arguments, cwd, environment, outputs)
+            resource.setrlimit(resource.RLIMIT_CPU, (work, work))
+            written = outputs[:1] * 2 if together else outputs
+            _become(ROOT / door, arguments, cwd, environment, written)
+        print(child, flush=True)
         code, seconds = _wait(child)
         said = [_read(output) for output in outputs]
         print(json.dumps(Outcome(code, *said, seconds)), flush=True)
@@ -122,11 +165,11 @@ def _become(
 ) -> None:
     """The command itself, to the end of this process."""
     os.setsid()
-    resource.setrlimit(resource.RLIMIT_CPU, (WORK, WORK))
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     for descriptor, output in enumerate(outputs, start=1):
         os.dup2(output, descriptor)
     os.chdir(cwd)
+    os.environ.clear()
     os.environ.update(environment)
     sys.argv = [str(door), *arguments]
     sys.path[0] = str(door.parent)
