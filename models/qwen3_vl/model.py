@@ -20,7 +20,7 @@ from models.qwen3_vl.folder import write_config
 from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
-from paravt_jax.kv_cache import CacheArray, KVCache
+from paravt_jax.kv_cache import CacheArray, KVCache, whole_tiles
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
@@ -271,7 +271,8 @@ class Qwen3VLPolicy:
 
     def _cache_array(self, rows: int, slots: int) -> CacheArray:
         text = self.config.text
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, slots, text.head_dim)
+        heads, layers = text.num_key_value_heads, text.num_hidden_layers
+        shape = (layers, rows, heads, whole_tiles(slots), text.head_dim)
         kept = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
         return CacheArray.empty(shape, kept)
 
