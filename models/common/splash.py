@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import jax
@@ -82,8 +83,8 @@ def serves(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool
     """Whether `attend` takes these: on a TPU, tokens of a row among themselves, 16 bits. The kernel
     multiplies 16 bits at a time whatever it is given: float32 stays with what is exact."""
     narrow = query.dtype == key.dtype == jnp.bfloat16
-    same = query.shape[1] == key.shape[1]
-    return platform() == "tpu" and narrow and same and query.shape[1] >= SHORT
+    same = query.shape[1] == key.shape[1] and SHORT <= query.shape[1] < 1 << LANE_SHIFT
+    return platform() == "tpu" and narrow and same
 
 
 def attend(
@@ -116,8 +117,9 @@ def attend(
     if segments is not None:
         # Padding is a segment of its own: its queries must see something.
         segments = jnp.pad(segments, [(0, 0), (0, padded - t)], constant_values=-1)
-    heads = (_heads_first(x, padded) for x in (query * h**-0.5, *_spread_heads(query, key, value)))
-    mixed = _on_mesh(functools.partial(_rows, kernel), *heads, segments)
+    key, value = _spread_heads(query.shape[2], key, value)
+    query, key, value = (_heads_first(x, padded) for x in (query * h**-0.5, key, value))
+    mixed = _on_mesh(functools.partial(_rows, kernel), query, key, value, segments)
     return mixed.swapaxes(1, 2)[:, :t, :, :h]
 
 
@@ -140,9 +142,16 @@ def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
     """The kernel, which visits the blocks in which a query may see a key. They are found in numpy,
     once for a mask: a second or two at 20,000 tokens."""
     inner = block // 2 if block in BLOCKS else block
-    forward = {"block_q": block, "block_kv": block, "block_kv_compute": inner}
-    grads = {"block_q_dkv": block, "block_kv_dkv": block, "block_kv_dkv_compute": inner}
-    sizes = kernels.BlockSizes(**forward, **grads, block_q_dq=block, block_kv_dq=block)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=inner,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=inner,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     # One mask serves all heads, whatever their number on a device. `make_splash_mha` would put it
     # on a device, where there may be none of the kind that is compiled for.
     heads, shards = masks.MultiHeadMask([mask]), {"head_shards": 1, "q_seq_shards": 1}
@@ -178,14 +187,16 @@ def _heads_first(x: Float[Array, "b t n h"], slots: int) -> Float[Array, "b n sl
     return jnp.pad(x, pads).swapaxes(1, 2)
 
 
-def _spread_heads(query: Array, *keys_and_values: Array) -> tuple[Array, ...]:
-    """Keys and values in copies, where the mesh splits the queries' heads further than theirs."""
-    mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
-    shards, grouped = mesh_shape.get("tensor", 1), query.shape[2] // keys_and_values[0].shape[2]
-    heads = keys_and_values[0].shape[2]
-    copies = 1 if query.shape[2] % shards else int(np.lcm(heads, shards)) // heads
+def _spread_heads(queries: int, key: Array, value: Array) -> tuple[Array, Array]:
+    """Keys and values in copies, where the mesh splits the `queries` heads further than theirs."""
+    shards = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
+    heads = key.shape[2]
+    grouped = queries // heads
+    copies = 1 if queries % shards else math.lcm(heads, shards) // heads
     copies = copies if grouped % copies == 0 else grouped
-    return tuple(jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in keys_and_values)
+    if copies == 1:
+        return key, value
+    return jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
 
 
 def _on_mesh(
