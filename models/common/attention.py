@@ -1,6 +1,7 @@
 """Attention behind one dispatch function, with a plain reference that every path must equal.
 
-On a TPU it is a kernel (`models.common.splash`), elsewhere products that XLA compiles.
+On TPUs and GPUs it is a kernel (`models.common.splash`, `models.common.cudnn`), elsewhere products
+that XLA compiles (ADR 25).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from models.common import splash
+from models.common import cudnn, splash
 from models.common.layers import precision
 from paravt_jax.records import HiddenKeys
 
@@ -54,6 +55,10 @@ def attend(
     if hidden_keys is None and splash.serves(query, key):
         segments = _within(key_lengths, key.shape[1], segments)
         return splash.attend(query, key, value, causal=causal, segments=segments)
+    if hidden_keys is None and segments is None and cudnn.serves(query, key):
+        every = jnp.full(key.shape[0], key.shape[1], jnp.int32)
+        lengths = None if causal else every if key_lengths is None else key_lengths
+        return cudnn.attend(query, key, value, lengths=lengths)
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value, segments, hidden_keys)
     limits = key_lengths, segments, hidden_keys

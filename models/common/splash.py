@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 
 import jax
@@ -26,7 +25,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 )
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.mesh import partition, platform
+from models.common.kernels import on_mesh
+from paravt_jax.mesh import platform
 
 WIDTH = 128
 """Numbers side by side in a register of a TPU: heads and blocks are multiples of it."""
@@ -107,7 +107,7 @@ def attend(
       lanes: equal parts of what follows the first `prompt` slots of each row.
       interpret: emulate the kernel, for tests without a TPU.
     """
-    t, h = query.shape[1], query.shape[3]
+    t = query.shape[1]
     padded, block = padded_length(t)
     own = (t - prompt) // lanes if lanes else 0
     mask = StaticMask(padded, prompt, own) if causal else masks.FullMask((padded, padded))
@@ -117,10 +117,7 @@ def attend(
     if segments is not None:
         # Padding is a segment of its own: its queries must see something.
         segments = jnp.pad(segments, [(0, 0), (0, padded - t)], constant_values=-1)
-    key, value = _spread_heads(query.shape[2], key, value)
-    query, key, value = (_heads_first(x, padded) for x in (query * h**-0.5, key, value))
-    mixed = _on_mesh(functools.partial(_rows, kernel), query, key, value, segments)
-    return mixed.swapaxes(1, 2)[:, :t, :, :h]
+    return on_mesh(functools.partial(_rows, kernel, padded), query, key, value, segments)
 
 
 def padded_length(tokens: int) -> tuple[int, int]:
@@ -173,43 +170,24 @@ def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
 
 
 def _rows(
-    kernel: Callable, query: Array, key: Array, value: Array, segments: Array | None
-) -> Array:
+    kernel: Callable,
+    slots: int,
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    segments: Int[Array, "b slots"] | None,
+) -> Float[Array, "b t n h"]:
+    t, h = query.shape[1], query.shape[3]
+
     def row(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
         ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
         return kernel(query, key, value, segment_ids=ids)
 
-    return jax.vmap(row)(query, key, value, segments)
+    query, key, value = (_heads_first(x, slots) for x in (query * h**-0.5, key, value))
+    mixed = jax.vmap(row)(query, key, value, segments)
+    return mixed.swapaxes(1, 2)[:, :t, :, :h]
 
 
 def _heads_first(x: Float[Array, "b t n h"], slots: int) -> Float[Array, "b n slots w"]:
     pads = [(0, 0), (0, slots - x.shape[1]), (0, 0), (0, -x.shape[3] % WIDTH)]
     return jnp.pad(x, pads).swapaxes(1, 2)
-
-
-def _spread_heads(queries: int, key: Array, value: Array) -> tuple[Array, Array]:
-    """Keys and values in copies, where the mesh splits the `queries` heads further than theirs."""
-    shards = dict(jax.sharding.get_abstract_mesh().shape).get("tensor", 1)
-    heads = key.shape[2]
-    grouped = queries // heads
-    copies = 1 if queries % shards else math.lcm(heads, shards) // heads
-    copies = copies if grouped % copies == 0 else grouped
-    if copies == 1:
-        return key, value
-    return jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
-
-
-def _on_mesh(
-    call: Callable, query: Array, key: Array, value: Array, segments: Array | None
-) -> Array:
-    """A kernel is not partitioned by the compiler: each device runs it on its rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return call(query, key, value, segments)
-    shape = dict(mesh.shape)
-    specs = [partition(shape, ("batch", "heads", None, None), x.shape) for x in (query, key, value)]
-    ids = None if segments is None else partition(shape, ("batch", None), segments.shape)
-    mapped = jax.shard_map(
-        call, mesh=mesh, in_specs=(*specs, ids), out_specs=specs[0], check_vma=False
-    )
-    return mapped(query, key, value, segments)
