@@ -35,7 +35,12 @@ def join_blocks(blocks: Sequence[Prompt]) -> Prompt:
 def whole_stream(prompt: Prompt, tokens: np.ndarray, shown: Sequence[Shown] = ()) -> Prompt:
     """Everything that a rollout read and wrote, as one block: its prompt, then its own `tokens`
     with the frames that tool responses brought into them."""
-    blocks, at = [prompt], 0
+    return join_blocks([prompt, own_block(tokens, shown)])
+
+
+def own_block(tokens: np.ndarray, shown: Sequence[Shown] = ()) -> Prompt:
+    """What a rollout read and wrote after its prompt, as one block; see `whole_stream`."""
+    blocks, at = [], 0
     for piece in shown:
         blocks += [text_block(tokens[at : piece.at]), piece.block]
         at = piece.at + len(piece.block.tokens)

@@ -1,8 +1,9 @@
 """Log-probabilities of chosen tokens, without ever holding `[b, t, vocab]`.
 
-Only positions that count are sent through the vocabulary head: they are gathered
-first (a fixed number per row), then taken in chunks whose logits are recomputed in
-the backward pass. Peak memory of the head is `b * chunk * vocab`.
+Only positions that count are sent through the vocabulary head: they are packed first, those of the
+streams of one prompt into one row, then taken in chunks whose logits are recomputed in the
+backward pass; chunks that hold none are not computed. Peak memory of the head is
+`b * CHUNK * vocab`.
 """
 
 from __future__ import annotations
@@ -13,69 +14,148 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from paravt_jax.shaping import Shaper, Shaping, within
+from paravt_jax.records import ArrayLike, SharedPrefix
+from paravt_jax.shaping import Places, Shaper, Shaping, within
 
-Head = Callable[[Float[Array, "b c d"]], Float[Array, "b c vocab"]]
+Head = Callable[[Float[Array, "rows c d"]], Float[Array, "rows c vocab"]]
 UNSHAPED = Shaping()
+CHUNK = 128
+"""Positions of a stream whose logits exist at one time, at least 1."""
+
+
+def preceding(
+    hidden: Float[Array, "rows t d"],
+    shared: SharedPrefix | None = None,
+    prompt_lengths: Int[ArrayLike, " rows"] | None = None,
+) -> Float[Array, "b own d"]:
+    """The hidden states that predict the tokens of each stream: those of the tokens before them.
+
+    Args:
+      hidden: final hidden states of rows.
+      shared: prompts and lanes; what predicts the first token of a lane is the last one of its
+        prompt, of which `prompt_lengths` tells the tokens. None: rows are whole streams, whose
+        first token nothing predicts: there stand zeros.
+    """
+    if shared is None or prompt_lengths is None:
+        return jnp.pad(hidden[:, :-1], [(0, 0), (1, 0), (0, 0)])
+    own = shared.streams(hidden)
+    last = jnp.take_along_axis(hidden, jnp.asarray(prompt_lengths)[:, None, None] - 1, axis=1)
+    return jnp.concatenate([jnp.repeat(last, shared.lanes, axis=0), own[:, :-1]], axis=1)
 
 
 def gathered_log_probs(
-    hidden: Float[Array, "b t d"],
+    before: Float[Array, "b t d"],
     tokens: Int[Array, "b t"],
     chosen: Bool[Array, "b t"],
     head: Head,
     *,
     temperature: Float[Array, ""] | float,
     budget: int,
-    chunk: int = 128,
+    lanes: int = 1,
+    chunk: int = CHUNK,
     shaping: Shaping = UNSHAPED,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """Log-probability of each chosen token given those before it, and the entropy there.
 
-    `log p(y_t) = z_t[y_t] / T - logsumexp(z_t / T)` where `z_t` are the logits at t - 1, penalised
+    `log p(y_t) = z_t[y_t] / T - logsumexp(z_t / T)` where `z_t` are the logits before t, penalised
     and restricted as they were when the token was drawn (`paravt_jax.shaping`).
 
     Args:
-      hidden: final hidden states of the whole stream.
-      chosen: which tokens count; position 0 has no predecessor and never does.
+      before: what predicts each token, see `preceding`.
+      tokens: of each stream.
+      chosen: which of them count.
       head: maps hidden states to float32 logits.
       temperature: the sampler's temperature, so that learner and sampler agree.
-      budget: most chosen tokens in a row (static). Chosen tokens beyond it are dropped,
-        so the caller must pass a bound.
-      chunk: positions whose logits exist at one time.
+      budget: most chosen tokens of a stream (static). Of the streams of a row, chosen tokens beyond
+        theirs together are dropped, so the caller must pass a bound.
+      lanes: neighbouring streams whose chosen tokens are packed into one row.
+      chunk: positions of a stream whose logits exist at one time.
       shaping: what shaped the draws besides temperature.
 
     Returns:
       log-probabilities and entropies (no gradient), both 0 where not chosen.
     """
-    budget, chunk = _whole_chunks(budget, chunk)
-    index, inputs = _before_chosen(hidden, chosen, budget)
-    targets = jnp.take_along_axis(tokens, index, axis=1)
-    shaper = Shaper(shaping, tokens, _vocab(head, inputs), temperature)
+    packing = Packing.of(chosen, budget, lanes, chunk)
+    inputs, targets = packing.pack(before), packing.pack(tokens)
+    shaper = Shaper(shaping, tokens, _vocab(head, inputs), temperature, lanes)
 
-    @jax.checkpoint
-    def one_chunk(_, piece):
-        own, target, places = piece
+    def statistics(own: Array, target: Array, places: Places) -> tuple[Array, Array]:
         scores = shaper.tempered(head(own), places)
-        return None, _token_statistics(scores, target, shaper.support(scores, target, places))
+        return _token_statistics(scores, target, shaper.support(scores, target, places))
 
-    pieces = _chunks((inputs, targets, shaping.places(index)), chunk)
-    _, (log_probs, entropies) = jax.lax.scan(one_chunk, None, pieces)
-    shape = tokens.shape
-    entropies = jax.lax.stop_gradient(_scatter(index, entropies, shape))
-    return _scatter(index, log_probs, shape), entropies
+    pieces = inputs, targets, packing.places(shaping)
+    log_probs, entropies = packing.in_chunks(jax.checkpoint(statistics), pieces)
+    return packing.unpack(log_probs), jax.lax.stop_gradient(packing.unpack(entropies))
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+    """The chosen tokens of the streams of a row, packed to its front."""
+
+    index: Int[Array, "rows c"]
+    """Number of each one in its row; beyond the chosen ones anything."""
+    counts: Int[Array, " rows"]
+    """Chosen tokens of each row."""
+    lanes: int
+    """Streams of a row."""
+    length: int
+    """Tokens of a stream."""
+    chunk: int
+    """Positions that are taken at a time."""
+
+    @classmethod
+    def of(cls, chosen: Bool[Array, "b t"], budget: int, lanes: int, chunk: int) -> Packing:
+        """`lanes` neighbouring streams to a row, room for `budget` tokens of each, `chunk` of each
+        at a time."""
+        length = chosen.shape[1]
+        flat, budget = chosen.reshape(-1, lanes * length), min(budget, length)
+        chunk = min(chunk, budget)
+        room, chunk = -(-budget // chunk) * chunk * lanes, chunk * lanes
+        index = jax.vmap(lambda row: jnp.nonzero(row, size=room, fill_value=0)[0])(flat)
+        counts = jnp.sum(flat, axis=1, dtype=jnp.int32)
+        return cls(index.astype(jnp.int32), counts, lanes, length, chunk)
+
+    def pack(self, values: Shaped[Array, "b t *shape"]) -> Shaped[Array, "rows c *shape"]:
+        """What stands at the chosen tokens."""
+        flat = values.reshape(-1, self.lanes * self.length, *values.shape[2:])
+        return jnp.take_along_axis(flat, jnp.expand_dims(self.index, tuple(range(2, flat.ndim))), 1)
+
+    def unpack(self, values: Float[Array, "rows c"]) -> Float[Array, "b t"]:
+        """Values of chosen tokens back to where these stand; 0 elsewhere."""
+        real = jnp.arange(self.index.shape[1])[None] < self.counts[:, None]
+        nothing = jnp.zeros((len(values), self.lanes * self.length), values.dtype)
+        back = jax.vmap(lambda own, place, value: own.at[place].add(value))
+        return back(nothing, self.index, jnp.where(real, values, 0)).reshape(-1, self.length)
+
+    def places(self, shaping: Shaping) -> Places:
+        """Where the chosen tokens stand in their streams, and what was noted there."""
+        noted = (None if x is None else self.pack(jnp.asarray(x)) for x in shaping.noted)
+        return Places(self.index // self.length, self.index % self.length, *noted)
+
+    def in_chunks(self, function: Callable[..., Any], pieces: tuple[Any, ...]) -> Any:
+        """`function(*pieces)`, arrays `[rows, c]` of what is packed, chunk by chunk; zeros for
+        chunks beyond the chosen tokens of all rows."""
+        cut = _chunks(pieces, self.chunk)
+        shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], cut))
+        most = jnp.max(self.counts)
+
+        def one(_: None, piece: tuple[Array, Any]) -> tuple[None, Any]:
+            start, own = piece
+            nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+            return None, jax.lax.cond(start < most, lambda: function(*own), lambda: nothing)
+
+        starts = jnp.arange(0, self.index.shape[1], self.chunk)
+        return jax.tree.map(_unchunk, jax.lax.scan(one, None, (starts, cut))[1])
 
 
 @dataclasses.dataclass(frozen=True)
 class View:
     """What one policy makes of streams: those of the other policy, after prompts of its own."""
 
-    hidden: Float[Array, "b t d"]
-    """Final hidden states of the whole streams."""
-    chosen: Bool[Array, "b t"]
-    """Where the tokens stand that both compare: as many in each row, in the same order."""
+    before: Float[Array, "b t d"]
+    """What predicts each of their tokens, see `preceding`."""
     head: Head
 
 
@@ -83,15 +163,17 @@ def teacher_gap(
     teacher: View,
     student: View,
     tokens: Int[Array, "b t"],
+    chosen: Bool[Array, "b t"],
     *,
     support: int,
     full_weight: float = 0.0,
     temperature: Float[Array, ""] | float,
     budget: int,
-    chunk: int = 128,
+    lanes: int = 1,
+    chunk: int = CHUNK,
     shaping: Shaping = UNSHAPED,
 ) -> Float[Array, "b t"]:
-    """By how much a teacher finds each chosen token of the student likelier than the student does.
+    """By how much a teacher finds each chosen token likelier than the student does.
 
         delta_t = log p_T(y_t | S) - log p_S(y_t | S)
 
@@ -100,33 +182,26 @@ def teacher_gap(
     differ by noise, has no say. Both are shaped as the student's draws were. No gradient.
 
     Args:
-      tokens: the student's streams.
       support: likeliest tokens of the teacher.
       full_weight: share of the gap on the whole vocabulary in the result; 1 leaves nothing of S.
-      temperature, budget, chunk, shaping: see `gathered_log_probs`.
+      tokens, chosen, temperature, budget, lanes, chunk, shaping: see `gathered_log_probs`.
 
     Returns:
-      the gap at the student's chosen tokens, 0 elsewhere.
+      the gap at the chosen tokens, 0 elsewhere.
     """
-    budget, chunk = _whole_chunks(budget, chunk)
-    index, ours = _before_chosen(student.hidden, student.chosen, budget)
-    _, theirs = _before_chosen(teacher.hidden, teacher.chosen, budget)
-    targets = jnp.take_along_axis(tokens, index, axis=1)
-    shaper = Shaper(shaping, tokens, _vocab(student.head, ours), temperature)
+    packing = Packing.of(chosen, budget, lanes, chunk)
+    ours, theirs = packing.pack(student.before), packing.pack(teacher.before)
+    shaper = Shaper(shaping, tokens, _vocab(student.head, ours), temperature, lanes)
 
-    def one_chunk(_, piece):
-        own, other, target, places = piece
+    def gap(own: Array, other: Array, target: Array, places: Places) -> Array:
         # What the student had said and could say there holds for its teacher too.
         view = shaper.tempered(student.head(own), places)
         advised = shaper.tempered(teacher.head(other), places)
         inside = shaper.support(view, target, places)
-        return None, _gap(
-            within(inside, advised), within(inside, view), target, support, full_weight
-        )
+        return _gap(within(inside, advised), within(inside, view), target, support, full_weight)
 
-    pieces = _chunks((ours, theirs, targets, shaping.places(index)), chunk)
-    _, gaps = jax.lax.scan(one_chunk, None, pieces)
-    return jax.lax.stop_gradient(_scatter(index, gaps, tokens.shape))
+    gaps = packing.in_chunks(gap, (ours, theirs, packing.pack(tokens), packing.places(shaping)))
+    return jax.lax.stop_gradient(packing.unpack(gaps))
 
 
 def _gap(
@@ -149,30 +224,6 @@ def _gap(
         return own[..., 0] - (1 - full_weight) * small - full_weight * full
 
     return gain(teacher) - gain(student)
-
-
-def _whole_chunks(budget: int, chunk: int) -> tuple[int, int]:
-    """Budget and chunk such that the budget is a number of chunks."""
-    budget = -(-budget // chunk) * chunk if budget > chunk else budget
-    return budget, min(chunk, budget)
-
-
-def _before_chosen(
-    hidden: Float[Array, "b t d"], chosen: Bool[Array, "b t"], budget: int
-) -> tuple[Int[Array, "b c"], Float[Array, "b c d"]]:
-    """Where the chosen tokens stand (0: nowhere), and the hidden states that predict them."""
-    # Index 0 fills up rows with fewer chosen tokens, so it must stand for none.
-    chosen = chosen.at[:, 0].set(False)
-    index = jax.vmap(lambda row: jnp.nonzero(row, size=budget, fill_value=0)[0])(chosen)
-    return index, jnp.take_along_axis(hidden, jnp.maximum(index - 1, 0)[..., None], axis=1)
-
-
-def _scatter(
-    index: Int[Array, "b c"], chunks: Float[Array, "n b s"], shape: tuple[int, ...]
-) -> Float[Array, "b t"]:
-    """Values of chosen tokens, in chunks, back to where the tokens stand."""
-    back = jax.vmap(lambda place, value, size: size.at[place].add(value))
-    return back(index, jnp.where(index > 0, _unchunk(chunks), 0.0), jnp.zeros(shape, jnp.float32))
 
 
 def _token_statistics(

@@ -128,6 +128,11 @@ def _mesh_axes(axis: str | None) -> tuple[str, ...]:
     return RULES[axis]
 
 
+def batch_shards(mesh_shape: dict[str, int]) -> int:
+    """Parts that the rows of a batch are split into."""
+    return math.prod(mesh_shape.get(axis, 1) for axis in RULES["batch"])
+
+
 def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """Where an array with these logical axes lives on the mesh; errors as `partition`."""
     return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))

@@ -5,6 +5,7 @@ Host-side records hold numpy arrays. Device-side records (`VisionFeatures`,
 
 Axis legend, used in every shape of the project:
     b rows of a batch     t tokens              d model width
+    rows that hold a prompt and its streams     own: tokens after a prompt
     n query heads         k key/value heads     h head width
     f frames              p patches of a frame  c values of a flattened patch
     v vision tokens       s, u cache slots      l layers
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 T = TypeVar("T")
 
@@ -391,45 +392,95 @@ class HiddenKeys:
         return blind[:, :, None] & jnp.asarray(self.kinds)[:, None, :keys] == 0
 
 
+@dataclasses.dataclass(frozen=True)
+class SharedPrefix:
+    """How a row holds a prompt once and then the streams that continue it, one in each lane:
+
+        prompt, right-padded | stream 1, right-padded | stream 2, right-padded | ...
+
+    A token of a lane sees the tokens of the prompt and those before it in its lane. Static.
+    """
+
+    prompt: int
+    """Slots of the prompt."""
+    lanes: int
+    """Streams of a row; they have equally many slots."""
+
+    def streams(
+        self, values: Shaped[ArrayLike, "rows t *shape"]
+    ) -> Shaped[ArrayLike, "b own *shape"]:
+        """What stands in the lanes, one row for each, those of a prompt being neighbours."""
+        own = values[:, self.prompt :]
+        return own.reshape(-1, own.shape[1] // self.lanes, *own.shape[2:])
+
+
 @pytree
 @dataclasses.dataclass(frozen=True)
 class LearnerBatch:
-    """Token streams as the learner takes them: `b` rows in `b / g` groups of `g` neighbours.
+    """Token streams as the learner takes them: `b` streams in `b / g` groups of `g` neighbours.
 
-    Rows are right-padded. Vision comes once per group, either as patches (the tower runs
+    Where streams share prompts, a row of tokens is a prompt and the lanes that continue it
+    (`SharedPrefix`), and what concerns one stream is about its lane, `[b, own]`: what comes after
+    the prompt. Else a row is one whole stream, or several packed ones, and `rows` is `b` and `own`
+    is `t`. Shapes alone tell which (`shared`).
+
+    Rows and lanes are right-padded. Vision comes once per group, either as patches (the tower runs
     in the loss) or as features (it ran before, its weights do not train).
     """
 
-    tokens: Int[ArrayLike, "b t"]
-    positions: Int[ArrayLike, "b t 3"]
-    vision_index: Int[ArrayLike, "b t"]
+    tokens: Int[ArrayLike, "rows t"]
+    positions: Int[ArrayLike, "rows t 3"]
+    vision_index: Int[ArrayLike, "rows t"]
     lengths: Int[ArrayLike, "b"]
-    loss_weights: Float[ArrayLike, "b t"]
+    """Tokens of each lane, or of each row where there are no lanes."""
+    loss_weights: Float[ArrayLike, "b own"]
     """Weight of predicting the token at this index from those before it; 0 where not trained."""
-    behaviour_log_probs: Float[ArrayLike, "b t"]
+    behaviour_log_probs: Float[ArrayLike, "b own"]
     """Log-probability of the token at this index in the distribution that the sampler drew it from
     (0 where not generated)."""
-    reference_log_probs: Float[ArrayLike, "b t"]
-    """Frozen initial policy's log-probability of the token (0 where not generated)."""
-    advantages: Float[ArrayLike, "b t"]
-    structural: Bool[ArrayLike, "b t"]
+    reference_log_probs: Float[ArrayLike, "b own"]
+    """Frozen initial policy's log-probability of the token (0 where not generated, or where nothing
+    uses it)."""
+    advantages: Float[ArrayLike, "b own"]
+    structural: Bool[ArrayLike, "b own"]
     """Where a generated token belongs to a structural tag."""
     patches: Float[ArrayLike, "groups f p c"] | None
     grids: Int[ArrayLike, "groups f 2"] | None
     features: VisionFeatures | None
-    proximal_log_probs: Float[ArrayLike, "b t"] | None = None
+    proximal_log_probs: Float[ArrayLike, "b own"] | None = None
     """Log-probability of the token when the learner first saw the batch. None where it learns from
     it once: then that is the current policy's own."""
-    segments: Int[ArrayLike, "b t"] | None = None
+    segments: Int[ArrayLike, "rows t"] | None = None
     """Which of several packed streams a token belongs to, counted from 1, and 0 for padding: no
     token sees another stream's. None where each row is one stream."""
     hidden_keys: HiddenKeys | None = None
     """What some tokens may not see although it stands before them; None: they see it all."""
-    prompt_lengths: Int[ArrayLike, " b"] | None = None
-    """Tokens of each row's prompt; None without a repetition penalty."""
-    floors: Float[ArrayLike, "b t"] | None = None
+    prompt_lengths: Int[ArrayLike, " rows"] | None = None
+    """Tokens of each row's prompt; None for rows that are whole streams without a repetition
+    penalty."""
+    floors: Float[ArrayLike, "b own"] | None = None
     """See `Choices.floors`; None without truncation."""
-    grammar: Int[ArrayLike, "b t"] | None = None
+    grammar: Int[ArrayLike, "b own"] | None = None
     """See `Choices.grammar`; None without a grammar."""
     subagents: LearnerBatch | None = None
     """Rows of sub-agents that train with these, equally many for each group; None: they do not."""
+
+    @property
+    def shared(self) -> SharedPrefix | None:
+        """Prompts and lanes; None where rows are whole streams."""
+        (rows, slots), (streams, own) = self.tokens.shape, self.loss_weights.shape
+        lanes = streams // rows
+        prompt = slots - lanes * own
+        return SharedPrefix(prompt, lanes) if prompt else None
+
+    @property
+    def own_tokens(self) -> Int[ArrayLike, "b own"]:
+        """The tokens that `loss_weights` and all that is shaped like them are about."""
+        shared = self.shared
+        return self.tokens if shared is None else shared.streams(self.tokens)
+
+    @property
+    def trained(self) -> Float[Array, "b own"]:
+        """`loss_weights` of what can be predicted: a stream's very first token cannot."""
+        weights = jnp.asarray(self.loss_weights)
+        return weights.at[:, 0].set(0.0) if self.shared is None else weights

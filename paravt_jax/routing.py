@@ -6,11 +6,16 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from paravt_jax.records import SharedPrefix
+
 
 def load_balance(
-    router_logits: Float[Array, "l b t e"], valid: Bool[Array, "b t"], per_token: int
+    router_logits: Float[Array, "l rows t e"],
+    valid: Bool[Array, "rows t"],
+    per_token: int,
+    shared: SharedPrefix | None = None,
 ) -> Float[Array, " b"]:
-    """The balance loss of each row, mean over layers: 1 where all experts are used alike, up to
+    """The balance loss of each stream, mean over layers: 1 where all experts are used alike, up to
     `e / per_token` where the same ones serve every token.
 
         e / k * sum_e f_e P_e,  f_e: tokens that chose expert e, P_e: mean probability of e
@@ -20,13 +25,27 @@ def load_balance(
 
     Args:
       router_logits: of each sparse layer.
-      valid: which tokens are real; a row without any gets 0.
+      valid: which tokens are real; a stream without any gets 0.
       per_token: experts that serve each token, k.
+      shared: how rows hold streams, whose prompt then counts for each; None: rows are streams.
     """
     experts = router_logits.shape[-1]
     probabilities = jax.nn.softmax(router_logits.astype(jnp.float32), axis=-1)
     _, choices = jax.lax.top_k(router_logits, per_token)
     chosen = jnp.sum(jax.nn.one_hot(choices, experts), axis=-2)
-    weight = valid / jnp.maximum(jnp.sum(valid, axis=-1, keepdims=True), 1)
-    share, probability = (jnp.einsum("lbte,bt->lbe", x, weight) for x in (chosen, probabilities))
+    real = valid[None, ..., None]
+    sums = (_per_stream(jnp.where(real, x, 0), shared) for x in (chosen, probabilities))
+    tokens = _per_stream(real.astype(jnp.float32), shared)
+    share, probability = (x / jnp.maximum(tokens, 1) for x in sums)
     return experts / per_token * jnp.mean(jnp.sum(share * probability, axis=-1), axis=0)
+
+
+def _per_stream(
+    values: Float[Array, "l rows t e"], shared: SharedPrefix | None
+) -> Float[Array, "l b e"]:
+    """Sums over the tokens of each stream, its prompt included."""
+    if shared is None:
+        return jnp.sum(values, axis=2)
+    prompts = jnp.sum(values[:, :, : shared.prompt], axis=2)
+    own = jnp.sum(jax.vmap(shared.streams)(values), axis=2)
+    return jnp.repeat(prompts, shared.lanes, axis=1) + own

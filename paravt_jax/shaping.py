@@ -30,7 +30,7 @@ class Shaping:
     penalty: float | None = None
     """Repetition penalty."""
     prompt_lengths: Int[ArrayLike, " b"] | None = None
-    """What a row holds from here on counts as seen; needed for the penalty."""
+    """What a stream holds from here on counts as seen; None: all of it."""
     floors: Float[ArrayLike, "b t"] | None = None
     """Log-probability below which tokens were cut off; minus infinity where none was."""
     grammar: Int[ArrayLike, "b t"] | None = None
@@ -38,23 +38,27 @@ class Shaping:
     table: Int[ArrayLike, "state vocab"] | None = None
     """State after a token, `DEAD` where it is not allowed."""
 
-    def places(self, index: Int[Array, "b c"]) -> Places:
-        """What was noted of the tokens that stand at `index`."""
-        return Places(index, _take(self.floors, index), _take(self.grammar, index))
+    @property
+    def noted(self) -> tuple[ArrayLike | None, ArrayLike | None]:
+        """What was noted of each token: `floors` and `grammar`."""
+        return self.floors, self.grammar
 
 
 @pytree
 @dataclasses.dataclass(frozen=True)
 class Places:
-    """Some tokens of each row: where they stand, and what was noted there."""
+    """Some tokens of the streams of each row: where they stand, and what was noted there."""
 
+    lane: Int[Array, "b c"]
+    """Which of the row's streams they are of."""
     index: Int[Array, "b c"]
+    """Where in it."""
     floors: Float[Array, "b c"] | None
     grammar: Int[Array, "b c"] | None
 
 
 class Shaper:
-    """Shapes the logits of some tokens of a batch."""
+    """Shapes the logits of some tokens of a batch, those of `lanes` streams in one row."""
 
     def __init__(
         self,
@@ -62,18 +66,21 @@ class Shaper:
         tokens: Int[Array, "b t"],
         vocab: int,
         temperature: Float[Array, ""] | float,
+        lanes: int = 1,
     ) -> None:
         self._shaping, self._temperature = shaping, temperature
         self._first = None
-        if shaping.penalty is not None and shaping.prompt_lengths is not None:
-            self._first = first_seen(tokens, jnp.asarray(shaping.prompt_lengths), vocab)
+        if shaping.penalty is not None:
+            first = first_seen(tokens, shaping.prompt_lengths, vocab)
+            self._first = first.reshape(-1, lanes, vocab)
 
     def tempered(
         self, logits: Float[Array, "b c vocab"], places: Places
     ) -> Float[Array, "b c vocab"]:
         """z of all tokens."""
         if self._first is not None and self._shaping.penalty is not None:
-            seen = self._first[:, None] < places.index[..., None]
+            first = jnp.take_along_axis(self._first, places.lane[..., None], axis=1)
+            seen = first < places.index[..., None]
             logits = penalised(logits, seen, self._shaping.penalty)
         return logits / self._temperature
 
@@ -118,16 +125,14 @@ def penalised(
 
 
 def first_seen(
-    tokens: Int[Array, "b t"], prompt_lengths: Int[Array, " b"], vocab: int
+    tokens: Int[Array, "b t"], prompt_lengths: Int[ArrayLike, " b"] | None, vocab: int
 ) -> Int[Array, "b vocab"]:
-    """Where each token of the vocabulary first stands behind the prompt of a row; the length of
-    the row if nowhere. Token v counts as seen at t if this is below t."""
+    """Where each token of the vocabulary first stands behind the prompt of a stream (None: there
+    is no prompt in it); the length of the stream if nowhere. Token v counts as seen at t if this
+    is below t."""
     rows, length = tokens.shape
     at = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (rows, length))
-    at = jnp.where(at < prompt_lengths[:, None], length, at)
+    if prompt_lengths is not None:
+        at = jnp.where(at < jnp.asarray(prompt_lengths)[:, None], length, at)
     nowhere = jnp.full((rows, vocab), length, jnp.int32)
     return nowhere.at[jnp.arange(rows)[:, None], tokens].min(at)
-
-
-def _take(values: ArrayLike | None, index: Int[Array, "b c"]) -> Array | None:
-    return None if values is None else jnp.take_along_axis(jnp.asarray(values), index, axis=1)

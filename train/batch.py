@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
-from paravt_jax.blocks import whole_stream
+from paravt_jax.blocks import join_blocks, own_block, whole_stream
 from paravt_jax.mesh import partition
 from paravt_jax.patches import largest, restride, stack_patches
 from paravt_jax.records import (
@@ -24,6 +24,7 @@ from paravt_jax.records import (
     Shown,
     Trajectory,
 )
+from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
 
 
@@ -95,8 +96,8 @@ def learner_batch(
     frames: int = 0,
     frame_patches: int = 0,
 ) -> LearnerBatch:
-    """Pad streams to `[b, length]`; each group's prompt shows at least `frames` frames of at least
-    `frame_patches` patches, padding included.
+    """Pad whole streams to `[b, length]`, a row each; each group's prompt shows at least `frames`
+    frames of at least `frame_patches` patches, padding included.
 
     If tool responses brought frames into any stream, every row is a group of its own, with the
     frames of its prompt and then its own; their number is padded to one of few.
@@ -105,25 +106,91 @@ def learner_batch(
       ValueError: a stream is longer than `length` (the caller chose the bucket wrongly).
     """
     starts = [len(s.prompt.tokens) for s in streams]
-    longest = max(start + len(s.tokens) for start, s in zip(starts, streams, strict=True))
-    if longest > length:
-        raise ValueError(f"a stream of {longest} tokens does not fit the batch length {length}")
+    _check_fit("a stream", [len(s.prompt.tokens) + len(s.tokens) for s in streams], length)
     wholes = [whole_stream(s.prompt, s.tokens, s.shown) for s in streams]
     alone = any(s.shown for s in streams)
     groups = wholes[:: 1 if alone else group_size]
-    most, _ = largest([whole.patches for whole in groups])
-    # How many frames tool responses bring depends on what was said; prompts have few numbers.
-    frames = max(frames, bucket(most) if alone else most)
-    rows = functools.partial(_rows, length=length, starts=starts)
-    noted = [s.noted for s in streams]
+    seen = _frames(groups, _room(groups, frames, alone), frame_patches)
     return dataclasses.replace(
-        _batch(wholes, groups, length, pad_id, frames, frame_patches),
-        loss_weights=rows([s.loss_weights for s in streams], dtype=np.float32),
-        behaviour_log_probs=rows([s.log_probs for s in streams], dtype=np.float32),
+        _batch(wholes, seen, length, pad_id),
         prompt_lengths=np.array(starts, np.int32),
-        floors=rows([own.floors for own in noted], fill=-np.inf, dtype=np.float32),
-        grammar=rows([own.grammar for own in noted]),
+        **_values(streams, starts, length),
     )
+
+
+def shared_batch(
+    streams: Sequence[LearnerStream],
+    *,
+    prompt: int,
+    own: int,
+    pad_id: int,
+    group_size: int,
+    lanes: int,
+    frames: int = 0,
+    frame_patches: int = 0,
+) -> LearnerBatch:
+    """Streams in rows of `lanes` neighbours that share a prompt, which stands there once; see
+    `SharedPrefix`.
+
+    Args:
+      prompt, own: slots of a row's prompt, and of each stream after it.
+      group_size: neighbours that share frames: those of their prompts, and then those that tool
+        responses brought into each of them, whose number is padded to one of few.
+      lanes: divides it. In different rows prompts may differ in words.
+      frames, frame_patches: see `learner_batch`.
+
+    Raises:
+      ValueError: a prompt or what follows it is longer (the caller chose the bucket wrongly).
+    """
+    heads = [stream.prompt for stream in streams[::lanes]]
+    _check_fit("a prompt", [len(head.tokens) for head in heads], prompt)
+    _check_fit("what follows a prompt", [len(stream.tokens) for stream in streams], own)
+    blocks = [own_block(stream.tokens, stream.shown) for stream in streams]
+    groups = [
+        join_blocks([streams[at].prompt, *blocks[at : at + group_size]])
+        for at in range(0, len(streams), group_size)
+    ]
+    room = _room(groups, frames, any(stream.shown for stream in streams))
+    patches, grids, width = _frames(groups, room, frame_patches)
+    starts = [next_position(stream.prompt.positions) for stream in streams]
+    positions = [block.positions + start for block, start in zip(blocks, starts, strict=True)]
+    index = [restride(head, width) for head in heads], _own_index(groups, blocks, width)
+
+    def row(before: Sequence[np.ndarray], after: Sequence[np.ndarray], fill: int = 0) -> np.ndarray:
+        behind = _rows(after, own, fill)
+        behind = behind.reshape(len(heads), lanes * own, *behind.shape[2:])
+        return np.concatenate([_rows(before, prompt, fill), behind], axis=1)
+
+    return dataclasses.replace(
+        blank_batch(len(heads), prompt + lanes * own, len(streams), own),
+        tokens=row([head.tokens for head in heads], [block.tokens for block in blocks], pad_id),
+        positions=row([head.positions for head in heads], positions),
+        vision_index=row(*index, -1),
+        lengths=np.array([len(block.tokens) for block in blocks], np.int32),
+        patches=patches,
+        grids=grids,
+        prompt_lengths=np.array([len(head.tokens) for head in heads], np.int32),
+        **_values(streams, [0] * len(streams), own),
+    )
+
+
+def _own_index(
+    groups: Sequence[Prompt], blocks: Sequence[Prompt], patches: int
+) -> list[np.ndarray]:
+    """The vision index of each block in the frames of its group: a prompt, then equally many
+    blocks."""
+    found, size = [], len(blocks) // len(groups)
+    for number, group in enumerate(groups):
+        lengths = [len(block.tokens) for block in blocks[number * size : (number + 1) * size]]
+        first = len(group.tokens) - sum(lengths)
+        cuts = first + np.cumsum([0, *lengths[:-1]])
+        found += np.split(restride(group, patches), cuts)[1:]
+    return found
+
+
+def _check_fit(what: str, lengths: Sequence[int], room: int) -> None:
+    if max(lengths) > room:
+        raise ValueError(f"{what} of {max(lengths)} tokens does not fit the batch length {room}")
 
 
 def packed_batch(
@@ -133,20 +200,22 @@ def packed_batch(
     `frame_patches` patches."""
     streams = [item.stream for item in packs]
     return dataclasses.replace(
-        _batch(streams, streams, length, pad_id, frames, frame_patches),
+        _batch(streams, _frames(streams, frames, frame_patches), length, pad_id),
         loss_weights=_rows([item.weights for item in packs], length, dtype=np.float32),
         segments=_rows([item.segments for item in packs], length),
     )
 
 
-def blank_batch(rows: int, length: int) -> LearnerBatch:
-    """A batch `[rows, length]` of zeros, from which nothing is learned."""
-    integers, values = (np.zeros((rows, length), dtype) for dtype in (np.int32, np.float32))
+def blank_batch(rows: int, length: int, streams: int = 0, own: int = 0) -> LearnerBatch:
+    """A batch of rows `[rows, length]` and streams `[streams, own]` of zeros, from which nothing is
+    learned; by default rows are streams."""
+    integers = np.zeros((rows, length), np.int32)
+    values = np.zeros((streams or rows, own or length), np.float32)
     return LearnerBatch(
         tokens=integers,
         positions=np.zeros((rows, length, 3), np.int32),
         vision_index=integers,
-        lengths=np.zeros(rows, np.int32),
+        lengths=np.zeros(len(values), np.int32),
         loss_weights=values,
         behaviour_log_probs=values,
         reference_log_probs=values,
@@ -158,27 +227,50 @@ def blank_batch(rows: int, length: int) -> LearnerBatch:
     )
 
 
-def turn_numbers(groups: Sequence[RolloutGroup], length: int) -> np.ndarray:
-    """int32 `[b, length]`: `Trajectory.turn_numbers` in the rows of `streams_of_groups`."""
-    rollouts = [t for group in groups for t in group.trajectories]
-    starts = [len(t.prompt.tokens) for t in rollouts]
-    return _rows([t.turn_numbers for t in rollouts], length, starts=starts)
+def turn_numbers(groups: Sequence[RolloutGroup], own: int) -> np.ndarray:
+    """int32 `[b, own]`: `Trajectory.turn_numbers` in the streams of `streams_of_groups`, from the
+    first token after their prompts on."""
+    return _rows([t.turn_numbers for group in groups for t in group.trajectories], own)
 
 
-def _batch(
-    streams: Sequence[Prompt],
-    groups: Sequence[Prompt],
-    length: int,
-    pad_id: int,
-    frames: int,
-    frame_patches: int,
-) -> LearnerBatch:
-    """Padded streams, and the frames of those that stand for their group."""
-    seen = [stream.patches for stream in groups]
-    most_frames, most_patches = largest(seen)
-    most_patches = max(most_patches, frame_patches)
-    patches, grids = stack_patches(seen, frames, most_patches) if most_frames else (None, None)
-    index = [restride(stream, most_patches) for stream in streams]
+_Seen = tuple[np.ndarray | None, np.ndarray | None, int]
+"""Patches and grids of groups, and the patches of a frame."""
+
+
+def _frames(groups: Sequence[Prompt], frames: int, frame_patches: int) -> _Seen:
+    """The frames of groups, padded to `frames` of at least `frame_patches` patches."""
+    seen = [group.patches for group in groups]
+    most, width = largest(seen)
+    width = max(width, frame_patches)
+    patches, grids = stack_patches(seen, frames, width) if most else (None, None)
+    return patches, grids, width
+
+
+def _room(groups: Sequence[Prompt], frames: int, shown: bool) -> int:
+    """Frames that groups are padded to, at least `frames`; with `shown`, tool responses brought
+    some: how many they bring depends on what was said, and prompts have few numbers."""
+    most, _ = largest([group.patches for group in groups])
+    return max(frames, bucket(most) if shown else most)
+
+
+def _values(
+    streams: Sequence[LearnerStream], starts: Sequence[int], length: int
+) -> dict[str, np.ndarray]:
+    """What is known of every token of streams, which stand from `starts` on."""
+    rows = functools.partial(_rows, length=length, starts=starts)
+    noted = [stream.noted for stream in streams]
+    return {
+        "loss_weights": rows([s.loss_weights for s in streams], dtype=np.float32),
+        "behaviour_log_probs": rows([s.log_probs for s in streams], dtype=np.float32),
+        "floors": rows([own.floors for own in noted], fill=-np.inf, dtype=np.float32),
+        "grammar": rows([own.grammar for own in noted]),
+    }
+
+
+def _batch(streams: Sequence[Prompt], seen: _Seen, length: int, pad_id: int) -> LearnerBatch:
+    """Whole streams, padded, and the frames of their groups."""
+    patches, grids, width = seen
+    index = [restride(stream, width) for stream in streams]
     return dataclasses.replace(
         blank_batch(len(streams), length),
         tokens=_rows([stream.tokens for stream in streams], length, pad_id),

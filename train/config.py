@@ -80,6 +80,11 @@ class Config(Settings):
         """Whether the run learns packed conversations of `--data`."""
         return self.stage is Stage.SFT and not self.sft.phases
 
+    @property
+    def uses_reference(self) -> bool:
+        """Whether the divergence from the reference policy has a weight."""
+        return bool(self.objective.kl_weight or self.advantages.kl_weight)
+
     def check_together(self) -> None:
         """Refuse settings that do not fit one another, and those without effect."""
         check_effects(self)

@@ -334,12 +334,16 @@ def open_anchor(config: Config, tags: TagTable, mesh: Mesh) -> tuple[Anchor, flo
 
 
 def batch_shapes(
-    config: Config, spec: FrameSpec, pad_id: int, longest: int = 0, subagent_longest: int = 0
+    config: Config,
+    spec: FrameSpec,
+    pad_id: int,
+    longest: tuple[int, int] = (0, 0),
+    subagent_longest: int = 0,
 ) -> BatchShapes:
-    """Static shapes of the learner's batches: for frames of `spec`, and streams of main agents and
-    sub-agents of so many tokens at most."""
+    """Static shapes of the learner's batches: for frames of `spec`, and main agents' prompts, what
+    follows these, and streams of sub-agents of so many tokens at most."""
     frames, crop = max(config.data.frame_budgets), config.data.crop_frames
-    return BatchShapes(spec, pad_id, frames, crop, longest, subagent_longest)
+    return BatchShapes(spec, pad_id, frames, crop, *longest, subagent_longest)
 
 
 def engine_shapes(config: Config, agents: AgentMaker, engine: Engine) -> BatchShapes:
@@ -350,7 +354,7 @@ def engine_shapes(config: Config, agents: AgentMaker, engine: Engine) -> BatchSh
         subagent_longest = agents.crop.tokens + subagent_budget(config.agent, renderer)
         rows = possible_rows(config.agent.rounds * config.agent.calls_run, rl.group_size)
         agents.tell(f"learner: sub-agents of {subagent_longest} tokens, {rows} rows per prompt")
-    longest = main.prompt_tokens + main.suffix
+    longest = main.prompt_tokens, main.suffix
     return batch_shapes(config, renderer.spec, renderer.pad_id, longest, subagent_longest)
 
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import TrainablePolicy
-from paravt_jax.log_probs import UNSHAPED, gathered_log_probs
+from paravt_jax.log_probs import UNSHAPED, gathered_log_probs, preceding
 from paravt_jax.mesh import constrain
 from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
 from paravt_jax.records import ArrayLike, LearnerBatch, VisionFeatures
@@ -38,20 +38,27 @@ def batch_log_probs(
     temperature: float,
     budget: int,
     shaping: Shaping = UNSHAPED,
-) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
+) -> tuple[Float[Array, "b own"], Float[Array, "b own"], Float[Array, " b"]]:
     """Log-probability and entropy of every token with a loss weight, by a full forward; and how
-    evenly each row used the experts, 0 in a dense model (see `load_balance`)."""
-    hidden, router_logits = batch_hidden(policy, params, batch)
+    evenly each stream used the experts, 0 in a dense model (see `load_balance`).
+    `budget` bounds such tokens of a stream."""
+    before, router_logits = batch_hidden(policy, params, batch)
     log_probs, entropy = gathered_log_probs(
-        hidden,
-        batch.tokens,
-        batch.loss_weights > 0,
+        before,
+        batch.own_tokens,
+        batch.trained > 0,
         lambda h: policy.logits(params, h),
         temperature=temperature,
         budget=budget,
+        lanes=lanes(batch),
         shaping=shaping,
     )
     return log_probs, entropy, _balance(policy, router_logits, batch)
+
+
+def lanes(batch: LearnerBatch) -> int:
+    """Streams in a row of the batch."""
+    return batch.loss_weights.shape[0] // batch.tokens.shape[0]
 
 
 def shaping_of(batch: LearnerBatch, penalty: float, table: ArrayLike | None) -> Shaping:
@@ -59,7 +66,7 @@ def shaping_of(batch: LearnerBatch, penalty: float, table: ArrayLike | None) -> 
     engine's automata, and what the batch holds."""
     return Shaping(
         penalty=None if penalty == 1 else penalty,
-        prompt_lengths=batch.prompt_lengths,
+        prompt_lengths=batch.prompt_lengths if batch.shared is None else None,
         floors=batch.floors,
         grammar=batch.grammar,
         table=table,
@@ -68,9 +75,10 @@ def shaping_of(batch: LearnerBatch, penalty: float, table: ArrayLike | None) -> 
 
 def batch_hidden(
     policy: TrainablePolicy, params: FlatParams, batch: LearnerBatch
-) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
-    """Final hidden states of all streams, and what the routers said, see `hidden_and_router`."""
-    return policy.hidden_and_router(
+) -> tuple[Float[Array, "b own d"], Float[Array, "l rows t e"] | None]:
+    """The hidden states that predict the tokens of all streams (see `preceding`), and what the
+    routers said, see `hidden_and_router`."""
+    hidden, router_logits = policy.hidden_and_router(
         params,
         batch.tokens,
         batch.positions,
@@ -78,20 +86,32 @@ def batch_hidden(
         _row_features(policy, params, batch),
         batch.segments,
         batch.hidden_keys,
+        batch.shared,
+        batch.prompt_lengths,
     )
+    return preceding(hidden, batch.shared, batch.prompt_lengths), router_logits
 
 
 def _balance(policy: TrainablePolicy, router_logits: Array | None, batch: LearnerBatch) -> Array:
     if router_logits is None:
-        return jnp.zeros(batch.tokens.shape[0])
-    real = jnp.arange(batch.tokens.shape[1]) < batch.lengths[:, None]
-    return load_balance(router_logits, real, policy.experts_per_token)
+        return jnp.zeros(batch.loss_weights.shape[0])
+    return load_balance(router_logits, _real(batch), policy.experts_per_token, batch.shared)
+
+
+def _real(batch: LearnerBatch) -> Bool[Array, "rows t"]:
+    """Which tokens are no padding."""
+    own = jnp.arange(batch.loss_weights.shape[1])[None] < batch.lengths[:, None]
+    if batch.shared is None:
+        return own
+    prompt = jnp.arange(batch.shared.prompt)[None] < jnp.asarray(batch.prompt_lengths)[:, None]
+    return jnp.concatenate([prompt, own.reshape(len(prompt), -1)], axis=1)
 
 
 def _row_features(
     policy: TrainablePolicy, params: FlatParams, batch: LearnerBatch
 ) -> VisionFeatures | None:
-    """Vision features of each row; computed once per group and repeated for its rows."""
+    """Vision features of each row; computed once per group and repeated for its rows, if there are
+    several."""
     features = batch.features
     if features is None and batch.patches is not None and batch.grids is not None:
         features = policy.encode(params, batch.patches, batch.grids)
@@ -103,12 +123,12 @@ def _row_features(
 
 def split_micro(batch: LearnerBatch, count: int, group_size: int | None = None) -> LearnerBatch:
     """Reshape every `[n, ...]` to `[count, n / count, ...]`, groups kept whole: `group_size`
-    neighbouring rows, or those that share frames.
+    neighbouring streams, or those that share frames.
 
     Micro-batch i takes every count-th group: where a device holds several groups, it works on
     its own in each micro-batch.
     """
-    groups = _groups(batch, group_size)
+    groups = stream_groups(batch, group_size)
 
     def split(x: Array) -> Array:
         rows = x.shape[0] // groups
@@ -146,9 +166,9 @@ def minibatch(
     )
 
 
-def _groups(batch: LearnerBatch, group_size: int | None) -> int:
-    """Groups of neighbouring rows that stay together."""
-    return batch.tokens.shape[0] // group_size if group_size else vision_groups(batch)
+def stream_groups(batch: LearnerBatch, group_size: int | None) -> int:
+    """Groups of neighbouring streams that stay together."""
+    return batch.loss_weights.shape[0] // group_size if group_size else vision_groups(batch)
 
 
 def vision_groups(batch: LearnerBatch) -> int:
@@ -259,9 +279,7 @@ class SftStep:
         log_probs, _, balance = batch_log_probs(
             self.policy, params, batch, temperature=1.0, budget=budget
         )
-        # Nothing stands before a row's first token that could predict it.
-        weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
-        losses = -log_probs
+        weights, losses = batch.trained, -log_probs
         if self.router_balance:
             losses += self.router_balance * balance[:, None]
         return jnp.sum(losses * weights), (jnp.sum(weights), ())
@@ -277,11 +295,11 @@ class RlStep:
     temperature: float
     micro_batches: int
     budget: int
-    """Most generated tokens in a row."""
+    """Most generated tokens of a stream."""
     router_balance: float = 0.0
     """Weight of the loss that keeps experts evenly used."""
     group_size: int | None = None
-    """Neighbouring rows that answer one prompt, which stay in one micro-batch. None takes rows
+    """Neighbouring streams that answer one prompt, which stay in one micro-batch. None takes those
     that share frames."""
     subagent_temperature: float = 1.0
     subagent_budget: int = 0
@@ -308,13 +326,13 @@ class RlStep:
         params: FlatParams,
         batch: LearnerBatch,
         table: Int[ArrayLike, "s vocab"] | None = None,
-    ) -> Float[Array, "b t"]:
+    ) -> Float[Array, "b own"]:
         """Log-probabilities under any weights, in the micro-batches of the step itself."""
         pieces = jax.lax.map(
             lambda piece: self._of_tokens(params, piece, table)[0],
             split_micro(batch, self.micro_batches, self.group_size),
         )
-        return join_micro(pieces, _groups(batch, self.group_size))
+        return join_micro(pieces, stream_groups(batch, self.group_size))
 
     def of_subagents(self) -> RlStep:
         """The step of sub-agents alone, whose rows share nothing."""
@@ -328,7 +346,7 @@ class RlStep:
 
     def _of_tokens(
         self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
-    ) -> tuple[Float[Array, "b t"], Float[Array, "b t"], Float[Array, " b"]]:
+    ) -> tuple[Float[Array, "b own"], Float[Array, "b own"], Float[Array, " b"]]:
         """`batch_log_probs` in the distribution that the sampler drew from."""
         return batch_log_probs(
             self.policy,
@@ -359,7 +377,7 @@ class RlStep:
         self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
     ) -> tuple[Array, Sums]:
         log_probs, entropy, balance = self._of_tokens(params, batch, table)
-        weights = jnp.asarray(batch.loss_weights).at[:, 0].set(0.0)
+        weights = batch.trained
         proximal = batch.proximal_log_probs
         total, count, watched = policy_loss(
             log_probs,

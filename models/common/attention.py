@@ -15,7 +15,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from models.common import cudnn, splash
 from models.common.layers import precision
-from paravt_jax.records import HiddenKeys
+from paravt_jax.records import HiddenKeys, SharedPrefix
 
 QUERY_CHUNK = 96
 """Causal attention is computed in chunks of queries that see only the keys before their end:
@@ -43,6 +43,7 @@ def attend(
     key_lengths: Int[Array, " b"] | None = None,
     segments: Int[Array, "b s"] | None = None,
     hidden_keys: HiddenKeys | None = None,
+    shared: SharedPrefix | None = None,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`.
 
@@ -51,7 +52,17 @@ def attend(
     (queries and keys then being the same tokens). Query head `n` reads key head `n // (n/k)`.
     Where queries and keys are the same tokens, what is mixed for those beyond `key_lengths` means
     nothing.
+
+    With `shared`, queries and keys are rows of prompts, of `key_lengths` tokens, and of the streams
+    that continue them, causal as `SharedPrefix` says; the keys of a prompt are there once, whatever
+    the number of streams. Other masks do not go with it.
     """
+    if shared is not None and key_lengths is not None:
+        if splash.serves(query, key):
+            layout = {"lanes": shared.lanes, "prompt": shared.prompt, "causal": True}
+            padding = jnp.where(_no_padding(query.shape[1], shared, key_lengths), 0, -1)
+            return splash.attend(query, key, value, segments=padding, **layout)
+        return _shared(query, key, value, shared, key_lengths)
     if hidden_keys is None and splash.serves(query, key):
         segments = _within(key_lengths, key.shape[1], segments)
         return splash.attend(query, key, value, causal=causal, segments=segments)
@@ -184,6 +195,75 @@ def _causal_loops(
     parts = np.array_split(np.arange(count, dtype=np.int32), LOOPS)
     mixed = jnp.concatenate([loop(numbers) for numbers in parts])
     return mixed.swapaxes(0, 1).reshape(b, -1, *query.shape[2:])[:, :t]
+
+
+def _no_padding(slots: int, shared: SharedPrefix, lengths: Int[Array, " b"]) -> Bool[Array, "b t"]:
+    """Which slots are no padding of a prompt. That of a lane stands behind all of its tokens, where
+    none sees it."""
+    at = jnp.arange(slots)[None]
+    return (at >= shared.prompt) | (at < lengths[:, None])
+
+
+def _shared(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    shared: SharedPrefix,
+    lengths: Int[Array, " b"],
+) -> Float[Array, "b t n h"]:
+    """Prompts among themselves, then lanes to prompts and to themselves, in chunks of queries."""
+    p, own = shared.prompt, (query.shape[1] - shared.prompt) // shared.lanes
+    prompts = attend(query[:, :p], key[:, :p], value[:, :p], causal=True)
+    queries = _by_lane(query[:, p:], shared.lanes, key.shape[2])
+    keys, values = (_by_lane(x[:, p:], shared.lanes, x.shape[2]) for x in (key, value))
+    before = tuple(x[:, :p].swapaxes(1, 2) for x in (key, value))
+    in_prompt = _no_padding(p, shared, lengths)[:, None, None, None]
+    chunks = []
+    for start in range(0, own, QUERY_CHUNK):
+        end = min(start + QUERY_CHUNK, own)
+        after = tuple(x[:, :, :, 0, :end] for x in (keys, values))
+        visible = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
+        in_lane = jnp.tile(visible, (queries.shape[3], 1))[None, None, None]
+        chunks.append(_two_parts(queries[..., start:end, :], before, after, in_prompt, in_lane))
+    lanes = jnp.concatenate(chunks, axis=4).transpose(0, 2, 4, 1, 3, 5)
+    return jnp.concatenate([prompts, lanes.reshape(query[:, p:].shape)], axis=1)
+
+
+def _by_lane(
+    x: Float[Array, "b t n h"], lanes: int, kv: int
+) -> Float[Array, "b k lanes grouped own h"]:
+    """What stands in lanes, heads first."""
+    b, _, n, h = x.shape
+    return x.reshape(b, lanes, -1, kv, n // kv, h).transpose(0, 3, 1, 4, 2, 5)
+
+
+def _two_parts(
+    query: Float[Array, "b k lanes grouped c h"],
+    before: tuple[Float[Array, "b k p h"], ...],
+    after: tuple[Float[Array, "b k lanes s h"], ...],
+    in_prompt: Bool[Array, "b 1 1 1 p"],
+    in_lane: Bool[Array, "1 1 1 q s"],
+) -> Float[Array, "b k lanes grouped c h"]:
+    """`reference` over the keys of a prompt and those of each lane, with one softmax: the queries
+    of all lanes meet one copy of the prompt's keys in one product."""
+    b, k, lanes, grouped, c, h = query.shape
+    exact = precision(query.dtype)
+    together, apart = query.reshape(b, k, -1, h), query.reshape(b, k, lanes, -1, h)
+    first = jnp.einsum("bkqh,bksh->bkqs", together, before[0], precision=exact)
+    second = jnp.einsum("bklqh,bklsh->bklqs", apart, after[0], precision=exact)
+    parts = first.reshape(b, k, lanes, grouped * c, -1), second
+    scores = [
+        jnp.where(visible, part.astype(jnp.float32) * h**-0.5, HIDDEN)
+        for part, visible in zip(parts, (in_prompt, in_lane), strict=True)
+    ]
+    largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores))
+    weights = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in scores]
+    first, second = (x.astype(query.dtype) for x in weights)
+    first = first.reshape(b, k, lanes * grouped * c, -1)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", first, before[1], precision=exact).reshape(apart.shape)
+    mixed += jnp.einsum("bklqs,bklsh->bklqh", second, after[1], precision=exact)
+    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
+    return (mixed.astype(jnp.float32) / total).reshape(query.shape).astype(query.dtype)
 
 
 Partial = tuple[Float[Array, "b k q h"], Float[Array, "b k q"], Float[Array, "b k q"]]

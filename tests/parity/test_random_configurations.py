@@ -24,7 +24,7 @@ from transformers import (
 
 from models.qwen3_vl import from_pretrained
 from models.qwen3_vl.inputs import from_processor
-from paravt_jax.log_probs import gathered_log_probs
+from paravt_jax.log_probs import gathered_log_probs, preceding
 from tests.support.qwen3_vl_torch import IMAGE, START, VIDEO, gap, torch_logits
 
 pytestmark = pytest.mark.slow
@@ -162,9 +162,9 @@ def gradients_and_logits(policy, language, vision, batch):
     params = {**language, **vision}
     logits, hidden = compute(policy, params, batch)
     log_probs, _ = gathered_log_probs(
-        hidden,
+        preceding(hidden),
         batch["tokens"],
-        jnp.ones(batch["tokens"].shape, bool),
+        jnp.ones(batch["tokens"].shape, bool).at[:, 0].set(False),
         lambda h: policy.logits(params, h),
         temperature=1.0,
         budget=batch["tokens"].shape[1],

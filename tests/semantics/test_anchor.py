@@ -56,7 +56,7 @@ def trained(*settings, texts=(CLOSED, UNCLOSED), prefix=PREFIX, **options):
 
 def generated_text(batch, row, where):
     """What stands at the chosen tokens of a row."""
-    return RENDERER.decode(np.asarray(batch.tokens)[row][np.asarray(where)].tolist())
+    return RENDERER.decode(np.asarray(batch.own_tokens)[row][np.asarray(where)].tolist())
 
 
 def test_sequence_spreads_the_anchor_over_all_generated_tokens():
@@ -193,10 +193,10 @@ def credits_of(*groups, settings=()):
         config.rewards,
     )
     own = learner(config)
-    batch = own.batches.padded(streams_of_groups(made), len(groups[0]))
+    batch = own.batches.shared(streams_of_groups(made), len(groups[0]))
     credit = np.asarray(own.advantages.anchor.credit(made, batch))
-    numbers = turn_numbers(made, batch.tokens.shape[1])
-    rows = iter(zip(np.asarray(batch.tokens), numbers, credit, strict=True))
+    numbers = turn_numbers(made, batch.loss_weights.shape[1])
+    rows = iter(zip(np.asarray(batch.own_tokens), numbers, credit, strict=True))
     return [[by_turn(*next(rows), len(names)) for names in rollouts] for rollouts in groups]
 
 

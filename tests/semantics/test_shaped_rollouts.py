@@ -145,14 +145,15 @@ def test_sampler_and_learner_agree_about_what_was_sampled(name, engine):
     world = shaped_world("text", main, sub)
     groups = world.roll_out(engine, world.items(3))
     table = engine.automata.table
-    for own, streams in ((main, streams_of_groups(groups)), (sub, crop_streams(groups))):
-        (batch,) = world.batches(streams, len(streams), 1)
+    both = (main, streams_of_groups(groups), world.copies), (sub, crop_streams(groups), 1)
+    for own, streams, copies in both:
+        (batch,) = world.batches(streams, len(streams), copies)
         logits = all_logits(world, batch)
         learned = learned_log_probs(world, own, batch, table)
         for row, stream in enumerate(streams):
-            start = len(stream.prompt.tokens)
+            start = 0 if batch.shared else len(stream.prompt.tokens)
             places = np.flatnonzero(stream.generated)
-            want = expected_log_probs(logits[row, start - 1 :], stream, own, places)
+            want = expected_log_probs(logits[row, start:], stream, own, places)
             np.testing.assert_allclose(stream.log_probs[places], want, atol=1e-4)
             trained = np.flatnonzero(stream.loss_weights)
             np.testing.assert_allclose(
@@ -164,9 +165,9 @@ def test_sampler_and_learner_agree_about_what_was_sampled(name, engine):
 
 
 def all_logits(world: World, batch) -> np.ndarray:
-    """`[b, t, vocab]`: what predicts the token after each."""
-    hidden, _ = batch_hidden(world.policy, world.params, batch)
-    return np.asarray(world.policy.logits(world.params, hidden))
+    """`[b, own, vocab]`: what predicts each token."""
+    before, _ = batch_hidden(world.policy, world.params, batch)
+    return np.asarray(world.policy.logits(world.params, before))
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from paravt_jax.records import (
     Patches,
     Prompt,
     Row,
+    SharedPrefix,
     VideoRef,
     VisionFeatures,
 )
@@ -98,6 +99,16 @@ def image_prompt(text: str, frames: int, patches: int, seed: int, values: int = 
     )
 
 
+def visible_in(shared: SharedPrefix, lengths: jax.Array, slots: int) -> jax.Array:
+    """bool `[rows, t, t]`: which keys each query of rows of prompts and lanes sees, written out."""
+    own = (slots - shared.prompt) // shared.lanes
+    lane = np.r_[np.full(shared.prompt, -1), np.repeat(np.arange(shared.lanes), own)]
+    at = np.arange(slots)
+    sees = (at[None] <= at[:, None]) & ((lane[None] < 0) | (lane[None] == lane[:, None]))
+    real = (lane >= 0) | (at < jnp.asarray(lengths)[:, None])
+    return sees & real[:, None]
+
+
 class ToyPolicy:
     """One attention layer with positions, vision tokens and a real cache."""
 
@@ -133,12 +144,13 @@ class ToyPolicy:
     def hidden(self, params, tokens, positions, vision_index, features=None):
         return self.prefill(params, tokens, positions, vision_index, features)[0]
 
-    def prefill(self, params, tokens, positions, vision_index, features=None):
+    def prefill(self, params, tokens, positions, vision_index, features=None, visible=None):
         x = self._embed(params, tokens, positions, vision_index, features)
         keys, values = x @ params["k"], x @ params["v"]
         t = jnp.arange(tokens.shape[1])
         causal = jnp.broadcast_to(t <= t[:, None], (len(tokens), len(t), len(t)))
-        hidden = x + self._attend(x @ params["q"], keys, values, causal)
+        seen = causal if visible is None else visible
+        hidden = x + self._attend(x @ params["q"], keys, values, seen)
         return hidden, keys[None, :, None], values[None, :, None]
 
     def append(self, params, tokens, positions, vision_index, features, caches, rows=None):

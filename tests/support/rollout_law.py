@@ -43,8 +43,9 @@ from tests.support.rollout_fakes import (
     ToyRenderer,
     image_prompt,
     text_prompt,
+    visible_in,
 )
-from train.batch import LearnerStream, learner_batch, streams_of_groups
+from train.batch import LearnerStream, learner_batch, shared_batch, streams_of_groups
 from train.step import batch_log_probs
 
 ENDS = (IM_END, PAD, *range(48, 58))
@@ -106,8 +107,13 @@ class Learnable(ToyPolicy):
         features=None,
         segments=None,
         hidden_keys=None,
+        shared=None,
+        prompt_lengths=None,
     ):
-        return self.hidden(params, tokens, positions, vision_index, features), None
+        seen = None
+        if shared is not None:
+            seen = visible_in(shared, prompt_lengths, tokens.shape[1])
+        return self.prefill(params, tokens, positions, vision_index, features, seen)[0], None
 
 
 class TerseRenderer(ToyRenderer):
@@ -287,16 +293,16 @@ class World:
     def batches(
         self, streams: Sequence[LearnerStream], rows: int, group_size: int
     ) -> Iterator[LearnerBatch]:
-        """Learner batches of `rows` rows; the last is filled up from the first streams."""
+        """Learner batches of `rows` streams, groups with their prompts once; the last is filled up
+        from the first streams."""
+        sizes = {"pad_id": PAD, "group_size": group_size, "frame_patches": FRAME_PATCHES}
+        sizes["frames"] = FRAMES * group_size if self.config.evidence == "frames" else 4
         for start in range(0, len(streams), rows):
-            yield learner_batch(
-                list(itertools.islice(itertools.cycle(streams), start, start + rows)),
-                length=320,
-                pad_id=PAD,
-                group_size=group_size,
-                frames=FRAMES if self.config.evidence == "frames" else 4,
-                frame_patches=FRAME_PATCHES,
-            )
+            own = list(itertools.islice(itertools.cycle(streams), start, start + rows))
+            if group_size == 1:
+                yield learner_batch(own, length=320, **sizes)
+            else:
+                yield shared_batch(own, prompt=PROMPT_TOKENS, own=288, lanes=group_size, **sizes)
 
 
 def crop_streams(groups: Sequence[RolloutGroup]) -> list[LearnerStream]:
@@ -313,13 +319,22 @@ def learner_rows(batches: Sequence[LearnerBatch], count: int) -> list[bytes]:
     """The first `count` streams of learner batches, as `Tape.rows` has those of the engine."""
     rows = []
     for batch in batches:
+        own_tokens = np.asarray(batch.own_tokens)
+        copies = len(own_tokens) // len(batch.tokens)
         for row, length in enumerate(batch.lengths):
             tokens, generated, log_probs = (
                 values[row, :length]
-                for values in (batch.tokens, batch.loss_weights, batch.behaviour_log_probs)
+                for values in (own_tokens, batch.loss_weights, batch.behaviour_log_probs)
             )
-            rows.append(np.array([tokens, generated, log_probs], np.float32).tobytes())
+            told = _columns(_prompt_tokens(batch, row // copies))
+            own = np.array([tokens, generated, log_probs], np.float32)
+            rows.append(np.concatenate([told, own], axis=1).tobytes())
     return rows[:count]
+
+
+def _prompt_tokens(batch: LearnerBatch, row: int) -> np.ndarray:
+    """The tokens of a shared prompt; none where streams are whole."""
+    return batch.tokens[row, : batch.prompt_lengths[row] if batch.shared else 0]
 
 
 @dataclasses.dataclass

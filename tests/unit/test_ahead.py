@@ -35,7 +35,9 @@ def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     batch = checks.largest_batch(config, setup.Parts(config).policy).abstract(MESH)
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
-    assert batch.tokens.shape[0] == 16 * 8 and batch.tokens.shape[1] % 128 == 0
+    # Two groups in a micro-batch, and four devices for its rows: four rollouts to a prompt.
+    assert batch.shared.lanes == 4 and batch.tokens.shape[0] == 16 * 2
+    assert batch.loss_weights.shape[0] == 16 * 8 and batch.loss_weights.shape[1] % 64 == 0
 
 
 def test_a_minibatch_is_what_is_compiled():
@@ -43,8 +45,8 @@ def test_a_minibatch_is_what_is_compiled():
     base = recipe("image")
     config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
     batch = checks.largest_batch(config, setup.Parts(config).policy).abstract(MESH)
-    assert batch.features.tokens.shape[0] == 4 and batch.tokens.shape[0] == 4 * 8
-    assert batch.proximal_log_probs.shape == batch.tokens.shape
+    assert batch.features.tokens.shape[0] == 4 and batch.loss_weights.shape[0] == 4 * 8
+    assert batch.proximal_log_probs.shape == batch.loss_weights.shape
     assert setup.open_rl_step(config, setup.Parts(config).policy, optax.sgd(0.1)).micro_batches == 2
 
 

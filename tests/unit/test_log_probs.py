@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.log_probs import View, gathered_log_probs, teacher_gap
+from paravt_jax.log_probs import View, gathered_log_probs, preceding, teacher_gap
+from paravt_jax.records import SharedPrefix
 from paravt_jax.shaping import DEAD, Shaping
 
 pytestmark = pytest.mark.slow
@@ -15,7 +16,8 @@ rng = np.random.default_rng(0)
 HIDDEN = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
 HEAD = jnp.asarray(rng.normal(size=(D, V)), jnp.float32)
 TOKENS = jnp.asarray(rng.integers(0, V, (B, T)), jnp.int32)
-CHOSEN = jnp.asarray(rng.random((B, T)) < 0.5)
+CHOSEN = jnp.asarray(rng.random((B, T)) < 0.5).at[:, 0].set(False)
+BEFORE = preceding(HIDDEN)
 
 
 def plain(head, temperature):
@@ -28,17 +30,18 @@ def plain(head, temperature):
     return jnp.pad(picked * keep, pad), jnp.pad(entropy * keep, pad)
 
 
-@pytest.mark.parametrize("chunk", [2, 4, 128])
+@pytest.mark.parametrize(("chunk", "lanes"), [(2, 1), (4, 1), (128, 1), (1, 3), (128, 3)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_equals_the_plain_formula(chunk, temperature):
+def test_equals_the_plain_formula(chunk, lanes, temperature):
     def ours(head):
         return gathered_log_probs(
-            HIDDEN,
+            BEFORE,
             TOKENS,
             CHOSEN,
             lambda h: h @ head,
             temperature=temperature,
             budget=T,
+            lanes=lanes,
             chunk=chunk,
         )
 
@@ -53,7 +56,7 @@ def test_nothing_chosen_gives_zeros_and_finite_gradients():
     def total(head):
         none = jnp.zeros((B, T), bool)
         log_probs, _ = gathered_log_probs(
-            HIDDEN, TOKENS, none, lambda h: h @ head, temperature=1.0, budget=4
+            BEFORE, TOKENS, none, lambda h: h @ head, temperature=1.0, budget=4
         )
         return log_probs.sum()
 
@@ -109,15 +112,17 @@ def shaped_plain(head, shaping, inside):
     ],
     ids=["penalty", "truncation", "grammar", "all"],
 )
-def test_what_shaped_the_draws_shapes_value_and_gradient(shaping):
+@pytest.mark.parametrize("lanes", [1, 3])
+def test_what_shaped_the_draws_shapes_value_and_gradient(shaping, lanes):
     def ours(head):
         return gathered_log_probs(
-            HIDDEN,
+            BEFORE,
             TOKENS,
             CHOSEN,
             lambda h: h @ head,
             temperature=0.7,
             budget=T,
+            lanes=lanes,
             chunk=4,
             shaping=shaping,
         )
@@ -132,15 +137,15 @@ def test_what_shaped_the_draws_shapes_value_and_gradient(shaping):
 
 def test_a_teacher_is_shaped_like_its_student():
     """Equal policies have no gap; a grammar that leaves one token leaves nothing to advise."""
-    own = View(HIDDEN, CHOSEN, lambda h: h @ HEAD)
-    other = View(HIDDEN, CHOSEN, lambda h: h @ (2 * HEAD))
+    own = View(BEFORE, lambda h: h @ HEAD)
+    other = View(BEFORE, lambda h: h @ (2 * HEAD))
     settings = {"support": 4, "temperature": 0.7, "budget": T, "chunk": 4}
     shaping = Shaping(1.3, SEEN_FROM, FLOORS, STATES, TABLE)
-    assert not teacher_gap(own, own, TOKENS, shaping=shaping, **settings).any()
-    gaps = np.asarray(teacher_gap(other, own, TOKENS, shaping=shaping, **settings))
+    assert not teacher_gap(own, own, TOKENS, CHOSEN, shaping=shaping, **settings).any()
+    gaps = np.asarray(teacher_gap(other, own, TOKENS, CHOSEN, shaping=shaping, **settings))
     assert np.isfinite(gaps).all() and gaps.any()
     nothing_else = Shaping(grammar=STATES, table=jnp.full((3, V), DEAD, jnp.int16))
-    assert not teacher_gap(other, own, TOKENS, shaping=nothing_else, **settings).any()
+    assert not teacher_gap(other, own, TOKENS, CHOSEN, shaping=nothing_else, **settings).any()
 
 
 # Logits of one prediction over four tokens, and the policy that will be compared with it.
@@ -151,16 +156,16 @@ STUDENT = jnp.log(jnp.array([[[0.2, 0.4, 0.3, 0.1]]]))
 def gap_at(token: int, support: int, full_weight: float = 0.0, temperature: float = 1.0) -> float:
     """The gap for one token, by identity heads: hidden states are the logits."""
 
-    def view(logits, at):
-        hidden = jnp.zeros((1, 3, 4)).at[:, at - 1].set(logits[0])
-        chosen = jnp.zeros((1, 3), bool).at[0, at].set(True)
-        return View(hidden, chosen, lambda h: h)
+    def view(logits):
+        return View(jnp.zeros((1, 3, 4)).at[:, 1].set(logits[0]), lambda h: h)
 
+    chosen = jnp.zeros((1, 3), bool).at[0, 1].set(True)
     tokens = jnp.zeros((1, 3), jnp.int32).at[0, 1].set(token)
     gaps = teacher_gap(
-        view(TEACHER, 2),
-        view(STUDENT, 1),
+        view(TEACHER),
+        view(STUDENT),
         tokens,
+        chosen,
         support=support,
         full_weight=full_weight,
         temperature=temperature,
@@ -195,22 +200,17 @@ def test_gap_knows_the_temperature():
     assert gap_at(0, 2, temperature=0.5) == pytest.approx(want, abs=1e-6)
 
 
-@pytest.mark.parametrize("chunk", [2, 128])
-def test_equal_policies_have_no_gap_whatever_their_prompts(chunk):
-    """The teacher's streams stand two tokens further right."""
-    own = View(HIDDEN, CHOSEN, lambda h: h @ HEAD)
-    ahead = [jnp.pad(x, ((0, 0), (2, 0), *[(0, 0)] * (x.ndim - 2))) for x in (HIDDEN, CHOSEN)]
-    ahead[1] = ahead[1].at[:, 2].set(False)  # position 0 is never chosen
-    gaps = teacher_gap(
-        View(*ahead, own.head),
-        own,
-        TOKENS,
-        support=4,
-        temperature=0.7,
-        budget=T,
-        chunk=chunk,
-    )
-    assert not gaps.any()
-    other = View(ahead[0], ahead[1], lambda h: h @ (2 * HEAD))
-    gaps = teacher_gap(other, own, TOKENS, support=4, temperature=1.0, budget=T, chunk=chunk)
-    np.testing.assert_array_equal(gaps != 0, CHOSEN.at[:, 0].set(False))
+@pytest.mark.parametrize(("chunk", "lanes"), [(2, 1), (128, 1), (2, 3)])
+def test_equal_policies_have_no_gap(chunk, lanes):
+    own = View(BEFORE, lambda h: h @ HEAD)
+    settings = {"support": 4, "budget": T, "chunk": chunk, "lanes": lanes}
+    assert not teacher_gap(own, own, TOKENS, CHOSEN, temperature=0.7, **settings).any()
+    other = View(BEFORE, lambda h: h @ (2 * HEAD))
+    gaps = teacher_gap(other, own, TOKENS, CHOSEN, temperature=1.0, **settings)
+    np.testing.assert_array_equal(gaps != 0, CHOSEN)
+
+
+def test_what_predicts_the_first_tokens_of_lanes_is_the_last_of_their_prompt():
+    shared, hidden = SharedPrefix(3, 2), jnp.arange(14.0).reshape(2, 7, 1)
+    found = preceding(hidden, shared, jnp.array([3, 1]))
+    assert found[..., 0].tolist() == [[2, 3], [2, 5], [7, 10], [7, 12]]

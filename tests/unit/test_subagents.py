@@ -87,8 +87,11 @@ def as_one_batch(batch: LearnerBatch) -> LearnerBatch:
     trained = np.asarray(batch.subagents.loss_weights).any(axis=1)
 
     def both(name: str) -> np.ndarray:
-        rows = np.asarray(getattr(batch, name)), np.asarray(getattr(batch.subagents, name))[trained]
-        return np.concatenate([np.pad(x, [(0, 0), (0, 128 - x.shape[1])]) for x in rows])
+        """Of main agents what comes after their prompts, of sub-agents whole streams."""
+        own, whole = (np.asarray(getattr(x, name)) for x in (batch, batch.subagents))
+        starts = [len(stream.prompt.tokens) for stream in streams[: len(own)]] + [0] * 9
+        rows = [*zip([*own, *whole[trained]], starts, strict=False)]
+        return np.stack([np.pad(row, (start, 128))[:128] for row, start in rows])
 
     values = {name: both(name) for name in ("advantages", "reference_log_probs", "structural")}
     return jax.tree.map(jax.numpy.asarray, dataclasses.replace(one, **values))
@@ -171,7 +174,9 @@ def test_minibatches_take_sub_agents_with_their_rollouts():
     _, _, batch = made_batch()
     for index in range(2):
         part = minibatch(batch, index, count=2, group_size=2)
-        np.testing.assert_array_equal(part.tokens, batch.tokens[2 * index : 2 * index + 2])
+        np.testing.assert_array_equal(part.tokens, batch.tokens[index : index + 1])
+        own = batch.loss_weights[2 * index : 2 * index + 2]
+        np.testing.assert_array_equal(part.loss_weights, own)
         own = batch.subagents.tokens[4 * index : 4 * index + 4]
         np.testing.assert_array_equal(part.subagents.tokens, own)
 

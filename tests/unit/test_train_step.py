@@ -40,7 +40,8 @@ def test_loss_does_not_depend_on_micro_batching(aggregation):
     objective = ObjectiveConfig(kl_weight=0.1, aggregation=aggregation)
     whole, _ = run_steps("data:1", 1, 2, objective)
     parts, _ = run_steps("data:1", 4, 2, objective)
-    np.testing.assert_allclose(parts, whole, rtol=1e-5)
+    # The loss itself is 1 % of the terms of which it is the mean.
+    np.testing.assert_allclose(parts, whole, rtol=1e-5, atol=2e-6)
 
 
 def test_mesh_gives_the_one_device_trajectory():

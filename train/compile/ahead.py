@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +20,7 @@ from rollout.limits import AgentConfig
 from train.batch import blank_batch
 from train.data.settings import DataSettings
 from train.model import ModelSettings
-from train.rl.batches import LENGTH_UNIT, with_what_shaped
+from train.rl.batches import LENGTH_UNIT, lanes_per_row, with_what_shaped
 from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
 from train.state import abstract_state
@@ -49,7 +50,7 @@ class LargestBatch:
             home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
 
-        return jax.tree.map(lay_out, jax.eval_shape(self._zeros))
+        return jax.tree.map(lay_out, jax.eval_shape(functools.partial(self._zeros, mesh)))
 
     def table(self, mesh: Mesh) -> jax.ShapeDtypeStruct | None:
         """Shape of the table of a grammar, on every device; None without one."""
@@ -58,27 +59,35 @@ class LargestBatch:
         shape, home = (GRAMMAR_STATES, self.policy.vocab_size), NamedSharding(mesh, _ALL)
         return jax.ShapeDtypeStruct(shape, jnp.int16, sharding=home)
 
-    def _zeros(self) -> LearnerBatch:
+    def _zeros(self, mesh: Mesh) -> LearnerBatch:
         agent, rl = self.agent, self.rl
         groups = rl.prompts_per_step // rl.minibatches
         seen = most_vision_tokens(self.data, self.policy, max(self.data.frame_budgets))
         responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
         own = agent.generated_tokens + responses
-        main = self._rows(groups * rl.group_size, groups, seen, own)
+        lanes = lanes_per_row(rl.group_size, rl.micro_groups, mesh)
+        main = self._streams(groups * rl.group_size, groups, seen, own, lanes)
         main = with_what_shaped(main, agent.sampling)
         if not rl.trains_subagents:
             return main
         rows = groups * possible_rows(agent.rounds * agent.calls_run, rl.group_size)[-1]
         seen = most_vision_tokens(self.data, self.policy, self.data.crop_frames)
-        crops = self._rows(rows, rows, seen, agent.subagent_tokens)
+        crops = self._streams(rows, rows, seen, agent.subagent_tokens)
         crops = with_what_shaped(crops, agent.subagent_sampling)
         return dataclasses.replace(main, subagents=crops)
 
-    def _rows(self, rows: int, groups: int, seen: int, own: int) -> LearnerBatch:
-        """Rows that see `seen` vision tokens each and say or are told `own` tokens after them."""
+    def _streams(
+        self, streams: int, groups: int, seen: int, own: int, lanes: int | None = None
+    ) -> LearnerBatch:
+        """Streams that see `seen` vision tokens each and say or are told `own` tokens after them,
+        `lanes` to a prompt; None makes each a row of its own."""
         policy, width = self.policy, self.policy.width
-        length = bucket(seen * 5 // 4 + 256 + own, LENGTH_UNIT)
-        batch, dtype = blank_batch(rows, length), jnp.dtype(self.compute_dtype)
+        prompt, dtype = seen * 5 // 4 + 256, jnp.dtype(self.compute_dtype)
+        if lanes is None:
+            batch = blank_batch(streams, bucket(prompt + own, LENGTH_UNIT))
+        else:
+            prompt, own = bucket(prompt, LENGTH_UNIT), bucket(own, LENGTH_UNIT)
+            batch = blank_batch(streams // lanes, prompt + lanes * own, streams, own)
         deepstack = groups, policy.deepstack_levels, seen, width
         return dataclasses.replace(
             batch,
@@ -87,9 +96,9 @@ class LargestBatch:
                 deepstack=jnp.zeros(deepstack, dtype),
             ),
             proximal_log_probs=batch.advantages if self.rl.updates > 1 else None,
-            prompt_lengths=batch.lengths,
+            prompt_lengths=batch.tokens[:, 0],
             floors=batch.advantages,
-            grammar=batch.tokens,
+            grammar=batch.own_tokens,
         )
 
 

@@ -1,7 +1,7 @@
 """What a run compiles before its first step, so that it does not stop for it later.
 
 `rl.warm_up` rehearses rollouts of every static size that the questions can bring about, and an
-update of every length that they can have. Not foreseen are updates on rows that saw frames in tool
+update of every shape that they can have. Not foreseen are updates on rows that saw frames in tool
 responses, on rows of sub-agents, and what a teacher reads: their shapes depend on what was done.
 """
 
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import time
 from collections.abc import Mapping
 
@@ -40,12 +41,13 @@ def rehearse_run(
     began, shapes = time.perf_counter(), learner.batches.shapes
     rollouts = functools.partial(ProgressBar, console, "compiling rollouts")
     count = precompile(engine, state.params, sizes, shapes.spec.patch_values, rollouts)
-    with ProgressBar(console, "compiling updates", len(shapes.lengths)) as done:
-        for length in shapes.lengths:
-            state = rehearse_step(learner, state, blank_groups(learner, length))
+    lengths = list(itertools.product(shapes.prompts, shapes.owns))
+    with ProgressBar(console, "compiling updates", len(lengths)) as done:
+        for prompt, own in lengths:
+            state = rehearse_step(learner, state, blank_groups(learner, prompt, own))
             done()
     console.print(
-        f"warm-up: {count} shapes of rollouts, {len(shapes.lengths)} lengths of updates "
+        f"warm-up: {count} shapes of rollouts, {len(lengths)} of updates "
         f"compiled in {time.perf_counter() - began:.0f} s"
     )
     return state
@@ -59,11 +61,10 @@ def rehearse_step(learner: Learner, state: TrainState, groups: list[RolloutGroup
     return dataclasses.replace(after, step=after.step + (STEP_OFFSET - learner.settings.updates))
 
 
-def blank_groups(learner: Learner, length: int) -> list[RolloutGroup]:
-    """A batch of groups whose streams have this length and mean nothing."""
+def blank_groups(learner: Learner, prompt: int, own: int) -> list[RolloutGroup]:
+    """A batch of groups whose prompts and what follows them have these lengths and mean nothing."""
     shapes, rl = learner.batches.shapes, learner.settings
-    spoken = min(learner.whole.budget, length - 1)
-    rollout = _blank_rollout(_blank_prompt(shapes, length - spoken), spoken, shapes.pad_id)
+    rollout = _blank_rollout(_blank_prompt(shapes, prompt), own, shapes.pad_id)
     row = Row("rehearsal", VideoRef("", 0.0), "", "")
     return [RolloutGroup(row, 1, (rollout,) * rl.group_size)] * rl.prompts_per_step
 

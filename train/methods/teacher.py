@@ -33,10 +33,10 @@ from train.state import FlatParams, TrainState
 from train.step import (
     batch_hidden,
     join_micro,
-    mean_metrics,
+    lanes,
     shaping_of,
     split_micro,
-    vision_groups,
+    stream_groups,
 )
 
 
@@ -61,11 +61,13 @@ class TaughtLearner:
         self, state: TrainState, groups: Sequence[RolloutGroup]
     ) -> tuple[TrainState, dict[str, float]]:
         """See `Learner.step`."""
-        number = int(state.step) // self._learner.settings.updates
+        number = self._learner.number(state)
         batch, metrics = self._learner.prepare(state, groups)
         batch, told = self.reweight(state, groups, batch, number)
         state, learned = self._learner.update(state, batch)
-        return self.follow(state, number), metrics | told | mean_metrics(learned)
+        return self.follow(state, number), metrics | told | self._learner.metrics_of(
+            number, learned
+        )
 
     def share(self, step: int) -> float:
         """The teacher's share lambda at a step."""
@@ -97,7 +99,8 @@ class TaughtLearner:
         self, state: TrainState, groups: Sequence[RolloutGroup], batch: LearnerBatch
     ) -> Float[Array, "b t"]:
         """How much likelier the teacher finds each trained token of the batch."""
-        hinted = self._learner.batches.padded(self.streams(groups), len(groups[0].trajectories))
+        size = len(groups[0].trajectories)
+        hinted = self._learner.batches.shared(self.streams(groups), size, lanes=1)
         # The same frames under the same tower: their features are there already.
         hinted = dataclasses.replace(hinted, patches=None, grids=None, features=batch.features)
         teacher = {**state.frozen, **state.teacher}
@@ -130,22 +133,24 @@ class TaughtLearner:
             return teacher_gap(
                 self._view(teacher, other),
                 self._view(student, own),
-                own.tokens,
+                own.own_tokens,
+                own.trained > 0,
                 support=self._settings.support,
                 full_weight=self._settings.full_weight,
                 temperature=step.temperature,
                 budget=step.budget,
+                lanes=lanes(own),
                 shaping=shaping_of(own, step.penalty, table),
             )
 
-        pieces = jax.lax.map(compare, (split_micro(batch, count), split_micro(hinted, count)))
-        return join_micro(pieces, vision_groups(batch))
+        group = step.group_size
+        parts = split_micro(batch, count, group), split_micro(hinted, count, group)
+        return join_micro(jax.lax.map(compare, parts), stream_groups(batch, group))
 
     def _view(self, params: FlatParams, batch: LearnerBatch) -> View:
         policy = self._learner.whole.policy
         return View(
-            hidden=batch_hidden(policy, params, batch)[0],
-            chosen=batch.loss_weights > 0,
+            before=batch_hidden(policy, params, batch)[0],
             head=lambda h: policy.logits(params, h),
         )
 

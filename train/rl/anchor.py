@@ -47,17 +47,17 @@ class Anchor:
     ) -> tuple[Bool[Array, "b t"], Float[Array, ""]]:
         """Where the anchor may act in the rows of these groups, and which share of all spoken tags
         belongs to a pair."""
-        spoken = to_mesh(turn_numbers(groups, batch.tokens.shape[1]) > 0, self._mesh)
+        spoken = to_mesh(turn_numbers(groups, batch.loss_weights.shape[1]) > 0, self._mesh)
         generated = batch.loss_weights > 0
-        return self._find_tags(batch.tokens, spoken, generated, self._table, **self._rules)
+        return self._find_tags(batch.own_tokens, spoken, generated, self._table, **self._rules)
 
     def credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Float[Array, "b t"]:
         """What the anchor is to each token, before its weight: the parts of each turn's anchor,
         normalised among turns of the same number, at the tags that they are about."""
-        numbers = turn_numbers(groups, batch.tokens.shape[1])
+        numbers = turn_numbers(groups, batch.loss_weights.shape[1])
         parts = turn_credits(groups, numbers, self._settings)
         arrays = (to_mesh(x, self._mesh) for x in (numbers > 0, *parts))
-        return self._credit_tags(self._table, batch.tokens, *arrays)
+        return self._credit_tags(self._table, batch.own_tokens, *arrays)
 
     def _credit(
         self, table: TagTable, tokens: Array, spoken: Array, thinking: Array, acting: Array
@@ -78,14 +78,16 @@ class OwnAnchor(Anchor):
     def credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Float[Array, "b t"]:
         """What the function gives each token, before the anchor's weight."""
         rollouts = [t for group in groups for t in group.trajectories]
-        numbers = turn_numbers(groups, batch.tokens.shape[1])
+        numbers = turn_numbers(groups, batch.loss_weights.shape[1])
         rewards = {
             name: np.array([t.rewards[name] for t in rollouts], np.float32)
             for name in rollouts[0].rewards
         }
         arrays = to_mesh((numbers > 0, rewards), self._mesh)
         generated = batch.loss_weights > 0
-        return self._credit_own(self._table, batch.tokens, generated, *arrays, groups=len(groups))
+        return self._credit_own(
+            self._table, batch.own_tokens, generated, *arrays, groups=len(groups)
+        )
 
     def _own(
         self,

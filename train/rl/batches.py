@@ -11,19 +11,20 @@ import numpy as np
 from jax.sharding import Mesh
 
 from paravt_jax.interfaces import TrainablePolicy
+from paravt_jax.mesh import batch_shards
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.shapes import bucket, buckets
 from pipelines.preprocess import FrameSpec
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from train.batch import LearnerStream, learner_batch, streams_of_groups, to_mesh
+from train.batch import LearnerStream, learner_batch, shared_batch, streams_of_groups, to_mesh
 from train.rl.settings import RlSettings
 from train.rl.subagents import most_crops, rows_per_group, subagent_streams
 from train.state import FlatParams
 from train.step import encode_parts
 
 LENGTH_UNIT = 64
-"""Rows have multiples of this many tokens."""
+"""Prompts, what follows them, and rows have multiples of this many slots."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,26 +37,53 @@ class BatchShapes:
     """Frames of the largest prompt."""
     crop_frames: int
     """Frames of the largest crop."""
-    longest: int = 0
-    """Most tokens of a main agent's stream, whose rows then have one of few lengths. 0: unknown."""
+    longest_prompt: int = 0
+    """Most tokens of a main agent's prompt, of which rows then have one of few. 0: unknown."""
+    longest_own: int = 0
+    """Most tokens of a main agent's stream after its prompt; likewise."""
     subagent_longest: int = 0
     """Most tokens of a sub-agent's stream, whose rows all have one length. 0: unknown."""
 
     @functools.cached_property
-    def lengths(self) -> list[int]:
-        """The few lengths of rows of main agents: shorter ones than a quarter of the longest would
-        save little. None if that is unknown."""
-        return buckets(-(-self.longest // 4), self.longest, LENGTH_UNIT) if self.longest else []
+    def prompts(self) -> list[int]:
+        """The few numbers of slots of prompts: of several prompts one is long, so all of half the
+        longest and fewer are padded to a half, and more would save little. Empty if the longest is
+        unknown."""
+        longest = self.longest_prompt
+        return buckets(-(-longest // 2), longest, LENGTH_UNIT) if longest else []
+
+    @functools.cached_property
+    def owns(self) -> list[int]:
+        """The few numbers of slots of what follows them, from an eighth of the longest on: what may
+        be said is far more than what is said."""
+        longest = self.longest_own
+        return buckets(-(-longest // 8), longest, LENGTH_UNIT) if longest else []
 
     @property
     def subagent_length(self) -> int:
         """The one length of rows of sub-agents; 0 if that is unknown."""
         return -(-self.subagent_longest // LENGTH_UNIT) * LENGTH_UNIT
 
-    def length(self, longest: int) -> int:
-        """The length of rows of which the longest has so many tokens."""
-        fitting = [length for length in self.lengths if length >= longest]
-        return fitting[0] if fitting else bucket(longest, LENGTH_UNIT)
+    def slots(self, streams: Sequence[LearnerStream]) -> dict[str, int]:
+        """The slots of rows that hold these streams."""
+        prompt = max(len(stream.prompt.tokens) for stream in streams)
+        own = max(len(stream.tokens) for stream in streams)
+        return {"prompt": fitting(self.prompts, prompt), "own": fitting(self.owns, own)}
+
+
+def fitting(sizes: Sequence[int], count: int) -> int:
+    """The smallest of some sizes that holds `count`; one of `bucket`'s where none does."""
+    return next((size for size in sizes if size >= count), bucket(count, LENGTH_UNIT))
+
+
+def lanes_per_row(group_size: int, groups: int, mesh: Mesh) -> int:
+    """Streams that share one copy of their prompt: a whole group's, or as many fewer as it takes
+    for the rows of `groups` groups to divide over the devices that share a batch."""
+    shards = batch_shards(dict(mesh.shape))
+    for rows in range(1, group_size + 1):
+        if group_size % rows == 0 and groups * rows % shards == 0:
+            return group_size // rows
+    return group_size
 
 
 class RolloutBatches:
@@ -81,7 +109,7 @@ class RolloutBatches:
         """The batch of all rollouts on the mesh, and the shares of its tokens for
         `metrics.jsonl`."""
         streams = streams_of_groups(groups, self._rl.mask_over_turn)
-        batch = self.padded(streams, len(groups[0].trajectories))
+        batch = self.shared(streams, len(groups[0].trajectories))
         metrics, crops = {}, []
         if self._rl.trains_subagents:
             rows = rows_per_group(most_crops(groups), len(groups[0].trajectories))
@@ -96,50 +124,50 @@ class RolloutBatches:
         )
         return batch, metrics | token_shares([*streams, *crops])
 
-    def _subagents(self, params: FlatParams, streams: Sequence[LearnerStream]) -> LearnerBatch:
-        """Rows of sub-agents, each with frames of its own."""
-        shapes = self.shapes
-        sampling = self._agent.subagent_sampling
-        batch = self.padded(streams, 1, shapes.crop_frames, shapes.subagent_length, sampling)
-        features = self._encode_parts(params, batch)
-        return dataclasses.replace(batch, features=features, patches=None, grids=None)
-
-    def padded(
-        self,
-        streams: Sequence[LearnerStream],
-        group_size: int,
-        frames: int | None = None,
-        length: int = 0,
-        sampling: SamplingConfig | None = None,
+    def shared(
+        self, streams: Sequence[LearnerStream], group_size: int, lanes: int | None = None
     ) -> LearnerBatch:
-        """Streams on the mesh, their frames as patches, in one of few lengths.
+        """Streams of main agents on the mesh, their frames as patches, in one of few shapes.
 
         Args:
-          streams: of all rows.
-          group_size: neighbouring rows that share a prompt.
-          frames: least frames of each group, by default those of the largest prompt.
-          length: tokens of a row; 0 takes one of `BatchShapes.lengths`.
-          sampling: what they were drawn by, by default that of main agents.
+          group_size: neighbours that share frames.
+          lanes: neighbours that share a row and its prompt; None takes a whole group, if the mesh
+            lets it.
         """
+        shapes = self.shapes
+        host = shared_batch(
+            streams,
+            **shapes.slots(streams),
+            pad_id=shapes.pad_id,
+            group_size=group_size,
+            lanes=lanes or lanes_per_row(group_size, self._rl.micro_groups, self._mesh),
+            frames=shapes.spec.group_count(shapes.prompt_frames),
+            frame_patches=shapes.spec.max_patches,
+        )
+        return to_mesh(with_what_shaped(host, self._agent.sampling), self._mesh)
+
+    def _subagents(self, params: FlatParams, streams: Sequence[LearnerStream]) -> LearnerBatch:
+        """Rows of sub-agents: whole streams, each with frames of its own."""
         shapes = self.shapes
         longest = max(len(s.prompt.tokens) + len(s.tokens) for s in streams)
         host = learner_batch(
             streams,
-            length=length or shapes.length(longest),
+            length=shapes.subagent_length or bucket(longest, LENGTH_UNIT),
             pad_id=shapes.pad_id,
-            group_size=group_size,
-            frames=shapes.spec.group_count(shapes.prompt_frames if frames is None else frames),
+            frames=shapes.spec.group_count(shapes.crop_frames),
             frame_patches=shapes.spec.max_patches,
         )
-        needed = with_what_shaped(host, sampling or self._agent.sampling)
-        return to_mesh(needed, self._mesh)
+        batch = to_mesh(with_what_shaped(host, self._agent.subagent_sampling), self._mesh)
+        features = self._encode_parts(params, batch)
+        return dataclasses.replace(batch, features=features, patches=None, grids=None)
 
 
 def with_what_shaped(batch: LearnerBatch, sampling: SamplingConfig) -> LearnerBatch:
     """The batch without what these settings do not need: the step then computes none of it."""
+    starts = batch.shared or sampling.repetition_penalty != 1
     return dataclasses.replace(
         batch,
-        prompt_lengths=batch.prompt_lengths if sampling.repetition_penalty != 1 else None,
+        prompt_lengths=batch.prompt_lengths if starts else None,
         floors=batch.floors if sampling.truncates else None,
         grammar=batch.grammar if sampling.constrain else None,
     )

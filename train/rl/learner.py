@@ -41,6 +41,8 @@ class Learner:
         """
         self.settings, self._reference = rl, reference
         self.batches, self.advantages, self.table = batches, advantages, table
+        self._kl: float | None = None
+        """The divergence of the last step that measured it."""
         self.whole = dataclasses.replace(step, micro_batches=step.micro_batches * rl.minibatches)
         """The step on all minibatches at once: what is computed before the first update."""
         self._minibatch_step = jax.jit(step, donate_argnums=0)
@@ -55,19 +57,41 @@ class Learner:
     ) -> tuple[TrainState, dict[str, float]]:
         """Learn from scored rollouts: the state after all optimiser steps, and metrics of them.
         `state` is donated."""
+        number = self.number(state)
         batch, metrics = self.prepare(state, groups)
         state, learned = self.update(state, batch)
-        return state, metrics | mean_metrics(learned)
+        return state, metrics | self.metrics_of(number, learned)
+
+    def number(self, state: TrainState) -> int:
+        """Which batch of rollouts comes next; a rehearsal's is below 0."""
+        return int(state.step) // self.settings.updates
+
+    def measures_reference(self, number: int) -> bool:
+        """Whether this batch gets log-probabilities of the reference policy: where something but a
+        metric uses them all do."""
+        used = self.whole.objective.kl_weight or self.advantages.settings.kl_weight
+        return bool(used) or self._kl is None or number % self.settings.reference_every == 0
+
+    def metrics_of(self, number: int, learned: Sequence[StepMetrics]) -> dict[str, float]:
+        """Metrics of the optimiser steps of a batch; `kl` is that of the last one that measured
+        it."""
+        found = mean_metrics(learned)
+        if not self.measures_reference(number):
+            return found | {"kl": self._kl or 0.0}
+        if number >= 0:
+            self._kl = found["kl"]
+        return found
 
     def prepare(
         self, state: TrainState, groups: Sequence[RolloutGroup]
     ) -> tuple[LearnerBatch, dict[str, float]]:
         """All that is computed once per batch of rollouts: where the format anchor may act, the
-        log-probabilities of the reference policy, advantages."""
+        log-probabilities of the reference policy, if anything uses them, advantages."""
         batch, metrics = self.batches(state.params, groups)
         structural, validity = self.advantages.anchor.positions(groups, batch)
         batch = dataclasses.replace(batch, structural=structural)
-        batch = self.with_reference(state.frozen, batch)
+        if self.measures_reference(self.number(state)):
+            batch = self.with_reference(state.frozen, batch)
         batch = self.advantages(groups, batch)
         return batch, {"format/tag_validity": float(validity), **metrics}
 

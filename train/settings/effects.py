@@ -134,6 +134,9 @@ TABLE = (
          ("regression",)),
     Only("objective.constant_length", "objective.aggregation", ("constant",), off=None),
     Only("objective.anchor_paired_only", "objective.anchor", ("position", "logprob"), off=False),
+    Only("rl.reference_every", "uses_reference", operator.not_, IF_GIVEN,
+         "where {objective.kl_weight:name} or {advantages.kl_weight:name} takes the reference at "
+         "every step; leave it out"),
     Only("rl.filter_redraws", "rl.filter_groups"),
     Only("rl.overlong_weight", "rl.overlong_limit"),
     Only("rl.subagent_credit", "agent.evidence", ("text",), "none",
