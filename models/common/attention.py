@@ -62,6 +62,9 @@ def attend(
             layout = {"lanes": shared.lanes, "prompt": shared.prompt, "causal": True}
             padding = jnp.where(_no_padding(query.shape[1], shared, key_lengths), 0, -1)
             return splash.attend(query, key, value, segments=padding, **layout)
+        if cudnn.serves(query, key):
+            layout = {"lanes": shared.lanes, "prompt": shared.prompt}
+            return cudnn.attend(query, key, value, lengths=key_lengths, **layout)
         return _shared(query, key, value, shared, key_lengths)
     if hidden_keys is None and splash.serves(query, key):
         segments = _within(key_lengths, key.shape[1], segments)
@@ -83,7 +86,9 @@ def _within(
     """Segments, in which what lies beyond the lengths is one of its own."""
     if lengths is None:
         return segments
-    return jnp.where(jnp.arange(slots) < lengths[:, None], 0 if segments is None else segments, -1)
+    return jnp.where(
+        jnp.arange(slots)[None] < lengths[:, None], 0 if segments is None else segments, -1
+    )
 
 
 def visibility(

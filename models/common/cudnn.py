@@ -189,7 +189,7 @@ def _apart(lanes: int, tokens: Float[Array, "b own n h"]) -> Float[Array, "lanes
     return tokens.reshape(-1, tokens.shape[1] // lanes, *tokens.shape[2:])
 
 
-def _inputs_apart(lanes: int, own: Inputs) -> Inputs:
+def _inputs_apart(lanes: int, own: Inputs) -> tuple[Array, Array, Array]:
     return _apart(lanes, own[0]), _apart(lanes, own[1]), _apart(lanes, own[2])
 
 

@@ -11,6 +11,7 @@ import pytest
 from models.common import attention, cudnn
 from models.common.attention import reference, visibility
 from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.records import SharedPrefix
 from tests.unit.test_splash import draw, in_lanes
 
 
@@ -84,7 +85,7 @@ def test_parts_are_merged_to_the_plain_computation_and_its_gradient(name, mesh):
     with jax.set_mesh(make_mesh(parse_mesh(mesh or "data:1", 8 if mesh else 1))):
         got = both(ours)
     for one, other in zip(got, expected, strict=True):
-        np.testing.assert_allclose(one, other, atol=1e-5)
+        np.testing.assert_allclose(one, other, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
@@ -111,15 +112,32 @@ def test_what_cudnn_serves(monkeypatch):
     assert not cudnn.serves(query[..., 1:], query[..., 1:])
 
 
-@pytest.mark.parametrize("terms", [{"causal": True}, {"lengths": LENGTHS}, {}])
-def test_the_door_takes_cudnn_on_a_gpu(terms, monkeypatch):
-    query, key, value = draw((2, 40, 4, 8), (2, 40, 2, 8), (2, 40, 2, 8))
-    lengths = jnp.asarray(terms["lengths"]) if "lengths" in terms else None
-    causal = "causal" in terms
-    visible = visibility(40, 40, causal, key_lengths=lengths)
-    calls = functools.partial(cudnn.attend, flash=PlainFlash())
-    monkeypatch.setattr(cudnn, "attend", calls)
-    monkeypatch.setattr(attention, "reference", None)
+DOORS = {
+    "causal": {"causal": True},
+    "frames": {"key_lengths": LENGTHS},
+    "whole frames": {},
+    "shared": {"causal": True, "key_lengths": LENGTHS, "shared": SharedPrefix(12, 4)},
+}
+
+
+@pytest.mark.parametrize("name", DOORS)
+def test_the_door_takes_cudnn_on_a_gpu(name, monkeypatch):
+    terms = {name: jnp.asarray(x) if np.ndim(x) else x for name, x in DOORS[name].items()}
+    inputs = draw((2, 40, 4, 8), (2, 40, 2, 8), (2, 40, 2, 8))
+    door = functools.partial(attention.attend, **terms)
+    plain = door(*inputs)
+    calls = []
+
+    def emulated(*inputs, **terms):
+        calls.append(terms)
+        return cudnn_attend(*inputs, **terms, flash=PlainFlash())
+
+    cudnn_attend = cudnn.attend
+    monkeypatch.setattr(cudnn, "attend", emulated)
     monkeypatch.setattr(cudnn, "serves", lambda query, key: True)
-    got = attention.attend(query, key, value, causal=causal, key_lengths=lengths)
-    np.testing.assert_allclose(got, reference(query, key, value, visible), atol=1e-5)
+    got = door(*inputs)
+    assert len(calls) == 1
+    # What padding of a prompt attends to means nothing.
+    real = np.ones((2, 40), bool)
+    real[0, 9:12] = name != "shared"
+    np.testing.assert_allclose(got[real], plain[real], atol=1e-5)

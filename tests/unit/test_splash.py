@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.common import attention, splash
 from models.common.attention import reference, visibility
 from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.records import SharedPrefix
 
 TOKENS = 300
 PACKED = np.repeat([[1, 2, 3, 0], [1, 1, 2, 0]], TOKENS // 4, axis=1)
@@ -126,14 +127,28 @@ def test_it_compiles_for_a_tpu_and_nothing_is_gathered(lanes):
         for heads in (8, 4)
     )
 
-    door = functools.partial(attention.attend, causal=True)
-    in_lanes = functools.partial(splash.attend, causal=True, prompt=1024, lanes=lanes)
+    shared = SharedPrefix(1024, lanes) if lanes else None
+    lengths = jnp.full(4, 1000, jnp.int32) if lanes else None
+    door = functools.partial(attention.attend, causal=True, shared=shared, key_lengths=lengths)
 
     def loss(*inputs):
-        mixed = (in_lanes if lanes else door)(*inputs)
-        return jnp.sum(mixed.astype(jnp.float32) ** 2)
+        return jnp.sum(door(*inputs).astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert not re.search("all-gather|all-to-all|collective-permute", text)
+
+
+def test_the_door_takes_the_kernel_where_prompts_are_shared(monkeypatch):
+    """Padding of prompts is hidden from the lanes, as in the plain computation."""
+    shared, lengths = SharedPrefix(100, 4), jnp.asarray([70, 100], jnp.int32)
+    inputs = draw((2, 440, 4, 64), (2, 440, 2, 64), (2, 440, 2, 64))
+    door = functools.partial(attention.attend, causal=True, shared=shared, key_lengths=lengths)
+    plain = jax.jit(door)(*inputs)
+    monkeypatch.setattr(splash, "serves", lambda query, key: True)
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    monkeypatch.setattr(attention, "_shared", None)
+    kernel = jax.jit(lambda *tokens: door(*tokens))(*inputs)
+    real = (np.arange(440) >= 100) | (np.arange(440) < np.asarray(lengths)[:, None])
+    np.testing.assert_allclose(kernel[real], plain[real], atol=2e-6)
