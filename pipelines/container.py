@@ -17,6 +17,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from pipelines.arrays import Seconds
 from pipelines.faults import UNREADABLE
 
 REMEDY = (
@@ -97,8 +98,8 @@ class Packets:
     """The packets of the video stream whose pictures are shown: not those before an edited
     beginning, which are only needed to decode others."""
 
-    times: np.ndarray
-    """float64 `[n]`: ascending seconds; NaN, at the end, for packets without a time."""
+    times: Seconds
+    """Ascending; NaN, at the end, for packets without a time."""
     end: float
     """When the last picture has been shown as long as its packet says; 0 without any."""
 

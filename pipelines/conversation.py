@@ -27,6 +27,7 @@ from paravt_jax.patches import join_patches
 from paravt_jax.protocol import THINK_CLOSE, THINK_OPEN, after_thinking
 from paravt_jax.records import Conversation, ImageRef, Message, Pack, Prompt, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
+from pipelines.arrays import Counts, Grids, Marks, Pixels, Positions, Seconds, Tokens, Weights
 from pipelines.faults import CONTROL, Unusable
 from pipelines.images import read_image
 from pipelines.preprocess import FrameSpec, ImageSpec, VideoSpec, to_patches
@@ -65,15 +66,14 @@ class VisionInput:
     Bytes, not patches: conversations that wait for room in a pack take a quarter of the memory.
     """
 
-    pixels: np.ndarray
-    """uint8 `[f, h, w, 3]`."""
+    pixels: Pixels
     spec: FrameSpec
-    times: np.ndarray | None = None
+    times: Seconds | None = None
     """Seconds of the frames of a video; a still image has none."""
 
     @property
-    def grids(self) -> np.ndarray:
-        """int32 `[f', 2]`: rows and columns of patches of what the vision tower sees as frames."""
+    def grids(self) -> Grids:
+        """Of what the vision tower sees as frames."""
         sides = np.array(self.pixels.shape[1:3]) // self.spec.patch_size
         return np.tile(sides.astype(np.int32), (self.spec.group_count(len(self.pixels)), 1))
 
@@ -82,12 +82,11 @@ class VisionInput:
 class EncodedConversation:
     """A rendered conversation whose frames are not cut into patches yet."""
 
-    tokens: np.ndarray
-    """int32 `[t]`."""
-    visual: np.ndarray
-    """bool `[t]`: where a vision token stands."""
-    weights: np.ndarray
-    """float32 `[t]`: loss weight of predicting each token."""
+    tokens: Tokens
+    visual: Marks
+    """Where a vision token stands."""
+    weights: Weights
+    """Loss weight of predicting each token."""
     clips: tuple[VisionInput, ...]
     """In the order in which their tokens stand."""
 
@@ -268,7 +267,7 @@ class ConversationRenderer:
         weights = np.repeat(learned.astype(np.float32), repeats)
         return EncodedConversation(tokens, visual, weights, clips)
 
-    def _with_special(self, tokens: np.ndarray, learned: np.ndarray) -> np.ndarray:
+    def _with_special(self, tokens: Tokens, learned: Marks) -> Marks:
         after = np.zeros_like(learned)
         after[1:] = learned[:-1] & ~learned[1:]
         return learned | after | np.isin(tokens, self._special_ids)
@@ -395,13 +394,13 @@ def pack(examples: Sequence[EncodedConversation]) -> Pack:
     )
 
 
-def _positions(example: EncodedConversation) -> np.ndarray:
+def _positions(example: EncodedConversation) -> Positions:
     grids = np.concatenate([np.zeros((0, 2), np.int32), *(clip.grids for clip in example.clips)])
     merge = example.clips[0].spec.merge_size if example.clips else 1
     return mrope_positions(example.visual, grids, merge)
 
 
-def _vision_counts(clips: Sequence[VisionInput]) -> np.ndarray:
+def _vision_counts(clips: Sequence[VisionInput]) -> Counts:
     """Vision tokens of each frame, in order."""
     counts = [clip.grids.prod(1) // clip.spec.merge_size**2 for clip in clips]
     return np.concatenate([np.zeros(0, np.int64), *counts])

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from paravt_jax.records import VideoRef
+from pipelines.arrays import Picture, Seconds
 from pipelines.container import (
     REMEDY,
     Header,
@@ -35,7 +36,7 @@ WHOLE = 0.95
 
 Size = tuple[int, int]
 """Height and width in pixels."""
-Decoded = dict[int, np.ndarray | None]
+Decoded = dict[int, Picture | None]
 """Frames by index; None for one that cannot be decoded."""
 
 
@@ -43,8 +44,8 @@ Decoded = dict[int, np.ndarray | None]
 class VideoInfo:
     """A video stream, as it is shown: turned upright if the container says so."""
 
-    times: np.ndarray
-    """float64 `[frames]`: when each frame appears, ascending seconds on the container's clock."""
+    times: Seconds
+    """When each frame appears, ascending seconds on the container's clock."""
     duration: float
     """Length in seconds."""
     height: int
@@ -79,14 +80,14 @@ def probe(path: str) -> VideoInfo:
     return VideoInfo(times, duration, seen.height, seen.width, seen.decoder)
 
 
-def _length(times: np.ndarray, header: Header) -> float:
+def _length(times: Seconds, header: Header) -> float:
     """Seconds until the last frame was shown as long as the others on average."""
     if len(times) < 2:
         return 1 / (header.fps or 1.0)
     return float(times[-1] + (times[-1] - times[0]) / (len(times) - 1))
 
 
-def _check(path: str, header: Header, times: np.ndarray) -> None:
+def _check(path: str, header: Header, times: Seconds) -> None:
     if not len(times):
         raise UnreadableVideo(f"video {path}: no frame can be decoded; {REMEDY}")
     if len(times) > 1 and not times[-1] > times[0]:
@@ -112,8 +113,8 @@ def video_ref(path: str) -> VideoRef:
     return VideoRef(path=os.path.abspath(path), duration=duration)
 
 
-def shown_times(decoder: Decoder) -> np.ndarray:
-    """Times of the frames that decoding the whole file yields, ascending seconds, float64 `[n]`."""
+def shown_times(decoder: Decoder) -> Seconds:
+    """Times of the frames that decoding the whole file yields, ascending seconds."""
     times = np.fromiter(_walk(decoder), np.float64)
     if len(times) > 2 and times[-1] <= times[-2]:
         # The last frames out of a decoder that held them back have lost their times.
@@ -129,14 +130,15 @@ def _walk(decoder: Decoder) -> Iterator[float]:
         yield decoder.time()
 
 
-def _ends_at(decoder: Decoder, times: np.ndarray) -> bool:
+def _ends_at(decoder: Decoder, times: Seconds) -> bool:
     """Whether the last of these is the last one that can be decoded."""
-    decoder.seek(times[-1])
+    last = float(times[-1])
+    decoder.seek(last)
     shown = list(_walk(decoder))
-    return bool(shown) and abs(shown[-1] - times[-1]) < ROUNDING
+    return bool(shown) and abs(shown[-1] - last) < ROUNDING
 
 
-def complete(path: str, frames: Decoded) -> dict[int, np.ndarray]:
+def complete(path: str, frames: Decoded) -> dict[int, Picture]:
     """Frames in ascending order, with copies of the one before in the places of absent ones.
 
     Raises:
@@ -155,8 +157,8 @@ def complete(path: str, frames: Decoded) -> dict[int, np.ndarray]:
 
 def decode_present(
     path: str, info: VideoInfo, indices: Sequence[int], size: Size | None = None
-) -> dict[int, np.ndarray]:
-    """Frames at `indices` (ascending) as RGB uint8 `[h, w, 3]`, resized to `size`; those that
+) -> dict[int, Picture]:
+    """Frames at `indices` (ascending) as RGB, resized to `size`; those that
     cannot be decoded are left out.
 
     Raises:
@@ -164,7 +166,7 @@ def decode_present(
     """
     walk = _Cursor(path, info, info.decoder)
     sure = walk if info.decoder == SURE else _Cursor(path, info, SURE)
-    frames: dict[int, np.ndarray] = {}
+    frames: dict[int, Picture] = {}
     for index in indices:
         image = walk.frame(index)
         if image is None:
@@ -192,7 +194,7 @@ class _Cursor:
         """Opened at its first use."""
         return self._open()
 
-    def frame(self, index: int) -> np.ndarray | None:
+    def frame(self, index: int) -> Picture | None:
         """Frame `index` as RGB; None if it does not follow, or is not certain to be it."""
         if index - self._at > SEEK_GAP:
             self.seek(index)

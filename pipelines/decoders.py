@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import cv2
 import numpy as np
@@ -18,6 +18,7 @@ from av.error import FFmpegError
 from av.filter import Graph
 from av.video.frame import VideoFrame
 
+from pipelines.arrays import Picture
 from pipelines.container import (
     REMEDY,
     Header,
@@ -39,6 +40,7 @@ NOT_IN_OPENCV = ("av1",)
 UNKNOWN, PROGRESSIVE = 0, 1
 
 
+@runtime_checkable
 class Decoder(Protocol):
     """An open video file and a place in it, at first before its first frame."""
 
@@ -59,8 +61,8 @@ class Decoder(Protocol):
         """Make the frame of a time the next one. Another one may come: look at its time."""
         ...
 
-    def image(self) -> np.ndarray | None:
-        """This frame, upright, RGB uint8 `[h, w, 3]`; None if what there is may be another one."""
+    def image(self) -> Picture | None:
+        """This frame, upright; None if what there is may be another one."""
         ...
 
 
@@ -108,7 +110,7 @@ class OpenCvDecoder:
         self._first_is_next = False
         self._capture.set(cv2.CAP_PROP_POS_MSEC, 1000 * seconds)
 
-    def image(self) -> np.ndarray | None:
+    def image(self) -> Picture | None:
         """See `Decoder`."""
         if not self._at_first:
             ok, image = self._capture.retrieve()
@@ -195,7 +197,7 @@ class AvDecoder:
         """The frame as FFmpeg has it."""
         return self._frame
 
-    def image(self) -> np.ndarray | None:
+    def image(self) -> Picture | None:
         """See `Decoder`."""
         return None if self._frame is None else _rgb(self._frame)
 
@@ -211,7 +213,7 @@ class AvDecoder:
         return self._stream.codec_context.codec.canonical_name
 
 
-def _rgb(frame: VideoFrame) -> np.ndarray:
+def _rgb(frame: VideoFrame) -> Picture:
     """By a filter graph, as in the ffmpeg program: a plain conversion mixes the colours of the
     fields of an interlaced frame."""
     graph = Graph()

@@ -6,10 +6,11 @@ import numpy as np
 from PIL import Image, ImageOps
 
 from paravt_jax.records import ImageRef
+from pipelines.arrays import Picture
 
 
-def read_image(image: ImageRef) -> np.ndarray:
-    """The uint8 pixels `[h, w, 3]` of an image file, turned upright as its EXIF data say.
+def read_image(image: ImageRef) -> Picture:
+    """The pixels of an image file, turned upright as its EXIF data say.
 
     Raises:
         ValueError: the file cannot be read, or has more pixels than Pillow believes (179 million).

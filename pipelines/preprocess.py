@@ -14,12 +14,14 @@ import math
 import os
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, TypeVar
 
 import numpy as np
+from jaxtyping import UInt8
 from PIL import Image
 
 from paravt_jax.records import Patches
+from pipelines.arrays import Blocks, Picture, Pixels, Runs, Values
 
 # Frames longer than this many times their width, or the reverse, are refused.
 MOST_SLENDER = 200
@@ -30,6 +32,9 @@ OUTER, EACH = "outer", "each"
 MARKS = {OUTER: "transformers>=5.10", EACH: "transformers<5.10"}
 """Where vision marks stand in a video, and who writes them so: around each pair of frames, and
 `outer`: around the whole video besides. As the processors of 5.0, 5.9, 5.10 and 5.23 do."""
+
+# Not `Self`: beartype, which checks shapes method by method, knows no class to put in its place.
+Spec = TypeVar("Spec", bound="FrameSpec")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,7 +75,7 @@ class FrameSpec(abc.ABC):
         return self._most_frame_pixels() // self.factor**2 * self.merge_size**2
 
     @classmethod
-    def from_folder(cls, folder: str) -> Self:
+    def from_folder(cls: type[Spec], folder: str) -> Spec:
         """Read a Hugging Face model folder: `preprocessor_config.json` for images,
         `video_preprocessor_config.json` for videos, or the part of `processor_config.json`
         in which transformers 5 keeps either.
@@ -121,7 +126,7 @@ class FrameSpec(abc.ABC):
                 json.dump(whole, file, indent=2)
 
     @classmethod
-    def _from_config(cls, config: dict[str, Any]) -> Self:
+    def _from_config(cls: type[Spec], config: dict[str, Any]) -> Spec:
         size = {f"size.{name}": config["size"][name] for name in ("shortest_edge", "longest_edge")}
         sides = {name: config[name] for name in ("patch_size", "merge_size", "temporal_patch_size")}
         for name, value in (sides | size).items():
@@ -150,7 +155,7 @@ class FrameSpec(abc.ABC):
         """Most pixels of one resized frame, whatever the number of frames."""
 
     @abc.abstractmethod
-    def limited(self, min_pixels: int, max_pixels: int) -> Self:
+    def limited(self, min_pixels: int, max_pixels: int) -> FrameSpec:
         """This specification, with other limits for the pixels of one frame."""
 
     @abc.abstractmethod
@@ -165,8 +170,8 @@ class FrameSpec(abc.ABC):
         """
 
     @abc.abstractmethod
-    def group(self, frames: np.ndarray) -> np.ndarray:
-        """Frames `[f, h, w, 3]` to the runs `[f', temporal, h, w, 3]` that patches span."""
+    def group(self, frames: Pixels) -> Runs:
+        """Frames in the runs that patches span."""
 
     @abc.abstractmethod
     def group_count(self, frames: int) -> int:
@@ -196,8 +201,8 @@ class FrameSpec(abc.ABC):
         most = min(share, self._most_frame_pixels())
         return _fit(height, width, self.factor, (min(self._least_frame_pixels(), most), most))
 
-    def resize(self, frames: np.ndarray) -> np.ndarray:
-        """Resize the uint8 frames `[f, h, w, 3]` of one overview or crop to their target size.
+    def resize(self, frames: Pixels) -> UInt8[np.ndarray, "f rows columns 3"]:
+        """Resize the frames of one overview or crop to their target size.
 
         To be done once: the target size of frames of a target size may be another one.
         """
@@ -233,7 +238,7 @@ class ImageSpec(FrameSpec):
     def _least_frame_pixels(self) -> int:
         return self.min_pixels
 
-    def limited(self, min_pixels: int, max_pixels: int) -> Self:
+    def limited(self, min_pixels: int, max_pixels: int) -> ImageSpec:
         """Other limits for the pixels of a frame."""
         return dataclasses.replace(self, min_pixels=min_pixels, max_pixels=max_pixels)
 
@@ -242,7 +247,7 @@ class ImageSpec(FrameSpec):
         _check_aspect(height, width)
         return _fit(height, width, self.factor, (self.min_pixels, self.max_pixels))
 
-    def group(self, frames: np.ndarray) -> np.ndarray:
+    def group(self, frames: Pixels) -> Runs:
         """Each frame, repeated as often as a patch is long."""
         return np.repeat(frames[:, None], self.temporal_patch_size, axis=1)
 
@@ -317,7 +322,7 @@ class VideoSpec(FrameSpec):
     def _least_frame_pixels(self) -> int:
         return self.min_frame_pixels
 
-    def limited(self, min_pixels: int, max_pixels: int) -> Self:
+    def limited(self, min_pixels: int, max_pixels: int) -> VideoSpec:
         """Limits for the pixels of a frame: `min_pixels` instead of the processor's fewest pixels
         of all frames, `max_pixels` within its most pixels of all frames."""
         return dataclasses.replace(
@@ -333,7 +338,7 @@ class VideoSpec(FrameSpec):
         _check_aspect(height, width)
         return _fit(height, width, self.factor, self._budget(count), count, self._depth(count))
 
-    def group(self, frames: np.ndarray) -> np.ndarray:
+    def group(self, frames: Pixels) -> Runs:
         """Neighbours form one patch, the last frame being repeated to fill up the last."""
         size = self.temporal_patch_size
         padding = np.repeat(frames[-1:], -len(frames) % size, axis=0)
@@ -389,8 +394,8 @@ def _fit(
     return rows, columns
 
 
-def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Resize one uint8 frame `[h, w, 3]` to (height, width); the same array if it has that size.
+def resize(frame: Picture, size: tuple[int, int]) -> UInt8[np.ndarray, "rows columns 3"]:
+    """Resize one frame to (height, width); the same array if it has that size.
 
     Pillow's bicubic filter, widened when shrinking: what torchvision calls antialiased. The
     two round differently: 0.5 % of the values are one grey level apart.
@@ -405,8 +410,8 @@ def resize(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.asarray(image)
 
 
-def to_patches(frames: np.ndarray, spec: FrameSpec) -> Patches:
-    """Cut resized uint8 frames `[f, h, w, 3]` into normalised patches in merge-block order.
+def to_patches(frames: Pixels, spec: FrameSpec) -> Patches:
+    """Cut resized frames into normalised patches in merge-block order.
 
     Returns:
         Patches with values `[f', p, c]`: `f' = f` as images, `ceil(f / temporal)` as video.
@@ -427,7 +432,7 @@ def to_patches(frames: np.ndarray, spec: FrameSpec) -> Patches:
     return Patches(values.reshape(len(groups), rows * columns, spec.patch_values), grids)
 
 
-def _blocks(groups: np.ndarray, spec: FrameSpec) -> np.ndarray:
+def _blocks(groups: Runs, spec: FrameSpec) -> Blocks:
     """Order: block row, block column, row and column in the block, channel, time, y, x."""
     count, times, height, width, channels = groups.shape
     patch, merge = spec.patch_size, spec.merge_size
@@ -445,7 +450,7 @@ def _blocks(groups: np.ndarray, spec: FrameSpec) -> np.ndarray:
     return split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
 
 
-def _normalise(blocks: np.ndarray, spec: FrameSpec) -> np.ndarray:
+def _normalise(blocks: Blocks, spec: FrameSpec) -> Values:
     """(x / 255 - mean) / std on blocks whose fourth axis from the end is the channel.
 
     In place on one float array: temporaries of this size cost more than the arithmetic.

@@ -9,12 +9,14 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
+from jaxtyping import Float64, Int
 
 from paravt_jax.markup import without_tags
 from paravt_jax.patches import join_patches, split_patches
 from paravt_jax.records import Clip, Frames, Patches, Prompt, Row, VideoRef
 from paravt_jax.rope_index import mrope_positions, vision_index
 from paravt_jax.structure import token_bytes
+from pipelines.arrays import Seconds
 from pipelines.faults import CONTROL, Unusable
 from pipelines.preprocess import EACH, SPECS, FrameSpec, VideoSpec, to_patches
 from pipelines.subtitles import subtitle_text
@@ -347,7 +349,7 @@ class ChatRenderer:
         pieces = filter(None, self._pieces.split(text))
         return [token for piece in pieces for token in self._piece_ids(piece)]
 
-    def decode(self, tokens: Sequence[int]) -> str:
+    def decode(self, tokens: Sequence[int] | Int[np.ndarray, " t"]) -> str:
         """Text of token ids, special tokens kept."""
         return self.tokenizer.decode(
             [int(token) for token in tokens],
@@ -384,12 +386,12 @@ class ChatRenderer:
         text = written(self.tokenizer, messages, tools=tools, add_generation_prompt=True)
         return text.removesuffix(self.opening)
 
-    def video_parts(self, times: np.ndarray, number: int | None) -> list[dict[str, str]]:
+    def video_parts(self, times: Seconds, number: int | None) -> list[dict[str, str]]:
         """The frames of a video, after its number where several are shown."""
         head = "" if number is None else self.texts.video.format(number=number)
         return [*_words(head), *self.frame_parts(times)]
 
-    def frame_parts(self, times: np.ndarray) -> list[dict[str, str]]:
+    def frame_parts(self, times: Seconds) -> list[dict[str, str]]:
         """The frames as content of a message: timed images, or one video."""
         if self.mode == "video":
             return [{"type": "video"}]
@@ -398,7 +400,7 @@ class ChatRenderer:
             parts += [{"type": "text", "text": _stamp(time)}, {"type": "image"}]
         return parts
 
-    def with_times(self, text: str, times: Iterable[np.ndarray]) -> str:
+    def with_times(self, text: str, times: Iterable[Seconds]) -> str:
         """The text with each video's one vision token written out, as the processor does it.
 
         Args:
@@ -412,7 +414,7 @@ class ChatRenderer:
         following = iter(times)
         return first + "".join(self._video_text(next(following)) + after for after in rest)
 
-    def _video_text(self, times: np.ndarray) -> str:
+    def _video_text(self, times: Seconds) -> str:
         """What the processor puts in the place of a video's one vision token."""
         means = _mean_times(times, self.spec.temporal_patch_size)
         return "".join(f"{_stamp(t)}{_marked(self._pad_text)}" for t in means)
@@ -437,7 +439,7 @@ def _stamp(time: float) -> str:
     return f"<{time:.1f} seconds>"
 
 
-def _mean_times(times: np.ndarray, size: int) -> np.ndarray:
+def _mean_times(times: Seconds, size: int) -> Float64[np.ndarray, " patches"]:
     """Time of each temporal patch: the mean of its first and last frame, as in Qwen3-VL."""
     filled = np.concatenate([times, np.repeat(times[-1:], -len(times) % size)]).reshape(-1, size)
     return (filled[:, 0] + filled[:, -1]) / 2

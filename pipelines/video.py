@@ -14,6 +14,7 @@ import numpy as np
 
 from paravt_jax.deadlines import OutOfTime, within_seconds
 from paravt_jax.records import Frames, VideoRef
+from pipelines.arrays import Indices, Seconds
 from pipelines.container import UnreadableVideo
 from pipelines.decode import Decoded, Size, VideoInfo, complete, decode_present, probe
 from pipelines.decoders import ROUNDING
@@ -31,20 +32,20 @@ Key = tuple[str, Size]
 """What frames are kept by: the file and their size."""
 
 
-def overview_indices(frames: int, count: int) -> np.ndarray:
+def overview_indices(frames: int, count: int) -> Indices:
     """Indices of `count` frames spread evenly from the first to the last, both included.
 
-    int64 `[min(count, frames)]`; the rule of Qwen3-VL's video processor.
+    At most as many as there are; the rule of Qwen3-VL's video processor.
     """
     count = min(count, frames)
     return np.linspace(0, frames - 1, count).round().astype(np.int64)
 
 
-def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int) -> np.ndarray:
+def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int) -> Indices:
     """Indices of the frames on screen at evenly spaced moments of the window [start, end).
 
     The window is half-open, so that neighbouring windows share no frame and a window of
-    `cap / fps` seconds is sampled at exactly `fps`. int64 `[n]`, `1 <= n <= cap`.
+    `cap / fps` seconds is sampled at exactly `fps`; `1 <= n <= cap`.
 
     Raises:
         ValueError: the window is empty or begins at or after the end of the video.
@@ -61,8 +62,8 @@ def clip_indices(info: VideoInfo, start: float, end: float, fps: float, cap: int
     return np.unique(shown_at(info, moments))
 
 
-def shown_at(info: VideoInfo, moments: np.ndarray) -> np.ndarray:
-    """Indices of the frames on screen at these seconds. int64 `[n]`."""
+def shown_at(info: VideoInfo, moments: Seconds) -> Indices:
+    """Indices of the frames on screen at these seconds."""
     shown = np.searchsorted(info.times, moments + ROUNDING, side="right") - 1
     return np.maximum(shown, 0)
 
@@ -203,7 +204,7 @@ class VideoReader:
                 self._seconds += time.perf_counter() - began
 
     def _read(
-        self, path: str, info: VideoInfo, indices: np.ndarray, tokens: int | None = None
+        self, path: str, info: VideoInfo, indices: Indices, tokens: int | None = None
     ) -> Frames:
         wanted = indices.tolist()
         key = (path, self._target_size(info, len(wanted), tokens))

@@ -16,6 +16,7 @@ import numpy as np
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import TOOL_NAME
 from paravt_jax.records import Clip, Example, Prompt, Shown, VideoRef
+from pipelines.arrays import Seconds
 from pipelines.needle import traces
 from pipelines.needle.questions import Asked, NeedleQuestion, ask
 from pipelines.needle.world import SHAPES, NeedleVideo, NeedleWorld, draw_events
@@ -186,7 +187,7 @@ def needle_examples(kit: TaskKit, task: str, seed: int) -> grain.MapDataset:
 
 def _overview(
     kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator, tools: bool
-) -> tuple[Prompt, np.ndarray]:
+) -> tuple[Prompt, Seconds]:
     frames = kit.reader.overview(question.row.video, int(rng.choice(kit.budgets)))
     return kit.renderer.main_prompt(question.row, frames, tools), frames.times
 
@@ -195,7 +196,7 @@ def _episode(
     kit: TaskKit,
     question: NeedleQuestion,
     prompt: Prompt,
-    times: np.ndarray,
+    times: Seconds,
     windows: Sequence[Window],
     rng: np.random.Generator,
 ) -> Example:

@@ -30,6 +30,7 @@ from paravt_jax.protocol import (
     call_syntax,
 )
 from paravt_jax.records import Clip, QuestionType, Shown
+from pipelines.arrays import Seconds, Tokens
 from pipelines.needle.questions import Asked, NeedleQuestion
 from pipelines.needle.world import Event, NeedleWorld
 from pipelines.render import ChatRenderer, PromptTexts
@@ -108,7 +109,7 @@ def answer_turn(answer: Answer) -> str:
 def decide(
     question: NeedleQuestion,
     world: NeedleWorld,
-    times: np.ndarray,
+    times: Seconds,
     windows: Sequence[tuple[int, int]],
     rng: np.random.Generator,
 ) -> Answer:
@@ -147,7 +148,7 @@ def trace(
     question: NeedleQuestion,
     world: NeedleWorld,
     renderer: ChatRenderer,
-    times: np.ndarray,
+    times: Seconds,
     windows: Sequence[tuple[int, int]],
     rng: np.random.Generator,
 ) -> list[Part]:
@@ -164,7 +165,7 @@ def conclusion(
     question: NeedleQuestion,
     world: NeedleWorld,
     renderer: ChatRenderer,
-    times: np.ndarray,
+    times: Seconds,
     windows: Sequence[tuple[int, int]],
     rng: np.random.Generator,
 ) -> list[Part]:
@@ -191,8 +192,8 @@ def looks(
     return parts, tuple(shown)
 
 
-def join(parts: Sequence[Part]) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens one after the other and the turn of each, both int32 `[t]`."""
+def join(parts: Sequence[Part]) -> tuple[Tokens, Tokens]:
+    """Tokens one after the other, and the turn of each."""
     tokens = np.concatenate([np.asarray(ids, np.int32) for ids, _ in parts])
     turns = np.repeat([turn for _, turn in parts], [len(ids) for ids, _ in parts])
     return tokens, turns.astype(np.int32)

@@ -19,6 +19,7 @@ import cv2
 import numpy as np
 
 from paravt_jax.records import VideoRef
+from pipelines.arrays import Coverage, Greys, Pixels
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "red": (220, 30, 30),
@@ -142,8 +143,8 @@ def draw_events(world: NeedleWorld, split: str, index: int) -> tuple[Event, ...]
     return tuple(events)
 
 
-def draw_frames(world: NeedleWorld, split: str, index: int) -> np.ndarray:
-    """Draw one video: RGB uint8 `[duration, size, size, 3]`."""
+def draw_frames(world: NeedleWorld, split: str, index: int) -> Pixels:
+    """Draw one video: a square frame each second."""
     rng = _rng(world, split, index, 1)
     shape = (world.duration, world.size, world.size)
     grey = _background(world, rng) + world.noise * rng.standard_normal(shape, np.float32)
@@ -202,16 +203,16 @@ def _rng(world: NeedleWorld, split: str, index: int, stream: int) -> np.random.G
     return np.random.default_rng([world.seed, SPLITS.index(split), index, stream])
 
 
-def _background(world: NeedleWorld, rng: np.random.Generator) -> np.ndarray:
-    """A grey gradient tilted by a random angle, float32 `[size, size]`."""
+def _background(world: NeedleWorld, rng: np.random.Generator) -> Greys:
+    """A grey gradient tilted by a random angle."""
     angle = rng.uniform(0, 2 * np.pi)
     axis = np.linspace(-0.5, 0.5, world.size, dtype=np.float32)
     slope = np.cos(angle) * axis + np.sin(angle) * axis[:, None]
     return (128 + world.tilt * slope).astype(np.float32)
 
 
-def _cover(event: Event, size: int) -> np.ndarray:
-    """How much of each pixel the shape covers, uint8 `[size, size]`, 255 = all of it."""
+def _cover(event: Event, size: int) -> Coverage:
+    """How much of each pixel the shape covers."""
     cover = np.zeros((size, size), np.uint8)
     half, x, y = event.size // 2, event.x, event.y
     arm = event.size // 8
@@ -238,8 +239,8 @@ def _write_split(world: NeedleWorld, split: str, root: str) -> None:
         write_mp4(_path(root, split, index), draw_frames(world, split, index), fps=1.0)
 
 
-def write_mp4(path: str, frames: np.ndarray, fps: float) -> None:
-    """Write RGB uint8 frames `[f, h, w, 3]` as MPEG-4 video.
+def write_mp4(path: str, frames: Pixels, fps: float) -> None:
+    """Write frames as MPEG-4 video.
 
     Raises:
         ValueError: OpenCV was built without the encoder, or cannot write there.

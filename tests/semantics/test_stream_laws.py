@@ -16,6 +16,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
 import pytest
@@ -27,6 +28,7 @@ from pipelines.sizes import prompt_tokens
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from tests.support.needle import data_folder, questions, renderer
+from tests.support.rollout_fakes import ToyRenderer
 
 CHOICES = (4, 8, 16, 32, 64)
 PIXELS = np.zeros((1, 1, 1, 3), np.uint8)
@@ -38,8 +40,14 @@ class PlainReader:
     def overview(self, video: VideoRef, count: int) -> Frames:
         return Frames(PIXELS, np.zeros(1))
 
+    def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
+        return self.overview(video, 1)
 
-class PlainRenderer:
+    def frames_at(self, video: VideoRef, times: Sequence[float]) -> Frames:
+        return self.overview(video, len(times))
+
+
+class PlainRenderer(ToyRenderer):
     """Prompts without words."""
 
     def main_prompt(self, row: Row, frames, tools: bool) -> Prompt:

@@ -351,8 +351,8 @@ def test_a_grounding_call_is_its_arguments_alone(body, complete):
 
 
 def test_impossible_requests_are_refused(automata, contents):
-    with pytest.raises(ValueError, match="constrain='poem': known are"):
-        automata.start(SamplingConfig(constrain="poem"))
+    with pytest.raises(ValueError, match="constrain='calls': known are"):
+        TokenAutomata(contents, [0]).start(SamplingConfig(constrain="calls"))
     with pytest.raises(ValueError, match="stop_ids="):
         automata.start(SamplingConfig(stop_ids=(len(contents),)))
     with pytest.raises(ValueError, match="eos_ids="):

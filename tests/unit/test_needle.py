@@ -203,7 +203,9 @@ def question_about(event: Event, kind: str):
 
 def decide(kind, times, windows, seed=0):
     q = question_about(CIRCLE, kind)
-    return traces.decide(q, WORLD, np.array(times), windows, np.random.default_rng(seed))
+    return traces.decide(
+        q, WORLD, np.array(times, np.float64), windows, np.random.default_rng(seed)
+    )
 
 
 def test_a_thought_names_what_was_asked_and_then_at_once_what_was_found():

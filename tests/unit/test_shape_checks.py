@@ -71,7 +71,7 @@ def test_the_rooms_are_checked():
     [
         lambda: Pair(LONG, SHORT),
         lambda: Plain("three"),
-        lambda: added(LONG, [LONG, SHORT]),
+        lambda: added(LONG, [SHORT]),
         lambda: added(LONG, LONG),
         lambda: told("three"),
         lambda: told(1, None, 2),

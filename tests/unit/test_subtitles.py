@@ -8,6 +8,7 @@ from pipelines.conversation import ConversationRenderer
 from pipelines.render import ChatRenderer, PromptTexts
 from pipelines.subtitles import has_subtitles, read_srt, subtitle_text
 from tests.support.needle import processor_folder
+from tests.support.readers import StillReader
 
 SRT = """\
 1
@@ -87,7 +88,7 @@ def test_they_stand_in_prompts_and_conversations_when_asked_for(video):
     bare = plain.decode(plain.main_prompt(row, frames, tools=False).tokens)
     assert "<|vision_end|>What?" in bare
 
-    class Reader:
+    class Reader(StillReader):
         def overview(self, video, count):
             return frames
 

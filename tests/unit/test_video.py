@@ -241,7 +241,7 @@ def test_reader_goes_to_another_process(clip_file):
 
 
 def test_absent_frames_are_copies_of_the_one_before():
-    first, second = np.zeros((1, 1, 3)), np.ones((1, 1, 3))
+    first, second = np.zeros((1, 1, 3), np.uint8), np.ones((1, 1, 3), np.uint8)
     frames = complete("a.mp4", {3: None, 4: first, 5: None, 7: second, 9: None, 11: second})
     assert [int(frame[0, 0, 0]) for frame in frames.values()] == [0, 0, 0, 1, 1, 1]
 
