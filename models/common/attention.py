@@ -22,11 +22,12 @@ QUERY_CHUNK = 96
 at 368 tokens that skips three eighths of the products."""
 
 UNROLLED = 4096
-"""Chunks of rows of more tokens are computed in loops: compile time of unrolled ones grows with the
-square of their number, and each one's weights wait in memory for the backward pass."""
+"""Chunks of rows of more tokens are computed in loops: unrolled, each takes seconds to compile (a
+TPU's compiler: docs/log.md), and its weights wait in memory for the backward pass."""
 
-LOOPS = 8
-"""Loops over a long row: each sees the keys before its end, 9/16 of all instead of 1/2."""
+LOOPS = 2
+"""Loops over a long row: each sees the keys before its end, 3/4 of all instead of 1/2. More of them
+would compute less and compile longer."""
 
 HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
@@ -63,8 +64,8 @@ def attend(
             padding = jnp.where(_no_padding(query.shape[1], shared, key_lengths), 0, -1)
             return splash.attend(query, key, value, segments=padding, **layout)
         if cudnn.serves(query, key):
-            layout = {"lanes": shared.lanes, "prompt": shared.prompt}
-            return cudnn.attend(query, key, value, lengths=key_lengths, **layout)
+            lanes, prompt = shared.lanes, shared.prompt
+            return cudnn.attend(query, key, value, lengths=key_lengths, lanes=lanes, prompt=prompt)
         return _shared(query, key, value, shared, key_lengths)
     if hidden_keys is None and splash.serves(query, key):
         segments = _within(key_lengths, key.shape[1], segments)
