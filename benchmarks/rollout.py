@@ -104,15 +104,19 @@ def make_prompt(tokens: int, frames: int, config: Qwen3VLConfig, seed: int = 0) 
     )
 
 
-def compare(runs: dict[str, Callable[[], object]], repeats: int) -> dict[str, list[float]]:
+def compare(
+    runs: dict[str, Callable[[], object]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
     """Seconds of each run, in turns; the first of each, which compiles, does not count."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            began = time.perf_counter()
+            began = clock()
             run()
             if repeat:
-                seconds[name].append(time.perf_counter() - began)
+                seconds[name].append(clock() - began)
     for name, values in seconds.items():
         spread = f"{min(values):.3f} to {max(values):.3f}"
         print(f"{name:<28} {statistics.median(values):8.3f} s  ({spread})", flush=True)

@@ -18,7 +18,8 @@ class RlSettings(Settings):
     group_size: Annotated[int, at_least(2, "a lone rollout has a zero advantage")] = 8
     """Rollouts per prompt (G)."""
     micro_groups: Annotated[int, at_least(1)] = 1
-    """Groups per gradient micro-batch."""
+    """Groups per gradient micro-batch. Where they divide over the devices that share a batch, a
+    prompt is computed once, else by as few of its rollouts together as it takes."""
     epochs: Annotated[int, at_least(1)] = 1
     """Times that a batch of rollouts is learned from."""
     minibatches: Annotated[int, at_least(1)] = 1
