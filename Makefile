@@ -10,7 +10,7 @@ LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-newest check lock setup setup-dev clean
+.PHONY: demo test test-newest check scale lock setup setup-dev clean
 
 demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
@@ -27,6 +27,16 @@ check: setup-dev
 	$(BIN)/ruff check .
 	$(BIN)/pyright
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not study"
+
+# What the recipe would cost on TPUs, compiled without one, in an environment of its own.
+scale:
+	$(MAKE) .venv-scale/.scale VENV=.venv-scale
+	.venv-scale/bin/python benchmarks/scale.py $(SCALE)
+
+$(VENV)/.scale: requirements.txt requirements-scale.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) -r requirements-scale.txt
+	@touch $@
 
 setup: $(VENV)/.runtime
 
@@ -65,4 +75,4 @@ lock: setup-dev
 	$(COMPILE) requirements-dev.txt --constraint requirements.lock --output-file requirements-dev.lock
 
 clean:
-	rm -rf .venv .venv-newest runs data
+	rm -rf .venv .venv-newest .venv-scale runs data

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jaxtyping import Array, Float, Int
@@ -39,10 +39,6 @@ class _Towers(Protocol):
         grids: Int[Array, "b f 2"],
     ) -> VisionFeatures:
         """Run the vision tower over the frames of each prompt; `v = f * p / merge**2`."""
-        ...
-
-    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
-        """Float32 vocabulary logits of hidden states."""
         ...
 
 
@@ -91,6 +87,10 @@ class Policy(_Towers, Protocol):
         """
         ...
 
+    def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
+        """Float32 vocabulary logits of hidden states."""
+        ...
+
     def init_cache(
         self, prompts: int, copies: int, prompt_slots: int, suffix_slots: int
     ) -> KVCache:
@@ -124,6 +124,12 @@ class TrainablePolicy(_Towers, Protocol):
         experts; None if none has. With `segments`, a token sees only those of its own; with
         `hidden_keys`, none that are hidden from it; with `shared`, a row is a prompt of
         `prompt_lengths` tokens and the streams that continue it, and goes with neither."""
+        ...
+
+    def head(self, params: Params) -> Callable[[Float[Array, "*b d"]], Float[Array, "*b vocab"]]:
+        """What maps hidden states to float32 vocabulary logits, a few at a time within one program:
+        on a mesh its weights are laid out once, split over the vocabulary, and so are the logits.
+        """
         ...
 
 

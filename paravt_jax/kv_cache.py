@@ -9,13 +9,22 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
-from paravt_jax.mesh import constrain
+from paravt_jax.mesh import constrain, platform
 from paravt_jax.records import ArrayLike, pytree
 
 SLOT_AXES = ("layers", "batch", "kv", None, None)
 """Logical axes of slots; scales lack the last one."""
+TILE = 128
+"""Slots of a cache on a TPU are a multiple of this many."""
 LARGEST_INT8 = 127
 """Its negative has a positive counterpart: -128 stays unused."""
+
+
+def whole_tiles(slots: int) -> int:
+    """The slots of a cache that holds so many. A TPU keeps them in tiles: where slots do not fill
+    whole ones, the scatter that appends picks another layout than attention reads, and the whole
+    cache is copied in each layer of every token."""
+    return -(-slots // TILE) * TILE if platform() == "tpu" else slots
 
 
 @pytree

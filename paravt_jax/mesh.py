@@ -8,12 +8,12 @@ vocabulary split). A batch is split over all but `tensor`.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or of devices that are elsewhere."""
@@ -29,6 +29,8 @@ RULES: dict[str, tuple[str, ...]] = {
     "kv": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
+    # See `split_columns`. `tensor` first: columns that it splits stay where they are.
+    "columns": ("tensor", "fsdp", "expert", "data"),
     # Layers are walked by a scan: splitting them would gather one whole layer per step anyway.
     "layers": (),
     # Scales and biases of width d are small and used everywhere: replicated.
@@ -152,3 +154,29 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(dict(mesh.shape), axes, x.shape))
+
+
+def split_columns(
+    product: Callable[[Float[Array, "*b d"], Float[Array, "d n"]], Float[Array, "*b n"]],
+    kernel: Callable[[], Float[Array, "d n"]],
+) -> Callable[[Float[Array, "*b d"]], Float[Array, "*b n"]]:
+    """`x -> product(x, kernel())` with the columns of the kernel and of products over all devices.
+
+    For a wide kernel that a scan multiplies with few rows at a time. Where rows and kernel are
+    split over `fsdp`, each product gathers the kernel and reduces its gradient. Split by columns, a
+    device has its part of the gradient to itself, and what is gathered are rows. Columns need not
+    divide: JAX pads them. On one device it changes nothing.
+    """
+    if jax.sharding.get_abstract_mesh().size <= 1:
+        return lambda x: product(x, kernel())
+    lay_out, columns = jax.lax.with_sharding_constraint, RULES["columns"]
+    # In two steps: the compiler gathers the kernel where it is to do both at once.
+    split_kernel = kernel()
+    for axes in (RULES["vocab"] + RULES["embed"], columns):
+        split_kernel = lay_out(split_kernel, PartitionSpec(None, axes))
+
+    def split(x: Float[Array, "*b d"]) -> Float[Array, "*b n"]:
+        y = product(lay_out(x, PartitionSpec(*[None] * x.ndim)), split_kernel)
+        return lay_out(y, PartitionSpec(*[None] * (x.ndim - 1), columns))
+
+    return split

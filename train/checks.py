@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
 
 from models import ModelPolicy
 from models.common.adapter import check_adapter_config
-from paravt_jax.mesh import AXES, RULES, AnyMesh
+from paravt_jax.mesh import AXES, RULES, AnyMesh, make_mesh, parse_mesh
 from paravt_jax.params import format_table
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
@@ -20,8 +21,11 @@ from pipelines.datasets import Found
 from pipelines.media_check import check_media
 from pipelines.video import VideoReader
 from train import setup
-from train.compile.ahead import LargestBatch, compile_step
+from train.compile.ahead import LargestBatch
 from train.compile.footprint import footprint, format_footprint, planned_mesh
+from train.compile.measure import devices_of, measure
+from train.compile.programs import programs_of
+from train.compile.report import Report, misfit_line
 from train.config import Config, Stage
 from train.data.questions import read_questions, split_sets
 from train.methods.hindsight import open_feedback
@@ -37,6 +41,7 @@ from train.workdir.config_file import (
     read_settings,
     younger_settings,
 )
+from train.workdir.files import write_atomically
 
 EXAMPLE = Row("example", VideoRef("", 1.0), "When is the yellow triangle visible?", "")
 """As long as the needle world's questions, which a dry run does not write."""
@@ -142,6 +147,21 @@ def notes(config: Config) -> list[str]:
     return [found] if found else []
 
 
+def whole_notes(policy: ModelPolicy, mesh: AnyMesh) -> list[str]:
+    """What `--mesh` splits in fewer parts than it says: `partition` leaves whole what an axis does
+    not divide."""
+    ways = mesh.shape["tensor"]
+    cache = jax.eval_shape(lambda: policy.init_cache(1, 1, 1, 1))
+    heads = cache.keys.stored.shape[2]
+    if heads % ways == 0:
+        return []
+    return [
+        f"--mesh tensor:{ways} does not divide the {heads} heads of keys: the KV cache and "
+        f"attention to it are whole on each of the {ways} devices; tensor:{math.gcd(heads, ways)} "
+        "splits them"
+    ]
+
+
 def memory_remedies(config: Config) -> list[str]:
     """Settings with which this run would need less memory on its devices, the cheapest first."""
     model, rl, sft = config.model, config.rl, config.stage is Stage.SFT
@@ -169,6 +189,8 @@ def describe(config: Config) -> None:
     axes = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES)
     print(f"mesh {axes}: {mesh.size} devices ({jax.device_count()} here)")
     parts = setup.Parts(config)
+    for note in whole_notes(parts.policy, mesh):
+        print(f"note: {note}")
     print(format_table(parts.policy.table, mesh))
     sizes = [
         math.prod(spec.shape)
@@ -192,20 +214,47 @@ def planned_footprint(
     return footprint(policy, optimizer, config.model, mesh, config.teacher.strength > 0, pools)
 
 
-def compile_only(config: Config, topology: str) -> str:
-    """Compile the RL step for a TPU topology (such as `v5p:2x2x2`); returns memory and cost per
-    device.
+def compile_only(
+    config: Config, topologies: str, target: Path, tell: Callable[[str], None]
+) -> None:
+    """Compile every program of a run for each of some topologies (`v5p:2x2x2,v5e:4x8`), tell what
+    each will cost, and write the same as JSON.
 
     Raises:
-      ValueError: libtpu is missing, the topology is unknown, or the mesh does not fit it.
+      ValueError: libtpu is missing, a topology is unknown, the run would refuse the mesh, or a
+        program does not fit the chips.
     """
-    if config.stage is not Stage.RL:
-        raise ValueError(f"--compile-only compiles the rl step; {config.recipe} is an sft recipe")
-    policy = setup.Parts(config).policy
-    optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
-    step, taught = setup.open_rl_step(config, policy, optimizer), config.teacher.strength > 0
-    batch = largest_batch(config, policy)
-    return compile_step(topology, config.mesh, step, config.model, batch, taught)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    done: list[Report] = []
+    for topology in (part.strip() for part in topologies.split(",")):
+        for report in _compile_for(config, topology, tell):
+            found = [own.json() for own in [*done, report]]
+            write_atomically(target, json.dumps(found, indent=2) + "\n")
+        tell(report.text())
+        done.append(report)
+    tell(f"the figures are in {target}")
+    misfits = [misfit_line(own, report.topology) for report in done for own in report.misfits]
+    if misfits:
+        raise ValueError("; ".join([*misfits, *memory_remedies(config)]))
+
+
+def _compile_for(config: Config, topology: str, tell: Callable[[str], None]) -> Iterator[Report]:
+    """A report that grows by a program each time: some take long to compile."""
+    devices = devices_of(topology)
+    mesh = make_mesh(parse_mesh(config.mesh, len(devices)), devices)
+    check_rows_fit(config, mesh)
+    with jax.set_mesh(mesh):
+        programs = programs_of(config, mesh, [EXAMPLE])
+    rl, rollouts, generated = config.rl, 0, 0
+    if config.stage is Stage.RL:
+        rollouts, generated = rl.prompts_per_step * rl.group_size, config.agent.generated_tokens
+    for note in whole_notes(setup.Parts(config).policy, mesh):
+        tell(f"{topology}, note: {note}")
+    report = Report(topology, mesh, (), rollouts, generated)
+    for program in programs:
+        found = measure(program, mesh, lambda line: tell(f"{topology} {line}"))
+        report = dataclasses.replace(report, measured=(*report.measured, found))
+        yield report
 
 
 def largest_batch(config: Config, policy: ModelPolicy) -> LargestBatch:

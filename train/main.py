@@ -67,7 +67,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--set", action="append", default=[], metavar="KEY=VALUE", help="override any setting")
     add("--dry-run", action="store_true", help="print the resolved run and its memory, then end")
-    add("--compile-only", metavar="TOPOLOGY", help="compile for a TPU topology, e.g. v5p:2x2x2")
+    add(
+        "--compile-only",
+        metavar="TOPOLOGY[,TOPOLOGY...]",
+        help="compile every program of the run for TPU topologies, e.g. v5p:2x2x2,v5e:4x8, or for "
+        "the devices of this machine (here), and tell memory, work and seconds at the roofline",
+    )
     add(
         "--help-settings",
         metavar="PREFIX",
@@ -164,7 +169,8 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.dry_run:
             checks.describe(config)
         elif arguments.compile_only:
-            print(checks.compile_only(config, arguments.compile_only))
+            target = workdir / "compile.json"
+            checks.compile_only(config, arguments.compile_only, target, _print)
         else:
             run.train(config, workdir, arguments.resume)
     except Exception as error:

@@ -80,6 +80,8 @@ def train(config: Config, workdir: Path, resume: str) -> None:
         first_prints(line)
     with jax.set_mesh(mesh):
         run = Run(config, workdir, mesh, compilations)
+        for note in checks.whole_notes(run.parts.policy, mesh):
+            first_prints(f"note: {note}")
         try:
             (run.reinforce if config.stage is Stage.RL else run.supervise)()
         except BaseException:

@@ -75,7 +75,10 @@ def abstract_state(
     moments = abstract_moments(optimizer, trainable, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
-    return TrainState(trainable, frozen, moments, step, dict(trainable) if teacher else {})
+    parts = trainable, frozen, moments, step, dict(trainable) if teacher else {}
+    # The shardings are lost in a trace, and fields hold arrays: its structure takes the shapes.
+    traced = jax.eval_shape(lambda own: TrainState(*own), parts)
+    return jax.tree.unflatten(jax.tree.structure(traced), jax.tree.leaves(parts))
 
 
 def split(params: dict, model: ModelSettings) -> tuple[dict, dict]:

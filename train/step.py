@@ -47,7 +47,7 @@ def batch_log_probs(
         before,
         batch.own_tokens,
         batch.trained > 0,
-        lambda h: policy.logits(params, h),
+        policy.head(params),
         temperature=temperature,
         budget=budget,
         lanes=lanes(batch),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,8 +20,9 @@ from models.qwen3_vl.folder import write_config
 from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
-from paravt_jax.kv_cache import CacheArray, KVCache
+from paravt_jax.kv_cache import CacheArray, KVCache, whole_tiles
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
+from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
 from paravt_jax.records import ArrayLike, HiddenKeys, SharedPrefix, VisionFeatures
 
@@ -54,8 +55,23 @@ class Qwen3VL(nnx.Module):
         )
 
     def logits(self, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
-        """Float32 vocabulary logits; a tied head is the transposed embedding."""
-        kernel = self.text.embedding[...].T if self.head is None else self.head.kernel[...]
+        """Float32 vocabulary logits."""
+        return self._product(hidden, self.head_kernel)
+
+    def split_logits(self) -> Callable[[Float[Array, "*b d"]], Float[Array, "*b vocab"]]:
+        """`logits` for a scan, split over the vocabulary; see `split_columns`."""
+        head = split_columns(self._product, lambda: self.head_kernel)
+        # Cast first: what is gathered takes half.
+        return lambda hidden: head(hidden.astype(self.dtype))
+
+    @property
+    def head_kernel(self) -> Float[Array, "d vocab"]:
+        """A tied head is the transposed embedding."""
+        return self.text.embedding[...].T if self.head is None else self.head.kernel[...]
+
+    def _product(
+        self, hidden: Float[Array, "*b d"], kernel: Float[Array, "d vocab"]
+    ) -> Float[Array, "*b vocab"]:
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(self.dtype)
         logits = jnp.matmul(
             flat,
@@ -234,6 +250,11 @@ class Qwen3VLPolicy:
         with jax.named_scope("vocabulary_head"):
             return self._bind(params).logits(hidden)
 
+    def head(self, params: Params) -> Callable[[Float[Array, "*b d"]], Float[Array, "*b vocab"]]:
+        """What maps hidden states to float32 logits; see `TrainablePolicy.head`."""
+        with jax.named_scope("vocabulary_head"):
+            return self._bind(params).split_logits()
+
     def init_cache(
         self, prompts: int, copies: int, prompt_slots: int, suffix_slots: int
     ) -> KVCache:
@@ -250,7 +271,8 @@ class Qwen3VLPolicy:
 
     def _cache_array(self, rows: int, slots: int) -> CacheArray:
         text = self.config.text
-        shape = (text.num_hidden_layers, rows, text.num_key_value_heads, slots, text.head_dim)
+        heads, layers = text.num_key_value_heads, text.num_hidden_layers
+        shape = (layers, rows, heads, whole_tiles(slots), text.head_dim)
         kept = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
         return CacheArray.empty(shape, kept)
 

@@ -81,6 +81,14 @@ class TokenAutomata:
         return bool(self._grammars)
 
     @property
+    def states(self) -> int:
+        """Rows of the table: room for those that there are, doubled as needed."""
+        size = self._size
+        while size < len(self._table):
+            size *= 2
+        return size
+
+    @property
     def table(self) -> Any:
         """int16 `[state, vocab]` on the devices: state after a token, `DEAD` if not allowed.
 
@@ -89,8 +97,7 @@ class TokenAutomata:
         is tabulated in one to two seconds, a stop string in a fraction of one.
         """
         if self._placed is None:
-            while self._size < len(self._table):
-                self._size *= 2
+            self._size = self.states
             unused = self._size - len(self._table)
             self._placed = self._place(np.pad(self._table, [(0, unused), (0, 0)]))
         return self._placed

@@ -22,8 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
-from paravt_jax.kv_cache import KVCache
-from paravt_jax.mesh import constrain
+from paravt_jax.kv_cache import SLOT_AXES, KVCache
+from paravt_jax.mesh import AnyMesh, constrain, sharding
 from paravt_jax.records import ArrayLike, VisionFeatures, pytree
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
@@ -172,6 +172,22 @@ class Engine:
         """The caches of all pools, handed on from session to session."""
         empty = jax.jit(self._empty, static_argnums=0)
         return {name: jax.tree.map(_commit, empty(pool)) for name, pool in self.pools.items()}
+
+    def abstract_states(self, mesh: AnyMesh) -> dict[str, PoolState]:
+        """Shapes and shardings of `states`, with no memory behind them. Lengths have no sharding:
+        they come from the host with every call."""
+
+        def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+            if leaf.ndim == 1:
+                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+            axes = SLOT_AXES[: leaf.ndim] if leaf.ndim > 2 else ("batch", None)
+            home = sharding(mesh, axes, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+
+        return {
+            name: jax.tree.map(lay_out, jax.eval_shape(lambda pool=pool: self._empty(pool)))
+            for name, pool in self.pools.items()
+        }
 
     def _empty(self, pool: SlotPool) -> PoolState:
         cache = self.policy.init_cache(pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix)

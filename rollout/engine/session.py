@@ -222,7 +222,7 @@ class Session:
         states, output = self._engine.decode(
             self._params,
             tuple(table.current() for table in tables),
-            _generating_rows(rows),
+            generating_rows(rows),
             self._engine.automata.table,
             # With somebody waiting, a free slot is worth a return to the host.
             np.int32(1 if waits else NO_LIMIT),
@@ -254,8 +254,8 @@ def _collect(
     return row.take_turn(stopped, eos_ids) if stopped or not row.remaining else None
 
 
-def _generating_rows(rows: Sequence[StreamState | None]) -> GeneratingRows:
-    """Rows of free slots are idle."""
+def generating_rows(rows: Sequence[StreamState | None]) -> GeneratingRows:
+    """Where rows stand; those of free slots are idle."""
     return GeneratingRows(
         draw=Draw.of(
             [IDLE if row is None else row.sampling for row in rows],

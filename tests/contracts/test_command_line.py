@@ -49,7 +49,7 @@ IN_PROCESS = [
     (["--set", "objective.clip_low=0.1"], 2, "objective.clip_low"),
     (["--set", "agent.sampling.temperature=0"], 2, "temperature"),
     (["--mesh", "data:-1", "--set", "rl.micro_groups=1", "--set", "rl.group_size=3"], 2, "--mesh"),
-    (["--recipe", "needle_sft", "--compile-only", "v5p:2x2x2"], 1, "needle_sft"),
+    (["--recipe", "needle_sft", "--compile-only", "v9:2x2"], 1, "v9:2x2"),
 ]
 
 

@@ -31,7 +31,7 @@ from typing import IO, NamedTuple
 ROOT = Path(__file__).resolve().parents[2]
 IMPORTED = (
     "train.run",
-    "train.compile.ahead",
+    "train.compile.measure",
     "pipelines.describe",
     "models.convert",
     "tensorboardX",

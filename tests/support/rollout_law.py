@@ -7,6 +7,7 @@ calls the same, and nothing else in the path knows about it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import random
 from collections.abc import Iterator, Sequence
@@ -114,6 +115,9 @@ class Learnable(ToyPolicy):
         if shared is not None:
             seen = visible_in(shared, prompt_lengths, tokens.shape[1])
         return self.prefill(params, tokens, positions, vision_index, features, seen)[0], None
+
+    def head(self, params):
+        return functools.partial(self.logits, params)
 
 
 class TerseRenderer(ToyRenderer):

@@ -1,16 +1,24 @@
 """Gathered, chunked log-probabilities equal the plain formula, gradient included."""
 
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from paravt_jax.log_probs import View, gathered_log_probs, preceding, teacher_gap
+from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding, split_columns
 from paravt_jax.records import SharedPrefix
 from paravt_jax.shaping import DEAD, Shaping
 
 pytestmark = pytest.mark.slow
 
+COLLECTIVE = re.compile(
+    r"\[([\d,]+)\]\S* (?:all-gather|all-reduce|all-to-all|reduce-scatter)\(.*while/body"
+)
+"""The sizes of what devices exchange in loops, in a compiled program's text."""
 B, T, D, V = 3, 11, 5, 13
 rng = np.random.default_rng(0)
 HIDDEN = jnp.asarray(rng.normal(size=(B, T, D)), jnp.float32)
@@ -50,6 +58,42 @@ def test_equals_the_plain_formula(chunk, lanes, temperature):
     slope = jax.grad(lambda head: ours(head)[0].sum())(HEAD)
     want = jax.grad(lambda head: plain(head, temperature)[0].sum())(HEAD)
     np.testing.assert_allclose(slope, want, atol=1e-4)
+
+
+ROWS, LONG, WIDE, CHUNK = 8, 64, 16, 4
+
+
+@pytest.mark.parametrize(
+    "mesh", ["data:8", "fsdp:8", "tensor:8", "fsdp:4,tensor:2", "data:2,fsdp:4"]
+)
+@pytest.mark.parametrize("vocab", [512, 515])
+def test_a_mesh_reads_the_head_once_whatever_the_chunks(mesh, vocab):
+    """In the loop over chunks devices exchange rows, never the head or its gradient."""
+    devices = make_mesh(parse_mesh(mesh, 8))
+    dice = np.random.default_rng(1)
+    kernel = jnp.asarray(dice.normal(size=(WIDE, vocab)), jnp.float32)
+    hidden = jnp.asarray(dice.normal(size=(ROWS, LONG, WIDE)), jnp.float32)
+    tokens = jnp.asarray(dice.integers(0, vocab, (ROWS, LONG)), jnp.int32)
+
+    def slopes(kernel, hidden):
+        def total(kernel, hidden):
+            head = split_columns(jnp.matmul, lambda: constrain(kernel, "embed", "vocab"))
+            settings = {"temperature": 0.7, "budget": LONG, "chunk": CHUNK}
+            found, _ = gathered_log_probs(hidden, tokens, tokens >= 0, head, **settings)
+            return jnp.sum(found * jnp.sin(tokens))
+
+        value, (own, other) = jax.value_and_grad(total, (0, 1))(kernel, hidden)
+        return value, constrain(own, "embed", "vocab"), constrain(other, "batch", None, None)
+
+    want = jax.jit(slopes)(kernel, hidden)
+    with jax.set_mesh(devices):
+        kernel = jax.device_put(kernel, sharding(devices, ("embed", "vocab"), kernel.shape))
+        hidden = jax.device_put(hidden, sharding(devices, ("batch", None, None), hidden.shape))
+        compiled = jax.jit(slopes).lower(kernel, hidden).compile()
+    for got, expected in zip(compiled(kernel, hidden), want, strict=True):
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
+    moved = [math.prod(map(int, x.split(","))) for x in COLLECTIVE.findall(compiled.as_text())]
+    assert 0 < max(moved) <= ROWS * CHUNK * WIDE < WIDE * vocab / 8
 
 
 def test_nothing_chosen_gives_zeros_and_finite_gradients():

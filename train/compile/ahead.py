@@ -1,4 +1,4 @@
-"""`--compile-only`: compile the train step for a TPU topology, with no TPU at hand."""
+"""The learner's largest batch as shapes, known without any rollout."""
 
 from __future__ import annotations
 
@@ -7,24 +7,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
-from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import ModelPolicy
-from paravt_jax.mesh import make_mesh, parse_mesh, partition
-from paravt_jax.params import abstract_params
+from paravt_jax.mesh import partition
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from paravt_jax.shapes import bucket
 from pipelines.preprocess import SPECS
 from rollout.limits import AgentConfig
 from train.batch import blank_batch
 from train.data.settings import DataSettings
-from train.model import ModelSettings
 from train.rl.batches import LENGTH_UNIT, lanes_per_row, with_what_shaped
 from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
-from train.state import abstract_state
-from train.step import RlStep
 
 GRAMMAR_STATES = 256
 """Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
@@ -102,60 +97,8 @@ class LargestBatch:
         )
 
 
-def compile_step(
-    topology: str,
-    mesh: str | None,
-    step: RlStep,
-    model: ModelSettings,
-    batch: LargestBatch,
-    teacher: bool = False,
-) -> str:
-    """Compile an RL step for `topology` (such as `v5p:2x2x2`); returns memory and cost per device.
-
-    Args:
-      mesh: that of `--mesh`.
-      teacher: whether the state has a second copy of what trains.
-
-    Raises:
-      ValueError: libtpu is missing, the topology is unknown, or the mesh does not fit it.
-    """
-    devices = _devices(topology)
-    made = make_mesh(parse_mesh(mesh, len(devices)), devices)
-    with jax.set_mesh(made):
-        params = abstract_params(batch.policy.table, made)
-        state = abstract_state(params, model, made, step.optimizer, teacher)
-        lowered = jax.jit(step, donate_argnums=0).lower(
-            state, batch.abstract(made), batch.table(made)
-        )
-        compiled = lowered.compile()
-    return _report(topology, made, compiled)
-
-
-def _devices(topology: str):
-    try:
-        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-    except Exception as error:
-        raise ValueError(
-            f"--compile-only {topology}: {str(error).splitlines()[0]}; install libtpu "
-            "(`pip install libtpu`) and name a topology such as v5p:2x2x2"
-        ) from error
-
-
 def most_vision_tokens(data: DataSettings, policy: ModelPolicy, frames: int) -> int:
     """Vision tokens of a prompt of `frames` frames, padded as the learner pads them."""
     spec = SPECS[data.frames_as](*policy.patch_sizes)
     spec = spec.limited(data.min_pixels, data.max_pixels)
     return spec.group_count(frames) * spec.max_patches // spec.merge_size**2
-
-
-def _report(topology: str, mesh: Mesh, compiled) -> str:
-    memory = compiled.memory_analysis()
-    flops = (compiled.cost_analysis() or {}).get("flops", float("nan"))
-    sizes = ",".join(f"{axis}:{size}" for axis, size in mesh.shape.items())
-    gib = 2**30
-    return (
-        f"{topology} as {sizes}: arguments {memory.argument_size_in_bytes / gib:.2f} GiB, "
-        f"temporaries {memory.temp_size_in_bytes / gib:.2f} GiB, "
-        f"code {memory.generated_code_size_in_bytes / gib:.3f} GiB per device; "
-        f"{flops:.3e} floating-point operations per device and step"
-    )

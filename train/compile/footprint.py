@@ -65,7 +65,7 @@ def footprint(
     if pools is not None:
         found["reference"] = trained
         found["rollout weights"] = _prepared(model.compute_dtype, params)
-        found["rollout caches"] = sum(_cache(policy, pool, mesh) for pool in pools.values())
+        found["rollout caches"] = sum(cache_bytes(policy, pool, mesh) for pool in pools.values())
     return {name: size for name, size in found.items() if size}
 
 
@@ -92,7 +92,7 @@ def _prepared(compute_dtype: str, params: dict[str, jax.ShapeDtypeStruct]) -> in
     return sum(_local(params[name]) * dtype.itemsize // 4 for name in copies)
 
 
-def _cache(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
+def cache_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
     """Keys and values of the rollouts of a step, rows and heads split as far as they divide (the
     compiler decides; this is what a mesh is chosen for)."""
     sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix

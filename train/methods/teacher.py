@@ -23,6 +23,7 @@ from jaxtyping import Array, Float
 
 from paravt_jax.advantages import annealed, reweighted_advantages
 from paravt_jax.log_probs import View, teacher_gap
+from paravt_jax.mesh import constrain
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from pipelines.render import ChatRenderer
 from train.batch import LearnerStream, streams_of_groups
@@ -149,9 +150,11 @@ class TaughtLearner:
 
     def _view(self, params: FlatParams, batch: LearnerBatch) -> View:
         policy = self._learner.whole.policy
+        head = policy.head(params)
         return View(
             before=batch_hidden(policy, params, batch)[0],
-            head=lambda h: policy.logits(params, h),
+            # Rows again: the likeliest tokens of a vocabulary that is split would gather it.
+            head=lambda h: constrain(head(h), "batch", None, "vocab"),
         )
 
 

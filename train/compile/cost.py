@@ -1,0 +1,447 @@
+"""What a compiled program does on each device: products, bytes, collectives; loops multiplied out.
+
+The compiler's own `cost_analysis` counts the body of a loop once, and of an array that is sliced or
+updated in place all bytes. Here a body counts as often as it runs, and a slice counts by its size.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+
+from train.compile.hlo import MAIN_MEMORY, ArrayType, Computation, Instruction, Module
+
+COLLECTIVES = (
+    "all-gather",
+    "all-reduce",
+    "reduce-scatter",
+    "all-to-all",
+    "collective-permute",
+    "collective-broadcast",
+    "ragged-all-to-all",
+)
+_FREE = {
+    *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "domain"),
+    *("partition-id", "replica-id", "opt-barrier", "optimization-barrier", "copy-done", "infeed"),
+    *("add-dependency", "get-dimension-size", "outfeed"),
+}
+"""What moves nothing."""
+_VIEWS = ("bitcast", "convert", "reshape")
+"""A slice of them is a slice of what they are made of."""
+_SLICES = ("dynamic-slice", "slice", "gather")
+_UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
+"""What writes a part of its first operand, and the operand that holds the part."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind, of one device."""
+
+    count: float = 0.0
+    bytes: float = 0.0
+    """Of their results."""
+    sent: float = 0.0
+    """Bytes that go over its links, by ring algorithms."""
+
+    def __add__(self, other: Traffic) -> Traffic:
+        return Traffic(self.count + other.count, self.bytes + other.bytes, self.sent + other.sent)
+
+    def times(self, count: float) -> Traffic:
+        """So many of them."""
+        return Traffic(self.count * count, self.bytes * count, self.sent * count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Cost:
+    """What one device does in a program or a part of one."""
+
+    flops: float = 0.0
+    """Floating-point operations of products: two for each multiplication that is added."""
+    bytes: float = 0.0
+    """Read from main memory or written to it."""
+    collectives: dict[str, Traffic] = dataclasses.field(default_factory=dict)
+    """By kind."""
+    open_loops: int = 0
+    """Loops whose length depends on data."""
+    kernels: int = 0
+    """Calls of kernels that do not say what they cost; their products are missing."""
+
+    def __add__(self, other: Cost) -> Cost:
+        kinds = {*self.collectives, *other.collectives}
+        none = Traffic()
+        merged = {
+            kind: self.collectives.get(kind, none) + other.collectives.get(kind, none)
+            for kind in sorted(kinds)
+        }
+        return Cost(
+            self.flops + other.flops,
+            self.bytes + other.bytes,
+            merged,
+            self.open_loops + other.open_loops,
+            self.kernels + other.kernels,
+        )
+
+    def times(self, count: float) -> Cost:
+        """So many of it. Loops and kernels are counted as they stand in the text."""
+        traffic = {kind: own.times(count) for kind, own in self.collectives.items()}
+        return dataclasses.replace(
+            self, flops=self.flops * count, bytes=self.bytes * count, collectives=traffic
+        )
+
+    @property
+    def sent(self) -> float:
+        """Bytes of all collectives that go over its links."""
+        return sum((own.sent for own in self.collectives.values()), 0.0)
+
+
+class CostReader:
+    """Costs of a program's computations, each counted once."""
+
+    def __init__(self, module: Module, open_trips: int = 1) -> None:
+        """`open_trips`: how often loops of the whole program run whose length is data."""
+        self._module, self._open_trips = module, open_trips
+        self._known: dict[tuple[str, bool], Cost] = {}
+
+    def program(self) -> Cost:
+        """All of it."""
+        return self._computation(self._module.entry)
+
+    def _computation(self, name: str, fused: bool = False) -> Cost:
+        """`fused`: within a fusion, whose inner results never reach main memory."""
+        if (name, fused) not in self._known:
+            own = self._module.computations[name]
+            costs = (self._instruction(own, each, fused) for each in own.instructions)
+            self._known[name, fused] = functools.reduce(lambda a, b: a + b, costs, Cost())
+        return self._known[name, fused]
+
+    def _instruction(self, where: Computation, own: Instruction, fused: bool) -> Cost:
+        opcode = own.opcode
+        if opcode == "while":
+            return self._loop(where, own)
+        if opcode == "conditional":
+            return _largest(self._computation(name) for name in own.branches)
+        if opcode == "fusion":
+            inside = self._computation(own.called["calls"], fused=True)
+            return inside + Cost(bytes=0.0 if fused else self._fusion_bytes(where, own))
+        if opcode in ("call", "call-start"):
+            return self._computation(own.called["to_apply"], fused)
+        if opcode == "async-start":
+            return self._computation(own.called["calls"], fused)
+        kind = opcode.removesuffix("-start")
+        if kind in COLLECTIVES:
+            return self._collective(where, own, kind, fused)
+        if opcode in _FREE or (opcode.endswith(("-done", "-update")) and opcode not in _UPDATES):
+            return Cost()
+        moved = 0.0 if fused else _plain_bytes(where, own)
+        return Cost(_flops(where, own), moved, kernels=_is_silent_kernel(own))
+
+    def _loop(self, where: Computation, loop: Instruction) -> Cost:
+        trips = self._module.trips(where, loop)
+        body = self._computation(loop.called["body"])
+        once = body + self._computation(loop.called["condition"])
+        if trips is None:
+            whole = where.name == self._module.entry
+            return once.times(float(self._open_trips if whole else 1)) + Cost(open_loops=1)
+        return once.times(float(trips))
+
+    def _collective(self, where: Computation, own: Instruction, kind: str, fused: bool) -> Cost:
+        """A fusion of an all-reduce and of the slice that a device keeps is a reduce-scatter."""
+        taken = sum((_bytes(where.types_of(name)) for name in own.operands), 0.0)
+        given = own.bytes
+        if own.opcode.endswith("-start"):
+            # Its result holds the operands beside what is received.
+            given = given - taken if kind != "all-reduce" else given
+        size = group_size(own.attributes, self._module.partitions)
+        if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
+            kind, given = "reduce-scatter", taken / size
+        sent = ring_bytes(kind, taken, given, size)
+        moved = 0.0 if fused else taken + given
+        return Cost(bytes=moved, collectives={kind: Traffic(1.0, given, sent)})
+
+    def _fusion_bytes(self, where: Computation, own: Instruction) -> float:
+        inner = self._module.computations[own.called["calls"]]
+        read = 0.0
+        for number, parameter in inner.parameters():
+            outside = where.types_of(own.operands[number])
+            if _in_main_memory(outside):
+                read += self._read(inner, parameter)
+        return read + self._written(inner, inner.root, own.types)
+
+    def _read(self, inner: Computation, source: Instruction) -> float:
+        """Bytes that a fusion needs of what it is given: all of them, or its slices."""
+        whole, total = source.bytes, 0.0
+        for user, place in inner.users.get(source.name, ()):
+            total += self._read_by(inner, source, user, place)
+            if total >= whole:
+                return whole
+        return total
+
+    def _read_by(
+        self, inner: Computation, source: Instruction, user: Instruction, place: int
+    ) -> float:
+        if user.opcode in _SLICES and place == 0:
+            return user.types[0].count * source.types[0].item_bytes
+        if user.opcode in _UPDATES and place == 0:
+            # Written in place; a scatter that adds reads what it changes.
+            part = inner.types_of(user.operands[_UPDATES[user.opcode]])
+            return _bytes(part) if user.opcode == "scatter" else 0.0
+        if user.opcode in _VIEWS:
+            seen = self._read(inner, user) / max(user.bytes, 1.0)
+            return seen * source.bytes
+        if user.opcode == "fusion":
+            nested = self._module.computations[user.called["calls"]]
+            parameter = dict(nested.parameters())[place]
+            return self._read(nested, parameter)
+        if user.opcode == "tuple":
+            return 0.0
+        return source.bytes
+
+    def _written(
+        self, inner: Computation, root: Instruction, types: tuple[ArrayType, ...]
+    ) -> float:
+        """Bytes of a fusion's results, of one that is updated in place only the part."""
+        if root.opcode == "tuple":
+            pairs = zip(root.operands, types, strict=True)
+            parts = (self._written(inner, inner.by_name[name], (own,)) for name, own in pairs)
+            return sum(parts, 0.0)
+        if not _in_main_memory(types):
+            return 0.0
+        while root.opcode in _VIEWS and root.operands[0] in inner.by_name:
+            root = inner.by_name[root.operands[0]]
+        if root.opcode == "parameter":
+            return 0.0
+        if root.opcode in _UPDATES:
+            return _bytes(inner.types_of(root.operands[_UPDATES[root.opcode]]))
+        if root.opcode == "fusion":
+            nested = self._module.computations[root.called["calls"]]
+            return self._written(nested, nested.root, types)
+        return _bytes(types)
+
+
+def program_cost(module: Module, tokens: int = 1) -> Cost:
+    """What each device does in one run of a program, or for each of the tokens that its loop draws:
+    what surrounds the loop is shared by them."""
+    return CostReader(module, tokens).program().times(1 / tokens)
+
+
+def collectives(module: Module) -> Iterator[tuple[Instruction, int]]:
+    """Every collective that a program may run, and how often: all branches of conditionals."""
+    yield from _collectives(module, module.entry, 1)
+
+
+def _collectives(module: Module, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
+    where = module.computations[name]
+    for own in where.instructions:
+        if own.opcode.removesuffix("-start") in COLLECTIVES:
+            yield own, times
+            continue  # what it calls adds two numbers
+        trips = module.trips(where, own) if own.opcode == "while" else 1
+        # Kernels name functions of their own, which stand in no text.
+        for called in module.computations.keys() & {*own.called.values(), *own.branches}:
+            yield from _collectives(module, called, times * (1 if trips is None else trips))
+
+
+def group_size(attributes: str, partitions: int) -> int:
+    """Devices that take part in a collective together.
+
+    Reads `{{0,1},{2,3}}`, `[2,4]<=[8]` and `mesh['a'=2,'b'=4] {'b'}` of `replica_groups`.
+    """
+    listed = re.search(r"replica_groups=\{\{([\d,]+)\}", attributes)
+    if listed:
+        return len(listed[1].split(","))
+    tiled = re.search(r"replica_groups=\[(\d+),(\d+)\]", attributes)
+    if tiled:
+        return int(tiled[2])
+    meshed = re.search(r"replica_groups=mesh\[([^\]]*)\]\s*\{([^}]*)\}", attributes)
+    if meshed:
+        sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
+        # A part of an axis is written 'a':(before)size.
+        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", meshed[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in named)
+    return partitions
+
+
+def ring_bytes(kind: str, taken: float, given: float, size: int) -> float:
+    """Bytes that a device sends in a collective of `size` devices, by the ring algorithms (Chan et
+    al. 2007, "Collective communication: theory, practice, and experience")."""
+    share = (size - 1) / size
+    if kind == "all-gather":
+        return given * share
+    if kind == "all-reduce":
+        return 2 * taken * share
+    if kind in ("reduce-scatter", "all-to-all", "ragged-all-to-all"):
+        return taken * share
+    return taken
+
+
+def _largest(costs: Iterable[Cost]) -> Cost:
+    """The worst of several branches, for each kind of cost on its own."""
+    found = list(costs)
+    kinds = {kind for own in found for kind in own.collectives}
+    traffic = {
+        kind: max((own.collectives.get(kind, Traffic()) for own in found), key=lambda own: own.sent)
+        for kind in sorted(kinds)
+    }
+    return Cost(
+        max(own.flops for own in found),
+        max(own.bytes for own in found),
+        traffic,
+        max(own.open_loops for own in found),
+        max(own.kernels for own in found),
+    )
+
+
+def _bytes(types: Iterable[ArrayType]) -> float:
+    return sum((own.bytes for own in types), 0.0)
+
+
+def _in_main_memory(types: tuple[ArrayType, ...]) -> bool:
+    return any(own.space == MAIN_MEMORY for own in types)
+
+
+def _main_bytes(types: Iterable[ArrayType]) -> float:
+    return sum((own.bytes for own in types if own.space == MAIN_MEMORY), 0.0)
+
+
+def _plain_bytes(where: Computation, own: Instruction) -> float:
+    """Bytes of an instruction that stands alone."""
+    given = _main_bytes(own.types)
+    if own.opcode in _SLICES:
+        return 2 * given
+    if own.opcode in _UPDATES:
+        part = _main_bytes(where.types_of(own.operands[_UPDATES[own.opcode]]))
+        return (3 if own.opcode == "scatter" else 2) * part
+    if own.opcode == "copy-start":
+        # Its result holds source and target.
+        return given
+    if own.opcode in ("while", "conditional"):
+        return 0.0
+    return given + sum(_main_bytes(where.types_of(name)) for name in own.operands)
+
+
+def _flops(where: Computation, own: Instruction) -> float:
+    counts: dict[str, Callable[[Computation, Instruction], float]] = {
+        "dot": _dot_flops,
+        "convolution": _convolution_flops,
+        "custom-call": _kernel_flops,
+        "ragged-dot": _ragged_flops,
+    }
+    return counts[own.opcode](where, own) if own.opcode in counts else 0.0
+
+
+def _dot_flops(where: Computation, own: Instruction) -> float:
+    left = where.types_of(own.operands[0])[0]
+    summed = math.prod(left.dims[axis] for axis in own.numbers("lhs_contracting_dims"))
+    return 2.0 * own.types[0].count * summed
+
+
+def _ragged_flops(where: Computation, own: Instruction) -> float:
+    """Each row meets one matrix of those on the right."""
+    left, right = (where.types_of(name)[0] for name in own.operands[:2])
+    return 2.0 * left.count * right.dims[-1]
+
+
+def _convolution_flops(where: Computation, own: Instruction) -> float:
+    """A TPU's products are convolutions, whose batch dimensions stand as dilated windows: what they
+    multiply with padding is not counted, as the compiler does not count it."""
+    left, right = (where.types_of(name)[0] for name in own.operands[:2])
+    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", own.attributes)
+    assert labels is not None
+    batch = left.dims[labels[1].index("b")]
+    inputs, outputs = (right.dims[labels[2].index(letter)] for letter in "io")
+    grouped = re.search(r"batch_group_count=(\d+)", own.attributes)
+    places = 1.0
+    for number, window in enumerate(_windows(own.attributes)):
+        letter = str(number)
+        places *= window.places(
+            left.dims[labels[1].index(letter)], own.types[0].dims[labels[3].index(letter)]
+        )
+    return 2.0 * inputs * outputs * (batch // int(grouped[1] if grouped else 1)) * places
+
+
+@dataclasses.dataclass(frozen=True)
+class _Window:
+    """A convolution's window along one axis."""
+
+    size: int
+    stride: int = 1
+    pad: int = 0
+    left_dilation: int = 1
+    right_dilation: int = 1
+
+    def places(self, length: int, outputs: int) -> int:
+        """Pairs of an output and a place of the window that meet an element, not padding."""
+        at = np.arange(outputs)[:, None] * self.stride - self.pad
+        at = at + np.arange(self.size) * self.right_dilation
+        inside = (at >= 0) & (at <= (length - 1) * self.left_dilation)
+        return int(np.sum(inside & (at % self.left_dilation == 0)))
+
+
+def _windows(attributes: str) -> list[_Window]:
+    found = re.search(r"window=\{([^}]*)\}", attributes)
+    told = dict(part.split("=") for part in found[1].split()) if found else {}
+    if "size" not in told:
+        return []
+    sizes = told["size"].split("x")
+
+    def column(name: str, default: str) -> list[str]:
+        return told[name].split("x") if name in told else [default] * len(sizes)
+
+    return [
+        _Window(int(size), int(stride), int(pad.split("_")[0]), int(left), int(right))
+        for size, stride, pad, left, right in zip(
+            sizes,
+            column("stride", "1"),
+            column("pad", "0_0"),
+            column("lhs_dilate", "1"),
+            column("rhs_dilate", "1"),
+            strict=True,
+        )
+    ]
+
+
+_TOLD = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
+_GEMM = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
+
+
+_ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
+"""Products of a block of queries with one of keys in each kernel of JAX's splash attention, which
+does not say what it costs."""
+
+
+def _kernel_flops(where: Computation, own: Instruction) -> float:
+    """Of a kernel what it says itself; of a library's matrix product what its shapes say."""
+    told = _TOLD.search(own.attributes)
+    if told:
+        return float(told[1])
+    product = _GEMM.search(own.attributes)
+    if product:
+        left = where.types_of(own.operands[0])[0]
+        axes = [int(axis) for axis in re.findall(r"\d+", product[1])]
+        return 2.0 * own.types[0].count * math.prod(left.dims[axis] for axis in axes)
+    return _attention_flops(where, own)
+
+
+def _attention_flops(where: Computation, own: Instruction) -> float:
+    """As causal attention: half of all pairs of a query and a key. Which blocks a mask really
+    leaves out does not stand in the text."""
+    products = next((n for name, n in _ATTENTION.items() if own.name.startswith(name)), 0)
+    given = [kind for name in own.operands for kind in where.types_of(name)]
+    blocks = [kind.dims for kind in given if "f" in kind.dtype and len(kind.dims) == 3]
+    if not products or len(blocks) < 2:
+        return 0.0
+    (heads, queries, width), (_, keys, _) = blocks[:2]
+    return products * 2.0 * heads * queries * keys * width / 2
+
+
+def _is_silent_kernel(own: Instruction) -> int:
+    """1 for a kernel of which nobody knows what it multiplies."""
+    if own.opcode != "custom-call" or "tpu_custom_call" not in own.attributes:
+        return 0
+    known = _TOLD.search(own.attributes) or own.name.startswith(tuple(_ATTENTION))
+    return int(not known)

@@ -1,0 +1,308 @@
+"""Reads the text of a compiled program: instructions, the computations they call, their sizes."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import re
+from collections.abc import Iterator
+
+ITEM_BITS = {
+    **dict.fromkeys(("pred", "s8", "u8"), 8),
+    **dict.fromkeys(("s16", "u16", "bf16", "f16"), 16),
+    **dict.fromkeys(("s32", "u32", "f32"), 32),
+    **dict.fromkeys(("s64", "u64", "f64", "c64"), 64),
+    **{"c128": 128, "s4": 4, "u4": 4, "s2": 2, "u2": 2, "token": 0, "opaque": 0},
+}
+"""Bits of an element; any `f8...` type has 8."""
+MAIN_MEMORY = 0
+"""The memory space of a chip's HBM. Others are on the chip: a TPU's layouts name them `S(1)`."""
+_COMMENT = re.compile(r"/\*.*?\*/")
+_ARRAY = re.compile(r"([a-z]\w*)\[([\d,<=]*)\](?:\{([^{}]*)\})?")
+_HEAD = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\) -> .* \{$")
+_LINE = re.compile(r"^\s+(ROOT )?%?([\w.\-]+) = (.*)$")
+# Of one that runs beside the others, on a core for sparse things, the thread is told.
+_END = re.compile(r"^\}(, execution_thread=.*)?\s*$")
+_SPACE = re.compile(r"S\((\d+)\)")
+_CALLED = re.compile(
+    r"(calls|to_apply|body|condition|true_computation|false_computation)=%?([\w.\-]+)"
+)
+_BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+@dataclasses.dataclass(frozen=True)
+class ArrayType:
+    """An array of a program."""
+
+    dtype: str
+    dims: tuple[int, ...]
+    space: int = MAIN_MEMORY
+
+    @property
+    def count(self) -> int:
+        """Elements."""
+        return math.prod(self.dims)
+
+    @property
+    def item_bytes(self) -> float:
+        """Bytes of an element."""
+        return ITEM_BITS.get(self.dtype, 8 if self.dtype.startswith("f8") else 32) / 8
+
+    @property
+    def bytes(self) -> float:
+        """Bytes without padding."""
+        return self.count * self.item_bytes
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Instruction:
+    """One instruction: `%name = types opcode(operands), attributes`."""
+
+    name: str
+    types: tuple[ArrayType, ...]
+    """Of its result; several for a tuple."""
+    opcode: str
+    operands: tuple[str, ...]
+    """Names of instructions of the same computation; the literal of a constant."""
+    attributes: str
+    root: bool = False
+
+    @property
+    def bytes(self) -> float:
+        """Of its result, in whatever memory."""
+        return sum((own.bytes for own in self.types), 0.0)
+
+    @functools.cached_property
+    def called(self) -> dict[str, str]:
+        """Computations by the role in which it calls them."""
+        return dict(_CALLED.findall(self.attributes))
+
+    @functools.cached_property
+    def branches(self) -> tuple[str, ...]:
+        """Computations of a conditional."""
+        listed = _BRANCHES.search(self.attributes)
+        if listed:
+            return tuple(name.strip().lstrip("%") for name in listed[1].split(","))
+        roles = "true_computation", "false_computation"
+        return tuple(self.called[role] for role in roles if role in self.called)
+
+    def numbers(self, attribute: str) -> tuple[int, ...]:
+        """Those of `attribute={1,2}`; empty if there is none."""
+        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return _integers(found[1]) if found else ()
+
+    @property
+    def known_trips(self) -> int | None:
+        """How often the compiler says that a loop runs."""
+        found = _TRIPS.search(self.attributes)
+        return int(found[1]) if found else None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Computation:
+    """Instructions in the order in which they run."""
+
+    name: str
+    instructions: tuple[Instruction, ...]
+
+    @functools.cached_property
+    def by_name(self) -> dict[str, Instruction]:
+        """Instructions by name."""
+        return {own.name: own for own in self.instructions}
+
+    @functools.cached_property
+    def users(self) -> dict[str, list[tuple[Instruction, int]]]:
+        """Who uses an instruction, and as which of its operands."""
+        found: dict[str, list[tuple[Instruction, int]]] = {}
+        for own in self.instructions:
+            for place, operand in enumerate(own.operands):
+                found.setdefault(operand, []).append((own, place))
+        return found
+
+    @property
+    def root(self) -> Instruction:
+        """The instruction whose result is that of the computation."""
+        return next((own for own in self.instructions if own.root), self.instructions[-1])
+
+    def parameters(self) -> Iterator[tuple[int, Instruction]]:
+        """Parameters with their numbers."""
+        for own in self.instructions:
+            if own.opcode == "parameter":
+                yield int(own.operands[0]), own
+
+    def types_of(self, name: str) -> tuple[ArrayType, ...]:
+        """Types of an operand; none for a literal."""
+        return self.by_name[name].types if name in self.by_name else ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Module:
+    """A compiled program."""
+
+    computations: dict[str, Computation]
+    entry: str
+    partitions: int
+    """Devices that run it together."""
+
+    def trips(self, caller: Computation, loop: Instruction) -> int | None:
+        """How often a `while` runs; None if that depends on data.
+
+        The compilers of TPUs do not say it, so that it is read from the loop itself: a counter that
+        starts at a constant, grows by a constant and is compared with one.
+        """
+        if loop.known_trips is not None:
+            return loop.known_trips
+        bound = self._bound(self.computations[loop.called["condition"]])
+        if bound is None:
+            return None
+        index, limit, inclusive = bound
+        first = self._initial(caller, loop, index)
+        step = self._growth(self.computations[loop.called["body"]], index)
+        if first is None or not step or step < 0:
+            return None
+        return max(0, -(-(limit + inclusive - first) // step))
+
+    def _bound(self, condition: Computation) -> tuple[int, int, int] | None:
+        """Which part of the loop's state is compared, with which limit, 1 if that is included."""
+        names, compare = self._flat_root(condition)
+        if compare.opcode != "compare" or "direction=L" not in compare.attributes:
+            return None
+        counter, limit = (condition.by_name.get(name) for name in names)
+        value = None if limit is None else _constant(condition, limit)
+        if counter is None or counter.opcode != "get-tuple-element" or value is None:
+            return None
+        return _index(counter), value, int("direction=LE" in compare.attributes)
+
+    def _flat_root(self, outer: Computation) -> tuple[list[str], Instruction]:
+        """The root, or that of the fusion which it is, and its operands' names outside."""
+        root = outer.root
+        if root.opcode != "fusion":
+            return list(root.operands), root
+        inner = self.computations[root.called["calls"]]
+        places = {own.name: root.operands[number] for number, own in inner.parameters()}
+        return [places.get(name, "") for name in inner.root.operands], inner.root
+
+    def _initial(self, caller: Computation, loop: Instruction, index: int) -> int | None:
+        state = caller.by_name[loop.operands[0]]
+        if state.opcode != "tuple":
+            return None
+        return _constant(caller, caller.by_name[state.operands[index]])
+
+    def _growth(self, body: Computation, index: int) -> int | None:
+        """By how much the counter grows in one iteration."""
+        root = body.root
+        if root.opcode != "tuple":
+            return None
+        grown = body.by_name[root.operands[index]]
+        names, opcode = list(grown.operands), grown.opcode
+        if opcode == "copy":
+            grown = body.by_name[grown.operands[0]]
+            names, opcode = list(grown.operands), grown.opcode
+        if opcode == "fusion":
+            inner = self.computations[grown.called["calls"]]
+            if inner.root.opcode != "add":
+                return None
+            places = {own.name: grown.operands[number] for number, own in inner.parameters()}
+            literals = [_constant(inner, inner.by_name[name]) for name in inner.root.operands]
+            outside = [places.get(name, "") for name in inner.root.operands]
+            values = [
+                own if own is not None else _constant_named(body, name)
+                for own, name in zip(literals, outside, strict=True)
+            ]
+            return next((value for value in values if value is not None), None)
+        if opcode != "add":
+            return None
+        values = [_constant_named(body, name) for name in names]
+        return next((value for value in values if value is not None), None)
+
+
+def read(text: str) -> Module:
+    """The program of `compiled.as_text()`.
+
+    Raises:
+      ValueError: the text is none of a compiled program.
+    """
+    computations: dict[str, Computation] = {}
+    name, entry, lines = "", "", []
+    for line in text.splitlines():
+        head = None if name else _HEAD.match(line)
+        if head:
+            name, lines = head[2], []
+            entry = name if head[1] else entry
+        elif name and _END.match(line):
+            computations[name] = Computation(name, tuple(map(_instruction, lines)))
+            name = ""
+        elif name and _LINE.match(line):
+            lines.append(line)
+        elif name and lines:
+            lines[-1] += line  # metadata of kernels spreads over several lines
+    if not entry:
+        raise ValueError("no ENTRY computation: give the text of a compiled program")
+    partitions = re.search(r"num_partitions=(\d+)", text)
+    return Module(computations, entry, int(partitions[1]) if partitions else 1)
+
+
+def _instruction(line: str) -> Instruction:
+    found = _LINE.match(line)
+    assert found is not None
+    root, name, rest = bool(found[1]), found[2], found[3]
+    rest = _COMMENT.sub("", rest)
+    end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
+    types, rest = rest[:end], rest[end:].lstrip()
+    opening = rest.index("(")
+    closing = _closing(rest, opening)
+    operands = tuple(part.split()[-1].lstrip("%") for part in _parts(rest[opening + 1 : closing]))
+    arrays = tuple(_array(*match) for match in _ARRAY.findall(types))
+    return Instruction(name, arrays, rest[:opening], operands, rest[closing + 1 :], root)
+
+
+def _array(dtype: str, dims: str, layout: str) -> ArrayType:
+    space = _SPACE.search(layout)
+    return ArrayType(dtype, _integers(dims.replace("<=", "")), int(space[1]) if space else 0)
+
+
+def _integers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(",") if part)
+
+
+def _closing(text: str, opening: int) -> int:
+    """Where the bracket that opens here is closed."""
+    depth = 0
+    for place in range(opening, len(text)):
+        depth += (text[place] in "([{") - (text[place] in ")]}")
+        if not depth:
+            return place
+    raise ValueError(f"unbalanced brackets in {text[:80]!r}")
+
+
+def _parts(text: str) -> list[str]:
+    """What commas outside of brackets separate."""
+    found, depth, start = [], 0, 0
+    for place, letter in enumerate(text):
+        depth += (letter in "([{") - (letter in ")]}")
+        if letter == "," and not depth:
+            found.append(text[start:place])
+            start = place + 1
+    found.append(text[start:])
+    return [part.strip() for part in found if part.strip()]
+
+
+def _index(element: Instruction) -> int:
+    found = re.search(r"index=(\d+)", element.attributes)
+    return int(found[1]) if found else 0
+
+
+def _constant_named(computation: Computation, name: str) -> int | None:
+    own = computation.by_name.get(name)
+    return None if own is None else _constant(computation, own)
+
+
+def _constant(computation: Computation, own: Instruction) -> int | None:
+    """The value of a constant, or of a copy of one."""
+    while own.opcode in ("copy", "bitcast", "convert") and own.operands[0] in computation.by_name:
+        own = computation.by_name[own.operands[0]]
+    if own.opcode != "constant" or not re.fullmatch(r"-?\d+", own.operands[0]):
+        return None
+    return int(own.operands[0])

@@ -1,0 +1,212 @@
+"""What `--compile-only` says of the programs of a run: a table for people, the same as JSON."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from jax.sharding import Mesh
+
+from train.compile.chips import GIB, Chip
+from train.compile.measure import Measured
+
+SHARES = (1.0, 0.25, 0.125)
+"""Shares of the limits of a rollout for which seconds of a step are told."""
+_COLUMNS = (
+    *("program", "calls", "arguments", "temporary", "outputs", "code", "beside", "GiB of chip"),
+    *("TFLOP", "GB moved", "GB sent", "seconds", "bound by", "compiled"),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """The programs of a run on one topology."""
+
+    topology: str
+    mesh: Mesh
+    measured: Sequence[Measured]
+    rollouts: int
+    """Of a step; 0 without any."""
+    generated: int
+    """Most tokens that each of them generates."""
+
+    @property
+    def chip(self) -> Chip | None:
+        """What the devices can do, if that is known."""
+        return self.measured[0].chip if self.measured else None
+
+    @property
+    def misfits(self) -> list[Measured]:
+        """Programs that there is no room for."""
+        return [own for own in self.measured if not own.fits]
+
+    def seconds(self, share: float = 1.0, part: str = "") -> float:
+        """Roofline of a step, or of the rollouts or the learner alone, in which rollouts take a
+        share of what they may."""
+        return sum((own.seconds * count for own, count in self._counted(share, part)), 0.0)
+
+    def utilisation(self, part: str = "", share: float = 1.0) -> float:
+        """Share of the chips' peak that the model's own products take: MFU, at the roofline."""
+        seconds = self.seconds(share, part)
+        if not seconds or self.chip is None:
+            return 0.0
+        flops = sum(own.program.model_flops * count for own, count in self._counted(share, part))
+        return flops / (seconds * self.mesh.size * self.chip.flops)
+
+    def _counted(self, share: float, part: str) -> Iterator[tuple[Measured, float]]:
+        """Programs of a part, and how often a step calls each."""
+        for own in self.measured:
+            if part in ("", own.program.part):
+                yield own, own.program.calls * (share if own.program.spoken else 1.0)
+
+    def text(self) -> str:
+        """For people."""
+        lines = [self._head(), *_table([_COLUMNS, *map(_cells, self.measured)])]
+        lines += [line for own in self.measured for line in _collectives(own)]
+        lines += [line for own in self.measured for line in _doubts(own)]
+        return "\n".join([*lines, *self._steps()])
+
+    def json(self) -> dict[str, Any]:
+        """For programs; bytes, seconds and operations, per chip and call."""
+        shares = {str(share): self._step(share) for share in SHARES} if self.chip else {}
+        return {
+            "topology": self.topology,
+            "mesh": dict(self.mesh.shape),
+            "chip": dataclasses.asdict(self.chip) if self.chip else None,
+            "programs": {own.program.name: _entry(own) for own in self.measured},
+            "step_by_share_of_limits": shares,
+        }
+
+    def _head(self) -> str:
+        axes = ",".join(f"{axis}:{size}" for axis, size in self.mesh.shape.items())
+        chip = self.chip
+        if chip is None:
+            kind = self.mesh.devices.flat[0].device_kind
+            return f"{self.topology} as {axes}: nothing is known of the limits of {kind}"
+        return (
+            f"{self.topology} as {axes}: {self.mesh.size} x {chip.name} of "
+            f"{chip.memory / GIB:.2f} GiB, {chip.flops / 1e12:.0f} TFLOP/s, "
+            f"{chip.bandwidth / 1e9:,.0f} GB/s of memory, {chip.links / 1e9:.0f} GB/s of links"
+        )
+
+    def _steps(self) -> list[str]:
+        if self.chip is None or self.misfits:
+            return []
+        shares = SHARES if self.generated else (1.0,)
+        return [self._step_line(share) for share in shares]
+
+    def _step_line(self, share: float) -> str:
+        own = self._step(share)
+        said = f"rollouts of {share * self.generated:,.0f} tokens: " if self.generated else ""
+        rollout = f"rollout {own['rollout']:.2f} s + " if self.generated else ""
+        spoken = f", {own['generated_per_second_and_chip']:.1f} generated" if said else ""
+        return (
+            f"step at the roofline, {said}{own['seconds']:.2f} s ({rollout}learner "
+            f"{own['learner']:.2f} s); {own['learned_per_second_and_chip']:,.0f} learner tokens"
+            f"{spoken} per second and chip; MFU {own['mfu']:.1%}, learner {own['learner_mfu']:.1%}"
+        )
+
+    def _step(self, share: float) -> dict[str, float]:
+        seconds = self.seconds(share)
+        each = max(seconds, 1e-12) * self.mesh.size
+        steps = [own.program for own in self.measured if own.program.name == "step"]
+        learned = sum(own.tokens * own.calls for own in steps)
+        return {
+            "seconds": seconds,
+            "rollout": self.seconds(share, "rollout"),
+            "learner": self.seconds(share, "learner"),
+            "learned_per_second_and_chip": learned / each,
+            "generated_per_second_and_chip": share * self.generated * self.rollouts / each,
+            "mfu": self.utilisation(share=share),
+            "learner_mfu": self.utilisation("learner", share),
+        }
+
+
+def misfit_line(own: Measured, topology: str) -> str:
+    """What does not fit, and by how much."""
+    assert own.chip is not None or own.needed is not None
+    limit = f" of {own.chip.memory / GIB:.2f}" if own.chip else ""
+    if own.memory is None:
+        told = f"{own.needed / GIB:.1f}{limit} GiB" if own.needed else "more than there is"
+        beside = f" and {own.program.beside / GIB:.1f} GiB beside it" if own.program.beside else ""
+        return f"{topology}: {own.program.name} does not fit: needs {told}{beside}"
+    return (
+        f"{topology}: {own.program.name} does not fit: needs "
+        f"{own.memory.together / GIB:.1f}{limit} GiB, of which {own.memory.beside / GIB:.1f} lie "
+        "beside it"
+    )
+
+
+def _cells(own: Measured) -> tuple[str, ...]:
+    program, memory, cost = own.program, own.memory, own.cost
+    head = program.name, f"{program.calls:,.3g}" if program.calls < 1 else f"{program.calls:,.0f}"
+    compiled = f"{own.seconds_to_compile:.0f} s"
+    if memory is None or cost is None:
+        return *head, *["-"] * 5, "does not fit", *["-"] * 5, compiled
+    sizes = [f"{x / GIB:.2f}" for x in dataclasses.astuple(memory)]
+    mark = "" if own.fits else " !"
+    timed = (f"{own.seconds:.2e}", own.bound) if own.limits else ("-", "-")
+    return (
+        *head,
+        *sizes,
+        f"{memory.together / GIB:.2f}{mark}",
+        f"{cost.flops / 1e12:.3g}",
+        f"{cost.bytes / 1e9:.3g}",
+        f"{cost.sent / 1e9:.3g}",
+        *timed,
+        compiled,
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return [
+        "  ".join(
+            cell.ljust(width) if not column else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    ]
+
+
+def _collectives(own: Measured) -> list[str]:
+    """One line for a program that has any."""
+    if own.cost is None or not own.cost.collectives:
+        return []
+    unit = "token" if own.program.name.startswith("decode") else "call"
+    kinds = [
+        f"{kind} {traffic.count:,.0f} x, {traffic.bytes / GIB:.3g} GiB"
+        for kind, traffic in own.cost.collectives.items()
+    ]
+    return [f"{own.program.name}, collectives per {unit} and chip: {'; '.join(kinds)}"]
+
+
+def _doubts(own: Measured) -> list[str]:
+    if own.cost is None or not own.cost.kernels:
+        return []
+    return [f"{own.program.name}: {own.cost.kernels} kernels do not say what they multiply"]
+
+
+def _entry(own: Measured) -> dict[str, Any]:
+    program, cost = own.program, own.cost
+    found: dict[str, Any] = {
+        "calls": program.calls,
+        "part": program.part,
+        "tokens": program.tokens,
+        "model_flops": program.model_flops,
+        "seconds_to_compile": own.seconds_to_compile,
+        "fits": own.fits,
+        "needed_bytes": own.needed,
+    }
+    if own.memory is None or cost is None:
+        return found
+    return found | {
+        "memory": dataclasses.asdict(own.memory) | {"together": own.memory.together},
+        "flops": cost.flops,
+        "bytes": cost.bytes,
+        "collectives": {k: dataclasses.asdict(v) for k, v in cost.collectives.items()},
+        "silent_kernels": cost.kernels,
+        "seconds": own.seconds,
+        "seconds_by_limit": own.limits,
+    }
