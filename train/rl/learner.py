@@ -121,10 +121,16 @@ class Learner:
 
     def _with_log_probs(self, name: str, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch, sub-agents included, with log-probabilities under some weights filled in."""
-        batch = dataclasses.replace(batch, **{name: self._log_probs(params, batch, self.table)})
+        values = self._log_probs(params, batch, self.table)
+        batch = dataclasses.replace(batch, **{name: _placed(values, batch)})
         if batch.subagents is None:
             return batch
         values = self._subagent_log_probs(params, batch.subagents, self.table)
-        return dataclasses.replace(
-            batch, subagents=dataclasses.replace(batch.subagents, **{name: values})
-        )
+        crops = dataclasses.replace(batch.subagents, **{name: _placed(values, batch.subagents)})
+        return dataclasses.replace(batch, subagents=crops)
+
+
+def _placed(values: Array, batch: LearnerBatch) -> Array:
+    """Values of tokens where the batch has its own: a step that gets the blank reference of a batch
+    where nobody measured it is then the same program."""
+    return jax.device_put(values, batch.behaviour_log_probs.sharding)
