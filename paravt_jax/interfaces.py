@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, Protocol, runtime_checkable
 
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from paravt_jax.kv_cache import KVCache
@@ -54,6 +55,10 @@ class Policy(_Towers, Protocol):
     def prepare(self, params: Params) -> Params:
         """Weights in the form that the other methods read fastest, for as long as they stay the
         same. Every method takes either form."""
+        ...
+
+    def shardings(self, params: Params, mesh: Mesh) -> Any:
+        """Where each of these weights, which `prepare` returned, lives on a mesh."""
         ...
 
     def prefill(

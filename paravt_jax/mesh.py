@@ -41,8 +41,8 @@ RULES: dict[str, tuple[str, ...]] = {
 """Logical axis -> mesh axes over which that dimension is split; () keeps it whole."""
 
 
-def parse_mesh(text: str | None, device_count: int) -> dict[str, int]:
-    """Sizes of all mesh axes from `"data:2,fsdp:4,tensor:2"`.
+def parse_mesh(text: str | None, device_count: int, flag: str = "--mesh") -> dict[str, int]:
+    """Sizes of all mesh axes from `"data:2,fsdp:4,tensor:2"`, which `flag` gave.
 
     Axes not named have size 1; one may be -1 and takes the remaining devices. None puts all
     devices on `data`, which is the fastest mesh for a model that fits one device.
@@ -51,18 +51,24 @@ def parse_mesh(text: str | None, device_count: int) -> dict[str, int]:
       ValueError: an unknown or repeated axis, a size that is no number, two sizes of -1, or a
         product that is not the number of devices.
     """
+    try:
+        return _sizes(text, device_count)
+    except ValueError as error:
+        raise ValueError(f"{flag} {text}: {error}") from None
+
+
+def _sizes(text: str | None, device_count: int) -> dict[str, int]:
     sizes = dict.fromkeys(AXES, 1) | (_read_sizes(text) if text is not None else {"data": -1})
     free = [axis for axis, size in sizes.items() if size == -1]
     if len(free) > 1:
-        raise _refusal(text, f"only one axis may be -1, not {' and '.join(free)}")
+        raise ValueError(f"only one axis may be -1, not {' and '.join(free)}")
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if free and device_count % fixed == 0:
         sizes[free[0]] = device_count // fixed
     if math.prod(sizes.values()) != device_count:
-        raise _refusal(
-            text,
+        raise ValueError(
             f"the sizes must multiply to the {device_count} devices of this run; "
-            "set one axis to -1 to take what is left",
+            "set one axis to -1 to take what is left"
         )
     return sizes
 
@@ -72,17 +78,13 @@ def _read_sizes(text: str) -> dict[str, int]:
     for part in text.split(","):
         axis, _, size = (word.strip() for word in part.partition(":"))
         if axis not in AXES:
-            raise _refusal(text, f"unknown axis {axis!r}; choose from {', '.join(AXES)}")
+            raise ValueError(f"unknown axis {axis!r}; choose from {', '.join(AXES)}")
         if axis in sizes:
-            raise _refusal(text, f"axis {axis!r} is given twice; name it once")
+            raise ValueError(f"axis {axis!r} is given twice; name it once")
         if not size.lstrip("-").isdigit() or int(size) == 0 or int(size) < -1:
-            raise _refusal(text, f"size {size!r} of {axis!r} must be a positive number or -1")
+            raise ValueError(f"size {size!r} of {axis!r} must be a positive number or -1")
         sizes[axis] = int(size)
     return sizes
-
-
-def _refusal(text: str | None, remedy: str) -> ValueError:
-    return ValueError(f"--mesh {text}: {remedy}")
 
 
 def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Mesh:
@@ -93,6 +95,34 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     shape = tuple(sizes[axis] for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
     return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def reshape_mesh(mesh: Mesh, sizes: dict[str, int]) -> Mesh:
+    """Another mesh over the same devices in the same order, so that one program on them can take
+    arrays from one layout to the other; `mesh` itself where the sizes are its own."""
+    if dict(mesh.shape) == sizes:
+        return mesh
+    devices = mesh.devices.reshape(tuple(sizes[axis] for axis in AXES))
+    return Mesh(devices, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def split_before_copy(x: Array, home: NamedSharding) -> Array:
+    """Lay out an array that is on its way to a home where it is both split and copied: split over
+    all devices, as far as they divide. To do both at once the compiler would make it whole."""
+    sizes = home.mesh.shape
+    owners = [(part,) if isinstance(part, str) else part or () for part in home.spec]
+    copies = tuple(axis for axis in sizes if axis not in {own for part in owners for own in part})
+    for at, own in enumerate(owners):
+        if math.prod(sizes[axis] for axis in own) > 1 and x.shape[at] % home.mesh.size == 0:
+            parts = [*home.spec[:at], own + copies, *home.spec[at + 1 :]]
+            split = NamedSharding(home.mesh, PartitionSpec(*parts))
+            return jax.lax.with_sharding_constraint(x, split)
+    return x
+
+
+def axes_text(mesh: AnyMesh) -> str:
+    """A mesh as its flag would name it."""
+    return ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES)
 
 
 def partition(

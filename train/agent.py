@@ -7,9 +7,10 @@ import functools
 from collections.abc import Callable, Iterable
 
 import jax
+from jax.sharding import Mesh
 
 from models import ModelPolicy
-from paravt_jax.mesh import constrain
+from paravt_jax.mesh import axes_text, constrain
 from paravt_jax.records import Row
 from pipelines.render import ChatRenderer
 from pipelines.sizes import full_size, prompt_tokens, smallest_frames
@@ -67,6 +68,8 @@ class AgentMaker:
     policy: ModelPolicy
     renderer: ChatRenderer
     reader: VideoReader
+    layout: Callable[[dict[str, SlotPool]], Mesh | None] = lambda pools: None
+    """The mesh of an engine with these slots; None for the one that is active."""
     tell: Callable[[str], None] = lambda line: None
     """Told what the cache of an engine takes."""
 
@@ -88,16 +91,19 @@ class AgentMaker:
 
     def engine(self, pools: dict[str, SlotPool]) -> Engine:
         """An engine with these slots. Its caches are allocated when it is first used."""
+        mesh = self.layout(pools)
         engine = Engine(
             self.policy,
             pools,
+            mesh=mesh,
             automata=open_automata(self.rules, self.renderer, self.policy.vocab_size),
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
         )
         main, size = pools[MAIN], engine.cache_bytes() / 2**20
-        self.tell(f"engine: {main.prompts} prompts x {main.copies}, cache {size:,.0f} MiB")
+        where = "" if mesh is None else f", on mesh {axes_text(mesh)}"
+        self.tell(f"engine: {main.prompts} prompts x {main.copies}, cache {size:,.0f} MiB{where}")
         return engine
 
     def pools(

@@ -12,7 +12,7 @@ import jax
 
 from models import ModelPolicy
 from models.common.adapter import check_adapter_config
-from paravt_jax.mesh import AXES, RULES, AnyMesh, make_mesh, parse_mesh
+from paravt_jax.mesh import RULES, AnyMesh, axes_text, make_mesh, parse_mesh
 from paravt_jax.params import format_table
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
@@ -23,6 +23,7 @@ from pipelines.video import VideoReader
 from train import setup
 from train.compile.ahead import LargestBatch
 from train.compile.footprint import footprint, format_footprint, planned_mesh
+from train.compile.layout import planned_rollouts, rollout_sizes
 from train.compile.measure import devices_of, measure
 from train.compile.programs import programs_of
 from train.compile.report import Report, misfit_line
@@ -70,7 +71,9 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         if path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
-        check_rows_fit(config, planned_mesh(config.mesh) if planned else setup.open_mesh(config))
+        mesh = planned_mesh(config.mesh) if planned else setup.open_mesh(config)
+        check_rows_fit(config, mesh)
+        check_rollout_mesh(config, mesh)
     if here and config.model.folder is not None:
         parts.renderer  # noqa: B018  refuses a folder without tokenizer or processor
 
@@ -115,6 +118,16 @@ def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
             f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
             "multiple"
         )
+
+
+def check_rollout_mesh(config: Config, mesh: AnyMesh) -> None:
+    """Refuse a mesh of rollouts that does not fit the devices or the model.
+
+    Raises:
+      ValueError: naming the flag.
+    """
+    if config.rollout_mesh is not None:
+        rollout_sizes(config.rollout_mesh, setup.Parts(config).policy, mesh.size)
 
 
 def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
@@ -186,8 +199,7 @@ def describe(config: Config) -> None:
     """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
     print(json.dumps(to_dict(config), indent=2))
     mesh = planned_mesh(config.mesh)
-    axes = ",".join(f"{axis}:{mesh.shape[axis]}" for axis in AXES)
-    print(f"mesh {axes}: {mesh.size} devices ({jax.device_count()} here)")
+    print(f"mesh {axes_text(mesh)}: {mesh.size} devices ({jax.device_count()} here)")
     parts = setup.Parts(config)
     for note in whole_notes(parts.policy, mesh):
         print(f"note: {note}")
@@ -211,7 +223,10 @@ def planned_footprint(
     config, policy = parts.config, parts.policy
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
     pools = parts.pools(rows or [EXAMPLE]) if config.stage is Stage.RL else None
-    return footprint(policy, optimizer, config.model, mesh, config.teacher.strength > 0, pools)
+    taught, rollouts = config.teacher.strength > 0, None
+    if config.rollout_mesh is not None:
+        rollouts = planned_rollouts(config.rollout_mesh, policy, mesh)
+    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts)
 
 
 def compile_only(

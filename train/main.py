@@ -25,7 +25,7 @@ DEFAULT_RECIPE = "needle_rl"
 
 FLAGS = {
     **{"model": "model.folder", "data": "data.path"},
-    **{name: name for name in ("mesh", "steps", "seed")},
+    **{name: name.replace("-", "_") for name in ("mesh", "rollout-mesh", "steps", "seed")},
 }
 """Flags that set a setting, and its name."""
 
@@ -54,6 +54,12 @@ def make_parser() -> argparse.ArgumentParser:
         "(default: the workdir's own, or needle_rl)",
     )
     add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
+    add(
+        "--rollout-mesh",
+        metavar="MESH",
+        help="mesh of the rollouts over the same devices, e.g. data:2,tensor:4 "
+        "(default: the smallest tensor that fits)",
+    )
     add("--workdir", help="where the run writes, or went on writing (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")
     add("--data", help="folder or CSV/JSONL file of questions about your videos")
@@ -108,7 +114,10 @@ def resolve(arguments: argparse.Namespace):
     if arguments.recipe is None and arguments.workdir is not None:
         config = read_settings(Path(arguments.workdir), Config)
     config = config or get_recipe(arguments.recipe or DEFAULT_RECIPE)
-    flags = {key: (f"--{name}", getattr(arguments, name)) for name, key in FLAGS.items()}
+    flags = {
+        key: (f"--{name}", getattr(arguments, name.replace("-", "_")))
+        for name, key in FLAGS.items()
+    }
     given = {key: flag for key, flag in flags.items() if flag[1] is not None}
     return with_whole_paths(override(config, arguments.set, given))
 

@@ -119,7 +119,11 @@ class Run:
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         updates = config.optimizer_steps // config.steps
         self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
-        self.agents = dataclasses.replace(self.parts.agents, tell=self.log.console.print)
+        kept = self.state, self.reference
+        layout = setup.open_layout(config, self.parts.policy, mesh, kept)
+        self.agents = dataclasses.replace(
+            self.parts.agents, layout=layout, tell=self.log.console.print
+        )
         self.evaluation = self._evaluation() if self.held_out else None
 
     def _questions(self) -> tuple[Questions, list[Row]]:
@@ -217,7 +221,7 @@ class Run:
             rollouts=rollouts,
             learner=taught or learner,
             resumable=resumable,
-            metrics=[*metrics, self.compilations.metrics],
+            metrics=[*metrics, self.compilations.metrics, engine.metrics],
             saver=self.saver,
             report=self.report,
             rollouts_folder=self.workdir / "rollouts" if config.output.rollouts else None,

@@ -1,6 +1,7 @@
 """Attention behind one dispatch function, with a plain reference that every path must equal.
 
-On a TPU it is a kernel (`models.common.splash`), elsewhere products that XLA compiles.
+On TPUs and GPUs it is a kernel (`models.common.splash`, `models.common.cudnn`), elsewhere products
+that XLA compiles (ADR 25).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from models.common import splash
+from models.common import cudnn, splash
 from models.common.layers import precision
 from paravt_jax.records import HiddenKeys, SharedPrefix
 
@@ -21,11 +22,12 @@ QUERY_CHUNK = 96
 at 368 tokens that skips three eighths of the products."""
 
 UNROLLED = 4096
-"""Chunks of rows of more tokens are computed in loops: compile time of unrolled ones grows with the
-square of their number, and each one's weights wait in memory for the backward pass."""
+"""Chunks of rows of more tokens are computed in loops: unrolled, each takes seconds to compile (a
+TPU's compiler: docs/log.md), and its weights wait in memory for the backward pass."""
 
-LOOPS = 8
-"""Loops over a long row: each sees the keys before its end, 9/16 of all instead of 1/2."""
+LOOPS = 2
+"""Loops over a long row: each sees the keys before its end, 3/4 of all instead of 1/2. More of them
+would compute less and compile longer."""
 
 HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
@@ -61,10 +63,17 @@ def attend(
             layout = {"lanes": shared.lanes, "prompt": shared.prompt, "causal": True}
             padding = jnp.where(_no_padding(query.shape[1], shared, key_lengths), 0, -1)
             return splash.attend(query, key, value, segments=padding, **layout)
+        if cudnn.serves(query, key):
+            lanes, prompt = shared.lanes, shared.prompt
+            return cudnn.attend(query, key, value, lengths=key_lengths, lanes=lanes, prompt=prompt)
         return _shared(query, key, value, shared, key_lengths)
     if hidden_keys is None and splash.serves(query, key):
         segments = _within(key_lengths, key.shape[1], segments)
         return splash.attend(query, key, value, causal=causal, segments=segments)
+    if hidden_keys is None and segments is None and cudnn.serves(query, key):
+        every = jnp.full(key.shape[0], key.shape[1], jnp.int32)
+        lengths = None if causal else every if key_lengths is None else key_lengths
+        return cudnn.attend(query, key, value, lengths=lengths)
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value, segments, hidden_keys)
     limits = key_lengths, segments, hidden_keys
@@ -78,7 +87,9 @@ def _within(
     """Segments, in which what lies beyond the lengths is one of its own."""
     if lengths is None:
         return segments
-    return jnp.where(jnp.arange(slots) < lengths[:, None], 0 if segments is None else segments, -1)
+    return jnp.where(
+        jnp.arange(slots)[None] < lengths[:, None], 0 if segments is None else segments, -1
+    )
 
 
 def visibility(

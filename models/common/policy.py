@@ -46,6 +46,12 @@ class ModelPolicy(Policy, TrainablePolicy, Protocol):
         ...
 
     @property
+    def splits(self) -> tuple[int, int, int]:
+        """How finely a mesh can split the model: heads of queries, heads of keys, and experts, 0
+        for a dense model."""
+        ...
+
+    @property
     def context_length(self) -> int:
         """Positions that the model was made for."""
         ...

@@ -8,13 +8,14 @@ product first copies its layer out of the stack, layers are unstacked.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 from jaxtyping import Array
 
 from models.common.layers import unstack_layers
-from paravt_jax.mesh import platform
+from paravt_jax.mesh import AnyMesh, platform, sharding
 from paravt_jax.params import Params, Table
 
 EMBEDDING, HEAD = "text.embedding", "head.kernel"
@@ -35,6 +36,19 @@ def prepare(params: Params, table: Table, dtype: Any) -> dict[str, Any]:
     # Read by its transpose, a head of 32,768 x 1,024 comes at 8 GB/s on CPU, by itself at 16.
     head = params[HEAD] if HEAD in table else _transpose(params[EMBEDDING])
     return prepared | {HEAD: _prepare(head, dtype, unstacked=False)}
+
+
+def shardings(prepared: Mapping[str, Any], table: Table, mesh: AnyMesh) -> dict[str, Any]:
+    """Where each of the prepared weights lives on a mesh."""
+    # A head that was tied is the embedding, transposed.
+    axes = {HEAD: table[EMBEDDING].axes[::-1]} | {name: own.axes for name, own in table.items()}
+
+    def home(name: str, weights: Array | tuple[Array, ...]) -> Any:
+        if isinstance(weights, tuple):
+            return tuple(sharding(mesh, axes[name][1:], layer.shape) for layer in weights)
+        return sharding(mesh, axes[name], weights.shape)
+
+    return {name: home(name, weights) for name, weights in prepared.items()}
 
 
 def is_product(name: str) -> bool:

@@ -25,7 +25,8 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 )
 from jaxtyping import Array, Float, Int
 
-from paravt_jax.mesh import partition, platform
+from models.common.kernels import on_mesh
+from paravt_jax.mesh import platform
 
 WIDTH = 128
 """Numbers side by side in a register of a TPU: heads and blocks are multiples of it."""
@@ -82,8 +83,8 @@ def serves(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool
     """Whether `attend` takes these: on a TPU, tokens of a row among themselves, 16 bits. The kernel
     multiplies 16 bits at a time whatever it is given: float32 stays with what is exact."""
     narrow = query.dtype == key.dtype == jnp.bfloat16
-    same = query.shape[1] == key.shape[1]
-    return platform() == "tpu" and narrow and same and query.shape[1] >= SHORT
+    same = query.shape[1] == key.shape[1] and SHORT <= query.shape[1] < 1 << LANE_SHIFT
+    return platform() == "tpu" and narrow and same
 
 
 def attend(
@@ -106,7 +107,7 @@ def attend(
       lanes: equal parts of what follows the first `prompt` slots of each row.
       interpret: emulate the kernel, for tests without a TPU.
     """
-    t, h = query.shape[1], query.shape[3]
+    t = query.shape[1]
     padded, block = padded_length(t)
     own = (t - prompt) // lanes if lanes else 0
     mask = StaticMask(padded, prompt, own) if causal else masks.FullMask((padded, padded))
@@ -116,9 +117,7 @@ def attend(
     if segments is not None:
         # Padding is a segment of its own: its queries must see something.
         segments = jnp.pad(segments, [(0, 0), (0, padded - t)], constant_values=-1)
-    heads = (_heads_first(x, padded) for x in (query * h**-0.5, *_spread_heads(query, key, value)))
-    mixed = _on_mesh(functools.partial(_rows, kernel), *heads, segments)
-    return mixed.swapaxes(1, 2)[:, :t, :, :h]
+    return on_mesh(functools.partial(_rows, kernel, padded), query, key, value, segments)
 
 
 def padded_length(tokens: int) -> tuple[int, int]:
@@ -140,9 +139,16 @@ def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
     """The kernel, which visits the blocks in which a query may see a key. They are found in numpy,
     once for a mask: a second or two at 20,000 tokens."""
     inner = block // 2 if block in BLOCKS else block
-    forward = {"block_q": block, "block_kv": block, "block_kv_compute": inner}
-    grads = {"block_q_dkv": block, "block_kv_dkv": block, "block_kv_dkv_compute": inner}
-    sizes = kernels.BlockSizes(**forward, **grads, block_q_dq=block, block_kv_dq=block)
+    sizes = kernels.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=inner,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=inner,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     # One mask serves all heads, whatever their number on a device. `make_splash_mha` would put it
     # on a device, where there may be none of the kind that is compiled for.
     heads, shards = masks.MultiHeadMask([mask]), {"head_shards": 1, "q_seq_shards": 1}
@@ -164,41 +170,24 @@ def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
 
 
 def _rows(
-    kernel: Callable, query: Array, key: Array, value: Array, segments: Array | None
-) -> Array:
+    kernel: Callable,
+    slots: int,
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    segments: Int[Array, "b slots"] | None,
+) -> Float[Array, "b t n h"]:
+    t, h = query.shape[1], query.shape[3]
+
     def row(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
         ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
         return kernel(query, key, value, segment_ids=ids)
 
-    return jax.vmap(row)(query, key, value, segments)
+    query, key, value = (_heads_first(x, slots) for x in (query * h**-0.5, key, value))
+    mixed = jax.vmap(row)(query, key, value, segments)
+    return mixed.swapaxes(1, 2)[:, :t, :, :h]
 
 
 def _heads_first(x: Float[Array, "b t n h"], slots: int) -> Float[Array, "b n slots w"]:
     pads = [(0, 0), (0, slots - x.shape[1]), (0, 0), (0, -x.shape[3] % WIDTH)]
     return jnp.pad(x, pads).swapaxes(1, 2)
-
-
-def _spread_heads(query: Array, *keys_and_values: Array) -> tuple[Array, ...]:
-    """Keys and values in copies, where the mesh splits the queries' heads further than theirs."""
-    mesh_shape = dict(jax.sharding.get_abstract_mesh().shape)
-    shards, grouped = mesh_shape.get("tensor", 1), query.shape[2] // keys_and_values[0].shape[2]
-    heads = keys_and_values[0].shape[2]
-    copies = 1 if query.shape[2] % shards else int(np.lcm(heads, shards)) // heads
-    copies = copies if grouped % copies == 0 else grouped
-    return tuple(jnp.repeat(x, copies, axis=2) if copies > 1 else x for x in keys_and_values)
-
-
-def _on_mesh(
-    call: Callable, query: Array, key: Array, value: Array, segments: Array | None
-) -> Array:
-    """A kernel is not partitioned by the compiler: each device runs it on its rows and heads."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty or mesh.size == 1:
-        return call(query, key, value, segments)
-    shape = dict(mesh.shape)
-    specs = [partition(shape, ("batch", "heads", None, None), x.shape) for x in (query, key, value)]
-    ids = None if segments is None else partition(shape, ("batch", None), segments.shape)
-    mapped = jax.shard_map(
-        call, mesh=mesh, in_specs=(*specs, ids), out_specs=specs[0], check_vma=False
-    )
-    return mapped(query, key, value, segments)

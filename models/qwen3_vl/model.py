@@ -6,10 +6,12 @@ import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models.common import prepared
@@ -132,6 +134,13 @@ class Qwen3VLPolicy:
         return 0 if experts is None else experts.num_experts_per_tok
 
     @property
+    def splits(self) -> tuple[int, int, int]:
+        """Heads of queries and of keys, and experts, 0 for none; see `ModelPolicy.splits`."""
+        text = self.config.text
+        experts = 0 if text.experts is None else text.experts.num_experts
+        return text.num_attention_heads, text.num_key_value_heads, experts
+
+    @property
     def table(self) -> Table:
         """The parameter table.
 
@@ -163,6 +172,10 @@ class Qwen3VLPolicy:
     def prepare(self, params: Params) -> Params:
         """Weights that compute the same, faster; see `prepared`."""
         return prepared.prepare(params, self.table, jnp.dtype(self.compute_dtype))
+
+    def shardings(self, params: Params, mesh: Mesh) -> dict[str, Any]:
+        """Where prepared weights live on a mesh."""
+        return prepared.shardings(params, self.table, mesh)
 
     def encode(
         self, params: Params, patches: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]

@@ -14,19 +14,24 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping
-from typing import Any
+import time
+from collections.abc import Callable, Mapping
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.kv_cache import SLOT_AXES, KVCache
-from paravt_jax.mesh import AnyMesh, constrain, sharding
+from paravt_jax.mesh import AnyMesh, constrain, sharding, split_before_copy
 from paravt_jax.records import ArrayLike, VisionFeatures, pytree
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,6 +141,7 @@ class Engine:
         frame_patches: int = 0,
         steps_per_call: int = 16,
         penalties: bool = False,
+        mesh: Mesh | None = None,
     ) -> None:
         """`automata` know what ends a turn; `pad_id` pads rows on the right.
 
@@ -143,7 +149,8 @@ class Engine:
         more: the most that a frame can have keeps frames of all shapes in one compiled tower.
         `decode` draws up to `steps_per_call` tokens of each row before the host looks. `penalties`
         keeps what each row has seen, one byte per row and token of the vocabulary, for repetition
-        penalties.
+        penalties. `mesh` is that of everything here; None takes the one that is active. It has the
+        devices of the weights in the order of theirs, which may lie otherwise on them.
         """
         if not pools or steps_per_call < 1:
             raise ValueError(
@@ -151,13 +158,49 @@ class Engine:
             )
         self.policy, self.pools = policy, dict(pools)
         self.automata, self.pad_id, self.frame_patches = automata, pad_id, frame_patches
-        self.steps_per_call, self.penalties = steps_per_call, penalties
+        self.steps_per_call, self.penalties, self.mesh = steps_per_call, penalties, mesh
         self.compilations = 0
         """How often a function was traced, hence compiled, so far."""
-        self.encode = jax.jit(self._encode)
-        self.prefill = jax.jit(self._prefill, donate_argnames=("state",))
-        self.append = jax.jit(self._append, donate_argnames=("state",))
-        self.decode = jax.jit(self._decode, donate_argnames=("states",))
+        self.encode = self._on_mesh(jax.jit(self._encode))
+        self.prefill = self._on_mesh(jax.jit(self._prefill, donate_argnames=("state",)))
+        self.append = self._on_mesh(jax.jit(self._append, donate_argnames=("state",)))
+        self.decode = self._on_mesh(jax.jit(self._decode, donate_argnames=("states",)))
+        self._hand_over: Callable[[Params], Params] | None = None
+        self.hand_over_seconds = 0.0
+        """What the last hand-over of weights took."""
+
+    def _on_mesh(self, function: Callable[P, T]) -> Callable[P, T]:
+        """The function under the engine's own mesh, if it has one."""
+        mesh = self.mesh
+        if mesh is None:
+            return function
+
+        def call(*args: P.args, **kwargs: P.kwargs) -> T:
+            with jax.set_mesh(mesh):
+                return function(*args, **kwargs)
+
+        return call
+
+    def prepare(self, params: Params) -> Params:
+        """Weights as the functions here read them fastest: cast first, then handed over to the
+        engine's mesh, if it has its own, by one program on the devices."""
+        prepared = self.policy.prepare(params)
+        if self.mesh is None:
+            return prepared
+        if self._hand_over is None:
+            homes = self.policy.shardings(prepared, self.mesh)
+            self._hand_over = jax.jit(
+                lambda weights: jax.tree.map(split_before_copy, weights, homes),
+                out_shardings=homes,
+            )
+        began = time.perf_counter()
+        handed = jax.block_until_ready(self._hand_over(prepared))
+        self.hand_over_seconds = time.perf_counter() - began
+        return handed
+
+    def metrics(self) -> dict[str, float]:
+        """What the last hand-over took, if weights are handed over."""
+        return {} if self.mesh is None else {"time/hand_over": self.hand_over_seconds}
 
     def cache_bytes(self) -> int:
         """Memory of the caches of all pools, over all devices."""
@@ -170,7 +213,7 @@ class Engine:
     @functools.cached_property
     def states(self) -> dict[str, PoolState]:
         """The caches of all pools, handed on from session to session."""
-        empty = jax.jit(self._empty, static_argnums=0)
+        empty = self._on_mesh(jax.jit(self._empty, static_argnums=0))
         return {name: jax.tree.map(_commit, empty(pool)) for name, pool in self.pools.items()}
 
     def abstract_states(self, mesh: AnyMesh) -> dict[str, PoolState]:

@@ -43,7 +43,7 @@ class Session:
 
     def __init__(self, engine: Engine, params: Params) -> None:
         """An earlier session of the engine must not be used any more: this one takes its caches."""
-        self._engine, self._params = engine, engine.policy.prepare(params)
+        self._engine, self._params = engine, engine.prepare(params)
         self._tables = {
             name: SlotTable(name, pool, engine.states) for name, pool in engine.pools.items()
         }

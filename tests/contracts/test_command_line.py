@@ -9,8 +9,9 @@ from train import main
 
 DOOR = [sys.executable, str(ROOT / "train" / "main.py")]
 FLAGS = {
-    "--help", "--recipe", "--mesh", "--workdir", "--model", "--data", "--steps", "--seed",
-    "--resume", "--set", "--dry-run", "--compile-only", "--help-settings", "--list-recipes",
+    "--help", "--recipe", "--mesh", "--rollout-mesh", "--workdir", "--model", "--data", "--steps",
+    "--seed", "--resume", "--set", "--dry-run", "--compile-only", "--help-settings",
+    "--list-recipes",
 }  # fmt: skip
 
 

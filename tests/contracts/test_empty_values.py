@@ -12,7 +12,16 @@ from train.recipes import get_recipe
 from train.settings.override import leaves, override
 
 CONFIG = get_recipe("needle_rl")
-FLAGS = ["--recipe", "--mesh", "--workdir", "--model", "--data", "--compile-only", "--set"]
+FLAGS = [
+    "--recipe",
+    "--mesh",
+    "--rollout-mesh",
+    "--workdir",
+    "--model",
+    "--data",
+    "--compile-only",
+    "--set",
+]
 
 
 ALL = {

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.common import attention, splash
 from models.common.attention import reference, visibility
 from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.records import SharedPrefix
 
 TOKENS = 300
 PACKED = np.repeat([[1, 2, 3, 0], [1, 1, 2, 0]], TOKENS // 4, axis=1)
@@ -45,7 +46,7 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name):
     (b, t, n, k, h), terms = CASES[name]
     terms = {name: jnp.asarray(x, jnp.int32) if np.ndim(x) else x for name, x in terms.items()}
     query, key, value, weights = draw((b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h))
-    visible = visibility(t, t, terms["causal"], segments=terms.get("segments"))
+    visible = visibility(t, t, CASES[name][1]["causal"], segments=terms.get("segments"))
     if "lanes" in terms:
         visible = jnp.asarray(in_lanes(100, 4, 85))[None]
 
@@ -58,7 +59,7 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name):
         return jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(query, key, value)
 
     ours = both(functools.partial(splash.attend, **terms, interpret=True))
-    plain = both(lambda *inputs: reference(*inputs, visible))
+    plain = both(lambda *inputs: reference(inputs[0], inputs[1], inputs[2], visible))
     for one, other in zip(jax.tree.leaves(ours), jax.tree.leaves(plain), strict=True):
         np.testing.assert_allclose(one, other, atol=2e-6 * float(jnp.abs(other).max()))
 
@@ -107,7 +108,8 @@ def test_the_door_takes_the_kernel_and_tells_it_the_lengths(monkeypatch, causal)
     inputs, lengths = draw(*shapes, dtype=jnp.bfloat16), jnp.asarray([200, TOKENS], jnp.int32)
     got = jax.jit(functools.partial(attention.attend, causal=causal, key_lengths=lengths))(*inputs)
     visible = visibility(TOKENS, TOKENS, causal, key_lengths=lengths)
-    exact = reference(*(x.astype(jnp.float32) for x in inputs), visible)
+    query, key, value = (x.astype(jnp.float32) for x in inputs)
+    exact = reference(query, key, value, visible)
     real = (jnp.arange(TOKENS) < lengths[:, None])[..., None, None]
     assert float(jnp.abs(jnp.where(real, got - exact, 0)).max()) < 0.02
 
@@ -125,14 +127,28 @@ def test_it_compiles_for_a_tpu_and_nothing_is_gathered(lanes):
         for heads in (8, 4)
     )
 
-    door = functools.partial(attention.attend, causal=True)
-    in_lanes = functools.partial(splash.attend, causal=True, prompt=1024, lanes=lanes)
+    shared = SharedPrefix(1024, lanes) if lanes else None
+    lengths = jnp.full(4, 1000, jnp.int32) if lanes else None
+    door = functools.partial(attention.attend, causal=True, shared=shared, key_lengths=lengths)
 
     def loss(*inputs):
-        mixed = (in_lanes if lanes else door)(*inputs)
-        return jnp.sum(mixed.astype(jnp.float32) ** 2)
+        return jnp.sum(door(*inputs).astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
-        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text()
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert not re.search("all-gather|all-to-all|collective-permute", text)
+
+
+def test_the_door_takes_the_kernel_where_prompts_are_shared(monkeypatch):
+    """Padding of prompts is hidden from the lanes, as in the plain computation."""
+    shared, lengths = SharedPrefix(100, 4), jnp.asarray([70, 100], jnp.int32)
+    inputs = draw((2, 440, 4, 64), (2, 440, 2, 64), (2, 440, 2, 64))
+    door = functools.partial(attention.attend, causal=True, shared=shared, key_lengths=lengths)
+    plain = jax.jit(door)(*inputs)
+    monkeypatch.setattr(splash, "serves", lambda query, key: True)
+    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
+    monkeypatch.setattr(attention, "_shared", None)
+    kernel = jax.jit(lambda *tokens: door(*tokens))(*inputs)
+    real = (np.arange(440) >= 100) | (np.arange(440) < np.asarray(lengths)[:, None])
+    np.testing.assert_allclose(kernel[real], plain[real], atol=2e-6)

@@ -165,7 +165,6 @@ def test_attention_sees_nothing_that_is_hidden(length, monkeypatch):
     """Beside causality and segments, all three at once, against the matrix written out; at once, in
     chunks, and in chunks of loops. So do gradients."""
     monkeypatch.setattr(attention, "UNROLLED", 2 * QUERY_CHUNK)
-    monkeypatch.setattr(attention, "LOOPS", 2)
     rng = np.random.default_rng(0)
     query, key, value = jnp.asarray(rng.normal(size=(3, 2, length, 2, 8)), jnp.float32)
     kinds = rng.choice([0, 1, 2], (2, length))

@@ -45,6 +45,7 @@ def footprint(
     mesh: AnyMesh,
     teacher: bool = False,
     pools: Mapping[str, SlotPool] | None = None,
+    rollouts: AnyMesh | None = None,
 ) -> dict[str, int]:
     """Bytes on each device of what lives as long as the run. Activations come on top:
     `--compile-only` tells those.
@@ -52,20 +53,24 @@ def footprint(
     Args:
       teacher: whether there is a second copy of what trains.
       pools: slots of rollouts, if the run has any.
+      rollouts: their mesh; None for the learner's.
     """
     params = abstract_params(policy.table, mesh)
     trainable, _ = split(params, model)
-    trained = _local(trainable)
+    trained = local_bytes(trainable)
     found = {
-        "parameters": _local(params),
-        "moments": _local(abstract_moments(optimizer, trainable, mesh)),
+        "parameters": local_bytes(params),
+        "moments": local_bytes(abstract_moments(optimizer, trainable, mesh)),
         "gradients": trained,
         "teacher": trained if teacher else 0,
     }
     if pools is not None:
         found["reference"] = trained
-        found["rollout weights"] = _prepared(model.compute_dtype, params)
-        found["rollout caches"] = sum(cache_bytes(policy, pool, mesh) for pool in pools.values())
+        copied = _prepared(model.compute_dtype, params)
+        if rollouts is not None:
+            copied = _handed_over(policy, model.compute_dtype, rollouts)
+        found["rollout weights"] = copied
+        found["rollout caches"] = _caches(policy, pools, rollouts or mesh)
     return {name: size for name, size in found.items() if size}
 
 
@@ -77,7 +82,8 @@ def format_footprint(found: dict[str, int]) -> str:
     return "\n".join(["on each device:", *lines])
 
 
-def _local(tree: Any) -> int:
+def local_bytes(tree: Any) -> int:
+    """Bytes of arrays on one device."""
     leaves = jax.tree.leaves(tree)
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
@@ -89,7 +95,28 @@ def _prepared(compute_dtype: str, params: dict[str, jax.ShapeDtypeStruct]) -> in
     head = HEAD if HEAD in params else EMBEDDING
     cast = [name for name in params if name.startswith(LAYERS) and is_product(name)]
     copies = [*cast, head] if dtype != jnp.float32 else [head] if head == EMBEDDING else []
-    return sum(_local(params[name]) * dtype.itemsize // 4 for name in copies)
+    return sum(local_bytes(params[name]) * dtype.itemsize // 4 for name in copies)
+
+
+def rollout_bytes(
+    policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh, pools: Mapping[str, SlotPool]
+) -> int:
+    """Bytes on each device of weights that were handed over to a mesh, and of caches there."""
+    return _handed_over(policy, compute_dtype, mesh) + _caches(policy, pools, mesh)
+
+
+def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:
+    """Every weight, prepared, on a mesh of its own; see `Engine.prepare`."""
+    params = abstract_params(policy.table, mesh)
+    head = HEAD if HEAD in params else EMBEDDING
+    cast = {name for name in params if name.startswith(LAYERS) and is_product(name)}
+    narrow = {name: params[name] for name in cast | {head}}
+    wide = {name: x for name, x in params.items() if name not in cast | {HEAD}}
+    return local_bytes(wide) + local_bytes(narrow) * jnp.dtype(compute_dtype).itemsize // 4
+
+
+def _caches(policy: ModelPolicy, pools: Mapping[str, SlotPool], mesh: AnyMesh) -> int:
+    return sum(cache_bytes(policy, pool, mesh) for pool in pools.values())
 
 
 def cache_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:

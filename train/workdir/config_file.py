@@ -20,6 +20,7 @@ FILE = "config.json"
 
 SAME_RESULTS = (
     "mesh",
+    "rollout_mesh",
     "model.remat",
     "data.cache_dir",
     "data.decode_seconds",

@@ -39,6 +39,10 @@ ROWS = [
     Mistake("--mesh data:-1,fsdp:-1", ("--mesh", "only one")),
     Mistake("--mesh data:3", ("--mesh", "4 devices"), devices=4),
     Mistake("--mesh data:3,fsdp:-1", ("--mesh", "4 devices"), devices=4),
+    Mistake("--rollout-mesh data:3", ("--rollout-mesh data:3", "4 devices"), devices=4),
+    Mistake("--rollout-mesh tensor:4", ("--rollout-mesh", "2 key heads"), devices=4),
+    Mistake("--rollout-mesh rows:4", ("--rollout-mesh", "rows"), devices=4),
+    Mistake("--set rollout_mesh=data:3", ("--rollout-mesh data:3", "4 devices"), devices=4),
     Mistake(
         "--mesh fsdp:-1 --set rl.micro_groups=1 --set rl.group_size=3",
         ("--mesh", "rl.group_size"),

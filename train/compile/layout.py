@@ -1,0 +1,112 @@
+"""Where rollouts lay out the weights: a mesh of their own over the devices of the learner's.
+
+Learning wants weights split over all devices (`fsdp`), which gather them once for thousands of
+tokens. Decoding would gather them for every token: it wants as few devices as hold weights and
+caches to share them by heads (`tensor`) and experts, and the others to take other rows (`data`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Iterator, Mapping
+
+from jax.sharding import AbstractMesh, Mesh
+
+from models import ModelPolicy
+from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, reshape_mesh
+from rollout.engine.engine import SlotPool
+from train.compile.footprint import rollout_bytes
+from train.hosts.cluster import max_over_hosts
+
+FLAG = "--rollout-mesh"
+SHARE = 0.85
+"""Of a device's memory: the rest is for what programs of rollouts need besides."""
+
+
+def rollout_sizes(text: str, policy: ModelPolicy, devices: int) -> dict[str, int]:
+    """The mesh that `--rollout-mesh` names.
+
+    Raises:
+      ValueError: it does not fit the devices, or does not divide heads or experts, which would
+        stay whole everywhere.
+    """
+    sizes, flag = parse_mesh(text, devices, FLAG), f"{FLAG} {text}:"
+    heads, keys, experts = policy.splits
+    tensor, expert = sizes["tensor"], sizes["expert"]
+    if heads % tensor or keys % tensor:
+        raise ValueError(
+            f"{flag} tensor:{tensor} does not divide the {heads} heads and {keys} key heads of "
+            f"this model; choose a divisor of {math.gcd(heads, keys)}"
+        )
+    if experts % expert:
+        raise ValueError(
+            f"{flag} expert:{expert} does not divide the {experts} experts of this model; choose "
+            "a divisor"
+        )
+    return sizes
+
+
+def planned_rollouts(text: str, policy: ModelPolicy, learner: AnyMesh) -> AbstractMesh | None:
+    """The mesh that `--rollout-mesh` names, of devices that need not be there; None for the
+    learner's."""
+    sizes = rollout_sizes(text, policy, learner.size)
+    return None if sizes == dict(learner.shape) else AbstractMesh(tuple(sizes.values()), AXES)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class RolloutLayout:
+    """The mesh of an engine."""
+
+    policy: ModelPolicy
+    learner: Mesh
+    """That of `--mesh`."""
+    given: str | None
+    """That of `--rollout-mesh`, if it was given."""
+    compute_dtype: str
+    resident: int
+    """Bytes that the learner keeps on each device during rollouts."""
+
+    def __call__(self, pools: Mapping[str, SlotPool]) -> Mesh | None:
+        """The mesh for an engine with these slots; None for the learner's."""
+        if self.given is not None:
+            sizes = rollout_sizes(self.given, self.policy, self.learner.size)
+        else:
+            sizes = self._smallest(pools, memory_limit(self.learner))
+        mesh = reshape_mesh(self.learner, sizes)
+        return None if mesh is self.learner else mesh
+
+    def _smallest(self, pools: Mapping[str, SlotPool], limit: int | None) -> dict[str, int]:
+        """The fewest devices that hold weights and caches together within the limit; the learner's
+        own mesh where the limit is unknown or none do."""
+        if limit is not None:
+            for sizes in candidates(self.policy, self.learner.size):
+                mesh = reshape_mesh(self.learner, sizes)
+                needed = rollout_bytes(self.policy, self.compute_dtype, mesh, pools)
+                if self.resident + needed <= SHARE * limit:
+                    return sizes
+        return dict(self.learner.shape)
+
+
+def candidates(policy: ModelPolicy, devices: int) -> Iterator[dict[str, int]]:
+    """Meshes that share the weights, fewest devices first, rather by experts than by heads."""
+    heads, keys, experts = policy.splits
+    ways = [ways for ways in range(1, devices + 1) if devices % ways == 0]
+    tensors = [n for n in ways if heads % n == keys % n == 0]
+    shared = [n for n in ways if experts % n == 0] if experts else [1]
+    for tensor, expert in sorted(
+        itertools.product(tensors, shared), key=lambda pair: (math.prod(pair), pair)
+    ):
+        if devices % (tensor * expert) == 0:
+            rows = devices // (tensor * expert)
+            yield dict.fromkeys(AXES, 1) | {"data": rows, "expert": expert, "tensor": tensor}
+
+
+def memory_limit(mesh: Mesh) -> int | None:
+    """Bytes of the smallest device of any host; None where a device does not tell, as on CPU."""
+    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
+    # In MiB, of which hosts compare 32 bits.
+    smallest = min((limit or 0) >> 20 for limit in limits)
+    smallest = -max_over_hosts([-smallest])[0]
+    return smallest << 20 or None
