@@ -4,14 +4,9 @@ Qwen3-VL for tests that concern tokens."""
 import os
 from pathlib import Path
 
-import pytest
-
-from tests.support import shape_checks
-from tests.support.qwen3_vl_folders import folder_names, named_folder
 from tests.support.xla_flags import quick_compile
 
-shape_checks.install()
-
+# Before anything imports jax, which reads these once.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", quick_compile(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -20,6 +15,13 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+
+import pytest
+
+from tests.support import shape_checks
+from tests.support.qwen3_vl_folders import folder_names, named_folder
+
+shape_checks.install()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
