@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paravt_jax.blocks import text_block
 from paravt_jax.kv_cache import CacheArray, KVCache
@@ -126,6 +127,9 @@ class ToyPolicy:
 
     def prepare(self, params):
         return params
+
+    def shardings(self, params, mesh):
+        return dict.fromkeys(params, NamedSharding(mesh, PartitionSpec()))
 
     def encode(self, params, patches, grids) -> VisionFeatures:
         b, f, p, c = patches.shape
