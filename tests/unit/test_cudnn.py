@@ -106,6 +106,8 @@ def test_what_cudnn_serves(monkeypatch):
     query = jnp.zeros((1, cudnn.SHORT, 2, 72), jnp.bfloat16)
     assert not cudnn.serves(query, query)
     monkeypatch.setattr(cudnn, "platform", lambda: "gpu")
+    assert not cudnn.serves(query, query)
+    monkeypatch.setenv(cudnn.SWITCH, "1")
     assert cudnn.serves(query, query)
     assert not cudnn.serves(query.astype(jnp.float32), query.astype(jnp.float32))
     assert not cudnn.serves(query[:, 1:], query[:, 1:])
