@@ -196,6 +196,26 @@ def test_a_step_prepares_a_batch_and_updates():
     assert metrics == prepared | mean_metrics(learned) and "kl" in metrics
 
 
+def test_a_metric_alone_measures_the_reference_now_and_then_and_a_resume_at_the_same_steps():
+    config = configured(*SETTINGS, "objective.kl_weight=0", "rl.reference_every=2")
+
+    def steps(state, count):
+        own, told = learner(config, POLICY, reference=REFERENCE), []
+        for _ in range(count):
+            state, metrics = own.step(state, groups())
+            told.append(metrics)
+        return state, told
+
+    def fresh():
+        return as_state(jax.tree.map(lambda x: x + 0, POLICY.init()))
+
+    _, whole = steps(fresh(), 3)
+    first, _ = steps(fresh(), 1)
+    _, resumed = steps(first, 2)
+    assert ["kl" in metrics for metrics in whole] == [True, False, True]
+    assert resumed == whole[1:] and whole[2]["kl"] > 0
+
+
 def test_a_batch_without_sub_agents_has_none():
     own = learner(configured(*SETTINGS), POLICY)
     bare = [
