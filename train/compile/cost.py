@@ -10,11 +10,10 @@ import dataclasses
 import functools
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator
-
-import numpy as np
+from collections.abc import Iterable, Iterator
 
 from train.compile.hlo import MAIN_MEMORY, ArrayType, Computation, Instruction, Module
+from train.compile.products import flops, is_silent_kernel
 
 COLLECTIVES = (
     "all-gather",
@@ -138,7 +137,7 @@ class CostReader:
         if opcode in _FREE or (opcode.endswith(("-done", "-update")) and opcode not in _UPDATES):
             return Cost()
         moved = 0.0 if fused else _plain_bytes(where, own)
-        return Cost(_flops(where, own), moved, kernels=_is_silent_kernel(own))
+        return Cost(flops(where, own), moved, kernels=is_silent_kernel(own))
 
     def _loop(self, where: Computation, loop: Instruction) -> Cost:
         trips = self._module.trips(where, loop)
@@ -322,126 +321,3 @@ def _plain_bytes(where: Computation, own: Instruction) -> float:
     if own.opcode in ("while", "conditional"):
         return 0.0
     return given + sum(_main_bytes(where.types_of(name)) for name in own.operands)
-
-
-def _flops(where: Computation, own: Instruction) -> float:
-    counts: dict[str, Callable[[Computation, Instruction], float]] = {
-        "dot": _dot_flops,
-        "convolution": _convolution_flops,
-        "custom-call": _kernel_flops,
-        "ragged-dot": _ragged_flops,
-    }
-    return counts[own.opcode](where, own) if own.opcode in counts else 0.0
-
-
-def _dot_flops(where: Computation, own: Instruction) -> float:
-    left = where.types_of(own.operands[0])[0]
-    summed = math.prod(left.dims[axis] for axis in own.numbers("lhs_contracting_dims"))
-    return 2.0 * own.types[0].count * summed
-
-
-def _ragged_flops(where: Computation, own: Instruction) -> float:
-    """Each row meets one matrix of those on the right."""
-    left, right = (where.types_of(name)[0] for name in own.operands[:2])
-    return 2.0 * left.count * right.dims[-1]
-
-
-def _convolution_flops(where: Computation, own: Instruction) -> float:
-    """A TPU's products are convolutions, whose batch dimensions stand as dilated windows: what they
-    multiply with padding is not counted, as the compiler does not count it."""
-    left, right = (where.types_of(name)[0] for name in own.operands[:2])
-    labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", own.attributes)
-    assert labels is not None
-    batch = left.dims[labels[1].index("b")]
-    inputs, outputs = (right.dims[labels[2].index(letter)] for letter in "io")
-    grouped = re.search(r"batch_group_count=(\d+)", own.attributes)
-    places = 1.0
-    for number, window in enumerate(_windows(own.attributes)):
-        letter = str(number)
-        places *= window.places(
-            left.dims[labels[1].index(letter)], own.types[0].dims[labels[3].index(letter)]
-        )
-    return 2.0 * inputs * outputs * (batch // int(grouped[1] if grouped else 1)) * places
-
-
-@dataclasses.dataclass(frozen=True)
-class _Window:
-    """A convolution's window along one axis."""
-
-    size: int
-    stride: int = 1
-    pad: int = 0
-    left_dilation: int = 1
-    right_dilation: int = 1
-
-    def places(self, length: int, outputs: int) -> int:
-        """Pairs of an output and a place of the window that meet an element, not padding."""
-        at = np.arange(outputs)[:, None] * self.stride - self.pad
-        at = at + np.arange(self.size) * self.right_dilation
-        inside = (at >= 0) & (at <= (length - 1) * self.left_dilation)
-        return int(np.sum(inside & (at % self.left_dilation == 0)))
-
-
-def _windows(attributes: str) -> list[_Window]:
-    found = re.search(r"window=\{([^}]*)\}", attributes)
-    told = dict(part.split("=") for part in found[1].split()) if found else {}
-    if "size" not in told:
-        return []
-    sizes = told["size"].split("x")
-
-    def column(name: str, default: str) -> list[str]:
-        return told[name].split("x") if name in told else [default] * len(sizes)
-
-    return [
-        _Window(int(size), int(stride), int(pad.split("_")[0]), int(left), int(right))
-        for size, stride, pad, left, right in zip(
-            sizes,
-            column("stride", "1"),
-            column("pad", "0_0"),
-            column("lhs_dilate", "1"),
-            column("rhs_dilate", "1"),
-            strict=True,
-        )
-    ]
-
-
-_TOLD = re.compile(r'"cost_estimate":\{[^{}]*"flops":"?(\d+)')
-_GEMM = re.compile(r'"lhs_contracting_dimensions":\[([\d",]*)\]')
-
-
-_ATTENTION = {"splash_mha_fwd": 2, "splash_mha_dkv": 4, "splash_mha_dq": 3}
-"""Products of a block of queries with one of keys in each kernel of JAX's splash attention, which
-does not say what it costs."""
-
-
-def _kernel_flops(where: Computation, own: Instruction) -> float:
-    """Of a kernel what it says itself; of a library's matrix product what its shapes say."""
-    told = _TOLD.search(own.attributes)
-    if told:
-        return float(told[1])
-    product = _GEMM.search(own.attributes)
-    if product:
-        left = where.types_of(own.operands[0])[0]
-        axes = [int(axis) for axis in re.findall(r"\d+", product[1])]
-        return 2.0 * own.types[0].count * math.prod(left.dims[axis] for axis in axes)
-    return _attention_flops(where, own)
-
-
-def _attention_flops(where: Computation, own: Instruction) -> float:
-    """As causal attention: half of all pairs of a query and a key. Which blocks a mask really
-    leaves out does not stand in the text."""
-    products = next((n for name, n in _ATTENTION.items() if own.name.startswith(name)), 0)
-    given = [kind for name in own.operands for kind in where.types_of(name)]
-    blocks = [kind.dims for kind in given if "f" in kind.dtype and len(kind.dims) == 3]
-    if not products or len(blocks) < 2:
-        return 0.0
-    (heads, queries, width), (_, keys, _) = blocks[:2]
-    return products * 2.0 * heads * queries * keys * width / 2
-
-
-def _is_silent_kernel(own: Instruction) -> int:
-    """1 for a kernel of which nobody knows what it multiplies."""
-    if own.opcode != "custom-call" or "tpu_custom_call" not in own.attributes:
-        return 0
-    known = _TOLD.search(own.attributes) or own.name.startswith(tuple(_ATTENTION))
-    return int(not known)

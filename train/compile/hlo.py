@@ -166,7 +166,7 @@ class Module:
 
     def _bound(self, condition: Computation) -> tuple[int, int, int] | None:
         """Which part of the loop's state is compared, with which limit, 1 if that is included."""
-        names, compare = self._flat_root(condition)
+        _, compare, names = self._flattened(condition, condition.root)
         if compare.opcode != "compare" or "direction=L" not in compare.attributes:
             return None
         counter, limit = (condition.by_name.get(name) for name in names)
@@ -175,14 +175,16 @@ class Module:
             return None
         return _index(counter), value, int("direction=LE" in compare.attributes)
 
-    def _flat_root(self, outer: Computation) -> tuple[list[str], Instruction]:
-        """The root, or that of the fusion which it is, and its operands' names outside."""
-        root = outer.root
-        if root.opcode != "fusion":
-            return list(root.operands), root
-        inner = self.computations[root.called["calls"]]
-        places = {own.name: root.operands[number] for number, own in inner.parameters()}
-        return [places.get(name, "") for name in inner.root.operands], inner.root
+    def _flattened(
+        self, outer: Computation, own: Instruction
+    ) -> tuple[Computation, Instruction, list[str]]:
+        """An instruction, or the one within it that makes the result of a fusion: where it stands,
+        itself, and what its operands are called outside."""
+        if own.opcode != "fusion":
+            return outer, own, list(own.operands)
+        inner = self.computations[own.called["calls"]]
+        places = {each.name: own.operands[number] for number, each in inner.parameters()}
+        return inner, inner.root, [places.get(name, "") for name in inner.root.operands]
 
     def _initial(self, caller: Computation, loop: Instruction, index: int) -> int | None:
         state = caller.by_name[loop.operands[0]]
@@ -192,29 +194,18 @@ class Module:
 
     def _growth(self, body: Computation, index: int) -> int | None:
         """By how much the counter grows in one iteration."""
-        root = body.root
-        if root.opcode != "tuple":
+        if body.root.opcode != "tuple":
             return None
-        grown = body.by_name[root.operands[index]]
-        names, opcode = list(grown.operands), grown.opcode
-        if opcode == "copy":
-            grown = body.by_name[grown.operands[0]]
-            names, opcode = list(grown.operands), grown.opcode
-        if opcode == "fusion":
-            inner = self.computations[grown.called["calls"]]
-            if inner.root.opcode != "add":
-                return None
-            places = {own.name: grown.operands[number] for number, own in inner.parameters()}
-            literals = [_constant(inner, inner.by_name[name]) for name in inner.root.operands]
-            outside = [places.get(name, "") for name in inner.root.operands]
-            values = [
-                own if own is not None else _constant_named(body, name)
-                for own, name in zip(literals, outside, strict=True)
-            ]
-            return next((value for value in values if value is not None), None)
-        if opcode != "add":
+        becomes = _uncopied(body, body.by_name[body.root.operands[index]])
+        where, grown, outside = self._flattened(body, becomes)
+        if grown.opcode != "add":
             return None
-        values = [_constant_named(body, name) for name in names]
+        summands = zip(grown.operands, outside, strict=True)
+        values = [
+            _constant_named(place, name)
+            for inside, named in summands
+            for place, name in ((where, inside), (body, named))
+        ]
         return next((value for value in values if value is not None), None)
 
 
@@ -299,10 +290,16 @@ def _constant_named(computation: Computation, name: str) -> int | None:
     return None if own is None else _constant(computation, own)
 
 
-def _constant(computation: Computation, own: Instruction) -> int | None:
-    """The value of a constant, or of a copy of one."""
+def _uncopied(computation: Computation, own: Instruction) -> Instruction:
+    """What an instruction is a copy of; itself if it is none."""
     while own.opcode in ("copy", "bitcast", "convert") and own.operands[0] in computation.by_name:
         own = computation.by_name[own.operands[0]]
+    return own
+
+
+def _constant(computation: Computation, own: Instruction) -> int | None:
+    """The value of a constant, or of a copy of one."""
+    own = _uncopied(computation, own)
     if own.opcode != "constant" or not re.fullmatch(r"-?\d+", own.operands[0]):
         return None
     return int(own.operands[0])
