@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from jax.sharding import Mesh
@@ -57,8 +57,9 @@ class Policy(_Towers, Protocol):
         same. Every method takes either form."""
         ...
 
-    def shardings(self, params: Params, mesh: Mesh) -> Any:
-        """Where each of these weights, which `prepare` returned, lives on a mesh."""
+    def shardings(self, params: Mapping[str, Any], mesh: Mesh) -> Any:
+        """Where each of these weights, or shapes of weights, which `prepare` returned, lives on a
+        mesh."""
         ...
 
     def prefill(

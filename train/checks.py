@@ -25,6 +25,7 @@ from train.compile.ahead import LargestBatch
 from train.compile.footprint import footprint, format_footprint, planned_mesh
 from train.compile.layout import planned_rollouts, rollout_sizes
 from train.compile.measure import devices_of, measure
+from train.compile.program import Program
 from train.compile.programs import programs_of
 from train.compile.report import Report, misfit_line
 from train.config import Config, Stage
@@ -230,19 +231,24 @@ def planned_footprint(
 
 
 def compile_only(
-    config: Config, topologies: str, target: Path, tell: Callable[[str], None]
+    config: Config,
+    topologies: str,
+    target: Path,
+    tell: Callable[[str], None],
+    programs: str | None = None,
 ) -> None:
-    """Compile every program of a run for each of some topologies (`v5p:2x2x2,v5e:4x8`), tell what
-    each will cost, and write the same as JSON.
+    """Compile every program of a run, or the named ones (`decode main,step`), for each of some
+    topologies (`v5p:2x2x2,v5e:4x8`), tell what each will cost, and write the same as JSON.
 
     Raises:
-      ValueError: libtpu is missing, a topology is unknown, the run would refuse the mesh, or a
-        program does not fit the chips.
+      ValueError: libtpu is missing, a topology or program is unknown, the run would refuse the
+        mesh, or a program does not fit the chips.
     """
+    names = [name.strip() for name in programs.split(",")] if programs else []
     target.parent.mkdir(parents=True, exist_ok=True)
     done: list[Report] = []
     for topology in (part.strip() for part in topologies.split(",")):
-        for report in _compile_for(config, topology, tell):
+        for report in _compile_for(config, topology, names, tell):
             found = [own.json() for own in [*done, report]]
             write_atomically(target, json.dumps(found, indent=2) + "\n")
         tell(report.text())
@@ -253,7 +259,9 @@ def compile_only(
         raise ValueError("; ".join([*misfits, *memory_remedies(config)]))
 
 
-def _compile_for(config: Config, topology: str, tell: Callable[[str], None]) -> Iterator[Report]:
+def _compile_for(
+    config: Config, topology: str, names: Sequence[str], tell: Callable[[str], None]
+) -> Iterator[Report]:
     """A report that grows by a program each time: some take long to compile."""
     devices = devices_of(topology)
     mesh = make_mesh(parse_mesh(config.mesh, len(devices)), devices)
@@ -265,11 +273,25 @@ def _compile_for(config: Config, topology: str, tell: Callable[[str], None]) -> 
         rollouts, generated = rl.prompts_per_step * rl.group_size, config.agent.generated_tokens
     for note in whole_notes(setup.Parts(config).policy, mesh):
         tell(f"{topology}, note: {note}")
-    report = Report(topology, mesh, (), rollouts, generated)
-    for program in programs:
-        found = measure(program, mesh, lambda line: tell(f"{topology} {line}"))
+    calls = {own.name: own.calls for own in programs}
+    rollout_mesh = next((own.mesh for own in programs if own.of_engine), None)
+    report = Report(topology, mesh, (), rollouts, generated, calls, rollout_mesh)
+    for program in _named(programs, names):
+        found = measure(program, lambda line: tell(f"{topology} {line}"))
         report = dataclasses.replace(report, measured=(*report.measured, found))
         yield report
+
+
+def _named(programs: list[Program], names: Sequence[str]) -> list[Program]:
+    """Those of these names; all without any."""
+    known = [own.name for own in programs]
+    unknown = [name for name in names if name not in known]
+    if unknown:
+        raise ValueError(
+            f"--programs {', '.join(unknown)}: this run has none of that name; choose from "
+            f"{', '.join(known)}"
+        )
+    return [own for own in programs if own.name in names or not names]
 
 
 def largest_batch(config: Config, policy: ModelPolicy) -> LargestBatch:

@@ -80,6 +80,11 @@ def make_parser() -> argparse.ArgumentParser:
         "the devices of this machine (here), and tell memory, work and seconds at the roofline",
     )
     add(
+        "--programs",
+        metavar="NAME[,NAME...]",
+        help="those that --compile-only compiles, e.g. 'decode main,step' (default: all)",
+    )
+    add(
         "--help-settings",
         metavar="PREFIX",
         nargs="?",
@@ -160,6 +165,8 @@ def main(argv: list[str] | None = None) -> int:
             tell(arguments)
             return 0
         check_name(DEFAULT_RECIPE if arguments.recipe is None else arguments.recipe)
+        if arguments.programs and not arguments.compile_only:
+            raise ValueError("--programs names what is compiled: give --compile-only as well")
         if not (arguments.dry_run or arguments.compile_only):
             # At once: what is imported next takes seconds.
             named = arguments.recipe or arguments.workdir or DEFAULT_RECIPE
@@ -179,7 +186,8 @@ def main(argv: list[str] | None = None) -> int:
             checks.describe(config)
         elif arguments.compile_only:
             target = workdir / "compile.json"
-            checks.compile_only(config, arguments.compile_only, target, _print)
+            asked = arguments.compile_only, target, _print, arguments.programs
+            checks.compile_only(config, *asked)
         else:
             run.train(config, workdir, arguments.resume)
     except Exception as error:

@@ -43,7 +43,7 @@ def shardings(prepared: Mapping[str, Any], table: Table, mesh: AnyMesh) -> dict[
     # A head that was tied is the embedding, transposed.
     axes = {HEAD: table[EMBEDDING].axes[::-1]} | {name: own.axes for name, own in table.items()}
 
-    def home(name: str, weights: Array | tuple[Array, ...]) -> Any:
+    def home(name: str, weights: Any) -> Any:
         if isinstance(weights, tuple):
             return tuple(sharding(mesh, axes[name][1:], layer.shape) for layer in weights)
         return sharding(mesh, axes[name], weights.shape)

@@ -173,7 +173,7 @@ class Qwen3VLPolicy:
         """Weights that compute the same, faster; see `prepared`."""
         return prepared.prepare(params, self.table, jnp.dtype(self.compute_dtype))
 
-    def shardings(self, params: Params, mesh: Mesh) -> dict[str, Any]:
+    def shardings(self, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
         """Where prepared weights live on a mesh."""
         return prepared.shardings(params, self.table, mesh)
 

@@ -16,7 +16,7 @@ import functools
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, Generic, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -117,6 +117,24 @@ class DecodeOutput:
     ended: Bool[ArrayLike, " n"]
 
 
+@dataclasses.dataclass(frozen=True)
+class OnMesh(Generic[P, T]):
+    """A jitted function under a mesh of its own."""
+
+    function: Any
+    mesh: Mesh
+
+    def __call__(self, *args: P.args, **kwargs: P.kwargs) -> T:
+        """Call it."""
+        with jax.set_mesh(self.mesh):
+            return self.function(*args, **kwargs)
+
+    def lower(self, *args: Any) -> jax.stages.Lowered:
+        """Trace it for these shapes."""
+        with jax.set_mesh(self.mesh):
+            return self.function.lower(*args)
+
+
 @pytree
 @dataclasses.dataclass(frozen=True)
 class _Loop:
@@ -165,21 +183,13 @@ class Engine:
         self.prefill = self._on_mesh(jax.jit(self._prefill, donate_argnames=("state",)))
         self.append = self._on_mesh(jax.jit(self._append, donate_argnames=("state",)))
         self.decode = self._on_mesh(jax.jit(self._decode, donate_argnames=("states",)))
-        self._hand_over: Callable[[Params], Params] | None = None
+        self._hand_over: jax.stages.Wrapped | None = None
         self.hand_over_seconds = 0.0
         """What the last hand-over of weights took."""
 
     def _on_mesh(self, function: Callable[P, T]) -> Callable[P, T]:
         """The function under the engine's own mesh, if it has one."""
-        mesh = self.mesh
-        if mesh is None:
-            return function
-
-        def call(*args: P.args, **kwargs: P.kwargs) -> T:
-            with jax.set_mesh(mesh):
-                return function(*args, **kwargs)
-
-        return call
+        return function if self.mesh is None else OnMesh(function, self.mesh)
 
     def prepare(self, params: Params) -> Params:
         """Weights as the functions here read them fastest: cast first, then handed over to the
@@ -188,15 +198,18 @@ class Engine:
         if self.mesh is None:
             return prepared
         if self._hand_over is None:
-            homes = self.policy.shardings(prepared, self.mesh)
-            self._hand_over = jax.jit(
-                lambda weights: jax.tree.map(split_before_copy, weights, homes),
-                out_shardings=homes,
-            )
+            self._hand_over = self.handing_over(prepared, self.mesh)
         began = time.perf_counter()
         handed = jax.block_until_ready(self._hand_over(prepared))
         self.hand_over_seconds = time.perf_counter() - began
         return handed
+
+    def handing_over(self, prepared: Mapping[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
+        """The jitted function that takes weights such as these, or their shapes, to a mesh."""
+        homes = self.policy.shardings(prepared, mesh)
+        return jax.jit(
+            lambda weights: jax.tree.map(split_before_copy, weights, homes), out_shardings=homes
+        )
 
     def metrics(self) -> dict[str, float]:
         """What the last hand-over took, if weights are handed over."""

@@ -10,8 +10,8 @@ from train import main
 DOOR = [sys.executable, str(ROOT / "train" / "main.py")]
 FLAGS = {
     "--help", "--recipe", "--mesh", "--rollout-mesh", "--workdir", "--model", "--data", "--steps",
-    "--seed", "--resume", "--set", "--dry-run", "--compile-only", "--help-settings",
-    "--list-recipes",
+    "--seed", "--resume", "--set", "--dry-run", "--compile-only", "--programs",
+    "--help-settings", "--list-recipes",
 }  # fmt: skip
 
 

@@ -20,6 +20,7 @@ FLAGS = [
     "--model",
     "--data",
     "--compile-only",
+    "--programs",
     "--set",
 ]
 

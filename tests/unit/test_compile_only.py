@@ -39,7 +39,7 @@ def test_every_program_of_a_run_is_compiled(found):
     said, figures = found
     programs = figures["programs"]
     assert [*programs] == [
-        *("hand-over", "encode main", "prefill main", "append main"),
+        *("cast weights", "encode main", "prefill main", "append main"),
         *("encode crop", "prefill crop", "decode main", "decode crop", "decode main + crop"),
         *("encode learner", "reference log-probs", "step"),
     ]
@@ -76,6 +76,23 @@ def test_steps_add_up(found):
     assert whole["seconds"] == pytest.approx(whole["rollout"] + whole["learner"])
     assert eighth["learner"] == whole["learner"] and eighth["rollout"] < whole["rollout"]
     assert 0 < whole["mfu"] < 1 and "step at the roofline" in said
+
+
+def test_rollouts_have_their_own_mesh_and_the_named_programs_alone_are_compiled(tmp_path):
+    """The hand-over moves the weights, so that a token moves hardly any of them."""
+    meshes = "mesh=fsdp:8", "rollout_mesh=data:4,tensor:2"
+    config, target = override(get_recipe("needle_rl"), [*SMALL, *meshes]), tmp_path / "c.json"
+    checks.compile_only(config, "here", target, print, "hand-over, decode main")
+    (figures,) = json.loads(target.read_text())
+    moved = {
+        name: sum(traffic["bytes"] for traffic in own["collectives"].values())
+        for name, own in figures["programs"].items()
+    }
+    assert figures["rollout_mesh"]["tensor"] == 2 and figures["step_by_share_of_limits"] == {}
+    assert [*moved] == ["hand-over", "decode main"] and figures["calls"]["step"] == 1
+    # Layers are split in two by heads, and were in eight: three quarters of a half are fetched.
+    layers = 4 * Weights.of(setup.Parts(config).policy).layers
+    assert moved["hand-over"] > layers / 4 and moved["decode main"] < 0.05 * layers
 
 
 def test_what_does_not_fit_is_one_line(tmp_path, monkeypatch):

@@ -1,6 +1,6 @@
 """What no test on CPU sees: programs compiled for a real topology, where libtpu is installed.
 
-A small model with a large cache: 8 prompts x 2 rollouts, four layers of width 1024.
+A small model: 8 prompts x 2 rollouts, four layers of width 1024.
 """
 
 import json
@@ -8,15 +8,17 @@ import shutil
 
 import jax
 import pytest
-from jax.sharding import Mesh
 
 from paravt_jax.mesh import make_mesh, parse_mesh
+from train import setup
 from train.checks import EXAMPLE
 from train.compile.cost import collectives
+from train.compile.footprint import cache_bytes
 from train.compile.hlo import read
 from train.compile.measure import devices_of, measure
 from train.compile.program import Program
 from train.compile.programs import programs_of
+from train.config import Config
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
 from train.settings.override import override
@@ -64,56 +66,57 @@ def model_folder(folder, experts):
 
 
 @pytest.fixture(scope="module")
-def program(tmp_path_factory):
-    """A program of the run for a mesh."""
-    devices = devices_of(TOPOLOGY)
+def config(tmp_path_factory):
+    """A run of the model above on a mesh."""
 
-    def get(
-        name: str, sizes: str, experts: bool = False, more: tuple[str, ...] = ()
-    ) -> tuple[Program, Mesh]:
+    def get(mesh: str, *more: str, experts: bool = False) -> Config:
         folder = model_folder(tmp_path_factory.mktemp("model"), experts)
-        run = override(get_recipe("needle_rl"), [*SETTINGS, *more, f"model.folder={folder}"])
-        mesh = make_mesh(parse_mesh(sizes, len(devices)), devices)
-        with jax.set_mesh(mesh):
-            return next(p for p in programs_of(run, mesh, [EXAMPLE]) if p.name == name), mesh
+        given = *SETTINGS, f"mesh={mesh}", f"model.folder={folder}", *more
+        return override(get_recipe("needle_rl"), list(given))
 
     return get
 
 
-@pytest.mark.parametrize("mesh", ["fsdp:8", "fsdp:4,tensor:2", "tensor:8"])
-def test_decoding_copies_no_cache(program, mesh):
-    """Its temporaries are a small part of what it is given, most of which is the cache. Its slots
-    are as many as the limits of a rollout come to, which fill no whole tiles by themselves."""
-    # Beside weights that are gathered for a layer.
+def program(run: Config, name: str) -> Program:
+    """A program of the run."""
+    devices = devices_of(TOPOLOGY)
+    mesh = make_mesh(parse_mesh(run.mesh, len(devices)), devices)
+    with jax.set_mesh(mesh):
+        return next(p for p in programs_of(run, mesh, [EXAMPLE]) if p.name == name)
+
+
+@pytest.mark.parametrize("rollouts", ["data:8", "fsdp:8", "data:4,tensor:2", "tensor:8"])
+def test_decoding_copies_no_cache(config, rollouts):
+    """Its temporaries are a small part of the cache, whose slots are as many as the limits of a
+    rollout come to, which fill no whole tiles by themselves."""
+    # A cache that is large beside weights that are gathered for a layer.
     large = "agent.turn_tokens=16384", "rl.group_size=8"
-    found = measure(*program("decode main", mesh, more=large), tell=print)
-    assert found.memory.temporaries < 0.1 * found.memory.arguments
+    run = config("fsdp:8", f"rollout_mesh={rollouts}", *large)
+    decode, parts = program(run, "decode main"), setup.Parts(run)
+    with jax.set_mesh(decode.mesh):
+        caches = cache_bytes(parts.policy, parts.pools([EXAMPLE])["main"], decode.mesh)
+    assert measure(decode, tell=print).memory.temporaries < 0.1 * caches
 
 
-@pytest.mark.parametrize(
-    "mesh",
-    [
-        "tensor:8",
-        pytest.param(
-            "fsdp:8",
-            marks=pytest.mark.xfail(
-                strict=True,
-                raises=AssertionError,
-                reason="rollouts on the learner's mesh gather all weights",
-            ),
-        ),
-    ],
-)
-def test_a_token_moves_hardly_any_weights(program, mesh):
-    found = measure(*program("decode main", mesh), tell=print)
+@pytest.mark.parametrize("more", [(), ("rollout_mesh=tensor:8",)])
+def test_a_token_moves_hardly_any_weights(config, more):
+    """On the mesh that rollouts have by default, and where it splits weights most."""
+    found = measure(program(config("fsdp:8", *more), "decode main"), tell=print)
     weights = 2 * (4 * WIDTH * (2 * 2048 + 2 * 1024 + 3 * 4096) + WIDTH * VOCAB)
     assert sum(own.bytes for own in found.cost.collectives.values()) < 0.01 * weights
 
 
-def test_the_head_is_gathered_once_per_micro_batch(program):
+def test_the_hand_over_moves_the_weights_once(config):
+    """Columns of weights that were split eight ways, gathered."""
+    found = measure(program(config("fsdp:8"), "hand-over"), tell=print)
+    layers = 2 * 4 * WIDTH * (2 * 2048 + 2 * 1024 + 3 * 4096)
+    assert layers < sum(own.bytes for own in found.cost.collectives.values()) < 2 * layers
+
+
+def test_the_head_is_gathered_once_per_micro_batch(config):
     """At most: split over its vocabulary it is not gathered at all."""
-    step, mesh = program("step", "fsdp:8")
-    with jax.set_mesh(mesh):
+    step = program(config("fsdp:8"), "step")
+    with jax.set_mesh(step.mesh):
         text = step.lower().compile().as_text()
     gathered = sum(
         times
@@ -123,8 +126,8 @@ def test_the_head_is_gathered_once_per_micro_batch(program):
     assert gathered <= 2
 
 
-def test_experts_are_grouped_products(program):
+def test_experts_are_grouped_products(config):
     """The devices of the mesh choose it, not the CPU that compiles."""
-    step, mesh = program("step", "expert:8", experts=True)
-    with jax.set_mesh(mesh):
+    step = program(config("expert:8", experts=True), "step")
+    with jax.set_mesh(step.mesh):
         assert "ragged_dot" in step.lower().as_text()

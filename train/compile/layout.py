@@ -11,12 +11,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from models import ModelPolicy
 from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, reshape_mesh
 from rollout.engine.engine import SlotPool
+from train.compile.chips import CHIPS
 from train.compile.footprint import rollout_bytes
 from train.hosts.cluster import max_over_hosts
 
@@ -105,8 +108,16 @@ def candidates(policy: ModelPolicy, devices: int) -> Iterator[dict[str, int]]:
 
 def memory_limit(mesh: Mesh) -> int | None:
     """Bytes of the smallest device of any host; None where a device does not tell, as on CPU."""
-    limits = [(device.memory_stats() or {}).get("bytes_limit") for device in mesh.local_devices]
+    limits = [_device_memory(device) for device in mesh.local_devices]
     # In MiB, of which hosts compare 32 bits.
     smallest = min((limit or 0) >> 20 for limit in limits)
     smallest = -max_over_hosts([-smallest])[0]
     return smallest << 20 or None
+
+
+def _device_memory(device: Any) -> int | None:
+    """What a device says; of one that is elsewhere what is known of its kind."""
+    if device in jax.local_devices():
+        return (device.memory_stats() or {}).get("bytes_limit")
+    chip = CHIPS.get(device.device_kind)
+    return int(chip.memory) if chip else None

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 from jax.experimental import topologies
-from jax.sharding import Mesh
 
 from train.compile.chips import CHIPS, HERE, Chip
 from train.compile.cost import Cost, program_cost
@@ -100,12 +99,12 @@ def devices_of(topology: str) -> Sequence[Any]:
         ) from error
 
 
-def measure(program: Program, mesh: Mesh, tell: Callable[[str], None]) -> Measured:
-    """Compile one program for the mesh. One that does not fit is no error."""
-    chip = CHIPS.get(mesh.devices.flat[0].device_kind)
+def measure(program: Program, tell: Callable[[str], None]) -> Measured:
+    """Compile one program for its mesh. One that does not fit is no error."""
+    chip = CHIPS.get(program.mesh.devices.flat[0].device_kind)
     began = time.perf_counter()
     try:
-        with jax.set_mesh(mesh):
+        with jax.set_mesh(program.mesh):
             compiled = program.lower().compile()
     except Exception as error:
         if "RESOURCE_EXHAUSTED" not in str(error):

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from jax.sharding import Mesh
+
 from models import ModelPolicy
 from models.common.prepared import EMBEDDING, HEAD, LAYERS, MATRICES
 from paravt_jax.params import ParamSpec
@@ -19,6 +21,8 @@ class Program:
     name: str
     lower: Callable[[], Any]
     """Traces it for the active mesh: a `jax.stages.Lowered`."""
+    mesh: Mesh
+    """The one to be active."""
     calls: float
     """In a step, on the limits of the settings."""
     part: str
@@ -32,6 +36,8 @@ class Program:
     """Bytes on each chip that the run holds and the program does not take."""
     drawn: int = 1
     """Tokens of each row that one call draws, by each of which it is counted."""
+    of_engine: bool = False
+    """Whether it works on the mesh of rollouts."""
     spoken: bool = False
     """Whether rollouts that say less need fewer calls."""
 

@@ -20,10 +20,9 @@ import optax
 from jax.sharding import Mesh
 
 from paravt_jax.blocks import text_block
-from paravt_jax.mesh import partition, sharding
+from paravt_jax.mesh import partition
 from paravt_jax.params import abstract_params
 from paravt_jax.records import Pack, Patches, Prompt, Row
-from rollout.engine.engine import Engine
 from rollout.engine.programs import EngineCall, EngineCalls
 from rollout.limits import CROP, MAIN
 from train import setup
@@ -97,14 +96,19 @@ class _RlPrograms(_Programs):
         super().__init__(config, mesh)
         self.rows, self.rl, self.agent = rows, config.rl, config.agent
         self.pools = self.parts.pools(rows)
+        # The reference is a copy of what trains.
+        kept = self.state, self.state.trainable
+        layout = setup.open_layout(config, self.policy, mesh, kept)
+        self.engine = dataclasses.replace(self.parts.agents, layout=layout).engine(self.pools)
+        self.rollout_mesh = self.engine.mesh or mesh
         own = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
-        self.held = footprint(*own)
+        self.held = footprint(*own, rollouts=self.engine.mesh)
         self.minibatch = LargestBatch(
             config.rl, config.agent, config.data, self.policy, config.model.compute_dtype
         )
 
     def __iter__(self) -> Iterator[Program]:
-        yield self._hand_over()
+        yield from self._hand_over()
         for call in self._engine_calls():
             yield self._of_engine(call)
         yield from self._learner()
@@ -114,36 +118,41 @@ class _RlPrograms(_Programs):
         lasting = {"gradients", "rollout weights", *taken}
         return float(sum(size for name, size in self.held.items() if name not in lasting))
 
-    def _hand_over(self) -> Program:
-        """The learner's weights as rollouts take them."""
-        return Program(
-            "hand-over",
+    def _hand_over(self) -> Iterator[Program]:
+        """The learner's weights as rollouts take them: cast, then laid out on another mesh."""
+        yield Program(
+            "cast weights",
             lambda: jax.jit(self.policy.prepare).lower(self.params),
+            self.mesh,
             calls=1.0,
             part="rollout",
             beside=self._beside("parameters"),
         )
+        if self.rollout_mesh is not self.mesh:
+            cast = self._prepared(self.mesh)
+            yield Program(
+                "hand-over",
+                lambda: self.engine.handing_over(cast, self.rollout_mesh).lower(cast),
+                self.mesh,
+                calls=1.0,
+                part="rollout",
+                beside=self._beside(),
+            )
 
     def _engine_calls(self) -> Iterator[EngineCall]:
         config, parts = self.config, self.parts
         sizes = agent_input_sizes(config.agent, config.data, parts.renderer, self.rows, parts.hints)
-        values = self.spec.patch_values
-        self.engine: Engine = parts.agents.engine(self.pools)
-        yield from EngineCalls(self.engine, self._prepared(), sizes, self.mesh, values)
+        values, weights = self.spec.patch_values, self._prepared(self.rollout_mesh)
+        yield from EngineCalls(self.engine, weights, sizes, self.rollout_mesh, values)
 
-    def _prepared(self) -> Any:
-        """Shapes of `Policy.prepare`: what it casts stays where it is, what it unstacks, too."""
-        made, table = jax.eval_shape(self.policy.prepare, self.params), self.policy.table
-
-        def home(name: str, leaf: Any) -> Any:
-            axes = table[name].axes if name in table else ("embed", "vocab")
-            axes = axes[len(axes) - leaf.ndim :]
-            placed = sharding(self.mesh, axes, leaf.shape)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)
-
-        return {
-            name: jax.tree.map(functools.partial(home, name), value) for name, value in made.items()
-        }
+    def _prepared(self, mesh: Mesh) -> Any:
+        """Shapes of what `Policy.prepare` returns, laid out on a mesh."""
+        made = jax.eval_shape(self.policy.prepare, self.params)
+        return jax.tree.map(
+            lambda leaf, home: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home),
+            made,
+            self.policy.shardings(made, mesh),
+        )
 
     def _of_engine(self, call: EngineCall) -> Program:
         function = getattr(self.engine, call.function.split()[0])
@@ -151,18 +160,20 @@ class _RlPrograms(_Programs):
         return Program(
             call.name,
             lambda: function.lower(*call.arguments),
+            self.rollout_mesh,
             calls=float(self._calls(call)),
             part="rollout",
             tokens=call.rows * call.tokens,
             model_flops=self._flops(call),
             beside=self._beside() - caches,
             drawn=self.engine.steps_per_call if call.function == "decode" else 1,
+            of_engine=True,
             spoken=call.function == "decode" or call.pools == (CROP,),
         )
 
     def _caches(self, call: EngineCall) -> float:
         pools = (self.pools[name] for name in call.pools)
-        return float(sum(cache_bytes(self.policy, pool, self.mesh) for pool in pools))
+        return float(sum(cache_bytes(self.policy, pool, self.rollout_mesh) for pool in pools))
 
     def _flops(self, call: EngineCall) -> float:
         own = self.weights
@@ -202,6 +213,7 @@ class _RlPrograms(_Programs):
         yield Program(
             "reference log-probs",
             lambda: jax.jit(reference.log_probs).lower(self.params, batch, table),
+            self.mesh,
             calls=self._references(),
             part="learner",
             tokens=batch.tokens.size,
@@ -212,6 +224,7 @@ class _RlPrograms(_Programs):
         yield Program(
             "step",
             lambda: jax.jit(step, donate_argnums=0).lower(self.state, share, table),
+            self.mesh,
             calls=float(rl.updates),
             part="learner",
             tokens=share.tokens.size,
@@ -237,6 +250,7 @@ class _RlPrograms(_Programs):
         return Program(
             "encode learner",
             lambda: jax.jit(self.policy.encode).lower(self.params, *placed),
+            self.mesh,
             calls=1.0,
             part="learner",
             model_flops=self.seen_flops(rows, frames),
@@ -260,6 +274,7 @@ class _SftPrograms(_Programs):
         yield Program(
             "step",
             lambda: jax.jit(update, donate_argnums=0).lower(self.state, batches),
+            self.mesh,
             calls=1.0,
             part="learner",
             tokens=sum(batch.tokens.size for batch in batches.values()),

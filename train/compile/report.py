@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from jax.sharding import Mesh
 
+from paravt_jax.mesh import axes_text
 from train.compile.chips import GIB, Chip
 from train.compile.measure import Measured
+from train.compile.step import REACHED, SHARES, step_by_share
 
-SHARES = (1.0, 0.25, 0.125)
-"""Shares of the limits of a rollout for which seconds of a step are told."""
 _COLUMNS = (
     *("program", "calls", "arguments", "temporary", "outputs", "code", "beside", "GiB of chip"),
     *("TFLOP", "GB moved", "GB sent", "seconds", "bound by", "compiled"),
@@ -30,6 +30,10 @@ class Report:
     """Of a step; 0 without any."""
     generated: int
     """Most tokens that each of them generates."""
+    calls: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    """How often a step calls each program, those included that are not compiled."""
+    rollout_mesh: Mesh | None = None
+    """That of the rollouts; None without any."""
 
     @property
     def chip(self) -> Chip | None:
@@ -41,25 +45,6 @@ class Report:
         """Programs that there is no room for."""
         return [own for own in self.measured if not own.fits]
 
-    def seconds(self, share: float = 1.0, part: str = "") -> float:
-        """Roofline of a step, or of the rollouts or the learner alone, in which rollouts take a
-        share of what they may."""
-        return sum((own.seconds * count for own, count in self._counted(share, part)), 0.0)
-
-    def utilisation(self, part: str = "", share: float = 1.0) -> float:
-        """Share of the chips' peak that the model's own products take: MFU, at the roofline."""
-        seconds = self.seconds(share, part)
-        if not seconds or self.chip is None:
-            return 0.0
-        flops = sum(own.program.model_flops * count for own, count in self._counted(share, part))
-        return flops / (seconds * self.mesh.size * self.chip.flops)
-
-    def _counted(self, share: float, part: str) -> Iterator[tuple[Measured, float]]:
-        """Programs of a part, and how often a step calls each."""
-        for own in self.measured:
-            if part in ("", own.program.part):
-                yield own, own.program.calls * (share if own.program.spoken else 1.0)
-
     def text(self) -> str:
         """For people."""
         lines = [self._head(), *_table([_COLUMNS, *map(_cells, self.measured)])]
@@ -69,18 +54,26 @@ class Report:
 
     def json(self) -> dict[str, Any]:
         """For programs; bytes, seconds and operations, per chip and call."""
-        shares = {str(share): self._step(share) for share in SHARES} if self.chip else {}
+        figures = self._figures()
+        return figures | {"step_by_share_of_limits": step_by_share(figures)}
+
+    def _figures(self) -> dict[str, Any]:
         return {
             "topology": self.topology,
             "mesh": dict(self.mesh.shape),
+            "rollout_mesh": dict(self.rollout_mesh.shape) if self.rollout_mesh else None,
+            "chips": self.mesh.size,
             "chip": dataclasses.asdict(self.chip) if self.chip else None,
+            "rollouts": self.rollouts,
+            "generated": self.generated,
+            "calls": dict(self.calls),
             "programs": {own.program.name: _entry(own) for own in self.measured},
-            "step_by_share_of_limits": shares,
         }
 
     def _head(self) -> str:
-        axes = ",".join(f"{axis}:{size}" for axis, size in self.mesh.shape.items())
-        chip = self.chip
+        axes, chip = axes_text(self.mesh), self.chip
+        if self.rollout_mesh not in (None, self.mesh):
+            axes += f", rollouts {axes_text(self.rollout_mesh)}"
         if chip is None:
             kind = self.mesh.devices.flat[0].device_kind
             return f"{self.topology} as {axes}: nothing is known of the limits of {kind}"
@@ -91,36 +84,31 @@ class Report:
         )
 
     def _steps(self) -> list[str]:
-        if self.chip is None or self.misfits:
+        if self.misfits:
             return []
-        shares = SHARES if self.generated else (1.0,)
-        return [self._step_line(share) for share in shares]
+        told = step_by_share(self._figures(), SHARES if self.generated else (1.0,))
+        return [line for share, own in told.items() for line in self._step_lines(share, own)]
 
-    def _step_line(self, share: float) -> str:
-        own = self._step(share)
+    def _step_lines(self, share: float, own: dict[str, Any]) -> tuple[str, str]:
         said = f"rollouts of {share * self.generated:,.0f} tokens: " if self.generated else ""
         rollout = f"rollout {own['rollout']:.2f} s + " if self.generated else ""
         spoken = f", {own['generated_per_second_and_chip']:.1f} generated" if said else ""
-        return (
+        roofline = (
             f"step at the roofline, {said}{own['seconds']:.2f} s ({rollout}learner "
             f"{own['learner']:.2f} s); {own['learned_per_second_and_chip']:,.0f} learner tokens"
             f"{spoken} per second and chip; MFU {own['mfu']:.1%}, learner {own['learner_mfu']:.1%}"
         )
+        return roofline, f"  {expected_text(own)}"
 
-    def _step(self, share: float) -> dict[str, float]:
-        seconds = self.seconds(share)
-        each = max(seconds, 1e-12) * self.mesh.size
-        steps = [own.program for own in self.measured if own.program.name == "step"]
-        learned = sum(own.tokens * own.calls for own in steps)
-        return {
-            "seconds": seconds,
-            "rollout": self.seconds(share, "rollout"),
-            "learner": self.seconds(share, "learner"),
-            "learned_per_second_and_chip": learned / each,
-            "generated_per_second_and_chip": share * self.generated * self.rollouts / each,
-            "mfu": self.utilisation(share=share),
-            "learner_mfu": self.utilisation("learner", share),
-        }
+
+def expected_text(summary: Mapping[str, Any]) -> str:
+    """Seconds of each program of a step that reaches `REACHED`, those that take any."""
+    terms = summary["expected_by_program"].items()
+    return (
+        f"{summary['expected_seconds']:.1f} s with decoding at {REACHED['decode']:.0%} of the "
+        f"roofline and all else at {REACHED['other']:.0%}: "
+        f"{' + '.join(f'{name} {own:.2f}' for name, own in terms if own >= 0.005)}"
+    )
 
 
 def misfit_line(own: Measured, topology: str) -> str:
@@ -193,6 +181,7 @@ def _entry(own: Measured) -> dict[str, Any]:
     found: dict[str, Any] = {
         "calls": program.calls,
         "part": program.part,
+        "spoken": program.spoken,
         "tokens": program.tokens,
         "model_flops": program.model_flops,
         "seconds_to_compile": own.seconds_to_compile,

@@ -27,6 +27,8 @@ ROWS = [
     Mistake("--data no/such/data.csv", ("--data", "no/such/data.csv")),
     Mistake("--recipe needle_sft --data {questions}", ("--data", "paravt_sft")),
     Mistake("--compile-only v9:2x2", ("--compile-only v9:2x2", "v5p:2x2x2"), code=1),
+    Mistake("--programs step", ("--programs", "--compile-only")),
+    Mistake("--compile-only here --programs stop", ("--programs stop", "step"), code=1),
     # The mesh.
     Mistake("--mesh pipeline:2", ("--mesh", "pipeline", "tensor")),
     Mistake("--mesh data:2 --devices 2", "--devices"),

@@ -79,7 +79,8 @@ ROWS = [
     Mistake("q.csv", ("q.csv", "Latin-1"), 1, {"q.csv": b"\xe9\n"}, door=DESCRIBE),
     Mistake('""', ("path", "empty"), door=DESCRIBE),
     Mistake('from-hf "" out', "empty", door="models/convert.py", prefix="models/convert.py"),
-    *map(empty, ("--data", "--model", "--mesh", "--rollout-mesh", "--workdir", "--compile-only")),
+    *map(empty, ("--data", "--model", "--mesh", "--rollout-mesh", "--workdir")),
+    *map(empty, ("--compile-only", "--programs")),
     *(
         Mistake(f"{{small}} --dry-run --set {name}=", (f"--set {name}", "empty"))
         for name in ("data.path", "data.video_root", "data.cache_dir", "data.mixture", "mesh")
