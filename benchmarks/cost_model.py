@@ -1,0 +1,114 @@
+"""What programs of a run take on this machine, beside what their compiled text says of them.
+
+    python benchmarks/cost_model.py [--recipe needle_rl] [--set KEY=VALUE ...] [--repeats 5]
+
+Products and bytes are counted as `--compile-only` counts them; the machine's limits are measured
+here, by one large product of float32 matrices and by adding to a large array. Predicted is the
+roofline: the longer of the two. Programs run on made-up numbers, which take as long as real ones:
+every chunk of the head is computed, every row draws as many tokens as a call may.
+"""
+
+import os.path
+import sys
+
+if __name__ == "__main__":
+    sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from paravt_jax.mesh import make_mesh, parse_mesh
+from train.checks import EXAMPLE
+from train.compile.chips import Chip
+from train.compile.cost import program_cost
+from train.compile.hlo import read
+from train.compile.measure import Measured
+from train.compile.program import Program
+from train.compile.programs import programs_of
+from train.recipes import get_recipe
+from train.settings.override import override
+
+INTEGER, FLOAT = 16, 0.01
+"""What arrays hold: lengths, limits and tokens that every program can work with."""
+
+
+def seconds(run: Callable[[], Any], repeats: int) -> float:
+    """Median of some runs, after one that is not counted."""
+    jax.block_until_ready(run())
+    taken = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(run())
+        taken.append(time.perf_counter() - began)
+    return statistics.median(taken)
+
+
+def machine(repeats: int, size: int = 2048, count: int = 2**26) -> Chip:
+    """The limits of one device of this machine."""
+    x, y = jnp.ones((size, size)), jnp.ones(count)
+    product, add = jax.jit(lambda x: x @ x), jax.jit(lambda y: y + 1)
+    flops = 2.0 * size**3 / seconds(lambda: product(x), repeats)
+    bandwidth = 2 * y.nbytes / seconds(lambda: add(y), repeats)
+    return Chip("this machine", flops, memory=float("inf"), bandwidth=bandwidth, links=1.0)
+
+
+def made_up(like: Any) -> jax.Array:
+    """An array of this shape."""
+    value = True if like.dtype == bool else INTEGER
+    return jnp.full(
+        like.shape, FLOAT if jnp.issubdtype(like.dtype, jnp.floating) else value, like.dtype
+    )
+
+
+def measured(program: Program, chip: Chip, repeats: int) -> tuple[Measured, float]:
+    """The figures of a program and the seconds of a call, of decoding those of a token."""
+    with jax.set_mesh(program.mesh):
+        lowered = program.lower()
+        compiled = lowered.compile()
+        (arguments, _) = lowered.args_info
+
+        def run() -> Any:
+            # New ones each time: some are donated.
+            return compiled(*jax.tree.map(made_up, arguments))
+
+        made = seconds(lambda: jax.tree.map(made_up, arguments), repeats)
+        taken = (seconds(run, repeats) - made) / program.drawn
+    cost = program_cost(read(compiled.as_text()), program.drawn)
+    return Measured(program, chip, 0.0, cost=cost), taken
+
+
+def main() -> None:
+    """Print a row for each program."""
+    parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
+    parser.add_argument("--recipe", default="needle_rl")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    chip, config = machine(arguments.repeats), get_recipe(arguments.recipe)
+    config = override(config, [*arguments.set, "mesh=none"])
+    print(f"{chip.flops / 1e9:,.0f} GFLOP/s, {chip.bandwidth / 1e9:.1f} GB/s")
+    print("| program | GFLOP | GB moved | predicted s | bound by | measured s | of the roofline |")
+    print("|---|--:|--:|--:|---|--:|--:|")
+    mesh = make_mesh(parse_mesh(None, 1), jax.devices()[:1])
+    with jax.set_mesh(mesh):
+        programs = programs_of(config, mesh, [EXAMPLE])
+    for program in programs:
+        if program.calls:
+            found, taken = measured(program, chip, arguments.repeats)
+            assert found.cost is not None
+            row = (
+                *(program.name, f"{found.cost.flops / 1e9:.3g}", f"{found.cost.bytes / 1e9:.3g}"),
+                *(f"{found.seconds:.3g}", found.bound, f"{taken:.3g}"),
+                f"{found.seconds / taken:.0%}",
+            )
+            print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
