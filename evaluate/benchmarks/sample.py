@@ -80,6 +80,8 @@ class SampleResult:
     kind: str
     groups: Mapping[str, str]
     target: str | list[float]
+    annotation: str = ""
+    """Video, question and truth, as lmms-eval keys its Charades results."""
     status: str = OK
     """`ok`, or `error`: no readable video, no room in the context, a judge that failed. An error is
     never scored."""
@@ -126,6 +128,7 @@ class SampleResult:
             str(sample.kind),
             dict(sample.groups),
             target,
+            f"{sample.cluster}>>>{sample.question}>>>{target}",
             **came,
         )
 
