@@ -94,8 +94,8 @@ def records(file: str, folder: str) -> Iterator[Record]:
         ValueError: the file is not what its name says; the message names it.
     """
     kind = os.path.splitext(file)[1]
-    read = {".csv": _csv, ".jsonl": _jsonl, ".parquet": _parquet}[kind]
-    word = "row" if kind == ".parquet" else "line"
+    read = {".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[kind]
+    word = "row" if kind in (".parquet", ".json") else "line"
     name = os.path.relpath(file, folder)
     for number, found in read(file):
         fields, fault = ({}, found) if isinstance(found, Unusable) else (found, None)
@@ -207,6 +207,19 @@ def _jsonl(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
     for line, text in enumerate(_lines(file), start=1):
         if text.strip():
             yield line, _json_object(text)
+
+
+def _json(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
+    """The objects of one array, as many benchmarks publish their rows."""
+    try:
+        found = json_value("".join(_lines(file)), "the file")
+    except Unusable as fault:
+        raise ValueError(f"{file}: {fault}; download it again") from fault
+    if not isinstance(found, list):
+        raise ValueError(f"{file}: holds no JSON array of rows; write [{{...}}, ...]")
+    for number, fields in enumerate(found):
+        wrong = Unusable(MALFORMED, "the row is not a JSON object; write {...}")
+        yield number, fields if isinstance(fields, dict) else wrong
 
 
 def _json_object(text: str) -> Fields | Unusable:

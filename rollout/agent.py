@@ -31,6 +31,7 @@ from paravt_jax.records import (
 )
 from rollout.engine.slots import Generated, StreamId
 from rollout.limits import CROP, MAIN, AgentConfig, subagent_limit, token_budget, turn_head
+from rollout.observer import NOBODY, Observer
 from rollout.record import TrajectoryBuilder, derive_seed, generated_turn
 from rollout.responses import ToolResult, error_result, response_turn, result_of
 from rollout.tasks import (
@@ -96,6 +97,7 @@ class Agent:
         crop_tokens: int | None = None,
         sync_errors: SyncErrors = list,
         before_step: Callable[[], None] = lambda: None,
+        observer: Observer = NOBODY,
     ) -> None:
         """
         Args:
@@ -107,6 +109,8 @@ class Agent:
             sync_errors: what counts as a tool's failure where several hosts run the same tools.
                 What tools find must be the same on all of them anyway.
             before_step: called before each step of the engine; what it raises ends `run`.
+            observer: told of turns and calls while they happen; of tokens by the session, if that
+                was given its `wrote`.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -117,6 +121,7 @@ class Agent:
         self._open_session, self._renderer, self._reader = open_session, renderer, reader
         self._tools, self._config, self._crop_tokens = tools, config, crop_tokens
         self._sync_errors, self._before_step = sync_errors, before_step
+        self._observer = observer
         self._budget = token_budget(config, renderer, crop_tokens or 0)
         self._prefix = turn_head(config, renderer)
         self._subagent_prefix = renderer.encode(renderer.opening)
@@ -165,13 +170,14 @@ class Agent:
         for number in itertools.count():
             final = number == config.rounds or not self._another_round_fits(record)
             limit = config.answer_tokens if final else config.turn_tokens
+            self._observer.turn_begins(rollout.stream, self._prefix)
             generated = yield Generate(rollout.stream, given, config.sampling, limit)
             turn = self._turn(generated)
             if final or not turn.calls:
                 record.add_turn(turn)
                 break
             requests = _tool_requests(rollout, turn, number + 1)
-            results = yield Parallel([self._answer(request) for request in requests])
+            results = yield Parallel([self._observed(request) for request in requests])
             # Counted here, not read from the text: a model can write that a call has succeeded.
             executed = sum(result.executed for result in results)
             record.add_turn(dataclasses.replace(turn, executed=executed))
@@ -214,6 +220,14 @@ class Agent:
         given = [*end, *turn, *self._prefix]
         record.add_given(given)
         return given
+
+    def _observed(self, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
+        """The program of one tool call, as the observer hears of it."""
+        own = request.rollout.stream, request.number, request.call
+        self._observer.called(*own)
+        result = yield from self._answer(request)
+        self._observer.answered(*own, result)
+        return result
 
     def _answer(self, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
         """The program of one tool call. Never raises on anything that a model can write."""

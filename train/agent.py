@@ -22,6 +22,7 @@ from rollout.engine.grammar import response_grammar
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.limits import MAIN, AgentConfig, slot_pools
+from rollout.observer import NOBODY, Observer
 from rollout.tools import agent_tools
 from train.data.settings import DataSettings
 from train.hosts.cluster import sync_errors
@@ -78,15 +79,22 @@ class AgentMaker:
         """How large crops get."""
         return crop_size(self.rules, self.data.crop_frames, self.renderer)
 
-    def agent(self, engine: Engine, rules: AgentConfig | None = None) -> Agent:
+    def agent(
+        self,
+        engine: Engine,
+        rules: AgentConfig | None = None,
+        observer: Observer | None = None,
+    ) -> Agent:
         """The agent on an engine of `engine`; with other rules on request, which need no more
-        tokens."""
+        tokens. An observer hears of all that its rollouts do."""
         tools = agent_tools(self.rules)
+        wrote = None if observer is None else observer.wrote
         return Agent(
-            functools.partial(Session, engine),
+            functools.partial(Session, engine, wrote=wrote),
             *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
             sync_errors=sync_errors,
             before_step=SIGNALS_OF_RUN.check,
+            observer=observer or NOBODY,
         )
 
     def engine(self, pools: dict[str, SlotPool]) -> Engine:

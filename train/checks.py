@@ -106,10 +106,8 @@ def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
     """
     ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
     rl = config.rl
-    rows, named = (
-        rl.micro_groups * rl.group_size,
-        (f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"),
-    )
+    rows = rl.micro_groups * rl.group_size
+    named = f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"
     if config.packs_conversations:
         rows, named = config.sft.micro_rows, "sft.micro_rows"
     elif config.stage is Stage.SFT:

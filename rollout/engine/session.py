@@ -11,7 +11,7 @@ generating. The cache of a row holds exactly the tokens of its stream; none is c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import numpy as np
@@ -37,13 +37,19 @@ from rollout.engine.slots import Generated, PromptGroup, SlotTable, StreamId, St
 IDLE = SamplingConfig()
 """How rows without a request draw; nobody looks at what."""
 
+Wrote = Callable[[StreamId, np.ndarray], object]
+"""Told of the tokens, int32 `[t]`, that a stream has just generated."""
+
 
 class Session:
     """Streams of an engine's slot pools, under one set of weights."""
 
-    def __init__(self, engine: Engine, params: Params) -> None:
-        """An earlier session of the engine must not be used any more: this one takes its caches."""
-        self._engine, self._params = engine, engine.prepare(params)
+    def __init__(self, engine: Engine, params: Params, wrote: Wrote | None = None) -> None:
+        """An earlier session of the engine must not be used any more: this one takes its caches.
+
+        `wrote` is called after each step for each stream that has grown.
+        """
+        self._engine, self._params, self._wrote = engine, engine.prepare(params), wrote
         self._tables = {
             name: SlotTable(name, pool, engine.states) for name, pool in engine.pools.items()
         }
@@ -233,6 +239,9 @@ class Session:
         ran = [
             (number, row) for number, row in enumerate(rows) if row is not None and row.remaining
         ]
+        if self._wrote is not None:
+            for number, row in ran:
+                self._wrote(row.stream, host.tokens[number, : host.counts[number]])
         ends = self._engine.automata.eos_ids
         turns = [(row.stream, _collect(row, number, host, ends)) for number, row in ran]
         return [(stream, turn) for stream, turn in turns if turn is not None]

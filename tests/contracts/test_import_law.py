@@ -94,6 +94,10 @@ ORDER = (
     "train.checks",
     "train.run",
     "train.main",
+    "evaluate.watch",
+    "evaluate.model",
+    "evaluate.asking",
+    "evaluate.ask",
 )
 """Shelves and modules of the composition, lowest first. Each imports only what stands before it."""
 BASES = {"rollout.engine": "rollout", "models.common": "models"}
@@ -107,6 +111,7 @@ SEE_ALL = (
     "train.checks",
     "train.run",
     "train.main",
+    "evaluate.model",
 )
 """Those that may see the whole configuration."""
 

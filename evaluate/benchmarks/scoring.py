@@ -1,0 +1,169 @@
+"""From an answer to a score, as a protocol says."""
+
+from __future__ import annotations
+
+import dataclasses
+import zlib
+from collections.abc import Callable
+
+from evaluate.benchmarks import extraction
+from evaluate.benchmarks.protocol import Rules
+from evaluate.benchmarks.sample import Kind, Sample, Window
+from paravt_jax.rewards.answers import extract_answer
+from paravt_jax.rewards.judge import Judge, judge_message, verdict
+from paravt_jax.rewards.metrics import choice_letter, interval, normalise
+
+RULE, JUDGE, DRAWN = "rule", "judge", "drawn"
+UNKNOWN = "?"
+"""ParaVT's gold where it finds none."""
+
+
+class JudgeFailed(ValueError):
+    """A judge gave no verdict. The sample is an error: it is not scored by something else."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verdict:
+    """What an answer is worth."""
+
+    score: float
+    """Between 0 and 1."""
+    prediction: str | list[float] | None
+    """What was read from it; None if nothing."""
+    filtered: str
+    """What of it was read."""
+    method: str = RULE
+    """What decided: `rule`, `judge`, or `drawn` where the harness draws."""
+
+
+def score(rules: Rules, sample: Sample, response: str, judge: Judge | None = None) -> Verdict:
+    """The verdict on an answer.
+
+    Args:
+        response: the last turn as generated.
+        judge: asked where the protocol asks one; without it, the rules decide alone.
+
+    Raises:
+        JudgeFailed: the judge raised, or its reply holds no verdict.
+    """
+    said = extraction.strip_reasoning(response, rules.scoring.strip)
+    asked = judge if rules.scoring.judge else None
+    kind = Kind.CHOICE if rules.scoring.letters_only and sample.kind is Kind.OPEN else sample.kind
+    found = _BY_KIND[kind](rules, sample, said)
+    if found.score == 0.0 and asked is not None and _worth_a_judge(rules, kind, found):
+        return _judged(asked, rules, sample, found)
+    return found
+
+
+def _worth_a_judge(rules: Rules, kind: Kind, found: Verdict) -> bool:
+    """Open answers, and choices of which nothing could be read; MMVU's choices are never judged."""
+    unread = kind is Kind.CHOICE and found.prediction in (None, "")
+    return kind is Kind.OPEN or (unread and rules.scoring.extract != "mmvu")
+
+
+# --- Choices --------------------------------------------------------------------------------------
+
+
+def _choice(rules: Rules, sample: Sample, said: str) -> Verdict:
+    gold, choices = gold_letter(rules, sample), rules.scoring.choices or sample.letters
+    if rules.scoring.extract == "mmvu":
+        choices_of = sample.doc.get("choices") or dict(
+            zip(sample.letters, map(sample.choice, sample.letters), strict=True)
+        )
+        right = extraction.mmvu_choice(said, gold, choices_of)
+        return Verdict(float(right), extraction.mcq(said, choices) or None, said)
+    if rules.scoring.extract == "longvideobench":
+        letter = extraction.longvideobench(said)
+        drawn = letter is None
+        letter = drawn_letter(rules, sample) if letter is None else letter
+        return Verdict(float(letter == gold), letter, said, DRAWN if drawn else RULE)
+    letter = _LETTERS[rules.scoring.extract](said, choices)
+    return Verdict(float(bool(letter) and letter == gold), letter or None, said)
+
+
+def _answered_letter(said: str, choices: str) -> str:
+    letter = choice_letter(extract_answer([said])) or ""
+    return letter if letter in choices else ""
+
+
+_LETTERS: dict[str, Callable[[str, str], str]] = {
+    "mcq": extraction.mcq,
+    "vlmevalkit": extraction.vlmevalkit,
+    "paravt": lambda said, choices: extraction.paravt_letter(said),
+    "answer": _answered_letter,
+    "charades": extraction.mcq,
+    "timelens": extraction.mcq,
+}
+
+
+def gold_letter(rules: Rules, sample: Sample) -> str:
+    """The letter that is right to the protocol."""
+    if rules.scoring.gold == "published":
+        return str(sample.gold)
+    answer = str(sample.doc["answer"]).strip()
+    texts = [option.strip() for option in sample.options]
+    return sample.letters[texts.index(answer)] if answer in texts else UNKNOWN
+
+
+def drawn_letter(rules: Rules, sample: Sample) -> str:
+    """A choice at random, the same at every evaluation with one seed."""
+    seed = f"{rules.decoding.seed}/{sample.task}/{sample.sample_id}"
+    letters = sample.letters or "ABCDE"
+    return letters[zlib.crc32(seed.encode()) % len(letters)]
+
+
+# --- Words ----------------------------------------------------------------------------------------
+
+
+def _open(rules: Rules, sample: Sample, said: str) -> Verdict:
+    gold = str(sample.gold)
+    if rules.scoring.extract == "answer":
+        words = extract_answer([said])
+        right = bool(normalise(words)) and normalise(words) == normalise(gold)
+        return Verdict(float(right), words or None, said)
+    return Verdict(float(extraction.mmvu_open(said, gold)), said or None, said)
+
+
+def _judged(judge: Judge, rules: Rules, sample: Sample, found: Verdict) -> Verdict:
+    options = "".join(f"\n{letter}. {sample.choice(letter)}" for letter in sample.letters)
+    prediction = found.prediction if isinstance(found.prediction, str) else found.filtered
+    message = judge_message(f"{sample.stem}{options}", prediction, str(sample.gold))
+    try:
+        decided = verdict(judge(message))
+    except Exception as error:  # somebody else's service
+        raise JudgeFailed(f"the judge failed: {error}") from error
+    if decided is None:
+        raise JudgeFailed("the judge's reply holds no number between 0 and 1")
+    return dataclasses.replace(found, score=decided, method=JUDGE)
+
+
+# --- Windows of time ------------------------------------------------------------------------------
+
+
+def _grounding(rules: Rules, sample: Sample, said: str) -> Verdict:
+    assert not isinstance(sample.gold, str), "the gold of a grounding question is a window"
+    window = _WINDOWS.get(rules.scoring.extract, _answered_window)(said)
+    if window is None:
+        return Verdict(0.0, None, said)
+    return Verdict(extraction.hull_iou(window, sample.gold), list(window), said)
+
+
+def _answered_window(said: str) -> Window | None:
+    return interval(extract_answer([said]))
+
+
+def _first_window(said: str) -> Window | None:
+    return next(iter(extraction.timelens(said)), None)
+
+
+_WINDOWS: dict[str, Callable[[str], Window | None]] = {
+    "charades": extraction.charades,
+    "timelens": _first_window,
+    "paravt": extraction.paravt_window,
+    "answer": _answered_window,
+}
+_BY_KIND: dict[Kind, Callable[[Rules, Sample, str], Verdict]] = {
+    Kind.CHOICE: _choice,
+    Kind.OPEN: _open,
+    Kind.GROUNDING: _grounding,
+}
