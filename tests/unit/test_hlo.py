@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from paravt_jax.mesh import make_mesh, parse_mesh
 from train.compile.cost import Cost, group_size, program_cost, ring_bytes
 from train.compile.hlo import read
+from train.compile.largest import largest_arrays, largest_collectives
 
 LAYERS, ROWS, WIDTH = 6, 8, 64
 MESH = make_mesh(parse_mesh("fsdp:8", 8))
@@ -236,6 +237,15 @@ def test_kernels_count_as_they_say_or_as_causal_attention():
     found = program_cost(read(KERNELS))
     assert found.flops == 2 * (2 * 32 * 512 * 256 * 128) / 2 + 1000 + 2 * 4 * 8 * 2
     assert found.kernels == 1
+
+
+def test_the_largest_are_named():
+    """Layers whose columns are split: rows are gathered, once a layer."""
+    module = compiled(scanned, STACK, X, specs=[(None, None, "fsdp"), ()])
+    (first, *_) = largest_collectives(module)
+    assert first.startswith(f"{LAYERS} x all-gather f32[{ROWS},{WIDTH}] ")
+    widest = compiled(lambda x: jnp.sin(x).T @ x, (ROWS, 4 * WIDTH))
+    assert largest_arrays(widest)[0].startswith(f"f32[{4 * WIDTH},{4 * WIDTH}] ")
 
 
 def test_text_of_something_else_is_refused():

@@ -14,6 +14,7 @@ from jax.experimental import topologies
 from train.compile.chips import CHIPS, HERE, Chip
 from train.compile.cost import Cost, program_cost
 from train.compile.hlo import read
+from train.compile.largest import largest_arrays, largest_collectives
 from train.compile.program import Program
 
 _NEEDED = re.compile(r"(?:Used |required for [\w ]+ \()([\d.]+)([KMGT]?)")
@@ -51,6 +52,10 @@ class Measured:
     cost: Cost | None = None
     needed: float | None = None
     """Bytes that the compiler would have needed where it gave up."""
+    arrays: Sequence[str] = ()
+    """The largest that it makes."""
+    moved: Sequence[str] = ()
+    """What its collectives give most of."""
 
     @property
     def fits(self) -> bool:
@@ -114,8 +119,16 @@ def measure(program: Program, tell: Callable[[str], None]) -> Measured:
         return Measured(program, chip, seconds, needed=needed_bytes(str(error)))
     seconds = time.perf_counter() - began
     tell(f"{program.name}: compiled in {seconds:.0f} s")
-    cost = program_cost(read(compiled.as_text()), program.drawn)
-    return Measured(program, chip, seconds, _memory(compiled, program.beside), cost)
+    module, memory = read(compiled.as_text()), _memory(compiled, program.beside)
+    return Measured(
+        program,
+        chip,
+        seconds,
+        memory,
+        program_cost(module, program.drawn),
+        arrays=largest_arrays(module),
+        moved=largest_collectives(module),
+    )
 
 
 def needed_bytes(message: str) -> float | None:

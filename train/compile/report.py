@@ -171,9 +171,13 @@ def _collectives(own: Measured) -> list[str]:
 
 
 def _doubts(own: Measured) -> list[str]:
-    if own.cost is None or not own.cost.kernels:
-        return []
-    return [f"{own.program.name}: {own.cost.kernels} kernels do not say what they multiply"]
+    """What is to be said of one that does not fit, or that is not wholly counted."""
+    name, found = own.program.name, []
+    if own.cost is not None and own.cost.kernels:
+        found += [f"{name}: {own.cost.kernels} kernels do not say what they multiply"]
+    if own.arrays and not own.fits:
+        found += [f"{name}, largest arrays: {'; '.join(own.arrays)}"]
+    return found
 
 
 def _entry(own: Measured) -> dict[str, Any]:
@@ -195,6 +199,8 @@ def _entry(own: Measured) -> dict[str, Any]:
         "flops": cost.flops,
         "bytes": cost.bytes,
         "collectives": {k: dataclasses.asdict(v) for k, v in cost.collectives.items()},
+        "largest_arrays": list(own.arrays),
+        "largest_collectives": list(own.moved),
         "silent_kernels": cost.kernels,
         "seconds": own.seconds,
         "seconds_by_limit": own.limits,
