@@ -281,7 +281,7 @@ def _compile_for(
 
 
 def _named(programs: list[Program], names: Sequence[str]) -> list[Program]:
-    """Those of these names; all without any."""
+    """Those of these names, in their order; all without any."""
     known = [own.name for own in programs]
     unknown = [name for name in names if name not in known]
     if unknown:
@@ -289,7 +289,7 @@ def _named(programs: list[Program], names: Sequence[str]) -> list[Program]:
             f"--programs {', '.join(unknown)}: this run has none of that name; choose from "
             f"{', '.join(known)}"
         )
-    return [own for own in programs if own.name in names or not names]
+    return [programs[known.index(name)] for name in names] or programs
 
 
 def largest_batch(config: Config, policy: ModelPolicy) -> LargestBatch:

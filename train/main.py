@@ -82,7 +82,8 @@ def make_parser() -> argparse.ArgumentParser:
     add(
         "--programs",
         metavar="NAME[,NAME...]",
-        help="those that --compile-only compiles, e.g. 'decode main,step' (default: all)",
+        help="those that --compile-only compiles, in this order, e.g. 'step,decode main' "
+        "(default: all)",
     )
     add(
         "--help-settings",
