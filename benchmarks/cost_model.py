@@ -1,11 +1,12 @@
 """What programs of a run take on this machine, beside what their compiled text says of them.
 
-    python benchmarks/cost_model.py [--recipe needle_rl] [--set KEY=VALUE ...] [--repeats 5]
+    python benchmarks/cost_model.py [--recipe needle_rl] [--set KEY=VALUE ...] [--clock cpu]
 
 Products and bytes are counted as `--compile-only` counts them; the machine's limits are measured
 here, by one large product of float32 matrices and by adding to a large array. Predicted is the
 roofline: the longer of the two. Programs run on made-up numbers, which take as long as real ones:
-every chunk of the head is computed, every row draws as many tokens as a call may.
+every chunk of the head is computed, every row draws as many tokens as a call may. `--clock cpu`
+takes processor time, for the limits, too, where others run beside.
 """
 
 import os.path
@@ -15,6 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
+import dataclasses
 import statistics
 import time
 from collections.abc import Callable
@@ -34,27 +36,35 @@ from train.compile.programs import programs_of
 from train.recipes import get_recipe
 from train.settings.override import override
 
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 INTEGER, FLOAT = 16, 0.01
 """What arrays hold: lengths, limits and tokens that every program can work with."""
 
 
-def seconds(run: Callable[[], Any], repeats: int) -> float:
-    """Median of some runs, after one that is not counted."""
-    jax.block_until_ready(run())
-    taken = []
-    for _ in range(repeats):
-        began = time.perf_counter()
+@dataclasses.dataclass(frozen=True)
+class Stopwatch:
+    """Takes the time of functions."""
+
+    clock: str
+    repeats: int
+
+    def __call__(self, run: Callable[[], Any]) -> float:
+        """Median of some runs, after one that is not counted; seconds."""
+        now, taken = CLOCKS[self.clock], []
         jax.block_until_ready(run())
-        taken.append(time.perf_counter() - began)
-    return statistics.median(taken)
+        for _ in range(self.repeats):
+            began = now()
+            jax.block_until_ready(run())
+            taken.append(now() - began)
+        return statistics.median(taken)
 
 
-def machine(repeats: int, size: int = 2048, count: int = 2**26) -> Chip:
+def machine(seconds: Stopwatch, size: int = 2048, count: int = 2**26) -> Chip:
     """The limits of one device of this machine."""
     x, y = jnp.ones((size, size)), jnp.ones(count)
     product, add = jax.jit(lambda x: x @ x), jax.jit(lambda y: y + 1)
-    flops = 2.0 * size**3 / seconds(lambda: product(x), repeats)
-    bandwidth = 2 * y.nbytes / seconds(lambda: add(y), repeats)
+    flops = 2.0 * size**3 / seconds(lambda: product(x))
+    bandwidth = 2 * y.nbytes / seconds(lambda: add(y))
     return Chip("this machine", flops, memory=float("inf"), bandwidth=bandwidth, links=1.0)
 
 
@@ -66,7 +76,7 @@ def made_up(like: Any) -> jax.Array:
     )
 
 
-def measured(program: Program, chip: Chip, repeats: int) -> tuple[Measured, float]:
+def measured(program: Program, chip: Chip, seconds: Stopwatch) -> tuple[Measured, float]:
     """The figures of a program and the seconds of a call, of decoding those of a token."""
     with jax.set_mesh(program.mesh):
         lowered = program.lower()
@@ -77,8 +87,8 @@ def measured(program: Program, chip: Chip, repeats: int) -> tuple[Measured, floa
             # New ones each time: some are donated.
             return compiled(*jax.tree.map(made_up, arguments))
 
-        made = seconds(lambda: jax.tree.map(made_up, arguments), repeats)
-        taken = (seconds(run, repeats) - made) / program.drawn
+        made = seconds(lambda: jax.tree.map(made_up, arguments))
+        taken = (seconds(run) - made) / program.drawn
     cost = program_cost(read(compiled.as_text()), program.drawn)
     return Measured(program, chip, 0.0, cost=cost), taken
 
@@ -89,9 +99,10 @@ def main() -> None:
     parser.add_argument("--recipe", default="needle_rl")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--clock", choices=CLOCKS, default="wall")
     arguments = parser.parse_args()
-    chip, config = machine(arguments.repeats), get_recipe(arguments.recipe)
-    config = override(config, [*arguments.set, "mesh=none"])
+    seconds = Stopwatch(arguments.clock, arguments.repeats)
+    chip, config = machine(seconds), override(get_recipe(arguments.recipe), arguments.set)
     print(f"{chip.flops / 1e9:,.0f} GFLOP/s, {chip.bandwidth / 1e9:.1f} GB/s")
     print("| program | GFLOP | GB moved | predicted s | bound by | measured s | of the roofline |")
     print("|---|--:|--:|--:|---|--:|--:|")
@@ -100,7 +111,7 @@ def main() -> None:
         programs = programs_of(config, mesh, [EXAMPLE])
     for program in programs:
         if program.calls:
-            found, taken = measured(program, chip, arguments.repeats)
+            found, taken = measured(program, chip, seconds)
             assert found.cost is not None
             row = (
                 *(program.name, f"{found.cost.flops / 1e9:.3g}", f"{found.cost.bytes / 1e9:.3g}"),

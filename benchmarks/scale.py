@@ -138,9 +138,10 @@ def compile_case(
             done = subprocess.run(
                 command, cwd=ROOT, env=environment, timeout=60 * minutes, stderr=subprocess.PIPE
             )
-            error = done.stderr.decode().strip().splitlines()[-1] if done.returncode else ""
+            told = done.stderr.decode().strip().splitlines()
+            error = told[-1] if told and done.returncode else ""
         except subprocess.TimeoutExpired:
-            error = f"stopped after {minutes:.0f} minutes"
+            print(f"{case.name}: stopped after {minutes:.0f} minutes", flush=True)
         found = {"programs": {}}
         with contextlib.suppress(OSError):
             found = json.loads((workdir / "compile.json").read_text())[0]
