@@ -3,7 +3,7 @@
     python benchmarks/cost_model.py [--recipe needle_rl] [--set KEY=VALUE ...] [--clock cpu]
 
 Products and bytes are counted as `--compile-only` counts them; the machine's limits are measured
-here, by one large product of float32 matrices and by adding to a large array. Predicted is the
+here, by one large product of float32 matrices and by the sum of a large array. Predicted is the
 roofline: the longer of the two. Programs run on made-up numbers, which take as long as real ones:
 every chunk of the head is computed, every row draws as many tokens as a call may. `--clock cpu`
 takes processor time, for the limits, too, where others run beside.
@@ -48,23 +48,22 @@ class Stopwatch:
     clock: str
     repeats: int
 
-    def __call__(self, run: Callable[[], Any]) -> float:
-        """Median of some runs, after one that is not counted; seconds."""
+    def __call__(self, run: Callable[..., Any], make: Callable[[], tuple[Any, ...]]) -> float:
+        """Median of some runs on arguments made anew, after one that is not counted; seconds."""
         now, taken = CLOCKS[self.clock], []
-        jax.block_until_ready(run())
-        for _ in range(self.repeats):
+        for _ in range(self.repeats + 1):
+            arguments = jax.block_until_ready(make())
             began = now()
-            jax.block_until_ready(run())
+            jax.block_until_ready(run(*arguments))
             taken.append(now() - began)
-        return statistics.median(taken)
+        return statistics.median(taken[1:])
 
 
 def machine(seconds: Stopwatch, size: int = 2048, count: int = 2**26) -> Chip:
     """The limits of one device of this machine."""
     x, y = jnp.ones((size, size)), jnp.ones(count)
-    product, add = jax.jit(lambda x: x @ x), jax.jit(lambda y: y + 1)
-    flops = 2.0 * size**3 / seconds(lambda: product(x))
-    bandwidth = 2 * y.nbytes / seconds(lambda: add(y))
+    flops = 2.0 * size**3 / seconds(jax.jit(lambda x: x @ x), lambda: (x,))
+    bandwidth = y.nbytes / seconds(jax.jit(jnp.sum), lambda: (y,))
     return Chip("this machine", flops, memory=float("inf"), bandwidth=bandwidth, links=1.0)
 
 
@@ -83,12 +82,8 @@ def measured(program: Program, chip: Chip, seconds: Stopwatch) -> tuple[Measured
         compiled = lowered.compile()
         (arguments, _) = lowered.args_info
 
-        def run() -> Any:
-            # New ones each time: some are donated.
-            return compiled(*jax.tree.map(made_up, arguments))
-
-        made = seconds(lambda: jax.tree.map(made_up, arguments))
-        taken = (seconds(run) - made) / program.drawn
+        # New ones each time: some are donated.
+        taken = seconds(compiled, lambda: jax.tree.map(made_up, arguments)) / program.drawn
     cost = program_cost(read(compiled.as_text()), program.drawn)
     return Measured(program, chip, 0.0, cost=cost), taken
 

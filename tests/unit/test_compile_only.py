@@ -76,6 +76,15 @@ def test_steps_add_up(found):
     assert whole["seconds"] == pytest.approx(whole["rollout"] + whole["learner"])
     assert eighth["learner"] == whole["learner"] and eighth["rollout"] < whole["rollout"]
     assert 0 < whole["mfu"] < 1 and "step at the roofline" in said
+    # Decoding at 40 % of it, all else at 50 %.
+    decoding = sum(
+        own["seconds"] * own["calls"]
+        for name, own in figures["programs"].items()
+        if name.startswith("decode")
+    )
+    expected = decoding / 0.4 + (whole["seconds"] - decoding) / 0.5
+    assert whole["expected_seconds"] == pytest.approx(expected)
+    assert sum(whole["expected_by_program"].values()) == pytest.approx(expected)
 
 
 def test_rollouts_have_their_own_mesh_and_the_named_programs_alone_are_compiled(tmp_path):
