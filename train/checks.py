@@ -12,7 +12,7 @@ import jax
 
 from models import ModelPolicy
 from models.common.adapter import check_adapter_config
-from paravt_jax.mesh import RULES, AnyMesh, axes_text, make_mesh, parse_mesh
+from paravt_jax.mesh import AnyMesh, axes_text, batch_shards, make_mesh, parse_mesh
 from paravt_jax.params import format_table
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
@@ -104,7 +104,7 @@ def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
     Raises:
       ValueError: they do not.
     """
-    ways = math.prod(mesh.shape[axis] for axis in RULES["batch"])
+    ways = batch_shards(dict(mesh.shape))
     rl = config.rl
     rows = rl.micro_groups * rl.group_size
     named = f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"
@@ -174,17 +174,21 @@ def whole_notes(policy: ModelPolicy, mesh: AnyMesh) -> list[str]:
     ]
 
 
-def memory_remedies(config: Config) -> list[str]:
-    """Settings with which this run would need less memory on its devices, the cheapest first."""
+def memory_remedies(config: Config, ways: int = 1) -> list[str]:
+    """Settings with which this run would need less memory on its devices, the cheapest first;
+    `ways`: what the rows of a micro-batch are split over, if that is known."""
     model, rl, sft = config.model, config.rl, config.stage is Stage.SFT
     micro = "sft.micro_rows" if sft else "rl.micro_groups"
-    smaller = config.sft.micro_rows if sft else rl.micro_groups
+    now, rows = (config.sft.micro_rows, 1) if sft else (rl.micro_groups, rl.group_size)
+    # Fewer rows than devices are refused.
     found = {
-        f"a smaller {micro} than {smaller}": smaller > 1,
+        f"a smaller {micro} than {now}": any(n * rows % ways == 0 for n in range(1, now)),
         "model.remat=true": not model.remat,
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
         "model.cache_dtype=int8": not sft and model.cache_dtype == "compute",
         f"a smaller agent.subagent_batch than {config.agent.subagent_batch}": not sft,
+        "a larger tensor in --rollout-mesh": not sft,
+        "a smaller agent.turn_tokens or agent.response_tokens": not sft,
         "fewer data.frame_budgets or a smaller data.max_pixels": True,
         "a smaller sft.packing.tokens": config.packs_conversations,
         f"a smaller rl.prompts_per_step than {rl.prompts_per_step}": not sft,
@@ -254,7 +258,8 @@ def compile_only(
     tell(f"the figures are in {target}")
     misfits = [misfit_line(own, report.topology) for report in done for own in report.misfits]
     if misfits:
-        raise ValueError("; ".join([*misfits, *memory_remedies(config)]))
+        ways = min(batch_shards(dict(report.mesh.shape)) for report in done if report.misfits)
+        raise ValueError("; ".join([*misfits, *memory_remedies(config, ways)]))
 
 
 def _compile_for(

@@ -18,6 +18,7 @@ from pipelines import describe
 from train import main, run
 from train.checks import memory_remedies
 from train.recipes import get_recipe
+from train.settings.override import override
 
 
 def too_large():
@@ -77,6 +78,13 @@ def test_what_fails_in_a_users_file_is_told_with_its_place(tmp_path):
 def test_remedies_are_those_that_are_not_taken():
     (line,) = memory_remedies(get_recipe("paravt_sft"))
     assert "sft.micro_rows" in line and "rl." not in line and "agent." not in line
+
+
+def test_a_micro_batch_with_a_row_for_each_device_gets_no_smaller():
+    config = override(get_recipe("paravt_rl"), ["rl.group_size=8", "rl.micro_groups=4"])
+    told = {ways: memory_remedies(config, ways)[0] for ways in (1, 8, 32)}
+    assert "rl.micro_groups than 4" in told[1] and "rl.micro_groups than 4" in told[8]
+    assert "rl.micro_groups" not in told[32] and "--rollout-mesh" in told[32]
 
 
 @pytest.mark.parametrize("action", [deep, too_large, FOREIGN["KeyError"]])
