@@ -193,7 +193,8 @@ class VisionTower(nnx.Module):
     ) -> VisionFeatures:
         """Vision tokens of all frames, frame-major; tokens beyond a frame's grid mean nothing."""
         b, f, p, c = patches.shape
-        patches = constrain(patches, "batch", None, None, None).reshape(b * f, p, c)
+        # Frames know nothing of each other: all devices share those of a few prompts.
+        patches = constrain(patches.reshape(b * f, p, c), "batch", None, None)
         final, tapped = self.walk(patches, grids.reshape(b * f, 2))
         with jax.named_scope("mergers"):
             tokens = self.merger(final)
@@ -223,7 +224,7 @@ class VisionTower(nnx.Module):
 
         def step(block: VisionBlock, carry: tuple[Array, Array], tap: Array) -> Any:
             x, tapped = carry
-            x = block(x, rope, counts)
+            x = constrain(block(x, rope, counts), "batch", None, None)
             if indexes:
                 # An untapped block points beyond the buffer, and its write is dropped.
                 tapped = tapped.at[tap].set(x, mode="drop")

@@ -62,10 +62,11 @@ def test_products_are_those_of_the_model(found):
     weights = Weights.of(setup.Parts(config).policy)
     decode = programs["decode main"]
     assert decode["model_flops"] == 2 * (weights.layers + weights.head) * 8
-    # Two prompts do not divide over eight devices: each of them prefills both.
-    for name, ways, most in (("decode main", 8, 1.5), ("prefill main", 1, 1.5), ("step", 8, 2)):
+    # Two prompts do not divide over eight devices: each of them prefills both. Their frames do.
+    cases = ("decode main", 8, 1.5), ("prefill main", 1, 1.5), ("encode learner", 8, 1.5)
+    for name, ways, most in (*cases, ("step", 8, 2)):
         own = programs[name]
-        assert 1 <= own["flops"] * ways / own["model_flops"] < most, name
+        assert 0.99 <= own["flops"] * ways / own["model_flops"] < most, name
 
 
 def test_steps_add_up(found):
