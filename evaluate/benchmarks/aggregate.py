@@ -197,7 +197,7 @@ def _score(result: SampleResult) -> float:
 
 
 def usage(results: Iterable[SampleResult]) -> dict[str, float]:
-    """How questions were answered: tools, tokens and seconds, over those without errors."""
+    """How questions were answered: tools and tokens, over those without errors."""
     done = [result for result in results if result.status == OK]
     if not done:
         return {}
@@ -211,8 +211,19 @@ def usage(results: Iterable[SampleResult]) -> dict[str, float]:
         "turns_per_sample": turns / len(done),
         "tokens/prompt": sum(r.prompt_tokens for r in done) / len(done),
         "tokens/generated": sum(r.generated_tokens for r in done) / len(done),
-        "seconds_per_sample": sum(r.seconds for r in done) / len(done),
         "frames_per_sample": sum(r.frames for r in done) / len(done),
     }
     gaps = [r.seeing - r.blind for r in done if r.seeing is not None and r.blind is not None]
     return figures | ({"sight/gain": sum(gaps) / len(gaps)} if gaps else {})
+
+
+def timing(results: Iterable[SampleResult]) -> dict[str, float]:
+    """Seconds that answers took. Not in a report, which is the same at every evaluation."""
+    seconds = sorted(result.seconds for result in results if result.status == OK)
+    if not seconds:
+        return {}
+    return {
+        "seconds/mean": sum(seconds) / len(seconds),
+        "seconds/median": seconds[len(seconds) // 2],
+        "seconds/most": seconds[-1],
+    }
