@@ -10,7 +10,6 @@ from evaluate.benchmarks.rules import ScoringRules
 from evaluate.benchmarks.sample import ERROR, OK, Kind, SampleResult
 
 THRESHOLDS = (0.3, 0.5, 0.7)
-ALL_NAME = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +78,11 @@ def aggregate(
     headline, others, notes = None, [], []
     if scored:
         headline, *others = _figures(rules, scored)
+    kinds = {str(result.kind) for result in scored}
+    if Kind.GROUNDING in kinds and len(kinds) > 1:
+        notes.append(
+            "the headline is a mean of accuracies and of overlaps: read those of the kinds"
+        )
     if too_many and headline is not None:
         notes.append(
             f"no headline figure: {sum(errors.values())} of {total} questions are errors, more "
@@ -115,11 +119,26 @@ def _figures(rules: ScoringRules, scored: Sequence[SampleResult]) -> list[Figure
     """The headline, then the others."""
     if all(result.kind == Kind.GROUNDING for result in scored):
         return _grounding(rules, scored)
-    micro = _mean(rules, rules.metric, scored)
+    known = _of_known_categories(rules, scored)
+    left = len(scored) - len(known)
+    micro = _mean(rules, rules.metric, known)
+    if left:
+        said = f"without {left} questions of other categories"
+        micro = dataclasses.replace(micro, note=said)
     found = [micro]
     if rules.aggregate != "micro":
         found = [_macro(rules, scored), dataclasses.replace(micro, name=f"{rules.metric}/micro")]
+    if left:
+        found.append(_mean(rules, f"{rules.metric}/all", scored))
     return found + _parts(scored, lambda name, part: _mean(rules, f"{rules.metric}/{name}", part))
+
+
+def _of_known_categories(
+    rules: ScoringRules, scored: Sequence[SampleResult]
+) -> Sequence[SampleResult]:
+    """Those of the protocol's categories, where it lists any and there are such."""
+    listed = [r for r in scored if r.groups.get(rules.by) in rules.categories]
+    return listed or scored
 
 
 def _grounding(rules: ScoringRules, scored: Sequence[SampleResult]) -> list[Figure]:

@@ -215,6 +215,7 @@ def _lvbench(task: str, number: int, row: Fields, places: Places) -> Sample:
 
 def _mlvu(task: str, number: int, row: Fields, places: Places) -> Sample:
     # question_id counts within each file of a task type: the number of the row is unique.
+    options = tuple(_listed(row["candidates"], "candidates"))
     return Sample(
         task,
         f"{row['task_type']}-{number}",
@@ -223,9 +224,9 @@ def _mlvu(task: str, number: int, row: Fields, places: Places) -> Sample:
         Kind.CHOICE,
         places.video(row["video_name"]),
         row["question"],
-        _letter(row["answer"]),
+        _letter_or_text(row["answer"], options),
         row["video_name"],
-        tuple(_listed(row["candidates"], "candidates")),
+        options,
         {"category": row["task_type"]},
     )
 
@@ -330,10 +331,7 @@ def _own_gold(answer: Any, kind: Kind, options: Sequence[str]) -> str | Window:
     if kind is Kind.GROUNDING:
         return _window(answer)
     if kind is Kind.CHOICE:
-        texts = [option for option in options if option == str(answer).strip()]
-        if texts:
-            return chr(ord("A") + options.index(texts[0]))
-        return _letter(answer)
+        return _letter_or_text(answer, options)
     return str(answer).strip()
 
 
@@ -369,6 +367,12 @@ def _letter(value: Any) -> str:
     if not re.fullmatch("[A-J]", letter):
         raise Unusable(FIELD, f"answer={value!r} is no option letter")
     return letter
+
+
+def _letter_or_text(value: Any, options: Sequence[str]) -> str:
+    """A letter, also where the text of an option is published, as in MLVU's own files."""
+    text = str(value).strip()
+    return chr(ord("A") + options.index(text)) if text in options else _letter(text)
 
 
 def _window(value: Any) -> Window:

@@ -131,6 +131,15 @@ def test_macro_means():
     assert every.headline.low <= 25 <= every.headline.high
 
 
+def test_questions_of_unknown_categories_are_left_out_and_told():
+    """MMVU's mean in lmms-eval is over rows with a known subject."""
+    rows = [in_category(0, 1.0, "Science"), in_category(1, 0.0, "unknown")]
+    found = aggregate(protocol.load("lmms-eval").rules("mmvu_val", Kind.CHOICE).scoring, rows)
+    assert (found.headline.value, found.headline.samples) == (1.0, 1)
+    assert "without 1 questions" in found.headline.note
+    assert {f.name: f.value for f in found.figures}["accuracy/all"] == 0.5
+
+
 def test_parts_and_kinds():
     rows = [
         result(0, 1.0, groups={"duration": "short"}),
