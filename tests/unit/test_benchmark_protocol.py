@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from evaluate.benchmarks import extraction, protocol, scoring
+from evaluate.benchmarks import extraction, protocol, schemas, scoring
 from evaluate.benchmarks.frames import FrameRules, TooFewFrames
 from evaluate.benchmarks.sample import Kind, Sample
 
@@ -249,3 +249,12 @@ def test_indices_lie_in_the_video(sampling, frames, multiple, total, fps):
     rules = FrameRules(sampling=sampling, frames=frames, multiple=multiple)
     found = rules.indices(total, fps)
     assert found == sorted(found) and found and found[0] >= 0 and found[-1] < total
+
+
+def test_the_document_names_every_task_and_protocol():
+    text = (protocol.SHIPPED.parents[2] / "docs" / "evaluation.md").read_text("utf-8")
+    for name in (*HARNESSES, *schemas.TASKS):
+        assert f"`{name}`" in text, name
+    for name in HARNESSES:
+        row = next(line for line in text.splitlines() if line.startswith(f"| `{name}`"))
+        assert row.endswith(f"| {', '.join(protocol.load(name).modes)} |")
