@@ -282,6 +282,8 @@ def _lmms_sample(rules: Rules, sample: Sample, result: SampleResult) -> Json:
         "doc_hash": _hash(as_json(doc)),
         "prompt_hash": _hash(result.prompt),
         "target_hash": _hash(str(result.target)),
+        # What its comparisons look for first (`baselines/loader.py`).
+        "score": result.score,
         **{name: told | {"score": _at(name, result)} for name in names},
     }
 
@@ -304,9 +306,10 @@ def write(folder: Path, report: Json, runs: Mapping[str, TaskRun]) -> None:
     Raises:
         OSError: they cannot be written.
     """
-    _write(folder / REPORT, report)
-    _write(folder / LMMS_RESULTS, lmms_results(report, runs))
     stem = f"{report['protocol']['name'].replace('/', '_')}_{report['mode']}"
+    _write(folder / REPORT, report)
+    for name in (LMMS_RESULTS, f"{stem}_{LMMS_RESULTS}"):  # the second is looked for by samples
+        _write(folder / name, lmms_results(report, runs))
     for task, run in runs.items():
         lines = [json.dumps(sample, ensure_ascii=False) + "\n" for sample in lmms_samples(run)]
         write_atomically(folder / f"{stem}_samples_{task}.jsonl", "".join(lines))

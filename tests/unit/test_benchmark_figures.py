@@ -238,6 +238,8 @@ def test_files_of_lmms_eval(told, tmp_path):
     first = lines[0]
     assert first["resps"] == [["<think>x</think>A"]] and first["filtered_resps"] == ["A"]
     assert (first["timelens_mIOU"]["score"], first["timelens_IOU@5"]["score"]) == (0.4, 0.0)
+    assert next(first[key] for key in first if "score" in key.lower()) == 0.4, "its loader's choice"
+    assert (tmp_path / "lmms-eval_direct_results.json").is_file(), "found beside the samples"
 
 
 def test_the_same_results_give_the_same_files(told, tmp_path):
