@@ -194,6 +194,23 @@ def test_a_thought_is_not_an_answer():
     assert (found.score, found.filtered) == (1.0, "<answer>B</answer>")
 
 
+@pytest.mark.parametrize(
+    ("said", "read"),
+    [
+        ("<think>perhaps B", None),
+        ("<think>perhaps A <answer>B</answer>", "B"),
+        ("<think>perhaps A</think>B", "B"),
+        ("A man takes the cup", None),
+        ("The answer is (B).", "B"),
+        ("<answer>B. blue</answer>", "B"),
+        ("", None),
+    ],
+)
+def test_what_the_default_reads(said, read):
+    rules = protocol.load("paravt").rules("videomme", Kind.CHOICE)
+    assert scoring.score(rules, choice(), said).prediction == read
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text("ABCDEab <>/()[]{}.,:;-–—~!?\n0123456789tosendark答案是é", max_size=60))
 def test_no_text_breaks_an_extractor(text):
