@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from evaluate.benchmarks.estimates import Estimate, estimate
 from evaluate.benchmarks.rules import ScoringRules
-from evaluate.benchmarks.sample import ERROR, OK, Kind, SampleResult
+from evaluate.benchmarks.sample import ERROR, MANY, OK, Kind, SampleResult
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 
@@ -198,8 +198,9 @@ def _parts(
     for result in scored:
         if len(kinds) > 1:
             parts.setdefault(str(result.kind), []).append(result)
-        for name, value in result.groups.items():
-            parts.setdefault(f"{name}={value}", []).append(result)
+        for name, values in result.groups.items():
+            for value in values.split(MANY):
+                parts.setdefault(f"{name}={value}", []).append(result)
     return [figure(name, parts[name]) for name in sorted(parts)]
 
 

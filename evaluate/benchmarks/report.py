@@ -17,6 +17,7 @@ from typing import Any
 
 from rich import box
 from rich.table import Table
+from rich.text import Text
 
 from evaluate.benchmarks.aggregate import Figure, TaskFigures, aggregate, usage
 from evaluate.benchmarks.protocol import Protocol, Rules
@@ -152,33 +153,31 @@ def table(report: Json, parts: bool = False) -> Table:
     Args:
         parts: those of parts of the questions, too.
     """
-    shown = Table(title=f"{report['model']}: {report['protocol']['name']}", box=box.SIMPLE_HEAD)
-    for title in ("task", "figure", "value", "95 %", "questions", "videos", "errors"):
-        shown.add_column(title, justify="left" if title in ("task", "figure") else "right")
-    for title in ("protocol", "frames", "pixels", "decoding", "commit"):
-        shown.add_column(title, overflow="fold")
+    title = f"{report['model']}: {report['protocol']['name']}, {report['mode']}"
+    shown = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    shown.add_column("", overflow="fold")
+    for name in ("value", "95 %", "scored", "videos", "errors"):
+        shown.add_column(name, justify="right", no_wrap=True)
     for row in report["rows"]:
         if parts or "=" not in row["name"]:
             shown.add_row(*_cells(row, report["tasks"][row["task"]]))
     return shown
 
 
-def _cells(row: Json, task: Json) -> list[str]:
+def _cells(row: Json, task: Json) -> list[Text | str]:
     digits = 1 if max(abs(row["value"]), row["high"]) > 1 else 3
-    named = f"{row['name']} ({row['note']})" if row["note"] else row["name"]
+    named = f"{row['task']} {row['name']}" + (f" ({row['note']})" if row["note"] else "")
+    how = (
+        f"{row['protocol']}, {row['mode']}; {row['frames']} frames of {row['pixels']} pixels; "
+        f"{row['decoding']}; {row['commit']}"
+    )
     return [
-        row["task"],
-        named,
+        Text.assemble(f"{named}\n", (how, "dim")),
         f"{row['value']:.{digits}f}",
         f"{row['low']:.{digits}f}-{row['high']:.{digits}f}",
         str(row["samples"]),
         str(row["clusters"]),
         str(sum(task["errors"].values())),
-        f"{row['protocol']}, {row['mode']}",
-        row["frames"],
-        row["pixels"],
-        row["decoding"],
-        row["commit"],
     ]
 
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.sample import Kind, Sample, Window
+from evaluate.benchmarks.sample import MANY, Kind, Sample, Window
 from paravt_jax.settings import any_of
 from pipelines.faults import FIELD, Unusable, one_line
 from pipelines.tables import Fields, json_value, records
@@ -197,7 +197,7 @@ def _longvideobench(task: str, number: int, row: Fields, places: Places) -> Samp
 
 def _lvbench(task: str, number: int, row: Fields, places: Places) -> Sample:
     kinds = row.get("question_type") or ""
-    groups = {"category": kinds if isinstance(kinds, str) else ", ".join(kinds)}
+    groups = {"category": kinds if isinstance(kinds, str) else MANY.join(kinds)}
     return Sample(
         task,
         str(row["uid"]),

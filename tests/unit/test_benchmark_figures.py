@@ -152,6 +152,12 @@ def test_parts_and_kinds():
     assert named == expected
 
 
+def test_a_question_of_two_types_counts_for_both():
+    rows = [in_category(0, 1.0, "a | b"), in_category(1, 0.0, "b")]
+    named = {f.name: f.value for f in aggregate(ScoringRules(), rows).figures}
+    assert named == {"accuracy/category=a": 1.0, "accuracy/category=b": 0.5}
+
+
 def test_identical_annotations_collapse_where_the_harness_does():
     rows = [result(n, s, kind="grounding", annotation="same") for n, s in ((0, 1.0), (1, 0.2))]
     kept = aggregate(ScoringRules(collapse=True), rows)

@@ -47,6 +47,7 @@ def test_gold(root):
     assert found["temporal_grounding_charades"][0].gold == (0.0, 3.30078125)
     assert found["timelens_charades"][2].gold == (0.5, 3.0)
     assert found["lvbench"][0].options == rows.COLOURS
+    assert found["lvbench"][1].groups == {"category": "entity recognition | reasoning"}
     assert found["mlvu_dev"][0].stem == "What does person 0 do?"
     assert found["videomme"][1].choice("B") == "green."
 
