@@ -2,6 +2,8 @@
 
 import importlib
 
+import jax
+import jax.numpy as jnp
 import pytest
 
 ONE_ARGUMENT = (
@@ -19,3 +21,13 @@ def test_types_and_shapes_of_every_room_are_checked(name):
     module, function = name.split(":")
     with pytest.raises(Exception, match=r"hint|Type-check"):
         getattr(importlib.import_module(module), function)(object())
+
+
+def test_no_type_is_promoted_in_silence():
+    with pytest.raises(jax.dtypes.TypePromotionError):
+        jnp.ones(2) + jnp.ones(2, jnp.int32)
+
+
+def test_no_rank_is_promoted_in_silence():
+    with pytest.raises(ValueError, match="rank_promotion"):
+        jnp.ones((2, 2)) + jnp.ones(2)
