@@ -1,6 +1,7 @@
 """What the suite holds every room to, without any test asking for it."""
 
 import importlib
+import warnings
 
 import jax
 import jax.numpy as jnp
@@ -31,3 +32,8 @@ def test_no_type_is_promoted_in_silence():
 def test_no_rank_is_promoted_in_silence():
     with pytest.raises(ValueError, match="rank_promotion"):
         jnp.ones((2, 2)) + jnp.ones(2)
+
+
+def test_a_warning_is_an_error():
+    with pytest.raises(UserWarning, match="heard"):
+        warnings.warn("heard", stacklevel=1)
