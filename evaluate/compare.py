@@ -54,13 +54,16 @@ def make_parser() -> argparse.ArgumentParser:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Returns the exit code."""
-    flags = make_parser().parse_args(arguments)
+    parser = make_parser()
+    flags = parser.parse_args(arguments)
+    if flags.draws < 100:
+        parser.error(f"--draws {flags.draws}: give at least 100, an interval needs them")
+    if flags.seed < 0:
+        parser.error(f"--seed {flags.seed}: give 0 or more")
     return attempt(lambda: _main(flags))
 
 
 def _main(flags: argparse.Namespace) -> None:
-    if flags.draws < 100:
-        raise ValueError(f"--draws {flags.draws}: give at least 100, an interval needs them")
     (first, a), (second, b) = read_run(flags.first), read_run(flags.second)
     rows = compare(a, b, flags.draws, flags.seed)
     if flags.json:

@@ -58,7 +58,10 @@ def read(path: Path) -> list[SampleResult]:
             continue
         if not isinstance(fields, dict) or not {"task", "sample_id"} <= fields.keys():
             raise ValueError(f"{path}, line {number}: no result of a sample; give {SAMPLES}")
-        result = SampleResult(**{name: fields[name] for name in _FIELDS & fields.keys()})
+        try:
+            result = SampleResult(**{name: fields[name] for name in _FIELDS & fields.keys()})
+        except TypeError as error:
+            raise ValueError(f"{path}, line {number}: no result of a sample ({error})") from error
         found[result.task, result.sample_id] = result
     return list(found.values())
 

@@ -48,7 +48,20 @@ class Places:
                 path = self.folder / below / tail
                 if path.is_file():
                     return str(path)
+        for tail in names:
+            if path := self._elsewhere.get(os.path.basename(tail)):
+                return path
         return str(self.folder / (name if os.path.splitext(name)[1] else f"{name}.mp4"))
+
+    @functools.cached_property
+    def _elsewhere(self) -> dict[str, str]:
+        """Files anywhere below by their names, empty for a name that several have: archives are
+        unpacked into all kinds of folders."""
+        found: dict[str, str] = {}
+        for below, _, names in os.walk(self.folder):
+            for name in names:
+                found[name] = "" if name in found else os.path.join(below, name)
+        return found
 
     def subtitles(self, name: str, *folders: str) -> str:
         """Where a file of subtitles is, or should be."""

@@ -79,7 +79,7 @@ def _choice(rules: Rules, sample: Sample, said: str) -> Verdict:
         letter = drawn_letter(rules, sample) if letter is None else letter
         return Verdict(float(letter == gold), letter, said, DRAWN if drawn else RULE)
     letter = _LETTERS[rules.scoring.extract](said, choices)
-    return Verdict(float(bool(letter) and letter == gold), letter or None, said)
+    return Verdict(float(letter == gold), letter or None, said)
 
 
 def answered(said: str) -> str:

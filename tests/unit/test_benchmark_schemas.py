@@ -106,6 +106,16 @@ def test_a_video_path_stays_below_its_folder(tmp_path):
     assert places.video("/etc/passwd").startswith(str(tmp_path / "data"))
 
 
+def test_videos_in_other_folders_are_found_by_their_names(tmp_path):
+    for name in ("part/1_plotQA/a.mp4", "part/x/twice.mp4", "part/y/twice.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    places = schemas.Places(tmp_path)
+    assert places.video("a.mp4") == str(tmp_path / "part/1_plotQA/a.mp4")
+    assert places.video("twice.mp4") == str(tmp_path / "twice.mp4"), "no guess which"
+    assert places.video("gone") == str(tmp_path / "gone.mp4")
+
+
 @pytest.mark.parametrize(
     ("task", "named"),
     [("lvbnech", "lvbench"), ("lvbench", "lvbench"), ("none.csv", "none.csv")],
