@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
+from evaluate.benchmarks.estimates import wilson
 from paravt_jax.records import RolloutGroup
-
-Z = 1.959964
-"""Quantile of the standard normal distribution that leaves 2.5 % above it."""
 
 
 class Accuracy(NamedTuple):
@@ -26,10 +24,8 @@ class Accuracy(NamedTuple):
         It counts videos, as questions about one video are not independent. Accuracies between 0
         and 1 (overlaps in time) vary less than it assumes, so that it is rather too wide.
         """
-        mean, weight = sum(values) / len(values), Z * Z / videos
-        centre = (mean + weight / 2) / (1 + weight)
-        half = (weight * (mean * (1 - mean) + weight / 4)) ** 0.5 / (1 + weight)
-        return cls(mean, max(centre - half, 0.0), min(centre + half, 1.0), videos)
+        mean = sum(values) / len(values)
+        return cls(mean, *wilson(mean, videos), videos)
 
 
 def accuracies(

@@ -193,7 +193,7 @@ def kl_to_go(
     As a reward that every token pays, -kl_weight * KL_t, it enters the advantages of all tokens
     before it (InstructGPT, arXiv 2203.02155; equations 3-6 of the ParaVT release).
     """
-    generated = jnp.asarray(mask) > 0
+    generated = jnp.asarray(mask, jnp.float32) > 0
     kl = divergence(jnp.asarray(behaviour), jnp.asarray(reference), estimator)
     # Masked before the sum: what stands between generated tokens may be NaN.
     paid = _sum_from_here(jnp.where(generated, kl, 0.0))
@@ -209,9 +209,9 @@ def whiten(
 
     Masked-out values become 0. If nothing is masked in, the values come back unchanged.
     """
-    values, mask = jnp.asarray(values, jnp.float32), jnp.asarray(mask) > 0
+    values, mask = jnp.asarray(values, jnp.float32), jnp.asarray(mask, jnp.float32) > 0
     chex.assert_equal_shape([values, mask])
-    count = mask.sum()
+    count = mask.sum().astype(jnp.float32)
     mean = jnp.where(mask, values, 0.0).sum() / jnp.maximum(count, 1)
     # Centred before squaring: in float32 the difference of two means of squares loses its digits.
     centred = jnp.where(mask, values - mean, 0.0)
@@ -240,7 +240,7 @@ def anchored_advantages(
     task, anchor = jnp.asarray(task, jnp.float32), jnp.asarray(anchor, jnp.float32)
     chex.assert_rank([task, anchor, mask], [1, 2, 2])
     advantages = task[:, None] + weight * anchor
-    return jnp.where(jnp.asarray(mask) > 0, advantages, 0.0)
+    return jnp.where(jnp.asarray(mask, jnp.float32) > 0, advantages, 0.0)
 
 
 def reweighted_advantages(

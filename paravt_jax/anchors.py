@@ -56,7 +56,9 @@ def own_credit(
     Raises:
         ValueError: it gives something of another shape.
     """
-    credit = load(anchor)(structure, rewards)
+    # A user's function may promote types and ranks, also where jax is told to refuse that.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        credit = load(anchor)(structure, rewards)
     if not isinstance(credit, jax.Array) or credit.shape != structure.generated.shape:
         raise ValueError(
             f"objective.anchor={anchor} returned no array of {structure.generated.shape}; return "

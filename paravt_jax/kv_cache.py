@@ -80,7 +80,7 @@ class CacheArray:
         stored = self.stored[where]
         if self.scales is None:
             return stored.astype(dtype)
-        return (stored * self.scales[where][..., None]).astype(dtype)
+        return (stored.astype(jnp.float32) * self.scales[where][..., None]).astype(dtype)
 
     def sharded(self) -> CacheArray:
         """Rows over the data axes of the mesh, heads over the tensor axis."""

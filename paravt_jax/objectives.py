@@ -210,7 +210,8 @@ def policy_loss(
     policies = log_probs, proximal, behaviour
     loss, watched = _token_losses(*policies, advantages, weight, config, reference, group_size)
     if config.anchor == "logprob" and structure is not None:
-        loss -= config.anchor_weight * (jnp.asarray(structure) > 0) * log_probs
+        structural = jnp.asarray(structure, jnp.float32) > 0
+        loss -= config.anchor_weight * structural.astype(jnp.float32) * log_probs
     entropy = jnp.zeros_like(loss) if entropy is None else jnp.asarray(entropy)
     metrics = _metrics(trained, entropy=entropy, **watched)
     return *aggregate(loss, weight, config.aggregation, config.constant_length), metrics
@@ -355,7 +356,9 @@ def _surrogate(
 def _own_loss(
     surrogate: str, ratio: Float[Array, "b t"], advantages: Float[Array, "b t"]
 ) -> Float[Array, "b t"]:
-    loss = load(surrogate)(ratio, advantages)
+    # A user's function may promote types and ranks, also where jax is told to refuse that.
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        loss = load(surrogate)(ratio, advantages)
     if not isinstance(loss, jax.Array) or loss.shape != ratio.shape:
         raise ValueError(
             f"objective.surrogate={surrogate} returned {jnp.shape(loss)} for ratios of "
@@ -370,7 +373,7 @@ def _metrics(
     """Sums over trained tokens of what `ObjectiveMetrics` names."""
 
     def within(x: Shaped[Array, "b t"]) -> Float[Array, "b t"]:
-        return jnp.where(trained, stop_gradient(x), 0.0).astype(jnp.float32)
+        return jnp.where(trained, stop_gradient(x).astype(jnp.float32), 0.0)
 
     return ObjectiveMetrics(
         tokens=trained.sum().astype(jnp.float32),

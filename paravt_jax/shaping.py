@@ -101,7 +101,7 @@ class Shaper:
             inside = allowed if inside is None else inside & allowed
         if inside is None:
             return None
-        return inside | (jnp.arange(scores.shape[-1]) == targets[..., None])
+        return inside | (jnp.arange(scores.shape[-1])[None, None] == targets[..., None])
 
 
 def within(

@@ -214,11 +214,11 @@ def structural_tokens(
     opened = jnp.take_along_axis(begins.reshape(len(begins), -1), jnp.maximum(partners, 0), axis=1)
     # The partner of an opening tag comes later and matters by its first token, else by its last.
     own = jnp.arange(partners.shape[1])
-    partners = jnp.where(partners > own, opened, partners // slots).reshape(tags.shape)
-    present = tags[..., None] == jnp.arange(len(table.tags))
+    partners = jnp.where(partners > own[None], opened, partners // slots).reshape(tags.shape)
+    present = tags[..., None] == jnp.arange(len(table.tags))[None, None, None]
     later = _later_tag(completed, first)
     in_vain = (jnp.asarray(table.exits)[kinds, before] > 0) & (later < 0)
-    last_gap = jnp.arange(slots) >= (within >= 0).sum(axis=2, keepdims=True)
+    last_gap = jnp.arange(slots)[None, None] >= (within >= 0).sum(axis=2, keepdims=True)
     return StructuralTokens(
         tags=_with_next(tags, later),
         partners=_with_next(partners, later),
@@ -272,7 +272,9 @@ def tag_credit(
     if not only_paired:
         credit += jnp.where(found.astray >= 0, blame, 0.0)
     wanted = jnp.array([*(tag in tags for tag in table.tags), False])[found.tags]
-    return jnp.where(tag_mask(found, table, tags), (wanted * credit).sum(axis=2), 0.0)
+    return jnp.where(
+        tag_mask(found, table, tags), (wanted.astype(credit.dtype) * credit).sum(axis=2), 0.0
+    )
 
 
 def _states_before(kinds: Int[Array, "b t"], table: TagTable) -> Int[Array, "b t"]:
@@ -333,7 +335,7 @@ def _later_tag(completed: Int[Array, "b t"], first: Int[Array, "b t"]) -> Int[Ar
     """The token that completes a tag that each token begins or continues; -1 if none does."""
     later = _next_after(completed >= 0)
     place = jnp.arange(completed.shape[1])
-    return jnp.where((later >= 0) & (_at(first, later) <= place), later, -1)
+    return jnp.where((later >= 0) & (_at(first, later) <= place[None]), later, -1)
 
 
 def _with_next(values: Int[Array, "b t m"], later: Int[Array, "b t"]) -> Int[Array, "b t k"]:

@@ -125,7 +125,7 @@ def regressed(
     """
     present = (weight.sum(axis=1) > 0).reshape(-1, group_size)
     rho = log_ratio[:, 0].reshape(-1, group_size)
-    count = present.sum(axis=1, keepdims=True)
+    count = present.astype(jnp.float32).sum(axis=1, keepdims=True)
     mean = jnp.where(present, rho, 0.0).sum(axis=1, keepdims=True) / jnp.maximum(count, 1)
     centred = jnp.where(present, rho - mean, 0.0)
     std = _root(jnp.square(centred).sum(axis=1, keepdims=True) / jnp.maximum(count - 1, 1))

@@ -10,6 +10,10 @@ from tests.support.xla_flags import quick_compile
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", quick_compile(devices=8))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# What promotes a type or a rank must say so, here and in the programs that tests start: silent ones
+# hide a float64, a lost bfloat16 or rows taken for columns.
+os.environ.setdefault("JAX_NUMPY_DTYPE_PROMOTION", "strict")
+os.environ.setdefault("JAX_NUMPY_RANK_PROMOTION", "raise")
 # Compiled functions are kept beside pytest's own cache: a second run compiles little.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")

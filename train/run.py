@@ -220,7 +220,7 @@ class Run:
             steps=config.steps,
             rollouts=rollouts,
             learner=taught or learner,
-            resumable=resumable,
+            resumable={**resumable, "learner": learner},
             metrics=[*metrics, self.compilations.metrics, engine.metrics],
             saver=self.saver,
             report=self.report,

@@ -231,7 +231,9 @@ def apply_gradients(
     """One optimiser step. Non-finite gradients leave weights and moments as they were, and so does
     a rehearsal, whose steps count below 0."""
     learns = jnp.isfinite(optax.tree.norm(gradients)) & (state.step >= 0)
-    updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
+    # Optax's counts of steps are integers, and become floats by themselves.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, moments = optimizer.update(gradients, state.optimizer, state.trainable)
     weights = optax.apply_updates(state.trainable, updates)
 
     def keep(new: Any, old: Any) -> Any:
@@ -398,8 +400,8 @@ class RlStep:
             per_token = jnp.broadcast_to(balance[:, None], weights.shape)
             mean = self.objective.aggregation, self.objective.constant_length
             total += self.router_balance * aggregate(per_token, weights, *mean)[0]
-        trained = weights.any(axis=1)
-        return total, (count, (watched, jnp.sum(balance * trained), jnp.sum(1.0 * trained)))
+        trained = weights.any(axis=1).astype(jnp.float32)
+        return total, (count, (watched, jnp.sum(balance * trained), jnp.sum(trained)))
 
 
 MetricSums = tuple[ObjectiveMetrics, Array, Array]

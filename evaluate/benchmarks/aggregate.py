@@ -7,10 +7,9 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from evaluate.benchmarks.estimates import Estimate, estimate
 from evaluate.benchmarks.rules import ScoringRules
-from evaluate.benchmarks.sample import ERROR, OK, Kind, SampleResult
+from evaluate.benchmarks.sample import ERROR, MANY, OK, Kind, SampleResult
 
 THRESHOLDS = (0.3, 0.5, 0.7)
-ALL_NAME = "all"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +78,11 @@ def aggregate(
     headline, others, notes = None, [], []
     if scored:
         headline, *others = _figures(rules, scored)
+    kinds = {str(result.kind) for result in scored}
+    if Kind.GROUNDING in kinds and len(kinds) > 1:
+        notes.append(
+            "the headline is a mean of accuracies and of overlaps: read those of the kinds"
+        )
     if too_many and headline is not None:
         notes.append(
             f"no headline figure: {sum(errors.values())} of {total} questions are errors, more "
@@ -115,11 +119,26 @@ def _figures(rules: ScoringRules, scored: Sequence[SampleResult]) -> list[Figure
     """The headline, then the others."""
     if all(result.kind == Kind.GROUNDING for result in scored):
         return _grounding(rules, scored)
-    micro = _mean(rules, rules.metric, scored)
+    known = _of_known_categories(rules, scored)
+    left = len(scored) - len(known)
+    micro = _mean(rules, rules.metric, known)
+    if left:
+        said = f"without {left} questions of other categories"
+        micro = dataclasses.replace(micro, note=said)
     found = [micro]
     if rules.aggregate != "micro":
         found = [_macro(rules, scored), dataclasses.replace(micro, name=f"{rules.metric}/micro")]
+    if left:
+        found.append(_mean(rules, f"{rules.metric}/all", scored))
     return found + _parts(scored, lambda name, part: _mean(rules, f"{rules.metric}/{name}", part))
+
+
+def _of_known_categories(
+    rules: ScoringRules, scored: Sequence[SampleResult]
+) -> Sequence[SampleResult]:
+    """Those of the protocol's categories, where it lists any and there are such."""
+    listed = [r for r in scored if r.groups.get(rules.by) in rules.categories]
+    return listed or scored
 
 
 def _grounding(rules: ScoringRules, scored: Sequence[SampleResult]) -> list[Figure]:
@@ -179,8 +198,9 @@ def _parts(
     for result in scored:
         if len(kinds) > 1:
             parts.setdefault(str(result.kind), []).append(result)
-        for name, value in result.groups.items():
-            parts.setdefault(f"{name}={value}", []).append(result)
+        for name, values in result.groups.items():
+            for value in values.split(MANY):
+                parts.setdefault(f"{name}={value}", []).append(result)
     return [figure(name, parts[name]) for name in sorted(parts)]
 
 
@@ -197,7 +217,7 @@ def _score(result: SampleResult) -> float:
 
 
 def usage(results: Iterable[SampleResult]) -> dict[str, float]:
-    """How questions were answered: tools, tokens and seconds, over those without errors."""
+    """How questions were answered: tools and tokens, over those without errors."""
     done = [result for result in results if result.status == OK]
     if not done:
         return {}
@@ -211,8 +231,19 @@ def usage(results: Iterable[SampleResult]) -> dict[str, float]:
         "turns_per_sample": turns / len(done),
         "tokens/prompt": sum(r.prompt_tokens for r in done) / len(done),
         "tokens/generated": sum(r.generated_tokens for r in done) / len(done),
-        "seconds_per_sample": sum(r.seconds for r in done) / len(done),
         "frames_per_sample": sum(r.frames for r in done) / len(done),
     }
     gaps = [r.seeing - r.blind for r in done if r.seeing is not None and r.blind is not None]
     return figures | ({"sight/gain": sum(gaps) / len(gaps)} if gaps else {})
+
+
+def timing(results: Iterable[SampleResult]) -> dict[str, float]:
+    """Seconds that answers took. Not in a report, which is the same at every evaluation."""
+    seconds = sorted(result.seconds for result in results if result.status == OK)
+    if not seconds:
+        return {}
+    return {
+        "seconds/mean": sum(seconds) / len(seconds),
+        "seconds/median": seconds[len(seconds) // 2],
+        "seconds/most": seconds[-1],
+    }

@@ -7,8 +7,8 @@ from collections.abc import Hashable, Sequence
 
 import numpy as np
 
-from evaluate.intervals import Z
-
+Z = 1.959964
+"""Quantile of the standard normal distribution that leaves 2.5 % above it."""
 DRAWS = 10_000
 """Of a bootstrap: the third digit of a p value at 0.05 stands."""
 SEED = 20_260_520

@@ -70,8 +70,10 @@ class FrameRules(Settings):
                     f"the video has {total} frames and the protocol shows {count}; its harness "
                     "fails here too, choose a protocol that shows fewer"
                 )
-            count = 0 if self.too_few == "blind" else total
-        count = count // self.multiple * self.multiple or min(count, total)
+            if self.too_few == "blind":
+                return []
+            count = total
+        count = count // self.multiple * self.multiple or min(max(count, 1), total)
         if self.sampling == "interior":
             return [int(number * (total / (count + 1))) for number in range(1, count + 1)]
         places = np.linspace(0, total - 1, count)

@@ -24,6 +24,7 @@ import dataclasses
 import functools
 import re
 import tomllib
+import typing
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -37,7 +38,7 @@ from evaluate.benchmarks.rules import (
     ScoringRules,
 )
 from evaluate.benchmarks.sample import Kind, Sample
-from paravt_jax.settings import Refused, any_of, hints_of, plain_type
+from paravt_jax.settings import Refused, any_of, hints_of, plain_type, told_choices
 
 SHIPPED = Path(__file__).parent / "protocols"
 MODES = ("direct", "reasoning", "agentic", "sequential")
@@ -259,26 +260,30 @@ def _check_names(path: Path, tables: Table) -> None:
     """Refuse what would be read by nobody: a typing mistake would change nothing, silently."""
     _known(path, "", tables, _HEAD)
     _layer(path, "all", tables.get("all", {}), ())
+    _known(path, "mode", tables.get("mode", {}), MODES)
     for mode, layer in tables.get("mode", {}).items():
-        _known(path, "mode", {mode: 0}, MODES)
         _layer(path, f"mode.{mode}", layer, ())
-    for task, layer in tables.get("task", {}).items():
+    for task, layer in _table(path, "task", tables.get("task", {})).items():
         _layer(path, f"task.{task}", layer, ("mode",))
         _known(path, f"task.{task}.mode", layer.get("mode", {}), MODES)
         for mode, inner in layer.get("mode", {}).items():
             _layer(path, f"task.{task}.mode.{mode}", inner, ())
 
 
-def _layer(path: Path, place: str, layer: Table, more: tuple[str, ...]) -> None:
+def _layer(path: Path, place: str, layer: Any, more: tuple[str, ...]) -> None:
     _known(path, place, layer, (*SECTIONS, *Kind, *more))
     for kind in Kind:
         _known(path, f"{place}.{kind}", layer.get(kind, {}), tuple(SECTIONS))
 
 
+def _table(path: Path, place: str, value: Any) -> Table:
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: {place} = {value!r}: write a table, [{place}]")
+    return value
+
+
 def _known(path: Path, place: str, table: Any, known: Iterable[str]) -> None:
-    if not isinstance(table, dict):
-        raise ValueError(f"{path}: {place} = {table!r}: write a table, [{place}]")
-    for name in table:
+    for name in _table(path, place, table):
         if name not in known:
             where = f"{place}.{name}" if place else name
             raise ValueError(f"{path}: {where} is unknown; write {any_of(known)}")
@@ -309,24 +314,33 @@ def _section(cls: type[T], table: Table, name: str, where: str) -> T:
         if key not in hints:
             known = any_of(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
             raise ValueError(f"{where}: {name}.{key} is unknown; write {known}")
-        if not _fits(value, hints[key]):
-            kind = getattr(plain_type(hints[key]), "__name__", "text")
-            raise ValueError(f"{where}: {name}.{key} = {value!r} is no {kind}; write one")
+        if not _fits(value, plain_type(hints[key])):
+            known = told_choices(hints[key]) or _told(plain_type(hints[key]))
+            raise ValueError(f"{where}: {name}.{key} = {value!r}: write {known}")
     try:
         return cls(**{key: _frozen(value) for key, value in table.items()})
     except Refused as error:
         raise ValueError(f"{where}: {error.within(f'{name}.')}") from error
 
 
-def _fits(value: Any, hint: Any) -> bool:
-    kind = plain_type(hint)
-    if kind is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if kind in (bool, str):
-        return isinstance(value, kind)
-    if kind is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    return isinstance(value, list) if getattr(kind, "__origin__", None) is tuple else True
+def _fits(value: Any, kind: Any) -> bool:
+    """Whether a value of TOML can stand where this type is wanted."""
+    if listed := typing.get_origin(kind) is typing.Literal and typing.get_args(kind):
+        return value in listed
+    if typing.get_origin(kind) is tuple:
+        inner = typing.get_args(kind)[0]
+        return isinstance(value, list) and all(_fits(part, inner) for part in value)
+    numbers = {float: (int, float), int: (int,)}.get(kind)
+    if numbers:
+        return isinstance(value, numbers) and not isinstance(value, bool)
+    return isinstance(value, kind)
+
+
+def _told(kind: Any) -> str:
+    """What a value of this type is called in TOML."""
+    if typing.get_origin(kind) is tuple:
+        return f"a list of {_told(typing.get_args(kind)[0]).removeprefix('a ')}s"
+    return {bool: "true or false", str: "a text", int: "an integer", float: "a number"}[kind]
 
 
 def _frozen(value: Any) -> Any:

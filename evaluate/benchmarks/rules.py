@@ -147,7 +147,8 @@ class ScoringRules(Settings):
     by: str = "category"
     """The group that the macro mean is over."""
     categories: tuple[str, ...] = ()
-    """All categories of the benchmark."""
+    """The categories that count; questions of others are left out of the headline, and told. Empty:
+    all."""
     collapse: bool = False
     """Whether identical annotations count once (lmms-eval keys Charades by them)."""
     count_errors: bool = False

@@ -15,6 +15,10 @@ Window = tuple[float, float]
 """Start and end in seconds."""
 
 
+MANY = " | "
+"""Stands between values of a group where a question has several."""
+
+
 class Kind(enum.StrEnum):
     """How an answer is scored."""
 
@@ -47,7 +51,8 @@ class Sample:
     options: tuple[str, ...] = ()
     """As published: with letters in Video-MME, without in the others."""
     groups: Mapping[str, str] = dataclasses.field(default_factory=dict)
-    """What figures are broken down by: `duration`, `category`, ..."""
+    """What figures are broken down by: `duration`, `category`, ... Of several values, with `MANY`
+    between them, the question counts for each."""
     subtitles: str = ""
     """Where the subtitles must lie; empty where the data set has none."""
 

@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from evaluate.benchmarks.sample import Kind, Sample, Window
+from evaluate.benchmarks.sample import MANY, Kind, Sample, Window
 from paravt_jax.settings import any_of
 from pipelines.faults import FIELD, Unusable, one_line
 from pipelines.tables import Fields, json_value, records
@@ -48,7 +48,20 @@ class Places:
                 path = self.folder / below / tail
                 if path.is_file():
                     return str(path)
+        for tail in names:
+            if path := self._elsewhere.get(os.path.basename(tail)):
+                return path
         return str(self.folder / (name if os.path.splitext(name)[1] else f"{name}.mp4"))
+
+    @functools.cached_property
+    def _elsewhere(self) -> dict[str, str]:
+        """Files anywhere below by their names, empty for a name that several have: archives are
+        unpacked into all kinds of folders."""
+        found: dict[str, str] = {}
+        for below, _, names in os.walk(self.folder):
+            for name in names:
+                found[name] = "" if name in found else os.path.join(below, name)
+        return found
 
     def subtitles(self, name: str, *folders: str) -> str:
         """Where a file of subtitles is, or should be."""
@@ -197,7 +210,7 @@ def _longvideobench(task: str, number: int, row: Fields, places: Places) -> Samp
 
 def _lvbench(task: str, number: int, row: Fields, places: Places) -> Sample:
     kinds = row.get("question_type") or ""
-    groups = {"category": kinds if isinstance(kinds, str) else ", ".join(kinds)}
+    groups = {"category": kinds if isinstance(kinds, str) else MANY.join(kinds)}
     return Sample(
         task,
         str(row["uid"]),
@@ -215,6 +228,7 @@ def _lvbench(task: str, number: int, row: Fields, places: Places) -> Sample:
 
 def _mlvu(task: str, number: int, row: Fields, places: Places) -> Sample:
     # question_id counts within each file of a task type: the number of the row is unique.
+    options = tuple(_listed(row["candidates"], "candidates"))
     return Sample(
         task,
         f"{row['task_type']}-{number}",
@@ -223,9 +237,9 @@ def _mlvu(task: str, number: int, row: Fields, places: Places) -> Sample:
         Kind.CHOICE,
         places.video(row["video_name"]),
         row["question"],
-        _letter(row["answer"]),
+        _letter_or_text(row["answer"], options),
         row["video_name"],
-        tuple(_listed(row["candidates"], "candidates")),
+        options,
         {"category": row["task_type"]},
     )
 
@@ -330,10 +344,7 @@ def _own_gold(answer: Any, kind: Kind, options: Sequence[str]) -> str | Window:
     if kind is Kind.GROUNDING:
         return _window(answer)
     if kind is Kind.CHOICE:
-        texts = [option for option in options if option == str(answer).strip()]
-        if texts:
-            return chr(ord("A") + options.index(texts[0]))
-        return _letter(answer)
+        return _letter_or_text(answer, options)
     return str(answer).strip()
 
 
@@ -369,6 +380,12 @@ def _letter(value: Any) -> str:
     if not re.fullmatch("[A-J]", letter):
         raise Unusable(FIELD, f"answer={value!r} is no option letter")
     return letter
+
+
+def _letter_or_text(value: Any, options: Sequence[str]) -> str:
+    """A letter, also where the text of an option is published, as in MLVU's own files."""
+    text = str(value).strip()
+    return chr(ord("A") + options.index(text)) if text in options else _letter(text)
 
 
 def _window(value: Any) -> Window:

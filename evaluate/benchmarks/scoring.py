@@ -9,7 +9,8 @@ from collections.abc import Callable
 from evaluate.benchmarks import extraction
 from evaluate.benchmarks.protocol import Rules
 from evaluate.benchmarks.sample import Kind, Sample, Window
-from paravt_jax.rewards.answers import extract_answer
+from paravt_jax.protocol import reported
+from paravt_jax.rewards.answers import answer_bodies, extract_answer
 from paravt_jax.rewards.judge import Judge, judge_message, verdict
 from paravt_jax.rewards.metrics import choice_letter, interval, normalise
 
@@ -78,11 +79,16 @@ def _choice(rules: Rules, sample: Sample, said: str) -> Verdict:
         letter = drawn_letter(rules, sample) if letter is None else letter
         return Verdict(float(letter == gold), letter, said, DRAWN if drawn else RULE)
     letter = _LETTERS[rules.scoring.extract](said, choices)
-    return Verdict(float(bool(letter) and letter == gold), letter or None, said)
+    return Verdict(float(letter == gold), letter or None, said)
+
+
+def answered(said: str) -> str:
+    """What a turn answers; nothing where its thought is never closed, as where it was cut off."""
+    return extract_answer([said]) if answer_bodies(said) or reported(said) else ""
 
 
 def _answered_letter(said: str, choices: str) -> str:
-    letter = choice_letter(extract_answer([said])) or ""
+    letter = choice_letter(answered(said)) or ""
     return letter if letter in choices else ""
 
 
@@ -118,7 +124,7 @@ def drawn_letter(rules: Rules, sample: Sample) -> str:
 def _open(rules: Rules, sample: Sample, said: str) -> Verdict:
     gold = str(sample.gold)
     if rules.scoring.extract == "answer":
-        words = extract_answer([said])
+        words = answered(said)
         right = bool(normalise(words)) and normalise(words) == normalise(gold)
         return Verdict(float(right), words or None, said)
     return Verdict(float(extraction.mmvu_open(said, gold)), said or None, said)
@@ -149,7 +155,7 @@ def _grounding(rules: Rules, sample: Sample, said: str) -> Verdict:
 
 
 def _answered_window(said: str) -> Window | None:
-    return interval(extract_answer([said]))
+    return interval(answered(said))
 
 
 def _first_window(said: str) -> Window | None:

@@ -109,7 +109,7 @@ def visibility(
         masks.append(slots[None, None, :] < key_lengths[:, None, None])
     if causal:
         last = first + jnp.arange(queries, dtype=jnp.int32)
-        masks.append((slots <= last[:, None])[None])
+        masks.append((slots[None] <= last[:, None])[None])
     if segments is not None:
         asking = jax.lax.dynamic_slice_in_dim(segments, first, queries, axis=1)
         masks.append(asking[:, :, None] == segments[:, None, :keys])
@@ -136,7 +136,7 @@ def reference(
     scores = jnp.einsum("bkqh,bksh->bkqs", grouped, key, precision=exact)
     weights = _unnormalised(scores.reshape(b, k, n // k, t, -1), h, visible).reshape(scores.shape)
     mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=exact)
-    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+    mixed = mixed.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
     mixed = mixed.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4)
     return mixed.reshape(b, t, n, h).astype(query.dtype)
 

@@ -57,7 +57,7 @@ def append(
 ) -> KVCache:
     """The cache with a block written after what each row has; what falls beyond it is dropped."""
     rows = jnp.arange(cache.lengths.shape[0]) if rows is None else rows
-    slots = cache.lengths[rows][:, None] + jnp.arange(key.shape[1])
+    slots = cache.lengths[rows][:, None] + jnp.arange(key.shape[1])[None]
     # Heads are indexed too: with a slice for them, XLA scatters windows of heads, for which a TPU
     # copies the whole cache to another layout and back at every token.
     heads = jnp.arange(key.shape[2])
@@ -105,7 +105,7 @@ def _to_prompt(
         keys, values = (
             x.read(where, query.dtype) for x in (cache.prompt_keys, cache.prompt_values)
         )
-        visible = (jnp.arange(slots) < lengths[:, None])[:, None]
+        visible = (jnp.arange(slots)[None] < lengths[:, None])[:, None]
         return partial(query, keys, values, visible)
 
     def per_row(x: Array) -> Array:
@@ -126,12 +126,12 @@ def _to_suffix(
     """Each row to the tokens after its prompt, causally."""
     chosen = slice(None) if rows is None else rows
     before = cache.lengths[chosen]
-    last = before[:, None] + jnp.repeat(jnp.arange(t), query.shape[2] // t)
+    last = before[:, None] + jnp.repeat(jnp.arange(t), query.shape[2] // t)[None]
 
     def read(slots: int) -> Partial:
         where = (layer, chosen, slice(None), slice(0, slots))
         keys, values = (x.read(where, query.dtype) for x in (cache.keys, cache.values))
-        visible = jnp.arange(slots) <= last[..., None]
+        visible = jnp.arange(slots)[None, None] <= last[..., None]
         return partial(query, keys, values, visible)
 
     return _read_filled(read, cache.keys.count, jnp.max(before) + t)

@@ -125,7 +125,7 @@ def mix(
     # Rows of other devices' experts go to the end, behind all groups.
     order = jnp.argsort(jnp.where(served, flat, e), stable=True)
     back = jnp.argsort(order)
-    sizes = jnp.sum(flat[:, None] == jnp.arange(e), axis=0, dtype=jnp.int32)
+    sizes = jnp.sum(flat[:, None] == jnp.arange(e)[None], axis=0, dtype=jnp.int32)
     rows = jnp.repeat(x.reshape(-1, d).astype(gate_up.dtype), k, axis=0)
     # Rows of other devices' experts come out undefined, and so do their gradients.
     rows = permute(jnp.where(served[:, None], rows, 0), order, back)
@@ -216,7 +216,7 @@ def _blocks(m: int, sizes: Int[Array, " e"]) -> tuple[Array, Array, Array]:
         jnp.searchsorted(block_ends, jnp.arange(count), side="right", method="compare_all"), e - 1
     )
     within = (jnp.arange(count) - (block_ends - needed)[owner])[:, None] * BLOCK
-    within = within + jnp.arange(BLOCK)
+    within = within + jnp.arange(BLOCK)[None]
     source = jnp.where(within < sizes[owner][:, None], (ends - sizes)[owner][:, None] + within, -1)
     group = jnp.minimum(
         jnp.searchsorted(ends, jnp.arange(m), side="right", method="compare_all"), e - 1

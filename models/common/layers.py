@@ -73,6 +73,11 @@ class Adapter(nnx.Module):
         return self.scale * jnp.matmul(low, b, precision=precision(x.dtype))
 
 
+def along_last(vector: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Array, "*one d"]:
+    """A vector along the last axis of another array, so that no rank is promoted in silence."""
+    return jnp.expand_dims(vector, tuple(range(like.ndim - 1)))
+
+
 class Linear(nnx.Module):
     """`x @ kernel + bias` over the last axis, in the compute dtype; with an adapter if `lora`
     targets it."""
@@ -103,7 +108,7 @@ class Linear(nnx.Module):
         y = jnp.matmul(flat, kernel, precision=precision(self.dtype))
         y = y if self.lora is None else y + self.lora(flat)
         y = y.reshape(*x.shape[:-1], kernel.shape[-1])
-        return y if self.bias is None else y + self.bias[...].astype(self.dtype)
+        return y if self.bias is None else y + along_last(self.bias[...].astype(self.dtype), y)
 
 
 class RMSNorm(nnx.Module):
@@ -116,7 +121,7 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (self.scale[...].astype(jnp.float32) * y).astype(x.dtype)
+        return (along_last(self.scale[...].astype(jnp.float32), y) * y).astype(x.dtype)
 
 
 class LayerNorm(nnx.Module):
@@ -132,7 +137,9 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.EPS)
-        return (y * self.scale[...] + self.bias[...]).astype(x.dtype)
+        own = (weights[...].astype(jnp.float32) for weights in (self.scale, self.bias))
+        scale, bias = (along_last(weights, y) for weights in own)
+        return (y * scale + bias).astype(x.dtype)
 
 
 def scan_layers(

@@ -62,7 +62,7 @@ class Weights:
     @property
     def dtypes(self) -> dict[str, np.dtype]:
         """The type of each parameter on disk; of types that differ by layer, one that holds all."""
-        return {name: jnp.result_type(*self._types(spec)) for name, spec in self._table.items()}
+        return {name: _wide_enough(self._types(spec)) for name, spec in self._table.items()}
 
     def _types(self, spec: ParamSpec) -> set[np.dtype]:
         return {DTYPES[self._tensors[name].dtype] for name in spec.hf_names}
@@ -93,6 +93,12 @@ def _check_finite(values: np.ndarray, tensor: StoredTensor) -> None:
             f"{tensor.path}: tensor {tensor.name} holds {finite.size - int(finite.sum())} values "
             f"that are NaN or infinite as {values.dtype}: fetch it again, or repair it"
         )
+
+
+def _wide_enough(types: set[np.dtype]) -> np.dtype:
+    """A type that holds all of these."""
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*types)
 
 
 def _check_head(tensors: dict[str, StoredTensor], table: Table, folder: Path) -> None:

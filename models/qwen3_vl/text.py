@@ -156,11 +156,12 @@ class DecoderLayer(nnx.Module):
         are any."""
         with jax.named_scope("attention"):
             mixed, context, kept = self.attention(self.attention_norm(x), rope, context, layer)
-        x = constrain(x + mixed, "batch", None, None)
+        x = constrain(x + mixed.astype(x.dtype), "batch", None, None)
         with jax.named_scope("mlp"):
             mixed = self.mlp(self.mlp_norm(x))
         mixed, router_logits = mixed if isinstance(mixed, tuple) else (mixed, None)
-        return constrain(x + mixed, "batch", None, None), context, (router_logits, kept)
+        x = constrain(x + mixed.astype(x.dtype), "batch", None, None)
+        return x, context, (router_logits, kept)
 
 
 class TextTower(nnx.Module):
@@ -300,5 +301,5 @@ def mrope(positions: Int[Array, "b t 3"], config: TextConfig) -> Rope:
     turn = np.arange(width // 2)
     limit = 3 * np.array(config.mrope_section)[turn % 3]
     axis = np.where(turn < limit, turn % 3, 0)
-    angle = positions[..., axis].astype(jnp.float32) * frequency
+    angle = positions[..., axis].astype(jnp.float32) * frequency[None, None]
     return jnp.cos(angle), jnp.sin(angle)

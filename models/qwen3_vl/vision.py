@@ -102,7 +102,7 @@ class VisionAttention(nnx.Module):
     def _project(self, x: Float[Array, "r p d"], part: int) -> Float[Array, "r p n h"]:
         kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv, self.qkv_bias))
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = jnp.matmul(flat, kernel[:, part], precision=precision(self.dtype)) + bias[part]
+        y = jnp.matmul(flat, kernel[:, part], precision=precision(self.dtype)) + bias[part][None]
         return y.reshape(*x.shape[:2], self.heads, -1)
 
 
@@ -131,8 +131,8 @@ class VisionBlock(nnx.Module):
     def __call__(
         self, x: Float[Array, "r p d"], rope: tuple[Array, Array], counts: Int[Array, " r"]
     ) -> Float[Array, "r p d"]:
-        x = x + self.attention(self.attention_norm(x), rope, counts)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(self.attention_norm(x), rope, counts).astype(x.dtype)
+        return x + self.mlp(self.mlp_norm(x)).astype(x.dtype)
 
 
 class Merger(nnx.Module):
@@ -254,7 +254,9 @@ class VisionTower(nnx.Module):
         rows = _taps(row, grids[:, :1], side)
         cols = _taps(col, grids[:, 1:], side)
         corners = (
-            lookup(table, r * side + c) * (wr * wc)[..., None] for r, wr in rows for c, wc in cols
+            lookup(table, r * side + c).astype(jnp.float32) * (wr * wc)[..., None]
+            for r, wr in rows
+            for c, wc in cols
         )
         return functools.reduce(jnp.add, corners)
 
@@ -265,7 +267,8 @@ class VisionTower(nnx.Module):
         width = self.config.head_dim // 2
         exponent = np.arange(0, width, 2, dtype=np.float32) / np.float32(width)
         frequency = 1 / np.float32(self.config.rope_theta) ** exponent
-        angle = jnp.stack([row, col], axis=-1)[..., None].astype(jnp.float32) * frequency
+        angle = jnp.stack([row, col], axis=-1)[..., None].astype(jnp.float32)
+        angle = angle * frequency[None, None, None]
         angle = angle.reshape(*row.shape, -1)
         return jnp.cos(angle), jnp.sin(angle)
 

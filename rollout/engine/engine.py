@@ -273,7 +273,7 @@ class Engine:
         )
         # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
         copies = state.cache.copies
-        rows = slots[:, None] * copies + jnp.arange(copies)
+        rows = slots[:, None] * copies + jnp.arange(copies)[None]
         last = _last(hidden, padded.lengths)[:, None].astype(state.hidden.dtype)
         cache = state.cache.with_prompts(slots, keys, values).sharded()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
@@ -368,7 +368,7 @@ class Engine:
             running[:, None], advance(table, output.automata, tokens), output.automata
         )
         ended = running & has_stopped(automata)
-        counts = output.counts + running
+        counts = output.counts + running.astype(jnp.int32)
         at = slice(None), loop.step
         return _Loop(
             step=loop.step + 1,
@@ -435,7 +435,7 @@ def _moved_on(
         part = slice(start, start := start + cache.lengths.shape[0])
         on = running[part]
         moved = jnp.where(on[:, None], hidden[part].astype(state.hidden.dtype), state.hidden)
-        longer = dataclasses.replace(cache, lengths=cache.lengths + on)
+        longer = dataclasses.replace(cache, lengths=cache.lengths + on.astype(jnp.int32))
         seen = None if state.seen is None else mark_seen(state.seen, tokens[part], on)
         after.append(PoolState(longer, moved, seen))
     return tuple(after)
@@ -446,7 +446,7 @@ def _mark_padded(
 ) -> Bool[Array, "n vocab"]:
     """Given tokens count as seen."""
     places = jnp.arange(len(seen)) if rows is None else rows
-    real = jnp.arange(padded.tokens.shape[1]) < jnp.asarray(padded.lengths)[:, None]
+    real = jnp.arange(padded.tokens.shape[1])[None] < jnp.asarray(padded.lengths)[:, None]
     return seen.at[places[:, None], padded.tokens].max(real)
 
 

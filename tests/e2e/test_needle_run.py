@@ -74,7 +74,8 @@ def test_everything_is_left_in_the_workdir(run):
     assert json.loads((workdir / "config.json").read_text())["steps"] == 3
     assert (workdir / "checkpoints" / "3").is_dir()
     assert list((workdir / "tensorboard").iterdir())
-    rollouts = [json.loads(line) for line in (workdir / "rollouts" / "step_000001.jsonl").open()]
+    lines = (workdir / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    rollouts = [json.loads(line) for line in lines]
     assert len(rollouts) == 4 and all(r["rewards"]["total"] is not None for r in rollouts)
     figures = json.loads((workdir / "evaluation.json").read_text())
     assert set(figures["before"]) == {"sampled", "greedy", "no crops"} == set(figures["after"])

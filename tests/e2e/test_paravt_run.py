@@ -39,8 +39,8 @@ def test_two_rl_steps(paravt_folder, tmp_path):
     assert all(np.isfinite(value) for value in (*first.values(), *second.values()))
     assert max(first["logprob/gap_max"], second["logprob/gap_max"]) < 1e-4
     assert {first["frames/budget_mean"], second["frames/budget_mean"]} <= {4.0, 6.0, 8.0}
-    lines = [line for path in sorted((workdir / "rollouts").iterdir()) for line in path.open()]
-    shown = {json.loads(line)["row_id"] for line in lines}
+    texts = [path.read_text() for path in sorted((workdir / "rollouts").iterdir())]
+    shown = {json.loads(line)["row_id"] for text in texts for line in text.splitlines()}
     assert shown == {f"rl/nested.parquet:{n}" for n in range(3)} | {"rl/strings.parquet:0"}
 
 

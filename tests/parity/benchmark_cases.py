@@ -147,9 +147,8 @@ def mlvu(given: Any) -> float:
     rows = next(iter(given.values())) if isinstance(given, Mapping) else given
     results = []
     for number, row in enumerate(rows):
-        kind, said, right = row.values() if isinstance(row, Mapping) else row
-        if isinstance(row, Mapping):
-            kind, said, right = (row[name] for name in ("task_type", "pred_answer", "answer"))
+        names = ("task_type", "pred_answer", "answer")
+        kind, said, right = (row[name] for name in names) if isinstance(row, Mapping) else row
         sample = sample_of("mlvu_dev", MLVU_ROW | {"task_type": kind, "answer": right})
         named = dataclasses.replace(sample, sample_id=str(number), doc_id=number)
         results.append(SampleResult.of(named, score=float(said == right)))

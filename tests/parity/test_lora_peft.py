@@ -15,7 +15,11 @@ from paravt_jax.lora import LoraConfig, adapter_table  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
 from tests.support.qwen3_vl_torch import mixed_inputs, torch_logits, torch_model  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = [
+    pytest.mark.slow,
+    # Of transformers, in peft's calls.
+    pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning"),
+]
 
 SOME = LoraConfig(rank=3, alpha=7, targets=("q_proj", "down_proj"))
 ALL = LoraConfig(rank=4, alpha=8)

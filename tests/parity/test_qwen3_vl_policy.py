@@ -246,7 +246,7 @@ def changed_config(config, part, field, value):
     return dataclasses.replace(config, **change)
 
 
-@pytest.mark.parametrize(("part", "field"), fields_that_matter())
+@pytest.mark.parametrize(("part", "field"), list(fields_that_matter()))
 def test_every_config_field_changes_the_output(part, field):
     """Either other parameters, or other features or hidden states from the same ones."""
     base = CONFIG

@@ -189,7 +189,7 @@ def test_what_is_written_of_a_rollout_tells_turns_from_responses(tmp_path):
         rollout("look", "I see.", "red", responses=("near", "far"), prefix="<think>"), 1.0
     )
     write_rollouts(tmp_path, 7, [group(made)])
-    (written,) = map(json.loads, (tmp_path / "step_000007.jsonl").open())
+    (written,) = map(json.loads, (tmp_path / "step_000007.jsonl").read_text().splitlines())
     tokens, own = np.array(written["tokens"]), np.array(written["generated"]) > 0
     assert RENDERER.decode(tokens) == written["text"]
     assert RENDERER.decode(tokens[own]) == "lookI see.red"

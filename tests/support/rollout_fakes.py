@@ -106,8 +106,8 @@ def visible_in(shared: SharedPrefix, lengths: jax.Array, slots: int) -> jax.Arra
     lane = np.r_[np.full(shared.prompt, -1), np.repeat(np.arange(shared.lanes), own)]
     at = np.arange(slots)
     sees = (at[None] <= at[:, None]) & ((lane[None] < 0) | (lane[None] == lane[:, None]))
-    real = (lane >= 0) | (at < jnp.asarray(lengths)[:, None])
-    return sees & real[:, None]
+    real = (lane >= 0)[None] | (at[None] < jnp.asarray(lengths)[:, None])
+    return sees[None] & real[:, None]
 
 
 class ToyPolicy:
@@ -152,7 +152,7 @@ class ToyPolicy:
         x = self._embed(params, tokens, positions, vision_index, features)
         keys, values = x @ params["k"], x @ params["v"]
         t = jnp.arange(tokens.shape[1])
-        causal = jnp.broadcast_to(t <= t[:, None], (len(tokens), len(t), len(t)))
+        causal = jnp.broadcast_to(t[None] <= t[:, None], (len(tokens), len(t), len(t)))
         seen = causal if visible is None else visible
         hidden = x + self._attend(x @ params["q"], keys, values, seen)
         return hidden, keys[None, :, None], values[None, :, None]
@@ -170,7 +170,7 @@ class ToyPolicy:
         return jnp.concatenate(hidden), tuple(grown)
 
     def _append_one(self, params, x, cache, rows):
-        at = cache.lengths[rows][:, None] + jnp.arange(x.shape[1])
+        at = cache.lengths[rows][:, None] + jnp.arange(x.shape[1])[None]
         where = (0, rows[:, None], 0, at)
         cache = dataclasses.replace(
             cache,
@@ -185,10 +185,9 @@ class ToyPolicy:
                 (cache.prompt_values, cache.values),
             )
         )
-        in_prompt = (
-            jnp.arange(cache.prompt_keys.count) < cache.prompt_lengths[prompts][:, None, None]
-        )
-        in_own = jnp.arange(cache.keys.count) <= at[..., None]
+        slots = jnp.arange(cache.prompt_keys.count)[None, None]
+        in_prompt = slots < cache.prompt_lengths[prompts][:, None, None]
+        in_own = jnp.arange(cache.keys.count)[None, None] <= at[..., None]
         in_prompt = jnp.broadcast_to(in_prompt, (*at.shape, in_prompt.shape[-1]))
         visible = jnp.concatenate([in_prompt, in_own], axis=2)
         return self._attend(x @ params["q"], keys, values, visible), cache
@@ -200,8 +199,9 @@ class ToyPolicy:
                 features.tokens, jnp.maximum(vision_index, 0)[..., None], axis=1
             )
             x = jnp.where(vision_index[..., None] >= 0, seen, x)
+        waves = 0.5 ** jnp.arange(self.width, dtype=jnp.float32)
         return x + jnp.sin(
-            positions.sum(-1)[..., None] / 3.0 * 0.5 ** jnp.arange(self.width, dtype=jnp.float32)
+            positions.sum(-1)[..., None].astype(jnp.float32) / 3.0 * waves[None, None]
         )
 
     def _attend(self, query, keys, values, visible):

@@ -155,7 +155,8 @@ def random_turns(automata, contents, eos, prefix, rows, steps, seed):
     @jax.jit
     def step(carry, at):
         states, stopped = carry
-        logits = bias + jax.random.normal(jax.random.key(seed * steps + at), (rows, len(contents)))
+        noise = jax.random.normal(jax.random.key(seed * steps + at), (rows, len(contents)))
+        logits = bias[None] + noise
         keys = row_keys(draw.seeds, jnp.full(rows, at))
         allowed = allowed_tokens(automata.table, states)
         drawn = draw_tokens(logits.astype(jnp.float32), keys, draw, None, allowed)

@@ -120,8 +120,8 @@ def test_a_second_signal_ends_at_once_and_says_so(deaf, second):
 
 
 def test_a_process_ends_although_a_thread_hangs():
-    process = started(HANGING)
-    assert process.wait(timeout=30) == 7
+    with started(HANGING) as process:
+        assert process.wait(timeout=30) == 7
 
 
 def test_hosts_end_together():

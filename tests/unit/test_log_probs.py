@@ -33,7 +33,7 @@ def plain(head, temperature):
     table = jax.nn.log_softmax(logits, axis=-1)
     picked = jnp.take_along_axis(table, TOKENS[:, 1:, None], axis=-1)[..., 0]
     entropy = -(jnp.exp(table) * table).sum(-1)
-    keep = CHOSEN[:, 1:]
+    keep = CHOSEN[:, 1:].astype(jnp.float32)
     pad = ((0, 0), (1, 0))
     return jnp.pad(picked * keep, pad), jnp.pad(entropy * keep, pad)
 
@@ -143,7 +143,8 @@ def shaped_plain(head, shaping, inside):
     table -= jax.nn.logsumexp(table, axis=-1, keepdims=True)
     picked = jnp.take_along_axis(table, TOKENS[:, 1:, None], axis=-1)[..., 0]
     entropy = -(jnp.exp(table) * table).sum(-1)
-    return tuple(jnp.pad(x * CHOSEN[:, 1:], ((0, 0), (1, 0))) for x in (picked, entropy))
+    keep = CHOSEN[:, 1:].astype(jnp.float32)
+    return tuple(jnp.pad(x * keep, ((0, 0), (1, 0))) for x in (picked, entropy))
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,13 @@ from train.optimizer import (
 )
 
 
+@pytest.fixture(autouse=True)
+def promotion_of_optax():
+    """Optax adds whole and real numbers, as it may in a train step."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 def rates(steps: int, **settings) -> list[float]:
     schedule = learning_rate(OptimizerSettings(learning_rate=1.0, **settings), steps)
     return [float(schedule(jnp.int32(step))) for step in range(steps)]

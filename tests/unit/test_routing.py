@@ -39,8 +39,9 @@ def test_no_real_token_is_zero_with_finite_gradient():
 
 @pytest.mark.slow
 def test_descending_it_evens_the_router():
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(1, 1, 32, 4))) + jnp.arange(4.0)
-    valid, bias = jnp.ones((1, 32), bool), jnp.zeros(4)
+    noise = np.random.default_rng(0).normal(size=(1, 1, 32, 4))
+    logits = jnp.asarray(noise + np.arange(4.0))
+    valid, bias = jnp.ones((1, 32), bool), jnp.zeros((1, 1, 1, 4))
     slope = jax.grad(lambda bias: load_balance(logits + bias, valid, 1)[0])
     for _ in range(20):
         bias -= slope(bias)

@@ -110,8 +110,8 @@ def test_the_door_takes_the_kernel_and_tells_it_the_lengths(monkeypatch, causal)
     visible = visibility(TOKENS, TOKENS, causal, key_lengths=lengths)
     query, key, value = (x.astype(jnp.float32) for x in inputs)
     exact = reference(query, key, value, visible)
-    real = (jnp.arange(TOKENS) < lengths[:, None])[..., None, None]
-    assert float(jnp.abs(jnp.where(real, got - exact, 0)).max()) < 0.02
+    real = (jnp.arange(TOKENS)[None] < lengths[:, None])[..., None, None]
+    assert float(jnp.abs(jnp.where(real, got.astype(jnp.float32) - exact, 0)).max()) < 0.02
 
 
 @pytest.mark.parametrize("lanes", [0, 8])

@@ -26,14 +26,14 @@ sys.stdin.read()
 def test_a_workdir_is_one_run_s_until_its_process_ends_however_that_is(tmp_path):
     workdir = tmp_path / "run"
     code = HOLD.format(root=str(ROOT), workdir=str(workdir))
-    other = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert other.stdout is not None and other.stdout.readline() == "held\n"
-    with pytest.raises(ValueError, match=f"in use by process {other.pid} on .*another --workdir"):
-        WorkdirLock(workdir)
-    other.kill()
-    other.wait()
+    ) as other:
+        assert other.stdout is not None and other.stdout.readline() == "held\n"
+        held = f"in use by process {other.pid} on .*another --workdir"
+        with pytest.raises(ValueError, match=held):
+            WorkdirLock(workdir)
+        other.kill()
     lock = WorkdirLock(workdir)
     assert f"process {os.getpid()} on" in (workdir / ".lock").read_text()
     lock.check()
@@ -49,6 +49,7 @@ def test_a_workdir_that_is_gone_is_noticed(tmp_path, replaced):
         WorkdirLock(tmp_path / "run").release()
     with pytest.raises(OSError, match="was deleted or replaced"):
         lock.check()
+    lock.release()
 
 
 def test_a_file_is_whole_or_as_it_was(tmp_path):

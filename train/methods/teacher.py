@@ -160,7 +160,7 @@ class TaughtLearner:
 
 def _metrics(gaps: Float[Array, "b t"], batch: LearnerBatch) -> dict[str, float]:
     """Mean and mean magnitude of the gaps over trained tokens, where they are 0 elsewhere."""
-    tokens = jnp.maximum(jnp.sum(batch.loss_weights > 0), 1)
+    tokens = jnp.maximum(jnp.sum(batch.loss_weights > 0).astype(jnp.float32), 1)
     return {
         "teacher/gap": float(jnp.sum(gaps) / tokens),
         "teacher/gap_size": float(jnp.sum(jnp.abs(gaps)) / tokens),

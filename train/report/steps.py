@@ -91,7 +91,8 @@ class StepReport:
 def learning_rates(settings: OptimizerSettings, steps: int) -> np.ndarray:
     """The learning rate of each of so many optimiser steps, computed at once."""
     schedule = learning_rate(settings, steps)
-    return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float64)
+    with jax.numpy_dtype_promotion("standard"):
+        return np.asarray(jax.vmap(schedule)(jnp.arange(steps)), np.float64)
 
 
 def memory() -> dict[str, float]:

@@ -41,6 +41,8 @@ class Learner:
         """
         self.settings, self._reference = rl, reference
         self.batches, self.advantages, self.table = batches, advantages, table
+        self._kl: float | None = None
+        """The divergence of the last step that measured it; a checkpoint holds it."""
         self.whole = dataclasses.replace(step, micro_batches=step.micro_batches * rl.minibatches)
         """The step on all minibatches at once: what is computed before the first update."""
         self._minibatch_step = jax.jit(step, donate_argnums=0)
@@ -66,17 +68,28 @@ class Learner:
 
     def measures_reference(self, number: int) -> bool:
         """Whether this batch gets log-probabilities of the reference policy: where something but a
-        metric uses them, all do. Its number alone decides, so that a resume measures as the
-        uninterrupted run does; rehearsals do, to compile it."""
+        metric uses them all do, and in a rehearsal, which compiles the program."""
         used = self.whole.objective.kl_weight or self.advantages.settings.kl_weight
-        return bool(used) or number < 0 or number % self.settings.reference_every == 0
+        unknown = number < 0 or self._kl is None
+        return bool(used) or unknown or number % self.settings.reference_every == 0
 
     def metrics_of(self, number: int, learned: Sequence[StepMetrics]) -> dict[str, float]:
-        """Metrics of the optimiser steps of a batch, `kl` only if it was measured."""
+        """Metrics of the optimiser steps of a batch; `kl` is that of the last one that measured
+        it."""
         found = mean_metrics(learned)
         if not self.measures_reference(number):
-            del found["kl"]
+            return found | {"kl": self._kl or 0.0}
+        if number >= 0:
+            self._kl = found["kl"]
         return found
+
+    def get_state(self) -> float | None:
+        """See `Resumable`: a resume tells the `kl` that the uninterrupted run does."""
+        return self._kl
+
+    def set_state(self, state: float | None) -> None:
+        """See `Resumable`."""
+        self._kl = state
 
     def prepare(
         self, state: TrainState, groups: Sequence[RolloutGroup]

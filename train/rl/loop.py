@@ -195,6 +195,7 @@ class RlRun:
         return {name: part.get_state() for name, part in self.resumable.items()}
 
     def set_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint."""
+        """Go on from a checkpoint. One of an earlier version may lack a part."""
         for name, part in self.resumable.items():
-            part.set_state(state[name])
+            if name in state:
+                part.set_state(state[name])

@@ -26,7 +26,7 @@ class RlSettings(Settings):
     """Optimiser steps of one epoch, each on a share of the prompts; always the same shares."""
     reference_every: Annotated[int, at_least(1)] = 10
     """Where the divergence from the reference has no weight: steps between those that measure it,
-    each by a forward pass of the reference. The others have no `kl`."""
+    each by a forward pass of the reference. `kl` of the others is that of the last one."""
     warm_up: bool = False
     """Compile what steps can need before the first one, not when it first occurs: a run that never
     stops for it, for a later start."""

@@ -43,7 +43,8 @@ class TokenAdvantages:
             return dataclasses.replace(batch, advantages=main)
         episodes, rows = self._normalised(groups), len(crops.tokens) // len(groups)
         earned = subagent_advantages(groups, episodes, rows, self.subagent_credit)[:, None]
-        main, own = self._shaped([batch, crops], [main, earned * (crops.loss_weights > 0)])
+        own = earned * (crops.loss_weights > 0).astype(np.float32)
+        main, own = self._shaped([batch, crops], [main, own])
         crops = dataclasses.replace(crops, advantages=own)
         return dataclasses.replace(batch, advantages=main, subagents=crops)
 
@@ -51,7 +52,7 @@ class TokenAdvantages:
         """Advantage per token. The anchor at positions, or one of the user's, acts on tags only."""
         shared, generated = self._normalised(groups), batch.loss_weights > 0
         if self.anchor_weight is None:
-            return shared[:, None] * generated
+            return shared[:, None] * generated.astype(np.float32)
         credit = self.anchor.credit(groups, batch)
         return anchored_advantages(shared, credit, generated, self.anchor_weight)
 

@@ -1,0 +1,125 @@
+"""Published rows become samples whose prompts are those of the harness, byte by byte."""
+
+import functools
+import json
+import os
+
+import pytest
+
+from evaluate.benchmarks import protocol, schemas
+from evaluate.benchmarks.captions import Seen
+from evaluate.benchmarks.protocol import Span
+from evaluate.benchmarks.sample import Kind
+from tests.support import benchmark_rows as rows
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory):
+    return rows.write_splits(tmp_path_factory.mktemp("splits"))
+
+
+load = functools.cache(protocol.load)
+
+
+def messages(name, sample, mode="", total=90):
+    rules = load(name).rules(sample.task, sample.kind, mode)
+    indices = rules.video.indices(total, rows.RATE)
+    return rules.messages(sample, Seen(indices, total, rows.RATE))
+
+
+@pytest.mark.parametrize("task", rows.TASKS)
+def test_twenty_rows(task, root):
+    loaded = schemas.load(task, str(root))
+    assert len(loaded.samples) == rows.ROWS and not loaded.faults
+    for number, sample in enumerate(loaded.samples):
+        assert sample.doc_id == number and os.path.isfile(sample.video), sample.video
+        shown = messages("lmms-eval", sample)
+        assert shown.parts[0] == Span(0, 32), "frames come first"
+        assert shown.text == rows.EXPECTED[task](sample.doc)
+        json.loads(schemas.as_json(dict(sample.doc)))
+
+
+def test_gold(root):
+    found = {task: schemas.load(task, str(root)).samples for task in rows.TASKS}
+    assert [sample.gold for sample in found["videomme"]][:5] == list("ABCDA")
+    assert found["longvideobench_val_v"][3].gold == "D" and found["mmvu_val"][4].kind is Kind.OPEN
+    # 3.3 in half precision
+    assert found["temporal_grounding_charades"][0].gold == (0.0, 3.30078125)
+    assert found["timelens_charades"][2].gold == (0.5, 3.0)
+    assert found["lvbench"][0].options == rows.COLOURS
+    assert found["lvbench"][1].groups == {"category": "entity recognition | reasoning"}
+    assert found["mlvu_dev"][0].stem == "What does person 0 do?"
+    assert found["videomme"][1].choice("B") == "green."
+
+
+def test_questions_about_one_video_are_one_cluster(root):
+    samples = schemas.load("videomme", str(root)).samples
+    assert len({sample.cluster for sample in samples}) == 3
+    assert len({sample.sample_id for sample in samples}) == rows.ROWS
+
+
+def test_interleaved_subtitles_of_longvideobench(root):
+    sample = schemas.load("longvideobench_val_i", str(root)).samples[0]
+    shown = messages("lmms-eval", sample, total=54)
+    text = "".join("<image>" if isinstance(part, Span) else part for part in shown.parts)
+    assert text.startswith(
+        "<image>\n<image>\n<image>\nfirst line\n<image>\n<image>\n<image>\nsecond line\n<image>"
+    )
+    assert text.count("<image>") == 9, "one for each second of a short video"
+
+
+def test_release_letters_options_twice_and_paravt_once(root):
+    sample = schemas.load("videomme", str(root)).samples[0]
+    assert "\nA. A. red.\n" in messages("paravt-release", sample).text
+    assert "\nA. red.\n" in messages("paravt", sample).text
+    assert messages("paravt", sample).text.endswith("The video path for this video is: clip0.mp4")
+
+
+def test_own_file(tmp_path):
+    loaded = schemas.load(str(rows.write_own(tmp_path)), "/nowhere")
+    choice, words, window = loaded.samples
+    assert (choice.kind, choice.gold, choice.options) == (Kind.CHOICE, "B", ("red", "blue"))
+    assert (words.kind, words.gold) == (Kind.OPEN, "a cup")
+    assert (window.kind, window.gold) == (Kind.GROUNDING, (1.5, 4.0))
+    assert window.groups == {"place": "outdoors"} and os.path.isfile(window.video)
+    rules = load("paravt").rules(protocol.OWN, choice.kind)
+    assert "A. red\nB. blue" in rules.messages(choice, Seen([0, 1], 2, 1.0)).text
+
+
+def test_a_row_that_is_no_question_is_told(tmp_path):
+    (tmp_path / "mine.jsonl").write_text(
+        '{"video": "v.mp4", "question": "?", "answer": "C", "options": ["x", "y", "C1"]}\n'
+        '{"video": "v.mp4", "question": "?", "answer": "blue", "options": ["x", "y"]}\n'
+        '{"question": "?", "answer": "C"}\n{broken\n'
+    )
+    loaded = schemas.load(str(tmp_path / "mine.jsonl"), "")
+    assert len(loaded.samples) == 1
+    assert ["line 2" in loaded.faults[0], "line 4" in loaded.faults[2]] == [True, True]
+    assert "'video'" in loaded.faults[1]
+
+
+def test_a_video_path_stays_below_its_folder(tmp_path):
+    (tmp_path / "secret.mp4").write_text("")
+    (tmp_path / "data").mkdir()
+    places = schemas.Places(tmp_path / "data")
+    assert places.video("../secret.mp4") == str(tmp_path / "data" / "secret.mp4")
+    assert places.video("/etc/passwd").startswith(str(tmp_path / "data"))
+
+
+def test_videos_in_other_folders_are_found_by_their_names(tmp_path):
+    for name in ("part/1_plotQA/a.mp4", "part/x/twice.mp4", "part/y/twice.mp4"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("")
+    places = schemas.Places(tmp_path)
+    assert places.video("a.mp4") == str(tmp_path / "part/1_plotQA/a.mp4")
+    assert places.video("twice.mp4") == str(tmp_path / "twice.mp4"), "no guess which"
+    assert places.video("gone") == str(tmp_path / "gone.mp4")
+
+
+@pytest.mark.parametrize(
+    ("task", "named"),
+    [("lvbnech", "lvbench"), ("lvbench", "lvbench"), ("none.csv", "none.csv")],
+)
+def test_what_is_not_there(task, named, tmp_path):
+    with pytest.raises((ValueError, OSError), match=named):
+        schemas.load(task, str(tmp_path))
