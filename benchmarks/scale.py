@@ -229,7 +229,9 @@ def _row(name: str, own: dict[str, Any]) -> str:
 def growth(results: Mapping[str, Figures]) -> list[str]:
     """How decoding and the step grow, one thing changed at a time."""
     known = [case for case in GROWTH if case.name in results]
-    rows = [_grown(case, results[case.name]) for case in known]
+    rows = [row for row in (_grown(case, results[case.name]) for case in known) if row]
+    if not rows:
+        return []
     return [
         "## Growth",
         "",
@@ -238,7 +240,7 @@ def growth(results: Mapping[str, Figures]) -> list[str]:
         "| case | tokens of a step | GB a token | its seconds | its GiB together | TFLOP of a step "
         "| GB moved | GB sent | its seconds | its GiB together | at |",
         "|---|--:|--:|--:|--:|--:|--:|--:|--:|--:|---|",
-        *(row for row in rows if row),
+        *rows,
         "",
     ]
 
