@@ -136,9 +136,10 @@ def _read(
     task: str, files: Sequence[str], make: Make, places: Places, split: Split | None = None
 ) -> Loaded:
     loaded = Loaded([], [])
-    for number, (where, fields, fault) in enumerate(_rows(files)):
+    for where, fields, fault in _rows(files):
         if split is not None and fault is None and not split.keep(fields):
             continue
+        number = len(loaded.samples) + len(loaded.faults)
         try:
             if fault is not None:
                 raise fault

@@ -58,6 +58,12 @@ def test_questions_about_one_video_are_one_cluster(root):
     assert len({sample.sample_id for sample in samples}) == rows.ROWS
 
 
+def test_rows_of_a_part_count_from_zero(root):
+    long = schemas.load("videomme_long", str(root)).samples
+    assert [sample.doc_id for sample in long] == list(range(6))
+    assert {sample.groups["duration"] for sample in long} == {"long"}
+
+
 def test_interleaved_subtitles_of_longvideobench(root):
     sample = schemas.load("longvideobench_val_i", str(root)).samples[0]
     shown = messages("lmms-eval", sample, total=54)
