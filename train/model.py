@@ -22,6 +22,9 @@ class ModelSettings(Settings):
     """What rollouts keep keys and values in: `compute` (the type above) or `int8`, which takes some
     28 % of float32 and moves the needle model's log-probs by 2e-4 on average and 0.15 at most
     (`docs/log.md`)."""
+    gradient_dtype: Literal["compute", "float32"] = "compute"
+    """What gradients of weights are computed in and added up over devices: `compute` (the type of
+    products) or `float32`. The optimiser gets float32 either way."""
     train_vision: bool = False
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     remat: bool = False

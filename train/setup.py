@@ -129,6 +129,7 @@ class Parts:
             remat=own.remat,
             lora=own.lora,
             cache_dtype=own.cache_dtype,
+            gradient_dtype=own.gradient_dtype,
         )
 
     def params(self, mesh: Mesh) -> FlatParams:

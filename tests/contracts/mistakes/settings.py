@@ -67,6 +67,8 @@ RANGES = [
     refused("data.instructions=loud", named=("terse",)),
     refused("model.compute_dtype=float16", named=("bfloat16",)),
     refused("model.cache_dtype=int4", named=("int8",)),
+    refused("model.gradient_dtype=bfloat16", named=("compute", "float32")),
+    refused("model.gradient_dtype=float32", named=("model.compute_dtype",)),
     refused("model.router_balance=-1"),
     refused("model.router_balance=0.1", named=("experts",)),
     refused("optimizer.name=sgd", named=("muon",)),
