@@ -183,6 +183,7 @@ def memory_remedies(config: Config) -> list[str]:
         f"a smaller {micro} than {smaller}": smaller > 1,
         "model.remat=true": not model.remat,
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
+        "optimizer.moments=int8": config.optimizer.moments != "int8",
         "model.cache_dtype=int8": not sft and model.cache_dtype == "compute",
         f"a smaller agent.subagent_batch than {config.agent.subagent_batch}": not sft,
         "fewer data.frame_budgets or a smaller data.max_pixels": True,

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import optax
 
+from paravt_jax.moments import Kept, keep_moments
 from paravt_jax.params import ParamSpec, Table
 from paravt_jax.ranges import above, at_least, below, within
 from paravt_jax.settings import Settings
@@ -15,7 +16,7 @@ from paravt_jax.settings import Settings
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """Optax optimiser. Master weights and moments are float32."""
+    """Optax optimiser. Master weights are float32."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
@@ -41,6 +42,9 @@ class OptimizerSettings(Settings):
     """Decay of matrices. Norms, biases and embeddings do not decay."""
     clip_norm: Annotated[float | None, above(0)] = 1.0
     """Largest global norm of a gradient; none clips nothing."""
+    moments: Kept = "float32"
+    """What both means are kept in between steps: `float32`, 8 bytes for each weight that trains;
+    `bfloat16`, 4; `int8`, 2 and a scale for each 256 (Dettmers et al., 2022)."""
 
 
 def make_optimizer(
@@ -68,6 +72,8 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             mask=functools.partial(_matrices, table=table),
         )
+    if settings.moments != "float32":
+        update = keep_moments(update, settings.moments)
     if settings.clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)

@@ -67,6 +67,7 @@ RANGES = [
     refused("data.instructions=loud", named=("terse",)),
     refused("model.compute_dtype=float16", named=("bfloat16",)),
     refused("model.cache_dtype=int4", named=("int8",)),
+    refused("optimizer.moments=float16", named=("bfloat16", "int8")),
     refused("model.gradient_dtype=bfloat16", named=("compute", "float32")),
     refused("model.gradient_dtype=float32", named=("model.compute_dtype",)),
     refused("model.router_balance=-1"),
