@@ -14,6 +14,7 @@ from models import ModelPolicy
 from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import RULES, AnyMesh, axes_text, make_mesh, parse_mesh
 from paravt_jax.params import format_table
+from paravt_jax.parts import part_of
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.settings import placed
@@ -94,8 +95,22 @@ def check_model(config: Config, here: bool) -> None:
             f"model.router_balance={model.router_balance} balances experts, and this model has "
             "none; set it to 0"
         )
+    _check_parts(config, policy)
     if model.adapter is not None:
         check_adapter_config(model.adapter, model.lora)
+
+
+def _check_parts(config: Config, policy: ModelPolicy) -> None:
+    """Refuse parts that the model does not have, and a run in which nothing trains."""
+    frozen, there = config.model.frozen, {part_of(name) for name in policy.table}
+    for flag, parts in (("model.frozen", frozen), ("optimizer.groups", config.optimizer.groups)):
+        if absent := [part for part in parts if part not in there]:
+            raise ValueError(
+                f"{flag}={','.join(parts)}: this model has no {' and no '.join(absent)} of its "
+                f"own; choose from {', '.join(sorted(there))}"
+            )
+    if not any(is_trainable(name, config.model) for name in policy.table):
+        raise ValueError(f"model.frozen={','.join(frozen)} leaves nothing to train; leave one out")
 
 
 def check_rows_fit(config: Config, mesh: AnyMesh) -> None:

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from paravt_jax.lora import NO_LORA, LoraConfig
+from paravt_jax.parts import Part
 from paravt_jax.ranges import at_least
 from paravt_jax.settings import Settings
 
@@ -27,6 +28,8 @@ class ModelSettings(Settings):
     products) or `float32`. The optimiser gets float32 either way."""
     train_vision: bool = False
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
+    frozen: tuple[Part, ...] = ()
+    """Parts that do not train, and have neither gradients nor moments (`paravt_jax.parts`)."""
     remat: bool = False
     """Recompute each layer in the backward pass to save memory."""
     router_balance: Annotated[float, at_least(0)] = 0.0

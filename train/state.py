@@ -15,6 +15,7 @@ from jaxtyping import Array, Int
 from paravt_jax.lora import is_adapter
 from paravt_jax.mesh import AnyMesh
 from paravt_jax.moments import weight_of
+from paravt_jax.parts import SEEN, part_of
 from paravt_jax.records import pytree
 from train.model import ModelSettings
 
@@ -41,11 +42,12 @@ class TrainState:
 
 
 def is_trainable(name: str, model: ModelSettings) -> bool:
-    """Whether this parameter trains: with LoRA the adapters alone, otherwise everything, the
-    vision tower only where the settings say so."""
+    """Whether this parameter trains: with LoRA the adapters alone, otherwise everything but frozen
+    parts, the vision tower only where the settings say so."""
     if model.lora.rank:
         return is_adapter(name)
-    return model.train_vision or not name.startswith("vision.")
+    part = part_of(name)
+    return part not in model.frozen and (model.train_vision or part not in SEEN)
 
 
 def make_state(

@@ -114,6 +114,8 @@ TABLE = (
          "with {stage}, where vision features are computed once per prompt; set it to false"),
     Only("model.train_vision", "model.lora.rank", (0,), False,
          "with {model.lora.rank}, which trains adapters alone; set it to false"),
+    Only("model.frozen optimizer.groups optimizer.rates", "model.lora.rank", (0,), (),
+         "with {model.lora.rank}, which trains adapters alone; leave it out"),
     Only("model.lora.alpha model.lora.targets", "model.lora.rank"),
     Only("model.adapter", "model.lora.rank", bool, None,
          "without {model.lora.rank:name}; set it, {model.lora.alpha:name} and "
