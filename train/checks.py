@@ -12,7 +12,7 @@ import jax
 
 from models import ModelPolicy
 from models.common.adapter import check_adapter_config
-from paravt_jax.mesh import RULES, AnyMesh, axes_text, make_mesh, parse_mesh
+from paravt_jax.mesh import HOST, RULES, AnyMesh, axes_text, make_mesh, parse_mesh
 from paravt_jax.params import format_table
 from paravt_jax.parts import part_of
 from paravt_jax.protocol import THINK_OPEN
@@ -76,6 +76,8 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         mesh = planned_mesh(config.mesh) if planned else setup.open_mesh(config)
         check_rows_fit(config, mesh)
         check_rollout_mesh(config, mesh)
+        if not planned:
+            check_reference(config)
     if here and config.model.folder is not None:
         parts.renderer  # noqa: B018  refuses a folder without tokenizer or processor
 
@@ -144,6 +146,17 @@ def check_rollout_mesh(config: Config, mesh: AnyMesh) -> None:
         rollout_sizes(config.rollout_mesh, setup.Parts(config).policy, mesh.size)
 
 
+def check_reference(config: Config) -> None:
+    """Refuse to keep a reference in memory that the devices of this machine do not reach."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if config.rl.reference_memory == "host" and HOST not in kinds:
+        raise ValueError(
+            f"rl.reference_memory=host: {device.device_kind} has no memory of the kind {HOST} (but "
+            f"{', '.join(kinds)}); set it to device"
+        )
+
+
 def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
     """Name what differs from the run that the workdir holds. Nothing is written yet.
 
@@ -198,6 +211,7 @@ def memory_remedies(config: Config) -> list[str]:
         f"a smaller {micro} than {smaller}": smaller > 1,
         "model.remat=true": not model.remat,
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
+        "rl.reference_memory=host": not sft and config.rl.reference_memory == "device",
         "optimizer.moments=int8": config.optimizer.moments != "int8",
         "model.cache_dtype=int8": not sft and model.cache_dtype == "compute",
         f"a smaller agent.subagent_batch than {config.agent.subagent_batch}": not sft,
@@ -241,7 +255,8 @@ def planned_footprint(
     taught, rollouts = config.teacher.strength > 0, None
     if config.rollout_mesh is not None:
         rollouts = planned_rollouts(config.rollout_mesh, policy, mesh)
-    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts)
+    reference = config.rl.reference_memory == "device"
+    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, reference)
 
 
 def compile_only(

@@ -13,8 +13,8 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import abstract_params, initialise
 from paravt_jax.parts import Part, part_of
 from tests.support.tiny_models import QWEN, SPARSE_TABLE
-from train import checks
-from train.compile.footprint import footprint, local_bytes
+from train import checks, setup
+from train.compile.footprint import footprint, local_bytes, planned_mesh
 from train.config import Config
 from train.model import ModelSettings
 from train.optimizer import OptimizerSettings, make_optimizer
@@ -80,6 +80,16 @@ def test_with_adapters_the_reference_is_theirs_alone():
     update = make_optimizer(OptimizerSettings(), 1, policy.table)
     own = {name: x for name, x in abstract_params(policy.table, MESH).items() if is_adapter(name)}
     assert footprint(policy, update, model, MESH, pools={})["reference"] == local_bytes(own)
+
+
+def test_a_reference_on_the_host_takes_no_device_memory(monkeypatch):
+    config = override(get_recipe("needle_rl"), ["rl.reference_memory=host"])
+    parts, mesh = setup.Parts(config), planned_mesh("data:1")
+    assert "reference" not in checks.planned_footprint(parts, mesh)
+    checks.check_reference(config)
+    monkeypatch.setattr(checks, "HOST", "memory_of_mars")
+    with pytest.raises(ValueError, match=r"rl\.reference_memory=host: cpu has no memory .* device"):
+        checks.check_reference(config)
 
 
 def needle(*settings: str) -> Config:

@@ -28,6 +28,7 @@ SAME_RESULTS = (
     "data.max_rejected",
     "data.workers",
     "rl.micro_groups",
+    "rl.reference_memory",
     "rl.warm_up",
     "sft.micro_rows",
     "agent.decode_threads",

@@ -67,6 +67,7 @@ RANGES = [
     refused("data.instructions=loud", named=("terse",)),
     refused("model.compute_dtype=float16", named=("bfloat16",)),
     refused("model.cache_dtype=int4", named=("int8",)),
+    refused("rl.reference_memory=disk", named=("device", "host")),
     refused("model.frozen=eyes", named=("vision", "mergers")),
     refused("model.frozen=vision", named=("model.train_vision",)),
     refused("model.frozen=head", named=("embedding",)),
