@@ -210,6 +210,7 @@ def memory_remedies(config: Config) -> list[str]:
     found = {
         f"a smaller {micro} than {smaller}": smaller > 1,
         "model.remat=true": not model.remat,
+        "model.remat_keeps=nothing": model.remat and model.remat_keeps != "nothing",
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
         "rl.reference_memory=host": not sft and config.rl.reference_memory == "device",
         "optimizer.moments=int8": config.optimizer.moments != "int8",

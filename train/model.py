@@ -32,6 +32,9 @@ class ModelSettings(Settings):
     """Parts that do not train, and have neither gradients nor moments (`paravt_jax.parts`)."""
     remat: bool = False
     """Recompute each layer in the backward pass to save memory."""
+    remat_keeps: Literal["nothing", "projections", "products"] = "nothing"
+    """What a recomputed layer keeps besides its input: `nothing`; the results of `projections`,
+    products with weights; or of all `products`, attention scores too."""
     router_balance: Annotated[float, at_least(0)] = 0.0
     """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
     lora: LoraConfig = NO_LORA

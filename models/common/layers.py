@@ -27,6 +27,13 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 
+KEPT = {
+    "nothing": None,
+    # Those of queries, keys and values with one another have batch dimensions.
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.dots_saveable,
+}
+"""What recomputed layers keep for the backward pass besides their inputs."""
 SMALL_TABLE = 2048
 """Up to this many rows, the gradient of a lookup is a product with one-hot rows."""
 
@@ -136,15 +143,16 @@ def scan_layers(
     step: Callable,
     carry: Any,
     xs: Any = None,
-    remat: bool = False,
+    remat: str | None = None,
     unroll: bool = False,
     rows: slice = slice(None),
 ) -> Any:
     """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
 
     `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
-    backward pass. With `unroll`, the layers are compiled one by one, which makes the layer number
-    a constant. Layers that were unstacked (`unstack_layers`) are compiled one by one anyway.
+    backward pass, but for those that it names (see `KEPT`). With `unroll`, the layers are compiled
+    one by one, which makes the layer number a constant. Layers that were unstacked
+    (`unstack_layers`) are compiled one by one anyway.
     """
     graphdef, state = nnx.split(stacked)
     state = jax.tree.map(lambda weights: weights[rows], state, is_leaf=_is_unstacked)
@@ -155,7 +163,8 @@ def scan_layers(
         state, x = state_and_x
         return step(nnx.merge(graphdef, state), carry, x)
 
-    body = jax.checkpoint(body) if remat else body
+    if remat is not None:
+        body = jax.checkpoint(body, policy=KEPT[remat])
     return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
 
 

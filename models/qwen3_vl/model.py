@@ -36,7 +36,7 @@ class Qwen3VL(Weighted):
         self,
         config: Qwen3VLConfig,
         dtype: str = "float32",
-        remat: bool = False,
+        remat: str | None = None,
         lora: LoraConfig = NO_LORA,
     ):
         text = config.text
@@ -85,10 +85,10 @@ class Qwen3VLPolicy:
     """Implements `models.common.policy.ModelPolicy`. Hashable, cheap to close over.
 
     `compute_dtype` is the type of matrix products; weights are cast when used. With `remat`, the
-    backward pass computes each layer's activations again. With `lora`, the language model has
-    adapters, whose weights stand in the table beside the others. `cache_dtype` is the type that
-    `init_cache` keeps keys and values in: `compute`, the type of products, or `int8`;
-    `gradient_dtype` that of gradients of weights: `compute` or `float32`.
+    backward pass computes each layer's activations again, but for `remat_keeps` (`KEPT`). With
+    `lora`, the language model has adapters, whose weights stand in the table beside the others.
+    `cache_dtype` is the type that `init_cache` keeps keys and values in: `compute`, the type of
+    products, or `int8`; `gradient_dtype` that of gradients of weights: `compute` or `float32`.
     """
 
     config: Qwen3VLConfig
@@ -97,6 +97,7 @@ class Qwen3VLPolicy:
     lora: LoraConfig = NO_LORA
     cache_dtype: str = "compute"
     gradient_dtype: str = "compute"
+    remat_keeps: str = "nothing"
 
     @property
     def width(self) -> int:
@@ -296,7 +297,8 @@ class Qwen3VLPolicy:
 
 @functools.lru_cache(maxsize=16)
 def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
-    model = Qwen3VL(policy.config, policy.compute_dtype, policy.remat, policy.lora)
+    remat = policy.remat_keeps if policy.remat else None
+    model = Qwen3VL(policy.config, policy.compute_dtype, remat, policy.lora)
     if policy.gradient_dtype == "float32" != policy.compute_dtype:
         widen_gradients(model)
     blueprint = Blueprint(model)

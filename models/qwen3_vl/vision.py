@@ -160,7 +160,7 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patch embedding, learned and rotary positions, blocks, mergers."""
 
-    def __init__(self, config: VisionConfig, dtype: Any = "float32", remat: bool = False):
+    def __init__(self, config: VisionConfig, dtype: Any = "float32", remat: str | None = None):
         self.config, self.remat = config, remat
         c, d, side = config, config.hidden_size, config.patch_size
         self.patch_embedding = Linear(

@@ -28,9 +28,10 @@ def test_settings_reach_the_policy():
         lora=lora,
         cache_dtype="int8",
         gradient_dtype="float32",
+        remat_keeps="products",
     )
     config = Qwen3VLConfig.from_dict(NEEDLE_MODEL)
-    assert policy == Qwen3VLPolicy(config, "bfloat16", True, lora, "int8", "float32")
+    assert policy == Qwen3VLPolicy(config, "bfloat16", True, lora, "int8", "float32", "products")
     text, vision = NEEDLE_MODEL["text_config"], NEEDLE_MODEL["vision_config"]
     assert policy.vocab_size == text["vocab_size"]
     assert policy.context_length == text["max_position_embeddings"]

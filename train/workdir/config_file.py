@@ -22,6 +22,7 @@ SAME_RESULTS = (
     "mesh",
     "rollout_mesh",
     "model.remat",
+    "model.remat_keeps",
     "data.cache_dir",
     "data.decode_seconds",
     "data.max_bad_rows",
