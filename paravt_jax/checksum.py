@@ -48,7 +48,7 @@ def _sum(x: Array, starts: tuple[Any, ...], shape: tuple[int, ...]) -> UInt32[Ar
         # Beyond 2^32 elements places repeat, on the host as on the device.
         counted = jax.lax.broadcasted_iota(jnp.uint32, x.shape, axis) + jnp.uint32(starts[axis])
         place, stride = place + counted * jnp.uint32(stride % 2**32), stride * shape[axis]
-    return jnp.sum(_mix(_bits(x) ^ _mix(place + 1)), dtype=jnp.uint32)
+    return jnp.sum(scramble(_bits(x) ^ scramble(place + 1)), dtype=jnp.uint32)
 
 
 def checksums(tree: Any) -> dict[str, int]:
@@ -72,7 +72,7 @@ def _bits(x: Array) -> Array:
     return jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
 
 
-def _mix(x: Array) -> Array:
+def scramble(x: Array) -> Array:
     """MurmurHash3's finaliser (Appleby 2011), a one-to-one scrambling of 32 bits."""
     x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
     x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)

@@ -18,6 +18,8 @@ from jaxtyping import Array, Float
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or of devices that are elsewhere."""
 AXES = ("data", "fsdp", "expert", "tensor")
+HOST = "pinned_host"
+"""The kind of memory of a host that its devices read by themselves."""
 
 RULES: dict[str, tuple[str, ...]] = {
     "batch": ("data", "fsdp", "expert"),
@@ -118,6 +120,23 @@ def split_before_copy(x: Array, home: NamedSharding) -> Array:
             split = NamedSharding(home.mesh, PartitionSpec(*parts))
             return jax.lax.with_sharding_constraint(x, split)
     return x
+
+
+def on_host(tree: Any) -> Any:
+    """The arrays in the memory of the hosts of their devices, split as they were."""
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(HOST)), tree)
+
+
+def on_device(tree: Any) -> Any:
+    """The arrays in the memory of their devices; those that are there already are not copied."""
+
+    def fetched(x: Array) -> Array:
+        home = x.sharding
+        if not isinstance(home, NamedSharding) or home.memory_kind != HOST:
+            return x
+        return jax.device_put(x, NamedSharding(home.mesh, home.spec))
+
+    return jax.tree.map(fetched, tree)
 
 
 def axes_text(mesh: AnyMesh) -> str:

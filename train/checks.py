@@ -12,8 +12,9 @@ import jax
 
 from models import ModelPolicy
 from models.common.adapter import check_adapter_config
-from paravt_jax.mesh import AnyMesh, axes_text, batch_shards, make_mesh, parse_mesh
+from paravt_jax.mesh import HOST, AnyMesh, axes_text, batch_shards, make_mesh, parse_mesh
 from paravt_jax.params import format_table
+from paravt_jax.parts import part_of
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.settings import placed
@@ -75,6 +76,8 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         mesh = planned_mesh(config.mesh) if planned else setup.open_mesh(config)
         check_rows_fit(config, mesh)
         check_rollout_mesh(config, mesh)
+        if not planned:
+            check_reference(config)
     if here and config.model.folder is not None:
         parts.renderer  # noqa: B018  refuses a folder without tokenizer or processor
 
@@ -94,8 +97,22 @@ def check_model(config: Config, here: bool) -> None:
             f"model.router_balance={model.router_balance} balances experts, and this model has "
             "none; set it to 0"
         )
+    _check_parts(config, policy)
     if model.adapter is not None:
         check_adapter_config(model.adapter, model.lora)
+
+
+def _check_parts(config: Config, policy: ModelPolicy) -> None:
+    """Refuse parts that the model does not have, and a run in which nothing trains."""
+    frozen, there = config.model.frozen, {part_of(name) for name in policy.table}
+    for flag, parts in (("model.frozen", frozen), ("optimizer.groups", config.optimizer.groups)):
+        if absent := [part for part in parts if part not in there]:
+            raise ValueError(
+                f"{flag}={','.join(parts)}: this model has no {' and no '.join(absent)} of its "
+                f"own; choose from {', '.join(sorted(there))}"
+            )
+    if not any(is_trainable(name, config.model) for name in policy.table):
+        raise ValueError(f"model.frozen={','.join(frozen)} leaves nothing to train; leave one out")
 
 
 def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
@@ -127,6 +144,17 @@ def check_rollout_mesh(config: Config, mesh: AnyMesh) -> None:
     """
     if config.rollout_mesh is not None:
         rollout_sizes(config.rollout_mesh, setup.Parts(config).policy, mesh.size)
+
+
+def check_reference(config: Config) -> None:
+    """Refuse to keep a reference in memory that the devices of this machine do not reach."""
+    device = jax.local_devices()[0]
+    kinds = [memory.kind for memory in device.addressable_memories()]
+    if config.rl.reference_memory == "host" and HOST not in kinds:
+        raise ValueError(
+            f"rl.reference_memory=host: {device.device_kind} has no memory of the kind {HOST} (but "
+            f"{', '.join(kinds)}); set it to device"
+        )
 
 
 def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
@@ -184,7 +212,10 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
     found = {
         f"a smaller {micro} than {now}": any(n * rows % ways == 0 for n in range(1, now)),
         "model.remat=true": not model.remat,
+        "model.remat_keeps=nothing": model.remat and model.remat_keeps != "nothing",
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
+        "rl.reference_memory=host": not sft and config.rl.reference_memory == "device",
+        "optimizer.moments=int8": config.optimizer.moments != "int8",
         "model.cache_dtype=int8": not sft and model.cache_dtype == "compute",
         f"a smaller agent.subagent_batch than {config.agent.subagent_batch}": not sft,
         "a larger tensor in --rollout-mesh": not sft,
@@ -229,7 +260,8 @@ def planned_footprint(
     taught, rollouts = config.teacher.strength > 0, None
     if config.rollout_mesh is not None:
         rollouts = planned_rollouts(config.rollout_mesh, policy, mesh)
-    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts)
+    reference = config.rl.reference_memory == "device"
+    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, reference)
 
 
 def compile_only(

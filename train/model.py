@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from paravt_jax.lora import NO_LORA, LoraConfig
+from paravt_jax.parts import Part
 from paravt_jax.ranges import at_least
 from paravt_jax.settings import Settings
 
@@ -22,10 +23,18 @@ class ModelSettings(Settings):
     """What rollouts keep keys and values in: `compute` (the type above) or `int8`, which takes some
     28 % of float32 and moves the needle model's log-probs by 2e-4 on average and 0.15 at most
     (`docs/log.md`)."""
+    gradient_dtype: Literal["compute", "float32"] = "compute"
+    """What gradients of weights are computed in and added up over devices: `compute` (the type of
+    products) or `float32`. The optimiser gets float32 either way."""
     train_vision: bool = False
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
+    frozen: tuple[Part, ...] = ()
+    """Parts that do not train, and have neither gradients nor moments (`paravt_jax.parts`)."""
     remat: bool = False
     """Recompute each layer in the backward pass to save memory."""
+    remat_keeps: Literal["nothing", "projections", "products"] = "nothing"
+    """What a recomputed layer keeps besides its input: `nothing`; the results of `projections`,
+    products with weights; or of all `products`, attention scores too."""
     router_balance: Annotated[float, at_least(0)] = 0.0
     """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
     lora: LoraConfig = NO_LORA

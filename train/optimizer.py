@@ -8,14 +8,16 @@ from typing import Annotated, Any, Literal
 
 import optax
 
+from paravt_jax.moments import Kept, keep_moments
 from paravt_jax.params import ParamSpec, Table
+from paravt_jax.parts import Part, part_of
 from paravt_jax.ranges import above, at_least, below, within
-from paravt_jax.settings import Settings
+from paravt_jax.settings import Refused, Settings
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings(Settings):
-    """Optax optimiser. Master weights and moments are float32."""
+    """Optax optimiser. Master weights are float32."""
 
     name: Literal["adamw", "muon"] = "adamw"
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
@@ -41,6 +43,20 @@ class OptimizerSettings(Settings):
     """Decay of matrices. Norms, biases and embeddings do not decay."""
     clip_norm: Annotated[float | None, above(0)] = 1.0
     """Largest global norm of a gradient; none clips nothing."""
+    groups: tuple[Part, ...] = ()
+    """Parts with learning rates of their own (`paravt_jax.parts`)."""
+    rates: Annotated[tuple[float, ...], above(0)] = ()
+    """Share of the learning rate for each of `groups`, weight decay included."""
+    moments: Kept = "float32"
+    """What both means are kept in between steps: `float32`, 8 bytes for each weight that trains;
+    `bfloat16`, 4; `int8`, 2 and a scale for each 256 (Dettmers et al., 2022)."""
+
+    def check_together(self) -> None:
+        """Refuse groups without a rate, and a part in two groups."""
+        if len(self.groups) != len(self.rates):
+            raise Refused(self, "{groups} with {rates}: give a rate for each group")
+        if len(set(self.groups)) < len(self.groups):
+            raise Refused(self, "{groups}: name each part once")
 
 
 def make_optimizer(
@@ -68,9 +84,23 @@ def make_optimizer(
             weight_decay=settings.weight_decay,
             mask=functools.partial(_matrices, table=table),
         )
+    if settings.groups:
+        update = optax.chain(update, _scale_groups(settings))
+    if settings.moments != "float32":
+        update = keep_moments(update, settings.moments)
     if settings.clip_norm is None:
         return update
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
+
+
+def _scale_groups(settings: OptimizerSettings) -> optax.GradientTransformation:
+    """Makes the steps of each group longer or shorter."""
+    shares = dict(zip(settings.groups, settings.rates, strict=True))
+
+    def scale(updates: Any, _: Any) -> Any:
+        return {name: x * shares.get(part_of(name), 1.0) for name, x in updates.items()}
+
+    return optax.stateless(scale)
 
 
 def learning_rate(settings: OptimizerSettings, steps: int) -> optax.Schedule:

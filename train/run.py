@@ -18,6 +18,7 @@ from evaluate.before_after import BeforeAfter
 from evaluate.held_out import HeldOut
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
+from paravt_jax.mesh import on_device, on_host
 from paravt_jax.params import abstract_params
 from paravt_jax.records import Row
 from pipelines.loader import PromptStream
@@ -113,6 +114,8 @@ class Run:
         start = self.parts.params(mesh)
         self.state, self.first_step, self.data_state = self._first_state(start)
         self.reference = {name: start[name] for name in self.state.trainable}
+        if config.rl.reference_memory == "host":
+            self.reference = on_host(self.reference)
         self._prepare_workdir()
         self.checkpoints.precompile(self.state)
         self.saver = Saver(self.checkpoints, output, SIGNALS_OF_RUN, self.lock, self.first_step)
@@ -176,7 +179,7 @@ class Run:
         """The `rl` stage, with the same evaluation before and after."""
         config = self.config
         if self.evaluation is not None:
-            self.evaluation.before({**self.state.frozen, **self.reference})
+            self.evaluation.before({**self.state.frozen, **on_device(self.reference)})
         engine = self.agents.engine(self.parts.pools(all_rows(self.rows)))
         learner, prompts = self._learner(engine), self.parts.prompts(self.rows)
         run = self._rl_run(engine, learner, prompts)

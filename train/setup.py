@@ -129,6 +129,8 @@ class Parts:
             remat=own.remat,
             lora=own.lora,
             cache_dtype=own.cache_dtype,
+            gradient_dtype=own.gradient_dtype,
+            remat_keeps=own.remat_keeps,
         )
 
     def params(self, mesh: Mesh) -> FlatParams:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,8 @@ from jaxtyping import Array, Int
 
 from paravt_jax.lora import is_adapter
 from paravt_jax.mesh import AnyMesh
+from paravt_jax.moments import weight_of
+from paravt_jax.parts import SEEN, part_of
 from paravt_jax.records import pytree
 from train.model import ModelSettings
 
@@ -39,11 +42,12 @@ class TrainState:
 
 
 def is_trainable(name: str, model: ModelSettings) -> bool:
-    """Whether this parameter trains: with LoRA the adapters alone, otherwise everything, the
-    vision tower only where the settings say so."""
+    """Whether this parameter trains: with LoRA the adapters alone, otherwise everything but frozen
+    parts, the vision tower only where the settings say so."""
     if model.lora.rank:
         return is_adapter(name)
-    return model.train_vision or not name.startswith("vision.")
+    part = part_of(name)
+    return part not in model.frozen and (model.train_vision or part not in SEEN)
 
 
 def make_state(
@@ -102,16 +106,25 @@ def moment_shardings(
     optimizer: optax.GradientTransformation, trainable: dict[str, Any], mesh: AnyMesh
 ) -> optax.OptState:
     """The sharding of each optimiser leaf: its weight's where it has one, replicated otherwise.
-
-    Optax keeps moments in copies of the weights' dict, so the key above a leaf names its weight.
+    Scales of blocks are split as their weight is, but for the last axis where they do not divide.
     """
     replicated = NamedSharding(mesh, PartitionSpec())
 
     def home(path: tuple, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
-        name = getattr(path[-1], "key", None)
-        weight = trainable.get(name) if isinstance(name, str) else None
-        if weight is None or weight.shape != leaf.shape:
+        name = weight_of(path, trainable)
+        weight = None if name is None else trainable[name]
+        if weight is None or weight.shape[:-1] != leaf.shape[:-1]:
             return replicated
-        return weight.sharding
+        own = weight.sharding
+        if weight.shape == leaf.shape or leaf.shape[-1] % _last_splits(own, leaf.ndim) == 0:
+            return own
+        return NamedSharding(mesh, PartitionSpec(*own.spec[: leaf.ndim - 1]))
 
     return jax.tree_util.tree_map_with_path(home, jax.eval_shape(optimizer.init, trainable))
+
+
+def _last_splits(home: NamedSharding, ndim: int) -> int:
+    """Parts that the last of `ndim` axes is split into."""
+    last = home.spec[ndim - 1] if len(home.spec) == ndim else None
+    axes = (last,) if isinstance(last, str) else last or ()
+    return math.prod(home.mesh.shape[axis] for axis in axes)

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 _LETTER = re.compile(r"^[A-J][.)]\s+")
-_INLINE = re.compile(r"\n\(A\)\s")
+_INLINE = re.compile(r"\n(?:\(A\)|A[.)])\s")
 
 Window = tuple[float, float]
 """Start and end in seconds."""

@@ -29,7 +29,7 @@ from pipelines.tables import Fields, json_value, records
 ENDINGS = (".parquet", ".jsonl", ".json", ".csv")
 _VIDEO_FOLDERS = ("", "data", "videos", "video", "all_videos", "Charades_v1_480", "videos/charades")
 _VIDEO_ENDINGS = ("", ".mp4", ".MP4", ".mkv", ".webm", ".avi")
-_OPTION = re.compile(r"\n\(([A-J])\)\s*")
+_OPTION = re.compile(r"\n(?:\(([A-J])\)|([A-J])[.)])\s+")
 
 
 class Places:
@@ -136,9 +136,10 @@ def _read(
     task: str, files: Sequence[str], make: Make, places: Places, split: Split | None = None
 ) -> Loaded:
     loaded = Loaded([], [])
-    for number, (where, fields, fault) in enumerate(_rows(files)):
+    for where, fields, fault in _rows(files):
         if split is not None and fault is None and not split.keep(fields):
             continue
+        number = len(loaded.samples) + len(loaded.faults)
         try:
             if fault is not None:
                 raise fault
@@ -303,10 +304,11 @@ def _timelens(task: str, number: int, row: Fields, places: Places) -> Sample:
 
 
 def _own(task: str, number: int, row: Fields, places: Places) -> Sample:
-    """A row `video, question, answer`, with `options` (a JSON list, or parted by `|`), `kind`
-    (`mcq`, `open`, `grounding`), `id` and `subtitles` if wanted. Other columns break figures
-    down."""
-    options = tuple(_options(row.get("options")))
+    """A row `video, question, answer`, with `options` (a JSON list, or parted by `|`; else those in
+    the question), `kind` (`mcq`, `open`, `grounding`, or as in training `question_type`), `id` and
+    `subtitles` if wanted. Other columns break figures down."""
+    question = str(row["question"])
+    options = tuple(_options(row.get("options"))) or _inline(question)
     kind, video = _own_kind(row, bool(options)), str(row["video"])
     taken = {"video", "question", "answer", "options", "kind", "id", "subtitles", "question_type"}
     others = {name: name for name in row if name not in taken}
@@ -320,7 +322,7 @@ def _own(task: str, number: int, row: Fields, places: Places) -> Sample:
         row,
         kind,
         places.video(video),
-        str(row["question"]),
+        question,
         _own_gold(answer, kind, options),
         video,
         options,
@@ -400,8 +402,8 @@ def _bracketed(text: str) -> str:
 
 
 def _inline(question: str) -> tuple[str, ...]:
-    """The options that stand in a question, `(A) ...` at the beginning of lines."""
-    return tuple(text.strip() for text in _OPTION.split(question)[2::2])
+    """The options that stand in a question, `(A) ...` or `A. ...` at the beginning of lines."""
+    return tuple(text.strip() for text in _OPTION.split(question)[3::3])
 
 
 def _groups(row: Fields, **columns: str) -> dict[str, str]:

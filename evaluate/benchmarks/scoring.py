@@ -15,6 +15,7 @@ from paravt_jax.rewards.judge import Judge, judge_message, verdict
 from paravt_jax.rewards.metrics import choice_letter, interval, normalise
 
 RULE, JUDGE, DRAWN = "rule", "judge", "drawn"
+ALL = "ABCDEFGHIJ"
 UNKNOWN = "?"
 """ParaVT's gold where it finds none."""
 
@@ -66,7 +67,7 @@ def _worth_a_judge(rules: Rules, kind: Kind, found: Verdict) -> bool:
 
 
 def _choice(rules: Rules, sample: Sample, said: str) -> Verdict:
-    gold, choices = gold_letter(rules, sample), rules.scoring.choices or sample.letters
+    gold, choices = gold_letter(rules, sample), rules.scoring.choices or sample.letters or ALL
     if rules.scoring.extract == "mmvu":
         choices_of = sample.doc.get("choices") or dict(
             zip(sample.letters, map(sample.choice, sample.letters), strict=True)
@@ -114,7 +115,7 @@ def gold_letter(rules: Rules, sample: Sample) -> str:
 def drawn_letter(rules: Rules, sample: Sample) -> str:
     """A choice at random, the same at every evaluation with one seed."""
     seed = f"{rules.decoding.seed}/{sample.task}/{sample.sample_id}"
-    letters = sample.letters or "ABCDE"
+    letters = sample.letters or ALL
     return letters[zlib.crc32(seed.encode()) % len(letters)]
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from models.common import cudnn, splash
-from models.common.layers import precision
+from models.common.products import precision
 from paravt_jax.records import HiddenKeys, SharedPrefix
 
 QUERY_CHUNK = 96

@@ -16,6 +16,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.common.products import Weighted, add_bias, along_last, multiply, precision
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.params import Constant, HfLayout, Initialiser, Uniform, declare
 
@@ -26,17 +27,18 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "relu": jax.nn.relu,
 }
 
+KEPT = {
+    "nothing": None,
+    # Those of queries, keys and values with one another have batch dimensions.
+    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "products": jax.checkpoint_policies.dots_saveable,
+}
+"""What recomputed layers keep for the backward pass besides their inputs."""
 SMALL_TABLE = 2048
 """Up to this many rows, the gradient of a lookup is a product with one-hot rows."""
 
 
-def precision(dtype: Any) -> jax.lax.Precision:
-    """Full float32 products where float32 was asked for: accelerators round to less by default."""
-    full = jnp.dtype(dtype) == jnp.float32
-    return jax.lax.Precision.HIGHEST if full else jax.lax.Precision.DEFAULT
-
-
-class Adapter(nnx.Module):
+class Adapter(Weighted):
     """`alpha / rank * (x @ a) @ b` beside a frozen kernel (Hu et al., 2021).
 
     Named and initialised as in peft: A as torch initialises a linear layer (He et al., 2015, with
@@ -51,7 +53,8 @@ class Adapter(nnx.Module):
         hf: str,
         lora: LoraConfig,
     ):
-        self.scale, rank, hf = lora.scale, lora.rank, f"base_model.model.{hf}"
+        self.scale, self.axes, rank = lora.scale, axes, lora.rank
+        hf = f"base_model.model.{hf}"
         self.a = declare(
             (inputs, rank),
             (axes[0], None),
@@ -68,17 +71,11 @@ class Adapter(nnx.Module):
         )
 
     def __call__(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
-        a, b = self.a[...].astype(x.dtype), self.b[...].astype(x.dtype)
-        low = jnp.matmul(x, a, precision=precision(x.dtype))
-        return self.scale * jnp.matmul(low, b, precision=precision(x.dtype))
+        low = multiply(x, self.a[...], (self.axes[0], None), self.wide_gradients)
+        return self.scale * multiply(low, self.b[...], (None, self.axes[1]), self.wide_gradients)
 
 
-def along_last(vector: Float[Array, " d"], like: Float[Array, "*b d"]) -> Float[Array, "*one d"]:
-    """A vector along the last axis of another array, so that no rank is promoted in silence."""
-    return jnp.expand_dims(vector, tuple(range(like.ndim - 1)))
-
-
-class Linear(nnx.Module):
+class Linear(Weighted):
     """`x @ kernel + bias` over the last axis, in the compute dtype; with an adapter if `lora`
     targets it."""
 
@@ -95,7 +92,7 @@ class Linear(nnx.Module):
         hf_shape: tuple[int, ...] | None = None,
         lora: LoraConfig = NO_LORA,
     ):
-        self.dtype = jnp.dtype(dtype)
+        self.dtype, self.axes = jnp.dtype(dtype), axes
         layout = HfLayout(hf_shape or (outputs, inputs))
         self.kernel = declare((inputs, outputs), axes, init, f"{hf}.weight", layout)
         bias_axis = "norm" if axes[1] == "embed" else axes[1]
@@ -103,12 +100,11 @@ class Linear(nnx.Module):
         self.lora = Adapter(inputs, outputs, axes, hf, lora) if lora.adapts(hf) else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        kernel = self.kernel[...].astype(self.dtype)
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = jnp.matmul(flat, kernel, precision=precision(self.dtype))
+        y = multiply(flat, self.kernel[...], self.axes, self.wide_gradients)
         y = y if self.lora is None else y + self.lora(flat)
-        y = y.reshape(*x.shape[:-1], kernel.shape[-1])
-        return y if self.bias is None else y + along_last(self.bias[...].astype(self.dtype), y)
+        y = y.reshape(*x.shape[:-1], y.shape[-1])
+        return y if self.bias is None else add_bias(y, self.bias[...], self.wide_gradients)
 
 
 class RMSNorm(nnx.Module):
@@ -147,15 +143,16 @@ def scan_layers(
     step: Callable,
     carry: Any,
     xs: Any = None,
-    remat: bool = False,
+    remat: str | None = None,
     unroll: bool = False,
     rows: slice = slice(None),
 ) -> Any:
     """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
 
     `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
-    backward pass. With `unroll`, the layers are compiled one by one, which makes the layer number
-    a constant. Layers that were unstacked (`unstack_layers`) are compiled one by one anyway.
+    backward pass, but for those that it names (see `KEPT`). With `unroll`, the layers are compiled
+    one by one, which makes the layer number a constant. Layers that were unstacked
+    (`unstack_layers`) are compiled one by one anyway.
     """
     graphdef, state = nnx.split(stacked)
     state = jax.tree.map(lambda weights: weights[rows], state, is_leaf=_is_unstacked)
@@ -166,7 +163,8 @@ def scan_layers(
         state, x = state_and_x
         return step(nnx.merge(graphdef, state), carry, x)
 
-    body = jax.checkpoint(body) if remat else body
+    if remat is not None:
+        body = jax.checkpoint(body, policy=KEPT[remat])
     return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
 
 

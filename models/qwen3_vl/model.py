@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models.common import prepared
-from models.common.layers import Linear, precision
+from models.common.layers import Linear
+from models.common.products import Weighted, multiply, widen_gradients
 from models.common.weights import MAX_SHARD_BYTES, save_weights
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.folder import write_config
@@ -29,14 +29,14 @@ from paravt_jax.params import Blueprint, Normal, Params, Table
 from paravt_jax.records import ArrayLike, HiddenKeys, SharedPrefix, VisionFeatures
 
 
-class Qwen3VL(nnx.Module):
+class Qwen3VL(Weighted):
     """Both towers and the vocabulary head, abstract."""
 
     def __init__(
         self,
         config: Qwen3VLConfig,
         dtype: str = "float32",
-        remat: bool = False,
+        remat: str | None = None,
         lora: LoraConfig = NO_LORA,
     ):
         text = config.text
@@ -75,13 +75,8 @@ class Qwen3VL(nnx.Module):
         self, hidden: Float[Array, "*b d"], kernel: Float[Array, "d vocab"]
     ) -> Float[Array, "*b vocab"]:
         flat = hidden.reshape(-1, hidden.shape[-1]).astype(self.dtype)
-        logits = jnp.matmul(
-            flat,
-            kernel.astype(self.dtype),
-            precision=precision(self.dtype),
-            # In bfloat16 logits near 20 are 0.125 apart, and log-probabilities would be as well.
-            preferred_element_type=jnp.float32,
-        )
+        # In bfloat16 logits near 20 are 0.125 apart, and log-probabilities would be as well.
+        logits = multiply(flat, kernel, None, self.wide_gradients, jnp.float32)
         return logits.reshape(*hidden.shape[:-1], kernel.shape[-1])
 
 
@@ -90,9 +85,10 @@ class Qwen3VLPolicy:
     """Implements `models.common.policy.ModelPolicy`. Hashable, cheap to close over.
 
     `compute_dtype` is the type of matrix products; weights are cast when used. With `remat`, the
-    backward pass computes each layer's activations again. With `lora`, the language model has
-    adapters, whose weights stand in the table beside the others. `cache_dtype` is the type that
-    `init_cache` keeps keys and values in: `compute`, the type of products, or `int8`.
+    backward pass computes each layer's activations again, but for `remat_keeps` (`KEPT`). With
+    `lora`, the language model has adapters, whose weights stand in the table beside the others.
+    `cache_dtype` is the type that `init_cache` keeps keys and values in: `compute`, the type of
+    products, or `int8`; `gradient_dtype` that of gradients of weights: `compute` or `float32`.
     """
 
     config: Qwen3VLConfig
@@ -100,6 +96,8 @@ class Qwen3VLPolicy:
     remat: bool = False
     lora: LoraConfig = NO_LORA
     cache_dtype: str = "compute"
+    gradient_dtype: str = "compute"
+    remat_keeps: str = "nothing"
 
     @property
     def width(self) -> int:
@@ -299,7 +297,10 @@ class Qwen3VLPolicy:
 
 @functools.lru_cache(maxsize=16)
 def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
-    model = Qwen3VL(policy.config, policy.compute_dtype, policy.remat, policy.lora)
+    remat = policy.remat_keeps if policy.remat else None
+    model = Qwen3VL(policy.config, policy.compute_dtype, remat, policy.lora)
+    if policy.gradient_dtype == "float32" != policy.compute_dtype:
+        widen_gradients(model)
     blueprint = Blueprint(model)
     _check_targets(policy.lora, blueprint.table)
     return blueprint

@@ -96,9 +96,12 @@ def open_policy(
     remat: bool = False,
     lora: LoraConfig = NO_LORA,
     cache_dtype: str = "compute",
+    gradient_dtype: str = "compute",
+    remat_keeps: str = "nothing",
 ) -> Qwen3VLPolicy:
     """The policy of a config.json; see `models.open_policy`."""
-    return Qwen3VLPolicy(Qwen3VLConfig.from_dict(config), compute_dtype, remat, lora, cache_dtype)
+    own = Qwen3VLConfig.from_dict(config)
+    return Qwen3VLPolicy(own, compute_dtype, remat, lora, cache_dtype, gradient_dtype, remat_keeps)
 
 
 @functools.partial(jax.jit, static_argnums=0)

@@ -171,7 +171,7 @@ class TextTower(nnx.Module):
         self,
         config: TextConfig,
         dtype: Any = "float32",
-        remat: bool = False,
+        remat: str | None = None,
         lora: LoraConfig = NO_LORA,
     ):
         self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)

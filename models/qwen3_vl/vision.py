@@ -23,10 +23,10 @@ from models.common.layers import (
     LayerNorm,
     Linear,
     lookup,
-    precision,
     rotate,
     scan_layers,
 )
+from models.common.products import Weighted, add_bias, multiply
 from models.qwen3_vl.config import VisionConfig
 from paravt_jax.mesh import constrain
 from paravt_jax.params import Constant, HfLayout, Normal, declare, stack
@@ -69,7 +69,7 @@ class DctBasis:
         return units.reshape(self.channels * self.frames * n * n, -1)
 
 
-class VisionAttention(nnx.Module):
+class VisionAttention(Weighted):
     """Full attention among the patches of one frame."""
 
     def __init__(self, config: VisionConfig, hf: str, dtype: Any):
@@ -100,9 +100,9 @@ class VisionAttention(nnx.Module):
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
     def _project(self, x: Float[Array, "r p d"], part: int) -> Float[Array, "r p n h"]:
-        kernel, bias = (p[...].astype(self.dtype) for p in (self.qkv, self.qkv_bias))
         flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
-        y = jnp.matmul(flat, kernel[:, part], precision=precision(self.dtype)) + bias[part][None]
+        y = multiply(flat, self.qkv[:, part], ("embed", "heads"), self.wide_gradients)
+        y = add_bias(y, self.qkv_bias[part], self.wide_gradients)
         return y.reshape(*x.shape[:2], self.heads, -1)
 
 
@@ -160,7 +160,7 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patch embedding, learned and rotary positions, blocks, mergers."""
 
-    def __init__(self, config: VisionConfig, dtype: Any = "float32", remat: bool = False):
+    def __init__(self, config: VisionConfig, dtype: Any = "float32", remat: str | None = None):
         self.config, self.remat = config, remat
         c, d, side = config, config.hidden_size, config.patch_size
         self.patch_embedding = Linear(

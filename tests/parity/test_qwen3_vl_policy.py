@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from models.common import attention
-from models.common.layers import lookup
+from models.common.layers import KEPT, lookup
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy, TextConfig, VisionConfig
 from models.qwen3_vl.config import NUMERICALLY_SILENT, ExpertsConfig
 from models.qwen3_vl.inputs import from_processor
@@ -385,14 +385,19 @@ def test_lookup_has_the_gradient_of_indexing(rows):
 
 def test_remat_changes_nothing(params):
     arrays = [jnp.asarray(array) for array in prompt()]
-    policies = [POLICY, dataclasses.replace(POLICY, remat=True)]
+    saving = [dataclasses.replace(POLICY, remat=True, remat_keeps=kept) for kept in KEPT]
 
     def gradient(policy):
-        return jax.jit(jax.grad(lambda p: jnp.sum(policy.hidden(p, *arrays) ** 3)))(params)
+        slope = jax.jit(jax.grad(lambda p: jnp.sum(policy.hidden(p, *arrays) ** 3)))
+        compiled = slope.lower(params).compile()
+        return compiled(params), compiled.memory_analysis().temp_size_in_bytes
 
-    plain, saved = map(gradient, policies)
-    for name in plain:
-        np.testing.assert_allclose(plain[name], saved[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    (plain, most), *others = map(gradient, [POLICY, *saving])
+    for saved, _ in others:
+        for name in plain:
+            np.testing.assert_allclose(plain[name], saved[name], rtol=1e-4, atol=1e-4, err_msg=name)
+    sizes = [size for _, size in others]
+    assert sizes == sorted(set(sizes)) and sizes[-1] <= most, (sizes, most)
 
 
 def test_patch_embedding_starts_as_a_cosine_transform():

@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from evaluate.benchmarks import protocol, schemas
+from evaluate.benchmarks import protocol, schemas, scoring
 from evaluate.benchmarks.captions import Seen
 from evaluate.benchmarks.protocol import Span
 from evaluate.benchmarks.sample import Kind
@@ -58,6 +58,12 @@ def test_questions_about_one_video_are_one_cluster(root):
     assert len({sample.sample_id for sample in samples}) == rows.ROWS
 
 
+def test_rows_of_a_part_count_from_zero(root):
+    long = schemas.load("videomme_long", str(root)).samples
+    assert [sample.doc_id for sample in long] == list(range(6))
+    assert {sample.groups["duration"] for sample in long} == {"long"}
+
+
 def test_interleaved_subtitles_of_longvideobench(root):
     sample = schemas.load("longvideobench_val_i", str(root)).samples[0]
     shown = messages("lmms-eval", sample, total=54)
@@ -84,6 +90,21 @@ def test_own_file(tmp_path):
     assert window.groups == {"place": "outdoors"} and os.path.isfile(window.video)
     rules = load("paravt").rules(protocol.OWN, choice.kind)
     assert "A. red\nB. blue" in rules.messages(choice, Seen([0, 1], 2, 1.0)).text
+
+
+def test_questions_as_training_has_them(tmp_path):
+    """Options in the question, or only a letter as answer."""
+    (tmp_path / "questions.csv").write_text(
+        "video,question,answer,question_type\n"
+        'v.mp4,"Which?\nA. red\nB. blue",B,mcq\nv.mp4,Which letter?,C,mcq\n'
+        'v.mp4,When?,"63, 71",tvg\nv.mp4,What?,a cup,oe\n'
+    )
+    inside, bare, window, words = schemas.load(str(tmp_path / "questions.csv"), "").samples
+    assert (inside.options, inside.stem, inside.gold) == (("red", "blue"), "Which?", "B")
+    assert (window.gold, words.kind) == ((63.0, 71.0), Kind.OPEN)
+    rules = load("paravt").rules(protocol.OWN, Kind.CHOICE)
+    assert scoring.score(rules, bare, "<answer>C</answer>").score == 1.0
+    assert scoring.score(rules, inside, "<answer>C</answer>").score == 0.0
 
 
 def test_a_row_that_is_no_question_is_told(tmp_path):

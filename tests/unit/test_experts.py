@@ -63,7 +63,7 @@ def test_mix_by_hand():
     x = jnp.asarray([[[1.0, 2.0], [3.0, 4.0]]])
     choices = jnp.asarray([[[0, 1], [1, 2]]])
     shares = jnp.asarray([[[0.25, 0.75], [0.5, 0.5]]])
-    mixed = mix(x, choices, shares, gate_up, down, "relu")
+    mixed = mix(x, choices, shares, gate_up, down, "relu", jnp.float32)
     square = np.asarray(x) ** 2
     share = np.array([[[0.25 * 0.5 + 0.75 * 1.5], [0.5 * 1.5]]])
     np.testing.assert_allclose(mixed, share * square, rtol=1e-6)

@@ -22,10 +22,16 @@ def test_a_folder_and_its_config_json_open_the_same_policy(tmp_path):
 def test_settings_reach_the_policy():
     lora = LoraConfig(rank=4)
     policy: ModelPolicy = open_policy(
-        NEEDLE_MODEL, compute_dtype="bfloat16", remat=True, lora=lora, cache_dtype="int8"
+        NEEDLE_MODEL,
+        compute_dtype="bfloat16",
+        remat=True,
+        lora=lora,
+        cache_dtype="int8",
+        gradient_dtype="float32",
+        remat_keeps="products",
     )
     config = Qwen3VLConfig.from_dict(NEEDLE_MODEL)
-    assert policy == Qwen3VLPolicy(config, "bfloat16", True, lora, "int8")
+    assert policy == Qwen3VLPolicy(config, "bfloat16", True, lora, "int8", "float32", "products")
     text, vision = NEEDLE_MODEL["text_config"], NEEDLE_MODEL["vision_config"]
     assert policy.vocab_size == text["vocab_size"]
     assert policy.context_length == text["max_position_embeddings"]

@@ -126,6 +126,21 @@ def test_the_head_is_gathered_once_per_micro_batch(config):
     assert gathered <= 2
 
 
+def test_gradients_are_added_up_in_float32(config):
+    """Those of all layers, in each of the two micro-batches, where the setting asks for it."""
+    step = program(config("fsdp:8", "model.gradient_dtype=float32"), "step")
+    with jax.set_mesh(step.mesh):
+        text = step.lower().compile().as_text()
+    added = "all-reduce", "reduce-scatter", "collective-permute"
+    moved = sum(
+        times * own.types[0].bytes
+        for own, times in collectives(read(text))
+        if own.opcode.startswith(added) and own.types[0].dtype == "f32"
+    )
+    layers = 4 * WIDTH * (2 * 2048 + 2 * 1024 + 3 * 4096)
+    assert moved >= 2 * 4 * layers * 7 / 8
+
+
 def test_experts_are_grouped_products(config):
     """The devices of the mesh choose it, not the CPU that compiles."""
     step = program(config("expert:8", experts=True), "step")

@@ -10,14 +10,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paravt_jax.advantages import kl_to_go, rollout_advantages, whiten
-from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.mesh import HOST, make_mesh, on_host, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.records import LearnerBatch, Prompt, RolloutGroup, Row, Trajectory, VideoRef
 from paravt_jax.structure import tag_table
 from pipelines.preprocess import SPECS
 from train.batch import to_mesh
+from train.compile.footprint import local_bytes
 from train.compile.rehearsal import rehearse_step
 from train.config import Config
 from train.recipes import get_recipe
@@ -282,3 +284,18 @@ def test_the_schedule_counts_optimiser_steps():
 def test_settings_that_cannot_act_are_refused(objective, rl, named):
     with pytest.raises(ValueError, match=named):
         configure(objective, **rl)
+
+
+def test_a_reference_on_the_host_measures_the_same():
+    """It stays there, and leaves the devices' memory to others."""
+    own = learner(configure())
+    blank = to_mesh(random_batch(), ALONE)
+    reference = jax.device_put(weights(), NamedSharding(ALONE, PartitionSpec()))
+    found = []
+    for kept in (reference, on_host(reference)):
+        own._reference = kept
+        found.append(own.with_reference({}, blank).reference_log_probs)
+    np.testing.assert_array_equal(*found)
+    assert np.any(found[0])
+    assert {x.sharding.memory_kind for x in kept.values()} == {HOST}
+    assert local_bytes(kept) == 0 < local_bytes(reference)

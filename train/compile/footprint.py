@@ -13,7 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from models import ModelPolicy
 from models.common.prepared import EMBEDDING, HEAD, LAYERS, is_product
-from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, sharding
+from paravt_jax.mesh import AXES, HOST, AnyMesh, parse_mesh, sharding
 from paravt_jax.params import abstract_params
 from rollout.engine.engine import SlotPool
 from train.model import ModelSettings
@@ -46,6 +46,7 @@ def footprint(
     teacher: bool = False,
     pools: Mapping[str, SlotPool] | None = None,
     rollouts: AnyMesh | None = None,
+    reference: bool = True,
 ) -> dict[str, int]:
     """Bytes on each device of what lives as long as the run. Activations come on top:
     `--compile-only` tells those.
@@ -54,6 +55,7 @@ def footprint(
       teacher: whether there is a second copy of what trains.
       pools: slots of rollouts, if the run has any.
       rollouts: their mesh; None for the learner's.
+      reference: whether that of a run with rollouts stays on the devices.
     """
     params = abstract_params(policy.table, mesh)
     trainable, _ = split(params, model)
@@ -65,7 +67,7 @@ def footprint(
         "teacher": trained if teacher else 0,
     }
     if pools is not None:
-        found["reference"] = trained
+        found["reference"] = trained if reference else 0
         copied = _prepared(model.compute_dtype, params)
         if rollouts is not None:
             copied = _handed_over(policy, model.compute_dtype, rollouts)
@@ -83,8 +85,8 @@ def format_footprint(found: dict[str, int]) -> str:
 
 
 def local_bytes(tree: Any) -> int:
-    """Bytes of arrays on one device."""
-    leaves = jax.tree.leaves(tree)
+    """Bytes of arrays on one device, without those on its host."""
+    leaves = [x for x in jax.tree.leaves(tree) if x.sharding.memory_kind != HOST]
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 

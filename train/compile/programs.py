@@ -97,12 +97,15 @@ class _RlPrograms(_Programs):
         self.rows, self.rl, self.agent = rows, config.rl, config.agent
         self.pools = self.parts.pools(rows)
         # The reference is a copy of what trains.
-        kept = self.state, self.state.trainable
+        reference = config.rl.reference_memory == "device"
+        kept = self.state, self.state.trainable if reference else {}
         layout = setup.open_layout(config, self.policy, mesh, kept)
         self.engine = dataclasses.replace(self.parts.agents, layout=layout).engine(self.pools)
         self.rollout_mesh = self.engine.mesh or mesh
         own = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
-        self.held = footprint(*own, rollouts=self.engine.mesh)
+        self.held = footprint(
+            *own, rollouts=self.engine.mesh, reference=config.rl.reference_memory == "device"
+        )
         self.minibatch = LargestBatch(
             config.rl, config.agent, config.data, self.policy, config.model.compute_dtype
         )

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 import jax
 from jaxtyping import Array
 
+from paravt_jax.mesh import on_device
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from train.rl.batches import RolloutBatches
 from train.rl.settings import RlSettings
@@ -36,7 +37,7 @@ class Learner:
           batches: make static shapes of rollouts.
           advantages: say what each token deserves.
           reference: the trainable weights of the policy that KL is measured from; the frozen
-            ones never change.
+            ones never change. May lie on the host.
           table: that of the engine's automata, if a grammar constrains what it draws.
         """
         self.settings, self._reference = rl, reference
@@ -125,7 +126,7 @@ class Learner:
 
     def with_reference(self, frozen: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch with the log-probabilities of the reference policy filled in."""
-        params = {**frozen, **self._reference}
+        params = {**frozen, **on_device(self._reference)}
         return self._with_log_probs("reference_log_probs", params, batch)
 
     def _with_log_probs(self, name: str, params: FlatParams, batch: LearnerBatch) -> LearnerBatch:

@@ -27,6 +27,9 @@ class RlSettings(Settings):
     reference_every: Annotated[int, at_least(1)] = 10
     """Where the divergence from the reference has no weight: steps between those that measure it,
     each by a forward pass of the reference. `kl` of the others is that of the last one."""
+    reference_memory: Literal["device", "host"] = "device"
+    """Where the reference's own copy of what trains lies: on the `device`, or in memory of the
+    `host`, from which it is fetched whenever it is measured."""
     warm_up: bool = False
     """Compile what steps can need before the first one, not when it first occurs: a run that never
     stops for it, for a later start."""

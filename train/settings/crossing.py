@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from paravt_jax.parts import SEEN
 from paravt_jax.settings import Refused, placed
 from rollout.engine.sampler import SamplingConfig
 from rollout.tools import agent_tools
@@ -29,7 +30,24 @@ def check_crossing(config: Config) -> None:
             "{agent.call_syntax}; set one of them to fit",
             syntax=syntax,
         )
+    _check_parts(config)
     (_check_rl if config.stage == "rl" else _check_sft)(config)
+
+
+def _check_parts(config: Config) -> None:
+    """Parts that do not train anyway are neither frozen nor given a rate."""
+    model, groups = config.model, config.optimizer.groups
+    if not model.train_vision and {*model.frozen, *groups} & {*SEEN}:
+        named = "{optimizer.groups}" if {*groups} & {*SEEN} else "{model.frozen}"
+        raise Refused(
+            config,
+            f"{named} names {' or '.join(SEEN)}, which do not train with {{model.train_vision}}; "
+            "leave them out",
+        )
+    if {*groups} & {*model.frozen}:
+        raise Refused(
+            config, "{optimizer.groups} with {model.frozen}: what is frozen has no learning rate"
+        )
 
 
 def _check_sft(config: Config) -> None:
