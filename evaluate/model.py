@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from evaluate.held_out import greedy
 from models.common.weights import load_params
@@ -36,6 +37,7 @@ class Opened:
     """Its `model.folder` is where the weights came from."""
     agents: AgentMaker
     params: Params
+    mesh: Mesh
 
     @property
     def name(self) -> str:
@@ -45,8 +47,10 @@ class Opened:
         return f"{folder.relative_to(Path.cwd()) if inside else folder} ({self.config.recipe})"
 
 
-def open_model(model: str | None, recipe: str | None, change: Change) -> Opened:
-    """Load a model on the first device.
+def open_model(
+    model: str | None, recipe: str | None, change: Change, mesh: Mesh | None = None
+) -> Opened:
+    """Load a model, on the first device unless a mesh is given.
 
     Args:
       model: a Hugging Face folder, or the workdir of a run; None: the committed cold start.
@@ -60,9 +64,9 @@ def open_model(model: str | None, recipe: str | None, change: Change) -> Opened:
     parts, own = Parts(config), config.model
     # The renderer is the settings' own: it offers their tools, whatever the rules make of them.
     agents = dataclasses.replace(parts.agents, rules=change(config.agent))
-    mesh = make_mesh(parse_mesh(None, 1), jax.devices()[:1])
+    mesh = mesh or make_mesh(parse_mesh(None, 1), jax.devices()[:1])
     params = load_params(own.folder or "", parts.policy.table, mesh, own.compute_dtype)
-    return Opened(config, agents, params)
+    return Opened(config, agents, params, mesh)
 
 
 Change = Callable[[AgentConfig], AgentConfig]

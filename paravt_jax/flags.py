@@ -10,7 +10,7 @@ import argparse
 
 EMPTY = "is empty (an unset shell variable?); give a value, or leave it out"
 
-MAY_BE_EMPTY = ("think_prefix", "constrain")
+MAY_BE_EMPTY = ("think_prefix", "constrain", "demand")
 """Settings of which an empty text means that there is none."""
 MAY_BE_BLANK = ("stop", "head", "tail", "suffix")
 """Settings of which spaces and line breaks mean something."""

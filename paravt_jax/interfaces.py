@@ -178,7 +178,7 @@ class Renderer(Protocol):
         """What a sub-agent reads about one crop, up to and including the assistant header."""
         ...
 
-    def tool_turn(self, responses: Sequence[str]) -> list[int]:
+    def tool_turn(self, responses: Sequence[str], demand: str = "") -> list[int]:
         """Tokens from the end of an assistant turn to the head of the next one: all tool
         responses of the turn, then the assistant header. Assumes that the assistant turn
         ended with its end-of-turn token."""
@@ -192,7 +192,7 @@ class Renderer(Protocol):
         """Frames of a window, prepared to be shown in a tool response."""
         ...
 
-    def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
+    def frames_turn(self, responses: Sequence[str | Clip], demand: str = "") -> Prompt:
         """As `tool_turn`, with frames for responses; positions count from 0."""
         ...
 

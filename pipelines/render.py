@@ -268,10 +268,35 @@ class ChatRenderer:
             ValueError: the frames do not have the size that the model sees (see `to_patches`).
         """
         shown = _listed(frames)
-        content = [*self._video_parts(shown), {"type": "text", "text": request}]
-        messages = [{"role": "user", "content": content}]
+        numbers = range(1, 1 + len(shown)) if len(shown) > 1 else [None]
+        heads = [self._video_head(number) for number in numbers]
+        videos = [part for pair in zip(heads, shown, strict=False) for part in pair]
+        return self.user_prompt([*videos, request], system, tools)
+
+    def user_prompt(
+        self,
+        parts: Sequence[str | Frames | Clip],
+        system: str = "",
+        tools: bool = False,
+        stamps: bool = True,
+    ) -> Prompt:
+        """One user turn of words and frames in their order, up to and including the assistant
+        header. Without `stamps`, images have no times.
+
+        Raises:
+            ValueError: the frames do not have the size that the model sees (see `to_patches`).
+        """
+        shown = [part for part in parts if not isinstance(part, str)]
+        content = [
+            piece
+            for part in parts
+            for piece in (
+                _words(part) if isinstance(part, str) else self.frame_parts(part.times, stamps)
+            )
+        ]
+        messages: list[dict] = [{"role": "user", "content": content}]
         if system:
-            messages.insert(0, {"role": "system", "content": [{"type": "text", "text": system}]})
+            messages.insert(0, {"role": "system", "content": _words(system)})
         text = self._render(messages, self.described(tools))
         times = tuple(video.times for video in shown)
         tokens = self.encode(self.with_times(text, times))
@@ -279,25 +304,19 @@ class ChatRenderer:
         prompt = _with_vision(tokens, patches, self._vision_id, self.spec.merge_size)
         return dataclasses.replace(prompt, times=times)
 
-    def _video_parts(self, shown: Sequence[Frames | Clip]) -> list[dict[str, str]]:
-        """Videos as content of a message; several are numbered."""
-        parts: list[dict[str, str]] = []
-        for number, video in enumerate(shown, start=1):
-            parts += self.video_parts(video.times, number if len(shown) > 1 else None)
-        return parts
-
     def _patches(self, frames: Frames | Clip) -> Patches:
         return (
             to_patches(frames.pixels, self.spec) if isinstance(frames, Frames) else frames.patches
         )
 
-    def tool_turn(self, responses: Sequence[str]) -> list[int]:
-        """Tokens from the end of an assistant turn to the head of the next one.
+    def tool_turn(self, responses: Sequence[str], demand: str = "") -> list[int]:
+        """Tokens from the end of an assistant turn to the head of the next one; a `demand` is what
+        the user says in between, after the responses.
 
         Control tokens inside responses are dropped: a sub-agent's words must not open or
         close turns of the main agent.
         """
-        return self.encode(self._tool_text(responses))
+        return self.encode(self._tool_text(responses, demand))
 
     def resized(self, frames: Frames) -> Frames:
         """Frames of any size at the size that the model sees so many of them in."""
@@ -311,15 +330,17 @@ class ChatRenderer:
         """
         return Clip(start, end, frames.times, to_patches(frames.pixels, self.spec))
 
-    def frames_turn(self, responses: Sequence[str | Clip]) -> Prompt:
+    def frames_turn(self, responses: Sequence[str | Clip], demand: str = "") -> Prompt:
         """As `tool_turn`, for responses that are words or frames; positions count from 0."""
         clips = [response for response in responses if isinstance(response, Clip)]
-        text = self.with_times(self._tool_text(responses), [clip.times for clip in clips])
+        text = self.with_times(self._tool_text(responses, demand), [clip.times for clip in clips])
         patches = join_patches([clip.patches for clip in clips])
         return _with_vision(self.encode(text), patches, self._vision_id, self.spec.merge_size)
 
-    def _tool_text(self, responses: Sequence[str | Clip]) -> str:
+    def _tool_text(self, responses: Sequence[str | Clip], demand: str = "") -> str:
         tools = [{"role": "tool", "content": self._response(response)} for response in responses]
+        if demand:
+            tools.append({"role": "user", "content": demand})
         spoken = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "!"}]
         _, _, turn = self._render([*spoken, *tools]).partition("!" + self.tokenizer.eos_token)
         return turn
@@ -388,16 +409,18 @@ class ChatRenderer:
 
     def video_parts(self, times: Seconds, number: int | None) -> list[dict[str, str]]:
         """The frames of a video, after its number where several are shown."""
-        head = "" if number is None else self.texts.video.format(number=number)
-        return [*_words(head), *self.frame_parts(times)]
+        return [*_words(self._video_head(number)), *self.frame_parts(times)]
 
-    def frame_parts(self, times: Seconds) -> list[dict[str, str]]:
-        """The frames as content of a message: timed images, or one video."""
+    def _video_head(self, number: int | None) -> str:
+        return "" if number is None else self.texts.video.format(number=number)
+
+    def frame_parts(self, times: Seconds, stamps: bool = True) -> list[dict[str, str]]:
+        """The frames as content of a message: images, timed unless told otherwise, or one video."""
         if self.mode == "video":
             return [{"type": "video"}]
         parts: list[dict[str, str]] = []
         for time in times:
-            parts += [{"type": "text", "text": _stamp(time)}, {"type": "image"}]
+            parts += [*_words(_stamp(time) if stamps else ""), {"type": "image"}]
         return parts
 
     def with_times(self, text: str, times: Iterable[Seconds]) -> str:

@@ -152,6 +152,14 @@ class VideoReader:
         indices = overview_indices(info.frames, count)
         return self._read(video.path, info, indices, self._overview_tokens)
 
+    def at(self, video: VideoRef, indices: Sequence[int], tokens: int | None = None) -> Frames:
+        """The frames of these indices, within `tokens` vision tokens if given.
+
+        Raises:
+            ValueError: the file cannot be read.
+        """
+        return self._read(video.path, self.info(video), np.asarray(indices, np.int64), tokens)
+
     def clip(self, video: VideoRef, start: float, end: float, tokens: int | None = None) -> Frames:
         """Frames of the window [start, end) seconds at the crop rate, at most the cap.
 
@@ -207,7 +215,7 @@ class VideoReader:
         self, path: str, info: VideoInfo, indices: Indices, tokens: int | None = None
     ) -> Frames:
         wanted = indices.tolist()
-        key = (path, self._target_size(info, len(wanted), tokens))
+        key = (path, self.size_of(info, len(wanted), tokens))
         small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
         with self._lock:
             self._asked += len(wanted)
@@ -276,8 +284,9 @@ class VideoReader:
         for index in indices:
             del self._coming[key][index]
 
-    def _target_size(self, info: VideoInfo, count: int, tokens: int | None) -> Size:
-        """Of `count` frames shown together, within `tokens` vision tokens if given."""
+    def size_of(self, info: VideoInfo, count: int, tokens: int | None) -> Size:
+        """Height and width of `count` frames shown together, within `tokens` vision tokens if
+        given."""
         if tokens is not None:
             if self._spec is None:
                 raise ValueError(f"tokens={tokens}: give the reader the spec that they are of")

@@ -11,6 +11,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import itertools
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
@@ -47,6 +48,8 @@ from rollout.tasks import (
 from rollout.tools import TOOLS, FoundFrames, Tool, ToolContext, ToolError, Tools, find
 from rollout.workers import Job, Workers
 
+KEPT_JOBS = 256
+"""Crops that a stream of prompts remembers, for others that ask for the same."""
 Item = tuple[Row, int, Prompt]
 """A question, the number of frames that its prompt shows, and the prompt."""
 
@@ -156,6 +159,42 @@ class Agent:
             for at, (row, budget, _) in enumerate(items)
         ]
 
+    def stream(
+        self,
+        params: Params,
+        feed: Callable[[bool], Item | None],
+        most: int,
+        seed: int,
+    ) -> Iterator[tuple[Row, Trajectory, float]]:
+        """Roll out prompts as they come, each once: its row, its rollout and how many seconds that
+        took, in the order in which they end. As one ends, the next begins beside the others.
+
+        A rollout depends on `seed` and its row id alone. `metrics` are there at the end.
+
+        Args:
+            feed: the next prompt, of a row id of its own. Told to wait, it gives None when there
+                is no more; otherwise also when none is ready yet.
+            most: prompts under way at a time; the engine has slots for as many.
+        """
+        session = self._open_session(params)
+        with Workers(self._config.decode_threads, KEPT_JOBS) as workers:
+            run = RunContext(session, workers, policy_version=0)
+            scheduler = Scheduler(session, self._sync_errors, self._before_step)
+
+            def program(wait: bool) -> Program | None:
+                if (item := feed(wait)) is None:
+                    return None
+                (rollout,) = _open_rollouts(run, [item], 1, seed)
+                return self._timed(rollout)
+
+            yield from scheduler.stream(program, most)
+        self.metrics = {"time/tool_wait": scheduler.wait_seconds}
+
+    def _timed(self, rollout: Rollout) -> Program:
+        began = time.perf_counter()
+        trajectory = yield from self.episode(rollout)
+        return rollout.row, trajectory, time.perf_counter() - began
+
     def _episode_and_notice(self, rollout: Rollout) -> Program:
         trajectory = yield from self.episode(rollout)
         self.on_episode_end()
@@ -181,7 +220,8 @@ class Agent:
             # Counted here, not read from the text: a model can write that a call has succeeded.
             executed = sum(result.executed for result in results)
             record.add_turn(dataclasses.replace(turn, executed=executed))
-            given = self._respond(record, turn, results)
+            demand = config.demand if number + 1 == config.rounds else ""
+            given = self._respond(record, turn, results, demand)
         rollout.run.session.close(rollout.stream)
         done = record.finish(self._renderer, rollout.run.policy_version)
         return dataclasses.replace(done, call_syntax=config.call_syntax)
@@ -200,7 +240,11 @@ class Agent:
         return dataclasses.replace(turn, calls=calls)
 
     def _respond(
-        self, record: TrajectoryBuilder, ended: Turn, results: Sequence[ToolResult]
+        self,
+        record: TrajectoryBuilder,
+        ended: Turn,
+        results: Sequence[ToolResult],
+        demand: str,
     ) -> Given:
         """Put responses and the next turn's prefix on record; what the stream must be given.
 
@@ -211,7 +255,7 @@ class Agent:
         record.subagents += [result.subagent for result in results if result.subagent]
         responses = [result.response for result in results]
         most, room = self._config.calls_run, self._budget.response - len(end)
-        turn = response_turn(self._renderer, responses, room, most)
+        turn = response_turn(self._renderer, responses, room, most, demand)
         if isinstance(turn, Prompt):
             record.add_given(end)
             record.add_frames(turn)

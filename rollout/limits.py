@@ -56,6 +56,9 @@ class AgentConfig(Settings):
     """Longest forced answer, in generated tokens."""
     response_tokens: Annotated[int, at_least(1)] = 64
     """Tokens for words of tool responses, per allowed call; the responses of a turn share it."""
+    demand: str = ""
+    """What the user says after the responses of the last round, to have the answer; empty: nothing,
+    the turn that follows just may not call."""
     episode_tokens: Annotated[int, at_least(0)] = 0
     """Most tokens after the prompt, tool responses included: a turn that may call tools begins
     only while it, its responses and the forced answer still fit. 0: the other limits decide."""
@@ -165,6 +168,13 @@ def subagent_budget(config: AgentConfig, renderer: Renderer) -> int:
     return len(renderer.encode(renderer.opening)) + subagent_limit(config, renderer)
 
 
+def demand_tokens(config: AgentConfig, renderer: Renderer) -> int:
+    """Tokens by which the demand for an answer makes responses longer."""
+    if not config.demand:
+        return 0
+    return len(renderer.tool_turn([""], config.demand)) - len(renderer.tool_turn([""]))
+
+
 def token_budget(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) -> TokenBudget:
     """The tokens that episodes need.
 
@@ -181,6 +191,7 @@ def token_budget(config: AgentConfig, renderer: Renderer, crop_tokens: int = 0) 
     shown = crop_tokens if config.evidence == "frames" else 0
     # And the template's end of turn, where the turn ended otherwise.
     response = 1 + len(markup) + config.calls_run * (config.response_tokens + shown)
+    response += demand_tokens(config, renderer)
     turn, answer = prefix + config.turn_tokens + response, prefix + config.answer_tokens
     most, cap = config.rounds * turn + answer, config.episode_tokens
     if 0 < cap < turn + answer:

@@ -65,16 +65,17 @@ def strip_markup(text: str) -> str:
 
 
 def response_turn(
-    renderer: Renderer, responses: Sequence[Response], room: int, most: int
+    renderer: Renderer, responses: Sequence[Response], room: int, most: int, demand: str = ""
 ) -> list[int] | Prompt:
-    """From the end of a turn to the head of the next, in at most `room` tokens.
+    """From the end of a turn to the head of the next, in at most `room` tokens; with a `demand`,
+    this is what the user says after the responses.
 
     First all surplus responses beyond `most` become one, then the longest words are cut. Frames
     are left as they are: they had to fit their share of the room before.
     """
     fitted = [text if isinstance(text, Clip) else strip_markup(text) for text in responses]
     limit = room
-    while _length(turn := _render(renderer, fitted)) > room:
+    while _length(turn := _render(renderer, fitted, demand)) > room:
         if len(fitted) > most + 1:
             fitted = [*fitted[:most], fitted[-1]]
         else:
@@ -84,11 +85,11 @@ def response_turn(
     return turn
 
 
-def _render(renderer: Renderer, responses: Sequence[Response]) -> list[int] | Prompt:
-    words = [response for response in responses if isinstance(response, str)]
+def _render(renderer: Renderer, responses: Sequence[Response], demand: str) -> list[int] | Prompt:
+    words, more = [response for response in responses if isinstance(response, str)], [demand]
     if len(words) == len(responses):
-        return renderer.tool_turn(words)
-    return renderer.frames_turn(responses)
+        return renderer.tool_turn(words, *filter(None, more))
+    return renderer.frames_turn(responses, *filter(None, more))
 
 
 def _length(turn: list[int] | Prompt) -> int:

@@ -13,9 +13,10 @@ one is over.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, Protocol, runtime_checkable
 
 from paravt_jax.records import Prompt
@@ -47,6 +48,9 @@ class Parallel:
 
 Need = Generate | Job | Parallel
 Program = Generator[Need, Any, Any]
+Feed = Callable[[bool], Program | None]
+"""The next program. Told to wait, it gives None when there is no more; otherwise also when none is
+ready yet."""
 
 SyncErrors = Callable[[list[Exception | None]], list[Exception | None]]
 """From the errors of jobs on this host to those that count on every host."""
@@ -110,16 +114,37 @@ class Scheduler:
         results: list[Any] = []
         self._side_by_side(programs, results.extend)
         while self._generating or self._waiting:
-            # Jobs get one step of the engine to be done in, and are then waited for. Whether one
-            # happens to be done earlier must not decide before which step its program goes on.
-            due, self._waiting = self._waiting, []
-            if self._session.generating:
-                self._step()
-            else:
-                assert due, "a stream that is to generate has been lost"
-            if due:
-                self._finish(due)
+            self._advance()
         return results
+
+    def stream(self, feed: Feed, most: int) -> Iterator[Any]:
+        """Results of programs in the order in which they end, at most `most` under way at a time:
+        as one ends, the next begins beside the others."""
+        ended: collections.deque[Any] = collections.deque()
+        under_way = 0
+        while True:
+            while under_way < most and (program := feed(not under_way)) is not None:
+                under_way += 1
+                self._resume(_Task(program, ended.append))
+            if not under_way:
+                return
+            if not ended:
+                self._advance()
+            while ended:
+                under_way -= 1
+                yield ended.popleft()
+
+    def _advance(self) -> None:
+        """One step of the session, and the jobs that were waited for before it."""
+        # Jobs get one step of the engine to be done in, and are then waited for. Whether one
+        # happens to be done earlier must not decide before which step its program goes on.
+        due, self._waiting = self._waiting, []
+        if self._session.generating:
+            self._step()
+        else:
+            assert due, "a stream that is to generate has been lost"
+        if due:
+            self._finish(due)
 
     def _step(self) -> None:
         self._before_step()

@@ -5,6 +5,7 @@ Time never changes a result, but for one case: a job that runs longer than its t
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -18,28 +19,30 @@ Job = Future
 class Workers:
     """A fixed number of working threads, first come, first served.
 
-    Equal keys are one job: whoever asks later, also after it is done, gets the same result.
+    Equal keys are one job: whoever asks later, also after it is done, gets the same result, unless
+    `kept` younger ones have come since.
     """
 
-    def __init__(self, threads: int) -> None:
-        self._pool = ThreadPoolExecutor(threads)
-        self._jobs: dict[Hashable, Job] = {}
+    def __init__(self, threads: int, kept: int | None = None) -> None:
+        self._pool, self._kept = ThreadPoolExecutor(threads), kept
+        self._jobs: OrderedDict[Hashable, Job] = OrderedDict()
         self.submitted = 0
         """How often work was submitted, answered by an earlier job or not."""
-
-    @property
-    def jobs(self) -> int:
-        """Different jobs so far."""
-        return len(self._jobs)
+        self.jobs = 0
+        """How often it was done."""
 
     def submit(self, key: Hashable, work: Callable[[], Any], timeout: float) -> Job:
         """Have `work` done, unless a job of this key is there. Its `result` raises a TimeoutError
         after `timeout` seconds; time spent in the queue does not count."""
         self.submitted += 1
         if key not in self._jobs:
+            self.jobs += 1
             # A job that hangs gives its place free when its time is over.
             self._jobs[key] = self._pool.submit(within_seconds, work, timeout)
-        return self._jobs[key]
+        job = self._jobs[key]
+        if self._kept is not None and len(self._jobs) > self._kept:
+            self._jobs.popitem(last=False)  # whoever waits for it still holds it
+        return job
 
     def __enter__(self) -> Workers:
         return self

@@ -84,12 +84,13 @@ class AgentMaker:
         engine: Engine,
         rules: AgentConfig | None = None,
         observer: Observer | None = None,
+        kind: type[Agent] = Agent,
     ) -> Agent:
         """The agent on an engine of `engine`; with other rules on request, which need no more
         tokens. An observer hears of all that its rollouts do."""
         tools = agent_tools(self.rules)
         wrote = None if observer is None else observer.wrote
-        return Agent(
+        return kind(
             functools.partial(Session, engine, wrote=wrote),
             *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
             sync_errors=sync_errors,

@@ -98,6 +98,11 @@ ORDER = (
     "evaluate.model",
     "evaluate.asking",
     "evaluate.ask",
+    "evaluate.needle",
+    "evaluate.prompts",
+    "evaluate.putting",
+    "evaluate.evaluation",
+    "evaluate.main",
 )
 """Shelves and modules of the composition, lowest first. Each imports only what stands before it."""
 BASES = {"rollout.engine": "rollout", "models.common": "models"}

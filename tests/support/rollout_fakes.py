@@ -45,9 +45,11 @@ class ToyRenderer:
     def subagent_prompt(self, frames: Frames, start: float, end: float) -> Prompt:
         return text_prompt(f"<|im_start|>SUB {start:g} {end:g}<|im_end|>\n<|im_start|>assistant\n")
 
-    def tool_turn(self, responses: Sequence[str]) -> list[int]:
+    def tool_turn(self, responses: Sequence[str], demand: str = "") -> list[int]:
         body = "\n".join(f"<tool_response>\n{text}\n</tool_response>" for text in responses)
-        return self.encode(f"\n<|im_start|>user\n{body}<|im_end|>\n<|im_start|>assistant\n")
+        asked = f"<|im_start|>user\n{demand}<|im_end|>\n" if demand else ""
+        head = f"\n<|im_start|>user\n{body}<|im_end|>\n{asked}"
+        return self.encode(f"{head}<|im_start|>assistant\n")
 
     def resized(self, frames: Frames) -> Frames:
         return frames

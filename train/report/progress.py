@@ -9,7 +9,13 @@ from types import TracebackType
 import jax
 from jax.sharding import Mesh
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 FIRST_LINE = 10.0
 """Seconds until a long work is heard of where there is no terminal; each next line takes twice as
@@ -40,13 +46,15 @@ class ProgressBar:
         bar()  # one more is done
     """
 
-    def __init__(self, console: Console, title: str, total: int):
+    def __init__(self, console: Console, title: str, total: int, done: int = 0):
+        """`done`: how many were done before."""
         self._console, self._title, self._total = console, title, total
-        self._done, self._began, self._wait = 0, time.monotonic(), FIRST_LINE
-        columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        self._done, self._began, self._wait = done, time.monotonic(), FIRST_LINE
+        times = TimeElapsedColumn(), TimeRemainingColumn()
+        columns = "{task.description}", BarColumn(), MofNCompleteColumn(), *times
         shown = console.is_terminal and not console.quiet
         self._bar = Progress(*columns, console=console, transient=True, disable=not shown)
-        self._task = self._bar.add_task(title, total=total)
+        self._task = self._bar.add_task(title, total=total, completed=done)
 
     def __enter__(self) -> ProgressBar:
         self._bar.start()
@@ -60,12 +68,13 @@ class ProgressBar:
     ) -> None:
         self._bar.stop()
 
-    def __call__(self) -> None:
-        """One more is done."""
+    def __call__(self, note: str = "") -> None:
+        """One more is done; `note` is what is known by now."""
         self._done += 1
-        self._bar.advance(self._task)
+        self._bar.update(self._task, advance=1, description=f"{self._title} {note}".rstrip())
         if self._console.is_terminal or self._done >= self._total:
             return
         if time.monotonic() - self._began >= self._wait:
             self._wait *= 2
-            self._console.print(f"{self._title} {self._done} of {self._total}", soft_wrap=True)
+            line = f"{self._title} {self._done} of {self._total}  {note}".rstrip()
+            self._console.print(line, soft_wrap=True)

@@ -1,0 +1,261 @@
+"""A whole evaluation: what is asked, what has been answered, and the report when all has been."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import subprocess
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from evaluate.benchmarks import report, results, schemas
+from evaluate.benchmarks.estimates import estimate
+from evaluate.benchmarks.protocol import OWN, Protocol, Rules
+from evaluate.benchmarks.sample import Kind, Sample, SampleResult
+from evaluate.model import Opened
+from evaluate.needle import NEEDLE_TASKS, load_needle
+from evaluate.putting import Putter, Questions, Waits
+from paravt_jax.failures import ROOT
+from paravt_jax.rewards.judge import Judge
+from train.data.settings import DataSettings
+from train.report.progress import ProgressBar
+from train.workdir.files import write_atomically
+
+SETTINGS = "evaluation.json"
+"""What an evaluation is of; a folder holds one."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """The samples of a benchmark and the rules for each kind of them."""
+
+    name: str
+    loaded: schemas.Loaded
+    rules: Mapping[Kind, Rules]
+
+
+@dataclasses.dataclass(frozen=True)
+class Asked:
+    """What an evaluation asks."""
+
+    protocol: Protocol
+    mode: str
+    tasks: tuple[Task, ...]
+    limit: int | None
+
+    @property
+    def samples(self) -> list[Sample]:
+        """All samples, in the order of the tasks and rows."""
+        return [sample for task in self.tasks for sample in task.loaded.samples]
+
+
+def open_asked(
+    protocol: Protocol,
+    names: Sequence[str],
+    mode: str,
+    root: str,
+    limit: int | None,
+    needle: DataSettings,
+    frames: int | None = None,
+) -> Asked:
+    """Read the rows of all benchmarks.
+
+    Args:
+      names: of tasks, or files of one's own.
+      root: folder of the local copies.
+      limit: most rows of each.
+      needle: which needle world.
+      frames: how many are shown, instead of the protocol's.
+
+    Raises:
+      ValueError: a task that nobody knows, or none of whose rows can be used.
+    """
+    mode, tasks = mode or protocol.modes[0], []
+    for name in names:
+        own = name.endswith(schemas.ENDINGS)
+        ruled = OWN if own else schemas.ALIASES.get(name, name)
+        for kind in Kind:  # before rows are looked for: is there such a task and mode?
+            protocol.rules(ruled, kind, mode)
+        needles = ruled in NEEDLE_TASKS
+        loaded = load_needle(ruled, needle) if needles else schemas.load(name, root)
+        loaded = dataclasses.replace(loaded, samples=loaded.samples[:limit])
+        if not loaded.samples:
+            why = f"; the first fault: {loaded.faults[0]}" if loaded.faults else ""
+            raise ValueError(f"--benchmarks {name}: no row can be used{why}")
+        kinds = dict.fromkeys(sample.kind for sample in loaded.samples)
+        rules = {kind: _shown(protocol.rules(ruled, kind, mode), frames) for kind in kinds}
+        tasks.append(Task(loaded.samples[0].task, loaded, rules))
+    if frames:
+        protocol = dataclasses.replace(protocol, name=f"{protocol.name}+{frames}frames")
+    return Asked(protocol, mode, tuple(tasks), limit)
+
+
+def _shown(rules: Rules, frames: int | None) -> Rules:
+    """The rules with another number of frames."""
+    if frames is None:
+        return rules
+    return dataclasses.replace(rules, video=dataclasses.replace(rules.video, frames=frames))
+
+
+class Evaluation:
+    """An evaluation in a folder, or the part of it that one process does."""
+
+    def __init__(self, asked: Asked, model: Opened, workdir: Path, shard: tuple[int, int] = (1, 1)):
+        """`shard`: number from 1, and count; shard i answers samples i, i + count, ...
+
+        Raises:
+          ValueError: the folder holds another evaluation.
+        """
+        self._asked, self._model, self._workdir, self._shard = asked, model, workdir, shard
+        self.waits = Waits()
+        workdir.mkdir(parents=True, exist_ok=True)
+        _check_same(workdir / SETTINGS, settings_of(asked, model))
+
+    def answered(self) -> dict[tuple[str, str], SampleResult]:
+        """What all processes have written so far."""
+        known = {(sample.task, sample.sample_id) for sample in self._asked.samples}
+        files = sorted(self._workdir.glob("samples*.jsonl"))
+        found = {(r.task, r.sample_id): r for file in files for r in results.read(file)}
+        return {key: result for key, result in found.items() if key in known}
+
+    def run(self, batch: int, judge: Judge | None, console: Console) -> None:
+        """Answer all samples of this shard that nobody has answered.
+
+        Args:
+          batch: samples under way at a time.
+        """
+        number, count = self._shard
+        done, own = self.answered(), self._asked.samples[number - 1 :: count]
+        left = {(s.task, s.sample_id) for s in own} - set(done)
+        ours = [done[s.task, s.sample_id] for s in own if (s.task, s.sample_id) in done]
+        with ProgressBar(console, "evaluating", len(own), len(ours)) as bar:
+            for questions in self._kinds():
+                key = questions.rules.task
+                chosen = [s for s in questions.samples if (s.task, s.sample_id) in left]
+                if not chosen:
+                    continue
+                putter = Putter(self._model, questions, batch, judge)
+                for result in putter(chosen):
+                    results.append(self._workdir / self._file, [result])
+                    ours.append(result)
+                    bar(running(key, [r for r in ours if r.task == result.task]))
+                self.waits.total += putter.waits.total
+                self.waits.idle += putter.waits.idle
+
+    def _kinds(self) -> Iterator[Questions]:
+        for task in self._asked.tasks:
+            for kind, rules in task.rules.items():
+                yield Questions(rules, tuple(s for s in task.loaded.samples if s.kind == kind))
+
+    @property
+    def _file(self) -> str:
+        number, count = self._shard
+        return results.SAMPLES if count == 1 else f"samples-{number}-of-{count}.jsonl"
+
+    def report(self, judge: str) -> tuple[report.Json | None, int]:
+        """The report, once every sample has been answered, and how many have not.
+
+        Args:
+          judge: name of the model that judged; empty without one.
+        """
+        done = self.answered()
+        every = [(s.task, s.sample_id) for s in self._asked.samples]
+        missing = sum(key not in done for key in every)
+        if missing:
+            return None, missing
+        if self._shard[1] > 1:
+            lines = "".join(results.line(done[key]) for key in every)
+            write_atomically(self._workdir / results.SAMPLES, lines)
+        runs = {task.name: _task_run(task, done) for task in self._asked.tasks}
+        spec = self._model.agents.renderer.spec
+        about = report.About(
+            self._asked.protocol,
+            self._asked.mode,
+            self._model.name,
+            commit(),
+            judge,
+            getattr(spec, "marks", ""),
+            self._asked.limit,
+        )
+        made = report.make(about, runs)
+        report.write(self._workdir, made, runs)
+        return made, 0
+
+
+def _task_run(task: Task, done: Mapping[tuple[str, str], SampleResult]) -> report.TaskRun:
+    samples = task.loaded.samples
+    answers = [done[sample.task, sample.sample_id] for sample in samples]
+    return report.TaskRun(task.rules, samples, answers, task.loaded.faults)
+
+
+def running(task: str, answers: Sequence[SampleResult]) -> str:
+    """The figure so far, with its interval."""
+    scored = [r for r in answers if r.score is not None]
+    errors = sum(r.score is None for r in answers)
+    said = f", {errors} errors" if errors else ""
+    if not scored:
+        return f"{task}{said}"
+    found = estimate([r.score or 0.0 for r in scored], [r.cluster for r in scored])
+    return f"{task} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}){said}"
+
+
+def settings_of(asked: Asked, model: Opened) -> dict[str, object]:
+    """What decides an evaluation's figures."""
+    folder = Path(model.config.model.folder or "")
+    return {
+        "model": model.config.model.folder,
+        "weights": _fingerprint(folder),
+        "recipe": model.config.recipe,
+        "protocol": asked.protocol.name,
+        "protocol_fingerprint": report.fingerprint(asked.protocol),
+        "mode": asked.mode,
+        "rows": {task.name: len(task.loaded.samples) for task in asked.tasks},
+        "limit": asked.limit,
+    }
+
+
+def _fingerprint(folder: Path) -> str:
+    """Tells weights of one folder from those that were there before, by the ends of their files."""
+    value = 0
+    for path in sorted(folder.glob("*.safetensors")):
+        with path.open("rb") as file:
+            file.seek(max(path.stat().st_size - (1 << 20), 0))
+            value = zlib.crc32(file.read(), value)
+    return f"{value:08x}"
+
+
+def _check_same(path: Path, settings: dict[str, object]) -> None:
+    if not path.exists():
+        write_atomically(path, json.dumps(settings, indent=2) + "\n")
+        return
+    held = json.loads(path.read_text(encoding="utf-8"))
+    differ = [
+        f"{name}={held.get(name)!r}, not {value!r}"
+        for name, value in settings.items()
+        if held.get(name) != value
+    ]
+    if differ:
+        raise ValueError(
+            f"{path.parent} holds an evaluation with {'; '.join(differ)}: choose another --workdir"
+        )
+
+
+def commit() -> str:
+    """Of this project, with `+` where files differ from it; empty without git."""
+    asked = [
+        "git",
+        "-C",
+        str(ROOT),
+        "describe",
+        "--always",
+        "--dirty=+",
+        "--abbrev=7",
+        "--exclude=*",
+    ]
+    try:
+        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""

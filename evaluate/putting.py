@@ -1,0 +1,234 @@
+"""Questions of one kind put to a model: as the rules of a protocol say, by our own engine."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator, Sequence
+
+from evaluate.benchmarks.protocol import Rules
+from evaluate.benchmarks.sample import Sample, SampleResult
+from evaluate.benchmarks.scoring import JudgeFailed, score
+from evaluate.model import Opened
+from evaluate.prompts import Ahead, PromptMaker, Ready, lengths
+from paravt_jax.protocol import TURN_END
+from paravt_jax.records import Trajectory, Turn
+from paravt_jax.rewards.judge import Judge
+from paravt_jax.shapes import bucket
+from pipelines.preprocess import SPECS
+from pipelines.render import ChatRenderer
+from pipelines.video import VideoReader
+from rollout.agent import Agent, Item
+from rollout.engine.sampler import SamplingConfig
+from rollout.engine.slots import Generated
+from rollout.limits import AgentConfig, slot_pools
+from train.agent import AgentMaker
+
+THREADS = min(4, os.cpu_count() or 1)
+"""That decode frames."""
+UNIT = 128
+"""Prompts get room in multiples of so many tokens."""
+MODES = {"images": "image", "video": "video"}
+"""Forms of a protocol, and what renderers call them."""
+
+
+class OneTurn(Agent):
+    """Whatever it says is its answer: nobody replies to calls that it was not offered."""
+
+    def _turn(self, generated: Generated) -> Turn:
+        return dataclasses.replace(super()._turn(generated), calls=())
+
+
+@dataclasses.dataclass
+class Waits:
+    """Where the seconds went."""
+
+    total: float = 0.0
+    idle: float = 0.0
+    """In which nothing could be decoded on the device, as no prompt or crop was ready."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Questions:
+    """All questions of one kind of one task, and the rules by which they are put."""
+
+    rules: Rules
+    samples: tuple[Sample, ...]
+    """Of all shards, so that caches are as large in each."""
+
+
+class Putter:
+    """Puts the questions of one kind to a model."""
+
+    def __init__(self, model: Opened, questions: Questions, batch: int, judge: Judge | None):
+        """`batch`: prompts under way at a time.
+
+        Raises:
+          ValueError: the rules ask for what the engine does not do.
+        """
+        rules = questions.rules
+        self._model, self._rules, self._batch, self._judge = model, rules, batch, judge
+        self._samples = questions.samples
+        self._agent_rules = agent_rules(rules, model.config.agent, batch)
+        self._make = self._prompt_maker()
+        self._agents = self._agent_maker()
+        self.waits = Waits()
+
+    def _prompt_maker(self) -> PromptMaker:
+        video, own = self._rules.video, self._model.agents.renderer
+        renderer = _renderer(self._model, video.form, (video.min_pixels, video.max_pixels))
+        reader = VideoReader(spec=renderer.spec)
+        words = own.system_text(self._agent_rules.offers_tools)
+        return PromptMaker(self._rules, renderer, reader, words)
+
+    def _agent_maker(self) -> AgentMaker:
+        """Crops have frame sizes and rates of their own."""
+        agent, old = self._rules.agent, self._model.agents
+        sizes = agent.crop_min_pixels, agent.crop_max_pixels
+        renderer = _renderer(self._model, self._rules.video.form, sizes, agent.response)
+        rate = {"crop_fps": agent.crop_fps, "crop_frames": agent.crop_frames}
+        reader = VideoReader(agent.crop_fps, agent.crop_frames, spec=renderer.spec)
+        data = dataclasses.replace(old.data, **rate, overview_tokens=None)
+        return AgentMaker(self._agent_rules, data, old.policy, renderer, reader)
+
+    def __call__(self, chosen: Sequence[Sample]) -> Iterator[SampleResult]:
+        """Results of these samples, in the order in which they end."""
+        began = time.perf_counter()
+        sizes = dict(
+            (sample.sample_id, size) for sample, size in lengths(self._make, self._samples, THREADS)
+        )
+        most = self._most_tokens()
+        room = max((n for n in sizes.values() if isinstance(n, int) and n <= most), default=0)
+        fitting: list[Sample] = []
+        for sample in chosen:
+            size = sizes[sample.sample_id]
+            if isinstance(size, int) and size <= most:
+                fitting.append(sample)
+                continue
+            reason = size if isinstance(size, str) else _overflow(size, most)
+            yield SampleResult.failed(sample, reason)
+        if fitting:
+            yield from self._put(fitting, min(bucket(room, UNIT), most))
+        self.waits.total += time.perf_counter() - began
+
+    def _most_tokens(self) -> int:
+        """Of a prompt, beside all that may follow it."""
+        own = self._agents
+        pools = slot_pools(
+            own.rules,
+            own.renderer,
+            prompts=1,
+            copies=1,
+            prompt_tokens=1,
+            crop_tokens=own.crop.tokens,
+        )
+        return own.policy.context_length - pools["main"].suffix
+
+    def _put(self, samples: Sequence[Sample], room: int) -> Iterator[SampleResult]:
+        agents, rules = self._agents, self._agent_rules
+        engine = agents.engine(
+            slot_pools(
+                rules,
+                agents.renderer,
+                prompts=self._batch,
+                copies=1,
+                prompt_tokens=room,
+                crop_tokens=agents.crop.tokens,
+            )
+        )
+        # Frames of prompts may be larger than those of crops.
+        engine.frame_patches = max(engine.frame_patches, self._make.renderer.spec.max_patches)
+        agent = agents.agent(engine, kind=Agent if rules.offers_tools else OneTurn)
+        ahead = Ahead(self._make, samples, THREADS, ahead=self._batch + THREADS)
+        waits = self.waits
+
+        def feed(wait: bool) -> Item | None:
+            began = time.perf_counter()
+            item = ahead(wait)
+            waits.idle += time.perf_counter() - began if wait else 0.0
+            return item
+
+        seed = self._rules.decoding.seed
+        try:
+            for row, trajectory, seconds in agent.stream(
+                self._model.params, feed, self._batch, seed
+            ):
+                yield from _taken(ahead)
+                yield self._scored(ahead.ready.pop(row.row_id), trajectory, seconds)
+            yield from _taken(ahead)
+        finally:
+            ahead.close()
+        waits.idle += agent.metrics["time/tool_wait"]
+
+    def _scored(self, ready: Ready, trajectory: Trajectory, seconds: float) -> SampleResult:
+        """The line of a sample that was answered."""
+        turns, sample = trajectory.turns, ready.sample
+        response = turns[-1].text.removesuffix(TURN_END)
+        came = {
+            "response": response,
+            "prompt": ready.words,
+            "frames": ready.frames,
+            "pixels": ready.pixels,
+            "turns": len(turns),
+            "calls": trajectory.calls,
+            "failed_calls": trajectory.calls - trajectory.executed,
+            "prompt_tokens": len(trajectory.prompt.tokens),
+            "generated_tokens": int(trajectory.generated.sum()),
+            "seconds": round(seconds, 3),
+        }
+        try:
+            verdict = score(self._rules, sample, response, self._judge)
+        except JudgeFailed as error:
+            return SampleResult.failed(sample, str(error), **came)
+        return SampleResult.of(sample, **came, **dataclasses.asdict(verdict))
+
+
+def agent_rules(rules: Rules, own: AgentConfig, batch: int) -> AgentConfig:
+    """How the agent works under the rules of a protocol; what they leave open is as in training.
+
+    Raises:
+      ValueError: the rules ask for what the sampler does not do.
+    """
+    drawn, agent = rules.decoding, rules.agent
+    if drawn.presence_penalty:
+        raise ValueError(
+            f"decoding.presence_penalty={drawn.presence_penalty:g} of the protocol {rules.protocol}"
+            " is not drawn here; set it to 0 in a copy of the protocol, under a name of your own"
+        )
+    sampling = SamplingConfig(drawn.temperature, top_p=drawn.top_p, top_k=drawn.top_k)
+    answer = agent.answer_tokens if agent.rounds else drawn.max_new_tokens
+    return dataclasses.replace(
+        own,
+        max_tool_rounds=agent.rounds,
+        dispatch=agent.dispatch,
+        max_calls_per_turn=agent.calls_per_turn,
+        evidence=agent.evidence,
+        think_prefix=agent.think_prefix,
+        turn_tokens=drawn.max_new_tokens,
+        answer_tokens=answer,
+        demand=agent.demand,
+        episode_tokens=0,
+        sampling=sampling,
+        subagent_sampling=sampling,
+        subagent_batch=min(own.subagent_batch, batch * agent.calls_per_turn),
+    )
+
+
+def _renderer(
+    model: Opened, form: str, pixels: tuple[int, int], clip: str | None = None
+) -> ChatRenderer:
+    """The model's renderer in other frame sizes; `clip` are the words with frames of a crop."""
+    own, folder = model.agents.renderer, model.config.model.folder or ""
+    spec = SPECS[MODES[form]].from_folder(folder).limited(*pixels)
+    texts = own.texts if clip is None else dataclasses.replace(own.texts, clip=clip)
+    return ChatRenderer(own.tokenizer, spec, texts, own.eos_ids, own.tools)
+
+
+def _overflow(tokens: int, most: int) -> str:
+    return f"context overflow: a prompt of {tokens} tokens, and there is room for {most}"
+
+
+def _taken(ahead: Ahead) -> Iterator[SampleResult]:
+    while ahead.failed:
+        yield ahead.failed.pop(0)

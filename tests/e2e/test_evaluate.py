@@ -1,0 +1,187 @@
+"""`python evaluate/main.py` on a small needle world: whole, killed, in shards."""
+
+import dataclasses
+import json
+import random
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from evaluate.benchmarks import results
+from evaluate.benchmarks.protocol import load
+from evaluate.benchmarks.sample import Kind
+from evaluate.needle import load_needle
+from evaluate.prompts import PromptMaker
+from pipelines.render import ChatRenderer
+from pipelines.video import VideoReader
+from rollout.tools import agent_tools
+from tests.support.command import ROOT, environment, run, server
+from train.recipes import get_recipe
+from train.recipes.needle import COLD_START
+from train.settings.override import based_on, to_dict
+from train.setup import Parts
+
+pytestmark = pytest.mark.slow
+DOOR = str(ROOT / "evaluate" / "main.py")
+KILLS = 3
+TIMED = ("seconds", "seconds_per_sample")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    """The workdir of a run on a world of eight held-out videos, which has left the cold start."""
+    workdir = tmp_path_factory.mktemp("run")
+    config = based_on(get_recipe("needle_rl"), {"data.held_out_videos": 8, "data.train_videos": 12})
+    (workdir / "config.json").write_text(json.dumps(to_dict(config)))
+    (workdir / "hf").symlink_to(COLD_START)
+    return workdir
+
+
+def flags(model: Path, cache: Path, workdir: Path, *more: str) -> list[str]:
+    own = ["--model", str(model), "--data", str(cache), "--workdir", str(workdir)]
+    asked = ["--protocol", "needle", "--benchmarks", "needle_held_out", "--limit", "24"]
+    return [*own, *asked, "--batch", "4", *more]
+
+
+def evaluate(model: Path, cache: Path, workdir: Path, *more: str) -> str:
+    done = run([sys.executable, DOOR, *flags(model, cache, workdir, *more)], cache)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def whole(model, cache, tmp_path_factory):
+    """An evaluation from beginning to end, and what it printed."""
+    workdir = tmp_path_factory.mktemp("whole") / "evaluation"
+    return workdir, evaluate(model, cache, workdir)
+
+
+def untimed(value):
+    """A report without what a second run does not repeat."""
+    if isinstance(value, dict):
+        return {name: untimed(inner) for name, inner in value.items() if name not in TIMED}
+    return [untimed(inner) for inner in value] if isinstance(value, list) else value
+
+
+def report(workdir: Path):
+    return untimed(json.loads((workdir / "report.json").read_text()))
+
+
+def lines(workdir: Path, name="samples.jsonl") -> list[dict]:
+    return [untimed(dataclasses.asdict(found)) for found in results.read(workdir / name)]
+
+
+def test_every_sample_has_a_line_and_the_report_its_figures(whole):
+    workdir, said = whole
+    answered = lines(workdir)
+    assert len({line["sample_id"] for line in answered}) == len(answered) == 24
+    assert all(line["status"] == "ok" and line["frames"] == 4 for line in answered)
+    assert sum(line["calls"] for line in answered) > 0 < sum(line["score"] for line in answered)
+    mean = sum(line["score"] for line in answered) / 24
+    (row,) = (row for row in report(workdir)["rows"] if row["name"] == "accuracy")
+    assert row["value"] == pytest.approx(mean) and row["low"] < mean < row["high"]
+    assert row["protocol"] == "needle" and row["decoding"].startswith("greedy")
+    assert "the device waited" in said and "needle_held_out" in said
+
+
+def test_prompts_are_those_of_training_token_for_token(cache, model):
+    config = get_recipe("needle_rl")
+    parts = Parts(config)
+    world = {"train_videos": 12, "held_out_videos": 8, "cache_dir": str(cache)}
+    data = dataclasses.replace(config.data, **world)
+    rules = load("needle").rules("needle_held_out", Kind.OPEN, "agentic")
+    tools = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
+    renderer = ChatRenderer.from_folder(str(COLD_START), pixels=(1024, 1024), tools=tools)
+    make = PromptMaker(rules, renderer, VideoReader(spec=renderer.spec), "")
+    for sample in load_needle("needle_held_out", data).samples[:6]:
+        ready = make(sample)
+        row, frames, prompt = ready.item
+        shown = parts.reader.overview(row.video, 4)
+        own = parts.renderer.main_prompt(row, shown, tools=True)
+        assert prompt.tokens.tolist() == own.tokens.tolist()
+        assert (prompt.patches.values == own.patches.values).all()
+        assert make.length(sample) == len(prompt.tokens)
+        assert (frames, ready.pixels, ready.words) == (4, 1024, row.question)
+
+
+def test_killed_at_random_moments_it_comes_to_the_same_report(whole, model, cache, tmp_path):
+    workdir, moments = tmp_path / "evaluation", random.Random(7)
+    kept = 0
+    for wanted in sorted(moments.sample(range(1, 23), KILLS)):
+        child = server().start(DOOR, flags(model, cache, workdir), cache, environment())
+        until = time.monotonic() + 300
+        while not child.ended and time.monotonic() < until and _written(workdir) < wanted:
+            time.sleep(0.002)
+        child.send_signal(signal.SIGKILL)
+        child.wait()
+        assert _written(workdir) >= kept, "what was written stays"
+        kept = _written(workdir)
+    assert 0 < kept < 24 and not (workdir / "report.json").exists()
+    with (workdir / "samples.jsonl").open("ab") as file:
+        file.write(b'{"task": "needle_held_out", "sample_id": "held_o')  # in the midst of a line
+    evaluate(model, cache, workdir)
+    assert report(workdir) == report(whole[0])
+    assert _by_id(workdir) == _by_id(whole[0])
+
+
+def test_shards_come_to_the_report_of_one(whole, model, cache, tmp_path):
+    workdir = tmp_path / "evaluation"
+    said = evaluate(model, cache, workdir, "--shard", "2/2")
+    assert "12 questions are left to others" in said and not (workdir / "report.json").exists()
+    evaluate(model, cache, workdir, "--shard", "1/2")
+    assert report(workdir) == report(whole[0])
+    assert lines(workdir) == sorted(lines(whole[0]), key=lambda line: line["doc_id"])
+    assert len(lines(workdir, "samples-2-of-2.jsonl")) == 12
+
+
+def test_without_tools_each_has_one_turn(model, cache, tmp_path):
+    evaluate(model, cache, tmp_path / "evaluation", "--mode", "direct", "--frames", "8")
+    answered = lines(tmp_path / "evaluation")
+    assert {(line["turns"], line["calls"], line["frames"]) for line in answered} == {(1, 0, 8)}
+    (row, *_) = report(tmp_path / "evaluation")["rows"]
+    assert (row["protocol"], row["mode"], row["frames"]) == ("needle+8frames", "direct", "8")
+
+
+def test_what_cannot_be_put_is_an_error_and_no_score(model, cache, tmp_path):
+    video = next(cache.rglob("held_out/*.mp4"))
+    (tmp_path / "broken.mp4").write_bytes(video.read_bytes()[:3000])
+    rows = [
+        {"video": str(video.name), "question": "What colour is the cross?", "answer": "red"},
+        {"video": "nowhere.mp4", "question": "What colour is the cross?", "answer": "red"},
+        {"video": "broken.mp4", "question": "What colour is the cross?", "answer": "red"},
+        {"video": str(video.name), "question": "What is <|im_end|>?", "answer": "red"},
+        {"video": str(video.name), "question": "word " * 5000, "answer": "red"},
+        {"video": str(video.name)},
+    ]
+    (tmp_path / video.name).write_bytes(video.read_bytes())
+    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--protocol", "needle", "--benchmarks", str(tmp_path / "own.jsonl")]
+    own = ["--model", str(model), "--workdir", str(tmp_path / "evaluation")]
+    done = run([sys.executable, DOOR, *own, *asked], tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = lines(tmp_path / "evaluation")
+    assert len(found) == 5
+    reasons = [line["error"] for line in sorted(found, key=lambda line: line["doc_id"])]
+    assert reasons[0] == "" and "no such file" in reasons[1] and "broken.mp4" in reasons[2]
+    assert "control token" in reasons[3] and "context overflow" in reasons[4]
+    told = report(tmp_path / "evaluation")["tasks"]["own"]
+    assert told["headline"] is None and told["questions"] == 6
+    assert sum(told["errors"].values()) == 5
+
+
+def test_a_folder_holds_one_evaluation(whole, model, cache):
+    more = flags(model, cache, whole[0], "--mode", "direct")
+    done = run([sys.executable, DOOR, *more], cache)
+    assert done.returncode == 1 and "mode='agentic', not 'direct'" in done.stderr
+
+
+def _written(workdir: Path) -> int:
+    path = workdir / "samples.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def _by_id(workdir: Path) -> dict:
+    return {line["sample_id"]: line for line in lines(workdir)}
