@@ -31,7 +31,7 @@ from typing import Any
 
 from tests.support.released_models import MODELS
 from train.compile.report import expected_text
-from train.compile.step import step_by_share
+from train.compile.step import SHARES, Step, step_by_share
 from train.recipes.needle import COLD_START
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -191,21 +191,26 @@ def table(case: Case, found: Figures) -> str:
             *(_row(name, own) for name, own in found["programs"].items()),
             "",
         ]
-    lines += [line for own in step_by_share(found).items() for line in _step(*own, found)]
+    lines += _steps(found)
     missing = [name for name in found["calls"] if name not in found["programs"]]
     lines += [f"* Not compiled: {', '.join(missing)}."] if missing else []
     lines += [f"* {error}" for error in found["errors"].values()]
     return "\n".join([*lines, ""])
 
 
-def _step(share: float, own: dict[str, Any], found: Figures) -> Iterator[str]:
-    yield (
-        f"* Rollouts of {share * found['generated']:,.0f} tokens: {own['seconds']:.1f} s a step at "
-        f"the roofline, rollouts {own['rollout']:.1f} s and learner {own['learner']:.1f} s; "
-        f"{own['generated_per_second_and_chip']:.1f} tokens generated per second and chip; "
-        f"MFU {own['mfu']:.2%}, of the learner {own['learner_mfu']:.1%}."
-    )
-    yield f"  {expected_text(own)}."
+def _steps(found: Figures) -> Iterator[str]:
+    """A step at shares of the limits; a lower limit where programs are missing."""
+    whole = step_by_share(found)
+    least = "" if whole else "at least "
+    for share in SHARES if found["programs"] else ():
+        own = whole[share] if whole else Step.of(found).summary(share)
+        yield (
+            f"* Rollouts of {share * found['generated']:,.0f} tokens: {least}"
+            f"{own['seconds']:.1f} s a step at the roofline, rollouts {own['rollout']:.1f} s and "
+            f"learner {own['learner']:.1f} s; MFU {own['mfu']:.2%}, of the learner "
+            f"{own['learner_mfu']:.1%}."
+        )
+        yield f"  {least}{expected_text(own)}."
 
 
 def _row(name: str, own: dict[str, Any]) -> str:
