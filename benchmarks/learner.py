@@ -36,9 +36,10 @@ from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.params import initialise
 from paravt_jax.records import LearnerBatch
 from paravt_jax.shapes import bucket, buckets
+from paravt_jax.shared_rows import TILE, Bounds
 from pipelines.preprocess import SPECS
 from train.batch import LearnerStream, learner_batch, shared_batch
-from train.rl.batches import LENGTH_UNIT, BatchShapes, fitting
+from train.rl.batches import LENGTH_UNIT, BatchShapes
 from train.state import TrainState
 from train.step import RlStep
 
@@ -63,7 +64,9 @@ def main() -> None:
     parser.add_argument("--clock", choices=tuple(CLOCKS), default="wall")
     told = parser.parse_args()
     if told.what == "padding":
-        padding(told.group)
+        for unit in (1, TILE):
+            print(f"streams at multiples of {unit} slots:")
+            padding(told.group, unit)
     else:
         step(told)
 
@@ -76,11 +79,11 @@ def step(told: argparse.Namespace) -> None:
     both = {
         "shared": shared_batch(
             streams,
-            prompt=told.prompt,
-            own=told.own,
+            slots=told.prompt + told.group * told.own,
+            bounds=Bounds(told.prompt, told.own),
             pad_id=0,
             group_size=told.group,
-            lanes=told.group,
+            per_row=told.group,
         ),
         "copied": learner_batch(
             streams, length=told.prompt + told.own, pad_id=0, group_size=told.group
@@ -183,7 +186,7 @@ def theirs(
     return run
 
 
-def padding(group: int, prompts: int = 8, steps: int = 400) -> None:
+def padding(group: int, unit: int, prompts: int = 8, steps: int = 400) -> None:
     """Slots of a step by the release's frame budgets, with 64 vision tokens and 8 of text to a
     frame and 400 of text besides. Rollouts take two or four turns of at most 2,048 tokens, 240 in
     the mean, and tool responses of 200. Copies stand in rows of one of few lengths from a quarter
@@ -193,7 +196,6 @@ def padding(group: int, prompts: int = 8, steps: int = 400) -> None:
     most_prompt, most_own = 64 * per_frame + text, 4 * turn + 3 * response
     whole = buckets(-(-(most_prompt + most_own) // 4), most_prompt + most_own, LENGTH_UNIT)
     shapes = BatchShapes(SPECS["image"](16, 2, 2), 0, 0, 0, most_prompt, most_own)
-    ladders = shapes.prompts, shapes.owns
     totals = {"tokens of copies": 0, "tokens shared": 0, "slots of copies": 0, "slots shared": 0}
     for _ in range(steps):
         seen = rng.choice(budgets, prompts) * per_frame + text
@@ -202,11 +204,11 @@ def padding(group: int, prompts: int = 8, steps: int = 400) -> None:
         own = own.astype(int)
         longest = (seen[:, None] + own).max()
         length = next((size for size in whole if size >= longest), bucket(longest, LENGTH_UNIT))
-        slots = [fitting(*pair) for pair in zip(ladders, (seen.max(), own.max()), strict=True)]
+        layout = shapes.layout_of(list(seen), list(own.ravel()), unit)
         totals["tokens of copies"] += int((seen[:, None] + own).sum())
         totals["tokens shared"] += int(seen.sum() + own.sum())
         totals["slots of copies"] += prompts * group * length
-        totals["slots shared"] += prompts * (slots[0] + group * slots[1])
+        totals["slots shared"] += prompts * layout.slots
     for name, count in totals.items():
         print(f"{name:<20} {count / steps:12,.0f} per step")
     print(f"ratio of slots {totals['slots of copies'] / totals['slots shared']:.2f}")

@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import NamedTuple
 
 import numpy as np
 
@@ -32,6 +33,14 @@ class Ready:
     """Of one frame."""
 
 
+class Size(NamedTuple):
+    """How large a prompt is."""
+
+    tokens: int
+    patches: int
+    """Of one frame; 0 without frames."""
+
+
 @dataclasses.dataclass(frozen=True)
 class PromptMaker:
     """Puts samples into prompts as the rules of one kind of question say."""
@@ -44,8 +53,8 @@ class PromptMaker:
     own_words: str
     """System text with which the agent was trained."""
 
-    def length(self, sample: Sample) -> int:
-        """Tokens of the sample's prompt. Nothing is decoded: the file says how large frames are.
+    def size(self, sample: Sample) -> Size:
+        """How large the sample's prompt is. Nothing is decoded: the file says how large frames are.
 
         Raises:
           ValueError: there is no prompt, as the video or the subtitles cannot be read.
@@ -57,7 +66,8 @@ class PromptMaker:
         prompt = self._prompt(messages, Frames(blank, times))
         shown = int((prompt.vision_index >= 0).sum())
         height, width = self.reader.size_of(info, len(times), self._quota) if len(times) else (0, 0)
-        return len(prompt.tokens) + shown * (height * width // spec.factor**2 - 1)
+        tokens = len(prompt.tokens) + shown * (height * width // spec.factor**2 - 1)
+        return Size(tokens, height * width // spec.patch_size**2)
 
     def __call__(self, sample: Sample) -> Ready:
         """Decode the frames of a sample and write its prompt.
@@ -143,14 +153,14 @@ class Ahead:
         self._pool.shutdown(wait=False, cancel_futures=True)
 
 
-def lengths(
+def sizes(
     make: PromptMaker, samples: Sequence[Sample], threads: int
-) -> Iterator[tuple[Sample, int | str]]:
-    """Of each sample the tokens of its prompt, or why it has none."""
+) -> Iterator[tuple[Sample, Size | str]]:
+    """Of each sample the size of its prompt, or why it has none."""
 
-    def measure(sample: Sample) -> int | str:
+    def measure(sample: Sample) -> Size | str:
         try:
-            return make.length(sample)
+            return make.size(sample)
         except ValueError as error:
             return " ".join(str(error).split())
 

@@ -11,7 +11,7 @@ from evaluate.benchmarks.protocol import Rules
 from evaluate.benchmarks.sample import Sample, SampleResult
 from evaluate.benchmarks.scoring import JudgeFailed, score
 from evaluate.model import Opened
-from evaluate.prompts import Ahead, PromptMaker, Ready, lengths
+from evaluate.prompts import Ahead, PromptMaker, Ready, Size, sizes
 from paravt_jax.protocol import TURN_END
 from paravt_jax.records import Trajectory, Turn
 from paravt_jax.rewards.judge import Judge
@@ -95,21 +95,23 @@ class Putter:
     def __call__(self, chosen: Sequence[Sample]) -> Iterator[SampleResult]:
         """Results of these samples, in the order in which they end."""
         began = time.perf_counter()
-        sizes = dict(
-            (sample.sample_id, size) for sample, size in lengths(self._make, self._samples, THREADS)
+        measured = dict(
+            (sample.sample_id, size) for sample, size in sizes(self._make, self._samples, THREADS)
         )
         most = self._most_tokens()
-        room = max((n for n in sizes.values() if isinstance(n, int) and n <= most), default=0)
+        known = [size for size in measured.values() if isinstance(size, Size)]
+        largest = [size for size in known if size.tokens <= most]
         fitting: list[Sample] = []
         for sample in chosen:
-            size = sizes[sample.sample_id]
-            if isinstance(size, int) and size <= most:
+            size = measured[sample.sample_id]
+            if isinstance(size, Size) and size.tokens <= most:
                 fitting.append(sample)
                 continue
-            reason = size if isinstance(size, str) else _overflow(size, most)
+            reason = size if isinstance(size, str) else _overflow(size.tokens, most)
             yield SampleResult.failed(sample, reason)
         if fitting:
-            yield from self._put(fitting, min(bucket(room, UNIT), most))
+            room = min(bucket(max(size.tokens for size in largest), UNIT), most)
+            yield from self._put(fitting, Size(room, max(size.patches for size in largest)))
         self.waits.total += time.perf_counter() - began
 
     def _most_tokens(self) -> int:
@@ -125,7 +127,8 @@ class Putter:
         )
         return own.policy.context_length - pools["main"].suffix
 
-    def _put(self, samples: Sequence[Sample], room: int) -> Iterator[SampleResult]:
+    def _put(self, samples: Sequence[Sample], room: Size) -> Iterator[SampleResult]:
+        """Put samples whose prompts are no larger than `room`."""
         agents, rules = self._agents, self._agent_rules
         engine = agents.engine(
             slot_pools(
@@ -133,12 +136,13 @@ class Putter:
                 agents.renderer,
                 prompts=self._batch,
                 copies=1,
-                prompt_tokens=room,
+                prompt_tokens=room.tokens,
                 crop_tokens=agents.crop.tokens,
             )
         )
-        # Frames of prompts may be larger than those of crops.
-        engine.frame_patches = max(engine.frame_patches, self._make.renderer.spec.max_patches)
+        # All frames have one size in the tower: the largest that there is, not that there could be.
+        crops = engine.frame_patches if rules.offers_tools else 0
+        engine.frame_patches = max(crops, room.patches)
         agent = agents.agent(engine, kind=Agent if rules.offers_tools else OneTurn)
         ahead = Ahead(self._make, samples, THREADS, ahead=self._batch + THREADS)
         waits = self.waits

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Shaped
 
 from paravt_jax.objectives import KlEstimator, divergence
+from paravt_jax.pytrees import ArrayLike
 from paravt_jax.ranges import above, at_least
-from paravt_jax.records import ArrayLike
 from paravt_jax.settings import Settings
 
 

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, UInt32
 
-from paravt_jax.records import ArrayLike
+from paravt_jax.pytrees import ArrayLike
 
 CRC = "crc32"
 """Key under which a sealed record holds the CRC of all else in it."""

@@ -14,16 +14,15 @@ from jaxtyping import Array, Float, Int
 
 from paravt_jax.kv_cache import KVCache
 from paravt_jax.records import (
-    ArrayLike,
     Clip,
     Frames,
     HiddenKeys,
     Prompt,
     Row,
-    SharedPrefix,
     VideoRef,
     VisionFeatures,
 )
+from paravt_jax.shared_rows import SharedRows
 
 Params = Any
 """A pytree of weights: `{parameter name: array}`."""
@@ -123,13 +122,12 @@ class TrainablePolicy(_Towers, Protocol):
         features: VisionFeatures | None = None,
         segments: Int[Array, "b t"] | None = None,
         hidden_keys: HiddenKeys | None = None,
-        shared: SharedPrefix | None = None,
-        prompt_lengths: Int[ArrayLike, " b"] | None = None,
+        shared: SharedRows | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """Final hidden states of right-padded rows, and the router's logits of each layer with
         experts; None if none has. With `segments`, a token sees only those of its own; with
-        `hidden_keys`, none that are hidden from it; with `shared`, a row is a prompt of
-        `prompt_lengths` tokens and the streams that continue it, and goes with neither."""
+        `hidden_keys`, none that are hidden from it; with `shared`, a row is a prompt and
+        the streams that continue it, and goes with neither."""
         ...
 
     def head(self, params: Params) -> Callable[[Float[Array, "*b d"]], Float[Array, "*b vocab"]]:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Int8
 
 from paravt_jax.mesh import constrain, platform
-from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.pytrees import ArrayLike, pytree
 
 SLOT_AXES = ("layers", "batch", "kv", None, None)
 """Logical axes of slots; scales lack the last one."""

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from paravt_jax.records import ArrayLike, SharedPrefix
 from paravt_jax.shaping import Places, Shaper, Shaping, within
+from paravt_jax.shared_rows import SharedRows
 
 Head = Callable[[Float[Array, "rows c d"]], Float[Array, "rows c vocab"]]
 UNSHAPED = Shaping()
@@ -26,23 +26,19 @@ CHUNK = 128
 
 
 def preceding(
-    hidden: Float[Array, "rows t d"],
-    shared: SharedPrefix | None = None,
-    prompt_lengths: Int[ArrayLike, " rows"] | None = None,
+    hidden: Float[Array, "rows t d"], shared: SharedRows | None = None
 ) -> Float[Array, "b own d"]:
     """The hidden states that predict the tokens of each stream: those of the tokens before them.
 
     Args:
       hidden: final hidden states of rows.
-      shared: prompts and lanes; what predicts the first token of a lane is the last one of its
-        prompt, of which `prompt_lengths` tells the tokens. None: rows are whole streams, whose
-        first token nothing predicts: there stand zeros.
+      shared: where prompts and streams stand in them; what predicts the first token of a stream is
+        the last one of its prompt. None: rows are whole streams, whose first token nothing
+        predicts: there stand zeros.
     """
-    if shared is None or prompt_lengths is None:
+    if shared is None:
         return jnp.pad(hidden[:, :-1], [(0, 0), (1, 0), (0, 0)])
-    own = shared.streams(hidden)
-    last = jnp.take_along_axis(hidden, jnp.asarray(prompt_lengths)[:, None, None] - 1, axis=1)
-    return jnp.concatenate([jnp.repeat(last, shared.lanes, axis=0), own[:, :-1]], axis=1)
+    return shared.preceding(hidden)
 
 
 def gathered_log_probs(

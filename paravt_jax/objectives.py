@@ -21,8 +21,8 @@ from jaxtyping import Array, Float, Shaped
 
 from paravt_jax.anchors import AnchorFunction
 from paravt_jax.plugins import Own, load
+from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.ranges import at_least, within
-from paravt_jax.records import ArrayLike, pytree
 from paravt_jax.settings import Refused, Settings
 from paravt_jax.surrogates import (
     Level,

@@ -16,43 +16,16 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int
 
-T = TypeVar("T")
-
-if TYPE_CHECKING:
-    ArrayLike = Any
-else:
-    ArrayLike = jax.Array | np.ndarray
-"""A batch is made with numpy on the host and moves to the device as a whole. Type checkers
-see `Any`: both kinds, and shapes that stand for them ahead of time, take the same operations."""
-
-
-def pytree(cls: type[T]) -> type[T]:
-    """Register a dataclass of arrays as a pytree.
-
-    Transformations put shapes, shardings or stacked arrays in the place of leaves. Unlike jax's
-    own registration this does not run `__init__` then, whose shapes pytest checks.
-    """
-    names = tuple(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
-
-    def flatten(value: T) -> tuple[list[tuple[Any, Any]], None]:
-        return [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names], None
-
-    def unflatten(_: None, leaves: Iterable[Any]) -> T:
-        value = object.__new__(cls)
-        for name, leaf in zip(names, leaves, strict=True):
-            object.__setattr__(value, name, leaf)
-        return value
-
-    jax.tree_util.register_pytree_with_keys(cls, flatten, unflatten)
-    return cls
+from paravt_jax.pytrees import ArrayLike, pytree
+from paravt_jax.shared_rows import Bounds, SharedRows
 
 
 class StopReason(enum.StrEnum):
@@ -392,47 +365,25 @@ class HiddenKeys:
         return blind[:, :, None] & jnp.asarray(self.kinds)[:, None, :keys] == 0
 
 
-@dataclasses.dataclass(frozen=True)
-class SharedPrefix:
-    """How a row holds a prompt once and then the streams that continue it, one in each lane:
-
-        prompt, right-padded | stream 1, right-padded | stream 2, right-padded | ...
-
-    A token of a lane sees the tokens of the prompt and those before it in its lane. Static.
-    """
-
-    prompt: int
-    """Slots of the prompt."""
-    lanes: int
-    """Streams of a row; they have equally many slots."""
-
-    def streams(
-        self, values: Shaped[ArrayLike, "rows t *shape"]
-    ) -> Shaped[ArrayLike, "b own *shape"]:
-        """What stands in the lanes, one row for each, those of a prompt being neighbours."""
-        own = values[:, self.prompt :]
-        return own.reshape(-1, own.shape[1] // self.lanes, *own.shape[2:])
-
-
 @pytree
 @dataclasses.dataclass(frozen=True)
 class LearnerBatch:
     """Token streams as the learner takes them: `b` streams in `b / g` groups of `g` neighbours.
 
-    Where streams share prompts, a row of tokens is a prompt and the lanes that continue it
-    (`SharedPrefix`), and what concerns one stream is about its lane, `[b, own]`: what comes after
-    the prompt. Else a row is one whole stream, or several packed ones, and `rows` is `b` and `own`
-    is `t`. Shapes alone tell which (`shared`).
+    Where streams share prompts, a row of tokens is a prompt and the streams that continue it
+    (`SharedRows`), and what concerns one stream is about its own tokens, `[b, own]`: what comes
+    after the prompt. Else a row is one whole stream, or several packed ones, and `rows` is `b` and
+    `own` is `t`. `shared` tells which.
 
-    Rows and lanes are right-padded. Vision comes once per group, either as patches (the tower runs
-    in the loss) or as features (it ran before, its weights do not train).
+    Rows and streams are right-padded. Vision comes once per group, either as patches (the tower
+    runs in the loss) or as features (it ran before, its weights do not train).
     """
 
     tokens: Int[ArrayLike, "rows t"]
     positions: Int[ArrayLike, "rows t 3"]
     vision_index: Int[ArrayLike, "rows t"]
     lengths: Int[ArrayLike, "b"]
-    """Tokens of each lane, or of each row where there are no lanes."""
+    """Tokens of each stream after its prompt, or of each row where streams are whole."""
     loss_weights: Float[ArrayLike, "b own"]
     """Weight of predicting the token at this index from those before it; 0 where not trained."""
     behaviour_log_probs: Float[ArrayLike, "b own"]
@@ -462,16 +413,24 @@ class LearnerBatch:
     """See `Choices.floors`; None without truncation."""
     grammar: Int[ArrayLike, "b own"] | None = None
     """See `Choices.grammar`; None without a grammar."""
+    starts: Int[ArrayLike, "b"] | None = None
+    """Where streams begin in the rows of their prompts; None where they are whole."""
+    bounds: Bounds | None = None
+    """Of such rows."""
     subagents: LearnerBatch | None = None
     """Rows of sub-agents that train with these, equally many for each group; None: they do not."""
 
     @property
-    def shared(self) -> SharedPrefix | None:
-        """Prompts and lanes; None where rows are whole streams."""
-        (rows, slots), (streams, own) = self.tokens.shape, self.loss_weights.shape
-        lanes = streams // rows
-        prompt = slots - lanes * own
-        return SharedPrefix(prompt, lanes) if prompt else None
+    def streams_per_row(self) -> int:
+        """Streams that stand in a row: 1 where they are whole."""
+        return self.loss_weights.shape[0] // self.tokens.shape[0]
+
+    @property
+    def shared(self) -> SharedRows | None:
+        """Where prompts and streams stand; None where rows are whole streams."""
+        if self.starts is None or self.bounds is None:
+            return None
+        return SharedRows(self.prompt_lengths, self.starts, self.lengths, self.bounds)
 
     @property
     def own_tokens(self) -> Int[ArrayLike, "b own"]:

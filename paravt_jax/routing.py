@@ -6,14 +6,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from paravt_jax.records import SharedPrefix
+from paravt_jax.shared_rows import SharedRows
 
 
 def load_balance(
     router_logits: Float[Array, "l rows t e"],
     valid: Bool[Array, "rows t"],
     per_token: int,
-    shared: SharedPrefix | None = None,
+    shared: SharedRows | None = None,
 ) -> Float[Array, " b"]:
     """The balance loss of each stream, mean over layers: 1 where all experts are used alike, up to
     `e / per_token` where the same ones serve every token.
@@ -41,11 +41,11 @@ def load_balance(
 
 
 def _per_stream(
-    values: Float[Array, "l rows t e"], shared: SharedPrefix | None
+    values: Float[Array, "l rows t e"], shared: SharedRows | None
 ) -> Float[Array, "l b e"]:
     """Sums over the tokens of each stream, its prompt included."""
     if shared is None:
         return jnp.sum(values, axis=2)
-    prompts = jnp.sum(values[:, :, : shared.prompt], axis=2)
-    own = jnp.sum(jax.vmap(shared.streams)(values), axis=2)
-    return jnp.repeat(prompts, shared.lanes, axis=1) + own
+    seen = shared.seen(values.shape[2]).astype(values.dtype)
+    sums = jnp.einsum("lrte,rnt->lrne", values, seen, precision="highest")
+    return sums.reshape(len(values), -1, values.shape[3])

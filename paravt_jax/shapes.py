@@ -35,3 +35,12 @@ def buckets(least: int, most: int, unit: int = 1) -> list[int]:
     while not found or found[-1] < last:
         found.append(bucket(found[-1] + 1 if found else least, unit, last))
     return found
+
+
+def ladder(least: int, most: int, unit: int, parts: int) -> list[int]:
+    """Sizes from `least` to `most`, multiples of `unit`, each larger than the one before by a share
+    of `1 / parts` or by a unit: where `bucket` would pad too much."""
+    found, last = [-(-least // unit) * unit], -(-most // unit) * unit
+    while found[-1] < last:
+        found.append(min(found[-1] + max(found[-1] // parts // unit, 1) * unit, last))
+    return found

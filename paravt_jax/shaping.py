@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.pytrees import ArrayLike, pytree
 
 DEAD = -1
 """In a table of automata: a token that the state does not allow."""

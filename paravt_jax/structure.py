@@ -39,7 +39,7 @@ from paravt_jax.protocol import (
     THINK_OPEN,
     call_syntax,
 )
-from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.pytrees import ArrayLike, pytree
 
 
 def anchor_tags(syntax: str = "tool_call") -> tuple[str, ...]:

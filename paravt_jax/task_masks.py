@@ -22,7 +22,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from paravt_jax.protocol import ANSWER_CLOSE, ANSWER_OPEN, GROUNDING_CLOSE, GROUNDING_OPEN
-from paravt_jax.records import ArrayLike, HiddenKeys
+from paravt_jax.pytrees import ArrayLike
+from paravt_jax.records import HiddenKeys
 from paravt_jax.structure import StructuralTokens, TagTable, structural_tokens
 
 FIRST_VIDEO, LATER_VIDEOS = 1, 2

@@ -26,6 +26,7 @@ from paravt_jax.records import (
 )
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket
+from paravt_jax.shared_rows import Bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,30 +122,35 @@ def learner_batch(
 def shared_batch(
     streams: Sequence[LearnerStream],
     *,
-    prompt: int,
-    own: int,
+    slots: int,
+    bounds: Bounds,
     pad_id: int,
     group_size: int,
-    lanes: int,
+    per_row: int,
     frames: int = 0,
     frame_patches: int = 0,
 ) -> LearnerBatch:
-    """Streams in rows of `lanes` neighbours that share a prompt, which stands there once; see
-    `SharedPrefix`.
+    """Streams in rows of `per_row` neighbours that share a prompt, which stands there once; see
+    `SharedRows`.
 
     Args:
-      prompt, own: slots of a row's prompt, and of each stream after it.
+      slots: of a row; see `row_starts`.
+      bounds: of prompts and streams.
       group_size: neighbours that share frames: those of their prompts, and then those that tool
         responses brought into each of them, whose number is padded to one of few.
-      lanes: divides it. In different rows prompts may differ in words.
+      per_row: divides it. In different rows prompts may differ in words.
       frames, frame_patches: see `learner_batch`.
 
     Raises:
-      ValueError: a prompt or what follows it is longer (the caller chose the bucket wrongly).
+      ValueError: a prompt, what follows it or a row is longer (the caller chose the bucket
+        wrongly).
     """
-    heads = [stream.prompt for stream in streams[::lanes]]
-    _check_fit("a prompt", [len(head.tokens) for head in heads], prompt)
-    _check_fit("what follows a prompt", [len(stream.tokens) for stream in streams], own)
+    heads = [stream.prompt for stream in streams[::per_row]]
+    prompts, owns = ([len(x.tokens) for x in part] for part in (heads, streams))
+    starts, ends = row_starts(prompts, owns, bounds.unit)
+    _check_fit("a prompt", prompts, bounds.prompt)
+    _check_fit("what follows a prompt", owns, bounds.own)
+    _check_fit("a prompt with what follows it", ends, slots)
     blocks = [own_block(stream.tokens, stream.shown) for stream in streams]
     groups = [
         join_blocks([streams[at].prompt, *blocks[at : at + group_size]])
@@ -152,26 +158,46 @@ def shared_batch(
     ]
     room = _room(groups, frames, any(stream.shown for stream in streams))
     patches, grids, width = _frames(groups, room, frame_patches)
-    starts = [next_position(stream.prompt.positions) for stream in streams]
-    positions = [block.positions + start for block, start in zip(blocks, starts, strict=True)]
-    index = [restride(head, width) for head in heads], _own_index(groups, blocks, width)
+    first = [next_position(stream.prompt.positions) for stream in streams]
+    positions = [block.positions + start for block, start in zip(blocks, first, strict=True)]
 
-    def row(before: Sequence[np.ndarray], after: Sequence[np.ndarray], fill: int = 0) -> np.ndarray:
-        behind = _rows(after, own, fill)
-        behind = behind.reshape(len(heads), lanes * own, *behind.shape[2:])
-        return np.concatenate([_rows(before, prompt, fill), behind], axis=1)
+    def rows(
+        before: Sequence[np.ndarray], after: Sequence[np.ndarray], fill: int = 0
+    ) -> np.ndarray:
+        out = _rows(before, slots, fill)
+        for number, (start, values) in enumerate(zip(starts, after, strict=True)):
+            out[number // per_row, start : start + len(values)] = values
+        return out
 
     return dataclasses.replace(
-        blank_batch(len(heads), prompt + lanes * own, len(streams), own),
-        tokens=row([head.tokens for head in heads], [block.tokens for block in blocks], pad_id),
-        positions=row([head.positions for head in heads], positions),
-        vision_index=row(*index, -1),
-        lengths=np.array([len(block.tokens) for block in blocks], np.int32),
+        blank_batch(len(heads), slots, len(streams), bounds.own),
+        tokens=rows([head.tokens for head in heads], [block.tokens for block in blocks], pad_id),
+        positions=rows([head.positions for head in heads], positions),
+        vision_index=rows(
+            [restride(head, width) for head in heads], _own_index(groups, blocks, width), -1
+        ),
+        lengths=np.array(owns, np.int32),
         patches=patches,
         grids=grids,
-        prompt_lengths=np.array([len(head.tokens) for head in heads], np.int32),
-        **_values(streams, [0] * len(streams), own),
+        prompt_lengths=np.array(prompts, np.int32),
+        starts=np.array(starts, np.int32),
+        bounds=bounds,
+        **_values(streams, [0] * len(streams), bounds.own),
     )
+
+
+def row_starts(
+    prompts: Sequence[int], owns: Sequence[int], unit: int
+) -> tuple[list[int], list[int]]:
+    """Where streams of these lengths begin in the rows of their prompts, at multiples of `unit`,
+    equally many neighbours in each; and where the rows end."""
+    starts, ends, per_row = [], [], len(owns) // len(prompts)
+    for row, end in enumerate(prompts):
+        for own in owns[row * per_row : (row + 1) * per_row]:
+            starts.append(-(-end // unit) * unit)
+            end = starts[-1] + own
+        ends.append(end)
+    return starts, ends
 
 
 def _own_index(

@@ -16,7 +16,7 @@ from paravt_jax.lora import is_adapter
 from paravt_jax.mesh import AnyMesh
 from paravt_jax.moments import weight_of
 from paravt_jax.parts import SEEN, part_of
-from paravt_jax.records import pytree
+from paravt_jax.pytrees import pytree
 from train.model import ModelSettings
 
 FlatParams = dict[str, Array]

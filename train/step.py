@@ -21,7 +21,8 @@ from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.log_probs import UNSHAPED, gathered_log_probs, preceding
 from paravt_jax.mesh import constrain
 from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
-from paravt_jax.records import ArrayLike, LearnerBatch, VisionFeatures
+from paravt_jax.pytrees import ArrayLike
+from paravt_jax.records import LearnerBatch, VisionFeatures
 from paravt_jax.routing import load_balance
 from paravt_jax.shaping import Shaping
 from train.state import FlatParams, TrainState
@@ -50,15 +51,10 @@ def batch_log_probs(
         policy.head(params),
         temperature=temperature,
         budget=budget,
-        lanes=lanes(batch),
+        lanes=batch.streams_per_row,
         shaping=shaping,
     )
     return log_probs, entropy, _balance(policy, router_logits, batch)
-
-
-def lanes(batch: LearnerBatch) -> int:
-    """Streams in a row of the batch."""
-    return batch.loss_weights.shape[0] // batch.tokens.shape[0]
 
 
 def shaping_of(batch: LearnerBatch, penalty: float, table: ArrayLike | None) -> Shaping:
@@ -87,9 +83,8 @@ def batch_hidden(
         batch.segments,
         batch.hidden_keys,
         batch.shared,
-        batch.prompt_lengths,
     )
-    return preceding(hidden, batch.shared, batch.prompt_lengths), router_logits
+    return preceding(hidden, batch.shared), router_logits
 
 
 def _balance(policy: TrainablePolicy, router_logits: Array | None, batch: LearnerBatch) -> Array:
@@ -100,11 +95,10 @@ def _balance(policy: TrainablePolicy, router_logits: Array | None, batch: Learne
 
 def _real(batch: LearnerBatch) -> Bool[Array, "rows t"]:
     """Which tokens are no padding."""
-    own = jnp.arange(batch.loss_weights.shape[1])[None] < batch.lengths[:, None]
-    if batch.shared is None:
-        return own
-    prompt = jnp.arange(batch.shared.prompt)[None] < jnp.asarray(batch.prompt_lengths)[:, None]
-    return jnp.concatenate([prompt, own.reshape(len(prompt), -1)], axis=1)
+    slots = batch.tokens.shape[1]
+    if batch.shared is not None:
+        return batch.shared.segments(slots) >= 0
+    return jnp.arange(slots)[None] < jnp.asarray(batch.lengths)[:, None]
 
 
 def _row_features(

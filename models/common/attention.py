@@ -7,19 +7,24 @@ that XLA compiles (ADR 25).
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from models.common import cudnn, splash
 from models.common.products import precision
-from paravt_jax.records import HiddenKeys, SharedPrefix
+from paravt_jax.records import HiddenKeys
+from paravt_jax.shared_rows import SharedRows
 
 QUERY_CHUNK = 96
 """Causal attention is computed in chunks of queries that see only the keys before their end:
 at 368 tokens that skips three eighths of the products."""
+
+STREAM_CHUNK = 416
+"""Queries of streams that meet their prompt in one product."""
 
 UNROLLED = 4096
 """Chunks of rows of more tokens are computed in loops: unrolled, each takes seconds to compile (a
@@ -44,7 +49,7 @@ def attend(
     key_lengths: Int[Array, " b"] | None = None,
     segments: Int[Array, "b s"] | None = None,
     hidden_keys: HiddenKeys | None = None,
-    shared: SharedPrefix | None = None,
+    shared: SharedRows | None = None,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`.
 
@@ -54,19 +59,12 @@ def attend(
     Where queries and keys are the same tokens, what is mixed for those beyond `key_lengths` means
     nothing.
 
-    With `shared`, queries and keys are rows of prompts, of `key_lengths` tokens, and of the streams
-    that continue them, causal as `SharedPrefix` says; the keys of a prompt are there once, whatever
-    the number of streams. Other masks do not go with it.
+    With `shared`, queries and keys are rows of prompts and of the streams that continue them, each
+    of which sees its prompt and itself up to each query (`SharedRows`); the keys of a prompt are
+    there once, whatever the number of streams. Other masks do not go with it.
     """
-    if shared is not None and key_lengths is not None:
-        if splash.serves(query, key):
-            layout = {"lanes": shared.lanes, "prompt": shared.prompt, "causal": True}
-            padding = jnp.where(_no_padding(query.shape[1], shared, key_lengths), 0, -1)
-            return splash.attend(query, key, value, segments=padding, **layout)
-        if cudnn.serves(query, key):
-            lanes, prompt = shared.lanes, shared.prompt
-            return cudnn.attend(query, key, value, lengths=key_lengths, lanes=lanes, prompt=prompt)
-        return _shared(query, key, value, shared, key_lengths)
+    if shared is not None:
+        return _shared(query, key, value, shared)
     if hidden_keys is None and splash.serves(query, key):
         segments = _within(key_lengths, key.shape[1], segments)
         return splash.attend(query, key, value, causal=causal, segments=segments)
@@ -100,10 +98,11 @@ def visibility(
     key_lengths: Int[Array, " b"] | None = None,
     segments: Int[Array, "b tokens"] | None = None,
     hidden_keys: HiddenKeys | None = None,
+    shared: bool = False,
 ) -> Bool[Array, "#b #t s"] | None:
     """Which keys each query sees (see `attend`), the first query being number `first`; None when
-    all are visible. This is the only place that decides it: kernels that take segment ids
-    (splash, cuDNN) get them as they are."""
+    all are visible. With `shared`, segment 0 is seen by all. This is the only place that decides
+    it: kernels that take segment ids (splash, cuDNN) get them as they are."""
     slots, masks = jnp.arange(keys, dtype=jnp.int32), []
     if key_lengths is not None:
         masks.append(slots[None, None, :] < key_lengths[:, None, None])
@@ -112,7 +111,8 @@ def visibility(
         masks.append((slots[None] <= last[:, None])[None])
     if segments is not None:
         asking = jax.lax.dynamic_slice_in_dim(segments, first, queries, axis=1)
-        masks.append(asking[:, :, None] == segments[:, None, :keys])
+        told = segments[:, None, :keys]
+        masks.append((asking[:, :, None] == told) | ((told == 0) & shared))
     if hidden_keys is not None:
         masks.append(hidden_keys.visible(queries, keys, first))
     return functools.reduce(jnp.logical_and, masks) if masks else None
@@ -129,26 +129,37 @@ def reference(
     Weights are normalised after they mixed the values: that touches `h` numbers per query
     instead of `s`, which halves the time of the backward pass on CPU.
     """
-    b, t, n, h = query.shape
-    k, exact = key.shape[2], precision(query.dtype)
+    mixed, _, total = _weighed(query, key, value, visible)
+    return _tokens_first(mixed / total[..., None]).astype(query.dtype)
+
+
+def _weighed(
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b s k h"],
+    value: Float[Array, "b s k h"],
+    visible: Bool[Array, "#b #t s"] | None,
+) -> tuple[Float[Array, "b k g t h"], Float[Array, "b k g t"], Float[Array, "b k g t"]]:
+    """Values mixed with weights `exp(score - largest)`, the largest score of each query, and the
+    sum of its weights; float32."""
+    (b, t, n, h), k = query.shape, key.shape[2]
+    exact, groups = precision(query.dtype), (b, k, n // k, t)
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
     key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
     scores = jnp.einsum("bkqh,bksh->bkqs", grouped, key, precision=exact)
-    weights = _unnormalised(scores.reshape(b, k, n // k, t, -1), h, visible).reshape(scores.shape)
-    mixed = jnp.einsum("bkqs,bksh->bkqh", weights.astype(value.dtype), value, precision=exact)
-    mixed = mixed.astype(jnp.float32) / jnp.sum(weights, axis=-1, keepdims=True)
-    mixed = mixed.reshape(b, k, n // k, t, h).transpose(0, 3, 1, 2, 4)
-    return mixed.reshape(b, t, n, h).astype(query.dtype)
-
-
-def _unnormalised(
-    scores: Float[Array, "b k g t s"], h: int, visible: Bool[Array, "#b #t s"] | None
-) -> Float[Array, "b k g t s"]:
-    """Exponentials of the scaled scores, the largest of each query being 1."""
-    scores = scores.astype(jnp.float32) * h**-0.5
+    scores = scores.reshape(*groups, -1).astype(jnp.float32) * h**-0.5
     if visible is not None:
         scores = jnp.where(visible[:, None, None], scores, HIDDEN)
-    return jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    # Any number would do: it has no gradient.
+    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - largest[..., None])
+    flat = weights.reshape(*grouped.shape[:3], -1).astype(value.dtype)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", flat, value, precision=exact)
+    mixed = mixed.astype(jnp.float32).reshape(*groups, h)
+    return mixed, largest, jnp.sum(weights, axis=-1)
+
+
+def _tokens_first(x: Shaped[Array, "b k g t *h"]) -> Shaped[Array, "b t n *h"]:
+    return jnp.moveaxis(x, 3, 1).reshape(x.shape[0], x.shape[3], -1, *x.shape[4:])
 
 
 def _causal_chunks(
@@ -174,6 +185,7 @@ def _causal_loops(
     value: Array,
     segments: Array | None,
     hidden_keys: HiddenKeys | None,
+    shared: bool = False,
 ) -> Array:
     """As `_causal_chunks`, in a few loops; a chunk's weights are computed again in the backward
     pass."""
@@ -191,9 +203,7 @@ def _causal_loops(
         @jax.checkpoint
         def chunk(number_and_query: tuple[Array, Array]) -> Array:
             first, query = number_and_query[0] * QUERY_CHUNK, number_and_query[1]
-            visible = visibility(
-                QUERY_CHUNK, end, True, first, segments=segments, hidden_keys=hidden_keys
-            )
+            visible = visibility(QUERY_CHUNK, end, True, first, None, segments, hidden_keys, shared)
             return reference(query, key[:, :end], value[:, :end], visible)
 
         return jax.lax.map(chunk, (jnp.asarray(numbers), chunks[numbers[0] : numbers[-1] + 1]))
@@ -203,73 +213,65 @@ def _causal_loops(
     return mixed.swapaxes(0, 1).reshape(b, -1, *query.shape[2:])[:, :t]
 
 
-def _no_padding(slots: int, shared: SharedPrefix, lengths: Int[Array, " b"]) -> Bool[Array, "b t"]:
-    """Which slots are no padding of a prompt. That of a lane stands behind all of its tokens, where
-    none sees it."""
-    at = jnp.arange(slots)[None]
-    return (at >= shared.prompt) | (at < lengths[:, None])
-
-
 def _shared(
     query: Float[Array, "b t n h"],
     key: Float[Array, "b t k h"],
     value: Float[Array, "b t k h"],
-    shared: SharedPrefix,
-    lengths: Int[Array, " b"],
+    shared: SharedRows,
 ) -> Float[Array, "b t n h"]:
-    """Prompts among themselves, then lanes to prompts and to themselves, in chunks of queries."""
-    p, own = shared.prompt, (query.shape[1] - shared.prompt) // shared.lanes
-    prompts = attend(query[:, :p], key[:, :p], value[:, :p], causal=True)
-    queries = _by_lane(query[:, p:], shared.lanes, key.shape[2])
-    keys, values = (_by_lane(x[:, p:], shared.lanes, x.shape[2]) for x in (key, value))
-    before = tuple(x[:, :p].swapaxes(1, 2) for x in (key, value))
-    in_prompt = _no_padding(p, shared, lengths)[:, None, None, None]
-    chunks = []
+    """Rows of prompts and streams. Splash takes them as they are; cuDNN wants each stream in a lane
+    of its own, as long as the longest."""
+    slots, lanes = query.shape[1], shared.per_row
+    if splash.serves(query, key) and splash.holds(shared.bounds):
+        return splash.attend(query, key, value, causal=True, shared=shared)
+    if cudnn.serves(query, key):
+        inputs = [shared.in_lanes(x) for x in (query, key, value)]
+        layout = {"lanes": lanes, "prompt": inputs[0].shape[1] - lanes * shared.bounds.own}
+        lengths = jnp.asarray(shared.prompt_lengths)
+        return shared.out_of_lanes(cudnn.attend(*inputs, lengths=lengths, **layout), slots)
+    if slots > UNROLLED:
+        return _causal_loops(query, key, value, shared.segments(slots), None, True)
+    far, near = _to_prompts(query, key, value, shared), _to_streams(query, key, value, shared)
+    return merge(far, near).astype(query.dtype)
+
+
+def _to_prompts(query: Array, key: Array, value: Array, shared: SharedRows) -> Partial:
+    """Attention of all tokens to their prompts: those of streams meet one copy of the keys, many of
+    them in one product."""
+    slots, start, parts = query.shape[1], 0, []
+    prompt = min(shared.bounds.prompt, slots)
+    told = (shared.segments(slots)[:, :prompt] == 0)[:, None]
+    while start < slots:
+        within = start < prompt
+        end = min(start + QUERY_CHUNK, prompt) if within else min(start + STREAM_CHUNK, slots)
+        keys = min(end, prompt)
+        causal = visibility(end - start, keys, within, start)
+        seen = told[..., :keys] if causal is None else told[..., :keys] & causal
+        parts.append(_weighed(query[:, start:end], key[:, :keys], value[:, :keys], seen))
+        start = end
+    return _joined(parts)
+
+
+def _to_streams(query: Array, key: Array, value: Array, shared: SharedRows) -> Partial:
+    """Attention of all tokens to their streams, each of which is read in a row of its own; nothing
+    where a prompt stands."""
+    slots, own, parts = query.shape[1], shared.bounds.own, []
+    query, key, value = (shared.streams(x) for x in (query, key, value))
     for start in range(0, own, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, own)
-        after = tuple(x[:, :, :, 0, :end] for x in (keys, values))
-        visible = jnp.arange(end)[None] <= jnp.arange(start, end)[:, None]
-        in_lane = jnp.tile(visible, (queries.shape[3], 1))[None, None, None]
-        chunks.append(_two_parts(queries[..., start:end, :], before, after, in_prompt, in_lane))
-    lanes = jnp.concatenate(chunks, axis=4).transpose(0, 2, 4, 1, 3, 5)
-    return jnp.concatenate([prompts, lanes.reshape(query[:, p:].shape)], axis=1)
+        visible = visibility(end - start, end, True, start)
+        parts.append(_weighed(query[:, start:end], key[:, :end], value[:, :end], visible))
+    mixed, largest, total = _joined(parts)
+    back = shared.in_rows(mixed, slots), shared.in_rows(total, slots)
+    return back[0], shared.in_rows(largest, slots, HIDDEN), back[1]
 
 
-def _by_lane(
-    x: Float[Array, "b t n h"], lanes: int, kv: int
-) -> Float[Array, "b k lanes grouped own h"]:
-    """What stands in lanes, heads first."""
-    b, _, n, h = x.shape
-    return x.reshape(b, lanes, -1, kv, n // kv, h).transpose(0, 3, 1, 4, 2, 5)
-
-
-def _two_parts(
-    query: Float[Array, "b k lanes grouped c h"],
-    before: tuple[Float[Array, "b k p h"], ...],
-    after: tuple[Float[Array, "b k lanes s h"], ...],
-    in_prompt: Bool[Array, "b 1 1 1 p"],
-    in_lane: Bool[Array, "1 1 1 q s"],
-) -> Float[Array, "b k lanes grouped c h"]:
-    """`reference` over the keys of a prompt and those of each lane, with one softmax: the queries
-    of all lanes meet one copy of the prompt's keys in one product."""
-    b, k, lanes, grouped, c, h = query.shape
-    exact = precision(query.dtype)
-    together, apart = query.reshape(b, k, -1, h), query.reshape(b, k, lanes, -1, h)
-    first = jnp.einsum("bkqh,bksh->bkqs", together, before[0], precision=exact)
-    second = jnp.einsum("bklqh,bklsh->bklqs", apart, after[0], precision=exact)
-    parts = first.reshape(b, k, lanes, grouped * c, -1), second
-    scores = [
-        jnp.where(visible, part.astype(jnp.float32) * h**-0.5, HIDDEN)
-        for part, visible in zip(parts, (in_prompt, in_lane), strict=True)
-    ]
-    largest = functools.reduce(jnp.maximum, (jnp.max(x, axis=-1, keepdims=True) for x in scores))
-    weights = [jnp.exp(x - jax.lax.stop_gradient(largest)) for x in scores]
-    first, second = (x.astype(query.dtype) for x in weights)
-    first = first.reshape(b, k, lanes * grouped * c, -1)
-    mixed = jnp.einsum("bkqs,bksh->bkqh", first, before[1], precision=exact).reshape(apart.shape)
-    mixed += jnp.einsum("bklqs,bklsh->bklqh", second, after[1], precision=exact)
-    total = sum(jnp.sum(x, axis=-1, keepdims=True) for x in weights)
-    return (mixed.astype(jnp.float32) / total).reshape(query.shape).astype(query.dtype)
+def _joined(parts: Sequence[tuple[Array, Array, Array]]) -> Partial:
+    """What was found for several runs of queries, tokens first."""
+    mixed, largest, total = (
+        _tokens_first(jnp.concatenate(part, axis=3)) for part in zip(*parts, strict=True)
+    )
+    return mixed, largest, total
 
 
 Partial = tuple[Float[Array, "b k q h"], Float[Array, "b k q"], Float[Array, "b k q"]]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Shaped
+from jaxtyping import Array, Float
 
 from paravt_jax.mesh import partition
 
@@ -17,9 +18,10 @@ def on_mesh(
     query: Float[Array, "b t n h"],
     key: Float[Array, "b s k h"],
     value: Float[Array, "b s k h"],
-    rows: Shaped[Array, "b *of_row"] | None = None,
+    rows: Any = None,
 ) -> Float[Array, "b t n h"]:
-    """`attend(query, key, value, rows)`, by each device of the active mesh on its rows and heads.
+    """`attend(query, key, value, rows)`, by each device of the active mesh on its rows and heads;
+    `rows` are arrays `[b, ...]`, if any.
 
     Keys and values are repeated where the mesh splits the queries' heads further than theirs.
     """
@@ -31,9 +33,9 @@ def on_mesh(
     if copies > 1:
         key, value = jnp.repeat(key, copies, axis=2), jnp.repeat(value, copies, axis=2)
     specs = [partition(shape, ("batch", None, "heads", None), x.shape) for x in (query, key, value)]
-    of_rows = None
-    if rows is not None:
-        of_rows = partition(shape, ("batch", *[None] * (rows.ndim - 1)), rows.shape)
+    of_rows = jax.tree.map(
+        lambda x: partition(shape, ("batch", *[None] * (x.ndim - 1)), x.shape), rows
+    )
     mapped = jax.shard_map(
         attend, mesh=mesh, in_specs=(*specs, of_rows), out_specs=specs[0], check_vma=False
     )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int
 
 from models.common.kernels import on_mesh
 from paravt_jax.mesh import platform
+from paravt_jax.shared_rows import TILE, Bounds, SharedRows
 
 WIDTH = 128
 """Numbers side by side in a register of a TPU: heads and blocks are multiples of it."""
@@ -39,52 +40,73 @@ no room for the scores."""
 SHORT = 256
 """Rows of fewer tokens are left to XLA: a block would be mostly padding."""
 
-LANE_SHIFT = 18
-"""A query is told to the kernel as one number: its slot, and above these bits its lane."""
+SHIFT = TILE.bit_length() - 1
+SLOT_BITS, TILE_BITS = 17, 7
+"""A query is told to the kernel as one number of 31 bits: its slot, by how many tiles its stream
+began before, and the tiles of its prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
 class StaticMask(masks.Mask):
     """What queries may see by where they stand; the kernel computes it from numbers of slots.
 
-    With `lanes`, rows hold a prompt and then as many lanes, and a query sees the keys before it in
-    the prompt and in its own lane. The kernel has no integer division: a query brings its lane.
+    With `own`, rows hold prompts and streams: of what is known when a program is compiled, a query
+    may see the first `prompt` keys and the last `own` before it. What it does see is told when it
+    runs, by `told`; and the kernel has no integer division.
     """
 
     slots: int
-    prompt: int
-    own: int
-    """Slots of a lane; 0 without lanes."""
+    prompt: int = 0
+    own: int = 0
+    """0 without streams."""
 
     @property
     def shape(self) -> tuple[int, int]:
         return self.slots, self.slots
 
-    @functools.cached_property
+    @property
     def q_sequence(self) -> np.ndarray:
-        slots = np.arange(self.slots, dtype=np.int32)
-        lanes = np.maximum(slots - self.prompt, 0) // self.own if self.own else 0 * slots
-        return slots + (lanes << LANE_SHIFT)
+        return np.arange(self.slots, dtype=np.int32)
 
     def mask_function(
         self, query: Array | np.ndarray, key: Array | np.ndarray
     ) -> Array | np.ndarray:
         if not self.own:
             return query >= key
-        slot, lane = query & ((1 << LANE_SHIFT) - 1), query >> LANE_SHIFT
-        return (slot >= key) & ((key < self.prompt) | (key >= self.prompt + lane * self.own))
+        slot, age = query & ((1 << SLOT_BITS) - 1), (query >> SLOT_BITS) & ((1 << TILE_BITS) - 1)
+        begin = ((slot >> SHIFT) - age) << SHIFT
+        prompt = (query >> (SLOT_BITS + TILE_BITS)) << SHIFT
+        return (slot >= key) & ((key < prompt) | (key >= begin))
 
     def __getitem__(self, blocks: tuple[slice, slice]) -> np.ndarray:
-        keys = np.arange(*blocks[1].indices(self.slots), dtype=np.int32)
-        return np.asarray(self.mask_function(self.q_sequence[blocks[0]][:, None], keys[None]))
+        query = self.q_sequence[blocks[0]][:, None]
+        key = np.arange(*blocks[1].indices(self.slots), dtype=np.int32)[None]
+        near = (key < self.prompt) | (key > query - max(self.own, TILE)) | (not self.own)
+        return (query >= key) & near
+
+
+def told(shared: SharedRows, slots: int) -> Int[Array, "rows slots"]:
+    """What the mask of rows with streams is told of each query."""
+    segments, at = shared.segments(slots), jnp.arange(slots, dtype=jnp.int32)[None]
+    begins = jnp.where(segments >= 0, shared.begins(slots), at)
+    prompts = -(-jnp.asarray(shared.prompt_lengths) // TILE)[:, None]
+    # A prompt is no stream that began before: all of it up to a query is its prompt.
+    ages = jnp.where(segments > 0, at // TILE - begins // TILE, 0)
+    return at | (ages << SLOT_BITS) | (prompts << (SLOT_BITS + TILE_BITS))
 
 
 def serves(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool:
     """Whether `attend` takes these: on a TPU, tokens of a row among themselves, 16 bits. The kernel
     multiplies 16 bits at a time whatever it is given: float32 stays with what is exact."""
     narrow = query.dtype == key.dtype == jnp.bfloat16
-    same = query.shape[1] == key.shape[1] and SHORT <= query.shape[1] < 1 << LANE_SHIFT
+    same = query.shape[1] == key.shape[1] and SHORT <= query.shape[1] < 1 << SLOT_BITS
     return platform() == "tpu" and narrow and same
+
+
+def holds(bounds: Bounds) -> bool:
+    """Whether `told` can tell of rows within these bounds."""
+    most = ((1 << TILE_BITS) - 1) * TILE
+    return bounds.unit % TILE == 0 and max(bounds.prompt, bounds.own) <= most
 
 
 def attend(
@@ -93,31 +115,35 @@ def attend(
     value: Float[Array, "b t k h"],
     *,
     causal: bool,
-    lanes: int = 0,
-    prompt: int = 0,
+    shared: SharedRows | None = None,
     segments: Int[Array, "b t"] | None = None,
     interpret: bool = False,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`, of tokens among themselves.
 
-    Queries see keys of their own segment; when `causal`, those up to themselves, and with `lanes`
-    (which are causal) only what `StaticMask` says. Splits rows and heads over the active mesh.
+    Queries see keys of their own segment; when `causal`, those up to themselves, and where prompts
+    are `shared` (then it is causal, and without segments), of these only those of their prompt and
+    of their stream. Splits rows and heads over the active mesh.
 
     Args:
-      lanes: equal parts of what follows the first `prompt` slots of each row.
       interpret: emulate the kernel, for tests without a TPU.
     """
     t = query.shape[1]
     padded, block = padded_length(t)
-    own = (t - prompt) // lanes if lanes else 0
-    mask = StaticMask(padded, prompt, own) if causal else masks.FullMask((padded, padded))
+    numbers = None if shared is None else told(shared, padded)
+    if shared is not None:
+        # Streams end before their last tile does, and prompts.
+        segments = jnp.minimum(shared.segments(t), 0)
+    bounds = (0, 0) if shared is None else (shared.bounds.prompt, shared.bounds.own)
+    mask = StaticMask(padded, *bounds) if causal else masks.FullMask((padded, padded))
     kernel = _kernel(mask, block, interpret)
     if segments is None and padded > t and not causal:
         segments = jnp.zeros((query.shape[0], t), jnp.int32)
     if segments is not None:
         # Padding is a segment of its own: its queries must see something.
         segments = jnp.pad(segments, [(0, 0), (0, padded - t)], constant_values=-1)
-    return on_mesh(functools.partial(_rows, kernel, padded), query, key, value, segments)
+    rows = functools.partial(_rows, kernel, padded)
+    return on_mesh(rows, query, key, value, (segments, numbers))
 
 
 def padded_length(tokens: int) -> tuple[int, int]:
@@ -135,7 +161,7 @@ def padded_length(tokens: int) -> tuple[int, int]:
 
 
 @functools.lru_cache(maxsize=64)
-def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
+def _kernel(mask: masks.Mask, block: int, interpret: bool) -> kernels.SplashAttentionKernel:
     """The kernel, which visits the blocks in which a query may see a key. They are found in numpy,
     once for a mask: a second or two at 20,000 tokens."""
     inner = block // 2 if block in BLOCKS else block
@@ -154,6 +180,11 @@ def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
     heads, shards = masks.MultiHeadMask([mask]), {"head_shards": 1, "q_seq_shards": 1}
     queries, function = process_mask(heads, (block, block), **shards)
     keys, _ = process_mask_dkv(heads, (block, block), **shards)
+    if isinstance(mask, StaticMask) and mask.own:
+        # What may be seen need not be: no block is taken as it is.
+        queries, keys = (
+            info._replace(block_mask=np.minimum(info.block_mask, 1)) for info in (queries, keys)
+        )
     return kernels.SplashAttentionKernel(
         queries,
         queries,
@@ -170,22 +201,36 @@ def _kernel(mask: masks.Mask, block: int, interpret: bool) -> Callable:
 
 
 def _rows(
-    kernel: Callable,
+    kernel: kernels.SplashAttentionKernel,
     slots: int,
     query: Float[Array, "b t n h"],
     key: Float[Array, "b t k h"],
     value: Float[Array, "b t k h"],
-    segments: Int[Array, "b slots"] | None,
+    of_rows: tuple[Int[Array, "b slots"] | None, Int[Array, "b slots"] | None],
 ) -> Float[Array, "b t n h"]:
     t, h = query.shape[1], query.shape[3]
 
-    def row(query: Array, key: Array, value: Array, segments: Array | None) -> Array:
+    def row(
+        query: Array, key: Array, value: Array, of_row: tuple[Array | None, Array | None]
+    ) -> Any:
+        segments, numbers = of_row
         ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
-        return kernel(query, key, value, segment_ids=ids)
+        own = kernel if numbers is None else _told(kernel, numbers)
+        return own(query, key, value, segment_ids=ids)
 
     query, key, value = (_heads_first(x, slots) for x in (query * h**-0.5, key, value))
-    mixed = jax.vmap(row)(query, key, value, segments)
+    mixed = jax.vmap(row)(query, key, value, of_rows)
     return mixed.swapaxes(1, 2)[:, :t, :, :h]
+
+
+def _told(
+    kernel: kernels.SplashAttentionKernel, numbers: Int[Array, " slots"]
+) -> kernels.SplashAttentionKernel:
+    """The kernel with other numbers for its mask to work with."""
+    infos: Any = kernel.fwd_mask_info, kernel.dq_mask_info, kernel.dkv_mask_info
+    return kernels.SplashAttentionKernel(
+        *(info._replace(q_sequence=numbers) for info in infos), **kernel.kwargs
+    )
 
 
 def _heads_first(x: Float[Array, "b t n h"], slots: int) -> Float[Array, "b n slots w"]:

@@ -34,7 +34,7 @@ from models.common.safetensors_io import (
 )
 from paravt_jax.array_store import StoredArray, boxes
 from paravt_jax.params import Box, Params, ParamSpec, Table, param_shardings
-from paravt_jax.records import ArrayLike
+from paravt_jax.pytrees import ArrayLike
 
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 MAX_SHARD_BYTES = 5 * 2**30

@@ -9,7 +9,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from models.qwen3_vl.config import Qwen3VLConfig
-from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.rope_index import mrope_positions, vision_index
 
 

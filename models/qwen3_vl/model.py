@@ -26,7 +26,8 @@ from paravt_jax.kv_cache import CacheArray, KVCache, whole_tiles
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
-from paravt_jax.records import ArrayLike, HiddenKeys, SharedPrefix, VisionFeatures
+from paravt_jax.records import HiddenKeys, VisionFeatures
+from paravt_jax.shared_rows import SharedRows
 
 
 class Qwen3VL(Weighted):
@@ -205,8 +206,7 @@ class Qwen3VLPolicy:
         features: VisionFeatures | None = None,
         segments: Int[Array, "b t"] | None = None,
         hidden_keys: HiddenKeys | None = None,
-        shared: SharedPrefix | None = None,
-        prompt_lengths: Int[ArrayLike, " b"] | None = None,
+        shared: SharedRows | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of the sparse layers, None for a dense model; see
         `TrainablePolicy.hidden_and_router`."""
@@ -215,7 +215,6 @@ class Qwen3VLPolicy:
             segments=segments,
             hidden_keys=hidden_keys,
             shared=shared,
-            prompt_lengths=None if shared is None else jnp.asarray(prompt_lengths),
         )
         with jax.named_scope("language_model"):
             hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features, context)

@@ -22,7 +22,8 @@ from paravt_jax.kv_cache import KVCache
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import constrain, platform
 from paravt_jax.params import Normal, declare, stack
-from paravt_jax.records import HiddenKeys, SharedPrefix, VisionFeatures
+from paravt_jax.records import HiddenKeys, VisionFeatures
+from paravt_jax.shared_rows import SharedRows
 
 HF = "model.language_model."
 
@@ -46,10 +47,8 @@ class AttentionContext:
     """Which of several streams in one row each token belongs to: it attends to its own alone."""
     hidden_keys: HiddenKeys | None = None
     """What some tokens of the block may not attend to besides."""
-    shared: SharedPrefix | None = None
+    shared: SharedRows | None = None
     """The block is rows of a prompt and the streams that continue it; None: of whole streams."""
-    prompt_lengths: Int[Array, " b"] | None = None
-    """Tokens of these prompts."""
 
 
 KeysAndValues = tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]
@@ -93,7 +92,6 @@ class Attention(nnx.Module):
                 segments=context.segments,
                 hidden_keys=context.hidden_keys,
                 shared=context.shared,
-                key_lengths=context.prompt_lengths,
             )
         kept = (key, value) if context.keep else None
         return self.out(mixed.reshape(*x.shape[:2], -1)), context, kept

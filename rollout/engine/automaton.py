@@ -20,7 +20,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Int
 
 from paravt_jax.protocol import TURN_START
-from paravt_jax.records import ArrayLike
+from paravt_jax.pytrees import ArrayLike
 from rollout.engine.grammar import DEAD, ByteAutomaton, finder
 from rollout.engine.sampler import SamplingConfig
 

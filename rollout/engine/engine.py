@@ -26,7 +26,8 @@ from jaxtyping import Array, Bool, Float, Int
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.kv_cache import SLOT_AXES, KVCache
 from paravt_jax.mesh import AnyMesh, constrain, sharding, split_before_copy
-from paravt_jax.records import ArrayLike, VisionFeatures, pytree
+from paravt_jax.pytrees import ArrayLike, pytree
+from paravt_jax.records import VisionFeatures
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from paravt_jax.protocol import THINK_OPEN, CallSyntax, call_syntax
-from paravt_jax.records import ArrayLike
+from paravt_jax.pytrees import ArrayLike
 from paravt_jax.shaping import DEAD
 
 LONGEST_SPACE = 2

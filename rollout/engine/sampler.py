@@ -22,7 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from paravt_jax import ranges
-from paravt_jax.records import ArrayLike, pytree
+from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.settings import Refused, Settings
 from paravt_jax.shaping import penalised, within
 

@@ -103,7 +103,7 @@ def test_prompts_are_those_of_training_token_for_token(cache, model):
         own = parts.renderer.main_prompt(row, shown, tools=True)
         assert prompt.tokens.tolist() == own.tokens.tolist()
         assert (prompt.patches.values == own.patches.values).all()
-        assert make.length(sample) == len(prompt.tokens)
+        assert make.size(sample) == (len(prompt.tokens), prompt.patches.values.shape[1])
         assert (frames, ready.pixels, ready.words) == (4, 1024, row.question)
 
 

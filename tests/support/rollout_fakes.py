@@ -20,7 +20,6 @@ from paravt_jax.records import (
     Patches,
     Prompt,
     Row,
-    SharedPrefix,
     VideoRef,
     VisionFeatures,
 )
@@ -100,16 +99,6 @@ def image_prompt(text: str, frames: int, patches: int, seed: int, values: int = 
         vision_index=np.concatenate([np.arange(count, dtype=np.int32), words.vision_index]),
         patches=Patches(pixels.astype(np.float32), grids),
     )
-
-
-def visible_in(shared: SharedPrefix, lengths: jax.Array, slots: int) -> jax.Array:
-    """bool `[rows, t, t]`: which keys each query of rows of prompts and lanes sees, written out."""
-    own = (slots - shared.prompt) // shared.lanes
-    lane = np.r_[np.full(shared.prompt, -1), np.repeat(np.arange(shared.lanes), own)]
-    at = np.arange(slots)
-    sees = (at[None] <= at[:, None]) & ((lane[None] < 0) | (lane[None] == lane[:, None]))
-    real = (lane >= 0)[None] | (at[None] < jnp.asarray(lengths)[:, None])
-    return sees[None] & real[:, None]
 
 
 class ToyPolicy:

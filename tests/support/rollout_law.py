@@ -28,6 +28,7 @@ from paravt_jax.records import (
     ToolCall,
     VideoRef,
 )
+from paravt_jax.shared_rows import Bounds
 from rollout.agent import Agent, Item
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine
@@ -44,8 +45,8 @@ from tests.support.rollout_fakes import (
     ToyRenderer,
     image_prompt,
     text_prompt,
-    visible_in,
 )
+from tests.support.shared_rows import visible_in
 from train.batch import LearnerStream, learner_batch, shared_batch, streams_of_groups
 from train.step import batch_log_probs
 
@@ -109,11 +110,8 @@ class Learnable(ToyPolicy):
         segments=None,
         hidden_keys=None,
         shared=None,
-        prompt_lengths=None,
     ):
-        seen = None
-        if shared is not None:
-            seen = visible_in(shared, prompt_lengths, tokens.shape[1])
+        seen = None if shared is None else visible_in(shared, tokens.shape[1])
         return self.prefill(params, tokens, positions, vision_index, features, seen)[0], None
 
     def head(self, params):
@@ -306,7 +304,10 @@ class World:
             if group_size == 1:
                 yield learner_batch(own, length=320, **sizes)
             else:
-                yield shared_batch(own, prompt=PROMPT_TOKENS, own=288, lanes=group_size, **sizes)
+                bounds = Bounds(PROMPT_TOKENS, 288)
+                slots = bounds.prompt + group_size * bounds.own
+                sizes |= {"slots": slots, "bounds": bounds, "per_row": group_size}
+                yield shared_batch(own, **sizes)
 
 
 def crop_streams(groups: Sequence[RolloutGroup]) -> list[LearnerStream]:

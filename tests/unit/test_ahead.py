@@ -36,7 +36,7 @@ def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
     # Two groups in a micro-batch, and four devices for its rows: four rollouts to a prompt.
-    assert batch.shared.lanes == 4 and batch.tokens.shape[0] == 16 * 2
+    assert batch.streams_per_row == 4 and batch.tokens.shape[0] == 16 * 2
     assert batch.loss_weights.shape[0] == 16 * 8 and batch.loss_weights.shape[1] % 64 == 0
 
 

@@ -7,7 +7,9 @@ import pytest
 
 from paravt_jax.patches import restride, stack_patches
 from paravt_jax.records import Example, Patches, Prompt, Shown
-from train.batch import learner_batch, streams_of_examples
+from pipelines.preprocess import SPECS
+from train.batch import learner_batch, row_starts, streams_of_examples
+from train.rl.batches import BatchShapes
 
 
 def prompt(frames=2, patches=4, grid=(2, 2), text=3):
@@ -106,3 +108,26 @@ def test_a_stream_that_does_not_fit_is_refused():
 def test_frames_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="do not fit"):
         stack_patches([prompt(frames=3).patches], frames=2, patches=4)
+
+
+@pytest.mark.parametrize("unit", [1, 128])
+@pytest.mark.parametrize(
+    ("prompt", "own", "per_row"), [(5008, 9728, 8), (300, 200, 8), (37, 10, 1)]
+)
+def test_rows_have_few_layouts_that_are_known_before_the_run(prompt, own, per_row, unit):
+    """Whatever is said, and each of them has an example; little of a row is padding."""
+    shapes = BatchShapes(SPECS["image"](16, 2, 2), 0, 0, 0, prompt, own)
+    possible = shapes.possible(per_row, unit)
+    assert len(possible) <= 40
+    for layout, (shown, said) in possible.items():
+        assert len(said) == per_row and shapes.layout_of([shown], said, unit) == layout
+    rng = np.random.default_rng(0)
+    for share in np.repeat([1.0, 0.3, 0.05], 200):
+        shown = [int(x) for x in rng.integers(1, prompt + 1, 2)]
+        said = [int(x) for x in rng.integers(1, 2 + int(share * (own - 1)), 2 * per_row)]
+        layout, end = shapes.layout_of(shown, said, unit), max(row_starts(shown, said, unit)[1])
+        assert layout in possible and end <= layout.slots
+        assert layout.bounds.prompt >= min(max(shown), layout.slots)
+        assert layout.bounds.own >= max(said)
+        # A fifth, and rounding to 64; rows shorter than the longest prompt are padded to it.
+        assert layout.slots <= max(1.2 * end, prompt) + 64

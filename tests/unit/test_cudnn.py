@@ -11,8 +11,8 @@ import pytest
 from models.common import attention, cudnn
 from models.common.attention import reference, visibility
 from paravt_jax.mesh import make_mesh, parse_mesh
-from paravt_jax.records import SharedPrefix
-from tests.unit.test_splash import draw, in_lanes
+from tests.support.shared_rows import shared_rows
+from tests.unit.test_splash import draw
 
 
 class PlainFlash(cudnn.Flash):
@@ -52,6 +52,16 @@ class PlainFlash(cudnn.Flash):
 
 
 LENGTHS = np.array([9, 12], np.int32)
+
+
+def in_lanes(prompt, lanes, own):
+    """Which slot of a prompt with lanes sees which, written out."""
+    slots = np.arange(prompt + lanes * own)
+    lane = np.where(slots < prompt, -1, (slots - prompt) // own)
+    mine = (slots < prompt) | (lane == lane[:, None])
+    return (slots <= slots[:, None]) & mine
+
+
 CASES = {
     "causal": ({}, np.tril(np.ones((1, 40, 40), bool))),
     "frames": ({"lengths": LENGTHS}, np.arange(40) < LENGTHS[:, None, None]),
@@ -117,13 +127,15 @@ DOORS = {
     "causal": {"causal": True},
     "frames": {"key_lengths": LENGTHS},
     "whole frames": {},
-    "shared": {"causal": True, "key_lengths": LENGTHS, "shared": SharedPrefix(12, 4)},
+    "shared": {"causal": True, "shared": shared_rows(12, 9)[0]},
 }
 
 
 @pytest.mark.parametrize("name", DOORS)
 def test_the_door_takes_cudnn_on_a_gpu(name, monkeypatch):
-    terms = {name: jnp.asarray(x) if np.ndim(x) else x for name, x in DOORS[name].items()}
+    terms = {
+        name: jnp.asarray(x) if name == "key_lengths" else x for name, x in DOORS[name].items()
+    }
     inputs = draw((2, 40, 4, 8), (2, 40, 2, 8), (2, 40, 2, 8))
     door = functools.partial(attention.attend, **terms)
     plain = door(*inputs)
@@ -138,7 +150,6 @@ def test_the_door_takes_cudnn_on_a_gpu(name, monkeypatch):
     monkeypatch.setattr(cudnn, "serves", lambda query, key: True)
     got = door(*inputs)
     assert len(calls) == 1
-    # What padding of a prompt attends to means nothing.
-    real = np.ones((2, 40), bool)
-    real[0, 9:12] = name != "shared"
+    # What padding of rows attends to means nothing.
+    real = np.ones((2, 40), bool) if name != "shared" else terms["shared"].segments(40) >= 0
     np.testing.assert_allclose(got[real], plain[real], atol=1e-5)

@@ -10,8 +10,8 @@ import pytest
 
 from paravt_jax.log_probs import View, gathered_log_probs, preceding, teacher_gap
 from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding, split_columns
-from paravt_jax.records import SharedPrefix
 from paravt_jax.shaping import DEAD, Shaping
+from paravt_jax.shared_rows import Bounds, SharedRows
 
 pytestmark = pytest.mark.slow
 
@@ -255,7 +255,9 @@ def test_equal_policies_have_no_gap(chunk, lanes):
     np.testing.assert_array_equal(gaps != 0, CHOSEN)
 
 
-def test_what_predicts_the_first_tokens_of_lanes_is_the_last_of_their_prompt():
-    shared, hidden = SharedPrefix(3, 2), jnp.arange(14.0).reshape(2, 7, 1)
-    found = preceding(hidden, shared, jnp.array([3, 1]))
-    assert found[..., 0].tolist() == [[2, 3], [2, 5], [7, 10], [7, 12]]
+def test_what_predicts_the_first_tokens_of_streams_is_the_last_of_their_prompt():
+    hidden, lengths = jnp.arange(14.0).reshape(2, 7, 1), jnp.array([2, 2, 1, 3])
+    rows = SharedRows(jnp.array([3, 1]), jnp.array([3, 5, 1, 2]), lengths, Bounds(3, 3))
+    found = preceding(hidden, rows)[..., 0]
+    assert [row[:n].tolist() for row, n in zip(found, lengths, strict=True)] == [
+        [2, 3], [2, 5], [7], [7, 9, 10]]  # fmt: skip

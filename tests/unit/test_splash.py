@@ -1,5 +1,6 @@
 """TPU's attention kernel against the plain computation: emulated here, compiled where libtpu is."""
 
+import dataclasses
 import functools
 import re
 
@@ -13,7 +14,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.common import attention, splash
 from models.common.attention import reference, visibility
 from paravt_jax.mesh import make_mesh, parse_mesh
-from paravt_jax.records import SharedPrefix
+from paravt_jax.shared_rows import Bounds, SharedRows
+from tests.support.shared_rows import shared_rows, visible_in
 
 TOKENS = 300
 PACKED = np.repeat([[1, 2, 3, 0], [1, 1, 2, 0]], TOKENS // 4, axis=1)
@@ -24,35 +26,32 @@ def draw(*shapes, dtype=jnp.float32):
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
 
 
-def in_lanes(prompt, lanes, own):
-    """Which slot of a prompt with lanes sees which, written out."""
-    slots = np.arange(prompt + lanes * own)
-    lane = np.where(slots < prompt, -1, (slots - prompt) // own)
-    mine = (slots < prompt) | (lane == lane[:, None])
-    return (slots <= slots[:, None]) & mine
-
+ROWS, SLOTS = shared_rows(300, 200, 128)
 
 CASES = {
     "causal": ((2, TOKENS, 4, 2, 128), {"causal": True}),
     "packed": ((2, TOKENS, 4, 2, 64), {"causal": True, "segments": PACKED}),
     "frames": ((2, TOKENS, 3, 3, 72), {"causal": False, "segments": PACKED == 0}),
     "whole frames": ((1, TOKENS, 2, 2, 72), {"causal": False}),
-    "lanes": ((1, 100 + 4 * 85, 4, 2, 128), {"causal": True, "prompt": 100, "lanes": 4}),
+    "shared": ((2, SLOTS, 4, 2, 128), {"causal": True, "shared": ROWS}),
 }
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients_are_those_of_the_plain_computation(name):
     (b, t, n, k, h), terms = CASES[name]
-    terms = {name: jnp.asarray(x, jnp.int32) if np.ndim(x) else x for name, x in terms.items()}
+    if "segments" in terms:
+        terms = terms | {"segments": jnp.asarray(terms["segments"], jnp.int32)}
     query, key, value, weights = draw((b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h))
     visible = visibility(t, t, CASES[name][1]["causal"], segments=terms.get("segments"))
-    if "lanes" in terms:
-        visible = jnp.asarray(in_lanes(100, 4, 85))[None]
+    if "shared" in terms:
+        visible = visible_in(ROWS, SLOTS)
+        # What padding sees means nothing.
+        weights = jnp.where((ROWS.segments(SLOTS) >= 0)[..., None, None], weights, 0)
 
     def weighed(attend, *inputs):
         mixed = attend(*inputs)
-        return jnp.sum(mixed * weights), mixed
+        return jnp.sum(mixed * weights), jnp.where(weights == 0, 0, mixed)
 
     def both(attend):
         loss = functools.partial(weighed, attend)
@@ -114,8 +113,8 @@ def test_the_door_takes_the_kernel_and_tells_it_the_lengths(monkeypatch, causal)
     assert float(jnp.abs(jnp.where(real, got.astype(jnp.float32) - exact, 0)).max()) < 0.02
 
 
-@pytest.mark.parametrize("lanes", [0, 8])
-def test_it_compiles_for_a_tpu_and_nothing_is_gathered(lanes):
+@pytest.mark.parametrize("streams", [0, 8])
+def test_it_compiles_for_a_tpu_and_nothing_is_gathered(streams):
     """Forward and backward pass of a layer's attention, its rows and heads split over eight chips;
     each is one kernel, in which XLA sees nothing to partition."""
     pytest.importorskip("libtpu", reason="compiling for a TPU takes libtpu")
@@ -127,12 +126,14 @@ def test_it_compiles_for_a_tpu_and_nothing_is_gathered(lanes):
         for heads in (8, 4)
     )
 
-    shared = SharedPrefix(1024, lanes) if lanes else None
-    lengths = jnp.full(4, 1000, jnp.int32) if lanes else None
-    door = functools.partial(attention.attend, causal=True, shared=shared, key_lengths=lengths)
+    def rows(numbers):
+        starts = jnp.tile(1024 + 128 * jnp.arange(streams, dtype=jnp.int32), 4)
+        return SharedRows(numbers, starts, 0 * starts + 100, Bounds(1024, 128, 128))
 
     def loss(*inputs):
-        return jnp.sum(door(*inputs).astype(jnp.float32) ** 2)
+        shared = rows(jnp.full(4, 1000, jnp.int32)) if streams else None
+        mixed = attention.attend(*inputs, causal=True, shared=shared)
+        return jnp.sum(mixed.astype(jnp.float32) ** 2)
 
     with jax.set_mesh(mesh):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text() or ""
@@ -141,14 +142,22 @@ def test_it_compiles_for_a_tpu_and_nothing_is_gathered(lanes):
 
 
 def test_the_door_takes_the_kernel_where_prompts_are_shared(monkeypatch):
-    """Padding of prompts is hidden from the lanes, as in the plain computation."""
-    shared, lengths = SharedPrefix(100, 4), jnp.asarray([70, 100], jnp.int32)
-    inputs = draw((2, 440, 4, 64), (2, 440, 2, 64), (2, 440, 2, 64))
-    door = functools.partial(attention.attend, causal=True, shared=shared, key_lengths=lengths)
-    plain = jax.jit(door)(*inputs)
-    monkeypatch.setattr(splash, "serves", lambda query, key: True)
-    monkeypatch.setattr(splash, "attend", functools.partial(splash.attend, interpret=True))
-    monkeypatch.setattr(attention, "_shared", None)
-    kernel = jax.jit(lambda *tokens: door(*tokens))(*inputs)
-    real = (np.arange(440) >= 100) | (np.arange(440) < np.asarray(lengths)[:, None])
-    np.testing.assert_allclose(kernel[real], plain[real], atol=2e-6)
+    """If streams begin where it can tell them apart."""
+    inputs = draw((2, SLOTS, 4, 64), (2, SLOTS, 2, 64), (2, SLOTS, 2, 64))
+    door = functools.partial(attention.attend, *inputs, causal=True)
+    plain, calls = door(shared=ROWS), []
+
+    def emulated(*inputs, **terms):
+        calls.append(terms)
+        return kernel(*inputs, **terms, interpret=True)
+
+    kernel = splash.attend
+    monkeypatch.setattr(splash, "serves", lambda query, key: query.shape[1] == SLOTS)
+    monkeypatch.setattr(splash, "attend", emulated)
+    real = np.asarray(ROWS.segments(SLOTS) >= 0)
+    np.testing.assert_allclose(door(shared=ROWS)[real], plain[real], atol=2e-6)
+    assert len(calls) == 1
+    finer = dataclasses.replace(ROWS, bounds=dataclasses.replace(ROWS.bounds, unit=64))
+    assert not splash.holds(finer.bounds)
+    np.testing.assert_array_equal(door(shared=finer)[real], plain[real])
+    assert len(calls) == 1

@@ -130,7 +130,7 @@ def test_gaps_are_those_of_the_plain_formula_at_generated_tokens(kit):
     def table(params, batch):
         return POLICY.logits(params, batch_hidden(POLICY, params, batch)[0])
 
-    hinted = kit.learner.batches.shared(kit.taught.streams(groups), 2, lanes=1)
+    hinted = kit.learner.batches.shared(kit.taught.streams(groups), 2, per_row=1)
     theirs = np.asarray(table({**state.frozen, **told}, hinted), np.float64)
     ours = np.asarray(table(state.params, batch), np.float64)
     np.testing.assert_array_equal(hinted.own_tokens, batch.own_tokens)
@@ -144,7 +144,7 @@ def test_gaps_are_those_of_the_plain_formula_at_generated_tokens(kit):
 
 
 def test_a_teacher_that_is_the_student_and_knows_no_more_changes_nothing(kit, monkeypatch):
-    """Weights are exactly 1, so the gradient is GRPO's to the last bit."""
+    """Weights are 1, so the gradient is GRPO's, to the last bits: it reads rows of one stream."""
     groups = groups_of()
     batch, _ = kit.learner.prepare(kit.state, groups)
     hinted, metrics = kit.taught.reweight(kit.state, groups, batch, 0)
@@ -152,7 +152,7 @@ def test_a_teacher_that_is_the_student_and_knows_no_more_changes_nothing(kit, mo
     assert metrics["teacher/gap_size"] > 0
     monkeypatch.setattr(teacher_module, "hindsight", lambda row, feedback: "")
     same, _ = kit.taught.reweight(kit.state, groups, batch, 0)
-    np.testing.assert_array_equal(same.advantages, batch.advantages)
+    np.testing.assert_allclose(same.advantages, batch.advantages, rtol=1e-6)
 
 
 def test_its_share_falls_linearly_and_then_it_is_off(kit):

@@ -7,17 +7,19 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import ModelPolicy
 from paravt_jax.mesh import partition
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from paravt_jax.shapes import bucket
+from paravt_jax.shared_rows import Bounds, unit_of
 from pipelines.preprocess import SPECS
 from rollout.limits import AgentConfig
 from train.batch import blank_batch
 from train.data.settings import DataSettings
-from train.rl.batches import LENGTH_UNIT, lanes_per_row, with_what_shaped
+from train.rl.batches import LENGTH_UNIT, streams_per_row, with_what_shaped
 from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
 
@@ -60,8 +62,9 @@ class LargestBatch:
         seen = most_vision_tokens(self.data, self.policy, max(self.data.frame_budgets))
         responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
         own = agent.generated_tokens + responses
-        lanes = lanes_per_row(rl.group_size, rl.micro_groups, mesh)
-        main = self._streams(groups * rl.group_size, groups, seen, own, lanes)
+        per_row = streams_per_row(rl.group_size, rl.micro_groups, mesh)
+        unit = unit_of(mesh.devices.flat[0].platform)
+        main = self._streams(groups * rl.group_size, groups, seen, own, per_row, unit)
         main = with_what_shaped(main, agent.sampling)
         if not rl.trains_subagents:
             return main
@@ -72,17 +75,23 @@ class LargestBatch:
         return dataclasses.replace(main, subagents=crops)
 
     def _streams(
-        self, streams: int, groups: int, seen: int, own: int, lanes: int | None = None
+        self, streams: int, groups: int, seen: int, own: int, per_row: int = 0, unit: int = 1
     ) -> LearnerBatch:
         """Streams that see `seen` vision tokens each and say or are told `own` tokens after them,
-        `lanes` to a prompt; None makes each a row of its own."""
+        `per_row` to a prompt; 0 makes each a row of its own."""
         policy, width = self.policy, self.policy.width
         prompt, dtype = seen * 5 // 4 + 256, jnp.dtype(self.compute_dtype)
-        if lanes is None:
-            batch = blank_batch(streams, bucket(prompt + own, LENGTH_UNIT))
+        if per_row:
+            unit = max(unit, LENGTH_UNIT)
+            prompt, own = (-(-x // unit) * unit for x in (prompt, own))
+            rows = streams // per_row
+            batch = dataclasses.replace(
+                blank_batch(rows, prompt + per_row * own, streams, own),
+                starts=np.zeros(streams, np.int32),
+                bounds=Bounds(prompt, own, unit),
+            )
         else:
-            prompt, own = bucket(prompt, LENGTH_UNIT), bucket(own, LENGTH_UNIT)
-            batch = blank_batch(streams // lanes, prompt + lanes * own, streams, own)
+            batch = blank_batch(streams, bucket(prompt + own, LENGTH_UNIT))
         deepstack = groups, policy.deepstack_levels, seen, width
         return dataclasses.replace(
             batch,
@@ -93,7 +102,7 @@ class LargestBatch:
             proximal_log_probs=batch.advantages if self.rl.updates > 1 else None,
             prompt_lengths=batch.tokens[:, 0],
             floors=batch.advantages,
-            grammar=batch.own_tokens,
+            grammar=np.zeros(batch.loss_weights.shape, np.int32),
         )
 
 

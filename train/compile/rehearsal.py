@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -41,10 +40,11 @@ def rehearse_run(
     began, shapes = time.perf_counter(), learner.batches.shapes
     rollouts = functools.partial(ProgressBar, console, "compiling rollouts")
     count = precompile(engine, state.params, sizes, shapes.spec.patch_values, rollouts)
-    lengths = list(itertools.product(shapes.prompts, shapes.owns))
+    per_row = learner.batches.per_row(learner.settings.group_size)
+    lengths = shapes.possible(per_row, learner.batches.unit).values()
     with ProgressBar(console, "compiling updates", len(lengths)) as done:
-        for prompt, own in lengths:
-            state = rehearse_step(learner, state, blank_groups(learner, prompt, own))
+        for prompt, owns in lengths:
+            state = rehearse_step(learner, state, blank_groups(learner, prompt, owns))
             done()
     console.print(
         f"warm-up: {count} shapes of rollouts, {len(lengths)} of updates "
@@ -61,12 +61,15 @@ def rehearse_step(learner: Learner, state: TrainState, groups: list[RolloutGroup
     return dataclasses.replace(after, step=after.step + (STEP_OFFSET - learner.settings.updates))
 
 
-def blank_groups(learner: Learner, prompt: int, own: int) -> list[RolloutGroup]:
-    """A batch of groups whose prompts and what follows them have these lengths and mean nothing."""
+def blank_groups(learner: Learner, prompt: int, owns: Sequence[int]) -> list[RolloutGroup]:
+    """A batch of groups whose prompts and what follows them in each row have these lengths and mean
+    nothing."""
     shapes, rl = learner.batches.shapes, learner.settings
-    rollout = _blank_rollout(_blank_prompt(shapes, prompt), own, shapes.pad_id)
+    shown = _blank_prompt(shapes, prompt)
+    rollouts = tuple(_blank_rollout(shown, own, shapes.pad_id) for own in owns)
     row = Row("rehearsal", VideoRef("", 0.0), "", "")
-    return [RolloutGroup(row, 1, (rollout,) * rl.group_size)] * rl.prompts_per_step
+    group = RolloutGroup(row, 1, rollouts * (rl.group_size // len(owns)))
+    return [group] * rl.prompts_per_step
 
 
 def _blank_prompt(shapes: BatchShapes, length: int) -> Prompt:

@@ -34,7 +34,6 @@ from train.state import FlatParams, TrainState
 from train.step import (
     batch_hidden,
     join_micro,
-    lanes,
     shaping_of,
     split_micro,
     stream_groups,
@@ -101,7 +100,7 @@ class TaughtLearner:
     ) -> Float[Array, "b t"]:
         """How much likelier the teacher finds each trained token of the batch."""
         size = len(groups[0].trajectories)
-        hinted = self._learner.batches.shared(self.streams(groups), size, lanes=1)
+        hinted = self._learner.batches.shared(self.streams(groups), size, per_row=1)
         # The same frames under the same tower: their features are there already.
         hinted = dataclasses.replace(hinted, patches=None, grids=None, features=batch.features)
         teacher = {**state.frozen, **state.teacher}
@@ -140,7 +139,7 @@ class TaughtLearner:
                 full_weight=self._settings.full_weight,
                 temperature=step.temperature,
                 budget=step.budget,
-                lanes=lanes(own),
+                lanes=own.streams_per_row,
                 shaping=shaping_of(own, step.penalty, table),
             )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Sequence
 
 import jax
@@ -13,11 +14,19 @@ from jax.sharding import Mesh
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.mesh import batch_shards
 from paravt_jax.records import LearnerBatch, RolloutGroup
-from paravt_jax.shapes import bucket, buckets
+from paravt_jax.shapes import bucket, ladder
+from paravt_jax.shared_rows import Bounds, unit_of
 from pipelines.preprocess import FrameSpec
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
-from train.batch import LearnerStream, learner_batch, shared_batch, streams_of_groups, to_mesh
+from train.batch import (
+    LearnerStream,
+    learner_batch,
+    row_starts,
+    shared_batch,
+    streams_of_groups,
+    to_mesh,
+)
 from train.rl.settings import RlSettings
 from train.rl.subagents import most_crops, rows_per_group, subagent_streams
 from train.state import FlatParams
@@ -25,6 +34,14 @@ from train.step import encode_parts
 
 LENGTH_UNIT = 64
 """Prompts, what follows them, and rows have multiples of this many slots."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Static shapes of rows that share prompts."""
+
+    slots: int
+    bounds: Bounds
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,37 +55,66 @@ class BatchShapes:
     crop_frames: int
     """Frames of the largest crop."""
     longest_prompt: int = 0
-    """Most tokens of a main agent's prompt, of which rows then have one of few. 0: unknown."""
+    """Most tokens of a main agent's prompt. 0: unknown."""
     longest_own: int = 0
-    """Most tokens of a main agent's stream after its prompt; likewise."""
+    """Most tokens of a main agent's stream after its prompt; rows then have one of few layouts."""
     subagent_longest: int = 0
     """Most tokens of a sub-agent's stream, whose rows all have one length. 0: unknown."""
 
     @functools.cached_property
-    def prompts(self) -> list[int]:
-        """The few numbers of slots of prompts: of several prompts one is long, so all of half the
-        longest and fewer are padded to a half, and more would save little. Empty if the longest is
-        unknown."""
-        longest = self.longest_prompt
-        return buckets(-(-longest // 2), longest, LENGTH_UNIT) if longest else []
-
-    @functools.cached_property
     def owns(self) -> list[int]:
-        """The few numbers of slots of what follows them, from an eighth of the longest on: what may
-        be said is far more than what is said."""
+        """The few bounds of main agents' streams: what may be said is far more than what is."""
         longest = self.longest_own
-        return buckets(-(-longest // 8), longest, LENGTH_UNIT) if longest else []
+        return sorted({_whole(-(-longest // part)) for part in (8, 3, 1)}) if longest else []
+
+    def rows(self, per_row: int, unit: int) -> list[int]:
+        """The few numbers of slots of rows of `per_row` streams that begin at multiples of `unit`,
+        fewer than a fifth apart. Empty if the longest streams are unknown."""
+        if not self.owns:
+            return []
+        prompt, own = (-(-x // unit) * unit for x in (self.longest_prompt, self.longest_own))
+        return ladder(self.longest_prompt, prompt + per_row * own, LENGTH_UNIT, 5)
+
+    def layout(self, streams: Sequence[LearnerStream], per_row: int, unit: int) -> Layout:
+        """The layout of rows that hold these streams."""
+        prompts = [len(stream.prompt.tokens) for stream in streams[::per_row]]
+        return self.layout_of(prompts, [len(stream.tokens) for stream in streams], unit)
+
+    def layout_of(self, prompts: Sequence[int], owns: Sequence[int], unit: int) -> Layout:
+        """The layout of rows of prompts of so many tokens, each with equally many streams."""
+        _, ends = row_starts(prompts, owns, unit)
+        slots = fitting(self.rows(len(owns) // len(prompts), unit), max(ends))
+        known = [_whole(self.longest_prompt)] if self.longest_prompt else []
+        prompt = min(fitting(known, max(prompts)), slots)
+        return Layout(slots, Bounds(prompt, fitting(self.owns, max(owns)), unit))
+
+    def possible(self, per_row: int, unit: int) -> dict[Layout, tuple[int, list[int]]]:
+        """Every layout of rows, with lengths of a prompt and of streams that lead to it."""
+        found = {}
+        for slots, own in itertools.product(self.rows(per_row, unit), self.owns):
+            prompt, owns = self._filling(slots // unit * unit, own, per_row, unit)
+            found.setdefault(self.layout_of([prompt], owns, unit), (prompt, owns))
+        return found
+
+    def _filling(self, room: int, own: int, per_row: int, unit: int) -> tuple[int, list[int]]:
+        """Lengths of a prompt and of streams, the first as long as it may be, that fill `room`
+        slots as far as they can."""
+        most = min(own, self.longest_own)
+        limits, lengths = [most, self.longest_prompt] + [most] * (per_row - 1), []
+        for number, limit in enumerate(limits):
+            rest = per_row - number
+            lengths.append(max(min(limit, room - rest * unit), 1))
+            room -= -(-lengths[-1] // unit) * unit
+        return lengths[1], [lengths[0], *lengths[2:]]
 
     @property
     def subagent_length(self) -> int:
         """The one length of rows of sub-agents; 0 if that is unknown."""
-        return -(-self.subagent_longest // LENGTH_UNIT) * LENGTH_UNIT
+        return _whole(self.subagent_longest)
 
-    def slots(self, streams: Sequence[LearnerStream]) -> dict[str, int]:
-        """The slots of rows that hold these streams."""
-        prompt = max(len(stream.prompt.tokens) for stream in streams)
-        own = max(len(stream.tokens) for stream in streams)
-        return {"prompt": fitting(self.prompts, prompt), "own": fitting(self.owns, own)}
+
+def _whole(count: int) -> int:
+    return -(-count // LENGTH_UNIT) * LENGTH_UNIT
 
 
 def fitting(sizes: Sequence[int], count: int) -> int:
@@ -76,7 +122,7 @@ def fitting(sizes: Sequence[int], count: int) -> int:
     return next((size for size in sizes if size >= count), bucket(count, LENGTH_UNIT))
 
 
-def lanes_per_row(group_size: int, groups: int, mesh: Mesh) -> int:
+def streams_per_row(group_size: int, groups: int, mesh: Mesh) -> int:
     """Streams that share one copy of their prompt: a whole group's, or as many fewer as it takes
     for the rows of `groups` groups to divide over the devices that share a batch."""
     shards = batch_shards(dict(mesh.shape))
@@ -124,23 +170,35 @@ class RolloutBatches:
         )
         return batch, metrics | token_shares([*streams, *crops])
 
+    @property
+    def unit(self) -> int:
+        """Streams begin at multiples of this many slots."""
+        return unit_of(self._mesh.devices.flat[0].platform)
+
+    def per_row(self, group_size: int) -> int:
+        """See `streams_per_row`."""
+        return streams_per_row(group_size, self._rl.micro_groups, self._mesh)
+
     def shared(
-        self, streams: Sequence[LearnerStream], group_size: int, lanes: int | None = None
+        self, streams: Sequence[LearnerStream], group_size: int, per_row: int | None = None
     ) -> LearnerBatch:
         """Streams of main agents on the mesh, their frames as patches, in one of few shapes.
 
         Args:
           group_size: neighbours that share frames.
-          lanes: neighbours that share a row and its prompt; None takes a whole group, if the mesh
+          per_row: neighbours that share a row and its prompt; None takes a whole group, if the mesh
             lets it.
         """
         shapes = self.shapes
+        per_row = per_row or self.per_row(group_size)
+        layout = shapes.layout(streams, per_row, self.unit)
         host = shared_batch(
             streams,
-            **shapes.slots(streams),
+            slots=layout.slots,
+            bounds=layout.bounds,
             pad_id=shapes.pad_id,
             group_size=group_size,
-            lanes=lanes or lanes_per_row(group_size, self._rl.micro_groups, self._mesh),
+            per_row=per_row,
             frames=shapes.spec.group_count(shapes.prompt_frames),
             frame_patches=shapes.spec.max_patches,
         )
@@ -164,7 +222,7 @@ class RolloutBatches:
 
 def with_what_shaped(batch: LearnerBatch, sampling: SamplingConfig) -> LearnerBatch:
     """The batch without what these settings do not need: the step then computes none of it."""
-    starts = batch.shared or sampling.repetition_penalty != 1
+    starts = batch.shared is not None or sampling.repetition_penalty != 1
     return dataclasses.replace(
         batch,
         prompt_lengths=batch.prompt_lengths if starts else None,

@@ -9,17 +9,20 @@ import numpy as np
 import optax
 import pytest
 
-from models.common.attention import QUERY_CHUNK, attend, reference
+from models.common import attention
+from models.common.attention import QUERY_CHUNK, UNROLLED, attend, reference
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.blocks import text_block
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.params import initialise, param_shardings
-from paravt_jax.records import LearnerBatch, SharedPrefix, Shown
+from paravt_jax.records import LearnerBatch, Shown
 from paravt_jax.shaping import Shaping
-from tests.support.rollout_fakes import PAD, VOCAB, image_prompt, text_prompt, visible_in
+from paravt_jax.shared_rows import Bounds
+from tests.support.rollout_fakes import PAD, VOCAB, image_prompt, text_prompt
+from tests.support.shared_rows import shared_rows, visible_in
 from tests.support.tiny_models import EXPERTS, QWEN
-from train.batch import LearnerStream, learner_batch, shared_batch, to_mesh
+from train.batch import LearnerStream, learner_batch, row_starts, shared_batch, to_mesh
 from train.state import TrainState
 from train.step import RlStep, batch_log_probs, shaping_of
 
@@ -65,9 +68,11 @@ def streams_of(kind: str, values: int, seed: int = 0) -> list[LearnerStream]:
     return streams
 
 
-def shared(streams, lanes: int) -> LearnerBatch:
-    sizes = {"group_size": GROUP, "lanes": lanes, "frames": 4, "frame_patches": 8}
-    return shared_batch(streams, prompt=PROMPT, own=OWN, pad_id=PAD, **sizes)
+def shared(streams, per_row: int, unit: int = 1) -> LearnerBatch:
+    sizes = {"group_size": GROUP, "per_row": per_row, "frames": 4, "frame_patches": 8}
+    lengths = [len(s.prompt.tokens) for s in streams[::per_row]], [len(s.tokens) for s in streams]
+    slots = max(row_starts(*lengths, unit)[1]) + 7
+    return shared_batch(streams, slots=slots, bounds=Bounds(PROMPT, OWN, unit), pad_id=PAD, **sizes)
 
 
 def copied(streams) -> LearnerBatch:
@@ -135,7 +140,7 @@ def test_shared_prompts_give_what_copies_give(policy, kind):
     params = initialise(policy.table, jax.random.key(0))
     streams = streams_of(kind, policy.config.vision.patch_values)
     one, other = (with_values(x, streams) for x in (shared(streams, GROUP), copied(streams)))
-    assert one.shared == SharedPrefix(PROMPT, GROUP) and other.shared is None
+    assert one.streams_per_row == GROUP and one.shared and other.shared is None
     if kind == "frames":
         assert len(one.patches) == GROUPS and len(other.patches) == len(streams)
     parts = [
@@ -152,13 +157,14 @@ def test_shared_prompts_give_what_copies_give(policy, kind):
     assert_same(learned(policy, params, one), learned(policy, params, other))
 
 
-@pytest.mark.parametrize("lanes", [1, 2])
-def test_any_number_of_lanes_gives_the_same(lanes):
-    """Where a mesh lets only some streams of a group share a row; the frames stay the group's."""
+@pytest.mark.parametrize(("per_row", "unit"), [(1, 1), (2, 16)])
+def test_any_number_of_streams_to_a_row_gives_the_same(per_row, unit):
+    """Where a mesh lets only some streams of a group share a row; the frames stay the group's. And
+    wherever streams begin."""
     params = initialise(SPARSE.table, jax.random.key(0))
     streams = streams_of("frames", SPARSE.config.vision.patch_values)
-    few, all_ = (with_values(shared(streams, count), streams) for count in (lanes, GROUP))
-    assert len(few.tokens) == len(streams) // lanes and len(few.patches) == GROUPS
+    few, all_ = (with_values(shared(streams, *how), streams) for how in ((per_row, unit), (GROUP,)))
+    assert len(few.tokens) == len(streams) // per_row and len(few.patches) == GROUPS
     parts = learned(SPARSE, params, few, micro_batches=2)
     assert_same(parts, learned(SPARSE, params, all_))
 
@@ -191,26 +197,28 @@ def test_penalties_and_truncations_are_those_of_each_stream():
         assert np.abs(mine - plain).max() > 1e-2
 
 
-@pytest.mark.parametrize("own", [20, QUERY_CHUNK + 30], ids=["at once", "in chunks"])
-def test_attention_against_the_mask_written_out(own):
-    prompt, lanes, rng = 24, 3, np.random.default_rng(0)
-    slots, lengths = prompt + lanes * own, np.array([24, 7])
+@pytest.mark.parametrize(
+    ("own", "unrolled"),
+    [(20, UNROLLED), (QUERY_CHUNK + 30, UNROLLED), (50, 99)],
+    ids=["at once", "in chunks", "in loops"],
+)
+def test_attention_against_the_mask_written_out(own, unrolled, monkeypatch):
+    monkeypatch.setattr(attention, "UNROLLED", unrolled)
+    rng, (shared, slots) = np.random.default_rng(0), shared_rows(24, own)
     query = jnp.asarray(rng.normal(size=(2, slots, 4, 8)), jnp.float32)
     key, value = jnp.asarray(rng.normal(size=(2, 2, slots, 2, 8)), jnp.float32)
-    layout = {"shared": SharedPrefix(prompt, lanes), "key_lengths": jnp.asarray(lengths)}
-    visible = visible_in(*layout.values(), slots)
-    at = np.arange(slots)
-    real = (at >= prompt) | (at < lengths[:, None])
+    visible = visible_in(shared, slots)
+    real = np.asarray(shared.segments(slots)) >= 0
 
     def total(function, *arrays):
         out = function(*arrays)
-        # What stands in the padding of a prompt means nothing.
+        # What stands in padding means nothing.
         return jnp.sum(jnp.where(real[:, :, None, None], jnp.sin(out), 0)), out
 
     found = [
         jax.value_and_grad(lambda *x, f=f: total(f, *x), (0, 1, 2), has_aux=True)(query, key, value)
         for f in (
-            lambda q, k, v: attend(q, k, v, causal=True, **layout),
+            lambda q, k, v: attend(q, k, v, causal=True, shared=shared),
             lambda q, k, v: reference(q, k, v, visible),
         )
     ]
@@ -221,8 +229,11 @@ def test_attention_against_the_mask_written_out(own):
 
 def test_what_does_not_fit_is_refused():
     streams = streams_of("text", 3)
-    sizes = {"pad_id": PAD, "group_size": GROUP, "lanes": GROUP}
-    with pytest.raises(ValueError, match=r"a prompt of .* does not fit the batch length 8"):
-        shared_batch(streams, prompt=8, own=OWN, **sizes)
-    with pytest.raises(ValueError, match=r"what follows a prompt of .* length 4"):
-        shared_batch(streams, prompt=PROMPT, own=4, **sizes)
+    sizes = {"pad_id": PAD, "group_size": GROUP, "per_row": GROUP}
+    for slots, bounds, told in (
+        (999, Bounds(8, OWN), r"a prompt of .* does not fit the batch length 8"),
+        (999, Bounds(PROMPT, 4), r"what follows a prompt of .* length 4"),
+        (40, Bounds(PROMPT, OWN), r"a prompt with what follows it of .* length 40"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            shared_batch(streams, slots=slots, bounds=bounds, **sizes)
