@@ -59,9 +59,9 @@ class BeforeAfter:
         if kept is None:
             self._write({})
 
-    def after(self, params: FlatParams) -> None:
-        """Evaluate what the run ends with, and show the table."""
-        after, before, rows = self._held_out(params), self._before, {}
+    def after(self, params: FlatParams, known: MetricsByMode | None = None) -> None:
+        """Evaluate what the run ends with, unless that is known, and show the table."""
+        after, before, rows = known or self._held_out(params), self._before, {}
         for mode, metrics in after.items():
             if mode in before:
                 rows[f"{mode}, before"] = before[mode]

@@ -1,4 +1,4 @@
-"""Settings of the evaluation before and after a run."""
+"""Settings of the evaluation before a run, in its midst and after it."""
 
 from __future__ import annotations
 
@@ -22,3 +22,9 @@ class EvaluationSettings(Settings):
     """Rollouts at once."""
     frame_budget: Annotated[int, at_least(1)] = 4
     """K of every evaluation prompt."""
+    every: Annotated[int, at_least(0)] = 0
+    """Steps between evaluations in the midst of the run, whose figures stand in `metrics.jsonl` as
+    `evaluation/MODE/NAME`; 0: only before and after."""
+    best: str = "greedy/accuracy"
+    """The figure, MODE/NAME, by which `best/` is the best of the weights that were evaluated in the
+    midst of the run."""

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from evaluate.before_after import BeforeAfter
 from evaluate.held_out import HeldOut
+from evaluate.mid_run import MidRun
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.mesh import on_device, on_host
@@ -127,7 +128,9 @@ class Run:
         self.agents = dataclasses.replace(
             self.parts.agents, layout=layout, tell=self.log.console.print
         )
-        self.evaluation = self._evaluation() if self.held_out else None
+        held_out = self._held_out() if self.held_out else None
+        self.evaluation = self._evaluation(held_out) if held_out else None
+        self.mid_run = self._mid_run(held_out) if held_out and config.evaluation.every else None
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
@@ -166,14 +169,22 @@ class Run:
             write_atomically(self.workdir / FILE, settings)
             self.parts.describe_checkpoints(self.workdir / MODEL_FILES)
 
-    def _evaluation(self) -> BeforeAfter:
-        """Evaluation on held-out questions, before and after."""
+    def _held_out(self) -> HeldOut:
+        """Puts the held-out questions to the agent."""
         own, data, console = self.config.evaluation, self.config.data, self.log.console
         by_events, bad = functools.partial(strata, data, own.split), data.max_bad_rows
-        asked = HeldOut(own, self.held_out, self.agents, self.scorer, bad, by_events, console)
+        return HeldOut(own, self.held_out, self.agents, self.scorer, bad, by_events, console)
+
+    def _evaluation(self, held_out: HeldOut) -> BeforeAfter:
+        """Evaluation on held-out questions, before and after."""
+        own, data, console = self.config.evaluation, self.config.data, self.log.console
         part = "test" if own.split == "test" and not data.path else "held-out"
         title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
-        return BeforeAfter(asked, flat_settings(self.config), self.workdir, title, console)
+        return BeforeAfter(held_out, flat_settings(self.config), self.workdir, title, console)
+
+    def _mid_run(self, held_out: HeldOut) -> MidRun:
+        """The same in the midst of the run."""
+        return MidRun(held_out, self.config.evaluation, self.workdir, self._write_folder)
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
@@ -228,6 +239,8 @@ class Run:
             saver=self.saver,
             report=self.report,
             rollouts_folder=self.workdir / "rollouts" if config.output.rollouts else None,
+            evaluate=self.mid_run,
+            sight=setup.open_sight(config, learner.batches, self.parts.policy, self.mesh),
         )
 
     def supervise(self) -> None:
@@ -240,7 +253,8 @@ class Run:
             budgets=data.budgets,
             router_balance=config.model.router_balance,
         )
-        run = SftRun(data, update, self.mesh, config.steps, self.saver, self.report)
+        shared = self.saver, self.report, self.mid_run
+        run = SftRun(data, update, self.mesh, config.steps, *shared)
         with self.saver.guard():
             self.state, position = supervise(run, self.state, self.first_step, self.data_state)
             self.saver.finish(config.steps, self.state, position)
@@ -261,7 +275,9 @@ class Run:
     def _finish(self) -> None:
         """Evaluation, table and export."""
         if self.evaluation is not None:
-            self.evaluation.after(self.state.params)
+            last, found = self.mid_run.last if self.mid_run else (-1, {})
+            known = found if last == self.config.steps else None
+            self.evaluation.after(self.state.params, known)
         if self.config.output.export_hf:
             self._export()
         if self.lock is not None:
@@ -270,11 +286,16 @@ class Run:
 
     def _export(self) -> None:
         """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""
-        policy, params, base = self.parts.policy, self.state.params, self.workdir / MODEL_FILES
-        policy.save_folder(policy.merge(params), self.workdir / "hf", base=base)
+        policy, params = self.parts.policy, self.state.params
+        self._write_folder(params, self.workdir / "hf")
         if policy.lora.rank:
             folder, origin = self.workdir / ADAPTER, self.parts.base.absolute()
             save_adapter(params, policy.table, policy.lora, folder, origin)
+
+    def _write_folder(self, params: FlatParams, folder: Path) -> None:
+        """Weights as a model folder, adapters merged."""
+        policy = self.parts.policy
+        policy.save_folder(policy.merge(params), folder, base=self.workdir / MODEL_FILES)
 
     def close(self, failed: bool = False) -> None:
         """Finish what is being written and let others write into the workdir; if the run failed,

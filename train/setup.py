@@ -58,6 +58,7 @@ from train.rl.loop import (
     ScoredRollouts,
 )
 from train.rl.scoring import Scorer
+from train.rl.sight import Sight
 from train.rl.subagents import possible_rows
 from train.rl.token_advantages import TokenAdvantages
 from train.sft.batches import PackedData, TaskData
@@ -366,6 +367,14 @@ def engine_shapes(config: Config, agents: AgentMaker, engine: Engine) -> BatchSh
         agents.tell(f"learner: sub-agents of {subagent_longest} tokens, {rows} rows per prompt")
     longest = main.prompt_tokens, main.suffix
     return batch_shapes(config, renderer.spec, renderer.pad_id, longest, subagent_longest)
+
+
+def open_sight(
+    config: Config, batches: RolloutBatches, policy: TrainablePolicy, mesh: Mesh
+) -> Sight | None:
+    """Measures whether the policy sees, if the configuration asks for it."""
+    every = config.rl.sight_every
+    return Sight(policy, mesh, batches.shapes, every) if every else None
 
 
 def open_rollouts(

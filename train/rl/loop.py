@@ -29,6 +29,7 @@ from train.report.log import write_rollouts
 from train.report.progress import ProgressBar
 from train.report.steps import Clock, StepReport
 from train.rl.scoring import Scorer, rollout_metrics
+from train.rl.sight import Sight
 from train.state import FlatParams, TrainState
 from train.workdir.saving import Saver
 
@@ -41,9 +42,14 @@ def reinforce(run: RlRun, state: TrainState, first_step: int) -> TrainState:
         clock.start()
         with clock.time("time/rollout"):
             batch = run.rollouts.draw(state.params, step)
+        seen = run.sight(step, state.params, batch.groups) if run.sight is not None else {}
         run.saver.begin_update()
         with clock.time("time/learn"):
             state, learned = run.learner.step(state, batch.groups)
+        learned = {**learned, **seen}
+        if run.evaluate is not None:
+            with clock.time("time/evaluate"):
+                learned = {**learned, **run.evaluate(step + 1, state.params)}
         report(run, step, batch, learned)
     return state
 
@@ -158,6 +164,8 @@ class RolloutLearner(Protocol):
         ...
 
 
+Evaluate = Callable[[int, FlatParams], Mapping[str, float]]
+"""Metrics of the weights after so many steps; none where they are not evaluated then."""
 MetricsSource = Callable[[], Mapping[str, float]]
 """What a part of a run has to say of the last step, for `metrics.jsonl`."""
 
@@ -189,6 +197,10 @@ class RlRun:
     report: StepReport
     rollouts_folder: Path | None
     """Where rollouts are written, if they are."""
+    evaluate: Evaluate | None = None
+    """Evaluates in the midst of the run, if it is to be."""
+    sight: Sight | None = None
+    """Measures whether the policy sees, if it is to be."""
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the `TrainState`."""

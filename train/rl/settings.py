@@ -30,6 +30,9 @@ class RlSettings(Settings):
     reference_memory: Literal["device", "host"] = "device"
     """Where the reference's own copy of what trains lies: on the `device`, or in memory of the
     `host`, from which it is fetched whenever it is measured."""
+    sight_every: Annotated[int, at_least(0)] = 0
+    """Steps between measurements of how probable answers and reports are with their frames and
+    without (`sight/...`): a policy that does not see finds both the same. 0: never."""
     warm_up: bool = False
     """Compile what steps can need before the first one, not when it first occurs: a run that never
     stops for it, for a later start."""

@@ -168,6 +168,8 @@ TABLE = (
     Only("sft.mask_predictor", "sft.task_masks"),
     Only("evaluation.rows", "packs_conversations", operator.not_, 0,
          f"{PACKED}, which hold no questions to evaluate; set it to 0"),
+    Only("evaluation.every", "evaluation.rows", off=0),
+    Only("evaluation.best", "evaluation.every"),
     Only("output.compile_cache_gb", "output.compile_cache"),
 )  # fmt: skip
 """All of them, but for the settings of rewards, of which each scheme says which it reads."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -12,7 +13,7 @@ from jax.sharding import Mesh
 from train.batch import to_mesh
 from train.report.steps import StepReport
 from train.sft.batches import SftData
-from train.state import TrainState
+from train.state import FlatParams, TrainState
 from train.step import SftStep, mean_metrics
 from train.workdir.saving import Saver
 
@@ -27,6 +28,9 @@ class SftRun:
     steps: int
     saver: Saver
     report: StepReport
+    evaluate: Callable[[int, FlatParams], Mapping[str, float]] | None = None
+    """Evaluates in the midst of the run, if it is to be: metrics of the weights after so many
+    steps."""
 
 
 def supervise(
@@ -53,5 +57,8 @@ def supervise(
                 run.saver.begin_update()
                 state, learned = compiled(state, batches)
                 metrics = mean_metrics([learned])
+            if run.evaluate is not None:
+                with clock.time("time/evaluate"):
+                    metrics |= run.evaluate(step + 1, state.params)
             run.report(step, metrics | taken.metrics)
     return state, position

@@ -1,0 +1,71 @@
+"""Held-out questions in the midst of a run: curves in its metrics, and the best weights kept."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from evaluate.held_out import HeldOut, MetricsByMode
+from evaluate.settings import EvaluationSettings
+from train.hosts.cluster import from_first, is_first
+from train.state import FlatParams
+from train.workdir.files import write_atomically
+
+BEST = "best"
+"""The folder of a run with its best weights; `best.json` beside it says of which step."""
+
+Export = Callable[[FlatParams, Path], None]
+"""Writes weights as a model folder."""
+
+
+class MidRun:
+    """Evaluates every so many steps, and keeps the weights of the best."""
+
+    def __init__(
+        self, held_out: HeldOut, settings: EvaluationSettings, workdir: Path, export: Export
+    ):
+        self._held_out, self._settings = held_out, settings
+        self._workdir, self._export = workdir, export
+        self._best = self._read()
+        self.last: tuple[int, MetricsByMode] = (-1, {})
+        """Step and metrics of the last evaluation."""
+
+    def __call__(self, step: int, params: FlatParams) -> dict[str, float]:
+        """The metrics after `step` steps, `evaluation/MODE/NAME`, if they are due.
+
+        Raises:
+          ValueError: there is no metric of the name `evaluation.best`.
+        """
+        if step % self._settings.every:
+            return {}
+        found = self._held_out(params)
+        self.last = step, found
+        metrics = {
+            f"{mode.replace(' ', '_')}/{name}": value
+            for mode, named in found.items()
+            for name, value in named.items()
+        }
+        self._keep_if_best(step, metrics, params)
+        return {f"evaluation/{name}": value for name, value in metrics.items()}
+
+    def _keep_if_best(self, step: int, metrics: dict[str, float], params: FlatParams) -> None:
+        name = self._settings.best
+        if name not in metrics:
+            known = ", ".join(name for name in metrics if name.endswith("/accuracy"))
+            raise ValueError(f"evaluation.best={name}: no figure has this name; give {known}, ...")
+        if self._best is not None and metrics[name] <= self._best:
+            return
+        self._best = metrics[name]
+        self._export(params, self._workdir / BEST)
+        if is_first():
+            told = {"step": step, "figure": name, "value": self._best}
+            write_atomically(self._workdir / f"{BEST}.json", json.dumps(told, indent=2) + "\n")
+
+    def _read(self) -> float | None:
+        """The best value so far, of a run that goes on; on every host what the first one reads."""
+        path, text = self._workdir / f"{BEST}.json", ""
+        if is_first() and path.exists():
+            text = path.read_text(encoding="utf-8")
+        held = json.loads(from_first(text) or "{}")
+        return held.get("value") if held.get("figure") == self._settings.best else None
