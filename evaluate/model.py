@@ -11,6 +11,7 @@ import jax
 from jax.sharding import Mesh
 
 from evaluate.held_out import greedy
+from models.common.folder import existing_folder
 from models.common.weights import load_params
 from paravt_jax.interfaces import Params
 from paravt_jax.mesh import make_mesh, parse_mesh
@@ -97,6 +98,7 @@ def settings_of(model: str | None, recipe: str | None = None) -> Config:
       ValueError: no such folder, or a run that has exported no weights.
     """
     folder, workdir = _found(model)
+    existing_folder(folder)
     if recipe is not None:
         config = get_recipe(recipe)
     elif workdir is not None:
