@@ -57,7 +57,7 @@ def keep_moments(
     inner = optax.with_extra_args_support(update)
 
     def init(params: Any) -> Packed:
-        return Packed(jnp.zeros((), jnp.int32), _pack(inner.init(params), params, kept, 0))
+        return Packed(jnp.zeros((), jnp.int32), _pack(inner.init(params), params, kept, None))
 
     def step(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Packed]:
         moved, after = inner.update(updates, _unpack(state.inner), params, **extra)
@@ -77,20 +77,30 @@ def weight_of(path: tuple, weights: Any) -> str | None:
     return name if isinstance(name, str) and name in weights else None
 
 
-def _pack(state: Any, weights: Any, kept: Kept, step: Array | int) -> Any:
-    """Moments of large weights in fewer bits."""
+def _pack(state: Any, weights: Any, kept: Kept, step: Array | None) -> Any:
+    """Moments of large weights in fewer bits; without a step, before the first, they are 0."""
 
     def one(path: tuple, x: Array) -> Any:
         name = weight_of(path, weights)
         if name is None or x.shape != weights[name].shape or x.size < SMALLEST:
             return x
+        squares = any(getattr(part, "name", None) == "nu" for part in path)
+        if step is None:
+            return _nothing(x.shape, kept, signed=not squares)
         chances = _chances(x.shape, zlib.crc32(jax.tree_util.keystr(path).encode()), step)
         if kept == "bfloat16":
             return _to_bfloat16(x, chances)
-        squares = any(getattr(part, "name", None) == "nu" for part in path)
         return quantise(x, chances, signed=not squares)
 
     return jax.tree_util.tree_map_with_path(one, state)
+
+
+def _nothing(shape: tuple[int, ...], kept: Kept, signed: bool) -> Any:
+    """Zeros as they are kept. To pack some, a compiler folds large constants for seconds."""
+    if kept == "bfloat16":
+        return jnp.zeros(shape, jnp.bfloat16)
+    scales = (*shape[:-1], shape[-1] // _block(shape[-1]))
+    return Blocks(jnp.zeros(shape, jnp.int8 if signed else jnp.uint8), jnp.zeros(scales))
 
 
 def _unpack(state: Any) -> Any:
@@ -102,13 +112,13 @@ def _unpack(state: Any) -> Any:
     return jax.tree.map(one, state, is_leaf=lambda x: isinstance(x, Blocks))
 
 
-def _chances(shape: tuple[int, ...], name: int, step: Array | int) -> UInt32[Array, "*shape"]:
+def _chances(shape: tuple[int, ...], name: int, step: Array) -> UInt32[Array, "*shape"]:
     """32 random bits for each element of an array."""
     place = jnp.zeros(shape, jnp.uint32)
     for axis, stride in enumerate(math.prod(shape[i + 1 :]) for i in range(len(shape))):
         own = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
         place = place + own * jnp.uint32(stride % 2**32)
-    seed = scramble(jnp.asarray(step).astype(jnp.uint32) ^ jnp.uint32(name))
+    seed = scramble(step.astype(jnp.uint32) ^ jnp.uint32(name))
     return scramble(scramble(place + seed) ^ seed)
 
 
@@ -168,6 +178,10 @@ def _decade(x: Array, starts: list[float]) -> tuple[Array, Array]:
 
 def _split(x: Shaped[Array, "*shape n"]) -> Shaped[Array, "*shape m block"]:
     """The blocks of an array: as long as divides its last axis."""
-    n = x.shape[-1]
-    block = next(size for size in range(min(BLOCK, n), 0, -1) if n % size == 0)
-    return x.reshape(*x.shape[:-1], n // block, block)
+    block = _block(x.shape[-1])
+    return x.reshape(*x.shape[:-1], x.shape[-1] // block, block)
+
+
+def _block(n: int) -> int:
+    """The largest divisor up to `BLOCK`."""
+    return next(size for size in range(min(BLOCK, n), 0, -1) if n % size == 0)
