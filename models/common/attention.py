@@ -296,7 +296,7 @@ def partial(
     return mixed.astype(jnp.float32), largest, jnp.sum(weights, axis=-1)
 
 
-def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
+def join(one: Partial, other: Partial) -> Partial:
     """Attention to the keys of both, by their log-sum-exps (FlashAttention, arXiv 2205.14135,
     section 3.1; shared prefixes: Hydragen, arXiv 2402.05099)."""
     largest = jnp.maximum(one[1], other[1])
@@ -305,4 +305,10 @@ def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
         part[0] * scale[..., None] for part, scale in zip((one, other), scales, strict=True)
     )
     total = sum(part[2] * scale for part, scale in zip((one, other), scales, strict=True))
+    return mixed, largest, total
+
+
+def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
+    """Attention to the keys of both, finished."""
+    mixed, _, total = join(one, other)
     return mixed / jnp.maximum(total, TINY)[..., None]

@@ -99,13 +99,28 @@ def precompile(
     if missing:
         raise ValueError(f"inputs lacks the pools {', '.join(sorted(missing))}; add them")
     before = engine.compilations
-    precompiler = _Precompiler(engine, params, inputs, patch_values)
-    requests = list(precompiler.requests())
-    with progress(len(requests)) as done:
-        for request in requests:
-            precompiler.run(*request)
-            done()
+    rungs = range(engine.caches.rungs)
+    requests = list(_Precompiler(engine, params, inputs, patch_values).requests())
+    with progress(len(requests) * len(rungs)) as done:
+        for rung in rungs:
+            engine.caches.release()
+            engine.caches.open(rung)
+            precompiler = _Precompiler(engine, params, inputs, patch_values)
+            for request in requests:
+                precompiler.run(*request)
+                done()
+    _grow(engine)
     return engine.compilations - before
+
+
+def _grow(engine: Engine) -> None:
+    """Compile each step of the cache to the next."""
+    engine.caches.release()
+    engine.caches.open()
+    for _ in range(1, engine.caches.rungs):
+        engine.caches.grow(engine.caches.growing)
+    engine.caches.release()
+    engine.caches.take_peak()  # no rollout took that
 
 
 Request = tuple[list[tuple[str, Size]], Size, int | None]

@@ -61,7 +61,7 @@ class EngineCalls:
         """
         self._engine, self._params, self._inputs = engine, params, inputs
         self._mesh, self._patch_values = mesh, patch_values
-        self._states = engine.abstract_states(mesh)
+        self._states = engine.caches.abstract(mesh)
 
     def __iter__(self) -> Iterator[EngineCall]:
         """All of them: per pool, and decoding per set of pools."""

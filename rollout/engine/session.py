@@ -50,8 +50,9 @@ class Session:
         `wrote` is called after each step for each stream that has grown.
         """
         self._engine, self._params, self._wrote = engine, engine.prepare(params), wrote
+        engine.caches.open()
         self._tables = {
-            name: SlotTable(name, pool, engine.states) for name, pool in engine.pools.items()
+            name: SlotTable(name, pool, engine.caches) for name, pool in engine.pools.items()
         }
         self._rows: dict[StreamId, tuple[SlotTable, StreamState]] = {}
         self._opened = 0
@@ -173,6 +174,7 @@ class Session:
     def _append(self, table: SlotTable) -> None:
         """Append what rows were given, blocks of one shape together."""
         pairs = [(row, row.given) for row in table.rows if row is not None and row.given]
+        table.reserve({row: row.length + len(given.tokens) for row, given in pairs})
         shapes = grouped(pairs, lambda pair: static_shape(pair[1], MIN_APPEND))
         for (tokens, frames), alike in shapes:
             rows = [row for row, _ in alike]
@@ -223,6 +225,10 @@ class Session:
         return features, [restride(block, patches) for block in blocks]
 
     def _decode(self, tables: Sequence[SlotTable]) -> list[tuple[StreamId, Generated]]:
+        for table in tables:
+            running = [row for row in table.rows if row is not None and row.remaining]
+            steps = self._engine.steps_per_call
+            table.reserve({row: row.length + min(row.remaining, steps) for row in running})
         rows = [row for table in tables for row in table.rows]
         waits = any(table.queue for table in self._tables.values())
         states, output = self._engine.decode(
