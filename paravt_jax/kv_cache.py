@@ -115,6 +115,10 @@ class CacheArray:
             return stored.astype(dtype)
         return (stored * read(self.scales)[..., None]).astype(dtype)
 
+    def with_rows(self, rows: Int[Array, " b"], x: Float[Array, "l b k t h"]) -> CacheArray:
+        """With the first slots of these rows written."""
+        return self.write((slice(None), rows, slice(None), slice(0, x.shape[3])), x)
+
     def with_pages(self, count: int) -> CacheArray:
         """An empty one with so many pages instead."""
         layers, _, heads, slots, width = self.stored.shape
@@ -205,11 +209,10 @@ class KVCache:
         values: Float[Array, "l b k t h"],
     ) -> KVCache:
         """These prompts in these places; lengths stay as they are."""
-        where = (slice(None), places, slice(None), slice(0, keys.shape[3]))
         return dataclasses.replace(
             self,
-            prompt_keys=self.prompt_keys.write(where, keys),
-            prompt_values=self.prompt_values.write(where, values),
+            prompt_keys=self.prompt_keys.with_rows(places, keys),
+            prompt_values=self.prompt_values.with_rows(places, values),
         )
 
     def sharded(self) -> KVCache:

@@ -301,11 +301,8 @@ def join(one: Partial, other: Partial) -> Partial:
     section 3.1; shared prefixes: Hydragen, arXiv 2402.05099)."""
     largest = jnp.maximum(one[1], other[1])
     scales = [jnp.exp(part[1] - largest) for part in (one, other)]
-    mixed = sum(
-        part[0] * scale[..., None] for part, scale in zip((one, other), scales, strict=True)
-    )
-    total = sum(part[2] * scale for part, scale in zip((one, other), scales, strict=True))
-    return mixed, largest, total
+    mixed = one[0] * scales[0][..., None] + other[0] * scales[1][..., None]
+    return mixed, largest, one[2] * scales[0] + other[2] * scales[1]
 
 
 def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:

@@ -77,12 +77,36 @@ class PoolState:
     seen: Bool[Array, "n vocab"] | None = None
     """Tokens of each row after its prompt; kept only for repetition penalties."""
 
+    @property
+    def prompts(self) -> PromptState:
+        """What prefilling changes."""
+        cache = self.cache
+        return PromptState(cache.prompt_keys, cache.prompt_values, self.hidden, self.seen)
+
+    def with_prompts(self, new: PromptState) -> PoolState:
+        """After prompts were prefilled."""
+        cache = dataclasses.replace(self.cache, prompt_keys=new.keys, prompt_values=new.values)
+        return PoolState(cache, new.hidden, new.seen)
+
     def with_lengths(
         self, prompts: Int[ArrayLike, " p"], rows: Int[ArrayLike, " n"], table: PageTable
     ) -> PoolState:
         """The host keeps the books: lengths and pages come with every call."""
         cache = dataclasses.replace(self.cache, prompt_lengths=prompts, lengths=rows, table=table)
         return dataclasses.replace(self, cache=cache)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class PromptState:
+    """The part of a pool's state that prompts are prefilled into. It has one size only, so that
+    prefill need not be compiled for each size of caches."""
+
+    keys: CacheArray
+    values: CacheArray
+    hidden: Float[Array, "n d"]
+    """See `PoolState`."""
+    seen: Bool[Array, "n vocab"] | None
 
 
 class Caches:

@@ -5,8 +5,9 @@
 
 A pool holds the KV-cache slots of requests of one static shape. A prompt is prefilled once and
 shared by its copies; rows of all pools decode in one loop. Each static shape is compiled once for
-each size of the caches: prefill (batch x tokens x frames), append (rows x tokens), decode (which
-pools). Sizes are powers of two or four; sampling settings, lengths and stop tokens are traced.
+each size of the caches, if it reads them: prefill (batch x tokens x frames), append (rows x
+tokens), decode (which pools). Sizes are powers of two or four; sampling settings, lengths and stop
+tokens are traced.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from paravt_jax.mesh import batch_shards, constrain, split_before_copy
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
-from rollout.engine.caches import Caches, PoolState, SlotPool, split_rows
+from rollout.engine.caches import Caches, PoolState, PromptState, SlotPool, split_rows
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 
 P = ParamSpec("P")
@@ -197,11 +198,11 @@ class Engine:
     def _prefill(
         self,
         params: Params,
-        state: PoolState,
+        state: PromptState,
         padded: PaddedTokens,
         features: VisionFeatures | None,
         slots: Int[Array, " b"],
-    ) -> PoolState:
+    ) -> PromptState:
         """Prefill prompts into these prompt slots; their rows start from them."""
         self.compilations += 1
         padded = split_rows(padded)
@@ -209,12 +210,14 @@ class Engine:
             params, padded.tokens, padded.positions, padded.vision_index, features
         )
         # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
-        copies = state.cache.copies
+        copies = state.hidden.shape[0] // state.keys.stored.shape[1]
         rows = slots[:, None] * copies + jnp.arange(copies)[None]
         last = _last(hidden, padded.lengths)[:, None].astype(state.hidden.dtype)
-        cache = state.cache.with_prompts(slots, keys, values).sharded()
+        keys = state.keys.with_rows(slots, keys).sharded()
+        values = state.values.with_rows(slots, values).sharded()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
-        return PoolState(cache, split_rows(state.hidden.at[rows].set(last)), seen)
+        hidden = split_rows(state.hidden.at[rows].set(last))
+        return PromptState(keys, values, hidden, seen)
 
     def _append(
         self,

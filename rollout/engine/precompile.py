@@ -99,14 +99,15 @@ def precompile(
     if missing:
         raise ValueError(f"inputs lacks the pools {', '.join(sorted(missing))}; add them")
     before = engine.compilations
-    rungs = range(engine.caches.rungs)
-    requests = list(_Precompiler(engine, params, inputs, patch_values).requests())
-    with progress(len(requests) * len(rungs)) as done:
-        for rung in rungs:
+    first = _Precompiler(engine, params, inputs, patch_values)
+    requests = [list(first.requests())]
+    requests += [list(first.of_each_size())] * (engine.caches.rungs - 1)
+    with progress(sum(map(len, requests))) as done:
+        for rung, own in enumerate(requests):
             engine.caches.release()
             engine.caches.open(rung)
             precompiler = _Precompiler(engine, params, inputs, patch_values)
-            for request in requests:
+            for request in own:
                 precompiler.run(*request)
                 done()
     _grow(engine)
@@ -145,6 +146,14 @@ class _Precompiler:
             yield from self._prompts(name)
             yield from self._appended(name)
         yield from self._mixtures()
+
+    def of_each_size(self) -> Iterator[Request]:
+        """Those that read the cache which grows."""
+        growing = self._engine.caches.growing
+        yield from self._appended(growing)
+        for request in self._mixtures():
+            if growing in dict(request[0]):
+                yield request
 
     def _prompts(self, name: str) -> Iterator[Request]:
         """Prefill each size of prompt, alone and in a batch."""

@@ -82,7 +82,7 @@ class EngineCalls:
         yield from self._encode(name, rows, largest)
         arguments = (
             self._params,
-            self._states[name],
+            self._states[name].prompts,
             self._padded(rows, largest[0]),
             self._features(rows, largest[1]),
             _host((rows,), jnp.int32),

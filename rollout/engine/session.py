@@ -167,9 +167,10 @@ class Session:
                 padded = pad(prompts, index, tokens, self._engine.pad_id)
                 own = [group.slot for group in batch]
                 slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
-                table.state = self._engine.prefill(
-                    self._params, table.current(), padded, features, slots
+                filled = self._engine.prefill(
+                    self._params, table.state.prompts, padded, features, slots
                 )
+                table.state = table.state.with_prompts(filled)
 
     def _append(self, table: SlotTable) -> None:
         """Append what rows were given, blocks of one shape together."""
