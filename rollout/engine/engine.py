@@ -142,7 +142,7 @@ class Engine:
         self.prefill = self._on_mesh(jax.jit(self._prefill, donate_argnames=("state",)))
         self.append = self._on_mesh(jax.jit(self._append, donate_argnames=("state",)))
         seen = automata.vocab if penalties else 0
-        self.caches = Caches(policy, pools, seen, self._on_mesh, self._shards)
+        self.caches = Caches(policy, pools, seen, self._on_mesh, self.shards)
         self.decode = self._on_mesh(jax.jit(self._decode, donate_argnames=("states",)))
         self._hand_over: jax.stages.Wrapped | None = None
         self.hand_over_seconds = 0.0
@@ -183,7 +183,7 @@ class Engine:
         `rollout.engine.caches.PARTS`."""
         return self.caches.bytes(rung)
 
-    def _shards(self) -> int:
+    def shards(self) -> int:
         """Parts that a mesh splits rows into."""
         mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
         return batch_shards(dict(mesh.shape))

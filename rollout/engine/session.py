@@ -29,6 +29,7 @@ from rollout.engine.padding import (
     batches,
     grouped,
     pad,
+    prompt_batches,
     static_shape,
 )
 from rollout.engine.sampler import Draw, SamplingConfig
@@ -154,23 +155,23 @@ class Session:
         return self._rows[stream]
 
     def _prefill(self, table: SlotTable) -> None:
-        """Prefill the prompts that got a slot, those of one shape together."""
+        """Prefill the prompts that got a slot, several together."""
         most = table.pool.prompt_tokens
         shapes = grouped(table.admit(), lambda group: static_shape(group.prompt, MIN_PROMPT, most))
-        for (tokens, frames), alike in shapes:
-            for batch, size in batches(alike, table.pool.prompts):
-                # Repetitions fill up the batch. Their slot is one beyond the last, and JAX drops
-                # what is written out of bounds: they leave no trace.
-                spare = size - len(batch)
-                prompts = [group.prompt for group in [*batch, *[batch[0]] * spare]]
-                features, index = self._encode(prompts, frames)
-                padded = pad(prompts, index, tokens, self._engine.pad_id)
-                own = [group.slot for group in batch]
-                slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
-                filled = self._engine.prefill(
-                    self._params, table.state.prompts, padded, features, slots
-                )
-                table.state = table.state.with_prompts(filled)
+        chosen = prompt_batches(shapes, table.pool.prompts, self._engine.shards())
+        for (tokens, frames), batch, size in chosen:
+            # Repetitions fill up the batch. Their slot is one beyond the last, and JAX drops
+            # what is written out of bounds: they leave no trace.
+            spare = size - len(batch)
+            prompts = [group.prompt for group in [*batch, *[batch[0]] * spare]]
+            features, index = self._encode(prompts, frames)
+            padded = pad(prompts, index, tokens, self._engine.pad_id)
+            own = [group.slot for group in batch]
+            slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
+            filled = self._engine.prefill(
+                self._params, table.state.prompts, padded, features, slots
+            )
+            table.state = table.state.with_prompts(filled)
 
     def _append(self, table: SlotTable) -> None:
         """Append what rows were given, blocks of one shape together."""
