@@ -119,10 +119,10 @@ def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:
 
 
 def _caches(policy: ModelPolicy, pools: Mapping[str, SlotPool], mesh: AnyMesh) -> int:
-    return sum(cache_bytes(policy, pool, mesh) for pool in pools.values())
+    return sum(_pool_bytes(policy, pool, mesh) for pool in pools.values())
 
 
-def cache_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
+def _pool_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
     """Keys and values of the rollouts of a step at their longest, rows and heads split as far as
     they divide (the compiler decides; this is what a mesh is chosen for)."""
     sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.row_pages * pool.page_slots
