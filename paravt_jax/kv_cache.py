@@ -113,7 +113,7 @@ class CacheArray:
         stored = read(self.stored)
         if self.scales is None:
             return stored.astype(dtype)
-        return (stored * read(self.scales)[..., None]).astype(dtype)
+        return (stored.astype(jnp.float32) * read(self.scales)[..., None]).astype(dtype)
 
     def with_rows(self, rows: Int[Array, " b"], x: Float[Array, "l b k t h"]) -> CacheArray:
         """With the first slots of these rows written."""
