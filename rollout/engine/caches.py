@@ -132,6 +132,8 @@ class Caches:
         self.states: dict[str, PoolState] = {}
         """Empty while they are given back."""
         self._peak = 0
+        self.held = False
+        """Whether they stay at this size, and tokens without a page are dropped: in rehearsals."""
         self.growing = max(pools, key=lambda name: pools[name].rows * pools[name].suffix)
         """The pool that grows."""
 

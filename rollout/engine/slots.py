@@ -114,7 +114,7 @@ class SlotTable:
     def reserve(self, tokens: Mapping[StreamState, int]) -> None:
         """Pages for so many tokens after the prompts of these rows; the cache grows if need be."""
         needed = {row.number: count for row, count in tokens.items()}
-        while not self._pages.reserve(needed):
+        while not self._pages.reserve(needed) and not self._caches.held:
             self._pages.grow(self._caches.grow(self.name))
 
     def admit(self) -> list[PromptGroup]:
