@@ -305,7 +305,8 @@ def mix(size: str, repeats: int) -> None:
         repeats,
     )
     ratio(seconds, "fixed batches", "continuous")
-    print(f"{lengths.sum()} tokens")
+    took, most = engine.caches.take_peak() / 2**20, engine.cache_bytes() / 2**20
+    print(f"{lengths.sum()} tokens, cache {took:.2f} MiB, {most:.2f} at most")
 
 
 def int8(size: str, length: int, repeats: int) -> None:

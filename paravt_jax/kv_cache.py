@@ -1,8 +1,14 @@
-"""The KV cache: keys and values of prompts, shared by their samples, and of what follows them."""
+"""The KV cache: keys and values of prompts, shared by their samples, and of what follows them.
+
+What follows a prompt lies in pages, so that memory is taken by what is there and not by what might
+come. Rows lie in `g` groups, one for each part that a mesh splits them into, and a row has pages of
+its own group only: no device reads another's.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,9 +88,74 @@ class CacheArray:
             return stored.astype(dtype)
         return (stored.astype(jnp.float32) * self.scales[where][..., None]).astype(dtype)
 
+    def first_pages(
+        self, layer: Any, groups: int, count: int, dtype: Any
+    ) -> Float[Array, "gc k s h"]:
+        """The first `count` pages of each group."""
+        return self._read_pages(groups, lambda x: x[layer, :, :count], dtype)
+
+    def pages(self, layer: Any, ids: Int[Array, "g r"], dtype: Any) -> Float[Array, "gr k s h"]:
+        """These pages, each counted within its group."""
+
+        def pick(x: Array) -> Array:
+            own = jax.vmap(lambda x, ids: x.at[layer, ids].get(mode="clip"), (1, 0))
+            return own(x, ids)
+
+        return self._read_pages(len(ids), pick, dtype)
+
+    def _read_pages(self, groups: int, pick: Callable[[Array], Array], dtype: Any) -> Array:
+        """What is picked from `[l, g, pages, ...]`, in this type."""
+
+        def read(x: Array) -> Array:
+            picked = pick(x.reshape(x.shape[0], groups, -1, *x.shape[2:]))
+            return picked.reshape(-1, *x.shape[2:])
+
+        stored = read(self.stored)
+        if self.scales is None:
+            return stored.astype(dtype)
+        return (stored.astype(jnp.float32) * read(self.scales)[..., None]).astype(dtype)
+
+    def with_rows(self, rows: Int[Array, " b"], x: Float[Array, "l b k t h"]) -> CacheArray:
+        """With the first slots of these rows written."""
+        return self.write((slice(None), rows, slice(None), slice(0, x.shape[3])), x)
+
+    def with_pages(self, count: int) -> CacheArray:
+        """An empty one with so many pages instead."""
+        layers, _, heads, slots, width = self.stored.shape
+        return CacheArray.empty((layers, count, heads, slots, width), self.stored.dtype)
+
+    def grown(self, groups: int, count: int) -> CacheArray:
+        """With so many pages in each group: its own, and empty ones behind them."""
+
+        def grow(x: Array) -> Array:
+            x = x.reshape(x.shape[0], groups, -1, *x.shape[2:])
+            more = [(0, 0), (0, 0), (0, count - x.shape[2]), *[(0, 0)] * (x.ndim - 3)]
+            return jnp.pad(x, more).reshape(x.shape[0], groups * count, *x.shape[3:])
+
+        return jax.tree.map(grow, self).sharded()
+
     def sharded(self) -> CacheArray:
         """Rows over the data axes of the mesh, heads over the tensor axis."""
         return jax.tree.map(lambda leaf: constrain(leaf, *SLOT_AXES[: leaf.ndim]), self)
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
+class PageTable:
+    """Which row has which pages, from both sides. Rows and pages are counted within their group."""
+
+    pages: Int[ArrayLike, "g r m"]
+    """The pages of each row, first tokens first; `u` where it has none yet."""
+    owners: Int[ArrayLike, "g u"]
+    """The row that has the page; `r` where it is free."""
+    order: Int[ArrayLike, "g u"]
+    """Which of that row's pages it is, from 0."""
+
+    @classmethod
+    def whole(cls, rows: int) -> PageTable:
+        """Every row has one page."""
+        one = jnp.arange(rows, dtype=jnp.int32)
+        return cls(one[None, :, None], one[None], jnp.zeros((1, rows), jnp.int32))
 
 
 @pytree
@@ -103,10 +174,11 @@ class KVCache:
     prompt_lengths: Int[ArrayLike, " p"]
     """Filled slots of each prompt; 0 where there is none."""
     keys: CacheArray
-    """Of `n` rows: what each generated, and was given, after its prompt."""
+    """Of pages: what each row generated, and was given, after its prompt."""
     values: CacheArray
     lengths: Int[ArrayLike, " n"]
     """Filled slots of each row, its prompt not counted."""
+    table: PageTable
 
     @property
     def copies(self) -> int:
@@ -118,6 +190,18 @@ class KVCache:
         """Tokens of each row's stream, its prompt included."""
         return jnp.repeat(self.prompt_lengths, self.copies) + self.lengths
 
+    def places(
+        self, rows: Int[Array, " m"], at: Int[Array, "m t"]
+    ) -> tuple[Int[Array, "m t"], Int[Array, "m t"]]:
+        """Page (over all groups) and slot of these tokens of rows; a page beyond the last where
+        the row, or a page for the token, does not exist."""
+        groups, per_group, most = self.table.pages.shape
+        count = self.keys.stored.shape[1] // groups
+        table = jnp.asarray(self.table.pages).reshape(-1, most)
+        own = table.at[rows[:, None], at // self.keys.count].get(mode="fill", fill_value=count)
+        pages = own + (rows // per_group)[:, None] * count
+        return jnp.where(own < count, pages, groups * count), at % self.keys.count
+
     def with_prompts(
         self,
         places: Int[Array, " b"],
@@ -125,11 +209,10 @@ class KVCache:
         values: Float[Array, "l b k t h"],
     ) -> KVCache:
         """These prompts in these places; lengths stay as they are."""
-        where = (slice(None), places, slice(None), slice(0, keys.shape[3]))
         return dataclasses.replace(
             self,
-            prompt_keys=self.prompt_keys.write(where, keys),
-            prompt_values=self.prompt_values.write(where, values),
+            prompt_keys=self.prompt_keys.with_rows(places, keys),
+            prompt_values=self.prompt_values.with_rows(places, values),
         )
 
     def sharded(self) -> KVCache:

@@ -101,6 +101,7 @@ class Agent:
         sync_errors: SyncErrors = list,
         before_step: Callable[[], None] = lambda: None,
         observer: Observer = NOBODY,
+        after_run: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -114,6 +115,7 @@ class Agent:
             before_step: called before each step of the engine; what it raises ends `run`.
             observer: told of turns and calls while they happen; of tokens by the session, if that
                 was given its `wrote`.
+            after_run: called when `run` ends: the memory of rollouts is free for others.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -125,6 +127,7 @@ class Agent:
         self._tools, self._config, self._crop_tokens = tools, config, crop_tokens
         self._sync_errors, self._before_step = sync_errors, before_step
         self._observer = observer
+        self._after_run = after_run
         self._budget = token_budget(config, renderer, crop_tokens or 0)
         self._prefix = turn_head(config, renderer)
         self._subagent_prefix = renderer.encode(renderer.opening)
@@ -152,7 +155,10 @@ class Agent:
             run = RunContext(session, workers, policy_version)
             scheduler = Scheduler(session, self._sync_errors, self._before_step)
             rollouts = _open_rollouts(run, items, copies, seed)
-            done = scheduler.run([self._episode_and_notice(rollout) for rollout in rollouts])
+            try:
+                done = scheduler.run([self._episode_and_notice(rollout) for rollout in rollouts])
+            finally:
+                self._after_run()
         self.metrics = _metrics(done, scheduler, workers)
         return [
             RolloutGroup(row, budget, tuple(done[at * copies : (at + 1) * copies]))

@@ -96,6 +96,7 @@ class AgentMaker:
             sync_errors=sync_errors,
             before_step=SIGNALS_OF_RUN.check,
             observer=observer or NOBODY,
+            after_run=engine.caches.release,
         )
 
     def engine(self, pools: dict[str, SlotPool]) -> Engine:
@@ -110,9 +111,10 @@ class AgentMaker:
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
         )
-        main, size = pools[MAIN], engine.cache_bytes() / 2**20
+        main, (least, most) = pools[MAIN], (engine.cache_bytes(rung) / 2**20 for rung in (0, -1))
         where = "" if mesh is None else f", on mesh {axes_text(mesh)}"
-        self.tell(f"engine: {main.prompts} prompts x {main.copies}, cache {size:,.0f} MiB{where}")
+        cache = f"cache {least:,.0f} to {most:,.0f} MiB"
+        self.tell(f"engine: {main.prompts} prompts x {main.copies}, {cache}{where}")
         return engine
 
     def pools(

@@ -296,13 +296,16 @@ def partial(
     return mixed.astype(jnp.float32), largest, jnp.sum(weights, axis=-1)
 
 
-def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
+def join(one: Partial, other: Partial) -> Partial:
     """Attention to the keys of both, by their log-sum-exps (FlashAttention, arXiv 2205.14135,
     section 3.1; shared prefixes: Hydragen, arXiv 2402.05099)."""
     largest = jnp.maximum(one[1], other[1])
     scales = [jnp.exp(part[1] - largest) for part in (one, other)]
-    mixed = sum(
-        part[0] * scale[..., None] for part, scale in zip((one, other), scales, strict=True)
-    )
-    total = sum(part[2] * scale for part, scale in zip((one, other), scales, strict=True))
+    mixed = one[0] * scales[0][..., None] + other[0] * scales[1][..., None]
+    return mixed, largest, one[2] * scales[0] + other[2] * scales[1]
+
+
+def merge(one: Partial, other: Partial) -> Float[Array, "b k q h"]:
+    """Attention to the keys of both, finished."""
+    mixed, _, total = join(one, other)
     return mixed / jnp.maximum(total, TINY)[..., None]

@@ -2,6 +2,11 @@
 
 A row attends to its prompt and to its own tokens; both results are merged by their
 log-sum-exps. The prompt's keys are read once for all of its copies.
+
+A row's own tokens lie in pages. To decode, queries go to the pages, which are read where they
+lie: gathering them would move the cache twice, and a query is much smaller than a page, so that
+plain XLA does without a kernel. A longer block walks through the pages of its rows: it computes
+more than it reads.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from models.common.attention import Partial, merge, partial
+from models.common.attention import HIDDEN, Partial, join, merge, partial
 from paravt_jax.kv_cache import KVCache
 
 READ_SIZES = 4
@@ -57,11 +62,12 @@ def append(
 ) -> KVCache:
     """The cache with a block written after what each row has; what falls beyond it is dropped."""
     rows = jnp.arange(cache.lengths.shape[0]) if rows is None else rows
-    slots = cache.lengths[rows][:, None] + jnp.arange(key.shape[1])[None]
+    at = jnp.asarray(cache.lengths)[rows][:, None] + jnp.arange(key.shape[1])[None]
+    pages, slots = cache.places(rows, at)
     # Heads are indexed too: with a slice for them, XLA scatters windows of heads, for which a TPU
     # copies the whole cache to another layout and back at every token.
     heads = jnp.arange(key.shape[2])
-    where = (layer, rows[:, None, None], heads, slots[..., None])
+    where = (layer, pages[..., None], heads, slots[..., None])
     return dataclasses.replace(
         cache,
         keys=cache.keys.write(where, key),
@@ -124,17 +130,96 @@ def _to_suffix(
     t: int,
 ) -> Partial:
     """Each row to the tokens after its prompt, causally."""
-    chosen = slice(None) if rows is None else rows
-    before = cache.lengths[chosen]
+    before = jnp.asarray(cache.lengths) if rows is None else jnp.asarray(cache.lengths)[rows]
+    if rows is None and t == 1:
+        return _from_pages(cache, layer, query, before)
+    return _through_pages(cache, rows, layer, query, before, t)
+
+
+def _from_pages(
+    cache: KVCache,
+    layer: Int[Array, ""] | np.integer,
+    query: Float[Array, "n k q h"],
+    last: Int[Array, " n"],
+) -> Partial:
+    """A token of each row to its row: each page answers the query of the row that has it."""
+    groups, per_group, _ = cache.table.pages.shape
+    query, last = (x.reshape(groups, per_group, *x.shape[1:]) for x in (query, last))
+
+    def read(count: int) -> Partial:
+        owners, order = (jnp.asarray(x)[:, :count] for x in (cache.table.owners, cache.table.order))
+        keys, values = (
+            x.first_pages(layer, groups, count, query.dtype) for x in (cache.keys, cache.values)
+        )
+        slots = order[..., None] * cache.keys.count + jnp.arange(cache.keys.count)[None, None]
+        visible = slots <= _of_owners(last, owners)[..., None]
+        visible = visible & (owners < per_group)[..., None]
+        asked = _of_owners(query, owners)
+        asked, visible = (x.reshape(-1, *x.shape[2:]) for x in (asked, visible[:, :, None]))
+        return _join_pages(partial(asked, keys, values, visible), owners, per_group)
+
+    taken = jnp.asarray(cache.table.owners) < per_group
+    count = taken.shape[1]
+    filled = jnp.max(jnp.where(taken, jnp.arange(1, count + 1)[None], 0))
+    return _read_filled(read, count, filled)
+
+
+def _of_owners(x: Array, owners: Int[Array, "g u"]) -> Array:
+    """What rows `[g, r, ...]` have, for each of their pages; anything for free pages."""
+    return jax.vmap(lambda x, owners: x.at[owners].get(mode="clip"))(x, owners)
+
+
+def _join_pages(
+    part: Partial, owners: Int[Array, "g u"], per_group: int
+) -> tuple[Array, Array, Array]:
+    """What the pages of each row found, together: a `Partial` of rows. By products with 0 and 1,
+    which devices do faster than scattered sums."""
+    groups, count = owners.shape
+    mixed, largest, total = (x.reshape(groups, count, *x.shape[1:]) for x in part)
+    belongs = owners[:, None] == jnp.arange(per_group, dtype=owners.dtype)[None, :, None]
+    most = jnp.max(jnp.where(belongs[..., None, None], largest[:, None], HIDDEN), axis=2)
+    scale = jnp.exp(largest - _of_owners(most, owners))
+
+    def summed(x: Array) -> Array:
+        exact = jax.lax.Precision.HIGHEST
+        sums = jnp.einsum("gru,gu...->gr...", belongs.astype(x.dtype), x, precision=exact)
+        return sums.reshape(-1, *sums.shape[2:])
+
+    most = most.reshape(-1, *most.shape[2:])
+    return summed(mixed * scale[..., None]), most, summed(total * scale)
+
+
+def _through_pages(
+    cache: KVCache,
+    rows: Int[Array, " m"] | None,
+    layer: Int[Array, ""] | np.integer,
+    query: Float[Array, "m k q h"],
+    before: Int[Array, " m"],
+    t: int,
+) -> Partial:
+    """A block to its rows, page after page."""
+    size, m = cache.keys.count, len(query)
     last = before[:, None] + jnp.repeat(jnp.arange(t), query.shape[2] // t)[None]
+    ids = jnp.asarray(cache.table.pages)
+    if rows is not None:
+        starts = jnp.arange(ids.shape[2])[None] * size
+        ids = cache.places(rows, jnp.broadcast_to(starts, (m, ids.shape[2])))[0][None]
 
-    def read(slots: int) -> Partial:
-        where = (layer, chosen, slice(None), slice(0, slots))
-        keys, values = (x.read(where, query.dtype) for x in (cache.keys, cache.values))
-        visible = jnp.arange(slots)[None, None] <= last[..., None]
-        return partial(query, keys, values, visible)
+    def read(number: Int[Array, ""], so_far: Partial) -> Partial:
+        own = jax.lax.dynamic_index_in_dim(ids, number, 2, keepdims=False)
+        keys, values = (x.pages(layer, own, query.dtype) for x in (cache.keys, cache.values))
+        slots = number * size + jnp.arange(size)
+        visible = slots[None, None] <= last[..., None]
+        return join(so_far, partial(query, keys, values, visible))
 
-    return _read_filled(read, cache.keys.count, jnp.max(before) + t)
+    nothing = jnp.zeros(query.shape, jnp.float32), *_no_scores(query.shape[:-1])
+    most = jnp.minimum(jnp.max(last) // size + 1, ids.shape[2])
+    return jax.lax.fori_loop(0, most, read, nothing)
+
+
+def _no_scores(shape: tuple[int, ...]) -> tuple[Array, Array]:
+    """The largest score and the sum of weights where nothing was looked at."""
+    return jnp.full(shape, HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
 def _read_filled(read: Callable[[int], Partial], slots: int, filled: Int[Array, ""]) -> Partial:

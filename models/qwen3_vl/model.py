@@ -22,7 +22,7 @@ from models.qwen3_vl.folder import write_config
 from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
-from paravt_jax.kv_cache import CacheArray, KVCache, whole_tiles
+from paravt_jax.kv_cache import CacheArray, KVCache, PageTable, whole_tiles
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
@@ -277,6 +277,7 @@ class Qwen3VLPolicy:
             keys=self._cache_array(rows, suffix_slots),
             values=self._cache_array(rows, suffix_slots),
             lengths=jnp.zeros(rows, jnp.int32),
+            table=PageTable.whole(rows),
         )
 
     def _cache_array(self, rows: int, slots: int) -> CacheArray:

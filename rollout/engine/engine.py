@@ -4,16 +4,15 @@
     session = Session(engine, params)       requests in, streams out: `rollout.engine.session`
 
 A pool holds the KV-cache slots of requests of one static shape. A prompt is prefilled once and
-shared by its copies; rows of all pools decode in one loop. Each static shape is compiled once:
-prefill (batch x tokens x frames), append (rows x tokens), decode (which pools). Sizes are powers
-of two or four; sampling settings, lengths and stop tokens are traced.
+shared by its copies; rows of all pools decode in one loop. Each static shape is compiled once for
+each size of the caches, if it reads them: prefill (batch x tokens x frames), append (rows x
+tokens), decode (which pools). Sizes are powers of two or four; sampling settings, lengths and stop
+tokens are traced.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, Generic, ParamSpec, TypeVar
@@ -24,57 +23,16 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
-from paravt_jax.kv_cache import SLOT_AXES, KVCache
-from paravt_jax.mesh import AnyMesh, constrain, sharding, split_before_copy
+from paravt_jax.kv_cache import KVCache
+from paravt_jax.mesh import batch_shards, constrain, split_before_copy
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
+from rollout.engine.caches import Caches, PoolState, PromptState, SlotPool, split_rows
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 
 P = ParamSpec("P")
 T = TypeVar("T")
-
-
-@dataclasses.dataclass(frozen=True)
-class SlotPool:
-    """How many KV-cache slots there are for requests of one static shape."""
-
-    prompts: int
-    """Slots of prompts: so many run at a time."""
-    copies: int
-    """Rows that share one prompt: the group size for main agents, 1 for crops."""
-    prompt_tokens: int
-    """Longest prompt."""
-    suffix: int
-    """Most tokens of a row after its prompt."""
-
-    def __post_init__(self) -> None:
-        """Refuse impossible sizes, naming field, value and remedy."""
-        for name in ("prompts", "copies", "prompt_tokens", "suffix"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: must be at least 1")
-
-    @property
-    def rows(self) -> int:
-        """Rows of all prompts."""
-        return self.prompts * self.copies
-
-
-@pytree
-@dataclasses.dataclass(frozen=True)
-class PoolState:
-    """What the slots of a pool hold on the device."""
-
-    cache: KVCache
-    hidden: Float[Array, "n d"]
-    """Hidden state of each row's last token."""
-    seen: Bool[Array, "n vocab"] | None = None
-    """Tokens of each row after its prompt; kept only for repetition penalties."""
-
-    def with_lengths(self, prompts: Int[ArrayLike, " p"], rows: Int[ArrayLike, " n"]) -> PoolState:
-        """The host keeps the books: lengths come with every call."""
-        cache = dataclasses.replace(self.cache, prompt_lengths=prompts, lengths=rows)
-        return dataclasses.replace(self, cache=cache)
 
 
 @pytree
@@ -183,6 +141,8 @@ class Engine:
         self.encode = self._on_mesh(jax.jit(self._encode))
         self.prefill = self._on_mesh(jax.jit(self._prefill, donate_argnames=("state",)))
         self.append = self._on_mesh(jax.jit(self._append, donate_argnames=("state",)))
+        seen = automata.vocab if penalties else 0
+        self.caches = Caches(policy, pools, seen, self._on_mesh, self.shards)
         self.decode = self._on_mesh(jax.jit(self._decode, donate_argnames=("states",)))
         self._hand_over: jax.stages.Wrapped | None = None
         self.hand_over_seconds = 0.0
@@ -213,72 +173,51 @@ class Engine:
         )
 
     def metrics(self) -> dict[str, float]:
-        """What the last hand-over took, if weights are handed over."""
-        return {} if self.mesh is None else {"time/hand_over": self.hand_over_seconds}
+        """The largest caches since this was last asked, and what the last hand-over took, if
+        weights are handed over."""
+        told = {"rollout/cache_mib": self.caches.take_peak() / 2**20}
+        return told if self.mesh is None else told | {"time/hand_over": self.hand_over_seconds}
 
-    def cache_bytes(self) -> int:
-        """Memory of the caches of all pools, over all devices."""
-        shapes = [
-            jax.eval_shape(lambda pool=pool: self._empty(pool).cache)
-            for pool in self.pools.values()
-        ]
-        return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    def cache_bytes(self, rung: int = -1) -> int:
+        """Memory of the caches of all pools, over all devices: the largest, or those of a step of
+        `rollout.engine.caches.PARTS`."""
+        return self.caches.bytes(rung)
 
-    @functools.cached_property
-    def states(self) -> dict[str, PoolState]:
-        """The caches of all pools, handed on from session to session."""
-        empty = self._on_mesh(jax.jit(self._empty, static_argnums=0))
-        return {name: jax.tree.map(_commit, empty(pool)) for name, pool in self.pools.items()}
-
-    def abstract_states(self, mesh: AnyMesh) -> dict[str, PoolState]:
-        """Shapes and shardings of `states`, with no memory behind them. Lengths have no sharding:
-        they come from the host with every call."""
-
-        def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            if leaf.ndim == 1:
-                return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-            axes = SLOT_AXES[: leaf.ndim] if leaf.ndim > 2 else ("batch", None)
-            home = sharding(mesh, axes, leaf.shape)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
-
-        return {
-            name: jax.tree.map(lay_out, jax.eval_shape(lambda pool=pool: self._empty(pool)))
-            for name, pool in self.pools.items()
-        }
-
-    def _empty(self, pool: SlotPool) -> PoolState:
-        cache = self.policy.init_cache(pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix)
-        seen = jnp.zeros((pool.rows, self.automata.vocab), bool) if self.penalties else None
-        return PoolState(cache, *_sharded((jnp.zeros((pool.rows, self.policy.width)), seen)))
+    def shards(self) -> int:
+        """Parts that a mesh splits rows into."""
+        mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
+        return batch_shards(dict(mesh.shape))
 
     def _encode(
         self, params: Params, values: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
     ) -> VisionFeatures:
         self.compilations += 1
-        values, grids = _sharded((values, grids))
+        values, grids = split_rows((values, grids))
         return self.policy.encode(params, values, grids)
 
     def _prefill(
         self,
         params: Params,
-        state: PoolState,
+        state: PromptState,
         padded: PaddedTokens,
         features: VisionFeatures | None,
         slots: Int[Array, " b"],
-    ) -> PoolState:
+    ) -> PromptState:
         """Prefill prompts into these prompt slots; their rows start from them."""
         self.compilations += 1
-        padded = _sharded(padded)
+        padded = split_rows(padded)
         hidden, keys, values = self.policy.prefill(
             params, padded.tokens, padded.positions, padded.vision_index, features
         )
         # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
-        copies = state.cache.copies
+        copies = state.hidden.shape[0] // state.keys.stored.shape[1]
         rows = slots[:, None] * copies + jnp.arange(copies)[None]
         last = _last(hidden, padded.lengths)[:, None].astype(state.hidden.dtype)
-        cache = state.cache.with_prompts(slots, keys, values).sharded()
+        keys = state.keys.with_rows(slots, keys).sharded()
+        values = state.values.with_rows(slots, values).sharded()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
-        return PoolState(cache, _sharded(state.hidden.at[rows].set(last)), seen)
+        hidden = split_rows(state.hidden.at[rows].set(last))
+        return PromptState(keys, values, hidden, seen)
 
     def _append(
         self,
@@ -307,7 +246,7 @@ class Engine:
         else:
             moved = state.hidden.at[rows].set(last)
         seen = None if state.seen is None else _mark_padded(state.seen, padded, rows)
-        return PoolState(cache.sharded(), _sharded(moved), seen)
+        return PoolState(cache.sharded(), split_rows(moved), seen)
 
     def _decode(
         self,
@@ -417,12 +356,6 @@ class Engine:
         return hidden[:, 0], grown
 
 
-def _commit(x: Array) -> Array:
-    """Committed to its devices, as whatever a jitted function of committed weights returns: for
-    uncommitted caches, the second session would compile prefill once more."""
-    return x if x.committed else jax.device_put(x, x.sharding)
-
-
 def _moved_on(
     states: tuple[PoolState, ...],
     grown: tuple[KVCache, ...],
@@ -455,8 +388,3 @@ def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Arr
     """Hidden state of the last real token of each right-padded row."""
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
     return jnp.take_along_axis(hidden, at, axis=1)[:, 0]
-
-
-def _sharded(tree: Any) -> Any:
-    """Rows over the data axes of the mesh, as far as they divide."""
-    return jax.tree.map(lambda leaf: constrain(leaf, "batch", *[None] * (leaf.ndim - 1)), tree)

@@ -62,6 +62,36 @@ def smallest_batch(most: int) -> int:
     return min(MAX_BATCH, most) // 4 + 1
 
 
+def prompt_batches(
+    groups: Iterable[tuple[tuple[int, int], list[T]]], most: int, shards: int
+) -> Iterator[tuple[tuple[int, int], list[T], int]]:
+    """Batches of prompts, each with its shape and the number of rows that it is padded to.
+
+    Prompts that are alone with their shape are read in the shape of a larger one where that is less
+    work: a mesh splits the rows of a batch into `shards`, and reads a single prompt on every device
+    alike. No shape occurs that none of them has.
+    """
+    size, alone = min(MAX_BATCH, most), []
+    for shape, items in groups:
+        for batch, rows in batches(items, most):
+            if rows > 1:
+                yield shape, batch, rows
+            else:
+                alone += [(shape, item) for item in batch]
+    alone.sort(key=lambda pair: pair[0], reverse=True)
+    each = size // shards if size % shards == 0 else size
+    while alone:
+        (tokens, frames), first = alone[0]
+        inside = [at for at, (own, _) in enumerate(alone) if own[1] <= frames][:size]
+        work = sum(alone[at][0][0] for at in inside)
+        if len(inside) >= smallest_batch(most) and each * tokens < work:
+            yield (tokens, frames), [alone[at][1] for at in inside], size
+        else:
+            inside = [0]
+            yield (tokens, frames), [first], 1
+        alone = [pair for at, pair in enumerate(alone) if at not in inside]
+
+
 def pad(
     blocks: Sequence[Prompt],
     index_B_T: Sequence[np.ndarray],

@@ -99,13 +99,32 @@ def precompile(
     if missing:
         raise ValueError(f"inputs lacks the pools {', '.join(sorted(missing))}; add them")
     before = engine.compilations
-    precompiler = _Precompiler(engine, params, inputs, patch_values)
-    requests = list(precompiler.requests())
-    with progress(len(requests)) as done:
-        for request in requests:
-            precompiler.run(*request)
-            done()
+    first = _Precompiler(engine, params, inputs, patch_values)
+    requests = [list(first.requests())]
+    requests += [list(first.of_each_size())] * (engine.caches.rungs - 1)
+    with progress(sum(map(len, requests))) as done:
+        for rung, own in enumerate(requests):
+            engine.caches.release()
+            engine.caches.open(rung)
+            # A block that is longer than it seems by its size may come at any of them.
+            engine.caches.held = True
+            precompiler = _Precompiler(engine, params, inputs, patch_values)
+            for request in own:
+                precompiler.run(*request)
+                done()
+    engine.caches.held = False
+    _grow(engine)
     return engine.compilations - before
+
+
+def _grow(engine: Engine) -> None:
+    """Compile each step of the cache to the next."""
+    engine.caches.release()
+    engine.caches.open()
+    for _ in range(1, engine.caches.rungs):
+        engine.caches.grow(engine.caches.growing)
+    engine.caches.release()
+    engine.caches.take_peak()  # no rollout took that
 
 
 Request = tuple[list[tuple[str, Size]], Size, int | None]
@@ -130,6 +149,14 @@ class _Precompiler:
             yield from self._prompts(name)
             yield from self._appended(name)
         yield from self._mixtures()
+
+    def of_each_size(self) -> Iterator[Request]:
+        """Those that read the cache which grows."""
+        growing = self._engine.caches.growing
+        yield from self._appended(growing)
+        for request in self._mixtures():
+            if growing in dict(request[0]):
+                yield request
 
     def _prompts(self, name: str) -> Iterator[Request]:
         """Prefill each size of prompt, alone and in a batch."""

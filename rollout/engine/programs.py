@@ -61,7 +61,7 @@ class EngineCalls:
         """
         self._engine, self._params, self._inputs = engine, params, inputs
         self._mesh, self._patch_values = mesh, patch_values
-        self._states = engine.abstract_states(mesh)
+        self._states = engine.caches.abstract(mesh)
 
     def __iter__(self) -> Iterator[EngineCall]:
         """All of them: per pool, and decoding per set of pools."""
@@ -82,7 +82,7 @@ class EngineCalls:
         yield from self._encode(name, rows, largest)
         arguments = (
             self._params,
-            self._states[name],
+            self._states[name].prompts,
             self._padded(rows, largest[0]),
             self._features(rows, largest[1]),
             _host((rows,), jnp.int32),

@@ -29,6 +29,7 @@ from rollout.engine.padding import (
     batches,
     grouped,
     pad,
+    prompt_batches,
     static_shape,
 )
 from rollout.engine.sampler import Draw, SamplingConfig
@@ -50,8 +51,9 @@ class Session:
         `wrote` is called after each step for each stream that has grown.
         """
         self._engine, self._params, self._wrote = engine, engine.prepare(params), wrote
+        engine.caches.open()
         self._tables = {
-            name: SlotTable(name, pool, engine.states) for name, pool in engine.pools.items()
+            name: SlotTable(name, pool, engine.caches) for name, pool in engine.pools.items()
         }
         self._rows: dict[StreamId, tuple[SlotTable, StreamState]] = {}
         self._opened = 0
@@ -153,26 +155,28 @@ class Session:
         return self._rows[stream]
 
     def _prefill(self, table: SlotTable) -> None:
-        """Prefill the prompts that got a slot, those of one shape together."""
+        """Prefill the prompts that got a slot, several together."""
         most = table.pool.prompt_tokens
         shapes = grouped(table.admit(), lambda group: static_shape(group.prompt, MIN_PROMPT, most))
-        for (tokens, frames), alike in shapes:
-            for batch, size in batches(alike, table.pool.prompts):
-                # Repetitions fill up the batch. Their slot is one beyond the last, and JAX drops
-                # what is written out of bounds: they leave no trace.
-                spare = size - len(batch)
-                prompts = [group.prompt for group in [*batch, *[batch[0]] * spare]]
-                features, index = self._encode(prompts, frames)
-                padded = pad(prompts, index, tokens, self._engine.pad_id)
-                own = [group.slot for group in batch]
-                slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
-                table.state = self._engine.prefill(
-                    self._params, table.current(), padded, features, slots
-                )
+        chosen = prompt_batches(shapes, table.pool.prompts, self._engine.shards())
+        for (tokens, frames), batch, size in chosen:
+            # Repetitions fill up the batch. Their slot is one beyond the last, and JAX drops
+            # what is written out of bounds: they leave no trace.
+            spare = size - len(batch)
+            prompts = [group.prompt for group in [*batch, *[batch[0]] * spare]]
+            features, index = self._encode(prompts, frames)
+            padded = pad(prompts, index, tokens, self._engine.pad_id)
+            own = [group.slot for group in batch]
+            slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
+            filled = self._engine.prefill(
+                self._params, table.state.prompts, padded, features, slots
+            )
+            table.state = table.state.with_prompts(filled)
 
     def _append(self, table: SlotTable) -> None:
         """Append what rows were given, blocks of one shape together."""
         pairs = [(row, row.given) for row in table.rows if row is not None and row.given]
+        table.reserve({row: row.length + len(given.tokens) for row, given in pairs})
         shapes = grouped(pairs, lambda pair: static_shape(pair[1], MIN_APPEND))
         for (tokens, frames), alike in shapes:
             rows = [row for row, _ in alike]
@@ -223,6 +227,10 @@ class Session:
         return features, [restride(block, patches) for block in blocks]
 
     def _decode(self, tables: Sequence[SlotTable]) -> list[tuple[StreamId, Generated]]:
+        for table in tables:
+            running = [row for row in table.rows if row is not None and row.remaining]
+            steps = self._engine.steps_per_call
+            table.reserve({row: row.length + min(row.remaining, steps) for row in running})
         rows = [row for table in tables for row in table.rows]
         waits = any(table.queue for table in self._tables.values())
         states, output = self._engine.decode(

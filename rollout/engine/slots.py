@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from paravt_jax.records import Choices, Prompt, StopReason
-from rollout.engine.engine import PoolState, SlotPool
+from rollout.engine.caches import Caches, PoolState, SlotPool
+from rollout.engine.pages import PageBook
 from rollout.engine.sampler import SamplingConfig
 
 
@@ -81,8 +82,10 @@ class PromptGroup:
 class SlotTable:
     """The rows and prompts of one pool, and the queue of those that wait for slots."""
 
-    def __init__(self, name: str, pool: SlotPool, states: dict[str, PoolState]) -> None:
-        self.name, self.pool, self._states = name, pool, states
+    def __init__(self, name: str, pool: SlotPool, caches: Caches) -> None:
+        self.name, self.pool, self._caches = name, pool, caches
+        groups, count = self.state.cache.table.owners.shape
+        self._pages = PageBook(pool.rows, groups, pool.row_pages, pool.page_slots, count)
         self.queue: collections.deque[PromptGroup] = collections.deque()
         self.groups: list[PromptGroup | None] = [None] * pool.prompts
         self.rows: list[StreamState | None] = [None] * pool.rows
@@ -95,17 +98,24 @@ class SlotTable:
     @property
     def state(self) -> PoolState:
         """The caches. They outlive the session, hence belong to the engine."""
-        return self._states[self.name]
+        return self._caches.states[self.name]
 
     @state.setter
     def state(self, state: PoolState) -> None:
-        self._states[self.name] = state
+        self._caches.states[self.name] = state
 
     def current(self) -> PoolState:
-        """The state with the lengths of now."""
+        """The state with the lengths and pages of now."""
         prompts = [0 if group is None else len(group.prompt.tokens) for group in self.groups]
         rows = [0 if row is None else row.length for row in self.rows]
-        return self.state.with_lengths(np.array(prompts, np.int32), np.array(rows, np.int32))
+        lengths = np.array(prompts, np.int32), np.array(rows, np.int32)
+        return self.state.with_lengths(*lengths, self._pages.table())
+
+    def reserve(self, tokens: Mapping[StreamState, int]) -> None:
+        """Pages for so many tokens after the prompts of these rows; the cache grows if need be."""
+        needed = {row.number: count for row, count in tokens.items()}
+        while not self._pages.reserve(needed) and not self._caches.held:
+            self._pages.grow(self._caches.grow(self.name))
 
     def admit(self) -> list[PromptGroup]:
         """Give waiting prompts the free slots, first come, first served."""
@@ -127,6 +137,7 @@ class SlotTable:
         group.rows.remove(row)
         if row.number >= 0:
             self.rows[row.number] = None
+            self._pages.release(row.number)
         if not group.rows and group.slot >= 0:
             self.groups[group.slot] = None
         elif not group.rows:

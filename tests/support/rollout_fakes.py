@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from paravt_jax.blocks import text_block
-from paravt_jax.kv_cache import CacheArray, KVCache
+from paravt_jax.kv_cache import CacheArray, KVCache, PageTable
 from paravt_jax.patches import join_patches
 from paravt_jax.records import (
     Clip,
@@ -134,7 +134,8 @@ class ToyPolicy:
             for count, slots in ((prompts, prompt_slots), (rows, suffix_slots))
         )
         lengths = (jnp.zeros(count, jnp.int32) for count in (prompts, rows))
-        return KVCache(shared, shared, next(lengths), own, own, next(lengths))
+        table = PageTable.whole(rows)
+        return KVCache(shared, shared, next(lengths), own, own, next(lengths), table)
 
     def hidden(self, params, tokens, positions, vision_index, features=None):
         return self.prefill(params, tokens, positions, vision_index, features)[0]
@@ -162,15 +163,23 @@ class ToyPolicy:
 
     def _append_one(self, params, x, cache, rows):
         at = cache.lengths[rows][:, None] + jnp.arange(x.shape[1])[None]
-        where = (0, rows[:, None], 0, at)
+        pages, slots = cache.places(rows, at)
+        where = (0, pages, 0, slots)
         cache = dataclasses.replace(
             cache,
             keys=cache.keys.write(where, x @ params["k"]),
             values=cache.values.write(where, x @ params["v"]),
         )
         prompts = rows // cache.copies
+        most, size = cache.table.pages.shape[2], cache.keys.count
+        starts = jnp.broadcast_to(jnp.arange(most)[None] * size, (len(rows), most))
+        pages = cache.places(rows, starts)[0]
+
+        def suffix(own):
+            return own.stored[0, pages, 0].reshape(len(rows), most * size, self.width)
+
         keys, values = (
-            jnp.concatenate([shared.stored[0, prompts, 0], own.stored[0, rows, 0]], axis=1)
+            jnp.concatenate([shared.stored[0, prompts, 0], suffix(own)], axis=1)
             for shared, own in (
                 (cache.prompt_keys, cache.keys),
                 (cache.prompt_values, cache.values),
@@ -178,7 +187,7 @@ class ToyPolicy:
         )
         slots = jnp.arange(cache.prompt_keys.count)[None, None]
         in_prompt = slots < cache.prompt_lengths[prompts][:, None, None]
-        in_own = jnp.arange(cache.keys.count)[None, None] <= at[..., None]
+        in_own = jnp.arange(most * size)[None, None] <= at[..., None]
         in_prompt = jnp.broadcast_to(in_prompt, (*at.shape, in_prompt.shape[-1]))
         visible = jnp.concatenate([in_prompt, in_own], axis=2)
         return self._attend(x @ params["q"], keys, values, visible), cache

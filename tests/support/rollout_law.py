@@ -251,6 +251,8 @@ class World:
             prompt_tokens=PROMPT_TOKENS,
             crop_tokens=CROP_TOKENS[self.config.evidence],
         )
+        # Several pages for most rows, so that caches grow.
+        pools = {name: dataclasses.replace(pool, page=8) for name, pool in pools.items()}
         contents = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
         return TapedEngine(
             self.policy,

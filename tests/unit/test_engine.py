@@ -16,6 +16,7 @@ from paravt_jax.records import Prompt, StopReason
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket, buckets
 from rollout.engine.automaton import TokenAutomata
+from rollout.engine.caches import PARTS
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
@@ -33,7 +34,7 @@ PROMPTS = [
 SAMPLING = SamplingConfig(temperature=1.0)
 GREEDY = SamplingConfig(temperature=0.0)
 CONTENTS = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
-POOL = SlotPool(prompts=3, copies=2, prompt_tokens=64, suffix=64)
+POOL = SlotPool(prompts=3, copies=2, prompt_tokens=64, suffix=64, page=8)
 
 
 def make_engine(pools=POOL, eos_ids=(IM_END, PAD), steps_per_call=5, **options) -> Engine:
@@ -62,13 +63,14 @@ def finish(session: Session, close: bool = False) -> dict[StreamId, Generated]:
 def sample_all(
     engine=ENGINE, prompts=PROMPTS, copies=1, sampling=SAMPLING, limit=12, seeds=None, params=PARAMS
 ) -> list[Generated]:
-    """One turn of every copy of every prompt."""
+    """One turn of every copy of every prompt, of at most so many tokens, or each of its own."""
     session, streams = Session(engine, params), []
     for at, prompt in enumerate(prompts):
         own = range(at * copies, (at + 1) * copies)
         streams += session.open("main", prompt, [seeds[i] if seeds else i for i in own])
-    for stream in streams:
-        session.generate(stream, [], sampling, limit)
+    limits = [limit] * len(streams) if isinstance(limit, int) else limit
+    for stream, own in zip(streams, limits, strict=True):
+        session.generate(stream, [], sampling, own)
     turns = finish(session, close=True)
     return [turns[stream] for stream in streams]
 
@@ -158,6 +160,32 @@ def test_samples_do_not_depend_on_slots_order_capacity_or_steps(pool, steps_per_
     engine = make_engine(pool, steps_per_call=steps_per_call)
     turned = sample_all(engine, PROMPTS[::-1], seeds=[102, 101, 100])[::-1]
     for one, other in zip(expected, turned, strict=True):
+        same(one, other)
+
+
+def test_a_cache_that_grows_changes_no_sample_and_holds_what_is_spoken():
+    """Page by page, against rows of one page each."""
+    whole = make_engine(dataclasses.replace(POOL, page=64), eos_ids=())
+    paged = make_engine(eos_ids=())
+    limits = [3, 60, 9, 40, 1, 31]
+    turns = [sample_all(engine, copies=2, limit=limits) for engine in (whole, paged)]
+    for one, other in zip(*turns, strict=True):
+        same(one, other)
+    grown = paged.caches.take_peak()
+    assert paged.cache_bytes(0) < grown == paged.cache_bytes(1) < paged.cache_bytes()
+    assert whole.caches.take_peak() == whole.cache_bytes() == whole.cache_bytes(0)
+
+
+def test_caches_are_given_back_and_made_again():
+    engine = make_engine()
+    before = sample_all(engine, limit=30)
+    held = jax.tree.leaves(engine.caches.states)
+    engine.caches.release()
+    assert not engine.caches.states
+    assert all(leaf.is_deleted() for leaf in held if isinstance(leaf, jax.Array))
+    engine.caches.take_peak()
+    assert engine.caches.take_peak() == 0
+    for one, other in zip(before, sample_all(engine, limit=30), strict=True):
         same(one, other)
 
 
@@ -256,6 +284,7 @@ def test_a_turn_ends_at_its_stop_token_or_its_limit():
 
 def test_settings_lengths_and_weights_do_not_recompile():
     engine = make_engine()
+    engine.caches.open(-1)
     sample_all(engine, copies=2, limit=3)
     before = engine.compilations
     hotter = SamplingConfig(temperature=0.3, top_p=0.5)
@@ -338,10 +367,12 @@ def test_idle_streams_keep_their_slots():
 
 
 def test_cache_bytes_are_known_beforehand():
-    engine = make_engine()
-    said = engine.cache_bytes()
-    actual = [state.cache for state in engine.states.values()]
-    assert said == sum(leaf.nbytes for leaf in jax.tree.leaves(actual))
+    for rung in range(len(PARTS)):
+        engine = make_engine()
+        engine.caches.open(rung)
+        caches = [state.cache for state in engine.caches.states.values()]
+        held = [(c.prompt_keys, c.prompt_values, c.keys, c.values) for c in caches]
+        assert engine.cache_bytes(rung) == sum(leaf.nbytes for leaf in jax.tree.leaves(held))
 
 
 @pytest.mark.parametrize("field", ["prompts", "copies", "prompt_tokens", "suffix"])
@@ -391,9 +422,7 @@ def qwen_engine(cache_dtype: str) -> Engine:
 
 def test_an_int8_cache_takes_a_quarter_and_its_scales():
     full, small = (qwen_engine(cache_dtype).cache_bytes() for cache_dtype in ("compute", "int8"))
-    lengths = 4 * (POOL.prompts + POOL.rows)
-    scales_per_number = 1 / QWEN.config.text.head_dim
-    assert small - lengths == (full - lengths) * (1 / 4 + scales_per_number)
+    assert small == full * (1 / 4 + 1 / QWEN.config.text.head_dim)
 
 
 @pytest.mark.slow

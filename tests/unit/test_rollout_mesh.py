@@ -30,7 +30,7 @@ DENSE = dataclasses.replace(QWEN, config=dataclasses.replace(QWEN.config, **MODE
 HALF = dataclasses.replace(DENSE, compute_dtype="bfloat16")
 WORDS = {"text": dataclasses.replace(EXPERTS.text, vocab_size=VOCAB)}
 SPARSE = Qwen3VLPolicy(dataclasses.replace(EXPERTS, **WORDS))
-POOL = SlotPool(prompts=8, copies=2, prompt_tokens=64, suffix=32)
+POOL = SlotPool(prompts=8, copies=2, prompt_tokens=64, suffix=32, page=8)
 CONTENTS = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
 
 
@@ -117,10 +117,10 @@ def test_weights_are_handed_over_on_the_devices_and_compiled_once():
     layers = handed["text.layers.mlp.up.kernel"]
     assert {layer.dtype.name for layer in layers} == {"bfloat16"}
     assert layers[0].sharding.shard_shape(layers[0].shape) == (32, 24)
-    caches = engine.states["main"].cache
-    assert caches.keys.stored.sharding.shard_shape(caches.keys.stored.shape)[1:3] == (4, 4)
+    caches = engine.caches.states["main"].cache
+    assert caches.keys.stored.sharding.shard_shape(caches.keys.stored.shape)[1:3] == (16, 4)
     engine.mesh = None
-    assert engine.metrics() == {}
+    assert set(engine.metrics()) == {"rollout/cache_mib"}
 
 
 def layout(policy, mesh: str, given=None, resident=0) -> RolloutLayout:
@@ -184,5 +184,7 @@ def test_a_mesh_that_does_not_fit_is_refused(policy, text, words):
 def test_what_is_handed_over_is_counted():
     _, engine, params = on_meshes(HALF, "fsdp:8", "data:4,tensor:2")
     counted = rollout_bytes(HALF, "bfloat16", engine.mesh, {"main": POOL})
-    held = local_bytes((engine.prepare(params), engine.states["main"].cache))
-    assert counted == pytest.approx(held, rel=1e-3)  # lengths of rows are split too
+    engine.caches.release()
+    cache = engine.caches.open(-1)["main"].cache
+    caches = cache.prompt_keys, cache.prompt_values, cache.keys, cache.values
+    assert counted == pytest.approx(local_bytes((engine.prepare(params), caches)), rel=1e-6)

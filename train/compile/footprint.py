@@ -13,6 +13,7 @@ from jax.sharding import AbstractMesh, NamedSharding
 
 from models import ModelPolicy
 from models.common.prepared import EMBEDDING, HEAD, LAYERS, is_product
+from paravt_jax.kv_cache import SLOT_AXES
 from paravt_jax.mesh import AXES, HOST, AnyMesh, parse_mesh, sharding
 from paravt_jax.params import abstract_params
 from rollout.engine.engine import SlotPool
@@ -118,19 +119,18 @@ def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:
 
 
 def _caches(policy: ModelPolicy, pools: Mapping[str, SlotPool], mesh: AnyMesh) -> int:
-    return sum(cache_bytes(policy, pool, mesh) for pool in pools.values())
+    return sum(_pool_bytes(policy, pool, mesh) for pool in pools.values())
 
 
-def cache_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
-    """Keys and values of the rollouts of a step, rows and heads split as far as they divide (the
-    compiler decides; this is what a mesh is chosen for)."""
-    sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.suffix
-    leaves = jax.tree.leaves(jax.eval_shape(lambda: policy.init_cache(*sizes)))
-    return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in leaves)
+def _pool_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
+    """Keys and values of the rollouts of a step at their longest, rows and heads split as far as
+    they divide (the compiler decides; this is what a mesh is chosen for)."""
+    sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.row_pages * pool.page_slots
+    cache = jax.eval_shape(lambda: policy.init_cache(*sizes))
+    held = jax.tree.leaves((cache.prompt_keys, cache.prompt_values, cache.keys, cache.values))
+    return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in held)
 
 
 def _home(leaf: jax.ShapeDtypeStruct, mesh: AnyMesh) -> NamedSharding:
-    """Where part of a cache lives: `[layer, row, head, slot, ...]`, or a number per row."""
-    split_axes = (None, "batch", "kv") if leaf.ndim > 2 else ()
-    axes = (*split_axes, *(None,) * (leaf.ndim - len(split_axes)))
-    return sharding(mesh, axes, leaf.shape)
+    """Where part of a cache lives."""
+    return sharding(mesh, SLOT_AXES[: leaf.ndim], leaf.shape)

@@ -28,7 +28,7 @@ from rollout.limits import CROP, MAIN
 from train import setup
 from train.batch import LearnerStream, learner_batch, packed_batch
 from train.compile.ahead import LargestBatch
-from train.compile.footprint import cache_bytes, footprint
+from train.compile.footprint import footprint, local_bytes
 from train.compile.input_sizes import agent_input_sizes
 from train.compile.program import Program, Weights
 from train.config import Config, Stage
@@ -118,8 +118,8 @@ class _RlPrograms(_Programs):
 
     def _beside(self, *taken: str) -> float:
         """Bytes of what lives all through a run, less these parts."""
-        lasting = {"gradients", "rollout weights", *taken}
-        return float(sum(size for name, size in self.held.items() if name not in lasting))
+        passing = {"gradients", "rollout weights", "rollout caches", *taken}
+        return float(sum(size for name, size in self.held.items() if name not in passing))
 
     def _hand_over(self) -> Iterator[Program]:
         """The learner's weights as rollouts take them: cast, then laid out on another mesh."""
@@ -159,7 +159,8 @@ class _RlPrograms(_Programs):
 
     def _of_engine(self, call: EngineCall) -> Program:
         function = getattr(self.engine, call.function.split()[0])
-        caches = 0.0 if call.function.startswith("encode") else self._caches(call)
+        # What it is given of the caches is counted with its arguments.
+        caches = self.held["rollout caches"] - self._caches_given(call)
         return Program(
             call.name,
             lambda: function.lower(*call.arguments),
@@ -168,15 +169,15 @@ class _RlPrograms(_Programs):
             part="rollout",
             tokens=call.rows * call.tokens,
             model_flops=self._flops(call),
-            beside=self._beside() - caches,
+            beside=self._beside() + caches,
             drawn=self.engine.steps_per_call if call.function == "decode" else 1,
             of_engine=True,
             spoken=call.function == "decode" or call.pools == (CROP,),
         )
 
-    def _caches(self, call: EngineCall) -> float:
-        pools = (self.pools[name] for name in call.pools)
-        return float(sum(cache_bytes(self.policy, pool, self.rollout_mesh) for pool in pools))
+    def _caches_given(self, call: EngineCall) -> int:
+        states = () if call.function.startswith("encode") else call.arguments[1]
+        return local_bytes([leaf for leaf in jax.tree.leaves(states) if leaf.ndim > 3])
 
     def _flops(self, call: EngineCall) -> float:
         own = self.weights
