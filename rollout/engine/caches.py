@@ -104,9 +104,9 @@ class PromptState:
 
     keys: CacheArray
     values: CacheArray
-    hidden: Float[Array, "n d"]
+    hidden: Float[Array, "n d"] | jax.ShapeDtypeStruct
     """See `PoolState`."""
-    seen: Bool[Array, "n vocab"] | None
+    seen: Bool[Array, "n vocab"] | jax.ShapeDtypeStruct | None
 
 
 class Caches:

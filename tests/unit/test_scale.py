@@ -94,7 +94,7 @@ def test_decoding_copies_no_cache(config, rollouts):
     run = config("fsdp:8", f"rollout_mesh={rollouts}", *large)
     decode, parts = program(run, "decode main"), setup.Parts(run)
     with jax.set_mesh(decode.mesh):
-        caches = cache_bytes(parts.policy, parts.pools([EXAMPLE])["main"], decode.mesh)
+        caches = cache_bytes(parts.policy, {"main": parts.pools([EXAMPLE])["main"]}, decode.mesh)
     assert measure(decode, tell=print).memory.temporaries < 0.1 * caches
 
 

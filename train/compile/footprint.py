@@ -73,7 +73,7 @@ def footprint(
         if rollouts is not None:
             copied = _handed_over(policy, model.compute_dtype, rollouts)
         found["rollout weights"] = copied
-        found["rollout caches"] = _caches(policy, pools, rollouts or mesh)
+        found["rollout caches"] = cache_bytes(policy, pools, rollouts or mesh)
     return {name: size for name, size in found.items() if size}
 
 
@@ -105,7 +105,7 @@ def rollout_bytes(
     policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh, pools: Mapping[str, SlotPool]
 ) -> int:
     """Bytes on each device of weights that were handed over to a mesh, and of caches there."""
-    return _handed_over(policy, compute_dtype, mesh) + _caches(policy, pools, mesh)
+    return _handed_over(policy, compute_dtype, mesh) + cache_bytes(policy, pools, mesh)
 
 
 def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:
@@ -118,7 +118,8 @@ def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:
     return local_bytes(wide) + local_bytes(narrow) * jnp.dtype(compute_dtype).itemsize // 4
 
 
-def _caches(policy: ModelPolicy, pools: Mapping[str, SlotPool], mesh: AnyMesh) -> int:
+def cache_bytes(policy: ModelPolicy, pools: Mapping[str, SlotPool], mesh: AnyMesh) -> int:
+    """Keys and values of all pools at their longest, on each device."""
     return sum(_pool_bytes(policy, pool, mesh) for pool in pools.values())
 
 
