@@ -104,9 +104,10 @@ class PromptState:
 
     keys: CacheArray
     values: CacheArray
-    hidden: Float[Array, "n d"] | jax.ShapeDtypeStruct
-    """See `PoolState`."""
-    seen: Bool[Array, "n vocab"] | jax.ShapeDtypeStruct | None
+    hidden: Any
+    """`[n, d]`, see `PoolState`; or its shape, where programs are compiled ahead of time."""
+    seen: Any
+    """`[n, vocab]` or None, alike."""
 
 
 class Caches:

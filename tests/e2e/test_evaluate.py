@@ -26,7 +26,9 @@ from train.setup import Parts
 
 pytestmark = pytest.mark.slow
 DOOR = str(ROOT / "evaluate" / "main.py")
-KILLS = 3
+COUNT = 12
+"""Questions."""
+KILLS = 2
 TIMED = ("seconds", "seconds_per_sample")
 
 
@@ -42,7 +44,7 @@ def model(tmp_path_factory):
 
 def flags(model: Path, cache: Path, workdir: Path, *more: str) -> list[str]:
     own = ["--model", str(model), "--data", str(cache), "--workdir", str(workdir)]
-    asked = ["--protocol", "needle", "--benchmarks", "needle_held_out", "--limit", "24"]
+    asked = ["--protocol", "needle", "--benchmarks", "needle_held_out", "--limit", str(COUNT)]
     return [*own, *asked, "--batch", "4", *more]
 
 
@@ -77,10 +79,10 @@ def lines(workdir: Path, name="samples.jsonl") -> list[dict]:
 def test_every_sample_has_a_line_and_the_report_its_figures(whole):
     workdir, said = whole
     answered = lines(workdir)
-    assert len({line["sample_id"] for line in answered}) == len(answered) == 24
+    assert len({line["sample_id"] for line in answered}) == len(answered) == COUNT
     assert all(line["status"] == "ok" and line["frames"] == 4 for line in answered)
     assert sum(line["calls"] for line in answered) > 0 < sum(line["score"] for line in answered)
-    mean = sum(line["score"] for line in answered) / 24
+    mean = sum(line["score"] for line in answered) / COUNT
     (row,) = (row for row in report(workdir)["rows"] if row["name"] == "accuracy")
     assert row["value"] == pytest.approx(mean) and row["low"] < mean < row["high"]
     assert row["protocol"] == "needle" and row["decoding"].startswith("greedy")
@@ -110,7 +112,7 @@ def test_prompts_are_those_of_training_token_for_token(cache, model):
 def test_killed_at_random_moments_it_comes_to_the_same_report(whole, model, cache, tmp_path):
     workdir, moments = tmp_path / "evaluation", random.Random(7)
     kept = 0
-    for wanted in sorted(moments.sample(range(1, 23), KILLS)):
+    for wanted in sorted(moments.sample(range(1, COUNT - 1), KILLS)):
         child = server().start(DOOR, flags(model, cache, workdir), cache, environment())
         until = time.monotonic() + 300
         while not child.ended and time.monotonic() < until and _written(workdir) < wanted:
@@ -119,7 +121,7 @@ def test_killed_at_random_moments_it_comes_to_the_same_report(whole, model, cach
         child.wait()
         assert _written(workdir) >= kept, "what was written stays"
         kept = _written(workdir)
-    assert 0 < kept < 24 and not (workdir / "report.json").exists()
+    assert 0 < kept < COUNT and not (workdir / "report.json").exists()
     with (workdir / "samples.jsonl").open("ab") as file:
         file.write(b'{"task": "needle_held_out", "sample_id": "held_o')  # in the midst of a line
     evaluate(model, cache, workdir)
@@ -130,11 +132,14 @@ def test_killed_at_random_moments_it_comes_to_the_same_report(whole, model, cach
 def test_shards_come_to_the_report_of_one(whole, model, cache, tmp_path):
     workdir = tmp_path / "evaluation"
     said = evaluate(model, cache, workdir, "--shard", "2/2")
-    assert "12 questions are left to others" in said and not (workdir / "report.json").exists()
+    assert (
+        f"{COUNT // 2} questions are left to others" in said
+        and not (workdir / "report.json").exists()
+    )
     evaluate(model, cache, workdir, "--shard", "1/2")
     assert report(workdir) == report(whole[0])
     assert lines(workdir) == sorted(lines(whole[0]), key=lambda line: line["doc_id"])
-    assert len(lines(workdir, "samples-2-of-2.jsonl")) == 12
+    assert len(lines(workdir, "samples-2-of-2.jsonl")) == COUNT // 2
 
 
 def test_without_tools_each_has_one_turn(model, cache, tmp_path):

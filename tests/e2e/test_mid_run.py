@@ -41,6 +41,7 @@ def test_the_best_weights_are_kept(run):
     assert (run / "best" / "tokenizer.json").is_file()
 
 
+@pytest.mark.study
 def test_a_figure_that_there_is_not_is_named(cache, tmp_path):
     settings = ("evaluation.every=1", "evaluation.best=greedy/wit")
     done = start(tmp_path / "run", cache, "--steps", "1", settings=settings)

@@ -59,8 +59,10 @@ def test_vital_calls_its_own_tool(cache, tmp_path):
     records = run("needle_vital", cache, tmp_path, settings=penalty)
     check(records)
     assert abs(records[0]["kl"]) < 1e-6
+    # A step whose four rollouts call nothing leaves the grammar nothing to write.
+    assert max(record["tokens/not_chosen"] for record in records) > 0
     for record in records:
-        assert record["tokens/learned_not_chosen"] == 0 < record["tokens/not_chosen"]
+        assert record["tokens/learned_not_chosen"] == 0
         assert record["tokens/learned"] == pytest.approx(1 - record["tokens/not_chosen"])
     check_choices(rollouts(tmp_path))
     assert max(record["tool/success_rate"] for record in records) > 0
