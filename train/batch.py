@@ -160,15 +160,7 @@ def shared_batch(
     patches, grids, width = _frames(groups, room, frame_patches)
     first = [next_position(stream.prompt.positions) for stream in streams]
     positions = [block.positions + start for block, start in zip(blocks, first, strict=True)]
-
-    def rows(
-        before: Sequence[np.ndarray], after: Sequence[np.ndarray], fill: int = 0
-    ) -> np.ndarray:
-        out = _rows(before, slots, fill)
-        for number, (start, values) in enumerate(zip(starts, after, strict=True)):
-            out[number // per_row, start : start + len(values)] = values
-        return out
-
+    rows = functools.partial(_shared_rows, starts, slots)
     return dataclasses.replace(
         blank_batch(len(heads), slots, len(streams), bounds.own),
         tokens=rows([head.tokens for head in heads], [block.tokens for block in blocks], pad_id),
@@ -184,6 +176,20 @@ def shared_batch(
         bounds=bounds,
         **_values(streams, [0] * len(streams), bounds.own),
     )
+
+
+def _shared_rows(
+    starts: Sequence[int],
+    slots: int,
+    before: Sequence[np.ndarray],
+    after: Sequence[np.ndarray],
+    fill: int = 0,
+) -> np.ndarray:
+    """Rows of what prompts have, and of what each of their streams has from its start on."""
+    out, per_row = _rows(before, slots, fill), len(after) // len(before)
+    for number, (start, values) in enumerate(zip(starts, after, strict=True)):
+        out[number // per_row, start : start + len(values)] = values
+    return out
 
 
 def row_starts(
