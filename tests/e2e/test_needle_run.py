@@ -108,6 +108,7 @@ def test_exported_folder_gives_the_same_logits_in_transformers(run):
     assert np.abs(got - want).max() <= 1e-5 * np.abs(want).max()
 
 
+@pytest.mark.study
 def test_another_seed_is_another_run(run, cache, tmp_path):
     """That the same seed is the same one is held below."""
     other, quick = tmp_path / "other", (*QUICK, "evaluation.rows=0")

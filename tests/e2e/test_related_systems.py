@@ -44,6 +44,7 @@ def rollouts(workdir):
     return [json.loads(line) for file in files for line in file.read_text().splitlines()]
 
 
+@pytest.mark.study
 def test_longvt_sees_the_frames_of_one_crop_a_turn(cache, tmp_path):
     records = run("needle_longvt", cache, tmp_path)
     check(records)
