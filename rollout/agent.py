@@ -115,7 +115,8 @@ class Agent:
             before_step: called before each step of the engine; what it raises ends `run`.
             observer: told of turns and calls while they happen; of tokens by the session, if that
                 was given its `wrote`.
-            after_run: called when `run` ends: the memory of rollouts is free for others.
+            after_run: called when `run` or `stream` ends, or is left: the memory of rollouts is
+                free for others.
 
         Raises:
             ValueError: frames are the evidence and `crop_tokens` is missing, or `episode_tokens`
@@ -193,7 +194,10 @@ class Agent:
                 (rollout,) = _open_rollouts(run, [item], 1, seed)
                 return self._timed(rollout)
 
-            yield from scheduler.stream(program, most)
+            try:
+                yield from scheduler.stream(program, most)
+            finally:
+                self._after_run()
         self.metrics = {"time/tool_wait": scheduler.wait_seconds}
 
     def _timed(self, rollout: Rollout) -> Program:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import numpy as np
 
 from evaluate.putting import OneTurn
 from paravt_jax.records import Row
 from rollout.agent import Agent
-from rollout.limits import AgentConfig, token_budget
+from rollout.engine.automaton import TokenAutomata
+from rollout.engine.engine import Engine
+from rollout.engine.session import Session
+from rollout.limits import AgentConfig, slot_pools, token_budget
 from rollout.workers import Workers
-from tests.support.rollout_fakes import SentinelReader
+from tests.support.rollout_fakes import IM_END, PAD, VOCAB, SentinelReader, ToyPolicy
 from tests.support.scripted_episode import (
     ANSWER,
     CROP_TOKENS,
@@ -78,6 +82,29 @@ def test_the_short_overtakes_the_long():
     found = list(agent_of(scripted(4, 2)).stream({}, Feed(items(4)), most=2, seed=5))
     assert [row.row_id for row, _, _ in found] != [f"row{n}" for n in range(4)]
     assert all(seconds > 0 for _, _, seconds in found)
+
+
+def test_a_stream_gives_its_caches_back_also_where_it_is_left_early():
+    config = AgentConfig(turn_tokens=4, answer_tokens=4, max_tool_rounds=0)
+    pools = slot_pools(config, RENDERER, prompts=2, copies=1, prompt_tokens=64, crop_tokens=8)
+    policy = ToyPolicy()
+    automata = TokenAutomata([b""] * VOCAB, (IM_END,))
+    engine = Engine(policy, pools, automata=automata, pad_id=PAD)
+    agent = Agent(
+        functools.partial(Session, engine),
+        *(RENDERER, SentinelReader()),
+        config=config,
+        after_run=engine.caches.release,
+    )
+    held = []
+    for taken in (3, 1):
+        stream = agent.stream(policy.init(), Feed(items(3)), most=2, seed=5)
+        for _ in range(taken):
+            next(stream)
+            held.append(len(engine.caches.states))
+        stream.close() if taken == 1 else list(stream)
+        assert len(engine.caches.states) == 0
+    assert held == [1] * 4
 
 
 def test_an_empty_stream_ends_at_once():
