@@ -288,7 +288,7 @@ def mix(size: str, repeats: int) -> None:
     policy, params = random_model(size)
     lengths = np.minimum(np.random.default_rng(0).geometric(1 / 60, 64), 512)
     prompt = make_prompt(64, 0, policy.config)
-    engine = engine_of(policy, {"main": SlotPool(16, 1, 64, 512)})
+    engine = engine_of(policy, {"main": SlotPool(16, 1, 64, 512)}, grows_from=0)
 
     def run(batches: list[np.ndarray]) -> None:
         session = Session(engine, params)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Sequence
 
 import jax
@@ -21,10 +22,12 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from models.common.attention import HIDDEN, Partial, join, merge, partial
-from paravt_jax.kv_cache import KVCache
+from paravt_jax.kv_cache import CacheArray, KVCache
 
 READ_SIZES = 4
 """Attention reads the smallest of this many static parts of a cache that holds all it needs."""
+LEAST_PART = 2**18
+"""Bytes of such a part: one that reads fewer saves less time than compiling it takes."""
 
 Block = Float[Array, "n t k h"]
 
@@ -118,7 +121,7 @@ def _to_prompt(
         x = x.reshape(m // together, k, together, q, *x.shape[3:])
         return x.swapaxes(1, 2).reshape(m, k, q, *x.shape[4:])
 
-    parts = _read_filled(read, cache.prompt_keys.count, jnp.max(lengths))
+    parts = _read_filled(read, _parts(cache.prompt_keys, cache.prompt_keys.count), jnp.max(lengths))
     return per_row(parts[0]), per_row(parts[1]), per_row(parts[2])
 
 
@@ -161,7 +164,7 @@ def _from_pages(
     taken = jnp.asarray(cache.table.owners) < per_group
     count = taken.shape[1]
     filled = jnp.max(jnp.where(taken, jnp.arange(1, count + 1)[None], 0))
-    return _read_filled(read, count, filled)
+    return _read_filled(read, _parts(cache.keys, count), filled)
 
 
 def _of_owners(x: Array, owners: Int[Array, "g u"]) -> Array:
@@ -222,9 +225,17 @@ def _no_scores(shape: tuple[int, ...]) -> tuple[Array, Array]:
     return jnp.full(shape, HIDDEN, jnp.float32), jnp.zeros(shape, jnp.float32)
 
 
-def _read_filled(read: Callable[[int], Partial], slots: int, filled: Int[Array, ""]) -> Partial:
-    """`read` over the smallest of a few static numbers of slots that holds what is filled:
-    decoding is bound by reading the cache."""
-    sizes = sorted({-(-slots * part // READ_SIZES) for part in range(1, READ_SIZES + 1)})
+def _parts(keys: CacheArray, count: int) -> list[int]:
+    """The static numbers of slots, or of pages, of `count` that attention can read."""
+    both = 2 * math.prod(keys.stored.shape[1:]) * keys.stored.dtype.itemsize
+    parts = min(max(both // LEAST_PART, 1), READ_SIZES)
+    return sorted({-(-count * part // parts) for part in range(1, parts + 1)})
+
+
+def _read_filled(
+    read: Callable[[int], Partial], sizes: Sequence[int], filled: Int[Array, ""]
+) -> Partial:
+    """`read` over the smallest of these numbers of slots that holds what is filled: decoding is
+    bound by reading the cache."""
     index = jnp.sum(filled > jnp.asarray(sizes[:-1], jnp.int32))
     return jax.lax.switch(index, [functools.partial(read, size) for size in sizes])

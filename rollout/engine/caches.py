@@ -3,7 +3,8 @@
 What rows generate is rarely as long as what they might, so that the pool with the most room for it
 grows, in a few steps that are known before the run (`PARTS`): each is a static shape, for which
 append and decode are compiled once. The other pools are as large as they can get at once: a second
-one that grows would multiply the programs that decode several pools.
+one that grows would multiply the programs that decode several pools. Small caches do not
+grow at all: compiling for their sizes takes longer than their memory is worth.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ PAGE = 64
 """Slots of a page, rounded up to whole tiles."""
 PARTS = (1 / 8, 1 / 3, 1)
 """Of the pages that all rows would need at their longest."""
+GROWS_FROM = 32 * 2**20
+"""Bytes of a pool's caches at their longest, over all devices, from which on they grow."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,13 +123,16 @@ class Caches:
         seen: int,
         under_mesh: Callable[[Callable[..., Any]], Callable[..., Any]],
         shards: Callable[[], int],
+        grows_from: int = GROWS_FROM,
     ) -> None:
         """
         Args:
             seen: the vocabulary, if what rows have seen is kept; else 0.
             under_mesh: puts a jitted function under the mesh of the engine.
             shards: parts that this mesh splits rows into.
+            grows_from: bytes of the caches of a pool from which on it grows, see `GROWS_FROM`.
         """
+        self._grows_from = grows_from
         self._policy, self._pools, self._seen, self._shards = policy, dict(pools), seen, shards
         self._make = under_mesh(jax.jit(self._empty, static_argnums=(0, 1, 2)))
         self._grow = under_mesh(jax.jit(CacheArray.grown, static_argnums=(1, 2)))
@@ -163,8 +169,15 @@ class Caches:
     def _pages(self, name: str, shards: int) -> list[int]:
         """Pages of each group, step by step up to those of its rows at their longest."""
         pool = self._pools[name]
-        rows = pool.rows // _groups(pool, shards)
-        return sorted({max(rows, math.ceil(rows * pool.row_pages * part)) for part in PARTS})
+        groups = _groups(pool, shards)
+        rows = pool.rows // groups
+        longest = rows * pool.row_pages
+        if self._shape_bytes(pool, groups, longest) < self._grows_from:
+            return [longest]
+        return sorted({max(rows, math.ceil(longest * part)) for part in PARTS})
+
+    def _shape_bytes(self, pool: SlotPool, groups: int, count: int) -> int:
+        return _bytes(jax.eval_shape(functools.partial(self._empty, pool, groups, count)).cache)
 
     def grow(self, name: str) -> int:
         """The next step of a pool; pages of each group from now on.

@@ -28,7 +28,7 @@ from paravt_jax.mesh import batch_shards, constrain, split_before_copy
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
-from rollout.engine.caches import Caches, PoolState, PromptState, SlotPool, split_rows
+from rollout.engine.caches import GROWS_FROM, Caches, PoolState, PromptState, SlotPool, split_rows
 from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
 
 P = ParamSpec("P")
@@ -119,6 +119,7 @@ class Engine:
         steps_per_call: int = 16,
         penalties: bool = False,
         mesh: Mesh | None = None,
+        grows_from: int = GROWS_FROM,
     ) -> None:
         """`automata` know what ends a turn; `pad_id` pads rows on the right.
 
@@ -127,7 +128,8 @@ class Engine:
         `decode` draws up to `steps_per_call` tokens of each row before the host looks. `penalties`
         keeps what each row has seen, one byte per row and token of the vocabulary, for repetition
         penalties. `mesh` is that of everything here; None takes the one that is active. It has the
-        devices of the weights in the order of theirs, which may lie otherwise on them.
+        devices of the weights in the order of theirs, which may lie otherwise on them. Caches of
+        `grows_from` bytes and more grow with what rows say.
         """
         if not pools or steps_per_call < 1:
             raise ValueError(
@@ -142,7 +144,7 @@ class Engine:
         self.prefill = self._on_mesh(jax.jit(self._prefill, donate_argnames=("state",)))
         self.append = self._on_mesh(jax.jit(self._append, donate_argnames=("state",)))
         seen = automata.vocab if penalties else 0
-        self.caches = Caches(policy, pools, seen, self._on_mesh, self.shards)
+        self.caches = Caches(policy, pools, seen, self._on_mesh, self.shards, grows_from)
         self.decode = self._on_mesh(jax.jit(self._decode, donate_argnames=("states",)))
         self._hand_over: jax.stages.Wrapped | None = None
         self.hand_over_seconds = 0.0

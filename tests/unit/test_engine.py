@@ -166,7 +166,7 @@ def test_samples_do_not_depend_on_slots_order_capacity_or_steps(pool, steps_per_
 def test_a_cache_that_grows_changes_no_sample_and_holds_what_is_spoken():
     """Page by page, against rows of one page each."""
     whole = make_engine(dataclasses.replace(POOL, page=64), eos_ids=())
-    paged = make_engine(eos_ids=())
+    paged = make_engine(eos_ids=(), grows_from=0)
     limits = [3, 60, 9, 40, 1, 31]
     turns = [sample_all(engine, copies=2, limit=limits) for engine in (whole, paged)]
     for one, other in zip(*turns, strict=True):
@@ -368,7 +368,7 @@ def test_idle_streams_keep_their_slots():
 
 def test_cache_bytes_are_known_beforehand():
     for rung in range(len(PARTS)):
-        engine = make_engine()
+        engine = make_engine(grows_from=0)
         engine.caches.open(rung)
         caches = [state.cache for state in engine.caches.states.values()]
         held = [(c.prompt_keys, c.prompt_values, c.keys, c.values) for c in caches]
