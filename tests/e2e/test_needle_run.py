@@ -5,6 +5,7 @@ One short RL run is shared by the tests of this module.
 
 import json
 import resource
+import shutil
 import signal
 
 import numpy as np
@@ -142,15 +143,16 @@ def test_a_run_that_is_stopped_and_killed_ends_like_one_that_was_not(run, cache,
 def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
     run, cache, tmp_path
 ):
-    """Files that may not grow beyond a size stand in for the disk. This run does not evaluate,
-    which changes nothing of what it learns."""
-    full, quick = tmp_path / "full", (*QUICK, "evaluation.rows=0")
+    """Files that may not grow beyond a size stand in for the disk, from step 2 on."""
+    full = tmp_path / "full"
+    shutil.copytree(run[0], full)
+    for step in ("2", "3"):
+        shutil.rmtree(full / "checkpoints" / step)
 
     def fill(process):
         resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (FULL_BYTES, FULL_BYTES))
 
-    saved_once = lambda: (full / "checkpoints" / "1").exists()  # noqa: E731
-    code, said = disturb(fill, saved_once, full, cache, "--steps", "3", settings=quick)
+    code, said = disturb(fill, lambda: True, full, cache)
     assert code == 1, said
     line = said.splitlines()[-1]
     assert said.count("rror") == 1 and line.startswith("error: checkpoint "), said

@@ -261,6 +261,7 @@ class World:
             pad_id=PAD,
             frame_patches=FRAME_PATCHES,
             steps_per_call=shape.steps_per_call,
+            grows_from=0,
         )
 
     def items(self, count: int, seed: int = 0, longest: int = 20) -> list[Item]:

@@ -77,16 +77,24 @@ def on_meshes(policy, learner: str, rollouts: str):
 
 MESHES = [
     (DENSE, "fsdp:8", "tensor:8"),
+    (DENSE, "fsdp:4,tensor:2", "data:2,tensor:4"),
+    (SPARSE, "fsdp:4,expert:2", "data:2,expert:2,tensor:2"),
+]
+MORE_MESHES = [
     (DENSE, "fsdp:8", "data:4,tensor:2"),
     (DENSE, "data:8", "fsdp:8"),
     (DENSE, "tensor:8", "data:8"),
-    (DENSE, "fsdp:4,tensor:2", "data:2,tensor:4"),
     (SPARSE, "fsdp:8", "data:2,expert:4"),
-    (SPARSE, "fsdp:4,expert:2", "data:2,expert:2,tensor:2"),
 ]
 
 
-@pytest.mark.parametrize(("policy", "learner", "rollouts"), MESHES)
+def study(*case):
+    return pytest.param(*case, marks=pytest.mark.study)
+
+
+@pytest.mark.parametrize(
+    ("policy", "learner", "rollouts"), [*MESHES, *(study(*case) for case in MORE_MESHES)]
+)
 def test_every_layout_draws_the_same(policy, learner, rollouts):
     alone = sample_alone(policy)
     found, engine, params = on_meshes(policy, learner, rollouts)
