@@ -103,7 +103,8 @@ BEYOND_OPENCV = {
     "HEVC": lambda f: interlaced(
         f, "i.mp4", "-c:v", "libx265", "-x265-params", "interlace=tff:log-level=error"
     ),
-    "MPEG-2": lambda f: interlaced(f, "i.mpg", "-c:v", "mpeg2video", *WOVEN),
+    # Encoded by one thread: with several, a busy machine now and then writes other time stamps.
+    "MPEG-2": lambda f: interlaced(f, "i.mpg", "-c:v", "mpeg2video", "-threads", "1", *WOVEN),
     "MPEG-4": lambda f: interlaced(f, "i.mp4", "-c:v", "mpeg4", *WOVEN),
     "DV": lambda f: interlaced(
         f, "i.avi", "-c:v", "dvvideo", "-pix_fmt", "yuv420p", size="720x576"
