@@ -10,7 +10,7 @@ LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-newest check scale lock setup setup-dev clean
+.PHONY: demo test test-newest test-pages check scale lock setup setup-dev clean
 
 demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
@@ -21,6 +21,10 @@ test: setup-dev
 # The same tests on the newest versions that the ranges allow.
 test-newest:
 	$(MAKE) test VENV=.venv-newest LOCKED=
+
+# The page of a run in Chromium without a window, also of 500 steps of 128 rollouts.
+test-pages: setup-dev
+	$(BIN)/python -m pytest -rs tests/unit/test_page_data.py tests/contracts/test_page.py
 
 check: setup-dev
 	$(BIN)/ruff format --check .

@@ -231,6 +231,24 @@ class Choices:
 
 
 @dataclasses.dataclass(frozen=True)
+class CallResult:
+    """What came of one call of a turn."""
+
+    said: str
+    """What the model was told; empty where it was shown frames."""
+    executed: bool
+    """Whether the call ran to a result."""
+    window: tuple[float, float] | None = None
+    """Start and end in seconds of what was looked at."""
+    seconds: float = 0.0
+    """From when the call went out until its result was there."""
+    subagent: int | None = None
+    """Which of `Trajectory.subagents` looked; None where none did."""
+    clip: Clip | None = None
+    """The frames that the model was shown instead of words."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Turn:
     """One assistant turn: a forced prefix, then generated tokens."""
 
@@ -249,6 +267,8 @@ class Turn:
     """Tool calls of this turn, in order, malformed ones included."""
     executed: int = 0
     """How many of `calls` ran to a result."""
+    results: tuple[CallResult, ...] = ()
+    """What came of each of `calls`; empty for the last turn, whose calls nobody runs."""
     choices: Choices | None = None
     """How each of `tokens` was chosen; None if nothing but temperature shaped them."""
 

@@ -432,6 +432,26 @@ def to_patches(frames: Pixels, spec: FrameSpec) -> Patches:
     return Patches(values.reshape(len(groups), rows * columns, spec.patch_values), grids)
 
 
+def from_patches(patches: Patches, spec: FrameSpec, count: int) -> list[Picture]:
+    """The first `count` frames of what `to_patches` made: what the model saw, to half a grey level.
+    Frames of several videos may differ in size."""
+    merge, patch, times = spec.merge_size, spec.patch_size, spec.temporal_patch_size
+    shown = times if spec.group_count(times) == 1 else 1
+    frames: list[Picture] = []
+    for run, (rows, columns) in zip(
+        patches.values, patches.grids[: -(-count // shown)], strict=False
+    ):
+        blocks = run[: rows * columns].reshape(
+            *(rows // merge, columns // merge, merge, merge, 3, times, patch, patch)
+        )
+        pixels = blocks.transpose(5, 0, 2, 6, 1, 3, 7, 4).reshape(
+            times, rows * patch, columns * patch, 3
+        )
+        grey = (pixels * np.asarray(spec.std, np.float32) + np.asarray(spec.mean, np.float32)) * 255
+        frames += list(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[:shown])
+    return frames[:count]
+
+
 def _blocks(groups: Runs, spec: FrameSpec) -> Blocks:
     """Order: block row, block column, row and column in the block, channel, time, y, x."""
     count, times, height, width, channels = groups.shape

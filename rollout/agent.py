@@ -34,7 +34,7 @@ from rollout.engine.slots import Generated, StreamId
 from rollout.limits import CROP, MAIN, AgentConfig, subagent_limit, token_budget, turn_head
 from rollout.observer import NOBODY, Observer
 from rollout.record import TrajectoryBuilder, derive_seed, generated_turn
-from rollout.responses import ToolResult, error_result, response_turn, result_of
+from rollout.responses import Look, ToolResult, error_result, noted, response_turn, result_of
 from rollout.tasks import (
     EngineSession,
     Generate,
@@ -229,7 +229,8 @@ class Agent:
             results = yield Parallel([self._observed(request) for request in requests])
             # Counted here, not read from the text: a model can write that a call has succeeded.
             executed = sum(result.executed for result in results)
-            record.add_turn(dataclasses.replace(turn, executed=executed))
+            kept = noted(results, len(record.subagents))
+            record.add_turn(dataclasses.replace(turn, executed=executed, results=kept))
             demand = config.demand if number + 1 == config.rounds else ""
             given = self._respond(record, turn, results, demand)
         rollout.run.session.close(rollout.stream)
@@ -279,7 +280,9 @@ class Agent:
         """The program of one tool call, as the observer hears of it."""
         own = request.rollout.stream, request.number, request.call
         self._observer.called(*own)
+        began = time.perf_counter()
         result = yield from self._answer(request)
+        result = dataclasses.replace(result, seconds=time.perf_counter() - began)
         self._observer.answered(*own, result)
         return result
 
@@ -290,7 +293,7 @@ class Agent:
             found = yield self._submit(tool, request)
         except Exception as error:
             return error_result(error, request.call)
-        if isinstance(found, Prompt):
+        if isinstance(found, Look):
             return (yield from self._report(found, request))
         return result_of(found, f"{tool.name} found nothing")
 
@@ -319,7 +322,7 @@ class Agent:
             self._config.tool_timeout,
         )
 
-    def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Prompt:
+    def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Look:
         """On a worker thread: run the tool, and render the frames that it found."""
         found, renderer = tool.run(call, context), self._renderer
         if isinstance(found, str):
@@ -334,16 +337,16 @@ class Agent:
             return clip
         prompt = renderer.subagent_prompt(*shown)
         self._check_size(len(prompt.tokens))
-        return prompt
+        return Look(prompt, (found.start, found.end))
 
     def _check_size(self, tokens: int) -> None:
         if self._crop_tokens is not None and tokens > self._crop_tokens:
             raise ToolError("this part has too many frames to be shown; ask for a shorter one")
 
-    def _report(self, prompt: Prompt, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
+    def _report(self, look: Look, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
         """Let a sub-agent look, and make what it says after its thought the response."""
-        run, record = request.rollout.run, TrajectoryBuilder(prompt)
-        (stream,) = run.session.open(CROP, prompt, [request.seed])
+        run, record = request.rollout.run, TrajectoryBuilder(look.prompt)
+        (stream,) = run.session.open(CROP, look.prompt, [request.seed])
         record.add_given(self._subagent_prefix)
         sampling = self._config.subagent_sampling
         generated = yield Generate(stream, self._subagent_prefix, sampling, self._subagent_tokens)
@@ -351,7 +354,7 @@ class Agent:
         record.add_turn(generated_turn(generated, self._subagent_prefix, self._renderer))
         trajectory = record.finish(self._renderer, run.policy_version)
         result = result_of(reported(trajectory.full_text), "the sub-agent reported nothing")
-        return dataclasses.replace(result, subagent=trajectory)
+        return dataclasses.replace(result, subagent=trajectory, window=look.window)
 
 
 def _open_rollouts(

@@ -6,6 +6,7 @@ A bad call is an answer, not a crash: whatever goes wrong becomes words for the 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import re
 import traceback
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.markup import without_tags
-from paravt_jax.records import Clip, Prompt, ToolCall, Trajectory
+from paravt_jax.records import CallResult, Clip, Prompt, ToolCall, Trajectory
 from rollout.tools import ToolError
 
 _LOG = logging.getLogger(__name__)
@@ -35,12 +36,41 @@ class ToolResult:
     executed: bool = False
     """Whether the call ran to a result."""
     subagent: Trajectory | None = None
+    window: tuple[float, float] | None = None
+    """Start and end in seconds of what was looked at, if something was."""
+    seconds: float = 0.0
+    """From when the call went out until its result was there."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Look:
+    """What a sub-agent is to report on."""
+
+    prompt: Prompt
+    window: tuple[float, float]
+    """Start and end of it in seconds."""
+
+
+def noted(results: Sequence[ToolResult], subagents: int) -> tuple[CallResult, ...]:
+    """The results of a turn as its record keeps them, after so many sub-agents of earlier turns."""
+    places = itertools.count(subagents)
+    return tuple(
+        CallResult(
+            said="" if isinstance(own.response, Clip) else own.response,
+            executed=own.executed,
+            window=own.window,
+            seconds=own.seconds,
+            subagent=next(places) if own.subagent else None,
+            clip=own.response if isinstance(own.response, Clip) else None,
+        )
+        for own in results
+    )
 
 
 def result_of(found: Response, nothing: str) -> ToolResult:
     """What a tool found; the error `nothing` if that says nothing."""
     if isinstance(found, Clip):
-        return ToolResult(found, executed=True)
+        return ToolResult(found, executed=True, window=(found.start, found.end))
     text = strip_markup(found)
     return ToolResult(text, executed=True) if text else ToolResult(f"Error: {nothing}")
 

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from evaluate.before_after import BeforeAfter
 from evaluate.held_out import HeldOut
 from evaluate.mid_run import MidRun
+from evaluate.page.write import write_page
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.mesh import on_device, on_host
@@ -35,7 +36,7 @@ from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
 from train.report.log import RunLog
-from train.report.progress import introduction
+from train.report.progress import SignsOfLife, introduction
 from train.report.steps import Clock, StepReport
 from train.rl.learner import Learner
 from train.rl.loop import RlRun, reinforce
@@ -80,7 +81,7 @@ def train(config: Config, workdir: Path, resume: str) -> None:
     weights, data = setup.weights_named(config), setup.data_named(config.data)
     for line in introduction(workdir, mesh, weights, data, compiled):
         first_prints(line)
-    with jax.set_mesh(mesh):
+    with SignsOfLife(first_prints, compilations.__str__), jax.set_mesh(mesh):
         run = Run(config, workdir, mesh, compilations)
         for note in checks.whole_notes(run.parts.policy, mesh):
             first_prints(f"note: {note}")
@@ -238,7 +239,8 @@ class Run:
             metrics=[*metrics, self.compilations.metrics, engine.metrics],
             saver=self.saver,
             report=self.report,
-            rollouts_folder=self.workdir / "rollouts" if config.output.rollouts else None,
+            rollout_log=setup.open_rollout_log(config, self.parts, self.workdir),
+            of_tokens=lambda: learner.of_tokens,
             evaluate=self.mid_run,
             sight=setup.open_sight(config, learner.batches, self.parts.policy, self.mesh),
         )
@@ -282,6 +284,8 @@ class Run:
             self._export()
         if self.lock is not None:
             self.lock.check()
+        if self.config.output.report and is_first():
+            self._write_page()
         self.log.console.print(f"everything is in {self.workdir}")
 
     def _export(self) -> None:
@@ -291,6 +295,15 @@ class Run:
         if policy.lora.rank:
             folder, origin = self.workdir / ADAPTER, self.parts.base.absolute()
             save_adapter(params, policy.table, policy.lora, folder, origin)
+
+    def _write_page(self) -> None:
+        """`report/`. What is learned is safe by now: a page that fails costs the page alone."""
+        try:
+            page = write_page(self.workdir)
+        except Exception as error:
+            self.log.console.print(f"note: the page of the run could not be written: {error}")
+            return
+        self.log.console.print(f"the page of the run: {page}", soft_wrap=True)
 
     def _write_folder(self, params: FlatParams, folder: Path) -> None:
         """Weights as a model folder, adapters merged."""

@@ -45,6 +45,7 @@ from train.methods.difficulty import Difficulty, hint_room
 from train.methods.dynamic_sampling import DynamicSampling
 from train.methods.length_penalty import LengthPenalty
 from train.recipes.needle import COLD_START
+from train.report.rollouts import RolloutLog
 from train.report.steps import StepReport
 from train.rl.anchor import Anchor, OwnAnchor
 from train.rl.batches import BatchShapes, RolloutBatches
@@ -308,6 +309,7 @@ def open_rl_step(
         subagent_budget=agent.subagent_tokens,
         penalty=agent.sampling.repetition_penalty,
         subagent_penalty=agent.subagent_sampling.repetition_penalty,
+        keeps_log_probs=config.output.rollouts and config.output.details_mb > 0,
     )
 
 
@@ -375,6 +377,15 @@ def open_sight(
     """Measures whether the policy sees, if the configuration asks for it."""
     every = config.rl.sight_every
     return Sight(policy, mesh, batches.shapes, every) if every else None
+
+
+def open_rollout_log(config: Config, parts: Parts, workdir: Path) -> RolloutLog | None:
+    """Writes rollouts and their details, if the configuration asks for them."""
+    own, renderer = config.output, parts.renderer
+    if not own.rollouts:
+        return None
+    contents = renderer.token_contents(parts.policy.vocab_size)
+    return RolloutLog(workdir, config.steps, own.details_mb * 2**20, contents, renderer.spec)
 
 
 def open_rollouts(

@@ -171,8 +171,9 @@ def vision_groups(batch: LearnerBatch) -> int:
     return batch.tokens.shape[0] if vision is None else vision.shape[0]
 
 
-Sums = tuple[Array, Any]
-"""Count by which the loss is divided in the end, and metrics as sums."""
+Sums = tuple[Array, Any, Any]
+"""Count by which the loss is divided in the end, metrics as sums, and what is kept of every
+micro-batch as it is."""
 
 
 def accumulate(
@@ -182,29 +183,29 @@ def accumulate(
     micro_batches: int,
     merge: Callable[[Any, Any], Any] = lambda a, b: jax.tree.map(jnp.add, a, b),
     group_size: int | None = None,
-) -> tuple[Array, FlatParams, Any]:
-    """Mean loss and its gradients over all micro-batches, and merged metrics.
+) -> tuple[Array, FlatParams, Any, Any]:
+    """Mean loss and its gradients over all micro-batches, merged metrics, and what was kept of each
+    micro-batch, stacked.
 
-    `loss` returns `(sum, (count, metrics))`. Sums and counts are added up first and
+    `loss` returns `(sum, (count, metrics, kept))`. Sums and counts are added up first and
     divided once, so the result is that of one large batch. Groups as in `split_micro`.
     """
     gradient = jax.value_and_grad(loss, has_aux=True)
     pieces = split_micro(batch, micro_batches, group_size)
     first = jax.tree.map(lambda x: x[0], pieces)
-    zeros = jax.tree.map(
-        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(gradient, trainable, first)
-    )
+    (value, (count, metrics, _)), slope = jax.eval_shape(gradient, trainable, first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), ((value, (count, metrics)), slope))
 
     def add(carry, piece):
         (total, (count, metrics)), gradients = carry
-        (value, (more, extra)), slope = gradient(trainable, piece)
+        (value, (more, extra, kept)), slope = gradient(trainable, piece)
         sums = (total + value, (count + more, merge(metrics, extra)))
-        return (sums, jax.tree.map(jnp.add, gradients, slope)), None
+        return (sums, jax.tree.map(jnp.add, gradients, slope)), kept
 
-    ((total, (count, metrics)), gradients), _ = jax.lax.scan(add, zeros, pieces)
+    ((total, (count, metrics)), gradients), kept = jax.lax.scan(add, zeros, pieces)
     # Once, at the end: a micro-batch of short rollouts would otherwise weigh as much as a long one.
     scale = 1.0 / jnp.maximum(count, 1.0)
-    return total * scale, jax.tree.map(lambda g: g * scale, gradients), metrics
+    return total * scale, jax.tree.map(lambda g: g * scale, gradients), metrics, kept
 
 
 def mean_metrics(steps: Sequence[StepMetrics]) -> dict[str, float]:
@@ -262,7 +263,7 @@ class SftStep:
         for task, batch in batches.items():
             loss = functools.partial(self._loss, frozen=state.frozen, budget=self.budgets[task])
             count = max(batch.tokens.shape[0] // self.micro_rows, 1)
-            value, slope, _ = accumulate(loss, state.trainable, batch, count)
+            value, slope, _, _ = accumulate(loss, state.trainable, batch, count)
             gradients = jax.tree.map(jnp.add, gradients, slope)
             metrics |= {"loss": metrics["loss"] + value, f"loss/{task}": value}
         metrics["grad_norm"] = optax.tree.norm(gradients)
@@ -278,7 +279,7 @@ class SftStep:
         weights, losses = batch.trained, -log_probs
         if self.router_balance:
             losses += self.router_balance * balance[:, None]
-        return jnp.sum(losses * weights), (jnp.sum(weights), ())
+        return jnp.sum(losses * weights), (jnp.sum(weights), (), ())
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -303,18 +304,23 @@ class RlStep:
     penalty: float = 1.0
     """Repetition penalty of the sampler."""
     subagent_penalty: float = 1.0
+    keeps_log_probs: bool = False
+    """Whether the metrics hold `log_probs`, float32 `[b, own]`: those of every learned token before
+    the update."""
 
     def __call__(
         self, state: TrainState, batch: LearnerBatch, table: Int[ArrayLike, "s vocab"] | None = None
     ) -> tuple[TrainState, StepMetrics]:
         """`table` is that of the engine's automata, if a grammar constrained it."""
         loss = functools.partial(self._loss, frozen=state.frozen, table=table)
-        value, gradients, (watched, balance, rows) = accumulate(
+        value, gradients, (watched, balance, rows), kept = accumulate(
             loss, state.trainable, batch, self.micro_batches, _merge, self.group_size
         )
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "objective": watched}
         if self.policy.experts_per_token:
             metrics["router/balance"] = balance / jnp.maximum(rows, 1.0)
+        if self.keeps_log_probs:
+            metrics["log_probs"] = join_micro(kept, stream_groups(batch, self.group_size))
         return apply_gradients(self.optimizer, state, gradients), metrics
 
     def log_probs(
@@ -338,6 +344,7 @@ class RlStep:
             budget=self.subagent_budget,
             penalty=self.subagent_penalty,
             group_size=None,
+            keeps_log_probs=False,
         )
 
     def _of_tokens(
@@ -363,11 +370,11 @@ class RlStep:
     ) -> tuple[Array, Sums]:
         """Sums over main agents and sub-agents; divided by one count, they weigh alike."""
         params = {**trainable, **frozen}
-        total, (count, watched) = self._row_loss(params, batch, table)
+        total, (count, watched, kept) = self._row_loss(params, batch, table)
         if batch.subagents is None:
-            return total, (count, watched)
-        more, (rest, seen) = self.of_subagents()._row_loss(params, batch.subagents, table)
-        return total + more, (count + rest, _merge(watched, seen))
+            return total, (count, watched, kept)
+        more, (rest, seen, _) = self.of_subagents()._row_loss(params, batch.subagents, table)
+        return total + more, (count + rest, _merge(watched, seen), kept)
 
     def _row_loss(
         self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
@@ -395,7 +402,8 @@ class RlStep:
             mean = self.objective.aggregation, self.objective.constant_length
             total += self.router_balance * aggregate(per_token, weights, *mean)[0]
         trained = weights.any(axis=1).astype(jnp.float32)
-        return total, (count, (watched, jnp.sum(balance * trained), jnp.sum(trained)))
+        sums = watched, jnp.sum(balance * trained), jnp.sum(trained)
+        return total, (count, sums, log_probs if self.keeps_log_probs else ())
 
 
 MetricSums = tuple[ObjectiveMetrics, Array, Array]

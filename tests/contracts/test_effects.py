@@ -21,6 +21,7 @@ NAMES = dict(leaves(ALL["needle_rl"]))
 OFF = (
     based_on(ALL["needle_visd"], {"teacher.full_weight": 1.0}),
     based_on(ALL["needle_rl"], {"output.compile_cache": None}),
+    based_on(ALL["needle_rl"], {"output.rollouts": False}),
 )
 """Configurations that switch off what every recipe has."""
 ROWS = {f"{row.settings} by {row.when}": row for row in TABLE}

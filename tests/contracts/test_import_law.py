@@ -90,6 +90,7 @@ ORDER = (
     "train.config",
     "train.recipes",
     "train.setup",
+    "evaluate.page",
     "train.compile.programs",
     "train.checks",
     "train.run",
@@ -103,6 +104,7 @@ ORDER = (
     "evaluate.putting",
     "evaluate.evaluation",
     "evaluate.main",
+    "evaluate.report",
 )
 """Shelves and modules of the composition, lowest first. Each imports only what stands before it."""
 BASES = {"rollout.engine": "rollout", "models.common": "models"}

@@ -38,7 +38,7 @@ from tests.support.scripted_rollouts import (
 from train import setup
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.report.log import write_rollouts
+from train.report.rollouts import write_rollouts
 from train.settings.override import override
 from train.state import make_state
 from train.step import apply_gradients

@@ -5,6 +5,7 @@ import io
 import os
 import subprocess
 import sys
+import threading
 import time
 
 import jax
@@ -19,7 +20,7 @@ from train.optimizer import OptimizerSettings
 from train.recipes import get_recipe
 from train.report import progress, steps
 from train.report.log import RunLog
-from train.report.progress import ProgressBar, introduction
+from train.report.progress import ProgressBar, SignsOfLife, introduction
 from train.report.steps import Clock, StepReport, learning_rates
 
 
@@ -38,6 +39,31 @@ def test_lines_instead_of_a_bar_come_ever_more_rarely(clock):
             bar()
     lines = said.getvalue().splitlines()
     assert lines == [f"evaluating {n} of 400" for n in (10, 20, 40, 80, 160, 320)]
+
+
+def test_what_compiles_is_told_ever_more_rarely():
+    told, asked, done = [], [], threading.Event()
+
+    def what():
+        asked.append(len(asked))
+        if len(asked) > 12:
+            done.set()
+        return "" if len(asked) == 9 else f"compiling, {len(asked)}"
+
+    with SignsOfLife(told.append, what, first=0.001):
+        assert done.wait(10)
+    assert told[:6] == [f"compiling, {n}" for n in (1, 2, 4, 8, 10, 11)]
+
+
+def test_the_line_of_a_step_says_how_long_is_left(tmp_path, capsys):
+    log = RunLog(tmp_path, steps=40)
+    for step, seconds in enumerate((90.0, 10.0, 11.0, 12.0)):
+        log.step(step, {"loss": 0.0, "time/step": seconds})
+    log.step(39, {"loss": 0.0, "time/step": 10.0})
+    log.close()
+    lines = capsys.readouterr().out.splitlines()
+    assert "left" not in lines[0] and lines[3].endswith("s 12.0  left 7 min")
+    assert "left" not in lines[4]
 
 
 def test_short_work_is_not_worth_a_line(clock):

@@ -74,6 +74,7 @@ def needle_rl() -> Config:
             "rl.micro_groups": 2,
             "evaluation.split": "test",
             "output.checkpoint_every": 20,
+            "output.details_mb": 64.0,
         },
     )
 

@@ -1,16 +1,16 @@
-"""What a run writes into its workdir while it goes: metrics, TensorBoard, rollouts, progress."""
+"""What a run writes into its workdir while it goes: metrics, TensorBoard, progress."""
 
 from __future__ import annotations
 
+import collections
 import json
+import statistics
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from paravt_jax.records import RolloutGroup, Trajectory
 from train.workdir.files import write_atomically
 
 SHOWN = (
@@ -24,6 +24,10 @@ SHOWN = (
     ("time/step", "s", "{:.1f}"),
 )
 """Metric, column title and format of the progress line."""
+
+
+RECENT = 20
+"""Steps by which is told how long the others take."""
 
 
 class RunLog:
@@ -42,7 +46,7 @@ class RunLog:
         # Imported here: it takes seconds where torch is installed, for which no error need wait.
         from tensorboardX import SummaryWriter
 
-        self._steps = steps
+        self._steps, self._seconds = steps, collections.deque[float](maxlen=RECENT)
         self._path = workdir / "metrics.jsonl"
         self._keep_before(first_step)
         self._file = self._path.open("a", encoding="utf-8")
@@ -78,9 +82,19 @@ class RunLog:
         shown = [
             f"{title} {form.format(record[name])}" for name, title, form in SHOWN if name in record
         ]
+        self._seconds.append(record.get("time/step", 0.0))
+        shown += self._left(self._steps - step - 1)
         width = len(str(self._steps))
         line = f"step {step + 1:>{width}}/{self._steps}  " + "  ".join(shown)
         self.console.print(line, soft_wrap=True)
+
+    def _left(self, steps: int) -> list[str]:
+        """How long the steps to come take, by the median of the last ones."""
+        seconds = steps * statistics.median(self._seconds)
+        # The first step compiles, and says nothing of the others.
+        if len(self._seconds) < 2 or seconds < 1:
+            return []
+        return [f"left {seconds / 60:.0f} min" if seconds >= 100 else f"left {seconds:.0f} s"]
 
     def close(self) -> None:
         """Flush and close the files."""
@@ -88,38 +102,3 @@ class RunLog:
             return
         self._file.close()
         self._board.close()
-
-
-def write_rollouts(folder: Path, step: int, groups: Sequence[RolloutGroup]) -> None:
-    """One JSON object per trajectory in `step_NNNNNN.jsonl`, for people and for viewers."""
-    folder.mkdir(parents=True, exist_ok=True)
-    lines = [
-        json.dumps(_describe(group, index, trajectory)) + "\n"
-        for group in groups
-        for index, trajectory in enumerate(group.trajectories)
-    ]
-    write_atomically(folder / f"step_{step:06d}.jsonl", "".join(lines))
-
-
-def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[str, Any]:
-    row = group.row
-    return {
-        "row_id": row.row_id,
-        "video": row.video.path,
-        "question": row.question,
-        "answer": row.answer,
-        "question_type": str(row.question_type),
-        "frame_budget": group.frame_budget,
-        "rollout": index,
-        "text": trajectory.full_text,
-        "rewards": trajectory.rewards,
-        "stop_reasons": [str(turn.stop_reason) for turn in trajectory.turns],
-        "calls": trajectory.calls,
-        "executed": trajectory.executed,
-        "subagents": [sub.full_text for sub in trajectory.subagents],
-        "policy_version": trajectory.policy_version,
-        "tokens": trajectory.tokens.tolist(),
-        "generated": trajectory.generated.astype(int).tolist(),
-        "chosen": trajectory.chosen.astype(int).tolist(),
-        "log_probs": [round(value, 5) for value in trajectory.log_probs.tolist()],
-    }

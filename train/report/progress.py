@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 
@@ -37,6 +39,41 @@ def introduction(
         f"data      {data}",
         f"compiled  {compiled or 'programs are not kept (output.compile_cache=none)'}",
     ]
+
+
+class SignsOfLife:
+    """Tells from time to time what a run is stuck in, while it is: compiling, mostly.
+
+    with SignsOfLife(print, compilations.__str__):
+        ...
+    """
+
+    def __init__(
+        self, tell: Callable[[str], object], what: Callable[[], str], first: float = FIRST_LINE
+    ):
+        """`what`: what takes its time now, and nothing if nothing does; asked every `first`
+        seconds, told ever more rarely as long as it stays."""
+        self._tell, self._what, self._first = tell, what, first
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="signs of life", daemon=True)
+
+    def __enter__(self) -> SignsOfLife:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        asked, next_told = 0, 1
+        while not self._over.wait(self._first):
+            said = self._what()
+            asked = asked + 1 if said else 0
+            next_told = next_told if said else 1
+            if said and asked >= next_told:
+                next_told *= 2
+                self._tell(said)
 
 
 class ProgressBar:

@@ -14,6 +14,7 @@ from paravt_jax.records import LearnerBatch, RolloutGroup
 from train.rl.batches import RolloutBatches
 from train.rl.settings import RlSettings
 from train.rl.token_advantages import TokenAdvantages
+from train.rl.token_values import TokenValues
 from train.state import FlatParams, TrainState
 from train.step import RlStep, StepMetrics, mean_metrics, minibatch
 
@@ -42,6 +43,9 @@ class Learner:
         """
         self.settings, self._reference = rl, reference
         self.batches, self.advantages, self.table = batches, advantages, table
+        self.of_tokens: TokenValues | None = None
+        """Of the last batch, if the step keeps log-probabilities."""
+        self._structural: Array | None = None
         self._kl: float | None = None
         """The divergence of the last step that measured it; a checkpoint holds it."""
         self.whole = dataclasses.replace(step, micro_batches=step.micro_batches * rl.minibatches)
@@ -103,6 +107,8 @@ class Learner:
         if self.measures_reference(self.number(state)):
             batch = self.with_reference(state.frozen, batch)
         batch = self.advantages(groups, batch)
+        if self.whole.keeps_log_probs:
+            self._structural = self.advantages.structural(groups, batch)
         return batch, {"format/tag_validity": float(validity), **metrics}
 
     def update(
@@ -113,7 +119,7 @@ class Learner:
         `rl.epochs` times over `rl.minibatches` shares of the batch. Ratios are to the policy before
         the first step, whose log-probabilities are computed once, so that clips can act.
         """
-        rl, learned = self.settings, []
+        rl, learned, first = self.settings, [], None
         # Of the learner itself, not of the sampler, whose precision would move the ratio (ADR 14).
         if rl.updates > 1:
             batch = self._with_log_probs("proximal_log_probs", state.params, batch)
@@ -121,7 +127,11 @@ class Learner:
             index = number % rl.minibatches
             share = batch if rl.minibatches == 1 else self._minibatch(batch, index)
             state, metrics = self._minibatch_step(state, share, self.table)
+            first = metrics.pop("log_probs", None)
             learned.append(metrics)
+        if self.whole.keeps_log_probs:
+            before = first if rl.updates == 1 else batch.proximal_log_probs
+            self.of_tokens = TokenValues(before, batch.advantages, self._structural)
         return state, learned
 
     def with_reference(self, frozen: FlatParams, batch: LearnerBatch) -> LearnerBatch:

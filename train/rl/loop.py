@@ -13,8 +13,8 @@ stands around one of the two (`train.methods`), and nothing here knows of it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -24,12 +24,13 @@ from paravt_jax.records import RolloutGroup
 from pipelines.loader import PromptItem, PromptStream
 from rollout.agent import Agent
 from train.data.questions import prompt_contents
-from train.hosts.cluster import is_first, on_all_hosts, require_same
-from train.report.log import write_rollouts
+from train.hosts.cluster import on_all_hosts, require_same
 from train.report.progress import ProgressBar
+from train.report.rollouts import RolloutLog
 from train.report.steps import Clock, StepReport
 from train.rl.scoring import Scorer, rollout_metrics
 from train.rl.sight import Sight
+from train.rl.token_values import TokenValues
 from train.state import FlatParams, TrainState
 from train.workdir.saving import Saver
 
@@ -98,8 +99,10 @@ class ScoredRollouts:
 
 def report(run: RlRun, step: int, batch: RolloutBatch, learned: Mapping[str, float]) -> None:
     """Write the rollouts of a step and its metrics."""
-    if run.rollouts_folder is not None and is_first():
-        write_rollouts(run.rollouts_folder, step, batch.drawn)
+    if run.rollout_log is not None:
+        known = run.of_tokens()
+        values = None if known is None else functools.partial(known.of_rollouts, batch.groups)
+        run.rollout_log(step, batch.drawn, values)
     record = rollout_metrics(batch.drawn) | batch.metrics()
     for told in run.metrics:
         record |= told()
@@ -195,8 +198,10 @@ class RlRun:
     metrics: Sequence[MetricsSource]
     saver: Saver
     report: StepReport
-    rollouts_folder: Path | None
-    """Where rollouts are written, if they are."""
+    rollout_log: RolloutLog | None
+    """Writes rollouts, if they are to be written."""
+    of_tokens: Callable[[], TokenValues | None] = lambda: None
+    """What the last step made of every token, if that is kept."""
     evaluate: Evaluate | None = None
     """Evaluates in the midst of the run, if it is to be."""
     sight: Sight | None = None

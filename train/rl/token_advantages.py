@@ -56,6 +56,15 @@ class TokenAdvantages:
         credit = self.anchor.credit(groups, batch)
         return anchored_advantages(shared, credit, generated, self.anchor_weight)
 
+    def structural(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array | None:
+        """What the anchor adds to the advantage of each token, float32 `[b, own]`; None where it
+        adds nothing of its own."""
+        if self.anchor_weight is None:
+            return None
+        nothing = np.zeros(len(batch.loss_weights), np.float32)
+        credit, generated = self.anchor.credit(groups, batch), batch.loss_weights > 0
+        return anchored_advantages(nothing, credit, generated, self.anchor_weight)
+
     def _normalised(self, groups: Sequence[RolloutGroup]) -> np.ndarray:
         """Advantages of the reward that all tokens share, without the anchor where that acts on
         tags only; float32 `[b]`."""

@@ -82,13 +82,13 @@ def read_settings(workdir: Path, kind: type[Settings]) -> Settings | None:
 
 def younger_settings(workdir: Path, settings: Any) -> list[str]:
     """Settings that the workdir's file does not hold, because it was written before them."""
-    held = _flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
+    held = flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
     return sorted(set(flat_settings(settings)) - set(held))
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
     """All settings by their dotted names, as JSON values."""
-    return _flatten(json.loads(json.dumps(to_dict(settings))))
+    return flatten(json.loads(json.dumps(to_dict(settings))))
 
 
 def differences(before: Any, now: Any) -> dict[str, Difference]:
@@ -139,9 +139,10 @@ def _whole(value: Any) -> Any:
     return tuple(map(os.path.abspath, value))
 
 
-def _flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Settings of a file by their dotted names."""
     flat: dict[str, Any] = {}
     for key, value in section.items():
-        inner = _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
+        inner = flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {}
         flat |= inner or {f"{prefix}{key}": value}
     return flat

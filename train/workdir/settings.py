@@ -22,6 +22,12 @@ class OutputSettings(Settings):
     """The newest ones that stay. With one there is none to fall back to if it is damaged."""
     rollouts: bool = True
     """Write `rollouts/*.jsonl`."""
+    details_mb: Annotated[float, at_least(0)] = 0.0
+    """MiB of `details/`, which hold what a page shows of rollouts besides their text: of every
+    token the learner's log-probability, its advantage and what the format anchor adds to that, and
+    frames as small JPEGs. Steps that are told so are spread evenly over the run; 0 tells none."""
+    report: bool = True
+    """Write `report/` at the end, the page of the run."""
     export_hf: bool = True
     """Write `hf/` at the end."""
     compile_cache: str | None = "~/.cache/paravt_jax/compiled"
