@@ -38,13 +38,19 @@ def explain(error: BaseException, memory_remedies: Sequence[str] = ()) -> str:
     return f"{type(error).__name__}: {_first(error)} ({more})"
 
 
-def complain(error: object, prefix: str = "error", remedies: Sequence[str] = ()) -> None:
-    """Print one line on stderr, after the traceback where it was asked for."""
+def complain(
+    error: object, prefix: str = "error", remedies: Sequence[str] = (), way_on: str = ""
+) -> None:
+    """Print one line on stderr, after the traceback where it was asked for; at its end how to go
+    on, unless it names a `--workdir` itself."""
     if isinstance(error, BaseException):
         if os.environ.get(TRACEBACK):
             traceback.print_exception(error)
         error = explain(error, remedies)
-    print(f"{prefix}: {' '.join(str(error).split())}", file=sys.stderr)
+    line = " ".join(str(error).split())
+    if way_on and "--workdir" not in line:
+        line = f"{line}; {way_on}"
+    print(f"{prefix}: {line}", file=sys.stderr)
 
 
 def attempt(work: Callable[[], object], prefix: str = "error") -> int:

@@ -192,7 +192,8 @@ def main(argv: list[str] | None = None) -> int:
         else:
             run.train(config, workdir, arguments.resume)
     except Exception as error:
-        complain(error, remedies=_memory_remedies(config))
+        way_on = _way_on(workdir) if workdir and code == 1 else ""
+        complain(error, remedies=_memory_remedies(config), way_on=way_on)
         return code
     except Interrupted as error:
         more = f"; continue with --workdir {workdir}" if workdir else ""
@@ -203,6 +204,12 @@ def main(argv: list[str] | None = None) -> int:
         complain(f"interrupted; continue with --workdir {workdir}" if workdir else "interrupted")
         return 130
     return 0
+
+
+def _way_on(workdir: Path) -> str:
+    """How to go on with what a run has saved; empty if that is nothing."""
+    saved = any((workdir / "checkpoints").glob("[0-9]*"))
+    return f"what was saved goes on with --workdir {workdir}" if saved else ""
 
 
 def _memory_remedies(config: Any) -> list[str]:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from models import convert
-from paravt_jax.failures import ROOT, explain
+from paravt_jax.failures import ROOT, complain, explain
 from paravt_jax.mesh import parse_mesh
 from paravt_jax.plugins import load
 from pipelines import describe
@@ -153,3 +153,14 @@ sys.exit(attempt(lambda: [print("x" * 999) for _ in range(999)]))
         talker.stdout.read(1)
         talker.stdout.close()
         assert talker.stderr.read() == b"" and talker.wait(timeout=60) == 1
+
+
+def test_a_failed_run_says_how_to_go_on_with_what_it_saved(tmp_path, capsys):
+    assert main._way_on(tmp_path) == ""
+    (tmp_path / "checkpoints" / "3").mkdir(parents=True)
+    way = main._way_on(tmp_path)
+    complain(ValueError("the judge is gone"), way_on=way)
+    complain(ValueError("continue with --workdir x"), way_on=way)
+    first, second = capsys.readouterr().err.splitlines()
+    assert first == f"error: the judge is gone; what was saved goes on with --workdir {tmp_path}"
+    assert second == "error: continue with --workdir x"
