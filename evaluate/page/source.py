@@ -12,7 +12,7 @@ from typing import Any
 
 from train.recipes import get_recipe
 from train.report.rollouts import DETAILS, FOLDER, name_of
-from train.workdir.config_file import FILE, flat_settings, flatten
+from train.workdir.config_file import FILE, flat_settings, flatten, meant
 
 Group = list[dict[str, Any]]
 """Lines of the rollouts of one prompt."""
@@ -53,7 +53,9 @@ class RunSource:
         except (ValueError, KeyError, OSError):
             return []
         own = self.settings
-        return [(k, recipe.get(k), own[k]) for k in own if own[k] != recipe.get(k)]
+        return [
+            (k, recipe.get(k), own[k]) for k in own if meant(k, own[k]) != meant(k, recipe.get(k))
+        ]
 
     @functools.cached_property
     def steps(self) -> list[int]:

@@ -115,7 +115,15 @@ def test_cited_code_exists(name):
 @pytest.mark.parametrize("name", sorted({*CITING, "README.md", "CONTRIBUTING.md"}))
 def test_cited_files_exist(name):
     cited = [span for span in spans(name) if "/" in span and OF_PATH.fullmatch(span)]
-    made = ("hf/", "adapter/", "checkpoints/", "rollouts/", "tensorboard/", "benchmarks/scale.md")
+    made = (
+        "hf/",
+        "adapter/",
+        "checkpoints/",
+        "rollouts/",
+        "details/",
+        "tensorboard/",
+        "benchmarks/scale.md",
+    )
     assert not [path for path in cited if path not in made and not (ROOT / path).exists()]
 
 

@@ -105,6 +105,7 @@ def write_long_run(workdir: Path, steps: int, rollouts: int, group_size: int = 8
     """A run of many steps, of one written line over and over, without its tokens: rewards and
     places differ."""
     write_run(workdir, steps=1)
+    write_settings(workdir, steps=steps)
     shutil.rmtree(workdir / "details")
     source = workdir / "rollouts" / "step_000000.jsonl"
     line = json.loads(source.read_text().splitlines()[0])

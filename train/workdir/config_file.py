@@ -96,10 +96,10 @@ def differences(before: Any, now: Any) -> dict[str, Difference]:
     old, new = flat_settings(before), flat_settings(now)
     keys = dict.fromkeys((*old, *new))
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
-    return {k: pair for k, pair in pairs.items() if _meant(k, pair[0]) != _meant(k, pair[1])}
+    return {k: pair for k, pair in pairs.items() if meant(k, pair[0]) != meant(k, pair[1])}
 
 
-def _meant(key: str, value: Any) -> Any:
+def meant(key: str, value: Any) -> Any:
     """What a setting stands for: of a path, the file that it leads to from here."""
     if key not in PATHS or not value:
         return value

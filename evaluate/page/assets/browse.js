@@ -97,6 +97,7 @@
     show();
     return el("div", {},
       el("h1", {}, "Rollouts"),
+      el("a", {class: "json soft small", href: "data/index.json"}, "JSON"),
       el("p", {class: "lead", "data-count": found.length}, `${found.length.toLocaleString("en")} of ${rows.step.length.toLocaleString("en")}.`),
       filters(rows, query),
       found.length ? el("div", {class: "scroll"}, el("table", {class: "rollouts"}, el("thead", {}, el("tr", {}, HEAD.map(([text, kind]) => el("th", {class: kind}, text)))), body)) : el("p", {class: "empty"}, "None is like this. Take a filter away."),

@@ -20,7 +20,7 @@
     {title: "Gradient norm", metrics: {grad_norm: "norm"}},
     {title: "Groups without spread", metrics: {"group/zero_std": "share"}, zero: true},
   ];
-  const PARTS = {"time/rollout": "rollout", "time/learn": "learn", "time/data": "data", "time/compile": "compile", "time/evaluate": "evaluate", "time/save": "save"};
+  const PARTS = {"time/rollout": "rollout", "time/learn": "learn", "time/data": "data", "time/evaluate": "evaluate"};
 
   const has = (run, name) => (run.metrics[name] || []).some((value) => value != null);
 
@@ -122,7 +122,7 @@
     const names = Object.keys(run.metrics).filter((name) => name !== "step").sort();
     const place = el("div", {class: "charts"});
     const show = (name) => place.replaceChildren(paravt.curves(name, series(run, {[name]: name}, run.other), {wide: true, height: 240}));
-    const chosen = names.includes(query.get("metric")) ? query.get("metric") : names[0];
+    const chosen = [query.get("metric"), "reward/total", "loss", names[0]].find((name) => names.includes(name));
     const select = el("select", {"aria-label": "Metric", onchange: (event) => { history.replaceState(null, "", link("run", {metric: event.target.value})); show(event.target.value); }},
       names.map((name) => el("option", {value: name, selected: name === chosen}, name)));
     if (chosen) show(chosen);
@@ -143,6 +143,7 @@
     const done = run.metrics.step?.length || 0;
     return el("div", {},
       el("h1", {}, run.name),
+      el("a", {class: "json soft small", href: "data/run.json"}, "JSON"),
       el("p", {class: "lead"}, `${run.recipe}, ${done} of ${run.planned_steps} steps. `,
         run.other ? ["Dashed: ", el("strong", {}, run.other.name), ". "] : null,
         run.steps.length ? el("a", {href: link("rollouts", {sort: "worst"})}, "See the worst rollouts") : null),
