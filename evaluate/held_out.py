@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
-from evaluate.intervals import accuracies
+from evaluate.intervals import Accuracy, accuracies, accuracies_of
 from evaluate.settings import EvaluationSettings
 from evaluate.tables import TABLE, as_metrics
 from paravt_jax.interfaces import Params
@@ -27,6 +27,8 @@ from train.rl.scoring import Scorer, rollout_metrics
 MetricsByMode = dict[str, dict[str, float]]
 """Metrics of each way to put the questions to the agent."""
 
+MODES = SAMPLED, GREEDY, NO_CROPS = "sampled", "greedy", "no crops"
+"""Ways to put the questions to the agent."""
 SEED = 20_260_520
 """The same random numbers before and after, and in every run."""
 
@@ -50,9 +52,9 @@ class HeldOut:
         engine, rules = self._engine, self.agents.rules
         asked, without = self._prompts(rules.offers_tools), self._prompts(tools=False)
         modes = {
-            "sampled": (rules, asked),
-            "greedy": (greedy(rules), asked),
-            "no crops": (dataclasses.replace(greedy(rules), max_tool_rounds=0), without),
+            SAMPLED: (rules, asked),
+            GREEDY: (greedy(rules), asked),
+            NO_CROPS: (dataclasses.replace(greedy(rules), max_tool_rounds=0), without),
         }
         bar = ProgressBar(self.console, "evaluating", len(modes) * len(asked))
         with SIGNALS_OF_RUN.deferred("the next pause in the evaluation"), bar as ended:
@@ -91,9 +93,26 @@ class HeldOut:
         shown = {name: metrics[name] for name in TABLE if name in metrics}
         return as_metrics(accuracies(groups, self._strata)) | shown
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all metrics, MODE/NAME as in `by_name`, before anything is asked."""
+        counted = {name for row in self.rows for name in accuracies_of(row, self._strata)}
+        parts = as_metrics(dict.fromkeys(sorted(counted), Accuracy.of([0.0], 1)))
+        own = [*parts, *(name for name in TABLE if not name.startswith("accuracy"))]
+        return list(by_name({mode: dict.fromkeys(own, 0.0) for mode in MODES}))
+
     @functools.cached_property
     def _strata(self) -> Mapping[str, str]:
         return self.strata()
+
+
+def by_name(found: MetricsByMode) -> dict[str, float]:
+    """The metrics of all modes, each as MODE/NAME."""
+    return {
+        f"{mode.replace(' ', '_')}/{name}": value
+        for mode, named in found.items()
+        for name, value in named.items()
+    }
 
 
 def greedy(rules: AgentConfig) -> AgentConfig:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from evaluate.benchmarks.estimates import wilson
-from paravt_jax.records import RolloutGroup
+from paravt_jax.records import RolloutGroup, Row
 
 
 class Accuracy(NamedTuple):
@@ -35,10 +35,15 @@ def accuracies(
     names the part that a row id belongs to, `accuracy/TYPE/PART`."""
     found: dict[str, list[RolloutGroup]] = {}
     for group in groups:
-        kind, part = f"accuracy/{group.row.question_type}", strata.get(group.row.row_id)
-        for name in ("accuracy", kind, *([f"{kind}/{part}"] if part else [])):
+        for name in accuracies_of(group.row, strata):
             found.setdefault(name, []).append(group)
     return {name: _accuracy(found[name]) for name in sorted(found)}
+
+
+def accuracies_of(row: Row, strata: Mapping[str, str]) -> list[str]:
+    """The names of the accuracies that a question counts for."""
+    kind, part = f"accuracy/{row.question_type}", strata.get(row.row_id)
+    return ["accuracy", kind, *([f"{kind}/{part}"] if part else [])]
 
 
 def _accuracy(groups: Sequence[RolloutGroup]) -> Accuracy:

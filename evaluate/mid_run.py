@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluate.held_out import HeldOut, MetricsByMode
+from evaluate.held_out import HeldOut, MetricsByMode, by_name
 from evaluate.settings import EvaluationSettings
 from train.hosts.cluster import from_first, is_first
 from train.state import FlatParams
@@ -25,6 +25,15 @@ class MidRun:
     def __init__(
         self, held_out: HeldOut, settings: EvaluationSettings, workdir: Path, export: Export
     ):
+        """
+        Raises:
+          ValueError: there is no metric of the name `evaluation.best`.
+        """
+        if settings.best not in held_out.names:
+            known = ", ".join(name for name in held_out.names if name.endswith("/accuracy"))
+            raise ValueError(
+                f"evaluation.best={settings.best}: no figure has this name; give {known}, ..."
+            )
         self._held_out, self._settings = held_out, settings
         self._workdir, self._export = workdir, export
         self._best = self._read()
@@ -32,28 +41,17 @@ class MidRun:
         """Step and metrics of the last evaluation."""
 
     def __call__(self, step: int, params: FlatParams) -> dict[str, float]:
-        """The metrics after `step` steps, `evaluation/MODE/NAME`, if they are due.
-
-        Raises:
-          ValueError: there is no metric of the name `evaluation.best`.
-        """
+        """The metrics after `step` steps, `evaluation/MODE/NAME`, if they are due."""
         if step % self._settings.every:
             return {}
         found = self._held_out(params)
         self.last = step, found
-        metrics = {
-            f"{mode.replace(' ', '_')}/{name}": value
-            for mode, named in found.items()
-            for name, value in named.items()
-        }
+        metrics = by_name(found)
         self._keep_if_best(step, metrics, params)
         return {f"evaluation/{name}": value for name, value in metrics.items()}
 
     def _keep_if_best(self, step: int, metrics: dict[str, float], params: FlatParams) -> None:
         name = self._settings.best
-        if name not in metrics:
-            known = ", ".join(name for name in metrics if name.endswith("/accuracy"))
-            raise ValueError(f"evaluation.best={name}: no figure has this name; give {known}, ...")
         if self._best is not None and metrics[name] <= self._best:
             return
         self._best = metrics[name]
