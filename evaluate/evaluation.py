@@ -45,6 +45,8 @@ class Asked:
     mode: str
     tasks: tuple[Task, ...]
     limit: int | None
+    guarded: int = 0
+    """Questions of each kind of a task of which it is measured whether the model sees."""
 
     @property
     def samples(self) -> list[Sample]:
@@ -137,7 +139,7 @@ class Evaluation:
                 chosen = [s for s in questions.samples if (s.task, s.sample_id) in left]
                 if not chosen:
                     continue
-                putter = Putter(self._model, questions, batch, judge)
+                putter = Putter(self._model, questions, batch, judge, self._asked.guarded)
                 for result in putter(chosen):
                     results.append(self._workdir / self._file, [result])
                     ours.append(result)
@@ -184,6 +186,14 @@ class Evaluation:
         report.write(self._workdir, made, runs)
         return made, 0
 
+    def usage(self) -> dict[str, str]:
+        """Of each task what its answers took."""
+        done = self.answered()
+        return {
+            task.name: report.usage_line(_task_run(task, done).results)
+            for task in self._asked.tasks
+        }
+
 
 def _task_run(task: Task, done: Mapping[tuple[str, str], SampleResult]) -> report.TaskRun:
     samples = task.loaded.samples
@@ -212,6 +222,7 @@ def settings_of(asked: Asked, model: Opened) -> dict[str, object]:
         "protocol": asked.protocol.name,
         "protocol_fingerprint": report.fingerprint(asked.protocol),
         "mode": asked.mode,
+        "sight": asked.guarded,
         "rows": {task.name: len(task.loaded.samples) for task in asked.tasks},
         "limit": asked.limit,
     }

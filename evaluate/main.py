@@ -42,6 +42,17 @@ def shard(text: str) -> tuple[int, int]:
     raise argparse.ArgumentTypeError(f"{text!r}: give a number and a count, 1/4 to 4/4")
 
 
+def count(text: str) -> int:
+    """A number of 0 or more.
+
+    Raises:
+      argparse.ArgumentTypeError: it is none.
+    """
+    if text.isdecimal():
+        return int(text)
+    raise argparse.ArgumentTypeError(f"{text!r}: give 0 or more")
+
+
 def positive(text: str) -> int:
     """A number of 1 or more.
 
@@ -77,6 +88,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--recipe", help="take the settings of this recipe, not those that go with the model")
     add("--judge", metavar="URL", help="API of a judge, https://host/v1, where protocols ask one")
     add("--judge-model", metavar="NAME", help="the judge's name there")
+    add("--judge-key", metavar="VARIABLE", help="environment variable that holds its API key")
+    sees = "of N questions of each kind measure whether the model sees (default: %(default)s)"
+    add("--sight", type=count, default=8, metavar="N", help=sees)
     add("--parts", action="store_true", help="print the figures of parts of the questions, too")
     return parser
 
@@ -87,6 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     flags = parser.parse_args(argv)
     if bool(flags.judge) != bool(flags.judge_model):
         parser.error("--judge and --judge-model: give both of them, or none")
+    if flags.judge_key and not flags.judge:
+        parser.error("--judge-key: name the judge with --judge and --judge-model")
     if flags.shard[1] > 1 and not flags.workdir:
         parser.error("--shard: name the --workdir that all shards share")
     return attempt(lambda: evaluate(flags))
@@ -112,12 +128,13 @@ def evaluate(flags: argparse.Namespace) -> None:
     from paravt_jax.mesh import make_mesh, parse_mesh
     from train.compile.cache import keep_compiled
 
-    config = settings_of(flags.model, flags.recipe)
+    config, judge = settings_of(flags.model, flags.recipe), open_judge(flags)
     data = dataclasses.replace(config.data, cache_dir=flags.data)
     names = [name for name in flags.benchmarks.split(",") if name]
     asked = open_asked(
         protocol, names, flags.mode or "", flags.data, flags.limit, data, flags.frames
     )
+    asked = dataclasses.replace(asked, guarded=flags.sight)
     keep_compiled(config.output.compile_cache, config.output.compile_cache_gb)
     workdir = Path(flags.workdir or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
     mesh = make_mesh(parse_mesh(flags.mesh, jax.device_count()))
@@ -128,7 +145,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     print(f"workdir   {workdir}", flush=True)
     with jax.set_mesh(mesh):
         evaluation = Evaluation(asked, model, workdir, flags.shard)
-        evaluation.run(flags.batch, open_judge(flags), console)
+        evaluation.run(flags.batch, judge, console)
         tell(evaluation, flags, console)
 
 
@@ -138,8 +155,10 @@ def open_judge(flags: argparse.Namespace):
         return None
     from paravt_jax.rewards.judge import JudgeSettings
     from paravt_jax.rewards.judge import open_judge as opened
+    from paravt_jax.settings import placed
 
-    return opened(JudgeSettings(url=flags.judge, model=flags.judge_model))
+    with placed("--judge: "):
+        return opened(JudgeSettings(flags.judge, flags.judge_model, flags.judge_key or ""))
 
 
 def tell(evaluation, flags: argparse.Namespace, console) -> None:
@@ -151,6 +170,8 @@ def tell(evaluation, flags: argparse.Namespace, console) -> None:
         print(f"this shard is done; {missing} questions are left to others")
         return
     console.print(table(report, flags.parts))
+    for task, line in evaluation.usage().items():
+        print(f"{task}: {line}")
     for line in remarks(report):
         print(line)
     waits = evaluation.waits

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import functools
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from evaluate.benchmarks.protocol import Rules
 from evaluate.benchmarks.sample import Sample, SampleResult
 from evaluate.benchmarks.scoring import JudgeFailed, score
 from evaluate.model import Opened
 from evaluate.prompts import Ahead, PromptMaker, Ready, Size, sizes
+from evaluate.seeing import Seeing
 from paravt_jax.protocol import TURN_END
 from paravt_jax.records import Trajectory, Turn
 from paravt_jax.rewards.judge import Judge
@@ -20,6 +24,7 @@ from pipelines.preprocess import SPECS
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.agent import Agent, Item
+from rollout.engine.engine import Engine
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.slots import Generated
 from rollout.limits import AgentConfig, slot_pools
@@ -27,6 +32,8 @@ from train.agent import AgentMaker
 
 THREADS = min(4, os.cpu_count() or 1)
 """That decode frames."""
+JUDGED = 16
+"""Answers that a judge is asked about side by side."""
 UNIT = 128
 """Prompts get room in multiples of so many tokens."""
 MODES = {"images": "image", "video": "video"}
@@ -38,6 +45,27 @@ class OneTurn(Agent):
 
     def _turn(self, generated: Generated) -> Turn:
         return dataclasses.replace(super()._turn(generated), calls=())
+
+
+class Judging:
+    """Scores in threads, as a judge is somebody else's service and the device shall not wait."""
+
+    def __init__(self, threads: int):
+        self._pool = ThreadPoolExecutor(threads)
+        self._coming: collections.deque[Future[SampleResult]] = collections.deque()
+
+    def begin(self, score: Callable[[], SampleResult]) -> None:
+        """Score an answer."""
+        self._coming.append(self._pool.submit(score))
+
+    def done(self, wait: bool) -> Iterator[SampleResult]:
+        """What has been scored, in order; with `wait` all that has begun."""
+        while self._coming and (wait or self._coming[0].done()):
+            yield self._coming.popleft().result()
+
+    def close(self) -> None:
+        """Score no more."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
 
 
 @dataclasses.dataclass
@@ -61,25 +89,37 @@ class Questions:
 class Putter:
     """Puts the questions of one kind to a model."""
 
-    def __init__(self, model: Opened, questions: Questions, batch: int, judge: Judge | None):
-        """`batch`: prompts under way at a time.
+    def __init__(
+        self,
+        model: Opened,
+        questions: Questions,
+        batch: int,
+        judge: Judge | None = None,
+        guarded: int = 0,
+    ):
+        """
+        Args:
+          batch: prompts under way at a time.
+          guarded: of so many questions, the first, it is measured whether the model sees.
 
         Raises:
           ValueError: the rules ask for what the engine does not do.
         """
         rules = questions.rules
+        self._guarded = {sample.sample_id for sample in questions.samples[:guarded]}
         self._model, self._rules, self._batch, self._judge = model, rules, batch, judge
         self._samples = questions.samples
-        self._agent_rules = agent_rules(rules, model.config.agent, batch)
-        self._make = self._prompt_maker()
+        self.agent_rules = agent_rules(rules, model.config.agent, batch)
+        self.prompts = self._prompt_maker()
         self._agents = self._agent_maker()
+        self._engines: dict[Size, Engine] = {}
         self.waits = Waits()
 
     def _prompt_maker(self) -> PromptMaker:
         video, own = self._rules.video, self._model.agents.renderer
         renderer = _renderer(self._model, video.form, (video.min_pixels, video.max_pixels))
         reader = VideoReader(spec=renderer.spec)
-        words = own.system_text(self._agent_rules.offers_tools)
+        words = own.system_text(self.agent_rules.offers_tools)
         return PromptMaker(self._rules, renderer, reader, words)
 
     def _agent_maker(self) -> AgentMaker:
@@ -90,13 +130,13 @@ class Putter:
         rate = {"crop_fps": agent.crop_fps, "crop_frames": agent.crop_frames}
         reader = VideoReader(agent.crop_fps, agent.crop_frames, spec=renderer.spec)
         data = dataclasses.replace(old.data, **rate, overview_tokens=None)
-        return AgentMaker(self._agent_rules, data, old.policy, renderer, reader)
+        return AgentMaker(self.agent_rules, data, old.policy, renderer, reader)
 
     def __call__(self, chosen: Sequence[Sample]) -> Iterator[SampleResult]:
         """Results of these samples, in the order in which they end."""
         began = time.perf_counter()
         measured = dict(
-            (sample.sample_id, size) for sample, size in sizes(self._make, self._samples, THREADS)
+            (sample.sample_id, size) for sample, size in sizes(self.prompts, self._samples, THREADS)
         )
         most = self._most_tokens()
         known = [size for size in measured.values() if isinstance(size, Size)]
@@ -129,22 +169,11 @@ class Putter:
 
     def _put(self, samples: Sequence[Sample], room: Size) -> Iterator[SampleResult]:
         """Put samples whose prompts are no larger than `room`."""
-        agents, rules = self._agents, self._agent_rules
-        engine = agents.engine(
-            slot_pools(
-                rules,
-                agents.renderer,
-                prompts=self._batch,
-                copies=1,
-                prompt_tokens=room.tokens,
-                crop_tokens=agents.crop.tokens,
-            )
-        )
-        # All frames have one size in the tower: the largest that there is, not that there could be.
-        crops = engine.frame_patches if rules.offers_tools else 0
-        engine.frame_patches = max(crops, room.patches)
-        agent = agents.agent(engine, kind=Agent if rules.offers_tools else OneTurn)
-        ahead = Ahead(self._make, samples, THREADS, ahead=self._batch + THREADS)
+        agents, rules = self._agents, self.agent_rules
+        kind = Agent if rules.offers_tools else OneTurn
+        agent = agents.agent(self._engine(room), kind=kind)
+        seeing = Seeing(self._model, agents.renderer, room.patches)
+        ahead = Ahead(self.prompts, samples, THREADS, ahead=self._batch + THREADS)
         waits = self.waits
 
         def feed(wait: bool) -> Item | None:
@@ -153,19 +182,46 @@ class Putter:
             waits.idle += time.perf_counter() - began if wait else 0.0
             return item
 
-        seed = self._rules.decoding.seed
+        seed, judging = self._rules.decoding.seed, Judging(JUDGED)
         try:
             for row, trajectory, seconds in agent.stream(
                 self._model.params, feed, self._batch, seed
             ):
                 yield from _taken(ahead)
-                yield self._scored(ahead.ready.pop(row.row_id), trajectory, seconds)
+                ready = ahead.ready.pop(row.row_id)
+                guarded = ready.sample.sample_id in self._guarded
+                sight = seeing(trajectory) if guarded else {}
+                judging.begin(functools.partial(self._scored, ready, trajectory, seconds, sight))
+                yield from judging.done(wait=self._judge is None)
+            yield from judging.done(wait=True)
             yield from _taken(ahead)
         finally:
             ahead.close()
+            judging.close()
         waits.idle += agent.metrics["time/tool_wait"]
 
-    def _scored(self, ready: Ready, trajectory: Trajectory, seconds: float) -> SampleResult:
+    def _engine(self, room: Size) -> Engine:
+        """An engine with slots for prompts of this size, whose programs are compiled once."""
+        if room in self._engines:
+            return self._engines[room]
+        agents = self._agents
+        pools = slot_pools(
+            agents.rules,
+            agents.renderer,
+            prompts=self._batch,
+            copies=1,
+            prompt_tokens=room.tokens,
+            crop_tokens=agents.crop.tokens,
+        )
+        engine = self._engines[room] = agents.engine(pools)
+        # All frames have one size in the tower: the largest that there is, not that there could be.
+        crops = engine.frame_patches if agents.rules.offers_tools else 0
+        engine.frame_patches = max(crops, room.patches)
+        return engine
+
+    def _scored(
+        self, ready: Ready, trajectory: Trajectory, seconds: float, sight: Mapping[str, float]
+    ) -> SampleResult:
         """The line of a sample that was answered."""
         turns, sample = trajectory.turns, ready.sample
         response = turns[-1].text.removesuffix(TURN_END)
@@ -180,6 +236,7 @@ class Putter:
             "prompt_tokens": len(trajectory.prompt.tokens),
             "generated_tokens": int(trajectory.generated.sum()),
             "seconds": round(seconds, 3),
+            **sight,
         }
         try:
             verdict = score(self._rules, sample, response, self._judge)

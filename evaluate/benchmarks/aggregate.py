@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from evaluate.benchmarks.estimates import Estimate, estimate
+from evaluate.benchmarks.estimates import Difference, Estimate, estimate, paired_bootstrap
 from evaluate.benchmarks.rules import ScoringRules
 from evaluate.benchmarks.sample import ERROR, MANY, OK, Kind, SampleResult
 
@@ -233,8 +233,17 @@ def usage(results: Iterable[SampleResult]) -> dict[str, float]:
         "tokens/generated": sum(r.generated_tokens for r in done) / len(done),
         "frames_per_sample": sum(r.frames for r in done) / len(done),
     }
-    gaps = [r.seeing - r.blind for r in done if r.seeing is not None and r.blind is not None]
-    return figures | ({"sight/gain": sum(gaps) / len(gaps)} if gaps else {})
+    return figures
+
+
+def sight(results: Iterable[SampleResult]) -> Difference | None:
+    """How much likelier the frames make what is said of them, in nats a token; None where nobody
+    measured it. About 0 is a model that does not see, whatever it scores."""
+    measured = [r for r in results if r.seeing is not None and r.blind is not None]
+    if not measured:
+        return None
+    blind, seeing = zip(*((r.blind, r.seeing) for r in measured), strict=True)
+    return paired_bootstrap(blind, seeing, [r.cluster for r in measured])
 
 
 def timing(results: Iterable[SampleResult]) -> dict[str, float]:

@@ -24,14 +24,16 @@ class FrameRules(Settings):
     times: bool = False
     """Whether `<t seconds>` stands before each image, as in ParaVT's training. A video always has
     its times."""
-    sampling: Literal["linspace", "interior", "fps", "longvideobench"] = "linspace"
+    sampling: Literal["linspace", "interior", "fps", "steps", "longvideobench"] = "linspace"
     """`linspace` takes the first and the last frame and others evenly between them (qwen-vl-utils,
     lmms-eval); `interior` takes neither (VLMEvalKit); `fps` is linspace with a number of frames by
-    the length of the video; `longvideobench` starts equal pieces (lmms-eval's `_val_i`)."""
+    the length of the video; `steps` has a frame each 1/fps seconds from the first one on, and is
+    `interior` where these were more than `frames` (VLMEvalKit); `longvideobench` starts equal
+    pieces (lmms-eval's `_val_i`)."""
     frames: Annotated[int, at_least(1)] = 32
-    """How many; the most with `fps`."""
+    """How many; the most with `fps` and `steps`."""
     fps: Annotated[float, above(0)] = 2.0
-    """Frames a second; read by the sampling `fps` alone."""
+    """Frames a second; read by the samplings `fps` and `steps` alone."""
     min_frames: Annotated[int, at_least(1)] = 4
     """Fewest with `fps`."""
     multiple: Annotated[int, at_least(1)] = 1
@@ -63,6 +65,8 @@ class FrameRules(Settings):
         """
         if self.sampling == "longvideobench":
             return self._pieces(total, fps)
+        if self.sampling == "steps" and total / fps * self.fps < self.frames + 1:
+            return self._steps(total, fps)
         count = self._by_length(total, fps) if self.sampling == "fps" else self.frames
         if total < count:
             if self.too_few == "error":
@@ -74,7 +78,7 @@ class FrameRules(Settings):
                 return []
             count = total
         count = count // self.multiple * self.multiple or min(max(count, 1), total)
-        if self.sampling == "interior":
+        if self.sampling in ("interior", "steps"):
             return [int(number * (total / (count + 1))) for number in range(1, count + 1)]
         places = np.linspace(0, total - 1, count)
         return (places.round() if self.rounding == "round" else places).astype(int).tolist()
@@ -85,6 +89,10 @@ class FrameRules(Settings):
         most = min(self.frames, total) // self.multiple * self.multiple
         count = int(min(max(total / fps * self.fps, least), most, total))
         return count // self.multiple * self.multiple
+
+    def _steps(self, total: int, fps: float) -> list[int]:
+        count = max(int(total / fps * self.fps), 1)
+        return [min(int(number * fps / self.fps), total - 1) for number in range(count)]
 
     def _pieces(self, total: int, fps: float) -> list[int]:
         count = min(self.frames, max(int(total / fps), 1))

@@ -19,7 +19,15 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from evaluate.benchmarks.aggregate import Figure, TaskFigures, aggregate, usage
+from evaluate.benchmarks.aggregate import (
+    Figure,
+    TaskFigures,
+    aggregate,
+    sight,
+    timing,
+    usage,
+)
+from evaluate.benchmarks.estimates import Difference
 from evaluate.benchmarks.protocol import Protocol, Rules
 from evaluate.benchmarks.results import REPORT
 from evaluate.benchmarks.sample import OK, Kind, Sample, SampleResult
@@ -97,6 +105,7 @@ def fingerprint(protocol: Protocol) -> str:
 def _task(about: About, run: TaskRun) -> Json:
     found = aggregate(run.main.scoring, run.results, run.faults)
     figures = [figure for figure in (found.headline, *found.figures) if figure is not None]
+    seen = sight(run.results)
     return {
         "headline": found.headline.name if found.headline else None,
         "questions": found.samples,
@@ -105,6 +114,7 @@ def _task(about: About, run: TaskRun) -> Json:
         "judged": found.judged,
         "notes": [*found.notes, *_notes(about, run, found)],
         "usage": usage(run.results),
+        "sight": dataclasses.asdict(seen) if seen else None,
         "rows": [_row(about, run, figure) for figure in figures],
     }
 
@@ -118,7 +128,15 @@ def _notes(about: About, run: TaskRun, found: TaskFigures) -> list[str]:
         notes.append(f"{found.drawn} answers hold no letter; one was drawn for them by their ids")
     if about.limit is not None:
         notes.append(f"the first {about.limit} questions, not all")
-    return notes
+    return notes + _seen(sight(run.results))
+
+
+def _seen(found: Difference | None) -> list[str]:
+    if found is None:
+        return []
+    told = f"{found.value:.2f} ({found.low:.2f} to {found.high:.2f}) nats a token likelier"
+    blind = "" if found.low > 0 else ": no sign that the model sees them"
+    return [f"frames make what is said of them {told}, over {found.samples} answers{blind}"]
 
 
 def _row(about: About, run: TaskRun, figure: Figure) -> Json:
@@ -179,6 +197,23 @@ def _cells(row: Json, task: Json) -> list[Text | str]:
         str(row["clusters"]),
         str(sum(task["errors"].values())),
     ]
+
+
+def usage_line(results: Sequence[SampleResult]) -> str:
+    """How questions were answered, and how long that took."""
+    used, took = usage(results), timing(results)
+    if not used:
+        return "nothing was answered"
+    calls = (
+        f"calls: {used['tool/calls_per_sample']:.2f} a question, "
+        f"{used['tool/calls_per_turn']:.2f} a turn, {used['tool/failed_share']:.1%} failed; "
+    )
+    return (
+        f"{calls if used['tool/calls_per_sample'] else ''}"
+        f"{used['parse/unread_share']:.1%} of answers unread; tokens: "
+        f"{used['tokens/prompt']:.0f} read, {used['tokens/generated']:.0f} written; "
+        f"{took['seconds/mean']:.1f} s a question ({took['seconds/most']:.1f} the longest)"
+    )
 
 
 def remarks(report: Json) -> list[str]:

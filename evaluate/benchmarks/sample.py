@@ -117,9 +117,10 @@ class SampleResult:
     seconds: float = 0.0
     """From the prompt's prefill to the end of the answer."""
     blind: float | None = None
-    """Mean log-probability of the right answer without pixels ..."""
+    """Mean log-probability of what was said of the frames, grey ones shown in their place ..."""
     seeing: float | None = None
-    """... and with them; None where not measured."""
+    """... and as they were: of the first report on a crop, else of the last turn. None where it was
+    not measured."""
 
     @classmethod
     def of(cls, sample: Sample, **came: Any) -> SampleResult:

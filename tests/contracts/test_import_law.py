@@ -100,6 +100,7 @@ ORDER = (
     "evaluate.asking",
     "evaluate.ask",
     "evaluate.needle",
+    "evaluate.seeing",
     "evaluate.prompts",
     "evaluate.putting",
     "evaluate.evaluation",

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from evaluate.benchmarks import protocol, report, results
-from evaluate.benchmarks.aggregate import aggregate, usage
+from evaluate.benchmarks.aggregate import aggregate, sight, usage
 from evaluate.benchmarks.estimates import estimate, paired_bootstrap
 from evaluate.benchmarks.rules import ScoringRules
 from evaluate.benchmarks.sample import Kind, Sample, SampleResult
@@ -176,6 +176,36 @@ def test_order_does_not_matter():
     rows = [result(n, float(s), f"v{n // 3}") for n, s in enumerate(random.random(30))]
     shuffled = [rows[n] for n in random.permutation(30)]
     assert aggregate(ScoringRules(), rows) == aggregate(ScoringRules(), shuffled)
+
+
+def test_a_model_that_does_not_see_is_told():
+    seen = [result(n, blind=-2.0 - n / 10, seeing=-0.5) for n in range(8)]
+    found = sight([*seen, result(9), failed(10)])
+    assert found is not None and found.samples == 8
+    assert found.value == pytest.approx(1.85) and 1.5 < found.low < found.value
+    assert "no sign" not in _note(seen)
+    unseen = [result(n, blind=-1.0, seeing=-1.0 + (-1) ** n / 50) for n in range(8)]
+    assert "no sign that the model sees them" in _note(unseen)
+    assert sight([result(0)]) is None
+
+
+def _note(results) -> str:
+    loaded = protocol.load("lmms-eval")
+    rules = {Kind.CHOICE: loaded.rules("videomme", Kind.CHOICE)}
+    about = report.About(loaded, "direct", "some/model", "abc1234")
+    told = report.make(about, {"videomme": report.TaskRun(rules, [], results)})["tasks"]
+    return next(n for n in told["videomme"]["notes"] if n.startswith("frames make"))
+
+
+def test_what_answers_took_is_told():
+    used = [
+        result(0, calls=3, turns=2, seconds=1.0, prediction="A"),
+        result(1, turns=1, seconds=3.0),
+    ]
+    line = report.usage_line([*used, failed(2)])
+    assert line.startswith("calls: 1.50 a question, 1.00 a turn, 0.0% failed; 50.0% of answers")
+    assert line.endswith("2.0 s a question (3.0 the longest)")
+    assert report.usage_line([failed(0)]) == "nothing was answered"
 
 
 def test_usage():

@@ -30,6 +30,7 @@ def choice(**more):
 
 
 HARNESSES = [
+    "vlmevalkit/1fps",
     "lmms-eval",
     "lmms-eval/qwen3_vl",
     "paravt",
@@ -235,6 +236,15 @@ def test_interior_frames_are_not_those_at_the_ends():
     assert FrameRules(sampling="linspace", frames=4).indices(100, 25.0) == [0, 33, 66, 99]
 
 
+def test_a_frame_a_second_from_the_first_one_on():
+    rules = protocol.load("vlmevalkit/1fps").rules("videomme", Kind.CHOICE).video
+    assert rules.indices(100, 25.0) == [0, 25, 50, 75]
+    assert rules.indices(105, 29.97) == [0, 29, 59], "cut off, not rounded"
+    assert rules.indices(10, 25.0) == [0]
+    few = FrameRules(sampling="steps", fps=1.0, frames=3)
+    assert few.indices(100, 25.0) == [25, 50, 75], "as `interior`, where there would be more"
+
+
 def test_frames_by_length():
     rules = protocol.load("qwen-report").rules("videomme", Kind.CHOICE).video
     assert len(rules.indices(250, 25.0)) == 20
@@ -256,7 +266,7 @@ def test_videos_that_are_too_short():
 
 @settings(max_examples=200, deadline=None)
 @given(
-    st.sampled_from(["linspace", "interior", "fps", "longvideobench"]),
+    st.sampled_from(["linspace", "interior", "fps", "steps", "longvideobench"]),
     st.integers(1, 100),
     st.integers(1, 3),
     st.integers(1, 500),

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from evaluate.model import open_model
+from evaluate.seeing import Seeing
 from models.common.weights import load_params
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.records import Frames, Prompt, StopReason, Trajectory, Turn
@@ -86,6 +88,18 @@ def test_the_mean_is_over_tokens_and_does_not_depend_on_filling():
     both = sight().of(params(), [one, two], FRAMES)[0]
     sizes = [len(one.tokens), len(two.tokens)]
     assert both == pytest.approx(np.average(alone, weights=sizes), rel=1e-5)
+
+
+def test_an_evaluation_measures_the_report_nearest_to_the_frames():
+    model = open_model(None, None, lambda rules: rules)
+    seeing = Seeing(model, parts().renderer, patches=4)
+    own = report(30)
+    alone = seeing(own)
+    assert (alone["seeing"], alone["blind"]) == pytest.approx(sight().of(params(), [own], FRAMES))
+    answer = dataclasses.replace(report(200, "<answer>red</answer><|im_end|>"), subagents=(own,))
+    assert seeing(answer) == pytest.approx(alone), "reports are nearer to frames than answers"
+    bare = dataclasses.replace(own.prompt, patches=None)
+    assert seeing(dataclasses.replace(own, prompt=bare)) == {}
 
 
 def test_other_steps_measure_nothing():

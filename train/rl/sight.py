@@ -65,21 +65,22 @@ class Sight:
         return found
 
     def of(
-        self, params: FlatParams, rollouts: Sequence[Trajectory], frames: int
+        self, params: FlatParams, rollouts: Sequence[Trajectory], frames: int, patches: int = 0
     ) -> tuple[float, float]:
         """Mean log-probability of the last turns of rollouts, at temperature 1: with the frames
         that they were shown, and with frames of one grey.
 
         Args:
           frames: most frames of a prompt.
+          patches: most patches of a frame; 0: as many as there can be.
         """
-        batch = self._batch(rollouts, frames)
+        batch = self._batch(rollouts, frames, patches or self._shapes.spec.max_patches)
         grey = dataclasses.replace(batch, patches=jnp.zeros_like(jnp.asarray(batch.patches)))
         budget = bucket(max(int(t.generated.sum()) for t in rollouts), UNIT)
         seeing, blind = (self._log_probs(params, b, budget=budget) for b in (batch, grey))
         return float(seeing), float(blind)
 
-    def _batch(self, rollouts: Sequence[Trajectory], frames: int) -> LearnerBatch:
+    def _batch(self, rollouts: Sequence[Trajectory], frames: int, patches: int) -> LearnerBatch:
         # Repetitions fill the batch up and weigh nothing, so that all have one shape.
         filled = [*rollouts, *[rollouts[0]] * (self._rows - len(rollouts))]
         streams = [
@@ -95,7 +96,7 @@ class Sight:
             length=bucket(longest, UNIT),
             pad_id=shapes.pad_id,
             frames=shapes.spec.group_count(frames),
-            frame_patches=shapes.spec.max_patches,
+            frame_patches=patches,
         )
         return to_mesh(host, self._mesh)
 

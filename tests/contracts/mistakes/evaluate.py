@@ -38,5 +38,8 @@ ROWS = [
     evaluate(f"{NEEDLE} --limit 0", "--limit", code=2),
     evaluate(f"{NEEDLE} --frames many", "--frames", "many", code=2),
     evaluate(f"{NEEDLE} --judge http://here/v1", "--judge-model", code=2),
+    evaluate(f"{NEEDLE} --judge-key KEY", "--judge-key", "--judge-model", code=2),
+    evaluate(f"{NEEDLE} --judge here --judge-model m", "--judge", "http://"),
+    evaluate(f"{NEEDLE} --sight all", "--sight", "all", code=2),
     evaluate("--benchmarks ''", "--benchmarks", "empty", code=2),
 ]
