@@ -99,8 +99,9 @@ class AgentMaker:
             after_run=engine.caches.release,
         )
 
-    def engine(self, pools: dict[str, SlotPool]) -> Engine:
-        """An engine with these slots. Its caches are allocated when it is first used."""
+    def engine(self, pools: dict[str, SlotPool], **more: int) -> Engine:
+        """An engine with these slots, and with more settings of `Engine`. Its caches are allocated
+        when it is first used."""
         mesh = self.layout(pools)
         engine = Engine(
             self.policy,
@@ -110,6 +111,7 @@ class AgentMaker:
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
+            **more,
         )
         main, (least, most) = pools[MAIN], (engine.cache_bytes(rung) / 2**20 for rung in (0, -1))
         where = "" if mesh is None else f", on mesh {axes_text(mesh)}"

@@ -29,7 +29,14 @@ from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
 from rollout.engine.caches import GROWS_FROM, Caches, PoolState, PromptState, SlotPool, split_rows
-from rollout.engine.sampler import Draw, Drawn, draw_tokens, mark_seen, row_keys
+from rollout.engine.sampler import (
+    Alternatives,
+    Draw,
+    Drawn,
+    draw_tokens,
+    mark_seen,
+    row_keys,
+)
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -57,6 +64,8 @@ class GeneratingRows:
     """M-RoPE position of the next token; text has the same one in all components."""
     automata: Int[ArrayLike, "n 2"]
     """States of the search for an end and of the grammar."""
+    listed: Bool[ArrayLike, " n"] | None = None
+    """Rows whose likeliest tokens are wanted; None where the engine lists none."""
 
 
 @pytree
@@ -74,6 +83,8 @@ class DecodeOutput:
     """State of the grammar before each token."""
     automata: Int[ArrayLike, "n 2"]
     ended: Bool[ArrayLike, " n"]
+    alternatives: Alternatives | None = None
+    """`[n, columns, k]`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +129,7 @@ class Engine:
         frame_patches: int = 0,
         steps_per_call: int = 16,
         penalties: bool = False,
+        alternatives: int = 0,
         mesh: Mesh | None = None,
         grows_from: int = GROWS_FROM,
     ) -> None:
@@ -127,9 +139,10 @@ class Engine:
         more: the most that a frame can have keeps frames of all shapes in one compiled tower.
         `decode` draws up to `steps_per_call` tokens of each row before the host looks. `penalties`
         keeps what each row has seen, one byte per row and token of the vocabulary, for repetition
-        penalties. `mesh` is that of everything here; None takes the one that is active. It has the
-        devices of the weights in the order of theirs, which may lie otherwise on them. Caches of
-        `grows_from` bytes and more grow with what rows say.
+        penalties. `alternatives` is how many of the likeliest tokens of each draw can be had.
+        `mesh` is that of everything here; None takes the one that is active. It has the devices of
+        the weights in the order of theirs, which may lie otherwise on them. Caches of `grows_from`
+        bytes and more grow with what rows say.
         """
         if not pools or steps_per_call < 1:
             raise ValueError(
@@ -138,6 +151,7 @@ class Engine:
         self.policy, self.pools = policy, dict(pools)
         self.automata, self.pad_id, self.frame_patches = automata, pad_id, frame_patches
         self.steps_per_call, self.penalties, self.mesh = steps_per_call, penalties, mesh
+        self.alternatives = alternatives
         self.compilations = 0
         """How often a function was traced, hence compiled, so far."""
         self.encode = self._on_mesh(jax.jit(self._encode))
@@ -280,7 +294,7 @@ class Engine:
     def _no_output(self, generating: GeneratingRows) -> DecodeOutput:
         """Before the first token."""
         rows = len(generating.positions)
-        shape = rows, self.steps_per_call
+        shape, listed = (rows, self.steps_per_call), self.alternatives
         return DecodeOutput(
             tokens=jnp.full(shape, self.pad_id, jnp.int32),
             log_probs=jnp.zeros(shape, jnp.float32),
@@ -290,6 +304,7 @@ class Engine:
             grammar=jnp.zeros(shape, jnp.int32),
             automata=jnp.asarray(generating.automata),
             ended=jnp.zeros(rows, bool),
+            alternatives=Alternatives.none(*shape, listed) if listed else None,
         )
 
     def _decode_step(
@@ -325,6 +340,7 @@ class Engine:
                 grammar=output.grammar.at[at].set(output.automata[:, 1]),
                 automata=automata,
                 ended=output.ended | ended,
+                alternatives=_listed(output.alternatives, drawn.alternatives, loop.step),
             ),
         )
 
@@ -345,6 +361,8 @@ class Engine:
             generating.draw,
             jnp.concatenate(seen) if seen else None,
             allowed_tokens(table, loop.output.automata) if self.automata.constrains else None,
+            None if generating.listed is None else jnp.asarray(generating.listed) & loop.running,
+            self.alternatives,
         )
 
     def _continue(
@@ -356,6 +374,15 @@ class Engine:
         caches = tuple(state.cache for state in loop.states)
         hidden, grown = self.policy.append(params, tokens[:, None], at, text, None, caches)
         return hidden[:, 0], grown
+
+
+def _listed(
+    so_far: Alternatives | None, drawn: Alternatives | None, step: Int[Array, ""]
+) -> Alternatives | None:
+    """With the likeliest tokens of one more draw."""
+    if so_far is None or drawn is None:
+        return so_far
+    return jax.tree.map(lambda all_of, own: all_of.at[:, step].set(own), so_far, drawn)
 
 
 def _moved_on(

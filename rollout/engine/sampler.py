@@ -101,6 +101,21 @@ class Draw:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
+class Alternatives:
+    """The likeliest tokens of a draw, likeliest first. One of log-probability minus infinity could
+    not be drawn."""
+
+    tokens: Int[ArrayLike, "*b k"]
+    log_probs: Float[ArrayLike, "*b k"]
+
+    @classmethod
+    def none(cls, *shape: int) -> Alternatives:
+        """Of draws that nobody asked about."""
+        return cls(jnp.zeros(shape, jnp.int32), jnp.zeros(shape, jnp.float32))
+
+
+@pytree
+@dataclasses.dataclass(frozen=True)
 class Drawn:
     """One token per row."""
 
@@ -115,6 +130,8 @@ class Drawn:
     floors: Float[Array, " b"]
     """Log-probability, before truncation, between those of the tokens that could be drawn and
     those that were cut off; minus infinity if none was."""
+    alternatives: Alternatives | None = None
+    """`[b, k]`, under the distribution of `log_probs`, where they are asked for."""
 
 
 def row_keys(seeds: UInt[Array, " b"], positions: Int[Array, " b"]) -> Key[Array, " b"]:
@@ -128,6 +145,8 @@ def draw_tokens(
     draw: Draw,
     seen: Bool[Array, "b vocab"] | None = None,
     allowed: Bool[Array, "b vocab"] | None = None,
+    listed: Bool[Array, " b"] | None = None,
+    alternatives: int = 0,
 ) -> Drawn:
     """One token per row by the Gumbel-max trick.
 
@@ -141,6 +160,8 @@ def draw_tokens(
         draw: settings of each row.
         seen: tokens to which the repetition penalty applies, see `mark_seen`. None: no penalty.
         allowed: tokens that the structural constraint permits, at least one per row. None: all.
+        listed: rows whose likeliest tokens are wanted, `alternatives` of them; they cost a search
+            of the vocabulary only while there is such a row. None: of no row, ever.
     """
     greedy = draw.temperature == 0
     scale = jnp.where(greedy, 1.0, draw.temperature)[:, None]
@@ -161,7 +182,23 @@ def draw_tokens(
         jnp.all(choice.kept), lambda: everything, lambda: _extent(scores, choice.kept, allowed)
     )
     chosen = jnp.take_along_axis(scores, choice.tokens[:, None], axis=-1)[:, 0]
-    return Drawn(choice.tokens, chosen - masses, choice.constrained, choice.forced, floors)
+    likeliest = None
+    if listed is not None:
+        shares = within(choice.kept, scores) - masses[:, None]
+        likeliest = _likeliest(shares, listed, alternatives)
+    own = choice.tokens, chosen - masses, choice.constrained, choice.forced
+    return Drawn(*own, floors, likeliest)
+
+
+def _likeliest(
+    shares: Float[Array, "b vocab"], listed: Bool[Array, " b"], count: int
+) -> Alternatives:
+    def found() -> Alternatives:
+        log_probs, tokens = jax.lax.top_k(shares, count)
+        return Alternatives(tokens.astype(jnp.int32), log_probs)
+
+    nothing = Alternatives.none(len(shares), count)
+    return jax.lax.cond(jnp.any(listed), found, lambda: nothing)
 
 
 def mark_seen(

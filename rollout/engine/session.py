@@ -32,8 +32,15 @@ from rollout.engine.padding import (
     prompt_batches,
     static_shape,
 )
-from rollout.engine.sampler import Draw, SamplingConfig
-from rollout.engine.slots import Generated, PromptGroup, SlotTable, StreamId, StreamState
+from rollout.engine.sampler import Alternatives, Draw, SamplingConfig
+from rollout.engine.slots import (
+    Generated,
+    PromptGroup,
+    SlotTable,
+    StreamId,
+    StreamState,
+    Written,
+)
 
 IDLE = SamplingConfig()
 """How rows without a request draw; nobody looks at what."""
@@ -97,10 +104,12 @@ class Session:
         given: Prompt | Sequence[int],
         sampling: SamplingConfig,
         max_tokens: int,
+        listed: bool = False,
     ) -> None:
         """Append what is given, then generate one turn of at most `max_tokens` tokens.
 
-        A `Prompt` brings frames of its own; its positions count from 0.
+        A `Prompt` brings frames of its own; its positions count from 0. `listed` asks for the
+        likeliest tokens of each draw, as many as the engine lists.
 
         Raises:
           ValueError: the stream is closed, still generates, or has no room for that; or the
@@ -120,15 +129,26 @@ class Session:
                 f"repetition_penalty={sampling.repetition_penalty}: this engine does not keep what "
                 "rows have seen; make it with penalties=True"
             )
+        if listed and not self._engine.alternatives:
+            raise ValueError("listed=True: this engine lists none; make it with alternatives=20")
         row.automata = self._engine.automata.start(sampling, block.tokens.tolist())
         row.given = block if len(block.tokens) else None
-        row.sampling, row.remaining = sampling, max_tokens
+        row.sampling, row.remaining, row.listed = sampling, max_tokens, listed
+
+    def written(self, stream: StreamId) -> Written:
+        """What the stream has generated so far of a turn that has not ended."""
+        return self._find(stream)[1].written
 
     def close(self, stream: StreamId) -> None:
         """Forget a stream and free its slot."""
         table, row = self._find(stream)
         del self._rows[stream]
         table.release(row)
+
+    @property
+    def open_streams(self) -> int:
+        """Streams that have not been closed, waiting ones included."""
+        return len(self._rows)
 
     @property
     def generating(self) -> int:
@@ -236,7 +256,7 @@ class Session:
         states, output = self._engine.decode(
             self._params,
             tuple(table.current() for table in tables),
-            generating_rows(rows),
+            generating_rows(rows, bool(self._engine.alternatives)),
             self._engine.automata.table,
             # With somebody waiting, a free slot is worth a return to the host.
             np.int32(1 if waits else NO_LIMIT),
@@ -264,6 +284,9 @@ def _collect(
     row.log_probs.append(output.log_probs[number, :count].copy())
     noted = output.own, output.floors, output.grammar
     row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
+    if row.listed and (likeliest := output.alternatives) is not None:
+        columns = likeliest.tokens, likeliest.log_probs
+        row.alternatives.append(Alternatives(*(own[number, :count].copy() for own in columns)))
     row.length, row.position = row.length + count, row.position + count
     row.remaining -= count
     row.automata = output.automata[number].tolist()
@@ -271,8 +294,10 @@ def _collect(
     return row.take_turn(stopped, eos_ids) if stopped or not row.remaining else None
 
 
-def generating_rows(rows: Sequence[StreamState | None]) -> GeneratingRows:
-    """Where rows stand; those of free slots are idle."""
+def generating_rows(rows: Sequence[StreamState | None], listing: bool = False) -> GeneratingRows:
+    """Where rows stand; those of free slots are idle. `listing`: an engine that lists the
+    likeliest tokens is told of which rows."""
+    listed = np.array([row is not None and row.listed for row in rows], bool)
     return GeneratingRows(
         draw=Draw.of(
             [IDLE if row is None else row.sampling for row in rows],
@@ -281,4 +306,5 @@ def generating_rows(rows: Sequence[StreamState | None]) -> GeneratingRows:
         ),
         positions=np.array([0 if row is None else row.position for row in rows], np.int32),
         automata=np.array([(0, 0) if row is None else row.automata for row in rows], np.int32),
+        listed=listed if listing else None,
     )

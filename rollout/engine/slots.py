@@ -11,7 +11,7 @@ import numpy as np
 from paravt_jax.records import Choices, Prompt, StopReason
 from rollout.engine.caches import Caches, PoolState, SlotPool
 from rollout.engine.pages import PageBook
-from rollout.engine.sampler import SamplingConfig
+from rollout.engine.sampler import Alternatives, SamplingConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,6 +32,17 @@ class Generated:
     stop_reason: StopReason
     choices: Choices | None = None
     """How each token was chosen; None if nothing but temperature shaped them."""
+    alternatives: Alternatives | None = None
+    """`[t, k]`, where they were asked for."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Written:
+    """What one row has generated so far, as in `Generated`, of a turn that goes on."""
+
+    tokens: np.ndarray
+    log_probs: np.ndarray
+    alternatives: Alternatives | None
 
 
 @dataclasses.dataclass(eq=False)
@@ -57,16 +68,35 @@ class StreamState:
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
     choices: list[Choices] = dataclasses.field(default_factory=list)
+    listed: bool = False
+    """Whether the likeliest tokens of its draws are wanted."""
+    alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
+
+    @property
+    def written(self) -> Written:
+        """What there is of this turn."""
+        if not self.tokens:
+            return Written(np.zeros(0, np.int32), np.zeros(0, np.float32), None)
+        likeliest = _joined(self.alternatives) if self.listed else None
+        return Written(np.concatenate(self.tokens), np.concatenate(self.log_probs), likeliest)
 
     def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
         """The turn that just ended; the row is idle again."""
         # A turn may both end and use up its limit with one token: then it has ended.
-        tokens, reason = np.concatenate(self.tokens), StopReason.LENGTH
+        own, reason, choices = self.written, StopReason.LENGTH, Choices.joined(self.choices)
         if stopped:
-            reason = StopReason.END if tokens[-1] in eos_ids else StopReason.STOP
-        log_probs, choices = np.concatenate(self.log_probs), Choices.joined(self.choices)
+            reason = StopReason.END if own.tokens[-1] in eos_ids else StopReason.STOP
         self.tokens, self.log_probs, self.choices, self.remaining = [], [], [], 0
-        return Generated(tokens, log_probs, reason, choices)
+        self.alternatives = []
+        return Generated(own.tokens, own.log_probs, reason, choices, own.alternatives)
+
+
+def _joined(parts: Sequence[Alternatives]) -> Alternatives:
+    """Those of one piece after the other."""
+    return Alternatives(
+        np.concatenate([np.asarray(part.tokens) for part in parts]),
+        np.concatenate([np.asarray(part.log_probs) for part in parts]),
+    )
 
 
 @dataclasses.dataclass(eq=False)
