@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 from PIL import Image, ImageOps
 
@@ -15,11 +17,16 @@ def read_image(image: ImageRef) -> Picture:
     Raises:
         ValueError: the file cannot be read, or has more pixels than Pillow believes (179 million).
     """
+    return decode_image(image.path, f"image {image.path}")
+
+
+def decode_image(source: str | io.BytesIO, name: str) -> Picture:
+    """As `read_image`, from a path or from the bytes of a file; errors call it `name`."""
     try:
-        with Image.open(image.path) as opened:
+        with Image.open(source) as opened:
             return np.asarray(ImageOps.exif_transpose(opened).convert("RGB"))
     except Image.DecompressionBombError as error:
-        raise ValueError(f"image {image.path}: {error}; make it smaller") from error
+        raise ValueError(f"{name}: {error}; make it smaller") from error
     # Pillow's readers raise all of these about damaged files.
     except (OSError, SyntaxError, ValueError, EOFError, TypeError, IndexError) as error:
-        raise ValueError(f"image {image.path}: {error}; check the file") from error
+        raise ValueError(f"{name}: {error}; check the file") from error

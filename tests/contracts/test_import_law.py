@@ -99,6 +99,8 @@ ORDER = (
     "evaluate.model",
     "evaluate.asking",
     "evaluate.ask",
+    "evaluate.serving",
+    "evaluate.serve",
     "evaluate.needle",
     "evaluate.seeing",
     "evaluate.prompts",
