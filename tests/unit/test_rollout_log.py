@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paravt_jax.records import CallResult, Patches, ToolCall
+from paravt_jax.records import CallResult, Clip, Patches, ToolCall
 from pipelines.preprocess import ImageSpec, VideoSpec, from_patches, to_patches
 from tests.support.rollout_fakes import SPECIAL
 from tests.support.scripted_rollouts import ROW, SPEC, as_state, configured, group, learner, rollout
@@ -101,6 +101,22 @@ def test_details_hold_values_of_generated_tokens_and_frames():
     assert len(told[0]["values"]["advantages"]) == made.generated.sum()
     assert told[1]["values"] == {}, "not learned from"
     assert told[0]["overview"] == {"first": 0, "times": [0.0, 1.0]} and jpeg
+
+
+def test_frames_of_calls_are_on_the_sheet_whoever_was_shown_them():
+    """Those of a sub-agent's prompt, and those in the agent's own context."""
+    looked, clip = Patches(*_image()), Clip(8.0, 12.0, np.array([8.0, 10.0]), Patches(*_image()))
+    made = called(
+        CallResult("seen", True, (8.0, 12.0), subagent=0), CallResult("", True, clip=clip)
+    )
+    made = dataclasses.replace(made, subagents=(_with_prompt(made.subagents[0], looked),))
+    (line,), jpeg = details_of(group(made), "s.jpg", CONTENTS, SPEC, lambda _: {})
+    assert line["crops"] == [
+        {"first": 0, "times": [0.0, 1.0]},
+        {"first": 2, "times": [8.0, 10.0]},
+        None,
+    ]
+    assert jpeg and line["sheet"]["file"] == "s.jpg" and line["overview"] is None
 
 
 def _image():
