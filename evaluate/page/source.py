@@ -14,6 +14,9 @@ from train.recipes import get_recipe
 from train.report.rollouts import DETAILS, FOLDER, name_of
 from train.workdir.config_file import FILE, flat_settings, flatten, meant
 
+NEEDED = {"rollout", "question", "answer", "question_type", "video", "text", "rewards", "calls"}
+NEEDED |= {"generated", "log_probs"}
+"""What every line of rollouts holds, also of runs before there were pages."""
 Group = list[dict[str, Any]]
 """Lines of the rollouts of one prompt."""
 
@@ -31,7 +34,8 @@ class RunSource:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """All settings by their dotted names."""
-        return flatten(json.loads((self.workdir / FILE).read_text(encoding="utf-8")))
+        path = self.workdir / FILE
+        return flatten(_object(path.read_text(encoding="utf-8"), str(path)))
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -42,7 +46,7 @@ class RunSource:
     def evaluation(self) -> dict[str, Any]:
         """`evaluation.json`; empty where nothing was evaluated."""
         path = self.workdir / "evaluation.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+        return _object(path.read_text(encoding="utf-8"), str(path)) if path.exists() else {}
 
     @functools.cached_property
     def departures(self) -> list[tuple[str, Any, Any]]:
@@ -67,8 +71,12 @@ class RunSource:
     def rollouts(self, step: int) -> list[Group]:
         """The rollouts of a step, prompt by prompt."""
         groups: list[Group] = []
-        for line in _lines(self.workdir / FOLDER / f"{name_of(step)}.jsonl"):
-            if line["rollout"] == 0:
+        path = self.workdir / FOLDER / f"{name_of(step)}.jsonl"
+        for number, line in enumerate(_lines(path), 1):
+            missing = NEEDED - set(line)
+            if missing:
+                raise ValueError(f"{path}, line {number} lacks {', '.join(sorted(missing))}")
+            if line["rollout"] == 0 or not groups:
                 groups.append([])
             groups[-1].append(line)
         return groups
@@ -88,7 +96,22 @@ def _lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file; a line that is written just now is left out."""
     if not path.exists():
         return
-    with path.open(encoding="utf-8") as file:
-        for line in file:
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for number, line in enumerate(file, 1):
             if line.endswith("\n"):
-                yield json.loads(line)
+                yield _object(line, f"{path}, line {number}")
+
+
+def _object(text: str, place: str) -> dict[str, Any]:
+    """A JSON object that stands at a place.
+
+    Raises:
+      ValueError: it is none.
+    """
+    try:
+        found = json.loads(text)
+        if not isinstance(found, dict):
+            raise ValueError("no JSON object")
+    except ValueError as error:
+        raise ValueError(f"{place} is damaged: {error}; delete it, or run again") from error
+    return found

@@ -59,6 +59,8 @@ RANGES = [
     refused("data.frames_as=video", "data.video_marks=inner", named=("outer", "each")),
     refused("data.video_marks=each", named=("data.frames_as",)),
     refused("output.compile_cache_gb=-1"),
+    refused("output.details_mb=-1"),
+    refused("output.rollouts=false", "output.details_mb=2", named=("output.rollouts=false",)),
     refused(
         "output.compile_cache=none",
         "output.compile_cache_gb=2",
