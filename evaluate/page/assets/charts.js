@@ -45,12 +45,12 @@
   function curves(title, series, options = {}) {
     const shown = series.filter((own) => own.values.some((value) => value != null));
     const keys = shown.filter((own) => !own.dashed).map((own) => key(`${own.name} ${(options.format || number)(last(own.values))}`, own.color));
-    return figure(title, keys, (width) => drawCurves(shown, options, width), options);
+    return figure(title, keys, (width) => drawCurves(title, shown, options, width), options);
   }
 
   const last = (values) => values.findLast((value) => value != null);
 
-  function drawCurves(series, options, width) {
+  function drawCurves(title, series, options, width) {
     const marks = [Plot.gridY({stroke: "var(--line)", strokeOpacity: 1, ticks: options.log ? 3 : 4})];
     for (const own of series) marks.push(...curve(own, options));
     const rows = series.flatMap((own) => points(own, options).map((point) => ({...point, name: own.name})));
@@ -62,7 +62,7 @@
       }))
     );
     const svg = Plot.plot({
-      width, height: options.height || 200, marginLeft: 42, marginRight: 8, marginTop: 10, marginBottom: 36,
+      ariaLabel: title, width, height: options.height || 200, marginLeft: 42, marginRight: 8, marginTop: 10, marginBottom: 36,
       x: {...STEP, ticks: Math.min(6, Math.ceil(width / 70)), inset: 3},
       y: {label: null, ticks: 4, tickSize: 0, nice: true, zero: options.zero, type: options.log ? "log" : "linear", tickFormat: options.log ? "~e" : (v) => number(v)},
       marks,
@@ -169,7 +169,7 @@
     const domain = [...(wide ? ["overview"] : []), ...lanes.map((call) => call.lane)];
     const height = wide ? 62 + 26 * Math.max(1, domain.length) : Math.max(24, 9 * Math.max(1, lanes.length) + 8);
     return figure(options.title, keys, (width) => Plot.plot({
-      width, height, marginLeft: wide ? 62 : 4, marginRight: wide ? 92 : 4, marginTop: wide ? 6 : 4, marginBottom: wide ? 30 : 4,
+      ariaLabel: `${lanes.length} calls on the time of the video`, width, height, marginLeft: wide ? 62 : 4, marginRight: wide ? 92 : 4, marginTop: wide ? 6 : 4, marginBottom: wide ? 30 : 4,
       x: {domain: [0, end], label: null, tickSize: 0, axis: wide ? "bottom" : null, ticks: Math.min(9, Math.ceil(width / 80)), tickFormat: (v) => paravt.clock(v)},
       y: {domain: domain.length ? domain : ["none"], label: null, tickSize: 0, axis: wide ? "left" : null, padding: wide ? 0.3 : 0.18},
       marks: [
