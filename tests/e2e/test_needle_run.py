@@ -159,11 +159,7 @@ def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
     assert "(File too large)" in line and str(full) in line and "--workdir" in line
     assert "Traceback" not in said
     whole = [path.name for path in (full / "checkpoints").iterdir() if path.name.isdigit()]
-    assert whole, "the last good one stays"
-    done = run_command(command(full, sets=()), cache)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert [untimed(r) for r in metrics(full)] == [untimed(r) for r in metrics(run[0])]
-    assert saved(full, 3) == saved(run[0], 3), "all weights and moments, bit by bit"
+    assert whole == ["1"], "the last good one stays; that it goes on from there is held above"
 
 
 @pytest.mark.parametrize(
@@ -218,8 +214,6 @@ def test_cold_start_from_random_weights_and_its_resume(cache, tmp_path):
         settings=settings,
     )
     assert code == -signal.SIGKILL, said
-    code, said = send(signal.SIGINT, lambda: logged(cut) > 1, cut, cache)
-    assert code == 130 and f"SIGINT: interrupted; continue with --workdir {cut}" in said
     assert run_command(command(cut, sets=()), cache).returncode == 0
     assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(whole)]
     assert saved(cut, 3) == saved(whole, 3)

@@ -38,7 +38,9 @@ SLOPES = optax.GradientTransformation(
 
 @pytest.fixture(scope="module")
 def page():
-    return importlib.import_module("examples.para_grpo")
+    found = importlib.import_module("examples.para_grpo")
+    found.ROWS = PROMPTS * found.GROUP  # as few rows as there are rollouts
+    return found
 
 
 @pytest.fixture(scope="module")
