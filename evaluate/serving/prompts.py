@@ -100,13 +100,21 @@ class PromptMaker:
         return own.limited(least, most)
 
     def frames(self, request: ChatRequest, video: Video) -> int:
-        """How many frames of a video are shown."""
+        """How many frames of a video are shown.
+
+        Raises:
+          ApiError: more are asked for than may be.
+        """
+        most = self._limits.frames
         io = request.media_io_kwargs and request.media_io_kwargs.video
         rate = io and io.fps
         if rate is None and request.mm_processor_kwargs and not (io and io.num_frames):
             rate = request.mm_processor_kwargs.fps
         if rate is not None:
-            return int(np.clip(round(video.ref.duration * rate), 1, self._limits.frames))
+            return max(round(min(video.ref.duration * rate, most)), 1)
+        if io and io.num_frames and io.num_frames > most:
+            where = "media_io_kwargs.video.num_frames"
+            raise ApiError(f"{where}: at most {most} here (--max-frames)", where)
         return (io and io.num_frames) or self._frames
 
     def overview(self, video: Video, count: int, spec: FrameSpec, where: str) -> Frames:
