@@ -213,6 +213,7 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
         f"a smaller {micro} than {now}": any(n * rows % ways == 0 for n in range(1, now)),
         "model.remat=true": not model.remat,
         "model.remat_keeps=nothing": model.remat and model.remat_keeps != "nothing",
+        "model.remat_block=6": model.remat and model.remat_block == 1,
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
         "rl.reference_memory=host": not sft and config.rl.reference_memory == "device",
         "optimizer.moments=int8": config.optimizer.moments != "int8",

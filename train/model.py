@@ -35,6 +35,9 @@ class ModelSettings(Settings):
     remat_keeps: Literal["nothing", "projections", "products"] = "nothing"
     """What a recomputed layer keeps besides its input: `nothing`; the results of `projections`,
     products with weights; or of all `products`, attention scores too."""
+    remat_block: Annotated[int, at_least(1)] = 1
+    """Layers of which the input of the first alone waits for the backward pass, which computes the
+    others a second time more: a forward pass for most of that memory."""
     router_balance: Annotated[float, at_least(0)] = 0.0
     """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
     lora: LoraConfig = NO_LORA

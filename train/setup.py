@@ -133,6 +133,7 @@ class Parts:
             cache_dtype=own.cache_dtype,
             gradient_dtype=own.gradient_dtype,
             remat_keeps=own.remat_keeps,
+            remat_block=own.remat_block,
         )
 
     def params(self, mesh: Mesh) -> FlatParams:

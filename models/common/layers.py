@@ -6,6 +6,7 @@ backend computes the weight gradient of a 3-D product several times more slowly.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,19 @@ KEPT = {
     "products": jax.checkpoint_policies.dots_saveable,
 }
 """What recomputed layers keep for the backward pass besides their inputs."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Remat:
+    """What the backward pass computes again."""
+
+    keeps: str = "nothing"
+    """What it does not, of a layer: see `KEPT`."""
+    block: int = 1
+    """Layers whose inputs wait for it together: only the first one's does, and the others are
+    computed again, once more, when it reaches them (Chen et al., 2016, arXiv 1604.06174)."""
+
+
 SMALL_TABLE = 2048
 """Up to this many rows, the gradient of a lookup is a product with one-hot rows."""
 
@@ -143,14 +157,14 @@ def scan_layers(
     step: Callable,
     carry: Any,
     xs: Any = None,
-    remat: str | None = None,
+    remat: Remat | None = None,
     unroll: bool = False,
     rows: slice = slice(None),
 ) -> Any:
     """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
 
     `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
-    backward pass, but for those that it names (see `KEPT`). With `unroll`, the layers are compiled
+    backward pass, but for those that it names. With `unroll`, the layers are compiled
     one by one, which makes the layer number a constant. Layers that were unstacked
     (`unstack_layers`) are compiled one by one anyway.
     """
@@ -164,8 +178,25 @@ def scan_layers(
         return step(nnx.merge(graphdef, state), carry, x)
 
     if remat is not None:
-        body = jax.checkpoint(body, policy=KEPT[remat])
+        body = jax.checkpoint(body, policy=KEPT[remat.keeps])
+        if remat.block > 1:
+            return _scan_blocks(body, carry, (state, xs), remat.block)
     return jax.lax.scan(body, carry, (state, xs), unroll=unroll)
+
+
+def _scan_blocks(body: Callable, carry: Any, xs: Any, size: int) -> Any:
+    """`jax.lax.scan` whose backward pass keeps the carry of every `size`-th step; fewer steps than
+    that, at the end, are a block as well."""
+    count, done, outputs = len(jax.tree.leaves(xs)[0]), 0, []
+    block = jax.checkpoint(functools.partial(jax.lax.scan, body))
+    while done < count:
+        own = min(size, count - done)
+        end = done + (count - done) // own * own
+        cut = jax.tree.map(lambda x, d=done, e=end, n=own: x[d:e].reshape(-1, n, *x.shape[1:]), xs)
+        carry, ys = jax.lax.scan(block, carry, cut)
+        outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
+        done = end
+    return carry, jax.tree.map(lambda *parts: jnp.concatenate(parts), *outputs)
 
 
 def _each_layer(graphdef: Any, state: Any, step: Callable, carry: Any, xs: Any) -> Any:

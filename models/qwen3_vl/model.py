@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models.common import prepared
-from models.common.layers import Linear
+from models.common.layers import Linear, Remat
 from models.common.products import Weighted, multiply, widen_gradients
 from models.common.weights import MAX_SHARD_BYTES, save_weights
 from models.qwen3_vl.config import Qwen3VLConfig
@@ -37,7 +37,7 @@ class Qwen3VL(Weighted):
         self,
         config: Qwen3VLConfig,
         dtype: str = "float32",
-        remat: str | None = None,
+        remat: Remat | None = None,
         lora: LoraConfig = NO_LORA,
     ):
         text = config.text
@@ -86,10 +86,11 @@ class Qwen3VLPolicy:
     """Implements `models.common.policy.ModelPolicy`. Hashable, cheap to close over.
 
     `compute_dtype` is the type of matrix products; weights are cast when used. With `remat`, the
-    backward pass computes each layer's activations again, but for `remat_keeps` (`KEPT`). With
-    `lora`, the language model has adapters, whose weights stand in the table beside the others.
-    `cache_dtype` is the type that `init_cache` keeps keys and values in: `compute`, the type of
-    products, or `int8`; `gradient_dtype` that of gradients of weights: `compute` or `float32`.
+    backward pass computes each layer's activations again, as `remat_keeps` and `remat_block` say
+    (`Remat`). With `lora`, the language model has adapters, whose weights stand in the table beside
+    the others. `cache_dtype` is the type that `init_cache` keeps keys and values in: `compute`, the
+    type of products, or `int8`; `gradient_dtype` that of gradients of weights: `compute` or
+    `float32`.
     """
 
     config: Qwen3VLConfig
@@ -99,6 +100,7 @@ class Qwen3VLPolicy:
     cache_dtype: str = "compute"
     gradient_dtype: str = "compute"
     remat_keeps: str = "nothing"
+    remat_block: int = 1
 
     @property
     def width(self) -> int:
@@ -297,7 +299,7 @@ class Qwen3VLPolicy:
 
 @functools.lru_cache(maxsize=16)
 def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
-    remat = policy.remat_keeps if policy.remat else None
+    remat = Remat(policy.remat_keeps, policy.remat_block) if policy.remat else None
     model = Qwen3VL(policy.config, policy.compute_dtype, remat, policy.lora)
     if policy.gradient_dtype == "float32" != policy.compute_dtype:
         widen_gradients(model)

@@ -98,10 +98,12 @@ def open_policy(
     cache_dtype: str = "compute",
     gradient_dtype: str = "compute",
     remat_keeps: str = "nothing",
+    remat_block: int = 1,
 ) -> Qwen3VLPolicy:
     """The policy of a config.json; see `models.open_policy`."""
     own = Qwen3VLConfig.from_dict(config)
-    return Qwen3VLPolicy(own, compute_dtype, remat, lora, cache_dtype, gradient_dtype, remat_keeps)
+    types = cache_dtype, gradient_dtype
+    return Qwen3VLPolicy(own, compute_dtype, remat, lora, *types, remat_keeps, remat_block)
 
 
 @functools.partial(jax.jit, static_argnums=0)

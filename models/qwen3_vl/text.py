@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 from models.common.attention import attend
 from models.common.cached_attention import append_and_attend
 from models.common.experts import Experts
-from models.common.layers import ACTIVATIONS, Linear, RMSNorm, lookup, rotate, scan_layers
+from models.common.layers import ACTIVATIONS, Linear, Remat, RMSNorm, lookup, rotate, scan_layers
 from models.qwen3_vl.config import TextConfig
 from paravt_jax.kv_cache import KVCache
 from paravt_jax.lora import NO_LORA, LoraConfig
@@ -169,7 +169,7 @@ class TextTower(nnx.Module):
         self,
         config: TextConfig,
         dtype: Any = "float32",
-        remat: str | None = None,
+        remat: Remat | None = None,
         lora: LoraConfig = NO_LORA,
     ):
         self.config, self.remat, self.dtype = config, remat, jnp.dtype(dtype)

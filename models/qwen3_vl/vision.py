@@ -22,6 +22,7 @@ from models.common.layers import (
     ACTIVATIONS,
     LayerNorm,
     Linear,
+    Remat,
     lookup,
     rotate,
     scan_layers,
@@ -160,7 +161,7 @@ class Merger(nnx.Module):
 class VisionTower(nnx.Module):
     """Patch embedding, learned and rotary positions, blocks, mergers."""
 
-    def __init__(self, config: VisionConfig, dtype: Any = "float32", remat: str | None = None):
+    def __init__(self, config: VisionConfig, dtype: Any = "float32", remat: Remat | None = None):
         self.config, self.remat = config, remat
         c, d, side = config, config.hidden_size, config.patch_size
         self.patch_embedding = Linear(

@@ -29,9 +29,11 @@ def test_settings_reach_the_policy():
         cache_dtype="int8",
         gradient_dtype="float32",
         remat_keeps="products",
+        remat_block=2,
     )
     config = Qwen3VLConfig.from_dict(NEEDLE_MODEL)
-    assert policy == Qwen3VLPolicy(config, "bfloat16", True, lora, "int8", "float32", "products")
+    given = "bfloat16", True, lora, "int8", "float32", "products", 2
+    assert policy == Qwen3VLPolicy(config, *given)
     text, vision = NEEDLE_MODEL["text_config"], NEEDLE_MODEL["vision_config"]
     assert policy.vocab_size == text["vocab_size"]
     assert policy.context_length == text["max_position_embeddings"]

@@ -109,7 +109,7 @@ TABLE = (
     Only("data.weights", "data.mixture", off=()),
     Only("data.mixture data.workers", "stage", ("rl",), IF_GIVEN,
          "with {stage}, which reads one data set by threads; leave it out"),
-    Only("model.remat_keeps", "model.remat"),
+    Only("model.remat_keeps model.remat_block", "model.remat"),
     Only("model.gradient_dtype", "model.compute_dtype", ("bfloat16",)),
     Only("model.train_vision", "stage", ("sft",), False,
          "with {stage}, where vision features are computed once per prompt; set it to false"),

@@ -23,6 +23,7 @@ SAME_RESULTS = (
     "rollout_mesh",
     "model.remat",
     "model.remat_keeps",
+    "model.remat_block",
     "data.cache_dir",
     "data.decode_seconds",
     "data.max_bad_rows",

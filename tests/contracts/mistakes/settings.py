@@ -86,6 +86,8 @@ RANGES = [
     refused("optimizer.moments=float16", named=("bfloat16", "int8")),
     refused("model.remat_keeps=all", named=("nothing", "projections")),
     refused("model.remat_keeps=products", named=("model.remat",)),
+    refused("model.remat_block=6", named=("model.remat",)),
+    refused("model.remat_block=0"),
     refused("model.gradient_dtype=bfloat16", named=("compute", "float32")),
     refused("model.gradient_dtype=float32", named=("model.compute_dtype",)),
     refused("model.router_balance=-1"),
