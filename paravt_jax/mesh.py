@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+from jax.experimental.mesh_utils import create_device_mesh
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
@@ -96,7 +97,12 @@ def make_mesh(sizes: dict[str, int], devices: Sequence[Any] | None = None) -> Me
     """
     shape = tuple(sizes[axis] for axis in AXES)
     types = (AxisType.Auto,) * len(AXES)
-    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    try:
+        return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+    except NotImplementedError:
+        # Sizes that no whole axes of a TPU's torus multiply to: 8 and 2 of 4 x 4.
+        grid = create_device_mesh(shape, devices, allow_split_physical_axes=True)
+        return Mesh(grid, AXES, axis_types=types)
 
 
 def reshape_mesh(mesh: Mesh, sizes: dict[str, int]) -> Mesh:

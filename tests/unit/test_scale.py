@@ -85,6 +85,11 @@ def program(run: Config, name: str) -> Program:
         return next(p for p in programs_of(run, mesh, [EXAMPLE]) if p.name == name)
 
 
+def test_a_mesh_need_not_follow_the_axes_of_the_torus():
+    devices = devices_of("v6e:4x4")
+    assert make_mesh(parse_mesh("fsdp:8,tensor:2", 16), devices).size == 16
+
+
 @pytest.mark.parametrize("rollouts", ["data:8", "fsdp:8", "data:4,tensor:2", "tensor:8"])
 def test_decoding_copies_no_cache(config, rollouts):
     """Its temporaries are a small part of the cache, whose slots are as many as the limits of a
