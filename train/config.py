@@ -57,8 +57,9 @@ class Config(Settings):
     """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
     rollout_mesh: str | None = None
     """The mesh of rollouts over the same devices, to which weights are handed over once a step.
-    None takes the smallest `tensor`, and `expert`, with which weights and caches fit, and the rest
-    on `data`; where a device does not tell its memory, as on CPU, the learner's mesh."""
+    None takes the `tensor`, and `expert`, with which a token is fastest and weights and caches fit,
+    and the rest on `data`; where a device does not tell its memory, as on CPU, the learner's
+    mesh."""
     model: ModelSettings = ModelSettings()
     data: DataSettings = DataSettings()
     agent: AgentConfig = AgentConfig()

@@ -58,7 +58,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--rollout-mesh",
         metavar="MESH",
         help="mesh of the rollouts over the same devices, e.g. data:2,tensor:4 "
-        "(default: the smallest tensor that fits)",
+        "(default: the fastest token that fits)",
     )
     add("--workdir", help="where the run writes, or went on writing (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")

@@ -1,8 +1,9 @@
 """Where rollouts lay out the weights: a mesh of their own over the devices of the learner's.
 
 Learning wants weights split over all devices (`fsdp`), which gather them once for thousands of
-tokens. Decoding would gather them for every token: it wants as few devices as hold weights and
-caches to share them by heads (`tensor`) and experts, and the others to take other rows (`data`).
+tokens. Decoding would gather them for every token: it wants them shared by heads (`tensor`) and
+experts, over as many devices as make a token fastest (one reads less then, but waits for the others
+in each layer), and the remaining factor of devices to take other rows (`data`).
 """
 
 from __future__ import annotations
@@ -17,15 +18,19 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from models import ModelPolicy
+from models.common.prepared import LAYERS
 from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, reshape_mesh
 from rollout.engine.engine import SlotPool
-from train.compile.chips import CHIPS
+from train.compile.chips import CHIPS, Chip
 from train.compile.footprint import rollout_bytes
 from train.hosts.cluster import max_over_hosts
 
 FLAG = "--rollout-mesh"
 SHARE = 0.85
 """Of a device's memory: the rest is for what programs of rollouts need besides."""
+WAIT = 5e-6
+"""Seconds for which a layer waits for the sum of a few rows over devices, twice in each: assumed.
+At twice that, 8B takes the same meshes."""
 
 
 def rollout_sizes(text: str, policy: ModelPolicy, devices: int) -> dict[str, int]:
@@ -76,20 +81,34 @@ class RolloutLayout:
         if self.given is not None:
             sizes = rollout_sizes(self.given, self.policy, self.learner.size)
         else:
-            sizes = self._smallest(pools, memory_limit(self.learner))
+            sizes = self._chosen(pools, memory_limit(self.learner))
         mesh = reshape_mesh(self.learner, sizes)
         return None if mesh is self.learner else mesh
 
-    def _smallest(self, pools: Mapping[str, SlotPool], limit: int | None) -> dict[str, int]:
-        """The fewest devices that hold weights and caches together within the limit; the learner's
-        own mesh where the limit is unknown or none do."""
-        if limit is not None:
-            for sizes in candidates(self.policy, self.learner.size):
-                mesh = reshape_mesh(self.learner, sizes)
-                needed = rollout_bytes(self.policy, self.compute_dtype, mesh, pools)
-                if self.resident + needed <= SHARE * limit:
-                    return sizes
-        return dict(self.learner.shape)
+    def _chosen(self, pools: Mapping[str, SlotPool], limit: int | None) -> dict[str, int]:
+        """Of the meshes that hold weights and caches together within the limit, the one that is
+        soonest done with a token: the one of fewest devices where the chip is not known. The
+        learner's own mesh where the limit is unknown or none do."""
+        least, chosen = math.inf, dict(self.learner.shape)
+        if limit is None:
+            return chosen
+        chip = CHIPS.get(self.learner.devices.flat[0].device_kind)
+        for sizes in candidates(self.policy, self.learner.size):
+            mesh = reshape_mesh(self.learner, sizes)
+            needed = rollout_bytes(self.policy, self.compute_dtype, mesh, pools)
+            seconds = token_seconds(self.policy, self.compute_dtype, mesh, chip) if chip else 0.0
+            if self.resident + needed <= SHARE * limit and seconds < least:
+                least, chosen = seconds, sizes
+        return chosen
+
+
+def token_seconds(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh, chip: Chip) -> float:
+    """What a token takes on a mesh of rollouts, besides reading caches, which all meshes share
+    alike: to read the weights of a device, and to wait for others."""
+    weights = rollout_bytes(policy, compute_dtype, mesh, {}) / chip.bandwidth
+    together = mesh.shape["tensor"] * mesh.shape["expert"] > 1
+    stacked = [own.layers or () for own in policy.table.values() if own.name.startswith(LAYERS)]
+    return weights + 2 * len(set().union(*stacked)) * WAIT * together
 
 
 def candidates(policy: ModelPolicy, devices: int) -> Iterator[dict[str, int]]:
