@@ -84,3 +84,8 @@ def test_what_the_compiler_gave_up_is_bold():
     found["programs"]["step"] = own | {"fits": False, "needed_bytes": 41.5 * 2**30}
     page = scale.page({CASE.name: scale.merged(CASE, None, found, "all", "step does not fit")})
     assert "**needs 41.5**" in page and "at least 1.0 s a step at the roofline" in page
+
+
+def test_a_case_of_which_nothing_was_compiled_says_why():
+    found = scale.merged(CASE, None, {"programs": {}}, "step", "error: no such topology")
+    assert "* error: no such topology" in scale.page({CASE.name: found})
