@@ -16,10 +16,10 @@ if __name__ == "__main__":
 import argparse
 import json
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from paravt_jax.failures import attempt, complain
-from paravt_jax.flags import given
+from paravt_jax.flags import Parser
 
 if TYPE_CHECKING:
     from evaluate.asking import Asker
@@ -28,22 +28,9 @@ if TYPE_CHECKING:
 Show = Callable[[str, str], None]
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python evaluate/ask.py --help` lists the flags\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(
-        prog="evaluate/ask.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.register("type", None, given)  # of flags without a type
+    parser = Parser(prog="evaluate/ask.py", description=__doc__)
     add = parser.add_argument
     add("video", help="a video file")
     add("questions", nargs="*", metavar="QUESTION", help="none: a session")

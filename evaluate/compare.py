@@ -18,31 +18,18 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Iterable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 from evaluate.benchmarks.estimates import DRAWS, SEED, paired_bootstrap
 from evaluate.benchmarks.results import read_run
 from evaluate.benchmarks.sample import OK, SampleResult
 from paravt_jax.failures import attempt
-from paravt_jax.flags import given
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python evaluate/compare.py --help` lists the flags\n")
+from paravt_jax.flags import Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(
-        prog="evaluate/compare.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.register("type", None, given)  # of flags without a type
+    parser = Parser(prog="evaluate/compare.py", description=__doc__)
     add = parser.add_argument
     add("first", metavar="REPORT_A", help="the evaluation to compare with")
     add("second", metavar="REPORT_B", help="the one whose gain is told")

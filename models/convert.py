@@ -19,10 +19,8 @@ if __name__ == "__main__":
     # Weights pass through the host, and accelerators are left to those who compute on them.
     os.environ["JAX_PLATFORMS"] = "cpu"
 
-import argparse
 import logging
 from pathlib import Path
-from typing import NoReturn
 
 from models import open_policy
 from models.common.adapter import checkpoint_lora
@@ -38,14 +36,7 @@ from paravt_jax.checkpoint import (
     verify_params,
 )
 from paravt_jax.failures import attempt
-from paravt_jax.flags import given
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"{self.prog}: {message}; `--help` lists the arguments\n")
+from paravt_jax.flags import Parser
 
 
 def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
@@ -98,11 +89,7 @@ def _new_folder(out: str) -> Path:
 
 def main(arguments: list[str] | None = None) -> int:
     """Run one command; 0, or 1 with one line on stderr; misuse exits with 2."""
-    parser = Parser(
-        prog="models/convert.py",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser(prog="models/convert.py", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("to-hf", help="checkpoint to Hugging Face folder")
     command.add_argument("checkpoint", metavar="CHECKPOINT")
@@ -113,8 +100,6 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("folder", metavar="HF_DIR")
     command.add_argument("out", metavar="OUT")
     command.set_defaults(run=lambda a: from_hf(a.folder, a.out))
-    for own in commands.choices.values():
-        own.register("type", None, given)  # of arguments without a type
     parsed = parser.parse_args(arguments)
     code = attempt(lambda: parsed.run(parsed), prefix="models/convert.py")
     if code == 0:

@@ -18,12 +18,12 @@ import argparse
 import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import numpy as np
 
 from paravt_jax.failures import attempt
-from paravt_jax.flags import given
+from paravt_jax.flags import Parser
 from paravt_jax.plugins import load
 from paravt_jax.records import Conversation, Row, VideoRef
 from pipelines.budget import shares
@@ -45,17 +45,9 @@ REASONS = 10
 """Rejected rows that are shown."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python pipelines/describe.py --help` lists the flags\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags; defaults are those of the recipes."""
-    parser = Parser(prog="pipelines/describe.py", description=__doc__, allow_abbrev=False)
-    parser.register("type", None, given)  # of flags without a type
+    parser = Parser(prog="pipelines/describe.py", description=__doc__)
     add = parser.add_argument
     add("path", nargs="?", help="file or folder of the data; none: the needle world")
     add("--root", help="folder below which the videos lie (default: the folder of the data)")

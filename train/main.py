@@ -14,10 +14,10 @@ sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse  # noqa: E402
 from pathlib import Path  # noqa: E402
-from typing import Any, NoReturn  # noqa: E402
+from typing import Any  # noqa: E402
 
 from paravt_jax.failures import complain  # noqa: E402
-from paravt_jax.flags import given  # noqa: E402
+from paravt_jax.flags import Parser  # noqa: E402
 from train.hosts.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
 from train.recipes import check_name, summaries  # noqa: E402
 
@@ -30,23 +30,13 @@ FLAGS = {
 """Flags that set a setting, and its name."""
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python train/main.py --help` lists the flags\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags. They are a public contract, held by a test."""
     parser = Parser(
         prog="train/main.py",
         description=__doc__,
         epilog=_recipes(),
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.register("type", None, given)  # of flags without a type
     add = parser.add_argument
     add(
         "--recipe",
@@ -62,8 +52,12 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--workdir", help="where the run writes, or went on writing (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")
-    add("--data", help="folder or CSV/JSONL file of questions about your videos")
-    add("--steps", type=int, help="optimiser steps")
+    add(
+        "--data",
+        help="folder, CSV, JSONL or parquet file of questions about videos, or of "
+        "conversations for supervised recipes",
+    )
+    add("--steps", type=int, help="batches to learn from, see --help-settings steps")
     add("--seed", type=int, help="seed of data order, frame budgets and sampling")
     add(
         "--resume",

@@ -59,9 +59,9 @@ ROWS = [
     Mistake("{questions} --frames-as gif", ("--frames-as", "video"), door=DESCRIBE),
     Mistake("{questions} --model no/such", "no/such", code=1, door=DESCRIBE),
     Mistake("{questions} --root no/such", "no/such", code=1, door=DESCRIBE),
-    Mistake("", "command", door=CONVERT, prefix="models/convert.py: "),
-    Mistake("to-gguf a b", "to-gguf", door=CONVERT, prefix="models/convert.py: "),
-    Mistake("to-hf {run}", "OUT", door=CONVERT, prefix="models/convert.py to-hf: "),
+    Mistake("", "command", door=CONVERT),
+    Mistake("to-gguf a b", "to-gguf", door=CONVERT),
+    Mistake("to-hf {run}", "OUT", door=CONVERT),
     Mistake("to-hf no/run out", "no/run", code=1, door=CONVERT, prefix="models/convert.py: "),
     Mistake("from-hf no/model out", "no/model", code=1, door=CONVERT, prefix="models/convert.py: "),
     Mistake(

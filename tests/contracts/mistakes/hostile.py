@@ -78,7 +78,7 @@ ROWS = [
     Mistake("{own} --data own/q.csv", ("own/q.csv", "leads out"), code=1, files=SECRET),
     Mistake("q.csv", ("q.csv", "Latin-1"), 1, {"q.csv": b"\xe9\n"}, door=DESCRIBE),
     Mistake('""', ("path", "empty"), door=DESCRIBE),
-    Mistake('from-hf "" out', "empty", door="models/convert.py", prefix="models/convert.py"),
+    Mistake('from-hf "" out', "empty", door="models/convert.py"),
     *map(empty, ("--data", "--model", "--mesh", "--rollout-mesh", "--workdir")),
     *map(empty, ("--compile-only", "--programs")),
     *(
