@@ -25,7 +25,7 @@ from pathlib import Path
 from models import open_policy
 from models.common.adapter import checkpoint_lora
 from models.common.folder import copy_model_files, whole_folder
-from models.common.weights import Weights
+from models.common.weights import FolderWeights
 from paravt_jax.array_store import boxes
 from paravt_jax.checkpoint import (
     MODEL_FILES,
@@ -72,7 +72,7 @@ def from_hf(folder: str, out: str) -> None:
     """
     source, target = Path(folder), _new_folder(out)
     table = open_policy(source).table
-    weights = Weights(source, table)
+    weights = FolderWeights(source, table)
     with whole_folder(target) as temporary:
         for name, stored in create_params(temporary, table, weights.dtypes).items():
             for box in boxes(stored.shape, stored.chunk):

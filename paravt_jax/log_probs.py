@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from paravt_jax.shaping import Places, Shaper, Shaping, within
+from paravt_jax.shaping import Shaper, Shaping, TokenPlaces, within
 from paravt_jax.shared_rows import SharedRows
 
 Head = Callable[[Float[Array, "rows c d"]], Float[Array, "rows c vocab"]]
@@ -77,7 +77,7 @@ def gathered_log_probs(
     inputs, targets = packing.pack(before), packing.pack(tokens)
     shaper = Shaper(shaping, tokens, _vocab(head, inputs), temperature, lanes)
 
-    def statistics(own: Array, target: Array, places: Places) -> tuple[Array, Array]:
+    def statistics(own: Array, target: Array, places: TokenPlaces) -> tuple[Array, Array]:
         scores = shaper.tempered(head(own), places)
         return _token_statistics(scores, target, shaper.support(scores, target, places))
 
@@ -125,10 +125,10 @@ class Packing:
         back = jax.vmap(lambda own, place, value: own.at[place].add(value))
         return back(nothing, self.index, jnp.where(real, values, 0)).reshape(-1, self.length)
 
-    def places(self, shaping: Shaping) -> Places:
+    def places(self, shaping: Shaping) -> TokenPlaces:
         """Where the chosen tokens stand in their streams, and what was noted there."""
         noted = (None if x is None else self.pack(jnp.asarray(x)) for x in shaping.noted)
-        return Places(self.index // self.length, self.index % self.length, *noted)
+        return TokenPlaces(self.index // self.length, self.index % self.length, *noted)
 
     def in_chunks(self, function: Callable[..., Any], pieces: tuple[Any, ...]) -> Any:
         """`function(*pieces)`, arrays `[rows, c]` of what is packed, chunk by chunk; zeros for
@@ -189,7 +189,7 @@ def teacher_gap(
     ours, theirs = packing.pack(student.before), packing.pack(teacher.before)
     shaper = Shaper(shaping, tokens, _vocab(student.head, ours), temperature, lanes)
 
-    def gap(own: Array, other: Array, target: Array, places: Places) -> Array:
+    def gap(own: Array, other: Array, target: Array, places: TokenPlaces) -> Array:
         # What the student had said and could say there holds for its teacher too.
         view = shaper.tempered(student.head(own), places)
         advised = shaper.tempered(teacher.head(other), places)

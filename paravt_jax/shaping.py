@@ -46,7 +46,7 @@ class Shaping:
 
 @pytree
 @dataclasses.dataclass(frozen=True)
-class Places:
+class TokenPlaces:
     """Some tokens of the streams of each row: where they stand, and what was noted there."""
 
     lane: Int[Array, "b c"]
@@ -75,7 +75,7 @@ class Shaper:
             self._first = first.reshape(-1, lanes, vocab)
 
     def tempered(
-        self, logits: Float[Array, "b c vocab"], places: Places
+        self, logits: Float[Array, "b c vocab"], places: TokenPlaces
     ) -> Float[Array, "b c vocab"]:
         """z of all tokens."""
         if self._first is not None and self._shaping.penalty is not None:
@@ -85,7 +85,7 @@ class Shaper:
         return logits / self._temperature
 
     def support(
-        self, scores: Float[Array, "b c vocab"], targets: Int[Array, "b c"], places: Places
+        self, scores: Float[Array, "b c vocab"], targets: Int[Array, "b c"], places: TokenPlaces
     ) -> Bool[Array, "b c vocab"] | None:
         """S; None where it holds all tokens.
 

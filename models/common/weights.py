@@ -44,7 +44,7 @@ COMPARED_ROWS = 4096
 """Rows of the vocabulary that are compared at once."""
 
 
-class Weights:
+class FolderWeights:
     """The parameters of a table as a Hugging Face folder holds them, read in parts."""
 
     def __init__(self, folder: str | os.PathLike, table: Table):
@@ -164,9 +164,9 @@ def load_params(
     devices before the next one, so the host holds one shard of one parameter.
 
     Raises:
-      ValueError: as `Weights`.
+      ValueError: as `FolderWeights`.
     """
-    weights, homes = Weights(folder, table), param_shardings(table, mesh)
+    weights, homes = FolderWeights(folder, table), param_shardings(table, mesh)
     return {
         name: _place(weights, name, spec.shape, homes[name], jnp.dtype(dtype))
         for name, spec in table.items()
@@ -174,7 +174,7 @@ def load_params(
 
 
 def _place(
-    weights: Weights,
+    weights: FolderWeights,
     name: str,
     shape: tuple[int, ...],
     home: jax.sharding.Sharding,

@@ -200,12 +200,12 @@ def _fixed_phrases(world: NeedleWorld) -> list[str]:
 def _phrases(thing: Event) -> list[str]:
     """What is said and asked about one thing."""
     answers = [
-        traces.Answer(" ".join(traces.statement("colour", thing, (4, 9))), thing.colour),
-        traces.Answer(" ".join(traces.statement("shape", thing, (4, 9))), thing.shape),
-        traces.Answer(" ".join(traces.statement("time", thing, (4, 9))), "4 to 9 seconds"),
-        traces.Answer(" ".join(traces.statement("colour", thing, None)), thing.shape),
-        traces.Answer("I can see it.", thing.colour),
-        traces.Answer("I guess.", "4 to 9 seconds"),
+        traces.AnswerTurn(" ".join(traces.statement("colour", thing, (4, 9))), thing.colour),
+        traces.AnswerTurn(" ".join(traces.statement("shape", thing, (4, 9))), thing.shape),
+        traces.AnswerTurn(" ".join(traces.statement("time", thing, (4, 9))), "4 to 9 seconds"),
+        traces.AnswerTurn(" ".join(traces.statement("colour", thing, None)), thing.shape),
+        traces.AnswerTurn("I can see it.", thing.colour),
+        traces.AnswerTurn("I guess.", "4 to 9 seconds"),
     ]
     return [
         traces.caption(thing),

@@ -52,7 +52,7 @@ FRAME_REQUEST = "Name it."
 
 
 @dataclasses.dataclass(frozen=True)
-class Answer:
+class AnswerTurn:
     """The last turn of an episode: a thought, then the answer."""
 
     thought: str
@@ -101,7 +101,7 @@ def call_turn(windows: Sequence[tuple[int, int]]) -> str:
     return f"I look at {parts}.\n{THINK_CLOSE}\n{calls}{TURN_END}"
 
 
-def answer_turn(answer: Answer) -> str:
+def answer_turn(answer: AnswerTurn) -> str:
     """The turn that answers, after its forced prefix."""
     return f"{answer.thought}\n{THINK_CLOSE}\n{ANSWER_OPEN}{answer.text}{ANSWER_CLOSE}{TURN_END}"
 
@@ -112,7 +112,7 @@ def decide(
     times: Seconds,
     windows: Sequence[tuple[int, int]],
     rng: np.random.Generator,
-) -> Answer:
+) -> AnswerTurn:
     """Answer from what the overview (frames at `times` seconds) and the cropped windows show.
 
     Without evidence the answer is a uniform guess from the right vocabulary.
@@ -126,9 +126,9 @@ def decide(
         span = _around(glimpses, world)
     else:
         thought = " ".join(statement(question.asked, target, None)) if windows else "I guess."
-        return Answer(thought, _guess(question, world, rng))
+        return AnswerTurn(thought, _guess(question, world, rng))
     thought = " ".join(statement(question.asked, target, span)) if windows else "I can see it."
-    return Answer(thought, _spoken(question, span))
+    return AnswerTurn(thought, _spoken(question, span))
 
 
 def statement(asked: Asked, event: Event, span: tuple[int, int] | None) -> tuple[str, str]:
@@ -176,7 +176,7 @@ def conclusion(
 
 
 def looks(
-    renderer: ChatRenderer, calls: Sequence[str], clips: Sequence[Clip], answer: Answer
+    renderer: ChatRenderer, calls: Sequence[str], clips: Sequence[Clip], answer: AnswerTurn
 ) -> tuple[list[Part], tuple[Shown, ...]]:
     """An ideal episode that makes these calls, one a turn, is shown these clips, and answers; and
     the frames of each look."""

@@ -223,9 +223,9 @@ def test_a_thought_names_what_was_asked_and_then_at_once_what_was_found():
 
 
 def test_what_was_seen_is_answered_and_what_was_not_is_guessed():
-    assert decide("oe", [0], [(32, 48)]) == traces.Answer("I find the circle red.", "red")
-    assert decide("oe", [37], []) == traces.Answer("I can see it.", "red")
-    assert decide("oe", [37], [(0, 16)]) == traces.Answer("I find the circle red.", "red")
+    assert decide("oe", [0], [(32, 48)]) == traces.AnswerTurn("I find the circle red.", "red")
+    assert decide("oe", [37], []) == traces.AnswerTurn("I can see it.", "red")
+    assert decide("oe", [37], [(0, 16)]) == traces.AnswerTurn("I find the circle red.", "red")
     guesses = Counter(decide("oe", [0], [], seed).text for seed in range(600))
     assert set(guesses) == set(COLOURS) and max(guesses.values()) < 150
     assert decide("oe", [0], []).thought == "I guess."

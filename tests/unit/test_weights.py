@@ -17,7 +17,7 @@ from models import convert
 from models.common import weights as weights_module
 from models.common.folder import whole_folder
 from models.common.safetensors_io import StoredTensor, TensorSpec, stored_tensors, write_tensors
-from models.common.weights import Weights, load_params
+from models.common.weights import FolderWeights, load_params
 from models.qwen3_vl import Qwen3VLPolicy, read_config
 from paravt_jax import checkpoint
 from paravt_jax.array_store import boxes
@@ -208,7 +208,7 @@ def test_any_chunk_size_gives_the_same_checkpoint(
 ):
     """Some rows of a layer, one layer, several: Orbax restores all of them like its own."""
     monkeypatch.setattr(checkpoint, "CHUNK_BYTES", chunk_bytes)
-    weights, size = Weights(model, TABLE), np.dtype("float32").itemsize
+    weights, size = FolderWeights(model, TABLE), np.dtype("float32").itemsize
     for name, array in create_params(tmp_path / "step", TABLE, weights.dtypes).items():
         smallest = all(array.chunk[axis] == 1 for axis in TABLE[name].part_axes)
         assert np.prod(array.chunk) * size <= chunk_bytes or smallest

@@ -21,7 +21,7 @@ from pipelines.tfds_builder import RowSource, row_source
 from rollout.agent import Item
 from train.data.needle import questions_of_world
 from train.data.settings import DataSettings
-from train.data.split import Split, apart, one_per_video, split
+from train.data.split import QuestionSplit, apart, one_per_video, split
 
 Questions = RowSource[Row] | Mixture
 
@@ -158,7 +158,7 @@ def open_rows(
 
 def split_sets(
     data: DataSettings, evaluation: EvaluationSettings, sets: Sequence[Found[Row]]
-) -> Split:
+) -> QuestionSplit:
     """Training and held-out questions of what `read_questions` gave. Without `--data` they are
     about the needle world, whose videos are written if need be.
 

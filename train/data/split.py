@@ -11,7 +11,7 @@ from paravt_jax.records import Row
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
+class QuestionSplit:
     """Questions of a run."""
 
     training: list[list[Row]]
@@ -30,7 +30,7 @@ class Split:
         )
 
 
-def split(sets: Sequence[Sequence[Row]], held_out: int) -> Split:
+def split(sets: Sequence[Sequence[Row]], held_out: int) -> QuestionSplit:
     """Hold out questions of the first data set; see `hold_out`.
 
     Raises:
@@ -46,10 +46,10 @@ def split(sets: Sequence[Sequence[Row]], held_out: int) -> Split:
     return dataclasses.replace(parts, unused=parts.unused - len(out))
 
 
-def apart(sets: Sequence[Sequence[Row]], held_out: list[Row]) -> Split:
+def apart(sets: Sequence[Sequence[Row]], held_out: list[Row]) -> QuestionSplit:
     """Train on what shows no video of the held-out questions, which are of another data set."""
     training = [without_videos(rows, held_out) for rows in sets]
-    return Split(training, held_out, sum(map(len, sets)) - sum(map(len, training)))
+    return QuestionSplit(training, held_out, sum(map(len, sets)) - sum(map(len, training)))
 
 
 def hold_out(rows: Sequence[Row], number: int) -> list[Row]:
