@@ -36,6 +36,7 @@ from paravt_jax.surrogates import (
 
 KlEstimator = Literal["k1", "k2", "k3"]
 """See `divergence`."""
+# A token that the policy has all but given up must not be the whole loss of its batch.
 _LARGEST_KL = 10.0
 Surrogate = Callable[[Float[Array, "b t"], Float[Array, "b t"]], Float[Array, "b t"]]
 """A surrogate of your own: the loss of each token, from the ratio pi / proximal and the advantage
@@ -196,9 +197,7 @@ def policy_loss(
         ValueError: `config` needs an argument that is None, or groups do not fill the rows.
     """
     arrays = [log_probs, proximal, behaviour, advantages, mask]
-    chex.assert_rank(arrays, 2)
-    chex.assert_equal_shape(arrays)
-    _require(config, reference, structure, group_size, len(log_probs))
+    _require(config, arrays, reference, structure, group_size)
     weight = jnp.asarray(mask, jnp.float32)
     trained = weight > 0
     log_probs = _within(trained, log_probs)
@@ -307,11 +306,14 @@ def divergence(
 
 def _require(
     config: ObjectiveConfig,
+    arrays: list[ArrayLike],
     reference: object,
     structure: object,
     group_size: int | None,
-    rows: int,
 ) -> None:
+    chex.assert_rank(arrays, 2)
+    chex.assert_equal_shape(arrays)
+    rows = len(arrays[0])
     if config.kl_weight and reference is None:
         raise ValueError(f"kl_weight={config.kl_weight} needs reference log-probs; pass reference")
     if config.anchor == "logprob" and structure is None:

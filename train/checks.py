@@ -22,7 +22,6 @@ from pipelines.datasets import Found
 from pipelines.media_check import check_media
 from pipelines.video import VideoReader
 from train import setup
-from train.compile.ahead import LargestBatch
 from train.compile.footprint import footprint, format_footprint, planned_mesh
 from train.compile.layout import planned_rollouts, rollout_sizes
 from train.compile.measure import devices_of, measure
@@ -328,12 +327,6 @@ def _named(programs: list[Program], names: Sequence[str]) -> list[Program]:
             f"{', '.join(known)}"
         )
     return [programs[known.index(name)] for name in names] or programs
-
-
-def largest_batch(config: Config, policy: ModelPolicy) -> LargestBatch:
-    """The largest minibatch of a configuration."""
-    own = config.rl, config.agent, config.data
-    return LargestBatch(*own, policy, config.model.compute_dtype)
 
 
 def thinking_note(config: Config, opening: str) -> list[str]:

@@ -11,7 +11,8 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
-from train import checks, setup
+from train import setup
+from train.compile.ahead import LargestBatch
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.settings.override import override
@@ -28,11 +29,17 @@ def recipe(frames_as: str):
     return dataclasses.replace(config, data=data)
 
 
+def largest(config):
+    """The largest minibatch of a configuration, as shapes."""
+    own = config.rl, config.agent, config.data, setup.Parts(config).policy
+    return LargestBatch(*own, config.model.compute_dtype).abstract(MESH)
+
+
 @pytest.mark.parametrize(("frames_as", "seen"), [("image", 7), ("video", 4)])
 def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     """Frames of 32 x 32 pixels are one token each; videos take them in pairs."""
     config = recipe(frames_as)
-    batch = checks.largest_batch(config, setup.Parts(config).policy).abstract(MESH)
+    batch = largest(config)
     assert batch.features.tokens.shape == (16, seen, 128)
     assert batch.features.deepstack.shape == (16, 1, seen, 128)
     # Two groups in a micro-batch, and four devices for its rows: four rollouts to a prompt.
@@ -44,7 +51,7 @@ def test_a_minibatch_is_what_is_compiled():
     """A share of the prompts, with the log-probabilities of the policy before the first step."""
     base = recipe("image")
     config = dataclasses.replace(base, rl=dataclasses.replace(base.rl, minibatches=4))
-    batch = checks.largest_batch(config, setup.Parts(config).policy).abstract(MESH)
+    batch = largest(config)
     assert batch.features.tokens.shape[0] == 4 and batch.loss_weights.shape[0] == 4 * 8
     assert batch.proximal_log_probs.shape == batch.loss_weights.shape
     assert setup.open_rl_step(config, setup.Parts(config).policy, optax.sgd(0.1)).micro_batches == 2
@@ -59,7 +66,7 @@ def test_the_step_takes_the_abstract_batch(credit):
     params = initialise(policy.table, jax.random.key(0), MESH)
     with jax.set_mesh(MESH):
         state = make_state(params, config.model, MESH, optimizer)
-        batch = checks.largest_batch(config, policy).abstract(MESH)
+        batch = largest(config)
         after, metrics = jax.eval_shape(setup.open_rl_step(config, policy, optimizer), state, batch)
     assert metrics["loss"].shape == ()
     if credit == "share":
