@@ -5,7 +5,8 @@ Host-side records hold numpy arrays. Device-side records (`VisionFeatures`,
 
 Axis legend, used in every shape of the project:
     b rows of a batch     t tokens              d model width
-    rows that hold a prompt and its streams     own: tokens after a prompt
+    rows: of tokens, each a whole stream, or a prompt and the streams that continue it
+    own: tokens of a stream after its prompt
     n query heads         k key/value heads     h head width
     f frames              p patches of a frame  c values of a flattened patch
     v vision tokens       s, u cache slots      l layers
@@ -307,7 +308,7 @@ class Trajectory:
     call_syntax: str = "tool_call"
     """How its calls are written, a name of `paravt_jax.protocol.SYNTAXES`."""
     policy_version: int = 0
-    """Optimiser step of the weights that sampled this."""
+    """Step (batch of prompts, counted from 0) whose weights sampled this."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
     """Reward by term; `total` is the one that trains."""
     choices: Choices | None = None

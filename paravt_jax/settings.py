@@ -102,6 +102,7 @@ class _Shown:
         self._value, self._name = getattr(section, name), prefix + name
         self._written = written
 
+    # `str.format` looks up what follows a dot in `{judge.url}` as an attribute.
     def __getattr__(self, name: str) -> _Shown:
         return _Shown(self._value, name, f"{self._name}.", self._written)
 

@@ -233,7 +233,7 @@ def prompt_stream(
             proportion to their weights, and each shows all its rows once before it repeats one.
         budgets: choices of K (frame gating); one value switches gating off.
         groups_per_step: prompts of one step.
-        tools: whether the prompts offer the crop tool.
+        tools: whether the prompts offer the tools.
         threads: rows decoded side by side, ahead of their use.
         workers: decode in this many worker processes instead, each with `threads` threads. The
             order and saved positions stay the same.

@@ -1,4 +1,4 @@
-"""Frames from video files, read by OpenCV and kept in a cache of bounded size."""
+"""Frames from video files, kept in a cache of bounded size (`pipelines.decode` reads them)."""
 
 from __future__ import annotations
 

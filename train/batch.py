@@ -31,7 +31,7 @@ from paravt_jax.shared_rows import Bounds
 
 @dataclasses.dataclass(frozen=True)
 class LearnerStream:
-    """One row of a learner batch: a prompt, and per-token values of what came after it."""
+    """One stream of a learner batch: a prompt, and per-token values of what came after it."""
 
     prompt: Prompt
     tokens: np.ndarray

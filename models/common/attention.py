@@ -101,8 +101,9 @@ def visibility(
     shared: bool = False,
 ) -> Bool[Array, "#b #t s"] | None:
     """Which keys each query sees (see `attend`), the first query being number `first`; None when
-    all are visible. With `shared`, segment 0 is seen by all. This is the only place that decides
-    it: kernels that take segment ids (splash, cuDNN) get them as they are."""
+    all are visible. With `shared`, segment 0 is seen by all. What is computed here asks no other;
+    kernels have masks of their own (`splash.StaticMask`), which must equal this one, and so has the
+    KV cache (`models.common.cached_attention`)."""
     slots, masks = jnp.arange(keys, dtype=jnp.int32), []
     if key_lengths is not None:
         masks.append(slots[None, None, :] < key_lengths[:, None, None])

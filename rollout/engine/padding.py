@@ -79,6 +79,7 @@ def prompt_batches(
             else:
                 alone += [(shape, item) for item in batch]
     alone.sort(key=lambda pair: pair[0], reverse=True)
+    # A device reads its share of a full batch, but all of one that does not divide.
     each = size // shards if size % shards == 0 else size
     while alone:
         (tokens, frames), first = alone[0]

@@ -53,7 +53,7 @@ class StreamState:
     seed: int
     group: PromptGroup
     number: int = -1
-    """StreamState of its pool; -1 while it waits."""
+    """Row of its pool; -1 while it waits."""
     length: int = 0
     """Tokens after the prompt."""
     position: int = 0

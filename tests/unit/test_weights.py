@@ -419,7 +419,7 @@ def test_a_damaged_folder_is_one_line_and_leaves_nothing(tmp_path, model, capsys
 
 def test_damage_after_the_headers_were_read(tmp_path, model, capsys, monkeypatch):
     """A shard that vanishes while it is converted leaves no checkpoint."""
-    original = Weights.read
+    original = FolderWeights.read
 
     def read(self, name, box, dtype):
         if name == "text.norm.scale":
@@ -427,7 +427,7 @@ def test_damage_after_the_headers_were_read(tmp_path, model, capsys, monkeypatch
             lose_shard(model)
         return original(self, name, box, dtype)
 
-    monkeypatch.setattr(weights_module.Weights, "read", read)
+    monkeypatch.setattr(weights_module.FolderWeights, "read", read)
     assert convert.main(["from-hf", str(model), str(tmp_path / "out")]) == 1
     assert capsys.readouterr().err.count("\n") == 1
     assert [path.name for path in tmp_path.iterdir()] == ["model"]

@@ -133,6 +133,7 @@ def turn_credits(
     """
     totals_P_G = np.array([[t.rewards["total"] for t in g.trajectories] for g in groups])
     turns = max(1, numbers.max(initial=0))
+    # NaN, not 0: a rollout without such a turn has no part in the mean of those that have one.
     parts = np.full((2, *totals_P_G.shape, turns), np.nan)
     for place in np.ndindex(*totals_P_G.shape):
         rollout = groups[place[0]].trajectories[place[1]]
