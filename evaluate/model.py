@@ -26,6 +26,8 @@ from train.workdir.config_file import FILE, read_settings
 
 OWN, OTHERS = "needle_rl", "paravt_rl"
 """Recipes whose settings go with the committed cold start, and with any other model folder."""
+LEARNING = ("rewards", "advantages", "objective")
+"""Sections of a run's settings that no evaluation reads: its own functions may be gone."""
 EXPORT = "hf"
 """The folder of a run that holds the weights of its end."""
 
@@ -102,7 +104,7 @@ def settings_of(model: str | None, recipe: str | None = None) -> Config:
     if recipe is not None:
         config = get_recipe(recipe)
     elif workdir is not None:
-        config = read_settings(workdir, Config)
+        config = read_settings(workdir, Config, LEARNING)
         assert config is not None, "the workdir holds settings"
     else:
         config = get_recipe(OWN if folder.resolve() == COLD_START else OTHERS)

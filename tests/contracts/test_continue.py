@@ -6,6 +6,8 @@ import os
 
 import pytest
 
+from evaluate.model import LEARNING, settings_of
+from tests.support.command import ROOT
 from train import checks, main
 from train.config import Config
 from train.recipes import RECIPES, get_recipe
@@ -30,6 +32,27 @@ def hold(workdir, config, step=None):
 def test_every_recipe_comes_back_from_its_file(name, tmp_path):
     hold(tmp_path, get_recipe(name))
     assert read_settings(tmp_path, Config) == get_recipe(name)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_an_evaluation_reads_every_run_without_what_only_learning_takes(name, tmp_path):
+    hold(tmp_path, get_recipe(name))
+    found = read_settings(tmp_path, Config, LEARNING)
+    assert found is not None and found.agent == get_recipe(name).agent
+
+
+def test_a_run_is_evaluated_without_the_file_of_its_reward(tmp_path):
+    mine, workdir = tmp_path / "mine.py", tmp_path / "run"
+    mine.write_text((ROOT / "examples/brevity.py").read_text())
+    own = [f"rewards.scheme={mine}:brief", "objective.anchor=sequence"]
+    hold(workdir, override(get_recipe("needle_rl"), own))
+    (workdir / "hf").mkdir()
+    (workdir / "hf" / "config.json").write_text("{}")
+    mine.unlink()
+    with pytest.raises(ValueError, match=r"mine\.py: no such file"):
+        read_settings(workdir, Config)
+    for model in (workdir, workdir / "hf"):
+        assert settings_of(str(model)).recipe == "needle_rl"
 
 
 def test_a_workdir_alone_is_continued_from_its_own_settings(tmp_path):

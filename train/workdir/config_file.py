@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -61,10 +62,16 @@ Difference = tuple[Any, Any]
 """A setting as the workdir has it, and as the command line has it."""
 
 
-def read_settings(workdir: Path, kind: type[Settings]) -> Settings | None:
+def read_settings(
+    workdir: Path, kind: type[Settings], but: Collection[str] = ()
+) -> Settings | None:
     """The settings of the run in a workdir, of this kind; None if it holds none.
 
     Settings that are younger than the file take their defaults.
+
+    Args:
+      but: sections that are left at their defaults, so that functions of a user's own that they
+        name need not be there.
 
     Raises:
       ValueError: the file is damaged, or holds settings or values that this version refuses.
@@ -73,7 +80,10 @@ def read_settings(workdir: Path, kind: type[Settings]) -> Settings | None:
     if not path.exists():
         return None
     try:
-        return typed(json.loads(path.read_text(encoding="utf-8")), kind, "")
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if but:
+            held = {name: value for name, value in held.items() if name not in but}
+        return typed(held, kind, "")
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be continued: {error}; mend it, use the version that wrote it, or "
