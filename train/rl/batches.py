@@ -100,6 +100,7 @@ class BatchShapes:
         """Lengths of a prompt and of streams, the first as long as it may be, that fill `room`
         slots as far as they can."""
         most = min(own, self.longest_own)
+        # A stream before the prompt, as it is its length that leads to `own`.
         limits, lengths = [most, self.longest_prompt] + [most] * (per_row - 1), []
         for number, limit in enumerate(limits):
             rest = per_row - number
@@ -161,6 +162,7 @@ class RolloutBatches:
             rows = rows_per_group(most_crops(groups), len(groups[0].trajectories))
             crops = subagent_streams(groups, rows, self._rl.mask_over_turn) if rows else []
             metrics["subagents/rows"] = float(rows * len(groups))
+        # Features once for all updates of the step: the vision tower does not run in the learner.
         batch = dataclasses.replace(
             batch,
             features=self._encode(params, batch.patches, batch.grids),
@@ -216,6 +218,7 @@ class RolloutBatches:
             frame_patches=shapes.spec.max_patches,
         )
         batch = to_mesh(with_what_shaped(host, self._agent.subagent_sampling), self._mesh)
+        # In parts: a step has more crops than prompts, and the tower for all at once may not fit.
         features = self._encode_parts(params, batch)
         return dataclasses.replace(batch, features=features, patches=None, grids=None)
 

@@ -111,6 +111,7 @@ def _with_rewards(
 def _agree(groups: list[RolloutGroup]) -> list[RolloutGroup]:
     """The groups with the rewards that the first host gave them."""
     rewards = [t.rewards for group in groups for t in group.trajectories]
+    # They travel as JSON, which knows no numpy scalars.
     plain = [{name: float(value) for name, value in terms.items()} for terms in rewards]
     return _with_rewards(groups, from_first(plain))
 

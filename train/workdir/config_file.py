@@ -127,6 +127,7 @@ def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference
     refused = [
         f"{key}={old!r}, not {new!r}"
         for key, (old, new) in found.items()
+        # By its beginning, so that `output.` is a whole section.
         if not key.startswith(MAY_CHANGE)
     ]
     if refused:
