@@ -153,6 +153,15 @@ def test_cited_decisions_exist(name):
         assert list((ROOT / "docs" / "adr").glob(f"{int(number):04d}-*.md")), f"ADR {number}"
 
 
+def test_every_decision_has_a_number_of_its_own_that_its_title_says():
+    numbers = []
+    for path in sorted((ROOT / "docs" / "adr").glob("*.md")):
+        numbers.append(int(path.name[:4]))
+        title = path.read_text(encoding="utf-8").splitlines()[0]
+        assert title.startswith(f"# {numbers[-1]}. "), f"{path.name}: {title}"
+    assert numbers == sorted(set(numbers)), numbers
+
+
 def test_every_law_that_is_cited_is_one():
     assert laws() == set(range(1, 17))
     found = 0
