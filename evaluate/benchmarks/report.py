@@ -212,7 +212,8 @@ def usage_line(results: Sequence[SampleResult]) -> str:
         f"{calls if used['tool/calls_per_sample'] else ''}"
         f"{used['parse/unread_share']:.1%} of answers unread; tokens: "
         f"{used['tokens/prompt']:.0f} read, {used['tokens/generated']:.0f} written; "
-        f"{took['seconds/mean']:.1f} s a question ({took['seconds/most']:.1f} the longest)"
+        f"{took['seconds/mean']:.1f} s from prompt to answer "
+        f"({took['seconds/most']:.1f} the longest)"
     )
 
 

@@ -204,7 +204,7 @@ def test_what_answers_took_is_told():
     ]
     line = report.usage_line([*used, failed(2)])
     assert line.startswith("calls: 1.50 a question, 1.00 a turn, 0.0% failed; 50.0% of answers")
-    assert line.endswith("2.0 s a question (3.0 the longest)")
+    assert line.endswith("2.0 s from prompt to answer (3.0 the longest)")
     assert report.usage_line([failed(0)]) == "nothing was answered"
 
 
