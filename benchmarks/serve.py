@@ -26,7 +26,9 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Coroutine
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from openai import AsyncOpenAI
@@ -52,9 +54,11 @@ class Served:
                 break
         else:
             raise RuntimeError("the server has not started")
-        self.client = AsyncOpenAI(
-            base_url=f"http://{self.host}:{self.port}/v1", api_key="none", max_retries=0
-        )
+
+    def client(self) -> AsyncOpenAI:
+        """A client, for one event loop."""
+        address = f"http://{self.host}:{self.port}/v1"
+        return AsyncOpenAI(base_url=address, api_key="none", max_retries=0)
 
     def memory(self) -> float:
         """Resident MiB."""
@@ -93,22 +97,27 @@ def requests(count: int) -> list[dict]:
     return made
 
 
-async def ask(served: Served, request: dict) -> tuple[str, int]:
-    answer = await served.client.chat.completions.create(
-        model="needle_sft", max_tokens=TOKENS, **request
-    )
+Answers = list[tuple[str, int]]
+"""Texts, and the tokens that they took."""
+
+
+async def ask(client: AsyncOpenAI, request: dict) -> tuple[str, int]:
+    answer = await client.chat.completions.create(model="needle_sft", max_tokens=TOKENS, **request)
     return answer.choices[0].message.content or "", answer.usage.completion_tokens
 
 
-async def alone(served: Served, asked: list[dict]) -> list[tuple[str, int]]:
-    return [await ask(served, request) for request in asked]
+async def alone(served: Served, asked: list[dict]) -> Answers:
+    async with served.client() as client:
+        return [await ask(client, request) for request in asked]
 
 
-async def together(served: Served, asked: list[dict]) -> list[tuple[str, int]]:
-    return list(await asyncio.gather(*[ask(served, request) for request in asked]))
+async def together(served: Served, asked: list[dict]) -> Answers:
+    async with served.client() as client:
+        return list(await asyncio.gather(*[ask(client, request) for request in asked]))
 
 
-def timed(run) -> tuple[list[tuple[str, int]], float]:
+def timed(run: Coroutine[Any, Any, Answers]) -> tuple[Answers, float]:
+    """Answers, and tokens per second."""
     began = time.perf_counter()
     answers = asyncio.run(run)
     return answers, sum(tokens for _, tokens in answers) / (time.perf_counter() - began)

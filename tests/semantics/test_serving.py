@@ -415,6 +415,20 @@ def test_a_client_that_goes_away_frees_its_row(server):
     assert answer.message.content
 
 
+def test_a_request_out_of_time_frees_its_rows(server):
+    limits, body = server.service.limits, {**PLAIN, "max_tokens": 48, "n": 4}
+    server.service.limits = dataclasses.replace(limits, seconds=0.002)
+    try:
+        told = server.raw("POST", "/v1/chat/completions", json.dumps(body).encode())
+        body["stream"] = True
+        stream = server.raw("POST", "/v1/chat/completions", json.dumps(body).encode())
+    finally:
+        server.service.limits = limits
+    assert told.status_code == 504 and told.json()["error"]["code"] == "timeout"
+    assert stream.status_code == 504 or '"code": "timeout"' in stream.text.splitlines()[-2]
+    assert server.idle()
+
+
 def gone(metrics: str) -> float:
     (line,) = [
         line for line in metrics.splitlines() if line.startswith("paravt_clients_gone_total")
