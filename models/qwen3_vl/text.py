@@ -211,11 +211,13 @@ class TextTower(nnx.Module):
 
         # On CPU, reading a layer of the cache at a constant offset is five times faster.
         unroll = bool(context.caches) and platform() == "cpu"
+        # No gradients in rollouts, where blocks of layers would copy their weights for every token.
+        remat = None if context.caches or context.keep else self.remat
         carry, routed, kept = (x, context.caches), [], []
         with jax.named_scope("decoder_layers"):
             for layers, rows, numbers in self._runs():
                 carry, (router_logits, own) = scan_layers(
-                    layers, step, carry, numbers, self.remat, unroll, rows=rows
+                    layers, step, carry, numbers, remat, unroll, rows=rows
                 )
                 routed += [] if router_logits is None else [router_logits]
                 kept += [] if own is None else [own]

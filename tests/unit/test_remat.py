@@ -1,11 +1,15 @@
 """What recomputed layers keep for the backward pass."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from models.common.layers import Remat, scan_layers
+from paravt_jax.params import abstract_params
+from tests.support.tiny_models import QWEN
 
 LAYERS, ROWS, WIDTH = 25, 512, 8
 
@@ -43,3 +47,16 @@ def test_a_block_of_layers_keeps_one_input():
     )
     saved = (LAYERS - 11) * 4 * ROWS * WIDTH
     assert every - blocks > 0.8 * saved, (every, blocks, saved)
+
+
+def test_rollouts_know_nothing_of_it():
+    """They have no gradients, and blocks would copy the weights of their layers."""
+    again = dataclasses.replace(QWEN, remat=True, remat_block=2)
+    params = abstract_params(QWEN.table, jax.make_mesh((1,), ("data",)))
+    tokens = (
+        jnp.zeros((1, 8), jnp.int32),
+        jnp.zeros((1, 8, 3), jnp.int32),
+        -jnp.ones((1, 8), jnp.int32),
+    )
+    plain, found = (str(jax.make_jaxpr(own.prefill)(params, *tokens)) for own in (QWEN, again))
+    assert plain == found
