@@ -85,7 +85,7 @@
 
   paravt.views.rollouts = async (query) => {
     const rows = await paravt.load("index");
-    if (!rows.step.length) return el("p", {class: "empty"}, "This run keeps no rollouts.");
+    if (!rows.step.length) return el("div", {}, el("h1", {}, "Rollouts"), el("p", {class: "empty"}, "This run keeps no rollouts."));
     const found = matching(rows, query), body = el("tbody", {});
     let shown = 0;
     const more = el("button", {onclick: show}, "Show more");

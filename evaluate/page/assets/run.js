@@ -95,7 +95,7 @@
     const modes = [...new Set([...Object.keys(evaluation.before || {}), ...Object.keys(evaluation.after || {})])];
     const names = new Set();
     for (const part of Object.values(evaluation)) for (const own of Object.values(part)) for (const name of Object.keys(own)) if (!/\/(low|high|videos)$/.test(name)) names.add(name);
-    const cell = (when, mode, name) => (evaluation[when] ? number(evaluation[when][mode]?.[name], 3) : null);
+    const cell = (when, mode, name) => (Object.keys(evaluation[when] || {}).length ? number(evaluation[when][mode]?.[name], 3) : null);
     const pair = (mode, name) => [cell("before", mode, name), cell("after", mode, name)].filter((text) => text !== null);
     return el("table", {},
       el("thead", {}, el("tr", {}, el("th", {}, ""), modes.map((mode) => el("th", {class: "num"}, mode)))),
