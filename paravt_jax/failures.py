@@ -40,9 +40,9 @@ def explain(error: BaseException, memory_remedies: Sequence[str] = ()) -> str:
 
 def complain(
     error: object, prefix: str = "error", remedies: Sequence[str] = (), way_on: str = ""
-) -> None:
+) -> str:
     """Print one line on stderr, after the traceback where it was asked for; at its end how to go
-    on, unless it names a `--workdir` itself."""
+    on, unless it names a `--workdir` itself. Returns the line."""
     if isinstance(error, BaseException):
         if os.environ.get(TRACEBACK):
             traceback.print_exception(error)
@@ -51,6 +51,7 @@ def complain(
     if way_on and "--workdir" not in line:
         line = f"{line}; {way_on}"
     print(f"{prefix}: {line}", file=sys.stderr)
+    return f"{prefix}: {line}"
 
 
 def attempt(work: Callable[[], object], prefix: str = "error") -> int:

@@ -19,6 +19,7 @@ from typing import Any  # noqa: E402
 from paravt_jax.failures import complain  # noqa: E402
 from paravt_jax.flags import Parser  # noqa: E402
 from train.hosts.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
+from train.hosts.watch import WATCH  # noqa: E402
 from train.recipes import check_name, summaries  # noqa: E402
 
 DEFAULT_RECIPE = "needle_rl"
@@ -185,14 +186,17 @@ def main(argv: list[str] | None = None) -> int:
             checks.compile_only(config, *asked)
         else:
             run.train(config, workdir, arguments.resume)
+        WATCH.finish()
     except Exception as error:
         way_on = _way_on(workdir) if workdir and code == 1 else ""
-        complain(error, remedies=_memory_remedies(config), way_on=way_on)
+        WATCH.report(error, code, _memory_remedies(config), way_on)
         return code
     except Interrupted as error:
         more = f"; continue with --workdir {workdir}" if workdir else ""
-        complain(f"interrupted{more}", prefix=error.number.name)
+        WATCH.claim()
+        line = complain(f"interrupted{more}", prefix=error.number.name)
         SIGNALS_OF_RUN.told = True
+        WATCH.finish() if error.synced else WATCH.announce(line, error.code)
         return error.code
     except KeyboardInterrupt:
         complain(f"interrupted; continue with --workdir {workdir}" if workdir else "interrupted")
@@ -222,6 +226,7 @@ def run_command() -> int:
         code = main()
     except Interrupted as error:  # before there was a workdir
         code = error.code
+    WATCH.leave(code)
     end_process(code)
     return code
 

@@ -1,10 +1,15 @@
 """Hosts are joined where JAX's own detection finds several, and only there."""
 
+import socket
+import sys
+import time
+import types
+
 import jax
 import pytest
-from jax._src.clusters import ClusterEnv, cloud_tpu_cluster
+from jax._src.clusters import ClusterEnv, cloud_tpu_cluster, k8s_cluster
 
-from train.hosts import cluster
+from train.hosts import cluster, joining
 
 SLURM = {
     "SLURM_JOB_ID": "7",
@@ -19,23 +24,33 @@ OPEN_MPI = {
     "OMPI_COMM_WORLD_RANK": "0",
     "OMPI_COMM_WORLD_LOCAL_RANK": "0",
 }
+OPEN_MPI_5 = {name: value for name, value in OPEN_MPI.items() if "orte" not in name}
+BY_HAND = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
+TWO_SLICES = {"MEGASCALE_NUM_SLICES": "2", "MEGASCALE_SLICE_ID": "1"}
 OTHERS = (
-    "JAX_COORDINATOR_ADDRESS",
-    "JAX_NUM_PROCESSES",
+    "JOB_COMPLETION_INDEX",
     "KUBERNETES_SERVICE_HOST",
+    "MEGASCALE_COORDINATOR_ADDRESS",
+    "PMI_SIZE",
     "SLURM_STEP_NUM_TASKS",
     "TPU_SKIP_MDS_QUERY",
     "TPU_PROCESS_ADDRESSES",
     "TPU_WORKER_HOSTNAMES",
+    joining.METHOD,
+    joining.SECONDS,
 )
 
 
 @pytest.fixture
 def joined(monkeypatch):
-    """How often hosts were joined, and with what."""
+    """With what hosts were joined, a call each; times out that are JAX's own are left out."""
     calls = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *given: calls.append(given))
-    for name in (*OTHERS, *SLURM, *OPEN_MPI):
+
+    def initialize(initialization_timeout, **given):
+        calls.append(given)
+
+    monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    for name in (*OTHERS, *SLURM, *OPEN_MPI, *BY_HAND, *TWO_SLICES):
         monkeypatch.delenv(name, raising=False)
     return calls
 
@@ -58,6 +73,10 @@ def setenv(monkeypatch, variables):
         monkeypatch.setenv(name, value)
 
 
+def found(hosts):
+    return None if hosts is None else (hosts.number, hosts.count, hosts.found)
+
+
 def test_a_laptop_asks_nobody(joined, monkeypatch):
     def refuse(key):
         raise AssertionError("no look-up of metadata on a machine without TPUs")
@@ -68,70 +87,201 @@ def test_a_laptop_asks_nobody(joined, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("hosts", "times"), [("a,b,c,d", 1), ("w:0:10.0.0.1,w:1:10.0.0.2", 1), ("a", 0)]
+    ("workers", "environment", "expected"),
+    [
+        ("a,b,c,d", "", (2, 4)),
+        ("w:0:10.0.0.1,w:1:10.0.0.2,w:2:10.0.0.3", "", (2, 3)),
+        ("a,b,c,d", "MEGASCALE_NUM_SLICES: '2'\nMEGASCALE_SLICE_ID: '1'", (6, 8)),
+        ("a", "", None),
+    ],
+    ids=["slice", "old names", "two slices", "one host"],
 )
-def test_cloud_tpu_pods_are_found_by_the_metadata_server(hosts, times, joined, tpu_vm):
-    """Nothing in the environment names the other hosts of a pod."""
-    tpu_vm |= {"agent-worker-number": "0", "worker-network-endpoints": hosts}
+def test_cloud_tpu_vms_are_found_by_the_metadata_server(
+    workers, environment, expected, joined, tpu_vm
+):
+    """Nothing in the environment names the other hosts of a slice."""
+    tpu_vm |= {
+        "agent-worker-number": "2",
+        "worker-network-endpoints": workers,
+        "tpu-env": environment,
+    }
     cluster.start()
-    assert len(joined) == times
-
-
-@pytest.mark.parametrize(("hosts", "times"), [("a,b", 1), ("a", 0)])
-def test_gke(hosts, times, joined, tpu_vm, monkeypatch):
-    setenv(monkeypatch, {"TPU_WORKER_HOSTNAMES": hosts, "TPU_WORKER_ID": "0"})
-    cluster.start()
-    assert len(joined) == times
+    assert found(joining.find_hosts()) == (expected and (*expected, "GceTpuCluster"))
+    assert joined == [{"cluster_detection_method": "gcetpu"}] * bool(expected)
 
 
 @pytest.mark.parametrize(
-    ("variables", "times"),
+    ("variables", "expected"),
     [
-        (SLURM, 1),
-        (SLURM | {"SLURM_NTASKS": "1"}, 0),
-        # An interactive shell in a job of four tasks.
-        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, 0),
-        # A batch script that calls python without srun.
-        ({name: value for name, value in SLURM.items() if "STEP" not in name}, 0),
-        (OPEN_MPI, 1),
-        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, 0),
-        (SLURM | {"JAX_NUM_PROCESSES": "1"}, 0),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"}, (1, 2)),
+        ({"TPU_PROCESS_ADDRESSES": "a,b,c", "TPU_WORKER_ID": "2"}, (2, 3)),
+        ({"TPU_WORKER_HOSTNAMES": "a,b", "TPU_WORKER_ID": "1"} | TWO_SLICES, (3, 4)),
+        ({"TPU_WORKER_HOSTNAMES": "localhost", "TPU_WORKER_ID": "0"}, None),
     ],
+    ids=["slice", "addresses", "two slices", "one host"],
 )
-def test_schedulers(variables, times, joined, monkeypatch):
+def test_gke(variables, expected, joined, tpu_vm, monkeypatch):
     setenv(monkeypatch, variables)
     cluster.start()
-    assert len(joined) == times
+    assert found(joining.find_hosts()) == (expected and (*expected, "GkeTpuCluster"))
+    assert joined == [{"cluster_detection_method": "gketpu"}] * bool(expected)
+
+
+@pytest.mark.parametrize(
+    ("variables", "name"),
+    [
+        (SLURM, "slurm"),
+        (SLURM | {"SLURM_NTASKS": "1"}, None),
+        # An interactive shell in a job of four tasks, and what Cloud TPU VMs say in it.
+        (SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, None),
+        # A batch script that calls python without srun, and a shell of salloc.
+        ({name: value for name, value in SLURM.items() if "STEP" not in name}, None),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "4"}, None),
+        (OPEN_MPI, "ompi"),
+        (OPEN_MPI | {"OMPI_COMM_WORLD_SIZE": "1"}, None),
+        (SLURM | OPEN_MPI, "ompi"),
+        (SLURM | {"JAX_NUM_PROCESSES": "1"}, None),
+        (SLURM | OPEN_MPI | {"PARAVT_CLUSTER": "slurm"}, "slurm"),
+        # Anything in Kubernetes that is no pod of an indexed job.
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, None),
+    ],
+)
+def test_schedulers(variables, name, joined, monkeypatch):
+    setenv(monkeypatch, variables)
+    cluster.start()
+    assert joined == ([{"cluster_detection_method": name}] if name else [])
+
+
+def test_an_address_by_hand_leaves_the_rest_to_the_cluster(joined, monkeypatch):
+    """JAX reads the address itself."""
+    setenv(monkeypatch, SLURM | {"JAX_COORDINATOR_ADDRESS": "node02:7"})
+    cluster.start()
+    assert joined == [{"cluster_detection_method": "slurm"}]
+
+
+@pytest.mark.parametrize(("pods", "expected"), [(3, (1, 3)), (1, None)])
+def test_kubernetes_jobs(pods, expected, joined, monkeypatch):
+    setenv(monkeypatch, {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"})
+    fake = types.SimpleNamespace(
+        config=types.SimpleNamespace(load_incluster_config=lambda: None),
+        client=types.SimpleNamespace(
+            CoreV1Api=object,
+            BatchV1Api=object,
+            exceptions=types.SimpleNamespace(ApiException=OSError),
+        ),
+    )
+    monkeypatch.setitem(sys.modules, "kubernetes", fake)
+    job = types.SimpleNamespace(spec=types.SimpleNamespace(parallelism=pods))
+    monkeypatch.setattr(k8s_cluster.K8sCluster, "_job", lambda: job)
+    cluster.start()
+    assert found(joining.find_hosts()) == (expected and (*expected, "K8sCluster"))
+    assert joined == [{}] * bool(expected)
+
+
+def test_mpi4py_where_it_is_asked_for(joined, monkeypatch):
+    """Of Open MPI 5 and MPICH JAX reads no variables."""
+    world = types.SimpleNamespace(Get_size=lambda: 4, Get_rank=lambda: 3)
+    mpi = types.SimpleNamespace(MPI=types.SimpleNamespace(COMM_WORLD=world), __spec__=True)
+    monkeypatch.setitem(sys.modules, "mpi4py", mpi)
+    cluster.start()
+    assert joined == []
+    setenv(monkeypatch, OPEN_MPI_5 | {"PARAVT_CLUSTER": "mpi4py"})
+    cluster.start()
+    assert joined == [{"cluster_detection_method": "mpi4py"}]
+
+
+@pytest.mark.parametrize(
+    ("variables", "told"),
+    [
+        (OPEN_MPI_5, "OMPI_COMM_WORLD_SIZE=2.*mpi4py.*PARAVT_CLUSTER=mpi4py"),
+        ({"PMI_SIZE": "8"}, "PMI_SIZE=8.*PARAVT_CLUSTER=mpi4py"),
+        ({"JOB_COMPLETION_INDEX": "1"}, r"JOB_COMPLETION_INDEX=1.*jax\[k8s\]"),
+        ({"JAX_NUM_PROCESSES": "2"}, "JAX_NUM_PROCESSES=2.*set JAX_COORDINATOR_ADDRESS"),
+        (BY_HAND | {"JAX_PROCESS_ID": "2"}, "JAX_PROCESS_ID=2: JAX_NUM_PROCESSES=2.*0 to 1"),
+        (BY_HAND | {"JAX_PROCESS_ID": "-1"}, "JAX_PROCESS_ID='-1': set it to a number"),
+        (BY_HAND | {"JAX_COORDINATOR_ADDRESS": "h"}, "JAX_COORDINATOR_ADDRESS='h'.*HOST:PORT"),
+        ({"PARAVT_CLUSTER": "k8"}, "PARAVT_CLUSTER=k8: choose one of gcetpu, gketpu, mpi4py"),
+        ({"PARAVT_CLUSTER": "ompi"}, "PARAVT_CLUSTER=ompi: JAX finds no such cluster"),
+        ({"PARAVT_JOIN_SECONDS": "soon"}, "PARAVT_JOIN_SECONDS='soon': set it to whole seconds"),
+        (SLURM | {"SLURM_NTASKS": "four"}, r"SlurmCluster.*'four'.*set JAX_NUM_PROCESSES=1"),
+    ],
+)
+def test_what_is_refused(variables, told, joined, monkeypatch):
+    setenv(monkeypatch, variables)
+    with pytest.raises(ValueError, match=told):
+        cluster.start()
+    assert joined == []
 
 
 def test_hosts_named_by_hand_come_first(joined, monkeypatch):
-    by_hand = {"JAX_COORDINATOR_ADDRESS": "h:1", "JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "1"}
-    setenv(monkeypatch, SLURM | by_hand)
+    setenv(monkeypatch, SLURM | BY_HAND)
     cluster.start()
-    assert joined == [("h:1", 2, 1)]
+    assert joined == [{"coordinator_address": "h:1", "num_processes": 2, "process_id": 1}]
 
 
-def test_a_cluster_that_does_not_answer_is_named(joined, monkeypatch):
-    class Silent(ClusterEnv):
-        is_env_present = classmethod(lambda kind: True)
+class Silent(ClusterEnv):
+    @classmethod
+    def is_env_present(cls):
+        return True
 
-        @classmethod
-        def get_process_count(cls):
-            raise RuntimeError("403 Forbidden")
+    @classmethod
+    def get_process_count(cls):
+        raise RuntimeError("403 Forbidden")
 
-    ClusterEnv._cluster_types.remove(Silent)
-    monkeypatch.setattr(ClusterEnv, "_cluster_types", [Silent])
-    with pytest.raises(ValueError, match=r"Silent.*403 Forbidden.*JAX_NUM_PROCESSES=1"):
+
+class Slow(Silent):
+    @classmethod
+    def get_process_count(cls):
+        time.sleep(5)
+
+
+class Asked(Silent):
+    opt_in_only_method = True
+
+
+for kind in (Silent, Slow, Asked):
+    ClusterEnv._cluster_types.remove(kind)
+
+
+@pytest.mark.parametrize(
+    ("kind", "told"),
+    [(Silent, r"Silent.*403 Forbidden.*JAX_NUM_PROCESSES=1"), (Slow, "Slow.*longer than 0.1 sec")],
+)
+def test_a_cluster_that_does_not_answer_is_named(kind, told, joined, monkeypatch):
+    monkeypatch.setattr(ClusterEnv, "_cluster_types", [kind])
+    monkeypatch.setattr(joining, "DEFAULT_SECONDS", 0.1)
+    with pytest.raises(ValueError, match=told):
         cluster.start()
 
 
 def test_methods_that_must_be_asked_for_are_not_tried(joined, monkeypatch):
-    class Asked(ClusterEnv):
-        opt_in_only_method = True
-        is_env_present = classmethod(lambda kind: True)
-        get_process_count = classmethod(lambda kind: 2)
-
-    ClusterEnv._cluster_types.remove(Asked)
     monkeypatch.setattr(ClusterEnv, "_cluster_types", [Asked])
     cluster.start()
     assert joined == []
+
+
+@pytest.mark.parametrize("listens", [True, False])
+def test_hosts_that_do_not_come_are_waited_for_so_long(listens, joined, monkeypatch):
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        if listens:
+            server.listen()
+        setenv(monkeypatch, BY_HAND | {"JAX_COORDINATOR_ADDRESS": address})
+        monkeypatch.setattr(joining, "DEFAULT_SECONDS", 0)
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **given: time.sleep(5))
+        began = time.monotonic()
+        with pytest.raises(ValueError, match="host 1 of 2: the others did not join") as told:
+            cluster.start()
+    assert time.monotonic() - began < 4
+    assert (f"nothing listens at {address}" in str(told.value)) != listens
+
+
+def test_a_port_in_use(joined, monkeypatch):
+    def in_use(**given):
+        raise RuntimeError("UNKNOWN: Failed to start RPC server")
+
+    setenv(monkeypatch, BY_HAND | {"JAX_PROCESS_ID": "0"})
+    monkeypatch.setattr(jax.distributed, "initialize", in_use)
+    with pytest.raises(ValueError, match=r"host 0 of 2: port 1 of this host is in use.*another"):
+        cluster.start()

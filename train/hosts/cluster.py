@@ -10,15 +10,17 @@ from __future__ import annotations
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import jax
 import numpy as np
-from jax._src.clusters import ClusterEnv
 from jax.experimental import multihost_utils
 
 from rollout.tools import ToolError
+from train.hosts.interrupt import SIGNALS_OF_RUN
+from train.hosts.joining import join
+from train.hosts.watch import WATCH
 
 T = TypeVar("T")
 
@@ -31,59 +33,17 @@ ERRORS: dict[str, type[Exception]] = {
 
 
 def start() -> None:
-    """Join the other hosts, if there are any, and open the devices.
-
-    Cloud TPU VMs, GKE, SLURM, Open MPI and Kubernetes are recognised by JAX. Elsewhere set
-    `JAX_COORDINATOR_ADDRESS`, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`; `JAX_NUM_PROCESSES=1`
-    alone keeps a host to itself.
+    """Join the other hosts, if there are any (`train.hosts.joining`), and open the devices.
 
     Raises:
-      ValueError: a variable is missing or no number, hosts cannot be joined, or there are no
-        devices of the kind that `JAX_PLATFORMS` names.
+      ValueError: hosts cannot be joined, or there are no devices of the kind that `JAX_PLATFORMS`
+        names.
     """
     # Its handler would take SIGTERM from `train.hosts.interrupt`.
     jax.config.update("jax_enable_preemption_service", False)
-    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
-    if address:
-        jax.distributed.initialize(address, _number("JAX_NUM_PROCESSES"), _number("JAX_PROCESS_ID"))
-    elif _several_hosts():
-        jax.distributed.initialize()
+    join()
+    SIGNALS_OF_RUN.announce = WATCH.announce
     _open_devices()
-
-
-def _number(name: str) -> int:
-    text = os.environ.get(name, "")
-    if not text.isdigit():
-        raise ValueError(f"{name}={text!r}: set it to a number beside JAX_COORDINATOR_ADDRESS")
-    return int(text)
-
-
-def _several_hosts() -> bool:
-    """Whether `jax.distributed.initialize` would find other hosts, by JAX's own detection.
-
-    Raises:
-      ValueError: a cluster that was recognised does not say how many hosts it has.
-    """
-    if os.environ.get("JAX_NUM_PROCESSES") == "1":
-        return False
-    # An interactive shell in a job of many tasks is one task, which would wait for the others.
-    if os.environ.get("SLURM_STEP_NUM_TASKS") == "1":
-        return False
-    kind = None
-    try:
-        kind = next((kind for kind in _detectors() if kind.is_env_present()), None)
-        return kind is not None and kind.get_process_count() > 1
-    except Exception as error:
-        raise ValueError(
-            f"a cluster was recognised ({getattr(kind, '__name__', 'of which kind is unknown')}), "
-            f"but not its hosts ({error}); set JAX_NUM_PROCESSES=1 for this host alone, or "
-            "JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID"
-        ) from error
-
-
-def _detectors() -> Iterator[type[ClusterEnv]]:
-    """The kinds of cluster that JAX looks for, in its order."""
-    return (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
 
 
 def _open_devices() -> None:
@@ -141,11 +101,22 @@ def sync_errors(errors: Sequence[Exception | None]) -> list[Exception | None]:
     if jax.process_count() == 1:
         return list(errors)
     own = {at: _described(error) for at, error in enumerate(errors) if error is not None}
-    known: dict[str, tuple[str, str]] = {}
-    for text in reversed(texts_from_all(json.dumps(own))):
-        known |= json.loads(text)
-    told = [known.get(str(at)) for at in range(len(errors))]
-    return [None if t is None else ERRORS.get(t[0], RuntimeError)(t[1]) for t in told]
+    known: list[dict[str, tuple[str, str]]] = [
+        json.loads(text) for text in texts_from_all(json.dumps(own))
+    ]
+    return [_first_of([failed.get(str(at)) for failed in known]) for at in range(len(errors))]
+
+
+def _first_of(told: Sequence[tuple[str, str] | None]) -> Exception | None:
+    """The first of what hosts told; an error that some were spared names its `host`."""
+    number = next((number for number, text in enumerate(told) if text is not None), None)
+    if number is None:
+        return None
+    kind, text = cast(tuple[str, str], told[number])
+    error = ERRORS.get(kind, RuntimeError)(text)
+    if None in told:
+        error.host = number  # pyright: ignore[reportAttributeAccessIssue]
+    return error
 
 
 def _described(error: Exception) -> tuple[str, str]:

@@ -18,13 +18,18 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 GRACE_SECONDS = 5.0
 """Seconds after which a process that has nothing to save is ended, also within a compilation."""
 
+TELL_SECONDS = 2.0
+"""How long such a process tries to tell other hosts."""
+
 
 class Interrupted(BaseException):
     """A signal asked the run to end. No `Exception`, so that nothing takes it for a failure."""
 
-    def __init__(self, number: int):
+    def __init__(self, number: int, synced: bool = False):
         super().__init__(number)
         self.number = signal.Signals(number)
+        self.synced = synced
+        """Whether all hosts end here, not this one alone."""
 
     @property
     def code(self) -> int:
@@ -51,6 +56,8 @@ class Signals:
         """Whether the user knows that the process ends."""
         self.remedy = ""
         """How the run is continued, once that is known."""
+        self.announce: Callable[[str, int], None] = lambda line, code: None
+        """Tells other hosts that this one ends at once, with which line and exit code."""
         self._deferred = 0
         self._sync: Callable[[int], int] = lambda number: number
 
@@ -84,7 +91,7 @@ class Signals:
         """Where a run can be ended; raises Interrupted if a signal has reached any host."""
         number = self._sync(self.received)
         if number:
-            raise Interrupted(number)
+            raise Interrupted(number, synced=True)
 
     def _handle(self, number: int, frame: object) -> None:
         self.received = self.received or number
@@ -118,8 +125,12 @@ class Signals:
     def _end(self, number: int, code: int) -> None:
         """End the process here and now, with one line."""
         parts = ["ended at once", self._busy() and f"during {self._busy()}"]
-        remedy = self.remedy and f"; {self.remedy}"
-        _tell(number, " ".join(filter(None, parts)) + remedy)
+        line = " ".join(filter(None, parts)) + (self.remedy and f"; {self.remedy}")
+        _tell(number, line)
+        told = f"{signal.Signals(number).name}: {line}", code
+        telling = threading.Thread(target=self.announce, args=told, daemon=True)
+        telling.start()
+        telling.join(TELL_SECONDS)
         os._exit(code)
 
     def _busy(self) -> str:

@@ -71,7 +71,7 @@ class Saver:
         if any_failed:
             raise failed or OSError("another host could not write its part of a checkpoint")
         if number:
-            raise Interrupted(number)
+            raise Interrupted(number, synced=True)
         every = self._output.checkpoint_every
         if self._save and (due or (every and done % every == 0)):
             self._save()
