@@ -50,6 +50,8 @@ def joined(monkeypatch):
         calls.append(given)
 
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
+    watch = types.SimpleNamespace(join=lambda number, count: None, begin=lambda: None)
+    monkeypatch.setattr(joining, "WATCH", watch)
     for name in (*OTHERS, *SLURM, *OPEN_MPI, *BY_HAND, *TWO_SLICES):
         monkeypatch.delenv(name, raising=False)
     return calls
@@ -268,7 +270,7 @@ def test_hosts_that_do_not_come_are_waited_for_so_long(listens, joined, monkeypa
         if listens:
             server.listen()
         setenv(monkeypatch, BY_HAND | {"JAX_COORDINATOR_ADDRESS": address})
-        monkeypatch.setattr(joining, "DEFAULT_SECONDS", 0)
+        monkeypatch.setattr(joining, "DEFAULT_SECONDS", 0.3)
         monkeypatch.setattr(jax.distributed, "initialize", lambda **given: time.sleep(5))
         began = time.monotonic()
         with pytest.raises(ValueError, match="host 1 of 2: the others did not join") as told:

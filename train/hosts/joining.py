@@ -39,10 +39,6 @@ LAUNCHERS = {
 """Variables that from some number on tell of several processes, and what makes JAX find them."""
 
 
-class _Refused(ValueError):
-    """What is wrong with what the user said."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Hosts:
     """Processes that are to be one run."""
@@ -70,7 +66,7 @@ def join() -> Hosts | None:
         return None
     whole = f"host {hosts.number} of {hosts.count}"
     print(f"{whole}: joining the others, by {hosts.found}", flush=True)
-    left = max(1.0, seconds - (time.monotonic() - began))
+    left = max(0.1, seconds - (time.monotonic() - began))
     WATCH.join(hosts.number, hosts.count)
     try:
         # JAX ends the process with a stack trace when its own limit is over: ours comes before.
@@ -143,27 +139,23 @@ def find_hosts(seconds: float = DEFAULT_SECONDS) -> Hosts | None:
     """
     if os.environ.get(COUNT) == "1":
         return None
-    kind, asked = None, _asked()
+    if ADDRESS in os.environ and (COUNT in os.environ or NUMBER in os.environ):
+        return _by_hand()
+    kind, hosts = _asked(), None
     try:
-        kind = asked or within_seconds(_detected, seconds)
-        if ADDRESS in os.environ and (kind is None or _numbered_by_hand()):
-            return _by_hand()
-        hosts = None if kind is None else within_seconds(lambda: _of_cluster(kind), seconds)
-    except _Refused:
-        raise
+        kind = kind or within_seconds(_detected, seconds)
+        hosts = kind and within_seconds(lambda: _of_cluster(kind), seconds)
     except Exception as error:
         why = f"{type(error).__name__}: {' '.join(str(error).split()) or 'no reason given'}"
         name = "of which kind is unknown" if kind is None else kind.__name__
         raise ValueError(
             f"a cluster was recognised ({name}), but not its hosts ({why}); {BY_HAND}"
         ) from error
+    if kind is None and ADDRESS in os.environ:
+        return _by_hand()  # which says what is missing; where there is a cluster, JAX asks it
     if kind is None:
         _refuse_unknown_launchers()
     return hosts
-
-
-def _numbered_by_hand() -> bool:
-    return COUNT in os.environ or NUMBER in os.environ
 
 
 def _by_hand() -> Hosts:
@@ -171,9 +163,9 @@ def _by_hand() -> Hosts:
     address, count, number = os.environ[ADDRESS], _number(COUNT), _number(NUMBER)
     name, _, port = address.rpartition(":")
     if not name or not port.isdigit():
-        raise _Refused(f"{ADDRESS}={address!r}: set it to HOST:PORT of host 0")
+        raise ValueError(f"{ADDRESS}={address!r}: set it to HOST:PORT of host 0")
     if number >= count:
-        raise _Refused(
+        raise ValueError(
             f"{NUMBER}={number}: {COUNT}={count} hosts have the numbers 0 to {count - 1}, each "
             f"its own; correct {NUMBER}, or {COUNT} on all of them"
         )
@@ -184,7 +176,7 @@ def _by_hand() -> Hosts:
 def _number(name: str) -> int:
     text = os.environ.get(name, "")
     if not text.isdigit():
-        raise _Refused(f"{name}={text!r}: set it to a number beside {ADDRESS}")
+        raise ValueError(f"{name}={text!r}: set it to a number beside {ADDRESS}")
     return int(text)
 
 
@@ -195,9 +187,9 @@ def _asked() -> type[ClusterEnv] | None:
         return None
     known = {kind.name: kind for kind in ClusterEnv._cluster_types if kind.name}
     if name not in known:
-        raise _Refused(f"{METHOD}={name}: choose one of {', '.join(sorted(known))}")
+        raise ValueError(f"{METHOD}={name}: choose one of {', '.join(sorted(known))}")
     if not known[name].is_env_present():
-        raise _Refused(f"{METHOD}={name}: JAX finds no such cluster from this host; {BY_HAND}")
+        raise ValueError(f"{METHOD}={name}: JAX finds no such cluster from this host; {BY_HAND}")
     return known[name]
 
 
