@@ -7,6 +7,7 @@ host 0. This module imports nothing heavy: it is there before JAX is.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import json
@@ -67,6 +68,7 @@ class Watch:
         self._client = distributed.global_state.client
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
+        atexit.register(self._stop)
 
     def report(
         self, error: Exception, code: int, remedies: Sequence[str] = (), way_on: str = ""
@@ -118,8 +120,13 @@ class Watch:
         if self._client and self._thread:
             with contextlib.suppress(Exception):
                 self._client.wait_at_barrier(END, 24 * 3600 * 1000)
+            self._stop()
+
+    def _stop(self) -> None:
+        """A thread within JAX's store while Python ends would abort the process."""
+        if self._thread:
+            with contextlib.suppress(Exception):
                 self._say(GONE)
-            # A thread within JAX's store while Python ends would abort the process.
             self._left = True
             self._thread.join()
             self._thread = None
