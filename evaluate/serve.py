@@ -63,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--timeout", type=float, default=600.0, help="seconds of a request (default: 600)")
     add("--drain", type=float, default=60.0, help="seconds that requests have at the end")
     add("--media-root", metavar="DIR", help="requests may name files below it (default: none)")
+    add("--warm-up", action="store_true", help="compile all that requests may need beforehand")
     add("--fetch-media", action="store_true", help="fetch images and videos from http(s) addresses")
     return parser
 
@@ -137,6 +138,9 @@ def serve(flags: argparse.Namespace) -> None:
 
     listening = listen(flags.host, flags.port)
     service = open_service(flags)
+    if flags.warm_up:
+        print("compiling what requests may need; this takes minutes", flush=True)
+        print(f"{service.warm_up()} functions compiled", flush=True)
     config = uvicorn.Config(
         make_app(service),
         log_level="warning",

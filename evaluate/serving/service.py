@@ -20,15 +20,17 @@ from evaluate.serving.worker import Worker
 from evaluate.serving.writing import Vocabulary, Wanted
 from evaluate.watch import Watcher
 from paravt_jax.protocol import THINK_CLOSE
-from paravt_jax.records import Row
+from paravt_jax.records import Row, VideoRef
 from pipelines.conversation import special_tokens
 from pipelines.loader import overviews
 from rollout.engine.engine import Engine, SlotPool
+from rollout.engine.precompile import InputSizes, SizeRange, precompile
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.limits import MAIN, AgentConfig, slot_pools
 from rollout.record import derive_seed
 from rollout.workers import Workers
+from train.compile.input_sizes import agent_input_sizes
 
 LISTED = 20
 """Likeliest tokens of a draw that can be asked for, as in OpenAI's API."""
@@ -81,6 +83,18 @@ class Service:
     def room(self) -> int:
         """Most tokens after a prompt."""
         return self._pools[MAIN].suffix
+
+    def warm_up(self) -> int:
+        """Compile all that requests can need before the first one comes; how many functions."""
+        agents, limits = self._model.agents, self.limits
+        anything = Row("", VideoRef("", 1.0), "?", answer="")
+        inputs = agent_input_sizes(agents.rules, agents.data, agents.renderer, [anything])
+        shown = range(limits.frames + 1)
+        prompts = tuple(SizeRange(n, max(n, 1), limits.prompt_tokens) for n in shown)
+        given = (*inputs[MAIN].appended, SizeRange(0, 1, HEAD))
+        inputs[MAIN] = InputSizes(prompts, given, inputs[MAIN].sampling)
+        values = agents.renderer.spec.patch_values
+        return precompile(self.engine, self._model.params, inputs, values)
 
     def close(self) -> None:
         """End the engine's thread and those of tools."""

@@ -36,8 +36,9 @@ def served(asked):
     assert process.stdout is not None
     lines = iter(process.stdout.readline, "")
     address = next(found[0] for line in lines if (found := re.search(r"http://\S+", line)))
-    yield process, OpenAI(base_url=address, api_key="none", max_retries=0), name
-    process.kill()
+    with process:
+        yield process, OpenAI(base_url=address, api_key="none", max_retries=0), name
+        process.kill()
 
 
 def test_the_agent_answers_as_ask_does(served, asked):

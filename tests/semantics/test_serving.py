@@ -54,10 +54,11 @@ RED = picture()
 class Server:
     """A server without sockets, and clients that ask it."""
 
-    def __init__(self, model, root) -> None:
+    def __init__(self, model, root, warm: bool = False, **limits) -> None:
         self.model = model
-        limits = Limits(rows=ROWS, queue=12, max_tokens=48, prompt_tokens=768, media_root=root)
-        self.service = Service(model, limits, "needle")
+        own = {"rows": ROWS, "queue": 12, "max_tokens": 48, "prompt_tokens": 768} | limits
+        self.service = Service(model, Limits(media_root=root, **own), "needle")
+        self.compiled = self.service.warm_up() if warm else 0
         self.app = make_app(self.service)
         self.service.worker.start()
 
@@ -383,28 +384,29 @@ def _fine(name: str, value) -> bool:
     return any(value == own and type(value) is type(own) for own in FINE[name])
 
 
+async def visit(server, body: dict, seconds: float) -> None:
+    """Send a request and hang up after so long."""
+    told = iter([{"type": "http.request", "body": json.dumps(body).encode()}])
+
+    async def receive():
+        if (first := next(told, None)) is not None:
+            return first
+        await asyncio.sleep(seconds)
+        return {"type": "http.disconnect"}
+
+    async def send(_):
+        pass
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
+    scope |= {"query_string": b"", "asgi": {"spec_version": "2.3"}, "http_version": "1.1"}
+    await server.app(scope, receive, send)
+
+
 def test_a_client_that_goes_away_frees_its_row(server):
-    body = json.dumps({**PLAIN, "max_tokens": 48, "n": 4, "stream": True}).encode()
-
-    async def visit(seconds: float) -> None:
-        """Send a request and hang up after so long."""
-        told = iter([{"type": "http.request", "body": body}])
-
-        async def receive():
-            if (first := next(told, None)) is not None:
-                return first
-            await asyncio.sleep(seconds)
-            return {"type": "http.disconnect"}
-
-        async def send(_):
-            pass
-
-        scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": []}
-        scope |= {"query_string": b"", "asgi": {"spec_version": "2.3"}, "http_version": "1.1"}
-        await server.app(scope, receive, send)
+    body = {**PLAIN, "max_tokens": 48, "n": 4, "stream": True}
 
     async def visits():
-        await asyncio.gather(*[visit(0.005 * number) for number in range(12)])
+        await asyncio.gather(*[visit(server, body, 0.005 * number) for number in range(12)])
 
     before = server.raw("GET", "/metrics").text
     asyncio.run(visits())
