@@ -266,12 +266,17 @@ class Turn:
     """Prefix and generated tokens as text, special tokens kept: what is scored."""
     calls: tuple[ToolCall, ...] = ()
     """Tool calls of this turn, in order, malformed ones included."""
-    executed: int = 0
-    """How many of `calls` ran to a result."""
     results: tuple[CallResult, ...] = ()
     """What came of each of `calls`; empty for the last turn, whose calls nobody runs."""
     choices: Choices | None = None
     """How each of `tokens` was chosen; None if nothing but temperature shaped them."""
+
+    @property
+    def executed_calls(self) -> tuple[ToolCall, ...]:
+        """The calls that ran to a result: noted when they did, not read from the text, for a model
+        can write that a call has succeeded."""
+        pairs = zip(self.calls, self.results, strict=False)
+        return tuple(call for call, result in pairs if result.executed)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -337,7 +342,7 @@ class Trajectory:
     @property
     def executed(self) -> int:
         """Tool calls that ran to a result."""
-        return sum(turn.executed for turn in self.turns)
+        return sum(len(turn.executed_calls) for turn in self.turns)
 
     @property
     def over_turn(self) -> bool:

@@ -227,10 +227,8 @@ class Agent:
                 break
             requests = _tool_requests(rollout, turn, number + 1)
             results = yield Parallel([self._observed(request) for request in requests])
-            # Counted here, not read from the text: a model can write that a call has succeeded.
-            executed = sum(result.executed for result in results)
             kept = noted(results, len(record.subagents))
-            record.add_turn(dataclasses.replace(turn, executed=executed, results=kept))
+            record.add_turn(dataclasses.replace(turn, results=kept))
             demand = config.demand if number + 1 == config.rounds else ""
             given = self._respond(record, turn, results, demand)
         rollout.run.session.close(rollout.stream)

@@ -66,8 +66,12 @@ def test_no_tool():
 def test_one_call():
     episode = Episode(calls_turn(call(3, 9)), ANSWER)
     first, last = episode.trajectory.turns
-    assert (len(first.calls), first.executed, first.stop_reason) == (1, 1, StopReason.END)
-    assert (len(last.calls), last.executed, last.stop_reason) == (0, 0, StopReason.END)
+    assert (len(first.calls), len(first.executed_calls), first.stop_reason) == (
+        1,
+        1,
+        StopReason.END,
+    )
+    assert (len(last.calls), len(last.executed_calls), last.stop_reason) == (0, 0, StopReason.END)
     assert episode.responses == ["seen."]
     assert episode.trajectory.full_text == (
         "<think>\n" + calls_turn(call(3, 9)) + RENDERER.decode(RENDERER.tool_turn(["seen."]))
@@ -144,7 +148,7 @@ def test_an_empty_report_is_an_error():
 def test_rounds_run_out_in_a_forced_answer():
     stubborn = [calls_turn(call(0, 8)), calls_turn(call(8, 16)), calls_turn(call(16, 24))]
     episode = Episode(*stubborn, max_tool_rounds=2, answer_tokens=200)
-    assert [turn.executed for turn in episode.trajectory.turns] == [1, 1, 0]
+    assert [len(turn.executed_calls) for turn in episode.trajectory.turns] == [1, 1, 0]
     assert episode.trajectory.calls == 3
     assert episode.asked == ["0 8", "8 16"]
     assert episode.session.of("main")[0].limits == [1000, 1000, 200]
@@ -173,7 +177,7 @@ def test_responses_follow_the_end_of_turn_of_the_template(evidence, end):
     episode = Episode(cut + end, ANSWER, sampling=STOPPING, evidence=evidence)
     first, last = episode.trajectory.turns
     reason = StopReason.END if end else StopReason.STOP
-    assert (first.stop_reason, first.executed) == (reason, 1)
+    assert (first.stop_reason, len(first.executed_calls)) == (reason, 1)
     assert last.stop_reason is StopReason.END
     same = Episode(calls_turn(call()), ANSWER, evidence=evidence).trajectory
     assert episode.trajectory.full_text == same.full_text.replace(cut, cut + end, 1)
@@ -344,7 +348,7 @@ def test_sequential_calls_are_run_one_per_turn():
     seen, refused, again = episode.responses
     assert seen == again == "seen." and refused.startswith("Error: call one tool at a time")
     assert episode.asked == ["0 8", "8 16"]
-    assert [turn.executed for turn in episode.trajectory.turns] == [1, 1, 0]
+    assert [len(turn.executed_calls) for turn in episode.trajectory.turns] == [1, 1, 0]
 
 
 def test_frames_are_shown_in_the_main_stream():

@@ -16,7 +16,7 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.protocol import parse_tool_calls
-from paravt_jax.records import RolloutGroup, StopReason, Trajectory, Turn
+from paravt_jax.records import CallResult, RolloutGroup, StopReason, Trajectory, Turn
 from pipelines.datasets import needle_questions
 from pipelines.needle.world import NeedleWorld
 from rollout.record import TrajectoryBuilder
@@ -119,6 +119,9 @@ def trajectory(page, rollout) -> Trajectory:
             record.add_given(ids)
             continue
         text = rollout.texts[number - 1]
+        calls = parse_tool_calls(text)
+        ran = rollout.crops if number == 1 else 0
+        results = tuple(CallResult("", n < ran) for n in range(len(calls)))
         record.add_turn(
             Turn(
                 prefix=np.array(page.HEAD, np.int32),
@@ -126,8 +129,8 @@ def trajectory(page, rollout) -> Trajectory:
                 log_probs=np.array(log_probs, np.float32),
                 stop_reason=StopReason.END if ids[-1] == page.END else StopReason.LENGTH,
                 text=text,
-                calls=parse_tool_calls(text),
-                executed=rollout.crops if number == 1 else 0,
+                calls=calls,
+                results=results,
             )
         )
     return record.finish(page.RENDERER, policy_version=0)

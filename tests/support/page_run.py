@@ -58,7 +58,7 @@ def _with_calls(made: Trajectory, windows: Sequence[tuple]) -> Trajectory:
     )
     results = tuple(CallResult("seen", True, w, 0.25, n) for n, w in enumerate(windows))
     calls = tuple(ToolCall("crop_video", {"start_time": a, "end_time": b}) for a, b in windows)
-    first = dataclasses.replace(made.turns[0], calls=calls, results=results, executed=len(calls))
+    first = dataclasses.replace(made.turns[0], calls=calls, results=results)
     return dataclasses.replace(made, subagents=subagents, turns=(first, *made.turns[1:]))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from paravt_jax.records import Prompt, StopReason, ToolCall, Trajectory, Turn
+from paravt_jax.records import CallResult, Prompt, StopReason, ToolCall, Trajectory, Turn
 
 NONE = np.zeros(0, np.int32)
 
@@ -22,7 +22,7 @@ def trajectory(*texts: str, calls: int = 0, executed: int = 0) -> Trajectory:
             stop_reason=StopReason.END,
             text=text,
             calls=tuple(ToolCall("crop_video", {}) for _ in range(calls if not number else 0)),
-            executed=executed if not number else 0,
+            results=tuple(CallResult("", n < executed) for n in range(calls if not number else 0)),
         )
         for number, text in enumerate(texts)
     )

@@ -1,18 +1,15 @@
 """Figures of a batch of rollouts, by hand."""
 
+import dataclasses
 import random
 
 import pytest
 
-from paravt_jax.records import (
-    RolloutGroup,
-    Row,
-    VideoRef,
-)
+from paravt_jax.records import CallResult, RolloutGroup, Row, ToolCall, VideoRef
 from paravt_jax.rewards import RewardRules, reward_terms
 from tests.support.trajectories import ANSWER, trajectory
 from train.rl import scoring
-from train.rl.scoring import Scorer, complies, rollout_metrics, score_groups
+from train.rl.scoring import Scorer, complies, rewards_of, rollout_metrics, score_groups
 
 BODY = '{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 4}}'
 CALL = f"<tool_call>\n{BODY}\n</tool_call>"
@@ -41,6 +38,22 @@ def test_a_call_that_failed_earns_no_tool_credit():
     failed = trajectory(GOOD, ANSWER, calls=2, executed=0)
     (group,) = score_groups([RolloutGroup(row, 4, (failed,))], RewardRules())
     assert group.trajectories[0].rewards["tool"] == 0.0
+
+
+def test_the_calls_that_ran_are_judged_not_those_before_them():
+    """The tool refused the first of two calls; the second one saw the evidence."""
+    turn = "<think>\nBoth ends.\n</think>\n<tool_call>{}</tool_call><|im_end|>"
+    made = trajectory(turn, ANSWER, calls=2)
+    windows = [{"start_time": 90, "end_time": 99}, {"start_time": 0, "end_time": 8}]
+    calls = tuple(ToolCall("crop_video", window) for window in windows)
+    results = CallResult("Error: beyond the end", False), CallResult("seen", True)
+    first = dataclasses.replace(made.turns[0], calls=calls, results=results)
+    made = dataclasses.replace(made, turns=(first, *made.turns[1:]))
+    assert first.executed_calls == calls[1:] and made.executed == 1
+    row = Row("0", VideoRef("v.mp4", 60.0), "What colour?", "red", "oe", evidence=((0.0, 8.0),))
+    other = dataclasses.replace(row, evidence=((52.0, 60.0),))
+    seen, missed = (rewards_of(r, made, RewardRules(scheme="longvt"))["tool"] for r in (row, other))
+    assert seen > 0.9 > missed
 
 
 def test_figures_by_hand(groups):

@@ -12,7 +12,7 @@ import numpy as np
 from paravt_jax.advantages import has_reward_variance
 from paravt_jax.plugins import is_reference
 from paravt_jax.protocol import parses_strictly
-from paravt_jax.records import RolloutGroup, Row, ToolCall, Trajectory, Turn
+from paravt_jax.records import RolloutGroup, Row, Trajectory
 from paravt_jax.rewards import Judge, RewardRules, open_judge, score
 from train.hosts.cluster import from_first, is_first
 
@@ -82,19 +82,13 @@ def rewards_of(
         rules,
         turns=[turn.text for turn in trajectory.turns],
         executed_calls=trajectory.executed,
-        calls=[call for turn in trajectory.turns for call in _executed(turn)],
+        calls=[call for turn in trajectory.turns for call in turn.executed_calls],
         call_syntax=trajectory.call_syntax,
         evidence=row.evidence,
         progress=progress,
         question=row.question,
         judge=judge,
     ).as_dict()
-
-
-def _executed(turn: Turn) -> list[ToolCall]:
-    """The calls of a turn that ran: as many as did, of the well-formed ones. Those beyond the
-    limit of a turn come last, so this errs only where a tool refused an earlier call."""
-    return [call for call in turn.calls if call.error is None][: turn.executed]
 
 
 def _with_rewards(
