@@ -202,10 +202,12 @@ def _scan_blocks(body: Callable, carry: Any, xs: Any, size: int) -> Any:
 def _each_layer(graphdef: Any, state: Any, step: Callable, carry: Any, xs: Any) -> Any:
     """What `jax.lax.scan` would return, over layers whose weights are arrays of their own."""
     outputs = []
+    # Traced and lowered once for all layers; XLA inlines the calls, and their numbers with them.
+    one = jax.jit(lambda own, carry, x: step(nnx.merge(graphdef, own), carry, x))
     for number in range(len(jax.tree.leaves(xs)[0])):
         own = jax.tree.map(lambda weights, i=number: weights[i], state, is_leaf=_is_unstacked)
         x = jax.tree.map(lambda values, i=number: values[i], xs)
-        carry, output = step(nnx.merge(graphdef, own), carry, x)
+        carry, output = one(own, carry, x)
         outputs.append(output)
     return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 
