@@ -17,17 +17,9 @@ import argparse
 import re
 import time
 from pathlib import Path
-from typing import NoReturn
 
 from paravt_jax.failures import attempt
-from paravt_jax.flags import given
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python evaluate/main.py --help` lists the flags\n")
+from paravt_jax.flags import Parser
 
 
 def shard(text: str) -> tuple[int, int]:
@@ -66,13 +58,7 @@ def positive(text: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(
-        prog="evaluate/main.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.register("type", None, given)  # of flags without a type
+    parser = Parser(prog="evaluate/main.py", description=__doc__)
     add = parser.add_argument
     add("--benchmarks", required=True, help="tasks by lmms-eval's names, or files, with commas")
     add("--model", help="Hugging Face folder, or workdir of a run (default: the demo's cold start)")

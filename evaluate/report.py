@@ -16,28 +16,14 @@ if __name__ == "__main__":
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from paravt_jax.failures import attempt
-from paravt_jax.flags import given
-
-
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python evaluate/report.py --help` lists the flags\n")
+from paravt_jax.flags import Parser
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(
-        prog="evaluate/report.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.register("type", None, given)  # of flags without a type
+    parser = Parser(prog="evaluate/report.py", description=__doc__)
     parser.add_argument("workdir", metavar="WORKDIR", help="the folder of a run")
     parser.add_argument("--compare", metavar="OTHER", help="another run, shown beside it")
     return parser

@@ -17,32 +17,19 @@ import argparse
 import signal
 import socket
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 from paravt_jax.failures import attempt
-from paravt_jax.flags import given
+from paravt_jax.flags import Parser
 
 if TYPE_CHECKING:
     from evaluate.serving.limits import Limits
     from evaluate.serving.service import Service
 
 
-class Parser(argparse.ArgumentParser):
-    """Argument parser whose errors are one line and exit code 2."""
-
-    def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message}; `python evaluate/serve.py --help` lists the flags\n")
-
-
 def make_parser() -> argparse.ArgumentParser:
     """The flags."""
-    parser = Parser(
-        prog="evaluate/serve.py",
-        description=__doc__,
-        allow_abbrev=False,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.register("type", None, given)  # of flags without a type
+    parser = Parser(prog="evaluate/serve.py", description=__doc__)
     add = parser.add_argument
     add("--model", help="Hugging Face folder, or workdir of a run (default: the demo's cold start)")
     add("--recipe", help="take the settings of this recipe, not those that go with the model")
