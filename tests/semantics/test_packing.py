@@ -110,7 +110,7 @@ def test_gradients_of_a_pack_are_the_sum_of_those_of_its_streams():
     @jax.jit
     def slope(batch):
         loss = functools.partial(step._loss, frozen={}, budget=LENGTH)
-        (value, (count, _)), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
+        (value, (count, *_)), gradients = jax.value_and_grad(loss, has_aux=True)(params, batch)
         return value, count, gradients
 
     whole = slope(batch_of([examples()]))

@@ -363,8 +363,8 @@ def what_happened(groups: Sequence[RolloutGroup], config: AgentConfig) -> Seen:
     turns = [turn for rollout in rollouts for turn in rollout.turns]
     return Seen(
         episodes=len(rollouts),
-        crops=sum(turn.executed for turn in turns),
-        errors=sum(len(turn.calls) - turn.executed for turn in turns),
+        crops=sum(rollout.executed for rollout in rollouts),
+        errors=sum(rollout.calls - rollout.executed for rollout in rollouts),
         truncated=sum(turn.tokens[-1] not in ENDS for turn in turns),
         shown=sum(len(rollout.shown) for rollout in rollouts),
         tool_rounds=max(len(rollout.turns) for rollout in rollouts) - 1,
