@@ -88,7 +88,7 @@ class Lease:
 
     def step(self) -> Sequence[tuple[StreamId, Generated]]:
         """Requests do not step the engine: its thread does."""
-        raise NotImplementedError("the engine's thread steps the session")
+        raise RuntimeError("the engine's thread steps the session")
 
     def release(self) -> None:
         """Give back all that is still open."""
