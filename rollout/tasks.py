@@ -182,18 +182,7 @@ class Scheduler:
         self, programs: Sequence[Program], deliver: Callable[[list[Any]], None]
     ) -> None:
         """Start all programs; deliver when the last has ended."""
-        results: list[Any] = [None] * len(programs)
-        left = len(programs)
-
-        def ended(place: int, value: Any) -> None:
-            nonlocal left
-            results[place] = value
-            left -= 1
-            if not left:
-                deliver(results)
-
-        if not programs:
-            deliver(results)
+        ended = gather(len(programs), deliver)
         for place, program in enumerate(programs):
             self._resume(_Task(program, lambda value, at=place: ended(at, value)))
 
@@ -204,3 +193,21 @@ def _outcome(job: Job) -> tuple[Any, Exception | None]:
         return job.result(), None
     except Exception as error:
         return None, error
+
+
+def gather(count: int, deliver: Callable[[list[Any]], None]) -> Callable[[int, Any], None]:
+    """What takes the result of each of so many programs, by its place, and delivers all of them
+    with the last; at once where there are none."""
+    results: list[Any] = [None] * count
+    left = count
+
+    def ended(place: int, value: Any) -> None:
+        nonlocal left
+        results[place] = value
+        left -= 1
+        if not left:
+            deliver(results)
+
+    if not count:
+        deliver(results)
+    return ended

@@ -24,7 +24,7 @@ from paravt_jax.records import Prompt, StopReason
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.engine.slots import Generated, StreamId, Written
-from rollout.tasks import Generate, Given, Need, Parallel, Program
+from rollout.tasks import Generate, Given, Need, Parallel, Program, gather
 from rollout.workers import Job
 
 LOG = logging.getLogger(__name__)
@@ -294,18 +294,7 @@ class Worker:
         self, lease: Lease, programs: Sequence[Program], deliver: Callable[[list[Any]], None]
     ) -> None:
         """Start all programs; deliver when the last has ended."""
-        results: list[Any] = [None] * len(programs)
-        left = len(programs)
-
-        def ended(place: int, value: Any) -> None:
-            nonlocal left
-            results[place] = value
-            left -= 1
-            if not left:
-                deliver(results)
-
-        if not programs:
-            deliver(results)
+        ended = gather(len(programs), deliver)
         for place, program in enumerate(programs):
             # One that fails takes its request along, and what is left of it must not begin.
             if lease.request in self._leases:
