@@ -126,6 +126,15 @@ def test_a_process_alone_says_nothing_of_hosts(exits, capfd):
     assert exits == [] and capfd.readouterr().err == "error: no such file\n"
 
 
+def test_a_process_alone_may_fail_again(monkeypatch, capfd):
+    """As `main` called twice from a notebook: nobody else tells, so nothing is waited for."""
+    monkeypatch.setattr(watch.time, "sleep", lambda seconds: pytest.fail(f"waits {seconds} s"))
+    own = Watch()
+    for _ in range(2):
+        own.report(ValueError("steps=-1"), 2)
+    assert capfd.readouterr().err.count("error: steps=-1") == 2
+
+
 def test_an_error_that_some_hosts_were_spared_names_one():
     told = [None, ("ValueError", "own.mp4 is damaged")]
     assert getattr(_first_of(told), "host", None) == 1

@@ -102,8 +102,10 @@ class Watch:
         return self._lost(still, CAUSE_SECONDS) if still else error
 
     def claim(self) -> None:
-        """Be the one that tells why this process ends; does not return if another thread is."""
-        if not self._first.acquire(blocking=False):
+        """Be the one that tells why this process ends; does not return if another thread is.
+        A process alone has no other, and may fail more than once (`main` in a notebook)."""
+        watched = self._joining or self._thread is not None
+        if watched and not self._first.acquire(blocking=False):
             time.sleep(2 * LINGER_SECONDS)
 
     def announce(self, line: str, code: int) -> None:
