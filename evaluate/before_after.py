@@ -20,12 +20,9 @@ from paravt_jax.records import Row
 from train.data.questions import identities
 from train.hosts.cluster import from_first, is_first
 from train.state import FlatParams
-from train.workdir.config_file import SAME_RESULTS
 from train.workdir.files import write_atomically
 
 FILE = "evaluation.json"
-SECTIONS = ("model.", "data.", "agent.", "rewards.", "evaluation.")
-"""Settings that an evaluation depends on."""
 
 
 class BeforeAfter:
@@ -42,7 +39,7 @@ class BeforeAfter:
         """
         Args:
           held_out: puts the questions to the agent.
-          settings: all of the run, by their dotted names.
+          settings: those that decide what it finds, by their dotted names.
           workdir: where metrics are kept.
           title: of the table.
         """
@@ -78,12 +75,7 @@ class BeforeAfter:
 
 def fingerprint(settings: Mapping[str, Any], rows: Iterable[Row], weights: FlatParams) -> str:
     """What an evaluation is of: two with the same one have the same metrics."""
-    own = {
-        key: value
-        for key, value in settings.items()
-        if key.startswith(SECTIONS) and not key.startswith(SAME_RESULTS)
-    }
-    said = json.dumps([own, sorted(checksums(weights).items())], sort_keys=True).encode()
+    said = json.dumps([dict(settings), sorted(checksums(weights).items())], sort_keys=True).encode()
     for part in identities(rows):
         said += part
     return f"{zlib.crc32(said):08x}"

@@ -27,7 +27,8 @@ import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
-from paravt_jax.flags import EMPTY, is_empty
+from paravt_jax.flags import EMPTY
+from paravt_jax.marks import Mark
 from paravt_jax.plugins import Own, named
 from paravt_jax.ranges import fault
 
@@ -173,6 +174,34 @@ def as_text(value: Any) -> str:
     return str(value) if str(value).isprintable() else repr(value)
 
 
+def marks_of(hint: Any) -> set[Mark]:
+    """The marks in a type's annotation."""
+    return {note for note in getattr(hint, "__metadata__", ()) if isinstance(note, Mark)}
+
+
+def marked(kind: type, name: str, *marks: Mark) -> bool:
+    """Whether the setting of this dotted name, or a section that it stands in, has one of them.
+
+    Args:
+        kind: the section in which the name begins. A name that it does not know has no marks.
+    """
+    first, _, rest = name.partition(".")
+    hint = hints_of(kind).get(first)
+    if marks_of(hint) & set(marks):
+        return True
+    inner = plain_type(hint)
+    is_section = isinstance(inner, type) and dataclasses.is_dataclass(inner)
+    return bool(rest) and is_section and marked(inner, rest, *marks)
+
+
+def is_empty(text: str, hint: Any) -> bool:
+    """Whether a text says nothing, as the value of a setting of this type."""
+    marks = marks_of(hint)
+    if Mark.MAY_BE_EMPTY in marks or "" in choices(hint):
+        return False
+    return not (text if Mark.MAY_BE_BLANK in marks else text.strip())
+
+
 @functools.cache
 def hints_of(kind: type) -> dict[str, Any]:
     """The types of a section's fields, with their annotations."""
@@ -206,7 +235,7 @@ def _check_values(section: Any) -> None:
             raise Refused(section, f"{{{name}}}: must be {said}")
         if not all(_is_choice(part, hint) for part in parts):
             raise Refused(section, f"{{{name}}}: choose {{known}}", known=told_choices(hint))
-        empty = any(isinstance(part, str) and is_empty(part, name) for part in parts)
+        empty = any(isinstance(part, str) and is_empty(part, hint) for part in parts)
         if empty and value != field.default:
             raise Refused(section, f"{{{name}:name}} {EMPTY}")
 

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
 from paravt_jax.interfaces import Renderer
+from paravt_jax.marks import Mark
 from paravt_jax.plugins import Own
 from paravt_jax.protocol import GROUNDING_TOOL, SYNTAXES, THINK_OPEN, Syntax, call_syntax
 from paravt_jax.ranges import above, at_least
@@ -46,7 +47,7 @@ class AgentConfig(Settings):
     evidence: Literal["text", "frames"] = "text"
     """What a crop gives the main agent: `text` is the report of a sub-agent, as in ParaVT;
     `frames` are the frames themselves, as in LongVT and in the evaluation of ParaVT."""
-    think_prefix: str = "<think>\n"
+    think_prefix: Annotated[str, Mark.MAY_BE_EMPTY] = "<think>\n"
     """Text that we put at the head of every turn; part of the scored text. May be empty. Where the
     chat template opens turns with `<think>` itself, that is their head, and what follows a
     `<think>` here comes after it (`turn_head`)."""
@@ -56,7 +57,7 @@ class AgentConfig(Settings):
     """Longest forced answer, in generated tokens."""
     response_tokens: Annotated[int, at_least(1)] = 64
     """Tokens for words of tool responses, per allowed call; the responses of a turn share it."""
-    demand: str = ""
+    demand: Annotated[str, Mark.MAY_BE_EMPTY] = ""
     """What the user says after the responses of the last round, to have the answer; empty: nothing,
     the turn that follows just may not call."""
     episode_tokens: Annotated[int, at_least(0)] = 0
@@ -73,9 +74,9 @@ class AgentConfig(Settings):
     report: only what follows it is shown to the main agent."""
     subagent_sampling: SamplingConfig = dataclasses.field(default_factory=SamplingConfig)
     """How sub-agents draw tokens."""
-    subagent_batch: Annotated[int, at_least(1)] = 128
+    subagent_batch: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 128
     """Sub-agents that work at a time; others wait for a free place."""
-    decode_threads: Annotated[int, at_least(1)] = 4
+    decode_threads: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 4
     """Threads that decode crops."""
 
     def check_together(self) -> None:

@@ -13,6 +13,7 @@ from typing import Annotated, ClassVar
 
 from evaluate.settings import EvaluationSettings
 from paravt_jax.advantages import AdvantageConfig
+from paravt_jax.marks import Mark
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.ranges import at_least
 from paravt_jax.rewards import RewardRules
@@ -47,23 +48,23 @@ class Config(Settings):
     """The name of the recipe."""
     stage: Stage
     """`sft`: supervised fine-tuning. `rl`: reinforcement learning with rollouts."""
-    steps: Annotated[int, at_least(1)]
+    steps: Annotated[int, at_least(1), Mark.MAY_CHANGE]
     """Batches to learn from. In the rl stage each gets `rl.updates` optimiser steps."""
     needs: tuple[str, ...] = dataclasses.field(default=(), metadata=RECIPE_ONLY)
     """Flags without which the recipe cannot run."""
     seed: Annotated[int, at_least(0)] = 0
     """Decides the order of data, frame budgets, sampling, and weights that start at random."""
-    mesh: str | None = None
+    mesh: Annotated[str | None, Mark.SAME_RESULTS] = None
     """`data:2,fsdp:4,tensor:2`; one axis may be -1. None puts every device on `data`."""
-    rollout_mesh: str | None = None
+    rollout_mesh: Annotated[str | None, Mark.SAME_RESULTS] = None
     """The mesh of rollouts over the same devices, to which weights are handed over once a step.
     None takes the `tensor`, and `expert`, with which a token is fastest and weights and caches fit,
     and the rest on `data`; where a device does not tell its memory, as on CPU, the learner's
     mesh."""
-    model: ModelSettings = ModelSettings()
-    data: DataSettings = DataSettings()
-    agent: AgentConfig = AgentConfig()
-    rewards: RewardRules = RewardRules()
+    model: Annotated[ModelSettings, Mark.EVALUATED] = ModelSettings()
+    data: Annotated[DataSettings, Mark.EVALUATED] = DataSettings()
+    agent: Annotated[AgentConfig, Mark.EVALUATED] = AgentConfig()
+    rewards: Annotated[RewardRules, Mark.EVALUATED] = RewardRules()
     advantages: AdvantageConfig = AdvantageConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     optimizer: OptimizerSettings = OptimizerSettings()
@@ -71,8 +72,8 @@ class Config(Settings):
     teacher: TeacherSettings = TeacherSettings()
     difficulty: DifficultySettings = DifficultySettings()
     sft: SftSettings = SftSettings()
-    evaluation: EvaluationSettings = EvaluationSettings()
-    output: OutputSettings = OutputSettings()
+    evaluation: Annotated[EvaluationSettings, Mark.EVALUATED] = EvaluationSettings()
+    output: Annotated[OutputSettings, Mark.SAME_RESULTS] = OutputSettings()
     given: tuple[str, ...] | None = dataclasses.field(
         default=None, metadata=UNSET, repr=False, compare=False
     )

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from paravt_jax.lora import NO_LORA, LoraConfig
+from paravt_jax.marks import Mark
 from paravt_jax.parts import Part
 from paravt_jax.ranges import at_least
 from paravt_jax.settings import Settings
@@ -15,7 +16,7 @@ from paravt_jax.settings import Settings
 class ModelSettings(Settings):
     """Which weights, in which precision."""
 
-    folder: str | None = None
+    folder: Annotated[str | None, Mark.PATH] = None
     """Hugging Face folder to start from; None starts the needle model from random weights."""
     compute_dtype: Literal["float32", "bfloat16"] = "float32"
     """Precision of matrix products. `models/qwen3_vl/README.md` lists what stays float32."""
@@ -30,17 +31,19 @@ class ModelSettings(Settings):
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     frozen: tuple[Part, ...] = ()
     """Parts that do not train, and have neither gradients nor moments (`paravt_jax.parts`)."""
-    remat: bool = False
+    remat: Annotated[bool, Mark.SAME_RESULTS] = False
     """Recompute each layer in the backward pass to save memory."""
-    remat_keeps: Literal["nothing", "projections", "products"] = "nothing"
+    remat_keeps: Annotated[Literal["nothing", "projections", "products"], Mark.SAME_RESULTS] = (
+        "nothing"
+    )
     """What a recomputed layer keeps besides its input: `nothing`; the results of `projections`,
     products with weights; or of all `products`, attention scores too."""
-    remat_block: Annotated[int, at_least(1)] = 1
+    remat_block: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 1
     """Layers of which the input of the first alone waits for the backward pass, which computes the
     others a second time more: a forward pass for most of that memory."""
     router_balance: Annotated[float, at_least(0)] = 0.0
     """Weight of the loss that keeps the experts of a mixture evenly used (`load_balance`)."""
     lora: LoraConfig = NO_LORA
     """With a rank above 0, only adapters beside the language model's matrices train."""
-    adapter: str | None = None
+    adapter: Annotated[str | None, Mark.PATH] = None
     """Folder of peft with the adapter to start from; None starts from a fresh one."""

@@ -8,6 +8,7 @@ from typing import Annotated, Any, Literal
 
 import optax
 
+from paravt_jax.marks import Mark
 from paravt_jax.moments import Kept, keep_moments
 from paravt_jax.params import ParamSpec, Table
 from paravt_jax.parts import Part, part_of
@@ -21,14 +22,14 @@ class OptimizerSettings(Settings):
 
     name: Literal["adamw", "muon"] = "adamw"
     """`adamw`, or `muon` for matrices with AdamW for the rest."""
-    learning_rate: Annotated[float, above(0)] = 2e-6
+    learning_rate: Annotated[float, above(0), Mark.MAY_CHANGE] = 2e-6
     """Largest learning rate, at the end of the warm-up."""
     warmup_steps: Annotated[int, at_least(0)] = 0
     """Optimiser steps over which the rate rises evenly: the first has 1/warmup_steps of it, the
     last of them all."""
     decay: Literal["constant", "cosine"] = "constant"
     """`constant`, or `cosine` down to `final_fraction` of the learning rate."""
-    decay_steps: Annotated[int | None, at_least(1)] = None
+    decay_steps: Annotated[int | None, at_least(1), Mark.MAY_CHANGE] = None
     """Optimiser steps, warm-up included, after which a cosine has reached its end and stays there;
     none takes all of the run's."""
     final_fraction: Annotated[float, within(0, 1)] = 0.0

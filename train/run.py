@@ -47,7 +47,7 @@ from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
 from train.step import SftStep
 from train.workdir.checkpoints import Checkpoints
-from train.workdir.config_file import FILE, flat_settings
+from train.workdir.config_file import FILE, evaluated_settings
 from train.workdir.files import write_atomically
 from train.workdir.lock import WorkdirLock
 from train.workdir.saving import Saver
@@ -181,7 +181,8 @@ class Run:
         own, data, console = self.config.evaluation, self.config.data, self.log.console
         part = "test" if own.split == "test" and not data.path else "held-out"
         title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
-        return BeforeAfter(held_out, flat_settings(self.config), self.workdir, title, console)
+        deciding = evaluated_settings(self.config)
+        return BeforeAfter(held_out, deciding, self.workdir, title, console)
 
     def _mid_run(self, held_out: HeldOut) -> MidRun:
         """The same in the midst of the run."""

@@ -12,6 +12,7 @@ from typing import Annotated, Literal, NamedTuple
 import numpy as np
 
 from evaluate.benchmarks.sample import Sample
+from paravt_jax.marks import Mark
 from paravt_jax.ranges import at_least
 from paravt_jax.settings import Settings
 
@@ -52,9 +53,9 @@ class SubtitleRules(Settings):
     project trains with them."""
     frames: Annotated[int, at_least(1)] = 32
     """Frames, evenly spaced, by which `sampled` chooses; not those that are shown."""
-    head: str = ""
+    head: Annotated[str, Mark.MAY_BE_BLANK] = ""
     """Stands before subtitles."""
-    tail: str = ""
+    tail: Annotated[str, Mark.MAY_BE_BLANK] = ""
     """Stands after them."""
     absent: str = ""
     """Stands instead of all three where the video has none."""

@@ -6,6 +6,7 @@ import dataclasses
 import re
 from typing import Annotated, Literal
 
+from paravt_jax.marks import Mark
 from paravt_jax.ranges import above_to, at_least, within
 from paravt_jax.settings import Refused, Settings, any_of
 
@@ -39,7 +40,7 @@ class PromptRules(Settings):
     without the options that LVBench and MLVU have in it; `{options}` one to a line; `{A}`, `{B}`,
     ... the text of one option; `{instruction}`, `{subtitles}`, `{video_name}`; `{interleaved}`
     frames and subtitles of LongVideoBench."""
-    suffix: str = ""
+    suffix: Annotated[str, Mark.MAY_BE_BLANK] = ""
     """Follows the user turn."""
     option: str = "{letter}. {text}"
     """One line of `{options}`: its `{letter}`, the `{option}` as published, or its `{text}` without
@@ -110,12 +111,12 @@ class AgentRules(Settings):
     crop_min_pixels: Annotated[int, at_least(1)] = 784
     crop_max_pixels: Annotated[int, at_least(1)] = 50176
     """Pixels of a frame of a crop."""
-    demand: str = ""
+    demand: Annotated[str, Mark.MAY_BE_EMPTY] = ""
     """The user turn after the last round, that demands the answer; none where it is empty: the turn
     just may not call."""
     answer_tokens: Annotated[int, at_least(1)] = 64
     """Of the turn after the last round."""
-    think_prefix: str = ""
+    think_prefix: Annotated[str, Mark.MAY_BE_EMPTY] = ""
     """Stands at the head of every turn."""
 
 

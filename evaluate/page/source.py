@@ -53,12 +53,13 @@ class RunSource:
         """Settings that the recipe says otherwise: name, the recipe's value, the run's. Empty if
         the recipe is gone."""
         try:
-            recipe = flat_settings(get_recipe(self.settings["recipe"]))
+            config = get_recipe(self.settings["recipe"])
         except (ValueError, KeyError, OSError):
             return []
-        own = self.settings
+        kind, recipe = type(config), flat_settings(config)
+        pairs = [(key, recipe.get(key), value) for key, value in self.settings.items()]
         return [
-            (k, recipe.get(k), own[k]) for k in own if meant(k, own[k]) != meant(k, recipe.get(k))
+            (k, old, new) for k, old, new in pairs if meant(kind, k, old) != meant(kind, k, new)
         ]
 
     @functools.cached_property

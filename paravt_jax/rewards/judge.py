@@ -26,6 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Annotated
 
+from paravt_jax.marks import Mark
 from paravt_jax.protocol import after_thinking
 from paravt_jax.ranges import above, at_least
 from paravt_jax.settings import Refused, Settings
@@ -76,21 +77,21 @@ class JudgeError(Exception):
 class JudgeSettings(Settings):
     """Where a language model is that judges, and how it is asked."""
 
-    url: str = ""
+    url: Annotated[str, Mark.SAME_RESULTS] = ""
     """Base of the API, `https://host/v1`; requests go to `URL/chat/completions`, directly: no
     proxy, no redirect."""
     model: str = ""
     """Name of the model there."""
-    key_variable: str = ""
+    key_variable: Annotated[str, Mark.SAME_RESULTS] = ""
     """Environment variable that holds the API key; empty sends none. The key itself is never a
     setting, so that it is in no file."""
-    timeout: Annotated[float | int, above(0)] = 30.0
+    timeout: Annotated[float | int, above(0), Mark.SAME_RESULTS] = 30.0
     """Seconds that connecting may take, and then again everything until the last byte."""
-    retries: Annotated[int, at_least(0)] = 2
+    retries: Annotated[int, at_least(0), Mark.SAME_RESULTS] = 2
     """Further tries after a failure that may pass (no connection, time-out, overload)."""
-    backoff: Annotated[float | int, at_least(0)] = 0.5
+    backoff: Annotated[float | int, at_least(0), Mark.SAME_RESULTS] = 0.5
     """Seconds before the first further try; each next one waits twice as long."""
-    concurrency: Annotated[int, at_least(1)] = 16
+    concurrency: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 16
     """Messages of a batch that are asked side by side."""
     temperature: Annotated[float | int, at_least(0)] = 0.0
     """Temperature of the judge: 0 in ParaVT, 0.3 in LongVT."""
@@ -124,10 +125,6 @@ class JudgeSettings(Settings):
                 "environment variable that {key_variable:name} names",
                 host=parts.hostname,
             )
-
-
-WAY_TO_JUDGE = ("url", "key_variable", "timeout", "retries", "backoff", "concurrency")
-"""Settings that say how the judge is reached; the others can change its verdicts."""
 
 
 def open_judge(settings: JudgeSettings, read: Callable[[str], object | None] = verdict) -> LlmJudge:

@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Key, UInt
 
 from paravt_jax import ranges
+from paravt_jax.marks import Mark
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.settings import Refused, Settings
 from paravt_jax.shaping import penalised, within
@@ -41,7 +42,7 @@ class SamplingConfig(Settings):
     """Draw only tokens at least this likely relative to the likeliest; 0 keeps every token."""
     repetition_penalty: Annotated[float, ranges.above(0)] = 1.0
     """Makes tokens that the stream holds after its prompt, given ones included, less likely."""
-    stop: tuple[str, ...] = ()
+    stop: Annotated[tuple[str, ...], Mark.MAY_BE_BLANK] = ()
     """Texts that end a turn. The token that completes one still belongs to the turn."""
     stop_ids: Annotated[tuple[int, ...], ranges.at_least(0)] = ()
     """Token ids that end a turn, besides the model's own."""

@@ -5,7 +5,8 @@ import dataclasses
 import pytest
 
 from models import convert
-from paravt_jax.flags import MAY_BE_EMPTY
+from paravt_jax.marks import Mark
+from paravt_jax.settings import marked
 from pipelines import describe
 from train import main
 from train.recipes import get_recipe
@@ -34,7 +35,8 @@ TEXTS = [
     name
     for name, value in ALL.items()
     if (isinstance(value, str | None) or name == "data.mixture")
-    and name.rpartition(".")[2] not in MAY_BE_EMPTY
+    and not marked(type(CONFIG), name, Mark.MAY_BE_EMPTY)
+    and not name.endswith(".constrain")  # empty is one of its choices
 ]
 
 

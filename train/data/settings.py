@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Annotated, Literal
 
+from paravt_jax.marks import Mark
 from paravt_jax.plugins import Own
 from paravt_jax.ranges import above, at_least, within
 from paravt_jax.records import QuestionType, Row
@@ -16,21 +17,21 @@ from paravt_jax.settings import Refused, Settings, any_of
 class DataSettings(Settings):
     """Which questions, and how their videos are shown."""
 
-    path: str | None = None
+    path: Annotated[str | None, Mark.PATH] = None
     """Folder or file of questions about videos, or, in the sft stage, of conversations; None makes
     the needle world."""
     reader: Own | Callable[..., Row] | None = None
     """Your function that makes a question of each record of `path`, as `path/to/file.py:name` (see
     `pipelines.datasets.question_rows`); None reads the columns that are documented."""
-    video_root: str | None = None
+    video_root: Annotated[str | None, Mark.PATH] = None
     """Folder below which all videos lie; None takes that of the data."""
-    mixture: tuple[str, ...] = ()
+    mixture: Annotated[tuple[str, ...], Mark.PATH] = ()
     """Further data sets that are mixed with `path`, or with the needle world."""
     weights: Annotated[tuple[float, ...], above(0)] = ()
     """How often each data set is drawn from, `path` first; empty goes by their sizes."""
-    max_rejected: Annotated[float, within(0, 1)] = 0.05
+    max_rejected: Annotated[float, within(0, 1), Mark.SAME_RESULTS] = 0.05
     """Largest share of rows of a data set whose files are missing or that cannot be used."""
-    workers: Annotated[int, at_least(0)] = 0
+    workers: Annotated[int, at_least(0), Mark.SAME_RESULTS] = 0
     """Processes that decode and render prompts; 0 uses threads of this one."""
     frame_budgets: Annotated[tuple[int, ...], at_least(1)] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
@@ -71,13 +72,13 @@ class DataSettings(Settings):
     held_out_videos: Annotated[int, at_least(1)] = 256
     """Videos of the needle world that are only evaluated on, and as many that settings are not
     even compared by (`evaluation.split`)."""
-    max_bad_rows: Annotated[float, within(0, 1)] = 0.01
+    max_bad_rows: Annotated[float, within(0, 1), Mark.SAME_RESULTS] = 0.01
     """Largest share of the rows whose videos may turn out to be unreadable. Those are left out;
     a run with more of them stops."""
-    decode_seconds: Annotated[float, above(0)] = 300.0
+    decode_seconds: Annotated[float, above(0), Mark.SAME_RESULTS] = 300.0
     """Longest time that the frames of one overview or crop may take to decode. A video that takes
     longer counts as unreadable (`max_bad_rows`)."""
-    cache_dir: str = "data"
+    cache_dir: Annotated[str, Mark.PATH, Mark.SAME_RESULTS] = "data"
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
 
     def check_together(self) -> None:

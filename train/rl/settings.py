@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+from paravt_jax.marks import Mark
 from paravt_jax.ranges import above, at_least
 from paravt_jax.settings import Refused, Settings
 
@@ -17,7 +18,7 @@ class RlSettings(Settings):
     """Prompts of one batch of rollouts."""
     group_size: Annotated[int, at_least(2, "a lone rollout has a zero advantage")] = 8
     """Rollouts per prompt (G)."""
-    micro_groups: Annotated[int, at_least(1)] = 1
+    micro_groups: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 1
     """Groups per gradient micro-batch. Where they divide over the devices that share a batch, a
     prompt is computed once, else by as few of its rollouts together as it takes."""
     epochs: Annotated[int, at_least(1)] = 1
@@ -27,13 +28,13 @@ class RlSettings(Settings):
     reference_every: Annotated[int, at_least(1)] = 10
     """Where the divergence from the reference has no weight: steps between those that measure it,
     each by a forward pass of the reference. `kl` of the others is that of the last one."""
-    reference_memory: Literal["device", "host"] = "device"
+    reference_memory: Annotated[Literal["device", "host"], Mark.SAME_RESULTS] = "device"
     """Where the reference's own copy of what trains lies: on the `device`, or in memory of the
     `host`, from which it is fetched whenever it is measured."""
     sight_every: Annotated[int, at_least(0)] = 0
     """Steps between measurements of how probable answers and reports are with their frames and
     without (`sight/...`): a policy that does not see finds both the same. 0: never."""
-    warm_up: bool = False
+    warm_up: Annotated[bool, Mark.SAME_RESULTS] = False
     """Compile what steps can need before the first one, not when it first occurs: a run that never
     stops for it, for a later start."""
     filter_groups: Literal["total", "accuracy"] | None = None

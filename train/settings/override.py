@@ -12,13 +12,14 @@ import typing
 from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar
 
-from paravt_jax.flags import EMPTY, is_empty
+from paravt_jax.flags import EMPTY
 from paravt_jax.plugins import Own
 from paravt_jax.settings import (
     Refused,
     alternatives,
     choices,
     hints_of,
+    is_empty,
     plain_type,
     takes_own,
     told_choices,
@@ -197,14 +198,15 @@ def parse(text: str, hint: Any, key: str) -> Any:
     if text.lower() in ("none", "null") and (many or type(None) in alternatives(hint)):
         return () if many else None
     inner = typing.get_args(plain_type(hint))[0] if many else hint
-    parts = [_parsed(part, inner, key, text) for part in (text.split(",") if many else [text])]
-    return tuple(parts) if many else parts[0]
+    parts = text.split(",") if many else [text]
+    if any(is_empty(part, hint) for part in parts):
+        raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
+    values = [_parsed(part, inner, key, text) for part in parts]
+    return tuple(values) if many else values[0]
 
 
 def _parsed(part: str, hint: Any, key: str, text: str) -> Any:
     """A single value, which is a part of a text."""
-    if is_empty(part, key.rpartition(".")[2]):
-        raise ValueError(f"--set {key}: the value {EMPTY}, or set it to none if it may be")
     if choices(hint) or takes_own(hint):
         return _choice(part, hint, f"--set {key}={text}")
     kind = plain_type(hint)

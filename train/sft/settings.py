@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+from paravt_jax.marks import Mark
 from paravt_jax.ranges import above, at_least, within
 from paravt_jax.settings import Refused, Settings
 
@@ -68,7 +69,7 @@ class SftSettings(Settings):
     tasks: dict[str, TaskShape] = dataclasses.field(default_factory=dict)
     """The static shape of each task's batches."""
     packing: PackSettings = PackSettings()
-    micro_rows: Annotated[int, at_least(1)] = 8
+    micro_rows: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 8
     """Rows per gradient micro-batch."""
     task_masks: Annotated[float, within(0, 1)] = 0.0
     """Share of rows whose last answer does not see the overview and whose later calls do not see

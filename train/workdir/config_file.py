@@ -5,58 +5,19 @@ Settings are any tree of dataclasses.
 
 from __future__ import annotations
 
-import functools
 import json
 import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
-from paravt_jax.rewards.judge import WAY_TO_JUDGE
-from train.settings.override import based_on, to_dict, typed
+from paravt_jax.marks import Mark
+from paravt_jax.settings import marked
+from train.settings.override import based_on, leaves, to_dict, typed
 
 Settings = TypeVar("Settings")
 
 FILE = "config.json"
-
-SAME_RESULTS = (
-    "mesh",
-    "rollout_mesh",
-    "model.remat",
-    "model.remat_keeps",
-    "model.remat_block",
-    "data.cache_dir",
-    "data.decode_seconds",
-    "data.max_bad_rows",
-    "data.max_rejected",
-    "data.workers",
-    "rl.micro_groups",
-    "rl.reference_memory",
-    "rl.warm_up",
-    "sft.micro_rows",
-    "agent.decode_threads",
-    "agent.subagent_batch",
-    "output.",
-    *(f"{who}.judge.{name}" for who in ("rewards", "teacher") for name in WAY_TO_JUDGE),
-)
-"""Settings (or beginnings of their names) that decide where and how fast, not what is learned."""
-
-MAY_CHANGE = (
-    *SAME_RESULTS,
-    "steps",
-    "optimizer.learning_rate",
-    "optimizer.decay_steps",
-    "evaluation.batch",
-    "evaluation.frame_budget",
-    "evaluation.split",
-)
-"""Settings that a resumed run may give anew; a run that diverged needs another learning rate."""
-
-PATHS = (
-    *("model.folder", "model.adapter"),
-    *("data.path", "data.video_root", "data.mixture", "data.cache_dir"),
-)
-"""Settings that name files: compared by what they lead to."""
 
 Difference = tuple[Any, Any]
 """A setting as the workdir has it, and as the command line has it."""
@@ -102,17 +63,26 @@ def flat_settings(settings: Any) -> dict[str, Any]:
     return flatten(json.loads(json.dumps(to_dict(settings))))
 
 
+def evaluated_settings(settings: Any) -> dict[str, Any]:
+    """Those that decide what an evaluation finds, by their dotted names."""
+    kind, flat = type(settings), flat_settings(settings)
+    found = {key for key in flat if marked(kind, key, Mark.EVALUATED)}
+    return {k: flat[k] for k in flat if k in found and not marked(kind, k, Mark.SAME_RESULTS)}
+
+
 def differences(before: Any, now: Any) -> dict[str, Difference]:
     """Settings that differ, by name."""
     old, new = flat_settings(before), flat_settings(now)
     keys = dict.fromkeys((*old, *new))
     pairs = {key: (old.get(key), new.get(key)) for key in keys}
-    return {k: pair for k, pair in pairs.items() if meant(k, pair[0]) != meant(k, pair[1])}
+    kind = type(now)
+    return {k: p for k, p in pairs.items() if meant(kind, k, p[0]) != meant(kind, k, p[1])}
 
 
-def meant(key: str, value: Any) -> Any:
-    """What a setting stands for: of a path, the file that it leads to from here."""
-    if key not in PATHS or not value:
+def meant(kind: type, key: str, value: Any) -> Any:
+    """What a setting of this kind of settings stands for: of a path, the file that it leads to from
+    here."""
+    if not value or not marked(kind, key, Mark.PATH):
         return value
     return [os.path.realpath(p) for p in ([value] if isinstance(value, str) else value)]
 
@@ -127,8 +97,7 @@ def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference
     refused = [
         f"{key}={old!r}, not {new!r}"
         for key, (old, new) in found.items()
-        # By its beginning, so that `output.` is a whole section.
-        if not key.startswith(MAY_CHANGE)
+        if not marked(type(now), key, Mark.SAME_RESULTS, Mark.MAY_CHANGE)
     ]
     if refused:
         raise ValueError(
@@ -140,8 +109,9 @@ def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference
 
 def with_whole_paths(settings: Settings) -> Settings:
     """The settings with absolute paths, so that a run can be continued from anywhere."""
-    given = {key: functools.reduce(getattr, key.split("."), settings) for key in PATHS}
-    return based_on(settings, {key: _whole(value) for key, value in given.items() if value})
+    kind = type(settings)
+    paths = {key: value for key, value in leaves(settings) if marked(kind, key, Mark.PATH)}
+    return based_on(settings, {key: _whole(value) for key, value in paths.items() if value})
 
 
 def _whole(value: Any) -> Any:
