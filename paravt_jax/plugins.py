@@ -17,7 +17,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-_RUN: set[str] = set()
+_RUN: dict[str, str] = {}
+"""Files that were run, and the sha256 of what was run: a file may change while a process lasts."""
 
 
 class Own(str):
@@ -66,6 +67,17 @@ def reference(thing: Any) -> str:
     return f"{Path(file).resolve()}:{name}"
 
 
+def source_of(text: str) -> tuple[str, str] | None:
+    """The file that `load` finds a name in, and its sha256; None where there is no such file."""
+    place = text.rpartition(":")[0]
+    if not place.endswith(".py"):
+        place = getattr(sys.modules.get(place), "__file__", None) or ""
+    file = Path(place).expanduser().resolve()
+    if not file.is_file():
+        return None
+    return str(file), _RUN.get(str(file)) or hashlib.sha256(file.read_bytes()).hexdigest()
+
+
 def named(value: str | Callable[..., Any], setting: str) -> str:
     """What a setting keeps of its value: one of our own choices as it is, anything of the user's
     by a name that holds in every folder and process (`Own`).
@@ -101,7 +113,7 @@ def is_own_file(path: str) -> bool:
 
 
 def _run(file: Path) -> ModuleType:
-    _RUN.add(str(file))
+    _RUN[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
     name = f"{file.stem}_{hashlib.sha256(str(file).encode()).hexdigest()[:8]}"
     spec = importlib.util.spec_from_file_location(name, file)
     assert spec is not None and spec.loader is not None

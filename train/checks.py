@@ -38,6 +38,7 @@ from train.sft.conversations import open_conversations
 from train.state import is_trainable
 from train.workdir.checkpoints import check_resume
 from train.workdir.config_file import (
+    changed_own_files,
     check_same_run,
     differences,
     read_settings,
@@ -176,6 +177,9 @@ def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str
     else:
         changes = differences(before, config)
         tell(f"{workdir} holds a run without a checkpoint: it begins anew")
+    changed = changed_own_files(workdir, config)
+    if changed:
+        tell(f"{workdir}: changed since the run was last started: {', '.join(changed)}")
     for key, (old, new) in changes.items():
         tell(f"{workdir}: {key} was {old!r} and is {new!r} from now on")
 

@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import time
 from pathlib import Path
 from typing import Any
@@ -41,13 +40,12 @@ from train.report.steps import Clock, StepReport
 from train.rl.learner import Learner
 from train.rl.loop import RlRun, reinforce
 from train.rl.scoring import Scorer
-from train.settings.override import to_dict
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
 from train.step import SftStep
 from train.workdir.checkpoints import Checkpoints
-from train.workdir.config_file import FILE, evaluated_settings
+from train.workdir.config_file import FILE, as_file, evaluated_settings
 from train.workdir.files import write_atomically
 from train.workdir.lock import WorkdirLock
 from train.workdir.saving import Saver
@@ -166,8 +164,7 @@ class Run:
     def _prepare_workdir(self) -> None:
         """`config.json` of the run, and the model folder without weights for conversion."""
         if is_first():
-            settings = json.dumps(to_dict(self.config), indent=2) + "\n"
-            write_atomically(self.workdir / FILE, settings)
+            write_atomically(self.workdir / FILE, as_file(self.config))
             self.parts.describe_checkpoints(self.workdir / MODEL_FILES)
 
     def _held_out(self) -> HeldOut:

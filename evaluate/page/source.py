@@ -12,7 +12,7 @@ from typing import Any
 
 from train.recipes import get_recipe
 from train.report.rollouts import DETAILS, FOLDER, name_of
-from train.workdir.config_file import FILE, flat_settings, flatten, meant
+from train.workdir.config_file import FILE, OWN_FILES, flat_settings, flatten, meant
 
 NEEDED = {"rollout", "question", "answer", "question_type", "video", "text", "rewards", "calls"}
 NEEDED |= {"generated", "log_probs"}
@@ -35,7 +35,8 @@ class RunSource:
     def settings(self) -> dict[str, Any]:
         """All settings by their dotted names."""
         path = self.workdir / FILE
-        return flatten(_object(path.read_text(encoding="utf-8"), str(path)))
+        held = _object(path.read_text(encoding="utf-8"), str(path))
+        return flatten({name: value for name, value in held.items() if name != OWN_FILES})
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, float]]:

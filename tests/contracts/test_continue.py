@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import sys
 
 import pytest
 
@@ -13,8 +14,8 @@ from tests.support.command import ROOT
 from train import checks, main
 from train.config import Config
 from train.recipes import RECIPES, get_recipe
-from train.settings.override import override, to_dict
-from train.workdir.config_file import check_same_run, evaluated_settings, read_settings
+from train.settings.override import override
+from train.workdir.config_file import as_file, check_same_run, evaluated_settings, read_settings
 from train.workdir.files import write_atomically
 
 
@@ -25,9 +26,9 @@ def resolve(*arguments):
 def hold(workdir, config, step=None):
     """A workdir with the configuration of a run, and perhaps a checkpoint."""
     workdir.mkdir(parents=True, exist_ok=True)
-    write_atomically(workdir / "config.json", json.dumps(to_dict(config)))
+    write_atomically(workdir / "config.json", as_file(config))
     if step is not None:
-        (workdir / "checkpoints" / str(step)).mkdir(parents=True)
+        (workdir / "checkpoints" / str(step)).mkdir(parents=True, exist_ok=True)
 
 
 @pytest.mark.parametrize("name", RECIPES)
@@ -55,6 +56,27 @@ def test_a_run_is_evaluated_without_the_file_of_its_reward(tmp_path):
         read_settings(workdir, Config)
     for model in (workdir, workdir / "hf"):
         assert settings_of(str(model)).recipe == "needle_rl"
+
+
+def test_a_file_of_ones_own_that_changed_is_named(tmp_path):
+    mine, workdir, lines = tmp_path / "mine.py", tmp_path / "run", []
+    mine.write_text((ROOT / "examples/brevity.py").read_text())
+
+    def continued() -> list[str]:
+        """What a process says that resumes the run."""
+        for module in [m for m in sys.modules.values() if getattr(m, "__file__", "") == str(mine)]:
+            del sys.modules[module.__name__]
+        own = [f"rewards.scheme={mine}:brief", "objective.anchor=sequence"]
+        config = override(get_recipe("needle_rl"), own)
+        lines.clear()
+        checks.tell_changes(config, workdir, "auto", lines.append)
+        hold(workdir, config, step=2)
+        return list(lines)
+
+    assert continued() == [] and continued() == []
+    mine.write_text(mine.read_text() + "# another thought\n")
+    assert continued() == [f"{workdir}: changed since the run was last started: {mine}"]
+    assert continued() == []
 
 
 def test_a_workdir_alone_is_continued_from_its_own_settings(tmp_path):

@@ -1,6 +1,7 @@
 """`config.json` of a workdir: read back, and compared with what a resumed run is told.
 
-Settings are any tree of dataclasses.
+Settings are any tree of dataclasses. Beside them the file holds checksums of the files that
+functions of the user's own come from.
 """
 
 from __future__ import annotations
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from paravt_jax.marks import Mark
+from paravt_jax.plugins import Own, is_reference, source_of
 from paravt_jax.settings import marked
 from train.settings.override import based_on, leaves, to_dict, typed
 
 Settings = TypeVar("Settings")
 
 FILE = "config.json"
+OWN_FILES = "own_files"
+"""Its one key that is no setting."""
 
 Difference = tuple[Any, Any]
 """A setting as the workdir has it, and as the command line has it."""
@@ -42,14 +46,38 @@ def read_settings(
         return None
     try:
         held = json.loads(path.read_text(encoding="utf-8"))
-        if but:
-            held = {name: value for name, value in held.items() if name not in but}
+        left_out = {OWN_FILES, *but}
+        if isinstance(held, dict):
+            held = {name: value for name, value in held.items() if name not in left_out}
         return typed(held, kind, "")
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be continued: {error}; mend it, use the version that wrote it, or "
             "choose another --workdir"
         ) from error
+
+
+def as_file(settings: Any) -> str:
+    """What `config.json` holds of a run with these settings."""
+    files = own_files(settings)
+    content = {**to_dict(settings), **({OWN_FILES: files} if files else {})}
+    return json.dumps(content, indent=2) + "\n"
+
+
+def own_files(settings: Any) -> dict[str, str]:
+    """The files that the recipe and functions of the user's own come from, with their sha256."""
+    values = [value for _, value in leaves(settings)]
+    parts = [part for value in values for part in (value if isinstance(value, tuple) else [value])]
+    names = [part for part in parts if isinstance(part, Own)]
+    names += [name for name in [getattr(settings, "recipe", "")] if is_reference(name)]
+    return dict(sorted(filter(None, map(source_of, names))))
+
+
+def changed_own_files(workdir: Path, settings: Any) -> list[str]:
+    """Files of the user's own whose content is another than when the workdir's run began, or was
+    last continued."""
+    held = json.loads((workdir / FILE).read_text(encoding="utf-8")).get(OWN_FILES, {})
+    return [file for file, now in own_files(settings).items() if held.get(file, now) != now]
 
 
 def younger_settings(workdir: Path, settings: Any) -> list[str]:
