@@ -50,6 +50,11 @@ class MidRun:
         self._keep_if_best(step, metrics, params)
         return {f"evaluation/{name}": value for name, value in metrics.items()}
 
+    def figure(self, step: int) -> float | None:
+        """`evaluation.best` after `step` steps, if that was evaluated last."""
+        last, found = self.last
+        return by_name(found)[self._settings.best] if last == step else None
+
     def _keep_if_best(self, step: int, metrics: dict[str, float], params: FlatParams) -> None:
         name = self._settings.best
         if self._best is not None and metrics[name] <= self._best:

@@ -103,8 +103,12 @@ def _checksum(stored: StoredArray) -> int:
     return sum(parts) % 2**32
 
 
-def _read_checksums(step: Path) -> dict[str, int] | None:
-    """The checksum of each array of weights, by its name."""
+def read_meta(step: Path) -> dict[str, Any] | None:
+    """What the checkpoint in a folder says of itself; None if it says nothing.
+
+    Raises:
+      ValueError: it is not what was written.
+    """
     if not (step / META).is_dir():
         return None
     try:
@@ -113,10 +117,16 @@ def _read_checksums(step: Path) -> dict[str, int] | None:
         intact = is_intact(meta)
     except Exception as error:  # whatever a damaged file brings about
         raise ValueError(f"{step / META} is damaged: {error}; give another checkpoint") from error
-    if CHECKSUMS not in meta:
-        return None
-    if not intact:
+    if CHECKSUMS in meta and not intact:
         raise ValueError(f"{step / META} has changed since it was written; give another checkpoint")
+    return meta
+
+
+def _read_checksums(step: Path) -> dict[str, int] | None:
+    """The checksum of each array of weights, by its name."""
+    meta = read_meta(step)
+    if meta is None or CHECKSUMS not in meta:
+        return None
     prefix = f"[{ITEM!r}]"
     keys = (key for key in meta[CHECKSUMS] if key.startswith(prefix))
     return {key[len(prefix) + 2 : -2]: meta[CHECKSUMS][key] for key in keys}

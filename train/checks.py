@@ -22,7 +22,13 @@ from pipelines.datasets import Found
 from pipelines.media_check import check_media
 from pipelines.video import VideoReader
 from train import setup
-from train.compile.footprint import footprint, format_footprint, planned_mesh
+from train.compile.footprint import (
+    checkpoint_bytes,
+    footprint,
+    format_checkpoint,
+    format_footprint,
+    planned_mesh,
+)
 from train.compile.layout import planned_rollouts, rollout_sizes
 from train.compile.measure import devices_of, measure
 from train.compile.program import Program
@@ -252,6 +258,9 @@ def describe(config: Config) -> None:
     for note in thinking_note(config, parts.renderer.opening):
         print(note)
     print(format_footprint(planned_footprint(parts, mesh, rows)))
+    optimizer = make_optimizer(config.optimizer, config.optimizer_steps, parts.policy.table)
+    kept = parts.policy, optimizer, config.model, config.teacher.strength > 0
+    print(format_checkpoint(checkpoint_bytes(*kept)))
 
 
 def planned_footprint(

@@ -48,6 +48,7 @@ from train.workdir.checkpoints import Checkpoints
 from train.workdir.config_file import FILE, as_file, evaluated_settings
 from train.workdir.files import write_atomically
 from train.workdir.lock import WorkdirLock
+from train.workdir.retention import Retention
 from train.workdir.saving import Saver
 
 
@@ -110,7 +111,8 @@ class Run:
         self.lock = on_all_hosts(lambda: WorkdirLock(workdir) if is_first() else None)
         table, output = self.parts.policy.table, config.output
         self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", output.keep_checkpoints, table)
+        keep = Retention(output.keep_checkpoints, output.keep_minutes, output.keep_best)
+        self.checkpoints = Checkpoints(workdir / "checkpoints", keep, table)
         start = self.parts.params(mesh)
         self.state, self.first_step, self.data_state = self._first_state(start)
         self.reference = {name: start[name] for name in self.state.trainable}
@@ -118,7 +120,6 @@ class Run:
             self.reference = on_host(self.reference)
         self._prepare_workdir()
         self.checkpoints.precompile(self.state)
-        self.saver = Saver(self.checkpoints, output, SIGNALS_OF_RUN, self.lock, self.first_step)
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         updates = config.optimizer_steps // config.steps
         self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
@@ -130,6 +131,12 @@ class Run:
         held_out = self._held_out() if self.held_out else None
         self.evaluation = self._evaluation(held_out) if held_out else None
         self.mid_run = self._mid_run(held_out) if held_out and config.evaluation.every else None
+        self.saver = self._saver()
+
+    def _saver(self) -> Saver:
+        """What saves the run."""
+        kept = self.checkpoints, self.config.output, SIGNALS_OF_RUN, self.lock, self.first_step
+        return Saver(*kept, *([self.mid_run.figure] if self.mid_run else []))
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
@@ -234,7 +241,7 @@ class Run:
             rollouts=rollouts,
             learner=taught or learner,
             resumable={**resumable, "learner": learner},
-            metrics=[*metrics, self.compilations.metrics, engine.metrics],
+            metrics=[*metrics, self.compilations.metrics, engine.metrics, self.saver.metrics],
             saver=self.saver,
             report=self.report,
             rollout_log=setup.open_rollout_log(config, self.parts, self.workdir),

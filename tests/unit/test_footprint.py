@@ -12,12 +12,18 @@ from paravt_jax.params import abstract_params
 from pipelines.needle.world import write_mp4
 from tests.support.released_models import MODELS
 from train import checks, main, setup
-from train.compile.footprint import format_footprint, planned_mesh
+from train.compile.footprint import (
+    checkpoint_bytes,
+    format_checkpoint,
+    format_footprint,
+    planned_mesh,
+)
 from train.config import Config
+from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
 from train.settings.override import override
-from train.state import is_trainable
+from train.state import is_trainable, make_state
 
 
 def needle(mesh: str | None, *settings: str) -> Config:
@@ -52,6 +58,17 @@ def test_it_is_what_real_devices_hold():
     assert planned["gradients"] == planned["reference"] == trains
     assert 2 * trains <= planned["moments"] <= 2 * trains + 64
     assert "together" in format_footprint(planned)
+
+
+def test_a_checkpoint_holds_every_array_once():
+    config = needle("data:2,fsdp:2,tensor:2")
+    parts, mesh = setup.Parts(config), setup.open_mesh(config)
+    optimizer = make_optimizer(config.optimizer, config.steps, parts.policy.table)
+    state = make_state(parts.params(mesh), config.model, mesh, optimizer)
+    held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer)))
+    size = checkpoint_bytes(parts.policy, optimizer, config.model)
+    assert size == held
+    assert format_checkpoint(98 * 10**9).endswith("93,460.1 MiB, 49.0 s to write or read at 2 GB/s")
 
 
 def test_more_devices_hold_less_each():

@@ -77,6 +77,27 @@ def footprint(
     return {name: size for name, size in found.items() if size}
 
 
+STORAGE = 2e9
+"""Bytes a second that a shared file system, or a bucket, may give to a whole run."""
+
+
+def checkpoint_bytes(
+    policy: ModelPolicy,
+    optimizer: optax.GradientTransformation,
+    model: ModelSettings,
+    teacher: bool = False,
+) -> int:
+    """Bytes of one checkpoint, wherever its arrays are."""
+    found = footprint(policy, optimizer, model, planned_mesh("data:1"), teacher)
+    return sum(size for name, size in found.items() if name != "gradients")
+
+
+def format_checkpoint(size: int) -> str:
+    """What a checkpoint takes, in a line."""
+    rate = f"at {STORAGE / 1e9:g} GB/s"
+    return f"a checkpoint: {size / 2**20:,.1f} MiB, {size / STORAGE:,.1f} s to write or read {rate}"
+
+
 def format_footprint(found: dict[str, int]) -> str:
     """A line for each part and one for their sum."""
     whole = found | {"together, without activations": sum(found.values())}

@@ -170,6 +170,7 @@ TABLE = (
          f"{PACKED}, which hold no questions to evaluate; set it to 0"),
     Only("evaluation.every", "evaluation.rows", off=0),
     Only("evaluation.best", "evaluation.every"),
+    Only("output.keep_best", "evaluation.every", off=0),
     Only("output.details_mb", "stage", ("rl",), said=NO_ROLLOUTS),
     Only("output.details_mb", "output.rollouts"),
     Only("output.compile_cache_gb", "output.compile_cache"),

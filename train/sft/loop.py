@@ -60,5 +60,5 @@ def supervise(
             if run.evaluate is not None:
                 with clock.time("time/evaluate"):
                     metrics |= run.evaluate(step + 1, state.params)
-            run.report(step, metrics | taken.metrics)
+            run.report(step, metrics | taken.metrics | run.saver.metrics())
     return state, position

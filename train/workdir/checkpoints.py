@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,12 +20,13 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
-from paravt_jax.checkpoint import CHECKSUMS, META, save_args
+from paravt_jax.checkpoint import CHECKSUMS, META, read_meta, save_args
 from paravt_jax.checksum import checksums, is_intact, sealed
 from paravt_jax.event_loops import close_in_order
 from paravt_jax.params import Table
 from train.hosts.cluster import is_first, on_all_hosts
 from train.state import TrainState
+from train.workdir.retention import Retention, Saved
 
 Restored = tuple[TrainState, int, Any]
 """A state, its step and its data state."""
@@ -33,14 +35,33 @@ Restored = tuple[TrainState, int, Any]
 class Checkpoints:
     """The `checkpoints/` folder of a workdir, for the parameters of a table."""
 
-    def __init__(self, folder: Path, keep: int, table: Table):
+    def __init__(self, folder: Path, keep: Retention | int, table: Table):
+        """
+        Args:
+          keep: what stays; a number: so many of the newest.
+        """
         close_in_order()
         _hush_writers()
-        self.folder, self._keep, self._save_args = folder.absolute(), keep, save_args(table)
+        self.folder, self._save_args = folder.absolute(), save_args(table)
+        self._keep = Retention(keep) if isinstance(keep, int) else keep
         # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
         self._failed: OSError | None = None
+        self._saved = self._read_saved() if is_first() else {}
+        """What is known of each checkpoint, one that is being written included."""
+
+    def _read_saved(self) -> dict[int, Saved]:
+        """What the checkpoints of the folder say of themselves; damaged ones nothing."""
+        found = {step: Saved(step) for step in self._manager.all_steps()}
+        for step in found:
+            with contextlib.suppress(ValueError):
+                found[step] = Saved.told(step, read_meta(self.folder / str(step)) or {})
+        return found
+
+    def is_best(self, figure: float | None) -> bool:
+        """Whether a state of this figure is to stay as one of the best; the first host knows."""
+        return figure is not None and self._keep.is_best(figure, self._saved.values())
 
     @property
     def latest(self) -> int | None:
@@ -51,9 +72,14 @@ class Checkpoints:
         """Compile what saves a state, so that no step stops for it."""
         checksums(_arrays(state))
 
-    def save(self, step: int, state: TrainState, data_state: Any = None) -> None:
+    def save(
+        self, step: int, state: TrainState, data_state: Any = None, figure: float | None = None
+    ) -> None:
         """Begin to write this step unless it is there; `data_state` is JSON. The state is copied
         first: it may be donated when this returns.
+
+        Args:
+          figure: what the state was evaluated to, if it was.
 
         Raises:
           OSError: this one or the one before could not be written.
@@ -61,7 +87,9 @@ class Checkpoints:
         if self.latest == step:
             return
         self.wait()
+        known = Saved(step, time.time(), figure)
         said = {"step": step, "updates": int(state.step), "data": data_state}
+        said |= {"saved_at": known.at, "figure": figure}
         said[CHECKSUMS] = checksums(_arrays(state))
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params, self._save_args),
@@ -72,6 +100,7 @@ class Checkpoints:
             items["teacher"] = ocp.args.StandardSave(state.teacher)
         with self._writing(step):
             self._manager.save(step, args=ocp.args.Composite(**items))
+        self._saved[step] = known
 
     def failure(self) -> OSError | None:
         """Why a checkpoint could not be written, as far as that is known yet."""
@@ -80,7 +109,7 @@ class Checkpoints:
         return self._failed
 
     def wait(self) -> None:
-        """Wait for what is being written; then older ones than the newest few are deleted.
+        """Wait for what is being written; then those that are not to stay are deleted.
 
         Raises:
           OSError: it could not be written.
@@ -94,10 +123,12 @@ class Checkpoints:
             self._prune()
 
     def _prune(self) -> None:
-        """Delete all but the newest few that are complete: Orbax names a folder last of all."""
-        steps = sorted(int(path.name) for path in self.folder.iterdir() if path.name.isdigit())
-        for step in steps[: -self._keep]:
+        """Delete what is not to stay of those that are complete: Orbax names a folder last."""
+        steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        self._saved = {step: self._saved.get(step, Saved(step)) for step in steps}
+        for step in set(steps) - self._keep.kept(self._saved.values()):
             shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            del self._saved[step]
 
     @contextlib.contextmanager
     def _writing(self, step: int | None) -> Iterator[None]:

@@ -26,9 +26,15 @@ class Saver:
         signals: Signals,
         lock: WorkdirLock | None,
         first_step: int,
+        figure: Callable[[int], float | None] = lambda step: None,
     ):
+        """
+        Args:
+          figure: what the state after so many steps was evaluated to, None if it was not.
+        """
         self._checkpoints, self._output = checkpoints, output
         self._signals, self._lock, self._first = signals, lock, first_step
+        self._figure, self._stalled = figure, 0.0
         self._saved_at, self._step = time.monotonic(), first_step + 1
         self._save: Callable[[], None] | None = None
         """Saves the state of before the step that is being made, as long as that exists."""
@@ -57,14 +63,15 @@ class Saver:
           Interrupted: a signal asked for the end.
           OSError: the workdir is gone, or a checkpoint could not be written.
         """
-        self._save = None
+        self._save, self._stalled = None, 0.0
         self._step, self._signals.doing = done + 1, f"the next pause in step {done + 1}"
+        figure = self._figure(done)
         if done > self._first:
-            self._save = functools.partial(self._checkpoints.save, done, state, data_state)
+            self._save = functools.partial(self._checkpoints.save, done, state, data_state, figure)
         failed = self._checkpoints.failure()
         lost = self._lock is not None and self._lock.lost
         number, due, any_failed, any_lost = max_over_hosts(
-            [self._signals.received, self._is_due(), failed is not None, lost]
+            [self._signals.received, self._is_due(figure), failed is not None, lost]
         )
         if any_lost:
             raise OSError(lost_message(self._checkpoints.folder.parent))
@@ -74,8 +81,14 @@ class Saver:
             raise Interrupted(number, synced=True)
         every = self._output.checkpoint_every
         if self._save and (due or (every and done % every == 0)):
+            began = time.monotonic()
             self._save()
             self._saved_at = time.monotonic()
+            self._stalled = self._saved_at - began
+
+    def metrics(self) -> dict[str, float]:
+        """How long the run stood still before this step to be saved."""
+        return {"time/save": self._stalled}
 
     def begin_update(self) -> None:
         """From here on the state of before the step is donated, and there is nothing to save."""
@@ -86,13 +99,14 @@ class Saver:
         """After the last step: the state is on the disk when this returns."""
         self.between_steps(done, state, data_state)
         self._signals.doing = "the last checkpoint"
-        self._checkpoints.save(done, state, data_state)
+        self._checkpoints.save(done, state, data_state, self._figure(done))
         self._checkpoints.wait()
 
-    def _is_due(self) -> bool:
-        """By the clock of the first host."""
+    def _is_due(self, figure: float | None) -> bool:
+        """By the clock of the first host, or because there is hardly a better state."""
         minutes = self._output.checkpoint_minutes
-        return bool(minutes and is_first() and time.monotonic() - self._saved_at >= 60 * minutes)
+        late = minutes and time.monotonic() - self._saved_at >= 60 * minutes
+        return is_first() and bool(late or self._checkpoints.is_best(figure))
 
     def _save_last(self) -> None:
         if self._save is not None:

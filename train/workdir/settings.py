@@ -20,6 +20,12 @@ class OutputSettings(Settings):
     """Minutes between checkpoints, at the next step; 0 leaves it to the steps."""
     keep_checkpoints: Annotated[int, at_least(1)] = 2
     """The newest ones that stay. With one there is none to fall back to if it is damaged."""
+    keep_minutes: Annotated[float, at_least(0)] = 0.0
+    """Of older ones, the first stays and then each that is so many minutes younger than the last
+    that stays; 0: none."""
+    keep_best: Annotated[int, at_least(0)] = 0
+    """The states that evaluated best in the midst of the run (`evaluation.every`, by
+    `evaluation.best`) are saved at once, and so many of them stay."""
     rollouts: bool = True
     """Write `rollouts/*.jsonl`."""
     details_mb: Annotated[float, at_least(0)] = 0.0
