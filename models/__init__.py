@@ -32,7 +32,8 @@ def open_policy(source: str | os.PathLike | Mapping[str, Any], **settings: Any) 
         beside the language model's matrices; `cache_dtype` of the KV cache, "compute" (the type of
         products) or "int8"; `gradient_dtype` of gradients of weights, "compute" or "float32";
         `remat_keeps`, what is not computed again: "nothing", "projections" or "products";
-        `remat_block`, layers that keep one input together.
+        `remat_block`, layers that keep one input together; `attention`, what computes it, one of
+        `models.common.kernels.Kernels`.
 
     Raises:
       ValueError: no such folder, a model of another type, or one that its family refuses.

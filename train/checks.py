@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 
 from models import ModelPolicy
+from models.common import cudnn
 from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import HOST, AnyMesh, axes_text, batch_shards, make_mesh, parse_mesh
 from paravt_jax.params import format_table
@@ -84,6 +85,9 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         check_rollout_mesh(config, mesh)
         if not planned:
             check_reference(config)
+    if not planned:
+        # What is compiled ahead is for TPUs.
+        check_attention(config, jax.default_backend() if here else "tpu")
     if here and config.model.folder is not None:
         parts.renderer  # noqa: B018  refuses a folder without tokenizer or processor
 
@@ -150,6 +154,19 @@ def check_rollout_mesh(config: Config, mesh: AnyMesh) -> None:
     """
     if config.rollout_mesh is not None:
         rollout_sizes(config.rollout_mesh, setup.Parts(config).policy, mesh.size)
+
+
+def check_attention(config: Config, platform: str) -> None:
+    """Refuse a kernel that these devices, or this jax, do not have."""
+    kernels = config.model.attention
+    needed = {"splash": "tpu", "cudnn": "gpu"}.get(kernels, platform)
+    if needed != platform:
+        raise ValueError(
+            f"model.attention={kernels} is computed on a {needed}, and this run's devices are of "
+            f"the kind {platform}; set it to auto"
+        )
+    if kernels == "cudnn":
+        cudnn.library()
 
 
 def check_reference(config: Config) -> None:

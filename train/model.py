@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal
 
+from models.common.kernels import Kernels
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.marks import Mark
 from paravt_jax.parts import Part
@@ -27,6 +28,10 @@ class ModelSettings(Settings):
     gradient_dtype: Literal["compute", "float32"] = "compute"
     """What gradients of weights are computed in and added up over devices: `compute` (the type of
     products) or `float32`. The optimiser gets float32 either way."""
+    attention: Annotated[Kernels, Mark.SAME_RESULTS] = "auto"
+    """What computes attention of whole rows in bfloat16: `splash`, a kernel for TPUs; `cudnn`, one
+    for GPUs, which nobody has run on a card yet; `reference`, products that XLA compiles, which
+    also take what the kernels do not. `auto`: splash on TPUs, elsewhere the reference."""
     train_vision: bool = False
     """Whether the vision tower trains. In RL it does not: its features are computed once."""
     frozen: tuple[Part, ...] = ()

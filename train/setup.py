@@ -134,6 +134,7 @@ class Parts:
             gradient_dtype=own.gradient_dtype,
             remat_keeps=own.remat_keeps,
             remat_block=own.remat_block,
+            attention=own.attention,
         )
 
     def params(self, mesh: Mesh) -> FlatParams:

@@ -12,9 +12,11 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from models.common import cudnn, splash
+from models.common.kernels import Kernels
 from models.common.products import precision
 from paravt_jax.records import HiddenKeys
 from paravt_jax.shared_rows import SharedRows
@@ -40,6 +42,28 @@ HIDDEN = -1e30
 TINY = 1e-30
 
 
+class Attending(nnx.Module):
+    """Base of modules that attend."""
+
+    kernels: Kernels = "auto"
+
+
+def choose_kernels(module: nnx.Module, kernels: Kernels) -> None:
+    """Let all modules below one attend by these kernels."""
+    for _, part in nnx.iter_graph(module):
+        if isinstance(part, Attending):
+            part.kernels = kernels
+
+
+def _by_splash(kernels: Kernels, query: Array, key: Array) -> bool:
+    return kernels in ("auto", "splash") and splash.serves(query, key)
+
+
+def _by_cudnn(kernels: Kernels, query: Array, key: Array) -> bool:
+    # Not by itself: nobody has run it on a card yet, and what is known to be right comes first.
+    return kernels == "cudnn" and cudnn.serves(query, key)
+
+
 def attend(
     query: Float[Array, "b t n h"],
     key: Float[Array, "b s k h"],
@@ -50,6 +74,7 @@ def attend(
     segments: Int[Array, "b s"] | None = None,
     hidden_keys: HiddenKeys | None = None,
     shared: SharedRows | None = None,
+    kernels: Kernels = "auto",
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`.
 
@@ -64,11 +89,11 @@ def attend(
     there once, whatever the number of streams. Other masks do not go with it.
     """
     if shared is not None:
-        return _shared(query, key, value, shared)
-    if hidden_keys is None and splash.serves(query, key):
+        return _shared(query, key, value, shared, kernels)
+    if hidden_keys is None and _by_splash(kernels, query, key):
         segments = _within(key_lengths, key.shape[1], segments)
         return splash.attend(query, key, value, causal=causal, segments=segments)
-    if hidden_keys is None and segments is None and cudnn.serves(query, key):
+    if hidden_keys is None and segments is None and _by_cudnn(kernels, query, key):
         every = jnp.full(key.shape[0], key.shape[1], jnp.int32)
         lengths = None if causal else every if key_lengths is None else key_lengths
         return cudnn.attend(query, key, value, lengths=lengths)
@@ -219,13 +244,14 @@ def _shared(
     key: Float[Array, "b t k h"],
     value: Float[Array, "b t k h"],
     shared: SharedRows,
+    kernels: Kernels,
 ) -> Float[Array, "b t n h"]:
     """Rows of prompts and streams. Splash takes them as they are; cuDNN wants each stream in a lane
     of its own, as long as the longest."""
     slots, lanes = query.shape[1], shared.per_row
-    if splash.serves(query, key) and splash.holds(shared.bounds):
+    if _by_splash(kernels, query, key) and splash.holds(shared.bounds):
         return splash.attend(query, key, value, causal=True, shared=shared)
-    if cudnn.serves(query, key):
+    if _by_cudnn(kernels, query, key):
         inputs = [shared.in_lanes(x) for x in (query, key, value)]
         layout = {"lanes": lanes, "prompt": inputs[0].shape[1] - lanes * shared.bounds.own}
         lengths = jnp.asarray(shared.prompt_lengths)

@@ -9,12 +9,10 @@ cuDNN's backward pass takes.
 from __future__ import annotations
 
 import functools
-import os
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
-from jax._src.cudnn import fused_attention_stablehlo as kernels
 from jaxtyping import Array, Float, Int
 
 from models.common.kernels import on_mesh
@@ -22,9 +20,27 @@ from paravt_jax.mesh import platform
 
 SHORT = 256
 """Rows of fewer tokens are left to XLA."""
-SWITCH = "PARAVT_CUDNN"
 
 Inputs = tuple[Float[Array, "b t n h"], Float[Array, "b s k h"], Float[Array, "b s k h"]]
+
+
+@functools.cache
+def library() -> Any:
+    """What JAX calls cuDNN by, a private module, which is not looked for until it is wanted.
+
+    Raises:
+      ValueError: this jax keeps it elsewhere.
+    """
+    try:
+        from jax._src.cudnn import fused_attention_stablehlo as found
+
+        found._dot_product_attention_bwd_p_wrapper  # noqa: B018  its gradient from outside sums
+    except (ImportError, AttributeError) as error:
+        raise ValueError(
+            f"model.attention=cudnn: jax {jax.__version__} does not hold what 0.10 calls cuDNN by "
+            f"({error}); set it to auto"
+        ) from error
+    return found
 
 
 @runtime_checkable
@@ -52,7 +68,7 @@ class Cudnn(Flash):
 
     def forward(self, inputs: Inputs, lengths: Array | None) -> tuple[Array, Array]:
         counts, scale, kind = _terms(inputs, lengths)
-        result: Any = kernels.dot_product_attention(
+        result: Any = library().dot_product_attention(
             *inputs,
             q_seqlen=counts[0],
             kv_seqlen=counts[1],
@@ -68,6 +84,7 @@ class Cudnn(Flash):
         counts, scale, kind = _terms(inputs, lengths)
         none = jnp.zeros(0, inputs[0].dtype)
         counts = [none if count is None else count for count in counts]
+        kernels = library()
         query, key, value = kernels._dot_product_attention_bwd_p_wrapper.bind(
             *inputs, none, *counts, none, none, none, none, log_sums, mixed, grad,
             scale=scale, seed=42, dropout_rate=0.0, variadic_args=(False, False), mask_type=kind,
@@ -76,25 +93,19 @@ class Cudnn(Flash):
         return query, key, value
 
 
-def _terms(
-    inputs: Inputs, lengths: Array | None
-) -> tuple[list[Array | None], float, kernels.MaskType]:
+def _terms(inputs: Inputs, lengths: Array | None) -> tuple[list[Array | None], float, Any]:
     """Numbers of queries and keys of each row, scale and mask, as cuDNN takes them."""
-    scale = inputs[0].shape[3] ** -0.5
+    scale, kinds = inputs[0].shape[3] ** -0.5, library().MaskType
     if lengths is None:
-        return [None, None], scale, kernels.MaskType.CAUSAL
-    return [jnp.full_like(lengths, inputs[0].shape[1]), lengths], scale, kernels.MaskType.PADDING
+        return [None, None], scale, kinds.CAUSAL
+    return [jnp.full_like(lengths, inputs[0].shape[1]), lengths], scale, kinds.PADDING
 
 
 CUDNN = Cudnn()
 
 
 def serves(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool:
-    """Whether `attend` takes these: on a GPU, tokens of a row among themselves, 16 bits, where the
-    environment asks for it (`PARAVT_CUDNN=1`)."""
-    # Nobody has run it on a card yet: until then a GPU computes what is known to be right.
-    if os.environ.get(SWITCH) != "1":
-        return False
+    """Whether `attend` takes these: on a GPU, tokens of a row among themselves, 16 bits."""
     narrow = query.dtype == key.dtype and query.dtype in (jnp.bfloat16, jnp.float16)
     same = query.shape[1] == key.shape[1] and query.shape[1] >= SHORT
     return platform() == "gpu" and narrow and same and query.shape[3] in range(8, 129, 8)

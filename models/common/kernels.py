@@ -1,16 +1,21 @@
-"""Kernels on a mesh: the compiler does not partition what it cannot look into."""
+"""Kernels of attention: which there are, and how they run on a mesh, where the compiler does not
+partition what it cannot look into."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from paravt_jax.mesh import partition
+
+Kernels = Literal["auto", "reference", "splash", "cudnn"]
+"""What computes attention: `reference`, products that XLA compiles; `splash` on TPUs and `cudnn` on
+GPUs where they take the rows, and the reference elsewhere; `auto`, splash on TPUs."""
 
 
 def on_mesh(

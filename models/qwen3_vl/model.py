@@ -14,6 +14,8 @@ from jax.sharding import Mesh
 from jaxtyping import Array, Float, Int
 
 from models.common import prepared
+from models.common.attention import choose_kernels
+from models.common.kernels import Kernels
 from models.common.layers import Linear, Remat
 from models.common.products import Weighted, multiply, widen_gradients
 from models.common.weights import MAX_SHARD_BYTES, save_weights
@@ -90,7 +92,7 @@ class Qwen3VLPolicy:
     (`Remat`). With `lora`, the language model has adapters, whose weights stand in the table beside
     the others. `cache_dtype` is the type that `init_cache` keeps keys and values in: `compute`, the
     type of products, or `int8`; `gradient_dtype` that of gradients of weights: `compute` or
-    `float32`.
+    `float32`; `attention` says what computes it (`Kernels`).
     """
 
     config: Qwen3VLConfig
@@ -101,6 +103,7 @@ class Qwen3VLPolicy:
     gradient_dtype: str = "compute"
     remat_keeps: str = "nothing"
     remat_block: int = 1
+    attention: Kernels = "auto"
 
     @property
     def width(self) -> int:
@@ -303,6 +306,7 @@ def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
     model = Qwen3VL(policy.config, policy.compute_dtype, remat, policy.lora)
     if policy.gradient_dtype == "float32" != policy.compute_dtype:
         widen_gradients(model)
+    choose_kernels(model, policy.attention)
     blueprint = Blueprint(model)
     _check_targets(policy.lora, blueprint.table)
     return blueprint

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from models.common.kernels import Kernels
 from models.common.weights import load_params
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.folder import read_config
@@ -99,11 +100,12 @@ def open_policy(
     gradient_dtype: str = "compute",
     remat_keeps: str = "nothing",
     remat_block: int = 1,
+    attention: Kernels = "auto",
 ) -> Qwen3VLPolicy:
     """The policy of a config.json; see `models.open_policy`."""
     own = Qwen3VLConfig.from_dict(config)
-    types = cache_dtype, gradient_dtype
-    return Qwen3VLPolicy(own, compute_dtype, remat, lora, *types, remat_keeps, remat_block)
+    types, kept = (cache_dtype, gradient_dtype), (remat_keeps, remat_block)
+    return Qwen3VLPolicy(own, compute_dtype, remat, lora, *types, *kept, attention)
 
 
 @functools.partial(jax.jit, static_argnums=0)

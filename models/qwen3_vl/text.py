@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.common.attention import attend
+from models.common.attention import Attending, attend
 from models.common.cached_attention import append_and_attend
 from models.common.experts import Experts
 from models.common.layers import ACTIVATIONS, Linear, Remat, RMSNorm, lookup, rotate, scan_layers
@@ -54,7 +54,7 @@ class AttentionContext:
 KeysAndValues = tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]
 
 
-class Attention(nnx.Module):
+class Attention(Attending):
     """Grouped-query attention with normed queries and keys."""
 
     def __init__(self, config: TextConfig, hf: str, dtype: Any, lora: LoraConfig):
@@ -92,6 +92,7 @@ class Attention(nnx.Module):
                 segments=context.segments,
                 hidden_keys=context.hidden_keys,
                 shared=context.shared,
+                kernels=self.kernels,
             )
         kept = (key, value) if context.keep else None
         return self.out(mixed.reshape(*x.shape[:2], -1)), context, kept

@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.common.attention import attend
+from models.common.attention import Attending, attend
 from models.common.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -70,7 +70,7 @@ class DctBasis:
         return units.reshape(self.channels * self.frames * n * n, -1)
 
 
-class VisionAttention(Weighted):
+class VisionAttention(Weighted, Attending):
     """Full attention among the patches of one frame."""
 
     def __init__(self, config: VisionConfig, hf: str, dtype: Any):
@@ -97,7 +97,8 @@ class VisionAttention(Weighted):
         counts: Int[Array, " r"],
     ) -> Float[Array, "r p d"]:
         query, key, value = (self._project(x, part) for part in range(3))
-        mixed = attend(rotate(query, *rope), rotate(key, *rope), value, key_lengths=counts)
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        mixed = attend(query, key, value, key_lengths=counts, kernels=self.kernels)
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
     def _project(self, x: Float[Array, "r p d"], part: int) -> Float[Array, "r p n h"]:

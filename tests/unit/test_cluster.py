@@ -287,3 +287,9 @@ def test_a_port_in_use(joined, monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", in_use)
     with pytest.raises(ValueError, match=r"host 0 of 2: port 1 of this host is in use.*another"):
         cluster.start()
+
+
+def test_a_jax_that_keeps_its_detectors_elsewhere_starts_and_says_so(joined, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "jax._src.clusters", None)
+    assert joining.find_hosts() is None
+    assert "does not tell how it finds hosts; set JAX_NUM_PROCESSES=1" in capsys.readouterr().out

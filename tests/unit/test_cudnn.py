@@ -2,6 +2,7 @@
 no GPU is needed, and none runs cuDNN here."""
 
 import functools
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +101,8 @@ def test_parts_are_merged_to_the_plain_computation_and_its_gradient(name, mesh):
 @pytest.mark.parametrize("lengths", [None, LENGTHS])
 def test_cudnn_is_called_as_it_wants(lengths, monkeypatch):
     """Its own checks of shapes and types pass, and what it would return fits."""
-    monkeypatch.setattr(cudnn.kernels, "check_cudnn_version", lambda: 91000)
-    monkeypatch.setattr(cudnn.kernels, "check_compute_capability", lambda capability: True)
+    monkeypatch.setattr(cudnn.library(), "check_cudnn_version", lambda: 91000)
+    monkeypatch.setattr(cudnn.library(), "check_compute_capability", lambda capability: True)
     lengths = None if lengths is None else jnp.asarray(lengths)
     inputs = tuple(draw((2, 64, 4, 128), (2, 64, 2, 128), (2, 64, 2, 128), dtype=jnp.bfloat16))
     mixed, log_sums = jax.eval_shape(cudnn.CUDNN.forward, inputs, lengths)
@@ -115,8 +116,6 @@ def test_what_cudnn_serves(monkeypatch):
     query = jnp.zeros((1, cudnn.SHORT, 2, 72), jnp.bfloat16)
     assert not cudnn.serves(query, query)
     monkeypatch.setattr(cudnn, "platform", lambda: "gpu")
-    assert not cudnn.serves(query, query)
-    monkeypatch.setenv(cudnn.SWITCH, "1")
     assert cudnn.serves(query, query)
     assert not cudnn.serves(query.astype(jnp.float32), query.astype(jnp.float32))
     assert not cudnn.serves(query[:, 1:], query[:, 1:])
@@ -137,7 +136,7 @@ def test_the_door_takes_cudnn_on_a_gpu(name, monkeypatch):
         name: jnp.asarray(x) if name == "key_lengths" else x for name, x in DOORS[name].items()
     }
     inputs = draw((2, 40, 4, 8), (2, 40, 2, 8), (2, 40, 2, 8))
-    door = functools.partial(attention.attend, **terms)
+    door = functools.partial(attention.attend, kernels="cudnn", **terms)
     plain = door(*inputs)
     calls = []
 
@@ -149,7 +148,18 @@ def test_the_door_takes_cudnn_on_a_gpu(name, monkeypatch):
     monkeypatch.setattr(cudnn, "attend", emulated)
     monkeypatch.setattr(cudnn, "serves", lambda query, key: True)
     got = door(*inputs)
-    assert len(calls) == 1
+    for kernels in ("auto", "reference", "splash"):
+        door(*inputs, kernels=kernels)
+    assert len(calls) == 1, "only where it is asked for"
     # What padding of rows attends to means nothing.
     real = np.ones((2, 40), bool) if name != "shared" else terms["shared"].segments(40) >= 0
     np.testing.assert_allclose(got[real], plain[real], atol=1e-5)
+
+
+def test_a_jax_without_its_private_module_is_told_when_cudnn_is_asked_for(monkeypatch):
+    monkeypatch.setitem(sys.modules, "jax._src.cudnn", None)
+    cudnn.library.cache_clear()
+    with pytest.raises(ValueError, match=r"model\.attention=cudnn: jax .* set it to auto"):
+        cudnn.library()
+    monkeypatch.undo()
+    assert cudnn.library() is not None

@@ -4,11 +4,16 @@ import json
 import sys
 import types
 
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import models
 from models import ModelPolicy, open_policy
+from models.common.attention import Attending
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
+from models.qwen3_vl.text import Attention
+from models.qwen3_vl.vision import VisionAttention
 from paravt_jax.lora import LoraConfig
 from tests.support.tiny_models import NEEDLE_MODEL
 
@@ -30,15 +35,26 @@ def test_settings_reach_the_policy():
         gradient_dtype="float32",
         remat_keeps="products",
         remat_block=2,
+        attention="reference",
     )
     config = Qwen3VLConfig.from_dict(NEEDLE_MODEL)
-    given = "bfloat16", True, lora, "int8", "float32", "products", 2
+    given = "bfloat16", True, lora, "int8", "float32", "products", 2, "reference"
     assert policy == Qwen3VLPolicy(config, *given)
     text, vision = NEEDLE_MODEL["text_config"], NEEDLE_MODEL["vision_config"]
     assert policy.vocab_size == text["vocab_size"]
     assert policy.context_length == text["max_position_embeddings"]
     assert policy.patch_sizes[0] == vision["patch_size"]
     assert policy.deepstack_levels == len(vision["deepstack_visual_indexes"])
+
+
+def test_both_towers_attend_by_the_kernels_that_are_asked_for():
+    policy = open_policy(NEEDLE_MODEL, attention="reference")
+    assert isinstance(policy, Qwen3VLPolicy)
+    params = {name: jnp.zeros(spec.shape) for name, spec in policy.table.items()}
+    parts = [part for _, part in nnx.iter_graph(policy._bind(params))]
+    attending = [part for part in parts if isinstance(part, Attending)]
+    assert {type(part) for part in attending} == {Attention, VisionAttention}
+    assert {part.kernels for part in attending} == {"reference"}
 
 
 def test_another_family_is_another_package(monkeypatch):

@@ -11,14 +11,15 @@ import os
 import socket
 import time
 import warnings
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
-from jax._src import distributed
-from jax._src.clusters import ClusterEnv
 
 from paravt_jax.deadlines import OutOfTime, within_seconds
 from train.hosts.watch import WATCH
+
+if TYPE_CHECKING:
+    from jax._src.clusters import ClusterEnv
 
 ADDRESS, COUNT, NUMBER = "JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID"
 SECONDS = "PARAVT_JOIN_SECONDS"
@@ -107,6 +108,8 @@ def _missing(hosts: Hosts, seconds: float) -> str:
 
 def _address(hosts: Hosts) -> str:
     """Where host 0 is expected, as far as this is known."""
+    from jax._src import distributed
+
     known = distributed.global_state.coordinator_address
     return hosts.given.get("coordinator_address") or known or ""
 
@@ -180,12 +183,23 @@ def _number(name: str) -> int:
     return int(text)
 
 
+def _detectors() -> list[type[ClusterEnv]]:
+    """How JAX recognises clusters; none where this jax keeps that elsewhere: it is private."""
+    try:
+        from jax._src.clusters import ClusterEnv
+
+        return list(ClusterEnv._cluster_types)
+    except (ImportError, AttributeError):
+        print(f"note: jax {jax.__version__} does not tell how it finds hosts; {BY_HAND}")
+        return []
+
+
 def _asked() -> type[ClusterEnv] | None:
     """The detector that the user named."""
     name = os.environ.get(METHOD)
     if not name:
         return None
-    known = {kind.name: kind for kind in ClusterEnv._cluster_types if kind.name}
+    known = {kind.name: kind for kind in _detectors() if kind.name}
     if name not in known:
         raise ValueError(f"{METHOD}={name}: choose one of {', '.join(sorted(known))}")
     if not known[name].is_env_present():
@@ -202,7 +216,7 @@ def _detected() -> type[ClusterEnv] | None:
     # Notebooks and services run in Kubernetes as well; JAX can only join pods that have a number.
     if POD not in os.environ:
         skipped.add("K8sCluster")
-    kinds = (kind for kind in ClusterEnv._cluster_types if not kind.opt_in_only_method)
+    kinds = (kind for kind in _detectors() if not kind.opt_in_only_method)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of what is not installed; see `_refuse_unknown_launchers`
         return next((k for k in kinds if k.__name__ not in skipped and k.is_env_present()), None)

@@ -111,6 +111,7 @@ TABLE = (
          "with {stage}, which reads one data set by threads; leave it out"),
     Only("model.remat_keeps model.remat_block", "model.remat"),
     Only("model.gradient_dtype", "model.compute_dtype", ("bfloat16",)),
+    Only("model.attention", "model.compute_dtype", ("bfloat16",), "auto"),
     Only("model.train_vision", "stage", ("sft",), False,
          "with {stage}, where vision features are computed once per prompt; set it to false"),
     Only("model.train_vision", "model.lora.rank", (0,), False,
