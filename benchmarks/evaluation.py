@@ -43,8 +43,12 @@ from train.recipes.needle import COLD_START
 
 NEW = 32
 """Tokens of an answer of random weights, which know no end."""
-SIZES = {"40M": {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10}}
 HEADS = {"num_attention_heads": 16, "num_key_value_heads": 8}
+SIZES = {
+    "1M": {},
+    "40M": HEADS | {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 10},
+}
+"""What differs from the cold start's `text_config`."""
 
 
 def random_folder(size: str, folder: Path) -> str:
@@ -53,7 +57,7 @@ def random_folder(size: str, folder: Path) -> str:
 
     shutil.copytree(COLD_START, folder, ignore=shutil.ignore_patterns("*.safetensors"))
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config["text_config"] |= SIZES[size] | HEADS
+    config["text_config"] |= SIZES[size]
     config["vision_config"]["out_hidden_size"] = config["text_config"]["hidden_size"]
     Qwen3VLForConditionalGeneration(Qwen3VLConfig(**config)).save_pretrained(folder)
     return str(folder)

@@ -1,11 +1,12 @@
 """What the server gives many clients, and what is left of those that go away.
 
-    python benchmarks/serve.py [--clients 32] [--kills 100] [--model DIR]
+    python benchmarks/serve.py [--clients 32] [--kills 100] [--model DIR | --size 40M]
 
 Starts `evaluate/serve.py` with a row for each client. The same requests, greedy and seeded ones,
 text and image, are sent one at a time and all at once: tokens per second of both, and whether the
 answers are equal. Then clients begin streams and hang up in the middle: rows and memory of the
-server before and after.
+server before and after. `--size` takes random weights, whose answers seldom end before their
+bound; most of the needle model's have eleven tokens.
 """
 
 import os
@@ -25,6 +26,7 @@ import re
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Coroutine
 from pathlib import Path
@@ -34,18 +36,20 @@ import numpy as np
 from openai import AsyncOpenAI
 from PIL import Image
 
+from benchmarks.evaluation import SIZES, random_folder
+
 ROOT = Path(__file__).resolve().parents[1]
 TOKENS = 96
+NAME = "served"
 ADDRESS = re.compile(r"at http://([\d.]+):(\d+)/v1")
 
 
 class Served:
     """A server in a process of its own."""
 
-    def __init__(self, rows: int, model: str | None) -> None:
-        chosen = ["--model", model] if model else []
+    def __init__(self, rows: int, *model: str) -> None:
         command = [sys.executable, "evaluate/serve.py", "--port", "0", "--rows", str(rows)]
-        command += ["--max-tokens", "128", "--max-prompt-tokens", "512", *chosen]
+        command += ["--max-tokens", "128", "--max-prompt-tokens", "512", "--name", NAME, *model]
         self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True)
         assert self.process.stdout is not None
         for line in self.process.stdout:
@@ -102,7 +106,7 @@ Answers = list[tuple[str, int]]
 
 
 async def ask(client: AsyncOpenAI, request: dict) -> tuple[str, int]:
-    answer = await client.chat.completions.create(model="needle_sft", max_tokens=TOKENS, **request)
+    answer = await client.chat.completions.create(model=NAME, max_tokens=TOKENS, **request)
     return answer.choices[0].message.content or "", answer.usage.completion_tokens
 
 
@@ -137,9 +141,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--model")
+    parser.add_argument("--model", help="as of evaluate/serve.py")
+    parser.add_argument("--size", choices=SIZES, help="random weights in place of --model")
     flags = parser.parse_args()
-    served = Served(flags.clients, flags.model)
+    with tempfile.TemporaryDirectory() as below:
+        model = ["--model", flags.model] if flags.model else []
+        if flags.size:
+            folder = random_folder(flags.size, Path(below) / "model")
+            model = ["--model", folder, "--recipe", "needle_rl"]
+        measure(Served(flags.clients, *model), flags)
+
+
+def measure(served: Served, flags: argparse.Namespace) -> None:
+    """Print tokens per second, whether answers are equal, and what hanging up leaves."""
     asked = requests(flags.clients)
     try:
         for run in (alone, together):  # compiles
