@@ -202,6 +202,7 @@ def test_an_unreadable_video_is_one_line(cache, tmp_path):
     assert "broken.mp4" in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
 
+@pytest.mark.study
 def test_cold_start_from_random_weights_and_its_resume(cache, tmp_path):
     recipe = ("--recipe", "needle_sft")
     settings = ("evaluation.rows=0", "optimizer.decay=constant")

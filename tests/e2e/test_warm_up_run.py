@@ -4,7 +4,7 @@ import pytest
 
 from tests.support.command import metrics, start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 
 SETTINGS = (
     "rl.warm_up=true",

@@ -159,7 +159,7 @@ def test_sampler_and_learner_agree(page, groups):
 
 @pytest.mark.slow
 def test_the_real_command_learns_from_a_foreign_directory(tmp_path):
-    command = [sys.executable, str(SCRIPT), "--steps", "2", "--prompts", "2", "--videos", "12"]
+    command = [sys.executable, str(SCRIPT), "--steps", "2", "--prompts", "1", "--videos", "4"]
     # Optax promotes its counts of steps, for which a page has no room to say that it may.
     env = environment(JAX_NUMPY_DTYPE_PROMOTION="standard")
     done = subprocess.run(
