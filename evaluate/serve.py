@@ -49,6 +49,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-body-mib", type=int, default=64, metavar="N", help="of a request (default: 64)")
     add("--timeout", type=float, default=600.0, help="seconds of a request (default: 600)")
     add("--drain", type=float, default=60.0, help="seconds that requests have at the end")
+    add(
+        "--key-variable",
+        metavar="NAME",
+        help="environment variable with the key that clients must send (default: none is asked)",
+    )
     add("--media-root", metavar="DIR", help="requests may name files below it (default: none)")
     add("--warm-up", action="store_true", help="compile all that requests may need beforehand")
     add("--fetch-media", action="store_true", help="fetch images and videos from http(s) addresses")
@@ -69,6 +74,8 @@ def check(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
             parser.error(f"--{name} {getattr(flags, name)}: give 0 or above")
     if not 0 <= flags.port < 65536:
         parser.error(f"--port {flags.port}: give 0 to 65535")
+    if flags.key_variable is not None and not os.environ.get(flags.key_variable):
+        parser.error(f"--key-variable {flags.key_variable}: this variable is not set or is empty")
     if flags.media_root is not None and not os.path.isdir(flags.media_root):
         parser.error(f"--media-root {flags.media_root}: there is no such folder")
 
@@ -129,7 +136,7 @@ def serve(flags: argparse.Namespace) -> None:
         print("compiling what requests may need; this takes minutes", flush=True)
         print(f"{service.warm_up()} functions compiled", flush=True)
     config = uvicorn.Config(
-        make_app(service),
+        make_app(service, os.environ[flags.key_variable] if flags.key_variable else None),
         log_level="warning",
         access_log=False,
         # Requests under way have so long to end; nobody new is let in.

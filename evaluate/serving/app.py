@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hmac
 import json
 import logging
 import math
@@ -13,14 +14,15 @@ from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from evaluate.serving.answers import Shape
 from evaluate.serving.completions import Answered, Ended
-from evaluate.serving.errors import ApiError, broken, busy, out_of_time
+from evaluate.serving.errors import ApiError, broken, busy, out_of_time, unknown_client
 from evaluate.serving.metrics import Metrics
 from evaluate.serving.schemas import parse
 from evaluate.serving.service import Service
@@ -193,6 +195,24 @@ class EventStream(Response):
         yield "[DONE]"
 
 
+class Key:
+    """Lets nobody without the key in below `/v1`, before a body is read. `/health` and `/metrics`
+    are for those who watch the server."""
+
+    def __init__(self, app: ASGIApp, key: str) -> None:
+        self._app, self._wanted = app, f"Bearer {key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            sent = dict(scope["headers"]).get(b"authorization", b"")
+            # In constant time: how long a refusal takes must not tell how much was right.
+            if not hmac.compare_digest(sent, self._wanted):
+                error = unknown_client()
+                return await JSONResponse(error.body, error.status)(scope, receive, send)
+        await self._app(scope, receive, send)
+
+
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return JSONResponse(error.body, error.status, error.headers)
@@ -212,8 +232,12 @@ async def _broken(_: Request, error: Exception) -> Response:
     return JSONResponse(broken().body, 500)
 
 
-def make_app(service: Service) -> Starlette:
-    """The ASGI application of a service. It starts the engine's thread and ends it."""
+def make_app(service: Service, key: str | None = None) -> Starlette:
+    """The ASGI application of a service. It starts the engine's thread and ends it.
+
+    Args:
+      key: what clients must send; None asks for none.
+    """
     api = Api(service)
     handlers: dict[Any, Any] = {
         ApiError: _refused,
@@ -228,4 +252,7 @@ def make_app(service: Service) -> Starlette:
         Route("/health", api.health),
         Route("/metrics", api.prometheus),
     ]
-    return Starlette(routes=routes, exception_handlers=handlers, lifespan=api.lifespan)
+    guards = [] if key is None else [Middleware(Key, key=key)]
+    return Starlette(
+        routes=routes, exception_handlers=handlers, lifespan=api.lifespan, middleware=guards
+    )

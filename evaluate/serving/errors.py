@@ -48,6 +48,16 @@ def busy(waiting: int, seconds: int) -> ApiError:
     )
 
 
+def unknown_client() -> ApiError:
+    """No key, or another one."""
+    return ApiError(
+        "send the server's key as `Authorization: Bearer KEY` (api_key of OpenAI's client)",
+        status=401,
+        kind="authentication_error",
+        code="invalid_api_key",
+    )
+
+
 def out_of_time(seconds: float) -> ApiError:
     """The request took too long."""
     return ApiError(
