@@ -10,13 +10,17 @@ LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test test-newest test-pages check scale lock setup setup-dev clean
+.PHONY: demo test study test-newest test-pages check scale lock setup setup-dev clean
 
 demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
 
 test: setup-dev
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not study"
+
+# What takes minutes each: before a release, and after a change of what they hold.
+study: setup-dev
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m study
 
 # The same tests on the newest versions that the ranges allow.
 test-newest:

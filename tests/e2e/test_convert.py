@@ -232,6 +232,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, model, command, so
     assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.study
 def test_memory_does_not_grow_with_the_model(tmp_path):
     """0.6 GB of weights; `benchmarks/results.md` has the figures of an 8B model."""
     text = TextConfig(

@@ -140,6 +140,7 @@ def test_a_run_that_is_stopped_and_killed_ends_like_one_that_was_not(run, cache,
     assert figures[0] == figures[1]
 
 
+@pytest.mark.study
 def test_a_full_disk_is_one_line_and_costs_the_steps_since_the_last_checkpoint(
     run, cache, tmp_path
 ):

@@ -47,6 +47,7 @@ def deepvideo(cache, tmp_path_factory):
     return run("needle_deepvideo_r1", tmp_path_factory.mktemp("deepvideo") / "run", cache)
 
 
+@pytest.mark.study
 def test_visd_reweights_by_a_teacher_that_loses_its_say(visd):
     records = metrics(visd)
     shares = [record["teacher/strength"] for record in records]

@@ -139,6 +139,7 @@ def test_eighty_episodes_of_qwen3_vl(evidence):
     check_same(groups, world.roll_out(engine, items[9:4:-1]))
 
 
+@pytest.mark.study
 def test_a_mesh_changes_no_sample_of_qwen3_vl():
     world = qwen("text", copies=2)
     items, few = world.items(4), Shape(prompts=2, crops=4, steps_per_call=7)

@@ -76,11 +76,11 @@ def on_meshes(policy, learner: str, rollouts: str):
 
 
 MESHES = [
-    (DENSE, "fsdp:8", "tensor:8"),
     (DENSE, "fsdp:4,tensor:2", "data:2,tensor:4"),
     (SPARSE, "fsdp:4,expert:2", "data:2,expert:2,tensor:2"),
 ]
 MORE_MESHES = [
+    (DENSE, "fsdp:8", "tensor:8"),
     (DENSE, "fsdp:8", "data:4,tensor:2"),
     (DENSE, "data:8", "fsdp:8"),
     (DENSE, "tensor:8", "data:8"),
