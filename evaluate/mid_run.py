@@ -39,11 +39,14 @@ class MidRun:
         self._best = self._read()
         self.last: tuple[int, MetricsByMode] = (-1, {})
         """Step and metrics of the last evaluation."""
+        self.before: Callable[[], object] = lambda: None
+        """Called before each evaluation: other work on the devices comes to rest."""
 
     def __call__(self, step: int, params: FlatParams) -> dict[str, float]:
         """The metrics after `step` steps, `evaluation/MODE/NAME`, if they are due."""
         if step % self._settings.every:
             return {}
+        self.before()
         found = self._held_out(params)
         self.last = step, found
         metrics = by_name(found)

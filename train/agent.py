@@ -85,16 +85,18 @@ class AgentMaker:
         rules: AgentConfig | None = None,
         observer: Observer | None = None,
         kind: type[Agent] = Agent,
+        before_step: Callable[[], None] = SIGNALS_OF_RUN.check,
     ) -> Agent:
         """The agent on an engine of `engine`; with other rules on request, which need no more
-        tokens. An observer hears of all that its rollouts do."""
+        tokens. An observer hears of all that its rollouts do. What `before_step`, called before
+        each step of the engine, raises ends rollouts."""
         tools = agent_tools(self.rules)
         wrote = None if observer is None else observer.wrote
         return kind(
             functools.partial(Session, engine, wrote=wrote),
             *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
             sync_errors=sync_errors,
-            before_step=SIGNALS_OF_RUN.check,
+            before_step=before_step,
             observer=observer or NOBODY,
             after_run=engine.caches.release,
         )

@@ -83,6 +83,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         mesh = planned_mesh(config.mesh) if planned else setup.open_mesh(config)
         check_rows_fit(config, mesh)
         check_rollout_mesh(config, mesh)
+        check_staleness(config, mesh)
         if not planned:
             check_reference(config)
     if not planned:
@@ -169,6 +170,21 @@ def check_attention(config: Config, platform: str) -> None:
         cudnn.library()
 
 
+def check_staleness(config: Config, mesh: AnyMesh) -> None:
+    """Refuse rollouts beside the learner where their programs could wait for one another.
+
+    Raises:
+      ValueError: on several hosts, or on several devices.
+    """
+    if config.rl.staleness and mesh.size > 1:
+        hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+        raise ValueError(
+            f"rl.staleness={config.rl.staleness} on {mesh.size} devices{hosts}: programs of "
+            "rollouts and learner on the same devices could wait for one another for ever; set it "
+            "to 0"
+        )
+
+
 def check_reference(config: Config) -> None:
     """Refuse to keep a reference in memory that the devices of this machine do not reach."""
     device = jax.local_devices()[0]
@@ -241,6 +257,7 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
         "model.remat_keeps=nothing": model.remat and model.remat_keeps != "nothing",
         "model.remat_block=6": model.remat and model.remat_block == 1,
         "model.compute_dtype=bfloat16": model.compute_dtype == "float32",
+        "rl.staleness=0": not sft and config.rl.staleness > 0,
         "rl.reference_memory=host": not sft and config.rl.reference_memory == "device",
         "optimizer.moments=int8": config.optimizer.moments != "int8",
         "model.cache_dtype=int8": not sft and model.cache_dtype == "compute",
@@ -276,8 +293,9 @@ def describe(config: Config) -> None:
         print(note)
     print(format_footprint(planned_footprint(parts, mesh, rows)))
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, parts.policy.table)
-    kept = parts.policy, optimizer, config.model, config.teacher.strength > 0
-    print(format_checkpoint(checkpoint_bytes(*kept)))
+    kept = config.teacher.strength > 0, config.rl.staleness
+    size = checkpoint_bytes(parts.policy, optimizer, config.model, *kept)
+    print(format_checkpoint(size))
 
 
 def planned_footprint(
@@ -291,7 +309,8 @@ def planned_footprint(
     if config.rollout_mesh is not None:
         rollouts = planned_rollouts(config.rollout_mesh, policy, mesh)
     reference = config.rl.reference_memory == "device"
-    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, reference)
+    kept = reference, config.rl.staleness
+    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, *kept)
 
 
 def compile_only(

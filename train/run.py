@@ -38,8 +38,9 @@ from train.report.log import RunLog
 from train.report.progress import SignsOfLife, introduction
 from train.report.steps import Clock, StepReport
 from train.rl.learner import Learner
-from train.rl.loop import RlRun, reinforce
+from train.rl.loop import MetricsSource, Resumable, RlRun, RolloutSource, reinforce
 from train.rl.scoring import Scorer
+from train.rl.staleness import RolloutsAhead, Stop
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
@@ -112,18 +113,22 @@ class Run:
         table, output = self.parts.policy.table, config.output
         self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
         keep = Retention(output.keep_checkpoints, output.keep_minutes, output.keep_best)
-        self.checkpoints = Checkpoints(workdir / "checkpoints", keep, table)
+        folder, staleness = workdir / "checkpoints", config.rl.staleness
+        self.checkpoints = Checkpoints(folder, keep, table, staleness)
         start = self.parts.params(mesh)
-        self.state, self.first_step, self.data_state = self._first_state(start)
+        restored, self.first_step, self.data_state = self._first_state(start)
+        # The weights of earlier steps belong to the rollouts: see `_ahead`.
+        self.state, self.older = dataclasses.replace(restored, older={}), restored.older
         self.reference = {name: start[name] for name in self.state.trainable}
         if config.rl.reference_memory == "host":
             self.reference = on_host(self.reference)
         self._prepare_workdir()
-        self.checkpoints.precompile(self.state)
+        older = {str(age): self.state.trainable for age in range(1, staleness + 1)}
+        self.checkpoints.precompile(dataclasses.replace(self.state, older=older))
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         updates = config.optimizer_steps // config.steps
         self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
-        kept = self.state, self.reference
+        kept = self.state, self.reference, older
         layout = setup.open_layout(config, self.parts.policy, mesh, kept)
         self.agents = dataclasses.replace(
             self.parts.agents, layout=layout, tell=self.log.console.print
@@ -208,9 +213,10 @@ class Run:
                 config.agent, config.data, parts.renderer, all_rows(self.rows), parts.hints
             )
             self.state = rehearse_run(engine, learner, sizes, self.state, console)
-        with self.saver.guard():
+        with contextlib.closing(run), self.saver.guard():
             self.state = reinforce(run, self.state, self.first_step)
-            self.saver.finish(config.steps, self.state, run.get_state())
+            last = run.saved(config.steps, self.state)
+            self.saver.finish(config.steps, last, run.get_state())
         prompts.close()
         self._finish()
 
@@ -229,11 +235,18 @@ class Run:
 
     def _rl_run(self, engine: Engine, learner: Learner, prompts: PromptStream) -> RlRun:
         """What the RL loop works with; with a teacher where the configuration asks for one."""
-        config = self.config
+        config, stop, beside = self.config, Stop(), {}
         self.compilations.metrics()  # what was compiled so far belongs to no step
+        clock = Clock() if config.rl.staleness else self.report.clock
+        agent = self.agents.agent(engine, before_step=stop.check)
         rollouts, resumable, metrics = setup.open_rollouts(
-            config, prompts, self.agents, self.agents.agent(engine), self.scorer, self.report
+            config, prompts, self.agents, agent, self.scorer, self.log.console, clock
         )
+        metrics.append(engine.metrics)
+        if config.rl.staleness:
+            ahead = self._ahead(rollouts, resumable, metrics, clock, stop)
+            rollouts, resumable, metrics = ahead, ahead.resumable, [ahead.metrics]
+            beside = {"older": ahead.older, "end": ahead.close}
         own, tools = config.teacher, config.agent.offers_tools
         taught = TaughtLearner(learner, own, self.agents.renderer, tools) if own.strength else None
         return RlRun(
@@ -241,14 +254,42 @@ class Run:
             rollouts=rollouts,
             learner=taught or learner,
             resumable={**resumable, "learner": learner},
-            metrics=[*metrics, self.compilations.metrics, engine.metrics, self.saver.metrics],
+            metrics=[*metrics, self.compilations.metrics, self.saver.metrics],
             saver=self.saver,
             report=self.report,
             rollout_log=setup.open_rollout_log(config, self.parts, self.workdir),
             of_tokens=lambda: learner.of_tokens,
             evaluate=self.mid_run,
             sight=setup.open_sight(config, learner.batches, self.parts.policy, self.mesh),
+            **beside,
         )
+
+    def _ahead(
+        self,
+        source: RolloutSource,
+        parts: dict[str, Resumable],
+        metrics: list[MetricsSource],
+        clock: Clock,
+        stop: Stop,
+    ) -> RolloutsAhead:
+        """Draws from a source while the learner learns, from where the last checkpoint left it."""
+        ahead = RolloutsAhead(
+            source,
+            parts,
+            metrics,
+            steps=self.config.steps,
+            staleness=self.config.rl.staleness,
+            trained=functools.partial(is_trainable, model=self.config.model),
+            mesh=self.mesh,
+            clock=clock,
+            stop=stop,
+        )
+        ahead.go_on(self.first_step, self.older)
+        self.older = {}
+        if self.mid_run is not None:
+            # Two engines at once would need the memory of both.
+            self.mid_run.before = ahead.idle
+        return ahead
 
     def supervise(self) -> None:
         """The `sft` stage, evaluated at its end."""

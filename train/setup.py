@@ -12,6 +12,7 @@ import jax
 import optax
 from jax.sharding import Mesh
 from jaxtyping import Array
+from rich.console import Console
 
 from models import ModelPolicy, open_policy
 from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
@@ -46,7 +47,7 @@ from train.methods.dynamic_sampling import DynamicSampling
 from train.methods.length_penalty import LengthPenalty
 from train.recipes.needle import COLD_START
 from train.report.rollouts import RolloutLog
-from train.report.steps import StepReport
+from train.report.steps import Clock
 from train.rl.anchor import Anchor, OwnAnchor
 from train.rl.batches import BatchShapes, RolloutBatches
 from train.rl.learner import Learner
@@ -396,12 +397,13 @@ def open_rollouts(
     agents: AgentMaker,
     agent: Agent,
     scorer: Scorer,
-    report: StepReport,
+    console: Console,
+    clock: Clock,
 ) -> tuple[RolloutSource, dict[str, Resumable], list[MetricsSource]]:
     """Where the rollouts of a run come from, with what other papers add to them where the
     configuration asks for it; and which parts of it checkpoints and metrics are about."""
     rl, own = config.rl, config.difficulty
-    sample: Sample = ScoredRollouts(agent, scorer, config.steps, report.log.console)
+    sample: Sample = ScoredRollouts(agent, scorer, config.steps, console, rl.staleness)
     resumable: dict[str, Resumable] = {"prompts": prompts}
     metrics: list[MetricsSource] = [lambda: prompts.metrics, lambda: agent.metrics]
     metrics += [lambda: scorer.metrics, agents.reader.take_metrics]
@@ -413,7 +415,7 @@ def open_rollouts(
     if rl.overlong_limit and rl.overlong_margin:
         limits = rl.overlong_limit, rl.overlong_margin
         sample = LengthPenalty(sample, rl.overlong_weight, *limits)
-    source: RolloutSource = Rollouts(prompts, sample, rl.group_size, config.seed, report.clock)
+    source: RolloutSource = Rollouts(prompts, sample, rl.group_size, config.seed, clock)
     if rl.filter_groups is not None:
         source = DynamicSampling(source, rl)
     return source, resumable, metrics

@@ -34,6 +34,9 @@ class TrainState:
     """Optimiser steps so far."""
     teacher: FlatParams = dataclasses.field(default_factory=dict)
     """A moving average of `trainable`, see `train.methods.teacher`; empty without a teacher."""
+    older: dict[str, FlatParams] = dataclasses.field(default_factory=dict)
+    """What trains as it was 1, 2, ... steps ago, by that number: only in checkpoints of runs whose
+    rollouts are drawn ahead, see `train.rl.staleness`."""
 
     @property
     def params(self) -> FlatParams:

@@ -48,6 +48,7 @@ def footprint(
     pools: Mapping[str, SlotPool] | None = None,
     rollouts: AnyMesh | None = None,
     reference: bool = True,
+    staleness: int = 0,
 ) -> dict[str, int]:
     """Bytes on each device of what lives as long as the run. Activations come on top:
     `--compile-only` tells those.
@@ -57,6 +58,7 @@ def footprint(
       pools: slots of rollouts, if the run has any.
       rollouts: their mesh; None for the learner's.
       reference: whether that of a run with rollouts stays on the devices.
+      staleness: copies of what trains for rollouts that are drawn ahead.
     """
     params = abstract_params(policy.table, mesh)
     trainable, _ = split(params, model)
@@ -66,6 +68,7 @@ def footprint(
         "moments": local_bytes(abstract_moments(optimizer, trainable, mesh)),
         "gradients": trained,
         "teacher": trained if teacher else 0,
+        "weights of earlier steps": staleness * trained,
     }
     if pools is not None:
         found["reference"] = trained if reference else 0
@@ -86,9 +89,11 @@ def checkpoint_bytes(
     optimizer: optax.GradientTransformation,
     model: ModelSettings,
     teacher: bool = False,
+    staleness: int = 0,
 ) -> int:
     """Bytes of one checkpoint, wherever its arrays are."""
-    found = footprint(policy, optimizer, model, planned_mesh("data:1"), teacher)
+    alone = planned_mesh("data:1")
+    found = footprint(policy, optimizer, model, alone, teacher, staleness=staleness)
     return sum(size for name, size in found.items() if name != "gradients")
 
 

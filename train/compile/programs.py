@@ -97,15 +97,17 @@ class _RlPrograms(_Programs):
         self.rows, self.rl, self.agent = rows, config.rl, config.agent
         self.pools = self.parts.pools(rows)
         # The reference is a copy of what trains.
-        reference = config.rl.reference_memory == "device"
-        kept = self.state, self.state.trainable if reference else {}
+        reference, staleness = config.rl.reference_memory == "device", config.rl.staleness
+        kept = (
+            self.state,
+            self.state.trainable if reference else {},
+            [self.state.trainable] * staleness,
+        )
         layout = setup.open_layout(config, self.policy, mesh, kept)
         self.engine = dataclasses.replace(self.parts.agents, layout=layout).engine(self.pools)
         self.rollout_mesh = self.engine.mesh or mesh
         own = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
-        self.held = footprint(
-            *own, rollouts=self.engine.mesh, reference=config.rl.reference_memory == "device"
-        )
+        self.held = footprint(*own, self.engine.mesh, reference, staleness)
         self.minibatch = LargestBatch(
             config.rl, config.agent, config.data, self.policy, config.model.compute_dtype
         )

@@ -50,7 +50,7 @@ class Learner:
         """The divergence of the last step that measured it; a checkpoint holds it."""
         self.whole = dataclasses.replace(step, micro_batches=step.micro_batches * rl.minibatches)
         """The step on all minibatches at once: what is computed before the first update."""
-        self._minibatch_step = jax.jit(step, donate_argnums=0)
+        self._minibatch_step = jax.jit(functools.partial(_update, step), donate_argnums=0)
         self._log_probs = jax.jit(self.whole.log_probs)
         self._subagent_log_probs = jax.jit(self.whole.of_subagents().log_probs)
         self._minibatch = jax.jit(
@@ -126,7 +126,9 @@ class Learner:
         for number in range(rl.updates):
             index = number % rl.minibatches
             share = batch if rl.minibatches == 1 else self._minibatch(batch, index)
-            state, metrics = self._minibatch_step(state, share, self.table)
+            trained = dataclasses.replace(state, frozen={})
+            trained, metrics = self._minibatch_step(trained, state.frozen, share, self.table)
+            state = dataclasses.replace(trained, frozen=state.frozen)
             first = metrics.pop("log_probs", None)
             learned.append(metrics)
         if self.whole.keeps_log_probs:
@@ -148,6 +150,19 @@ class Learner:
         values = self._subagent_log_probs(params, batch.subagents, self.table)
         crops = dataclasses.replace(batch.subagents, **{name: _placed(values, batch.subagents)})
         return dataclasses.replace(batch, subagents=crops)
+
+
+def _update(
+    step: RlStep,
+    state: TrainState,
+    frozen: FlatParams,
+    batch: LearnerBatch,
+    table: Array | None,
+) -> tuple[TrainState, StepMetrics]:
+    """A step of a state without its frozen weights: these are not donated, as rollouts that are
+    drawn meanwhile read them too."""
+    state, metrics = step(dataclasses.replace(state, frozen=frozen), batch, table)
+    return dataclasses.replace(state, frozen={}), metrics
 
 
 def _placed(values: Array, batch: LearnerBatch) -> Array:

@@ -39,7 +39,7 @@ def reinforce(run: RlRun, state: TrainState, first_step: int) -> TrainState:
     """Run the RL steps from `first_step` on. The order of operations matters; keep it."""
     clock = run.report.clock
     for step in range(first_step, run.steps):
-        run.saver.between_steps(step, state, run.get_state())
+        run.saver.between_steps(step, run.saved(step, state), run.get_state())
         clock.start()
         with clock.time("time/rollout"):
             batch = run.rollouts.draw(state.params, step)
@@ -86,6 +86,8 @@ class ScoredRollouts:
     steps: int
     """Of the whole run."""
     console: Console
+    staleness: int = 0
+    """By how many steps the weights may be behind, see `version_of`."""
 
     def __call__(
         self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
@@ -93,7 +95,8 @@ class ScoredRollouts:
         """See `Sample`."""
         title, total = f"rollouts of step {step + 1}", len(prompts) * copies
         with ProgressBar(self.console, title, total) as self.agent.on_episode_end:
-            groups = self.agent.run(params, prompts, copies, seed, policy_version=step)
+            version = version_of(step, self.staleness)
+            groups = self.agent.run(params, prompts, copies, seed, policy_version=version)
         return self.scorer(groups, progress=step / self.steps)
 
 
@@ -107,6 +110,11 @@ def report(run: RlRun, step: int, batch: RolloutBatch, learned: Mapping[str, flo
     for told in run.metrics:
         record |= told()
     run.report(step, {**record, **learned}, tokens_generated(batch.drawn))
+
+
+def version_of(step: int, staleness: int) -> int:
+    """The version of the weights, counted in steps, that draws the rollouts of a step."""
+    return max(0, step - staleness)
 
 
 def rollout_seed(seed: int, step: int, number: int = 0) -> int:
@@ -206,6 +214,18 @@ class RlRun:
     """Evaluates in the midst of the run, if it is to be."""
     sight: Sight | None = None
     """Measures whether the policy sees, if it is to be."""
+    older: Callable[[int], dict[str, FlatParams]] = lambda step: {}
+    """Weights of earlier steps that a checkpoint of this step needs, see `TrainState.older`."""
+    end: Callable[[], None] = lambda: None
+    """Ends what goes on beside the loop."""
+
+    def close(self) -> None:
+        """End what goes on beside the loop, also after a failure."""
+        self.end()
+
+    def saved(self, step: int, state: TrainState) -> TrainState:
+        """The state after so many steps, as a checkpoint holds it."""
+        return dataclasses.replace(state, older=self.older(step))
 
     def get_state(self) -> dict[str, Any]:
         """What a checkpoint holds besides the `TrainState`."""

@@ -37,6 +37,10 @@ class RlSettings(Settings):
     warm_up: Annotated[bool, Mark.SAME_RESULTS] = False
     """Compile what steps can need before the first one, not when it first occurs: a run that never
     stops for it, for a later start."""
+    staleness: Annotated[int, at_least(0)] = 0
+    """Steps by which the weights that draw a step's rollouts may be behind those that learn from
+    them: with 1 or more, rollouts of the next steps are drawn while this one learns
+    (docs/adr/0035); 0 draws and learns in turn."""
     filter_groups: Literal["total", "accuracy"] | None = None
     """Learn only from groups whose rollouts differ in this reward, `total` or `accuracy`, and draw
     others in their place (DAPO's dynamic sampling, arXiv 2503.14476); None learns from all."""

@@ -35,15 +35,19 @@ Restored = tuple[TrainState, int, Any]
 class Checkpoints:
     """The `checkpoints/` folder of a workdir, for the parameters of a table."""
 
-    def __init__(self, folder: Path, keep: Retention | int, table: Table):
+    def __init__(
+        self, folder: Path, keep: Retention | int, table: Table, staleness: int = 0
+    ) -> None:
         """
         Args:
           keep: what stays; a number: so many of the newest.
+          staleness: earlier steps whose weights a checkpoint holds too.
         """
         close_in_order()
         _hush_writers()
         self.folder, self._save_args = folder.absolute(), save_args(table)
         self._keep = Retention(keep) if isinstance(keep, int) else keep
+        self._staleness = staleness
         # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -98,6 +102,8 @@ class Checkpoints:
         }
         if state.teacher:
             items["teacher"] = ocp.args.StandardSave(state.teacher)
+        if state.older:
+            items["older"] = ocp.args.StandardSave(state.older)
         with self._writing(step):
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._saved[step] = known
@@ -181,6 +187,10 @@ class Checkpoints:
         }
         if like.teacher:
             items["teacher"] = ocp.args.StandardRestore(like.teacher)
+        ages = range(1, min(step, self._staleness) + 1)
+        if ages:
+            older = {str(age): like.trainable for age in ages}
+            items["older"] = ocp.args.StandardRestore(older)
         try:
             saved: Any = self._manager.restore(step, args=ocp.args.Composite(**items))
         except Exception as error:
@@ -191,6 +201,7 @@ class Checkpoints:
             optimizer=saved.optimizer,
             step=jax.device_put(np.int32(saved.meta["updates"]), like.step.sharding),
             teacher=saved.teacher if like.teacher else {},
+            older=saved.older if ages else {},
         )
         if CHECKSUMS in saved.meta:
             _verify(saved.meta, state)
@@ -219,7 +230,8 @@ class Checkpoints:
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     """All that a checkpoint keeps as arrays."""
-    return {"params": state.params, "optimizer": state.optimizer, "teacher": state.teacher}
+    found = {"params": state.params, "optimizer": state.optimizer, "teacher": state.teacher}
+    return found | ({"older": state.older} if state.older else {})
 
 
 def _verify(meta: dict[str, Any], state: TrainState) -> None:

@@ -1,0 +1,48 @@
+"""The real command with rollouts that are drawn ahead: killed in the midst and resumed, it is the
+uninterrupted run."""
+
+import json
+import signal
+
+import pytest
+
+from tests.support.command import logged, metrics, send, start, untimed
+
+pytestmark = pytest.mark.study
+SETTINGS = [
+    "evaluation.rows=0",
+    "output.export_hf=false",
+    "agent.turn_tokens=64",
+    "rl.staleness=2",
+    "optimizer.learning_rate=1e-4",
+]
+STEPS = ("--steps", "4")
+
+
+def told(workdir):
+    """Figures of all steps, and which version of the weights said what."""
+    files = sorted((workdir / "rollouts").glob("*.jsonl"))
+    lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+    said = [(own["policy_version"], own["tokens"], own["log_probs"]) for own in lines]
+    return [untimed(record) for record in metrics(workdir)], said
+
+
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    done = start(whole, cache, *STEPS, settings=SETTINGS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures, said = told(whole)
+    assert [record["rollout/staleness_max"] for record in figures] == [0, 1, 2, 2]
+    assert [version for version, *_ in said] == [0] * 12 + [1] * 4
+    # Drawn by the weights that learn, samples agree with the learner; by older ones they do not.
+    assert figures[0]["logprob/gap_max"] < 1e-4 < figures[1]["logprob/gap_max"]
+    assert all(record["time/overlap"] > 0 for record in metrics(whole)[1:3])
+
+    code, said_by_kill = send(
+        signal.SIGTERM, lambda: logged(cut) >= 2, cut, cache, *STEPS, settings=SETTINGS
+    )
+    assert code == 0 and "SIGTERM" in said_by_kill
+    assert 2 <= logged(cut) < 4
+    done = start(cut, cache, *STEPS, "--resume", "must", settings=SETTINGS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert told(cut) == (figures, said)
