@@ -287,7 +287,13 @@ def _renderer(
 
 
 def _overflow(tokens: int, most: int) -> str:
-    return f"context overflow: a prompt of {tokens} tokens, and there is room for {most}"
+    if most > 0:
+        return f"context overflow: a prompt of {tokens} tokens, and there is room for {most}"
+    return (
+        f"context overflow: what may follow a prompt takes {-most} tokens more than the model has "
+        "positions; in a copy of the protocol lower decoding.max_new_tokens, agent.rounds, "
+        "agent.calls_per_turn or the frames and pixels of crops"
+    )
 
 
 def _taken(ahead: Ahead) -> Iterator[SampleResult]:
