@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import os
 from collections.abc import Iterable, Iterator
+from typing import cast
 
 import av
 import numpy as np
@@ -17,6 +19,7 @@ from av.error import FFmpegError
 from av.packet import Packet
 from av.video.stream import VideoStream
 
+from paravt_jax.remote import is_file, is_remote, store_of
 from pipelines.arrays import Seconds
 from pipelines.faults import UNREADABLE
 
@@ -33,6 +36,8 @@ FORMATS = (
 
 # The last picture may be in any of the packets of the last seconds: they are in decoding order.
 TAIL = 3.0
+# Of a remote file, at once.
+READ_BYTES = 1 << 18
 
 
 class UnreadableVideo(ValueError):
@@ -47,7 +52,7 @@ def check_file(path: str) -> None:
     Raises:
         UnreadableVideo: it is none.
     """
-    if not os.path.isfile(path):
+    if not is_file(path):
         fault = "it is a folder" if os.path.isdir(path) else "no such file"
         raise UnreadableVideo(f"video {path}: {fault}; {REMEDY}")
 
@@ -60,15 +65,24 @@ def open_container(path: str) -> tuple[InputContainer, VideoStream]:
     """
     check_file(path)
     try:
-        # With its protocol, so that no path is taken for another one.
         options = {"format_whitelist": FORMATS}
-        container = av.open("file:" + os.path.abspath(path), container_options=options)
+        opened = av.open(_source(path), container_options=options)
+        container = cast(InputContainer, opened)
     except (FFmpegError, OSError, ValueError) as error:
         raise UnreadableVideo(f"video {path}: FFmpeg finds no video in it; {REMEDY}") from error
     if not container.streams.video or not container.streams.video[0].codec_context:
         container.close()
         raise UnreadableVideo(f"video {path}: FFmpeg finds no video in it; {REMEDY}")
     return container, container.streams.video[0]
+
+
+def _source(path: str) -> str | io.IOBase:
+    """What FFmpeg opens. A remote file is read where it is: lengths stand at its ends."""
+    if is_remote(path):
+        opened = store_of(path).open(path, "rb", cache_type="readahead", block_size=READ_BYTES)
+        return cast(io.IOBase, opened)
+    # With its protocol, so that no path is taken for another one.
+    return "file:" + os.path.abspath(path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,17 +6,28 @@ import dataclasses
 import itertools
 import math
 import os
+import posixpath
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
 from paravt_jax.records import Conversation, QuestionType, Row
+from paravt_jax.remote import is_remote
 from pipelines import paravt
 from pipelines.answers import normalised_answer
 from pipelines.faults import FIELD, REPEATED, VIDEOS, Unusable, one_line
-from pipelines.media import Bucket, Media
+from pipelines.media import Bucket, Media, RemoteMedia
 from pipelines.needle.questions import NeedleQuestion, ask
 from pipelines.needle.world import NeedleWorld, videos
-from pipelines.tables import Record, columns, data_files, json_value, plain_text, records
+from pipelines.tables import (
+    Record,
+    columns,
+    data_files,
+    is_table,
+    json_value,
+    local_tables,
+    plain_text,
+    records,
+)
 
 T = TypeVar("T")
 
@@ -273,8 +284,11 @@ def _check_header(file: str) -> None:
 def _read(
     path: str, files: Sequence[str], root: str | None, make: Make[T], paths: Paths
 ) -> Found[T]:
-    folder = path if os.path.isdir(path) else os.path.dirname(files[0])
-    media = _media(folder, root, own=not files[0].endswith(".parquet"))
+    here = local_tables(path)
+    folder = here if os.path.isdir(here) else os.path.dirname(files[0])
+    # Videos stay where they are.
+    beside = (posixpath.dirname(path) if is_table(path) else path) if is_remote(path) else folder
+    media = _media(beside, root, own=not files[0].endswith(".parquet"))
     rows: list[T] = []
     rejected: list[Rejected] = []
     everything = itertools.chain.from_iterable(records(file, folder) for file in files)
@@ -295,6 +309,8 @@ def _media(folder: str, root: str | None, own: bool) -> Media:
         own: the user wrote the data set, which may then name any file absolutely, or through a
             link beside it.
     """
+    if is_remote(root or folder):
+        return RemoteMedia(root or folder)
     if root is not None and not os.path.isdir(root):
         raise ValueError(f"video root {root}: no such folder; check the path")
     return Media(root or folder, own=own and root is None)

@@ -13,7 +13,9 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from paravt_jax.fetched import local_file
 from paravt_jax.records import VideoRef
+from paravt_jax.remote import absolute
 from pipelines.arrays import Picture, Seconds
 from pipelines.container import (
     REMEDY,
@@ -109,8 +111,12 @@ def video_ref(path: str) -> VideoRef:
     Raises:
         UnreadableVideo: see `probe`.
     """
-    duration = read_packets(path, last=True).end or probe(path).duration
-    return VideoRef(path=os.path.abspath(path), duration=duration)
+    path = absolute(path)
+    duration = read_packets(path, last=True).end
+    if not duration:
+        with local_file(path) as own:
+            duration = probe(own).duration
+    return VideoRef(path, duration)
 
 
 def shown_times(decoder: Decoder) -> Seconds:

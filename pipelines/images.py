@@ -7,6 +7,7 @@ import io
 import numpy as np
 from PIL import Image, ImageOps
 
+from paravt_jax.fetched import local_file
 from paravt_jax.records import ImageRef
 from pipelines.arrays import Picture
 
@@ -17,7 +18,8 @@ def read_image(image: ImageRef) -> Picture:
     Raises:
         ValueError: the file cannot be read, or has more pixels than Pillow believes (179 million).
     """
-    return decode_image(image.path, f"image {image.path}")
+    with local_file(image.path) as path:
+        return decode_image(path, f"image {image.path}")
 
 
 def decode_image(source: str | io.BytesIO, name: str) -> Picture:

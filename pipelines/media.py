@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from paravt_jax.records import ImageRef, VideoRef
+from paravt_jax.remote import absolute, is_file, is_remote
 from pipelines.decode import video_ref
 from pipelines.faults import MISSING
 
@@ -65,8 +66,7 @@ class Media:
         Raises:
             MissingFile: there is no such file, or it lies outside of the root.
         """
-        plain = _plain(written)
-        named = os.path.normpath(os.path.join(self.root, plain))
+        plain, named = _plain(written), self._named(written)
         path = os.path.realpath(named)
         if not (_below(self.root, path) or (self._own and self._is_own(plain, named, path))):
             raise MissingFile(
@@ -76,6 +76,10 @@ class Media:
         if not os.path.isfile(path):
             raise MissingFile(f"{written}: no such file below {self.root}")
         return path
+
+    def _named(self, written: str) -> str:
+        """The path itself, links left as they are."""
+        return os.path.normpath(os.path.join(self.root, _plain(written)))
 
     def _is_own(self, plain: str, named: str, path: str) -> bool:
         """Whether the user pointed to a file outside of the root: absolutely, or by a link."""
@@ -123,10 +127,44 @@ class Media:
         return video_ref(self.find(written))
 
     def _bucket(self, written: str) -> str:
-        path = os.path.normpath(os.path.join(self.root, _plain(written)))
+        path = self._named(written)
         if not _below(self.root, path):
             return OUTSIDE
         first, _, rest = os.path.relpath(path, self.root).partition(os.sep)
+        return first if rest else "."
+
+
+class RemoteMedia(Media):
+    """Files below a URL. There are no links; a path is relative to it, or a URL below it."""
+
+    def __init__(self, root: str):
+        super().__init__(root)
+        self.root = absolute(root)
+
+    def find(self, written: str) -> str:
+        """See `Media`: the URL of a file that is there.
+
+        Raises:
+            MissingFile: there is none, or it lies outside of the root.
+            OSError: the store does not answer.
+        """
+        url = self._named(written)
+        if not url.startswith(f"{self.root}/"):
+            raise MissingFile(f"{written}: leads out of {self.root}; set the video root")
+        if not is_file(url):
+            raise MissingFile(f"{written}: no such file below {self.root}")
+        return url
+
+    def _named(self, written: str) -> str:
+        plain = _plain(written)
+        outside = plain.startswith("/") or is_remote(plain)
+        return absolute(plain if outside else f"{self.root}/{plain}")
+
+    def _bucket(self, written: str) -> str:
+        url = self._named(written)
+        if not url.startswith(f"{self.root}/"):
+            return OUTSIDE
+        first, _, rest = url.removeprefix(f"{self.root}/").partition("/")
         return first if rest else "."
 
 

@@ -6,7 +6,9 @@ import functools
 import os
 import re
 
+from paravt_jax.fetched import local_file
 from paravt_jax.records import VideoRef
+from paravt_jax.remote import is_file, is_remote
 from pipelines.faults import SUBTITLES
 
 HEAD = "Subtitles:\n"
@@ -33,7 +35,7 @@ class UnreadableSubtitles(ValueError):
 
 def has_subtitles(video: VideoRef) -> bool:
     """Whether there is such a file."""
-    return os.path.isfile(subtitle_path(video))
+    return is_file(subtitle_path(video))
 
 
 def subtitle_text(video: VideoRef) -> str:
@@ -51,6 +53,8 @@ def subtitle_text(video: VideoRef) -> str:
 def _own_path(video: VideoRef) -> str:
     """Where the text itself is. Videos keep to the root of their data set; a link beside one must
     not lead to other files of this machine, whose text the model would read."""
+    if is_remote(video.path):  # stores have no links
+        return subtitle_path(video)
     written, folder = subtitle_path(video), os.path.realpath(os.path.dirname(video.path))
     path = os.path.realpath(written)
     if os.path.commonpath([folder, path]) != folder:
@@ -76,7 +80,7 @@ def read_srt(path: str) -> list[tuple[float, float, str]]:
         UnreadableSubtitles: the file is no SubRip file in UTF-8.
     """
     try:
-        with open(path, encoding="utf-8-sig") as file:
+        with local_file(path) as own, open(own, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableSubtitles(

@@ -18,7 +18,9 @@ from typing import Any, NamedTuple
 import pyarrow
 import pyarrow.parquet
 
+from paravt_jax.fetched import local_folder
 from paravt_jax.protocol import nests_beyond
+from paravt_jax.remote import is_remote
 from pipelines.faults import FIELD, MALFORMED, Unusable
 
 OWN_FILES = ("questions.csv", "questions.jsonl")
@@ -49,14 +51,28 @@ class Record(NamedTuple):
     """Why the row cannot be read; there are no fields then."""
 
 
+def local_tables(path: str) -> str:
+    """Where the tables of a data set can be opened: where they are, or copies of remote ones."""
+    if not is_remote(path):
+        return path
+    folder = local_folder(path, is_table)
+    return os.path.join(folder, os.path.basename(path)) if is_table(path) else folder
+
+
+def is_table(name: str) -> bool:
+    """Whether it is a file of records, by its name."""
+    return name.endswith((".csv", ".jsonl", ".parquet"))
+
+
 def data_files(path: str) -> list[str]:
     """The files of a data set: a file, the questions of a folder, or all parquet files below it.
 
     Raises:
         ValueError: there are none, or of a kind that cannot be read.
     """
+    path = local_tables(path)
     if os.path.isfile(path):
-        if not path.endswith((".csv", ".jsonl", ".parquet")):
+        if not is_table(path):
             raise ValueError(f"{path}: give a .csv, .jsonl or .parquet file")
         return [os.path.abspath(path)]
     own = [os.path.join(path, name) for name in OWN_FILES]

@@ -8,14 +8,15 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from concurrent.futures import Future
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 
 from paravt_jax.deadlines import OutOfTime, within_seconds
+from paravt_jax.fetched import local_file
 from paravt_jax.records import Frames, VideoRef
 from pipelines.arrays import Indices, Seconds
-from pipelines.container import UnreadableVideo
+from pipelines.container import REMEDY, UnreadableVideo
 from pipelines.decode import Decoded, Size, VideoInfo, complete, decode_present, probe
 from pipelines.decoders import ROUNDING
 from pipelines.preprocess import FrameSpec
@@ -186,7 +187,7 @@ class VideoReader:
         indices = shown_at(info, np.asarray(times))
         wanted = sorted(set(indices.tolist()))
         with self._busy():
-            present = self._timeout(path, lambda: decode_present(path, info, wanted))
+            present = self._timeout(path, lambda: _of_file(decode_present, path, info, wanted))
         frames = complete(path, {index: present.get(index) for index in wanted})
         return Frames(np.stack([frames[index] for index in indices]), info.times[indices])
 
@@ -196,7 +197,7 @@ class VideoReader:
             info = self._infos.get(video.path)
         if info is None:
             with self._busy():
-                info = self._timeout(video.path, lambda: probe(video.path))
+                info = self._timeout(video.path, lambda: _of_file(probe, video.path))
             with self._lock:
                 self._infos.put(video.path, info, info.times.nbytes)
         return info
@@ -265,7 +266,10 @@ class VideoReader:
         """Decode what was claimed, for the cache and for everybody who waits for it."""
         try:
             with self._busy():
-                present = self._timeout(key[0], lambda: decode_present(key[0], info, mine, key[1]))
+                path, size = key
+                present = self._timeout(
+                    path, lambda: _of_file(decode_present, path, info, mine, size)
+                )
         except BaseException as error:
             with self._lock:
                 self._forget(key, mine)
@@ -300,6 +304,20 @@ class VideoReader:
         frames = (self._frames.get(key) or {}) | decoded
         size = sum(frame.nbytes for frame in frames.values() if frame is not None)
         self._frames.put(key, frames, size)
+
+
+def _of_file(read: Callable[..., T], path: str, *arguments: Any) -> T:
+    """What `read` finds in a file, or in the copy of a remote one.
+
+    Raises:
+        UnreadableVideo: it is not there.
+        OSError: it cannot be fetched.
+    """
+    try:
+        with local_file(path) as own:
+            return read(own, *arguments)
+    except FileNotFoundError as error:
+        raise UnreadableVideo(f"video {error}; {REMEDY}") from error
 
 
 class LruCache(Generic[T]):

@@ -18,6 +18,7 @@ from paravt_jax.params import format_table
 from paravt_jax.parts import part_of
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
+from paravt_jax.remote import check_url, is_remote
 from paravt_jax.settings import placed
 from pipelines.datasets import Found
 from pipelines.media_check import check_media
@@ -77,7 +78,9 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
             open_feedback(config.teacher.judge)
     mixed = [("data.mixture", path) for path in config.data.mixture]
     for name, path in [("--data", config.data.path), *mixed]:
-        if path is not None and not Path(path).exists():
+        if is_remote(path):
+            check_url(str(path), name)
+        elif path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
         mesh = planned_mesh(config.mesh) if planned else setup.open_mesh(config)

@@ -18,6 +18,7 @@ from models import ModelPolicy, open_policy
 from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
 from models.common.folder import copy_model_files
 from models.common.weights import load_params
+from paravt_jax.fetched import keep_fetched, local_folder
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
@@ -117,10 +118,14 @@ class Parts:
 
     config: Config
 
+    def __post_init__(self) -> None:
+        data = self.config.data
+        keep_fetched(Path(data.cache_dir) / "fetched", data.fetched_gb)
+
     @functools.cached_property
     def base(self) -> Path:
         """The model folder that tokenizer and processor come from."""
-        return Path(self.config.model.folder or COLD_START)
+        return Path(local_folder(str(self.config.model.folder or COLD_START)))
 
     @functools.cached_property
     def policy(self) -> ModelPolicy:
@@ -143,7 +148,7 @@ class Parts:
         key, own, table = jax.random.key(self.config.seed), self.config.model, self.policy.table
         if own.folder is None:
             return initialise(table, key, mesh)
-        params = load_params(own.folder, self.policy.without_lora.table, mesh)
+        params = load_params(self.base, self.policy.without_lora.table, mesh)
         if own.adapter is None:
             return params | initialise(adapter_table(table), key, mesh)
         return params | load_adapter(own.adapter, table, own.lora, mesh)

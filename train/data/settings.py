@@ -10,6 +10,7 @@ from paravt_jax.marks import Mark
 from paravt_jax.plugins import Own
 from paravt_jax.ranges import above, at_least, within
 from paravt_jax.records import QuestionType, Row
+from paravt_jax.remote import is_remote
 from paravt_jax.settings import Refused, Settings, any_of
 
 
@@ -78,8 +79,16 @@ class DataSettings(Settings):
     decode_seconds: Annotated[float, above(0), Mark.SAME_RESULTS] = 300.0
     """Longest time that the frames of one overview or crop may take to decode. A video that takes
     longer counts as unreadable (`max_bad_rows`)."""
+    fetched_gb: Annotated[float, above(0), Mark.SAME_RESULTS] = 50.0
+    """GiB of videos and images of `gs://` and `s3://` that are kept on this host's disk, those that
+    were used longest ago go first. Tables are kept beside them."""
     cache_dir: Annotated[str, Mark.PATH, Mark.SAME_RESULTS] = "data"
     """Where prepared data (videos of the needle world, ArrayRecord files) are kept."""
+
+    @property
+    def remote(self) -> bool:
+        """Whether files of an object store are read."""
+        return any(map(is_remote, (self.path, self.video_root, *self.mixture)))
 
     def check_together(self) -> None:
         """Refuse sizes and numbers that do not fit one another."""

@@ -106,6 +106,7 @@ TABLE = (
     # a refusal says.
     Only("data.reader", "data.path", off=None, said="without --data; leave it out"),
     Only("data.video_marks", "data.frames_as", ("video",), off=None),
+    Only("data.fetched_gb", "data.remote", said="without data on gs:// or s3://; leave it out"),
     Only("data.weights", "data.mixture", off=()),
     Only("data.mixture data.workers", "stage", ("rl",), IF_GIVEN,
          "with {stage}, which reads one data set by threads; leave it out"),

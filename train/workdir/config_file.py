@@ -7,13 +7,13 @@ functions of the user's own come from.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 from paravt_jax.marks import Mark
 from paravt_jax.plugins import Own, is_reference, source_of
+from paravt_jax.remote import absolute, real
 from paravt_jax.settings import marked
 from train.settings.override import based_on, leaves, to_dict, typed
 
@@ -112,7 +112,7 @@ def meant(kind: type, key: str, value: Any) -> Any:
     here."""
     if not value or not marked(kind, key, Mark.PATH):
         return value
-    return [os.path.realpath(p) for p in ([value] if isinstance(value, str) else value)]
+    return [real(p) for p in ([value] if isinstance(value, str) else value)]
 
 
 def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference]:
@@ -145,8 +145,8 @@ def with_whole_paths(settings: Settings) -> Settings:
 def _whole(value: Any) -> Any:
     """A path, or several, from the root."""
     if isinstance(value, str):
-        return os.path.abspath(value)
-    return tuple(map(os.path.abspath, value))
+        return absolute(value)
+    return tuple(map(absolute, value))
 
 
 def flatten(section: dict[str, Any], prefix: str = "") -> dict[str, Any]:
