@@ -20,6 +20,7 @@ from jax.lax import stop_gradient
 from jaxtyping import Array, Float, Shaped
 
 from paravt_jax.anchors import AnchorFunction
+from paravt_jax.corrections import Corrected, CorrectionConfig, CorrectionMetrics, correct
 from paravt_jax.plugins import Own, load
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.ranges import at_least, within
@@ -54,7 +55,9 @@ class ObjectiveConfig(Settings):
     dual_clip: Annotated[float | int | None, at_least(1)] = None
     """Bound the loss of a negative advantage A at dual_clip * |A| (arXiv 1912.09729)."""
     behaviour_cap: Annotated[float | int | None, at_least(1e-6)] = 5.0
-    """Drop tokens whose weight exp(proximal - behaviour) is above this; None keeps all."""
+    """Upper bound of the weights that make up for the sampler, exp(proximal - behaviour): by
+    default tokens above it are dropped. None: there is none."""
+    correction: CorrectionConfig = CorrectionConfig()
     ratio: Level = "token"
     """One ratio per "token", or one per row: the geometric mean of its tokens' ("sequence", GSPO),
     or their product ("trajectory", RLOO). See `surrogates.log_ratios`."""
@@ -90,7 +93,8 @@ class ObjectiveConfig(Settings):
     """Tokens that stand for the length of every row (Dr. GRPO: the most that one may have)."""
 
     def check_together(self) -> None:
-        """Refuse a level without rows, and a mean without their length."""
+        """Refuse a level without rows, a mean without their length, and bounds that contradict
+        one another."""
         if self.surrogate == "regression" and self.ratio == "token":
             raise Refused(
                 self,
@@ -99,6 +103,12 @@ class ObjectiveConfig(Settings):
             )
         if self.aggregation == "constant" and self.constant_length is None:
             raise Refused(self, "{aggregation} divides by a length; set {constant_length:name}")
+        self.correction.check_cap(self.behaviour_cap, self)
+
+    def computes_proximal(self, updates: int) -> bool:
+        """Whether a batch that gets so many optimiser steps takes a forward pass for the
+        log-probabilities that ratios are measured from."""
+        return updates > 1 and not self.correction.bypass
 
     @property
     def own_surrogate(self) -> bool:
@@ -124,16 +134,15 @@ class ObjectiveMetrics:
     """Tokens where the clip stops the gradient."""
     dual_clipped: Float[Array, ""]
     """Tokens at the bound of the dual clip."""
-    dropped: Float[Array, ""]
-    """Tokens dropped by the behaviour cap."""
     kl: Float[Array, ""]
     """Sum of the estimated divergence from the reference; 0 without a reference."""
     entropy: Float[Array, ""]
     """Sum of the policy's entropy where each token was chosen; 0 where it is not given."""
     gap: Float[Array, ""]
-    """Sum of |proximal - behaviour|: how far sampler and learner disagree."""
+    """Sum of |learner - behaviour|: how far sampler and learner disagree."""
     gap_max: Float[Array, ""]
-    """Largest |proximal - behaviour|."""
+    """Largest |learner - behaviour|."""
+    correction: CorrectionMetrics
 
     def merge(self, other: ObjectiveMetrics) -> ObjectiveMetrics:
         """Both together."""
@@ -147,11 +156,11 @@ class ObjectiveMetrics:
             "ratio": self.ratio / count,
             "clip_fraction": self.clipped / count,
             "dual_clip_fraction": self.dual_clipped / count,
-            "dropped_fraction": self.dropped / count,
             "kl": self.kl / count,
             "entropy": self.entropy / count,
             "logprob/gap_mean": self.gap / count,
             "logprob/gap_max": self.gap_max,
+            **self.correction.means(self.tokens),
         }
 
 
@@ -166,6 +175,7 @@ def policy_loss(
     structure: Shaped[ArrayLike, "b t"] | None = None,
     entropy: Float[ArrayLike, "b t"] | None = None,
     group_size: int | None = None,
+    added: Float[ArrayLike, "b t"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], ObjectiveMetrics]:
     """Decoupled PPO loss (arXiv 2110.00641; AReaL, arXiv 2505.24298), as a sum and its count.
 
@@ -174,20 +184,22 @@ def policy_loss(
               + kl_weight * KL_t(pi, reference) - anchor_weight * s_t * log pi
         loss = sum_t m_t l_t / sum_t m_t                      (aggregation="token")
 
-    Equations 10-12 of the ParaVT release. Dropped tokens stay in the count. Other settings put
-    another surrogate for the maximum (`paravt_jax.surrogates`) or another mean (`aggregate`).
+    Equations 10-12 of the ParaVT release. Other settings put another surrogate for the maximum
+    (`paravt_jax.surrogates`), other weights for w_t, and 0 for m_t of what is rejected
+    (`paravt_jax.corrections`), or another mean (`aggregate`).
 
     Args:
-        log_probs: of the policy that is trained; the only argument with a gradient.
-        proximal, behaviour: of the policy at the beginning of the step, and of the sampler.
+        log_probs: of the policy that is trained; but for `added` the only argument with a gradient.
+        proximal, behaviour: of the policy at the beginning of the step, and of the sampler, from
+            which q_t is measured in bypass.
         advantages: per token; averaged over a row's tokens unless `config.ratio == "token"`.
         mask: weight of each token, 0 where not trained; what stands there, NaN too, is not seen.
         config: which objective.
         reference: of the frozen policy; needed if `config.kl_weight` is not 0.
         structure: nonzero on structural tokens; needed for anchor="logprob".
         entropy: of the policy where each token was chosen, for the metrics alone.
-        group_size: neighbouring rows that answer one prompt; needed for surrogate="regression",
-            and must then divide the rows.
+        group_size: neighbouring rows that answer one prompt, whole; for surrogate="regression".
+        added: loss of each token besides, in the same mean.
 
     Returns:
         `(loss_sum, count, metrics)`: divide the sum of sums by the sum of counts, see `aggregate`.
@@ -200,49 +212,58 @@ def policy_loss(
     _require(config, arrays, reference, structure, group_size)
     weight = jnp.asarray(mask, jnp.float32)
     trained = weight > 0
-    log_probs = _within(trained, log_probs)
-    fixed = functools.partial(_fixed, trained)
-    proximal, behaviour, advantages = map(fixed, (proximal, behaviour, advantages))
+    log_probs, fixed = _within(trained, log_probs), functools.partial(_fixed, trained)
+    learner, behaviour, advantages = map(fixed, (proximal, behaviour, advantages))
     reference = None if reference is None else fixed(reference)
-    if config.ratio != "token":
-        advantages = row_mean(advantages, weight)
-    policies = log_probs, proximal, behaviour
-    loss, watched = _token_losses(*policies, advantages, weight, config, reference, group_size)
-    if config.anchor == "logprob" and structure is not None:
-        structural = jnp.asarray(structure, jnp.float32) > 0
-        loss -= config.anchor_weight * structural.astype(jnp.float32) * log_probs
-    entropy = jnp.zeros_like(loss) if entropy is None else jnp.asarray(entropy)
-    metrics = _metrics(trained, entropy=entropy, **watched)
+    corrected = correct(learner, behaviour, weight, config.correction, config.behaviour_cap)
+    weight = jnp.where(corrected.accepted, weight, 0.0)
+    policies = log_probs, behaviour if config.correction.bypass else learner, reference
+    factors = corrected.factors, advantages, weight
+    loss, watched = _token_losses(*policies, *factors, config, group_size)
+    loss += _besides(log_probs, structure, added, config)
+    gap = jnp.abs(learner - behaviour)
+    metrics = _metrics(trained, corrected, gap, entropy=entropy, **watched)
     return *aggregate(loss, weight, config.aggregation, config.constant_length), metrics
 
 
 def _token_losses(
     log_probs: Float[Array, "b t"],
     proximal: Float[Array, "b t"],
-    behaviour: Float[Array, "b t"],
+    reference: Float[Array, "b t"] | None,
+    factors: Float[Array, "b t"],
     advantages: Float[Array, "b t"],
     weight: Float[Array, "b t"],
     config: ObjectiveConfig,
-    reference: Float[Array, "b t"] | None,
     group_size: int | None,
 ) -> tuple[Float[Array, "b t"], dict[str, Shaped[Array, "b t"]]]:
     """Surrogate and divergence of each token, and what to watch of them."""
+    if config.ratio != "token":
+        advantages = row_mean(advantages, weight)
     log_ratio = log_ratios(log_probs, proximal, weight, config.ratio)
     surrogate, clip, dual_clip = _surrogate(log_ratio, advantages, weight, config, group_size)
-    importance, kept = behaviour_weights(proximal, behaviour, config.behaviour_cap)
-    loss = surrogate * importance
+    # With one step per batch the ratio is 1, and this weight still acts: it measures how far the
+    # sampler's numerics, or its older weights, are from the learner's.
+    loss = surrogate * factors
     kl = jnp.zeros_like(loss)
     if reference is not None:
         kl = divergence(log_probs, reference, config.kl_estimator)
         loss += config.kl_weight * kl
-    return loss, {
-        "ratio": safe_exp(log_ratio),
-        "clipped": clip,
-        "dual_clipped": dual_clip,
-        "dropped": ~kept,
-        "kl": kl,
-        "gap": jnp.abs(proximal - behaviour),
-    }
+    ratio = safe_exp(log_ratio)
+    return loss, {"ratio": ratio, "clipped": clip, "dual_clipped": dual_clip, "kl": kl}
+
+
+def _besides(
+    log_probs: Float[Array, "b t"],
+    structure: Shaped[ArrayLike, "b t"] | None,
+    added: Float[ArrayLike, "b t"] | None,
+    config: ObjectiveConfig,
+) -> Float[Array, "b t"] | float:
+    """What a token loses besides its surrogate and divergence."""
+    loss = 0.0 if added is None else jnp.asarray(added)
+    if config.anchor == "logprob" and structure is not None:
+        structural = jnp.asarray(structure, jnp.float32) > 0
+        loss -= config.anchor_weight * structural.astype(jnp.float32) * log_probs
+    return loss
 
 
 def aggregate(
@@ -269,20 +290,6 @@ def aggregate(
         return values.sum() / (constant_length or 1), rows
     means = values.sum(axis=1) / jnp.where(row_weight > 0, row_weight, 1.0)
     return means.sum(), rows
-
-
-def behaviour_weights(
-    proximal: Float[Array, "b t"], behaviour: Float[Array, "b t"], cap: float | int | None
-) -> tuple[Float[Array, "b t"], Shaped[Array, "b t"]]:
-    """w = exp(proximal - behaviour), 0 where above the cap, and where it was kept.
-
-    Equation 10 of the ParaVT release: dropped, not truncated, and without a lower bound.
-    """
-    # With one step per batch the ratio is 1, and this weight still acts: it measures how far the
-    # sampler's numerics, or its older weights, are from the learner's.
-    weights = safe_exp(proximal - behaviour)
-    kept = jnp.ones(weights.shape, bool) if cap is None else weights <= cap
-    return jnp.where(kept, weights, 0.0), kept
 
 
 def divergence(
@@ -370,16 +377,21 @@ def _own_loss(
 
 
 def _metrics(
-    trained: Shaped[Array, "b t"], *, gap: Float[Array, "b t"], **values: Shaped[Array, "b t"]
+    trained: Shaped[Array, "b t"],
+    corrected: Corrected,
+    gap: Float[Array, "b t"],
+    **values: Shaped[ArrayLike, "b t"] | None,
 ) -> ObjectiveMetrics:
-    """Sums over trained tokens of what `ObjectiveMetrics` names."""
+    """Sums over trained tokens of what `ObjectiveMetrics` names; 0 of what is not given."""
 
-    def within(x: Shaped[Array, "b t"]) -> Float[Array, "b t"]:
+    def within(x: Shaped[ArrayLike, "b t"] | None) -> Float[Array, "b t"]:
+        x = jnp.zeros(trained.shape) if x is None else jnp.asarray(x)
         return jnp.where(trained, stop_gradient(x).astype(jnp.float32), 0.0)
 
     return ObjectiveMetrics(
         tokens=trained.sum().astype(jnp.float32),
         gap=within(gap).sum(),
         gap_max=within(gap).max(initial=0.0),
+        correction=CorrectionMetrics.of(corrected, trained),
         **{name: within(x).sum() for name, x in values.items()},
     )

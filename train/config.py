@@ -91,6 +91,11 @@ class Config(Settings):
         """Whether the divergence from the reference policy has a weight."""
         return bool(self.objective.kl_weight or self.advantages.kl_weight)
 
+    @property
+    def ratio_moves(self) -> bool:
+        """Whether the ratio that a surrogate is given can differ from 1."""
+        return self.rl.updates > 1 or self.objective.correction.bypass
+
     def check_together(self) -> None:
         """Refuse settings that do not fit one another, and those without effect."""
         check_effects(self)

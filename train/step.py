@@ -20,7 +20,7 @@ from jaxtyping import Array, Bool, Float, Int
 from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.log_probs import UNSHAPED, gathered_log_probs, preceding
 from paravt_jax.mesh import constrain
-from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, aggregate, policy_loss
+from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, policy_loss
 from paravt_jax.pytrees import ArrayLike
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from paravt_jax.routing import load_balance
@@ -382,6 +382,8 @@ class RlStep:
         log_probs, entropy, balance = self._of_tokens(params, batch, table)
         weights = batch.trained
         proximal = batch.proximal_log_probs
+        # Every learned token carries the balance of its row.
+        evenness = jnp.broadcast_to(self.router_balance * balance[:, None], weights.shape)
         total, count, watched = policy_loss(
             log_probs,
             # Learned from once, the policy at the beginning of the batch is the current one.
@@ -394,13 +396,8 @@ class RlStep:
             batch.structural,
             entropy,
             self.group_size,
+            evenness if self.router_balance else None,
         )
-        if self.router_balance:
-            # Every learned token carries the balance of its row, so sums and counts stay those
-            # of the objective.
-            per_token = jnp.broadcast_to(balance[:, None], weights.shape)
-            mean = self.objective.aggregation, self.objective.constant_length
-            total += self.router_balance * aggregate(per_token, weights, *mean)[0]
         trained = weights.any(axis=1).astype(jnp.float32)
         sums = watched, jnp.sum(balance * trained), jnp.sum(trained)
         return total, (count, sums, log_probs if self.keeps_log_probs else ())

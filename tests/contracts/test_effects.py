@@ -22,6 +22,8 @@ OFF = (
     based_on(ALL["needle_visd"], {"teacher.full_weight": 1.0}),
     based_on(ALL["needle_rl"], {"output.compile_cache": None}),
     based_on(ALL["needle_rl"], {"output.rollouts": False}),
+    based_on(ALL["needle_rl"], {"objective.correction.weights": "none"}),
+    based_on(ALL["needle_rl"], {"objective.correction.proximal": "sampler"}),
 )
 """Configurations that switch off what every recipe has."""
 BUCKET = based_on(ALL["needle_rl"], {"data.path": "gs://bucket/set"})

@@ -251,7 +251,10 @@ def test_loss_gradient_and_statistics(name):
     if f"{name}/out/stat_clip_mask" in ARRAYS:
         trained = others[-1].sum()
         assert float(metrics.clipped) == array(name, "out", "stat_clip_mask").sum()
-        assert float(metrics.dropped) == trained - array(name, "out", "stat_behave_mask").sum()
+        assert (
+            float(metrics.correction.dropped)
+            == trained - array(name, "out", "stat_behave_mask").sum()
+        )
         np.testing.assert_allclose(
             metrics.ratio, array(name, "out", "stat_importance_weight").sum(), rtol=1e-6
         )

@@ -32,7 +32,7 @@ def recipe(frames_as: str):
 def largest(config):
     """The largest minibatch of a configuration, as shapes."""
     own = config.rl, config.agent, config.data, setup.Parts(config).policy
-    return LargestBatch(*own, config.model.compute_dtype).abstract(MESH)
+    return LargestBatch(*own, config.model.compute_dtype, config.objective).abstract(MESH)
 
 
 @pytest.mark.parametrize(("frames_as", "seen"), [("image", 7), ("video", 4)])
@@ -54,6 +54,8 @@ def test_a_minibatch_is_what_is_compiled():
     batch = largest(config)
     assert batch.features.tokens.shape[0] == 4 and batch.loss_weights.shape[0] == 4 * 8
     assert batch.proximal_log_probs.shape == batch.loss_weights.shape
+    bypass = override(config, ["objective.correction.proximal=sampler"])
+    assert largest(bypass).proximal_log_probs is None
     assert setup.open_rl_step(config, setup.Parts(config).policy, optax.sgd(0.1)).micro_batches == 2
 
 

@@ -9,13 +9,8 @@ import numpy as np
 import pytest
 
 from examples.cispo import cispo
-from paravt_jax.objectives import (
-    ObjectiveConfig,
-    aggregate,
-    behaviour_weights,
-    divergence,
-    policy_loss,
-)
+from paravt_jax.corrections import CorrectionConfig
+from paravt_jax.objectives import ObjectiveConfig, aggregate, divergence, policy_loss
 
 ROWS, TOKENS, GROUP = 6, 10, 2
 REGRESSION = {"surrogate": "regression", "ratio": "trajectory", "aggregation": "sequence"}
@@ -296,6 +291,15 @@ ALL = [
     ObjectiveConfig(**REGRESSION, kl_weight=0.1, kl_estimator="k2"),
     ObjectiveConfig(**{**REGRESSION, "ratio": "sequence"}, regression_detached=False),
     ObjectiveConfig(surrogate=cispo),
+    ObjectiveConfig(
+        correction=CorrectionConfig(
+            weights="product", beyond="truncate", floor=0.2, reject="geometric", reject_cap=1.5
+        )
+    ),
+    ObjectiveConfig(
+        aggregation="sequence",
+        correction=CorrectionConfig(proximal="sampler", reject="any", reject_floor=0.05),
+    ),
 ]
 every = pytest.mark.parametrize("config", ALL)
 
@@ -456,12 +460,6 @@ def test_constant_length_weighs_tokens_of_long_and_short_rows_alike():
     np.testing.assert_allclose(slope, -1 / (ROWS * TOKENS), rtol=1e-6)
     by_row = np.asarray(gradient(ObjectiveConfig(aggregation="sequence"), arrays))
     assert by_row[0, 0] == pytest.approx(10 * by_row[5, 0])
-
-
-def test_the_cap_has_no_lower_bound():
-    weights, kept = behaviour_weights(jnp.array([[-9.0, 0.0, 2.0]]), jnp.zeros((1, 3)), 5.0)
-    np.testing.assert_allclose(weights, [[np.exp(-9.0), 1.0, 0.0]], rtol=1e-6)
-    assert kept.tolist() == [[True, True, False]]
 
 
 @pytest.mark.parametrize(

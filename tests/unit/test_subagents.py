@@ -98,9 +98,21 @@ def as_one_batch(batch: LearnerBatch) -> LearnerBatch:
     return jax.tree.map(jax.numpy.asarray, dataclasses.replace(one, **values))
 
 
-@pytest.mark.parametrize("aggregation", ["token", "sequence"])
-def test_gradient_is_that_of_the_same_rows_trained_as_main_rows(aggregation):
-    more = f"objective.aggregation={aggregation}", "objective.kl_weight=0.1"
+CORRECTED = (
+    *("objective.correction.weights=geometric", "objective.correction.beyond=truncate"),
+    *("objective.correction.floor=0.046", "objective.correction.reject=product"),
+    "objective.correction.reject_floor=1e-8",
+)
+
+
+@pytest.mark.parametrize(
+    "more",
+    [["objective.aggregation=token"], ["objective.aggregation=sequence"], CORRECTED],
+    ids=["token", "sequence", "corrected"],
+)
+def test_gradient_is_that_of_the_same_rows_trained_as_main_rows(more):
+    """A sequence is a rollout or a sub-agent, also where several stand in one row."""
+    more = *more, "objective.kl_weight=0.1"
     own, params, batch = made_batch(*more)
     together = moved(own, params, batch)
     alone = configured(*SETTINGS, *more, "rl.subagent_credit=none", "rl.prompts_per_step=1")
@@ -109,15 +121,17 @@ def test_gradient_is_that_of_the_same_rows_trained_as_main_rows(aggregation):
     step = dataclasses.replace(plain.whole, micro_batches=1, group_size=None)
     plain = Learner(step, plain.settings, plain.batches, plain.advantages, REFERENCE)
     assert_same(together, moved(plain, params, as_one_batch(batch)))
+    assert (0 < together[1]["correction/rejected_sequences"] < 1) == (CORRECTED[0] in more)
+    assert (together[1]["correction/truncated"] > 0) == (CORRECTED[0] in more)
     without = dataclasses.replace(batch, subagents=None)
     assert moved(own, params, without)[0] != pytest.approx(together[0], rel=1e-3)
 
 
 def test_micro_batches_and_the_mesh_change_nothing():
-    whole = "rl.micro_groups=2"
-    alone, mesh = moved(*made_batch(whole)), "data:2,fsdp:2,tensor:2"
-    assert_same(moved(*made_batch()), alone)
-    assert_same(moved(*made_batch(whole, mesh=mesh), mesh=mesh), alone, rtol=1e-4)
+    whole, mesh = (*CORRECTED, "rl.micro_groups=2"), "data:2,fsdp:2,tensor:2"
+    alone = moved(*made_batch(*whole))
+    assert_same(moved(*made_batch(*CORRECTED)), alone)
+    assert_same(moved(*made_batch(*whole, mesh=mesh), mesh=mesh), alone, rtol=1e-4)
 
 
 def test_idle_rows_change_nothing():

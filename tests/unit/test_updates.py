@@ -13,6 +13,7 @@ import pytest
 from jax.sharding import NamedSharding, PartitionSpec
 
 from paravt_jax.advantages import kl_to_go, rollout_advantages, whiten
+from paravt_jax.corrections import CorrectionConfig
 from paravt_jax.mesh import HOST, make_mesh, on_host, parse_mesh
 from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.records import LearnerBatch, Prompt, RolloutGroup, Row, Trajectory, VideoRef
@@ -23,6 +24,7 @@ from train.compile.footprint import local_bytes
 from train.compile.rehearsal import rehearse_step
 from train.config import Config
 from train.recipes import get_recipe
+from train.rl.learner import Learner
 from train.rl.settings import RlSettings
 from train.setup import batch_shapes, open_learner
 from train.state import TrainState
@@ -113,6 +115,12 @@ def fresh():
 
 CLIPPED = ObjectiveConfig(clip_low=0.1, clip_high=0.3, dual_clip=2.0, kl_weight=0.05)
 REGRESSION = ObjectiveConfig(surrogate="regression", ratio="trajectory", aggregation="sequence")
+BYPASS = dataclasses.replace(
+    CLIPPED,
+    correction=CorrectionConfig(
+        proximal="sampler", reject="geometric", reject_floor=0.6, reject_cap=1.5
+    ),
+)
 
 
 def by_hand(objective, epochs, shares):
@@ -125,9 +133,11 @@ def by_hand(objective, epochs, shares):
             chosen = np.arange(ROWS).reshape(PROMPTS, GROUP)[share::shares].reshape(-1)
 
             def loss(params, chosen=chosen):
+                log_probs = plain_log_probs(params, batch.tokens, 0.7)
+                before = log_probs if objective.correction.bypass else proximal
                 total, count, seen = policy_loss(
-                    plain_log_probs(params, batch.tokens, 0.7)[chosen],
-                    proximal[chosen],
+                    log_probs[chosen],
+                    before[chosen],
                     batch.behaviour_log_probs[chosen],
                     batch.advantages[chosen],
                     batch.loss_weights[chosen],
@@ -145,8 +155,13 @@ def by_hand(objective, epochs, shares):
 
 @pytest.mark.parametrize(
     ("objective", "sizes"),
-    [(CLIPPED, (2, 2, 1)), (CLIPPED, (3, 1, 2)), (REGRESSION, (2, 2, 1))],
-    ids=["clip", "clip, whole batch", "regression"],
+    [
+        (CLIPPED, (2, 2, 1)),
+        (CLIPPED, (3, 1, 2)),
+        (REGRESSION, (2, 2, 1)),
+        (BYPASS, (2, 2, 1)),
+    ],
+    ids=["clip", "clip, whole batch", "regression", "bypass"],
 )
 def test_every_optimiser_step_is_the_one_by_hand(objective, sizes):
     """Proximal policy, order of shares, micro-batches within a share (law 5), and the metrics.
@@ -162,7 +177,8 @@ def test_every_optimiser_step_is_the_one_by_hand(objective, sizes):
     assert int(after.step) == len(learned) == config.rl.updates
     seen = mean_metrics(learned)
     assert seen["clip_fraction"] == pytest.approx(float(clip_fraction), abs=1e-6)
-    assert (seen["clip_fraction"] > 0.05) == (objective is CLIPPED)
+    assert (seen["clip_fraction"] > 0.05) == (objective is not REGRESSION)
+    assert (seen["correction/rejected"] > 0) == (objective is BYPASS)
     assert seen["loss"] == pytest.approx(np.mean([m["loss"] for m in learned]), rel=1e-5)
 
 
@@ -188,11 +204,30 @@ def test_one_step_per_batch_never_clips():
     np.testing.assert_allclose(metrics["objective"].ratio, metrics["objective"].tokens)
 
 
+def test_ratios_to_the_sampler_take_no_forward_pass_of_their_own():
+    """And what is kept of every token is what the learner found before it first learned from it."""
+    own = learner(configure(BYPASS, epochs=2, minibatches=2))
+    step = dataclasses.replace(own.whole, micro_batches=2, keeps_log_probs=True)
+    own = Learner(step, own.settings, own.batches, own.advantages, weights())
+    own._log_probs = None
+    batch, params = to_mesh(random_batch(), ALONE), weights()
+    own.update(fresh(), batch)
+    found = np.asarray(own.of_tokens.log_probs)
+    before = np.asarray(plain_log_probs(params, random_batch().tokens, 0.7))
+    trained = random_batch().loss_weights > 0
+    first, second = (np.arange(ROWS) // GROUP % 2 == share for share in (0, 1))
+    np.testing.assert_allclose(
+        found[first][trained[first]], before[first][trained[first]], rtol=1e-5
+    )
+    assert np.abs(found - before)[second][trained[second]].max() > 1e-3
+
+
 EVERY = [
     ObjectiveConfig(aggregation="sequence", ratio="sequence", kl_weight=0.1),
     ObjectiveConfig(aggregation="constant", constant_length=TOKENS),
     CLIPPED,
     REGRESSION,
+    BYPASS,
 ]
 
 

@@ -12,6 +12,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import ModelPolicy
 from paravt_jax.mesh import partition
+from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import LearnerBatch, VisionFeatures
 from paravt_jax.shapes import bucket
 from paravt_jax.shared_rows import Bounds, unit_of
@@ -38,6 +39,7 @@ class LargestBatch:
     data: DataSettings
     policy: ModelPolicy
     compute_dtype: str
+    objective: ObjectiveConfig = ObjectiveConfig()
 
     def abstract(self, mesh: Mesh) -> LearnerBatch:
         """Its shapes, laid out on the mesh."""
@@ -80,6 +82,7 @@ class LargestBatch:
         """Streams that see `seen` vision tokens each and say or are told `own` tokens after them,
         `per_row` to a prompt; 0 makes each a row of its own."""
         policy, width = self.policy, self.policy.width
+        proximal = self.objective.computes_proximal(self.rl.updates)
         prompt, dtype = seen * 5 // 4 + 256, jnp.dtype(self.compute_dtype)
         if per_row:
             unit = max(unit, LENGTH_UNIT)
@@ -99,7 +102,7 @@ class LargestBatch:
                 tokens=jnp.zeros((groups, seen, width), dtype),
                 deepstack=jnp.zeros(deepstack, dtype),
             ),
-            proximal_log_probs=batch.advantages if self.rl.updates > 1 else None,
+            proximal_log_probs=batch.advantages if proximal else None,
             prompt_lengths=batch.tokens[:, 0],
             floors=batch.advantages,
             grammar=np.zeros(batch.loss_weights.shape, np.int32),

@@ -108,8 +108,9 @@ class _RlPrograms(_Programs):
         self.rollout_mesh = self.engine.mesh or mesh
         own = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
         self.held = footprint(*own, self.engine.mesh, reference, staleness)
+        dtype, objective = config.model.compute_dtype, config.objective
         self.minibatch = LargestBatch(
-            config.rl, config.agent, config.data, self.policy, config.model.compute_dtype
+            config.rl, config.agent, config.data, self.policy, dtype, objective
         )
 
     def __iter__(self) -> Iterator[Program]:
@@ -240,10 +241,11 @@ class _RlPrograms(_Programs):
 
     def _references(self) -> float:
         """Passes of a step without gradients: of the reference where something uses it, else now
-        and then for a metric, and of the policy itself if it is learned from several times."""
+        and then for a metric, and of the policy itself where ratios are measured from it."""
         config = self.config
         used = config.objective.kl_weight or config.advantages.kl_weight
-        return (1.0 if used else 1.0 / self.rl.reference_every) + float(self.rl.updates > 1)
+        own = config.objective.computes_proximal(self.rl.updates)
+        return (1.0 if used else 1.0 / self.rl.reference_every) + float(own)
 
     def _encode(self) -> Program:
         """The learner's own vision features, of all prompts at once."""

@@ -7,6 +7,7 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array
 
 from paravt_jax.mesh import on_device
@@ -16,7 +17,14 @@ from train.rl.settings import RlSettings
 from train.rl.token_advantages import TokenAdvantages
 from train.rl.token_values import TokenValues
 from train.state import FlatParams, TrainState
-from train.step import RlStep, StepMetrics, mean_metrics, minibatch
+from train.step import (
+    RlStep,
+    StepMetrics,
+    join_micro,
+    mean_metrics,
+    minibatch,
+    stream_groups,
+)
 
 
 class Learner:
@@ -117,11 +125,12 @@ class Learner:
         """All optimiser steps of a batch and the metrics of each; `state` is donated.
 
         `rl.epochs` times over `rl.minibatches` shares of the batch. Ratios are to the policy before
-        the first step, whose log-probabilities are computed once, so that clips can act.
+        the first step, whose log-probabilities are computed once, so that clips can act; or to the
+        sampler's, if `objective.correction` says so.
         """
-        rl, learned, first = self.settings, [], None
+        rl, learned, kept = self.settings, [], []
         # Of the learner itself, not of the sampler, whose precision would move the ratio (ADR 14).
-        if rl.updates > 1:
+        if self.whole.objective.computes_proximal(rl.updates):
             batch = self._with_log_probs("proximal_log_probs", state.params, batch)
         for number in range(rl.updates):
             index = number % rl.minibatches
@@ -129,12 +138,20 @@ class Learner:
             trained = dataclasses.replace(state, frozen={})
             trained, metrics = self._minibatch_step(trained, state.frozen, share, self.table)
             state = dataclasses.replace(trained, frozen=state.frozen)
-            first = metrics.pop("log_probs", None)
+            kept.append(metrics.pop("log_probs", None))
             learned.append(metrics)
         if self.whole.keeps_log_probs:
-            before = first if rl.updates == 1 else batch.proximal_log_probs
+            before = batch.proximal_log_probs
+            if before is None:
+                before = self._whole(batch, kept[: rl.minibatches])
             self.of_tokens = TokenValues(before, batch.advantages, self._structural)
         return state, learned
+
+    def _whole(self, batch: LearnerBatch, shares: Sequence[Array]) -> Array:
+        """Values of a batch from those of its shares."""
+        if len(shares) == 1:
+            return shares[0]
+        return join_micro(jnp.stack(shares), stream_groups(batch, self.settings.group_size))
 
     def with_reference(self, frozen: FlatParams, batch: LearnerBatch) -> LearnerBatch:
         """The batch with the log-probabilities of the reference policy filled in."""

@@ -18,7 +18,8 @@ class TokenValues:
     """Values of the tokens after each prompt, float32 `[b, own]`, on the mesh."""
 
     log_probs: Array | None
-    """The learner's, before the first update of the batch; 0 where nothing is learned."""
+    """The learner's, before the first update of the batch, or with ratios to the sampler before the
+    first one that saw the token; 0 where nothing is learned."""
     advantages: Array
     """What the objective was given."""
     structural: Array | None = None

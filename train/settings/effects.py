@@ -85,10 +85,6 @@ class Read(Only):
         return self.settings.removeprefix("rewards.") in config.rewards.definition.reads
 
 
-def _several(updates: int) -> bool:
-    return updates > 1
-
-
 def _clip_or_own(surrogate: str) -> bool:
     """What a function of the user's own does with a ratio of 1 is not known."""
     return surrogate == "clip" or isinstance(surrogate, Own)
@@ -96,7 +92,7 @@ def _clip_or_own(surrogate: str) -> bool:
 
 ONE_UPDATE = (
     "while a batch gets one optimiser step, because its ratio is always 1; leave it out, or set "
-    "{rl.epochs:name} or {rl.minibatches:name}"
+    "{rl.epochs:name} or {rl.minibatches:name}, or {objective.correction.proximal:=sampler}"
 )
 NO_ROLLOUTS = "with {stage}, which has no rollouts; leave it out"
 PACKED = "on packed conversations"
@@ -132,13 +128,19 @@ TABLE = (
     Only("advantages.kl_estimator", "advantages.kl_weight"),
     Only("objective.clip_low objective.clip_high objective.dual_clip", "objective.surrogate",
          ("clip",)),
-    Only("objective.clip_low objective.clip_high objective.dual_clip", "rl.updates", _several,
-         said=ONE_UPDATE),
-    Only("objective.surrogate", "rl.updates", _several, _clip_or_own, ONE_UPDATE),
+    Only("objective.clip_low objective.clip_high objective.dual_clip", "ratio_moves",
+         operator.truth, said=ONE_UPDATE),
+    Only("objective.surrogate", "ratio_moves", operator.truth, _clip_or_own, ONE_UPDATE),
     Only("objective.soft_positive objective.soft_negative", "objective.surrogate", ("soft",)),
     Only("objective.regression_eps objective.regression_detached", "objective.surrogate",
          ("regression",)),
     Only("objective.constant_length", "objective.aggregation", ("constant",), off=None),
+    Only("objective.behaviour_cap objective.correction.beyond objective.correction.floor",
+         "objective.correction.weights", ("token", "product", "geometric")),
+    Only("objective.behaviour_cap objective.correction.beyond objective.correction.floor "
+         "objective.correction.weights", "objective.correction.proximal", ("learner",)),
+    Only("objective.correction.reject_floor objective.correction.reject_cap",
+         "objective.correction.reject", off=None),
     Only("objective.anchor_paired_only", "objective.anchor", ("position", "logprob"), off=False),
     Only("rl.reference_every", "uses_reference", operator.not_, IF_GIVEN,
          "where {objective.kl_weight:name} or {advantages.kl_weight:name} takes the reference at "
