@@ -1,6 +1,7 @@
 """Correction of the sampler-learner mismatch, against float64 numpy that knows no array of ours."""
 
 import dataclasses
+import json
 import math
 
 import jax
@@ -9,6 +10,7 @@ import numpy as np
 import optax
 import pytest
 
+from benchmarks import correction
 from paravt_jax.corrections import CorrectionConfig, correct
 from paravt_jax.objectives import ObjectiveConfig, policy_loss
 from paravt_jax.params import initialise
@@ -22,6 +24,7 @@ from tests.support.rollout_fakes import IM_END, PAD, VOCAB, text_prompt
 from tests.support.tiny_models import QWEN
 from train.batch import LearnerStream, row_starts, shared_batch
 from train.recipes import get_recipe
+from train.report.rollouts import DETAILS, FOLDER
 from train.settings.override import based_on, override
 from train.step import RlStep
 
@@ -304,6 +307,37 @@ def test_int8_caches_are_corrected_as_float64_numpy_says():
     for name, value in want.told.items():
         assert float(metrics.means()[name]) == pytest.approx(value, rel=1e-4), name
     assert 0 < want.told["correction/rejected"] < 1 and want.told["correction/truncated"]
+
+
+# --- What each method would do to a run -----------------------------------------------------------
+
+
+def test_a_run_is_read_back_and_methods_compared(tmp_path):
+    """`benchmarks/correction.py`: two rollouts, of which one token is 8 times as likely now."""
+    for folder in (FOLDER, DETAILS):
+        (tmp_path / folder).mkdir()
+    drawn = {
+        "generated": [0, 1, 1, 1],
+        "chosen": [0, 1, 0, 1],
+        "log_probs": [0.0, -1.0, -9.0, -3.0],
+    }
+    learner = [[-1.0, 0.0, -3.0], [-1.0, 0.0, round(-3.0 + math.log(8), 5)]]
+    for step in (0, 1):
+        name = f"step_{step:06d}.jsonl"
+        told = [json.dumps({"values": {"log_probs": values}}) for values in learner]
+        (tmp_path / DETAILS / name).write_text("\n".join(told))
+        (tmp_path / FOLDER / name).write_text("\n".join([json.dumps(drawn)] * 2))
+    assert len(list(correction.sequences(tmp_path, 0))) == 4
+    pairs = list(correction.sequences(tmp_path, 1))
+    lines = correction.table(pairs).splitlines()
+    assert len(lines) == 2 + len(correction.METHODS)
+    rows = {name.strip(): cells for _, name, *cells, _ in (line.split("|") for line in lines[2:])}
+    shares = {name: [x.strip() for x in cells] for name, cells in rows.items()}
+    assert shares["as released"] == ["0.2500, 0.5000", "0.0000, 0.0000", "0.0000, 0.0000", "0.7500"]
+    assert shares["TIS"][:2] == ["0.0000, 0.0000", "0.2500, 0.5000"]
+    assert shares["Seq-MIS"][0] == "0.5000, 0.5000"
+    assert shares["Geo-RS, TIS"][2] == "0.5000, 0.5000"
+    assert shares["veto"][2] == "0.0000, 0.0000"
 
 
 # --- Settings -------------------------------------------------------------------------------------
