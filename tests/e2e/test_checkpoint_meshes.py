@@ -43,9 +43,11 @@ def on(text, count):
 SAVE = """
 mesh = on("data:2,fsdp:2,tensor:2", 8)
 params = initialise(TABLE, jax.random.key(3), mesh)
-saved = Checkpoints(folder, 1, TABLE)
-saved.save(7, make_state(params, MODEL, mesh, OPTIMIZER), {"prompts": 5})
-saved.close()
+state = make_state(params, MODEL, mesh, OPTIMIZER)
+for step in (6, 7):  # the second time there is something that the hosts find
+    saved = Checkpoints(folder, 1, TABLE)
+    saved.save(step, state, {"prompts": 5})
+    saved.close()
 print("saved by", jax.process_count(), len(jax.local_devices()))
 """
 RESTORE = """
