@@ -38,9 +38,11 @@ def store_of(url: str, flag: str = "") -> AbstractFileSystem:
     Raises:
       ValueError: its package is not installed.
     """
-    import fsspec  # here: it takes a tenth of a second, and few runs need it
+    import fsspec.config  # here: it takes a tenth of a second, and few runs need it
 
     scheme = scheme_of(url)
+    # Files come from other hosts and from TensorStore: what was listed once is not believed.
+    fsspec.config.conf.setdefault(scheme, {})["use_listings_cache"] = False
     try:
         return fsspec.filesystem(scheme)
     except ImportError as error:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import jax
+from etils import epath
 
 from models import ModelPolicy
 from models.common import cudnn
@@ -68,6 +69,8 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
     missing = [flag for flag in config.needs if given[flag] is None]
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
+    if is_remote(config.model.folder):
+        check_url(str(config.model.folder), "--model")
     parts = setup.Parts(config)
     check_model(config, here)
     if here:
@@ -199,13 +202,22 @@ def check_reference(config: Config) -> None:
         )
 
 
-def tell_changes(config: Config, workdir: Path, resume: str, tell: Callable[[str], None]) -> None:
+def tell_changes(
+    config: Config,
+    workdir: Path,
+    resume: str,
+    tell: Callable[[str], None],
+    checkpoints: Path | epath.Path | None = None,
+) -> None:
     """Name what differs from the run that the workdir holds. Nothing is written yet.
+
+    Args:
+      checkpoints: where they are, if not in the workdir.
 
     Raises:
       ValueError: the run cannot go on like that.
     """
-    resumes = check_resume(workdir / "checkpoints", resume)
+    resumes = check_resume(checkpoints or workdir / "checkpoints", resume)
     before = read_settings(workdir, Config)
     if before is None:
         return

@@ -18,6 +18,7 @@ from typing import Any  # noqa: E402
 
 from paravt_jax.failures import complain  # noqa: E402
 from paravt_jax.flags import Parser  # noqa: E402
+from paravt_jax.remote import is_remote  # noqa: E402
 from train.hosts.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
 from train.hosts.watch import WATCH  # noqa: E402
 from train.recipes import check_name, summaries  # noqa: E402
@@ -51,7 +52,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="mesh of the rollouts over the same devices, e.g. data:2,tensor:4 "
         "(default: the fastest token that fits)",
     )
-    add("--workdir", help="where the run writes, or went on writing (default: runs/RECIPE-TIME)")
+    add("--workdir", help="folder or URL where the run writes, or did (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")
     add(
         "--data",
@@ -154,7 +155,7 @@ def _print(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Run the command line; returns the exit code."""
     arguments = make_parser().parse_args(argv)
-    config = workdir = None
+    config = workdir = mirror = place = None
     code = 2  # until the run begins
     try:
         if arguments.list_recipes or arguments.help_settings is not None:
@@ -167,6 +168,7 @@ def main(argv: list[str] | None = None) -> int:
             # At once: what is imported next takes seconds.
             named = arguments.recipe or arguments.workdir or DEFAULT_RECIPE
             print(f"{named}: importing JAX and reading the configuration", flush=True)
+        mirror = _open_mirror(arguments)
         config = resolve(arguments)
         from train import checks, run
         from train.hosts import cluster
@@ -174,7 +176,8 @@ def main(argv: list[str] | None = None) -> int:
         cluster.start()
         checks.check(config, not arguments.compile_only, planned=arguments.dry_run)
         workdir = run.name_workdir(config, arguments.workdir)
-        SIGNALS_OF_RUN.remedy = f"continue with --workdir {workdir}"
+        place = mirror.url if mirror else str(workdir)
+        SIGNALS_OF_RUN.remedy = f"continue with --workdir {place}"
         code = 1
         for note in checks.notes(config) if cluster.is_first() else ():
             print(f"note: {note}")
@@ -185,29 +188,50 @@ def main(argv: list[str] | None = None) -> int:
             asked = arguments.compile_only, target, _print, arguments.programs
             checks.compile_only(config, *asked)
         else:
-            run.train(config, workdir, arguments.resume)
+            run.train(config, workdir, arguments.resume, mirror)
         WATCH.finish()
     except Exception as error:
-        way_on = _way_on(workdir) if workdir and code == 1 else ""
+        error = mirror.named_in(error) if mirror else error
+        way_on = _way_on(workdir, mirror) if workdir and code == 1 else ""
         WATCH.report(error, code, _memory_remedies(config), way_on)
         return code
     except Interrupted as error:
-        more = f"; continue with --workdir {workdir}" if workdir else ""
+        more = f"; continue with --workdir {place}" if place else ""
         WATCH.claim()
         line = complain(f"interrupted{more}", prefix=error.number.name)
         SIGNALS_OF_RUN.told = True
         WATCH.finish() if error.synced else WATCH.announce(line, error.code)
         return error.code
     except KeyboardInterrupt:
-        complain(f"interrupted; continue with --workdir {workdir}" if workdir else "interrupted")
+        complain(f"interrupted; continue with --workdir {place}" if place else "interrupted")
         return 130
     return 0
 
 
-def _way_on(workdir: Path) -> str:
+def _open_mirror(arguments: argparse.Namespace):
+    """What stands for a `--workdir` in a bucket, whose place on this host it gives the flag; None
+    for a folder.
+
+    Raises:
+      ValueError: a package is missing, or programs are to be compiled into a bucket.
+      OSError: the store does not answer.
+    """
+    if not is_remote(arguments.workdir):
+        return None
+    if arguments.compile_only:
+        raise ValueError(f"--workdir {arguments.workdir}: --compile-only writes to a folder only")
+    from train.workdir.mirror import Mirror
+
+    mirror = Mirror(arguments.workdir)
+    arguments.workdir = str(mirror.folder)
+    return mirror
+
+
+def _way_on(workdir: Path, mirror: Any) -> str:
     """How to go on with what a run has saved; empty if that is nothing."""
-    saved = any((workdir / "checkpoints").glob("[0-9]*"))
-    return f"what was saved goes on with --workdir {workdir}" if saved else ""
+    saved = mirror.saved if mirror else any((workdir / "checkpoints").glob("[0-9]*"))
+    place = mirror.url if mirror else workdir
+    return f"what was saved goes on with --workdir {place}" if saved else ""
 
 
 def _memory_remedies(config: Any) -> list[str]:

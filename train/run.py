@@ -49,6 +49,7 @@ from train.workdir.checkpoints import Checkpoints
 from train.workdir.config_file import FILE, as_file, evaluated_settings
 from train.workdir.files import write_atomically
 from train.workdir.lock import WorkdirLock
+from train.workdir.mirror import Mirror
 from train.workdir.retention import Retention
 from train.workdir.saving import Saver
 
@@ -66,23 +67,38 @@ def name_workdir(config: Config, given: str | None) -> Path:
     return Path(given or f"runs/{recipe}-{stamp}").absolute()
 
 
-def train(config: Config, workdir: Path, resume: str) -> None:
-    """Run the stage of the configuration and leave everything in `workdir`.
+def train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = None) -> None:
+    """Run the stage of the configuration and leave everything in `workdir`, or in the bucket that
+    it stands for.
 
     Raises:
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
-    on_all_hosts(lambda: checks.tell_changes(config, workdir, resume, first_prints))
+    if mirror is None:
+        return _train(config, workdir, resume)
+    if jax.process_count() > 1:
+        mirror.share()
+    with contextlib.ExitStack() as stack:
+        on_all_hosts(lambda: stack.enter_context(mirror.claimed()) if is_first() else None)
+        _train(config, workdir, resume, mirror)
+
+
+def _train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = None) -> None:
+    shown, checkpoints = first_prints, None
+    if mirror is not None:
+        shown = lambda line: first_prints(mirror.named(line))  # noqa: E731
+        checkpoints = mirror.checkpoints
+    on_all_hosts(lambda: checks.tell_changes(config, workdir, resume, shown, checkpoints))
     SIGNALS_OF_RUN.sync_by(lambda number: max_over_hosts([number])[0])
     compilations = Compilations()
     SIGNALS_OF_RUN.details = compilations.__str__
     mesh, output = setup.open_mesh(config), config.output
     compiled = keep_compiled(output.compile_cache, output.compile_cache_gb)
     weights, data = setup.weights_named(config), setup.data_named(config.data)
-    for line in introduction(workdir, mesh, weights, data, compiled):
+    for line in introduction(mirror.url if mirror else workdir, mesh, weights, data, compiled):
         first_prints(line)
     with SignsOfLife(first_prints, compilations.__str__), jax.set_mesh(mesh):
-        run = Run(config, workdir, mesh, compilations)
+        run = Run(config, workdir, mesh, compilations, mirror)
         for note in checks.whole_notes(run.parts.policy, mesh):
             first_prints(f"note: {note}")
         try:
@@ -102,7 +118,16 @@ def first_prints(line: str) -> None:
 class Run:
     """The parts of a run that both stages share, and the order in which they are used."""
 
-    def __init__(self, config: Config, workdir: Path, mesh: Mesh, compilations: Compilations):
+    def __init__(
+        self,
+        config: Config,
+        workdir: Path,
+        mesh: Mesh,
+        compilations: Compilations,
+        mirror: Mirror | None = None,
+    ):
+        self._place = mirror.url if mirror else workdir
+        checkpoints = mirror.checkpoints if mirror else workdir / "checkpoints"
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.compilations = compilations
         self.parts = setup.Parts(config)
@@ -113,8 +138,8 @@ class Run:
         table, output = self.parts.policy.table, config.output
         self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
         keep = Retention(output.keep_checkpoints, output.keep_minutes, output.keep_best)
-        folder, staleness = workdir / "checkpoints", config.rl.staleness
-        self.checkpoints = Checkpoints(folder, keep, table, staleness)
+        sender, staleness = mirror if is_first() else None, config.rl.staleness
+        self.checkpoints = Checkpoints(checkpoints, keep, table, staleness, sender)
         start = self.parts.params(mesh)
         restored, self.first_step, self.data_state = self._first_state(start)
         # The weights of earlier steps belong to the rollouts: see `_ahead`.
@@ -177,6 +202,7 @@ class Run:
         """`config.json` of the run, and the model folder without weights for conversion."""
         if is_first():
             write_atomically(self.workdir / FILE, as_file(self.config))
+        if is_first() or self._place != self.workdir:  # of a bucket each host has its own folder
             self.parts.describe_checkpoints(self.workdir / MODEL_FILES)
 
     def _held_out(self) -> HeldOut:
@@ -332,7 +358,7 @@ class Run:
             self.lock.check()
         if self.config.output.report and is_first():
             self._write_page()
-        self.log.console.print(f"everything is in {self.workdir}")
+        self.log.console.print(f"everything is in {self._place}")
 
     def _export(self) -> None:
         """`hf/`, and for a LoRA run, whose `hf/` is merged, `adapter/` for peft."""

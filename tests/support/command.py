@@ -45,7 +45,7 @@ TIMED = ("time/", "tokens_per_second", "compile/", "memory/", *READING)
 """Beginnings of the names of figures that a second run does not repeat."""
 
 
-def command(workdir: Path, *arguments: str, sets: Sequence[str]) -> list[str]:
+def command(workdir: Path | str, *arguments: str, sets: Sequence[str]) -> list[str]:
     """`python train/main.py --workdir ... --set ...`."""
     door = [sys.executable, str(ROOT / "train" / "main.py"), "--workdir", str(workdir)]
     return [*door, *arguments, *(part for text in sets for part in ("--set", text))]

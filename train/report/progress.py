@@ -25,7 +25,7 @@ long as the one before, so that a log does not fill."""
 
 
 def introduction(
-    workdir: Path, mesh: Mesh, weights: str, data: str, compiled: str | None
+    workdir: Path | str, mesh: Mesh, weights: str, data: str, compiled: str | None
 ) -> list[str]:
     """What a run is about to use, before it takes its time: where weights and data come from, and
     the folder that keeps compiled programs, if any does."""

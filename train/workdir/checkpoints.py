@@ -10,7 +10,6 @@ import contextlib
 import logging
 import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 
 from paravt_jax.checkpoint import CHECKSUMS, META, read_meta, save_args
 from paravt_jax.checksum import checksums, is_intact, sealed
@@ -26,8 +26,11 @@ from paravt_jax.event_loops import close_in_order
 from paravt_jax.params import Table
 from train.hosts.cluster import is_first, on_all_hosts
 from train.state import TrainState
+from train.workdir.mirror import Mirror
 from train.workdir.retention import Retention, Saved
 
+Place = Path | epath.Path
+"""A folder of this host, or one of a bucket that Orbax writes to itself."""
 Restored = tuple[TrainState, int, Any]
 """A state, its step and its data state."""
 
@@ -36,18 +39,25 @@ class Checkpoints:
     """The `checkpoints/` folder of a workdir, for the parameters of a table."""
 
     def __init__(
-        self, folder: Path, keep: Retention | int, table: Table, staleness: int = 0
+        self,
+        folder: Place,
+        keep: Retention | int,
+        table: Table,
+        staleness: int = 0,
+        mirror: Mirror | None = None,
     ) -> None:
         """
         Args:
           keep: what stays; a number: so many of the newest.
           staleness: earlier steps whose weights a checkpoint holds too.
+          mirror: sends the workdir to a bucket, if it is there.
         """
         close_in_order()
         _hush_writers()
-        self.folder, self._save_args = folder.absolute(), save_args(table)
+        self.folder = folder.absolute() if isinstance(folder, Path) else folder
+        self._save_args = save_args(table)
         self._keep = Retention(keep) if isinstance(keep, int) else keep
-        self._staleness = staleness
+        self._staleness, self._mirror = staleness, mirror
         # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
         options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
         self._manager = ocp.CheckpointManager(self.folder, options=options)
@@ -105,6 +115,8 @@ class Checkpoints:
         if state.older:
             items["older"] = ocp.args.StandardSave(state.older)
         with self._writing(step):
+            if self._mirror is not None:
+                self._mirror.begin_checkpoint(step)
             self._manager.save(step, args=ocp.args.Composite(**items))
         self._saved[step] = known
 
@@ -112,6 +124,8 @@ class Checkpoints:
         """Why a checkpoint could not be written, as far as that is known yet."""
         with contextlib.suppress(OSError), self._writing(self.latest):
             self._manager.check_for_errors()
+        if self._failed is None and self._mirror is not None:
+            return self._mirror.failure()
         return self._failed
 
     def wait(self) -> None:
@@ -125,15 +139,18 @@ class Checkpoints:
         with self._writing(self.latest):
             self._manager.check_for_errors()
             self._manager.wait_until_finished()
+            if self._mirror is not None:
+                self._mirror.wait()
         if is_first():
             self._prune()
 
     def _prune(self) -> None:
         """Delete what is not to stay of those that are complete: Orbax names a folder last."""
-        steps = [int(path.name) for path in self.folder.iterdir() if path.name.isdigit()]
+        there = self.folder.iterdir() if self.folder.exists() else ()
+        steps = [int(path.name) for path in there if path.name.isdigit()]
         self._saved = {step: self._saved.get(step, Saved(step)) for step in steps}
         for step in set(steps) - self._keep.kept(self._saved.values()):
-            shutil.rmtree(self.folder / str(step), ignore_errors=True)
+            _remove(self.folder / str(step))
             del self._saved[step]
 
     @contextlib.contextmanager
@@ -209,11 +226,11 @@ class Checkpoints:
             tell(f"{self.folder / str(step)} is of an earlier version and holds no checksums")
         return state, saved.meta["step"], saved.meta["data"]
 
-    def _set_aside(self, step: int) -> Path | None:
+    def _set_aside(self, step: int) -> Place | None:
         """Move a damaged checkpoint out of the way of the run, which will write that step anew."""
         aside = self.folder / f"damaged-{step}"
         if is_first():
-            shutil.rmtree(aside, ignore_errors=True)
+            _remove(aside)
             (self.folder / str(step)).rename(aside)
         return aside
 
@@ -226,6 +243,12 @@ class Checkpoints:
         if self._failed is None:
             self.wait()
             self._manager.close()
+
+
+def _remove(folder: Place) -> None:
+    """Delete a folder as far as that is possible."""
+    with contextlib.suppress(OSError):
+        epath.Path(folder).rmtree(missing_ok=True)
 
 
 def _arrays(state: TrainState) -> dict[str, Any]:
@@ -269,7 +292,7 @@ def _not_of_orbax(record: logging.LogRecord) -> bool:
     return "/orbax/" not in record.pathname
 
 
-def check_resume(folder: Path, resume: str) -> bool:
+def check_resume(folder: Place, resume: str) -> bool:
     """Whether there is a checkpoint to go on from; refuses a flag that does not fit.
 
     Raises:

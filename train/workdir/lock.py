@@ -66,7 +66,7 @@ class WorkdirLock:
         self._file.close()
 
 
-def lost_message(workdir: Path) -> str:
+def lost_message(workdir: os.PathLike) -> str:
     """What to tell when a workdir is gone."""
     return (
         f"--workdir {workdir} was deleted or replaced while the run was writing there; what it "
