@@ -10,7 +10,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from paravt_jax import remote
 from train.workdir import lease
 from train.workdir.lease import Lease
-from train.workdir.mirror import CHECKPOINTS, Mirror
+from train.workdir.mirror import CHECKPOINTS, WHOLE, Mirror
 
 URL = "memory://bucket/runs/one"
 
@@ -40,9 +40,12 @@ def write(mirror: Mirror, step: int) -> None:
         file.write(f"{step - 1}\n")
     (mirror.folder / "rollouts").mkdir(exist_ok=True)
     (mirror.folder / "rollouts" / f"{step}.jsonl").write_text(str(step))
+    folder = mirror.folder / CHECKPOINTS / str(step)
     for part in ("params", "meta"):
-        (mirror.folder / CHECKPOINTS / str(step) / part).mkdir(parents=True)
-        (mirror.folder / CHECKPOINTS / str(step) / part / "data").write_text(f"{part} {step}")
+        (folder / part).mkdir(parents=True)
+        (folder / part / "data").write_text(f"{part} {step}")
+        (folder / part / WHOLE).write_text("what Orbax writes on disks, too")
+    (folder / WHOLE).write_text("the same")
 
 
 def test_a_run_is_sent_and_another_one_goes_on_with_it(store):
@@ -58,16 +61,22 @@ def test_a_run_is_sent_and_another_one_goes_on_with_it(store):
         (mirror.folder / ".hidden.part").write_text("half")
     assert names(store) == {
         *("config.json", "metrics.jsonl", "rollouts/1.jsonl", "hf/model"),
-        *(f"checkpoints/1/{name}" for name in ("params/data", "meta/data", "commit_success.txt")),
+        *(
+            f"checkpoints/1/{part}/{name}"
+            for part in ("params", "meta")
+            for name in ("data", WHOLE)
+        ),
+        f"checkpoints/1/{WHOLE}",
     }
     assert not mirror.folder.exists()
     store.pipe_file(f"{URL}/checkpoints/2/params/data", b"half")
+    store.pipe_file(f"{URL}/checkpoints/2/params/{WHOLE}", b"that of an item")
     again = Mirror(URL)
     assert [path.name for path in again.folder.iterdir()] == ["config.json"]
     with again.claimed():
         here = {p.relative_to(again.folder).as_posix() for p in again.folder.rglob("*")}
         assert {"metrics.jsonl", "rollouts/1.jsonl", "checkpoints/1/params/data"} <= here
-        assert not here & {"hf", "checkpoints/2", "checkpoints/1/commit_success.txt"}
+        assert not here & {"hf", "checkpoints/2"}
         (again.folder / "rollouts" / "1.jsonl").unlink()
         write(again, 2)
         (again.folder / CHECKPOINTS / "1").rename(again.folder / "set_aside")
@@ -114,7 +123,7 @@ def test_killed_before_any_write_a_whole_checkpoint_and_all_before_it_are_there(
     with monkeypatch.context() as patched:
         made = writes(patched, None)
         run_on(range(3, 4))
-    assert made[0] == 10, "three files, two of a checkpoint, its mark, and those of an old one"
+    assert made[0] == 14, "three files, four of a checkpoint, its mark, and those of an old one"
     found = set()
     for most in range(made[0]):
         store.store.clear()

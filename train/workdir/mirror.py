@@ -26,7 +26,8 @@ from train.workdir.lease import Lease
 from train.workdir.lock import LOCK
 
 CHECKPOINTS, WHOLE = "checkpoints", "commit_success.txt"
-"""Their folder, and the object that is written last, by the name that Orbax has for it."""
+"""Their folder, and the file of each that is sent last. Orbax has the name, and writes one on disks
+too, at no certain moment, and one into each item."""
 OF_ORBAX = "gs://"
 MADE_ANEW = ("tensorboard/", "hf/", "best/", "adapter/", "report/")
 """What a run that goes on only writes."""
@@ -181,7 +182,8 @@ class Mirror:
             if self._ending.wait(POLL):
                 return
         self.send()
-        files = [path for path in folder.rglob("*") if path.is_file()]
+        mark = folder / WHOLE
+        files = [path for path in folder.rglob("*") if path.is_file() and path != mark]
         there = f"{self.url}/{CHECKPOINTS}/{step}"
         with told(self.url):
             self._store.put(
@@ -189,7 +191,7 @@ class Mirror:
                 [f"{there}/{path.relative_to(folder).as_posix()}" for path in files],
             )
             self._check()
-            self._store.pipe_file(f"{there}/{WHOLE}", b"")
+            self._store.pipe_file(f"{there}/{WHOLE}", mark.read_bytes() if mark.exists() else b"")
             self.saved = True
             self._prune()
 
@@ -243,8 +245,8 @@ class Mirror:
 
 def wanted(names: list[str]) -> list[str]:
     """What a run that goes on needs: checkpoints only if they are whole."""
-    whole = {name.split("/")[1] for name in names if name.endswith(f"/{WHOLE}")}
     steps = [name for name in names if name.startswith(f"{CHECKPOINTS}/")]
-    found = [name for name in steps if name.split("/")[1] in whole and not name.endswith(WHOLE)]
+    whole = {name.split("/")[1] for name in steps if name.split("/")[2:] == [WHOLE]}
+    found = [name for name in steps if name.split("/")[1] in whole]
     others = (LEASE, LOCK, FILE, *MADE_ANEW, f"{CHECKPOINTS}/")
     return found + [name for name in names if not name.startswith(others)]
