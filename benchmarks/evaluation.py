@@ -34,6 +34,7 @@ from evaluate.evaluation import open_asked
 from evaluate.model import Opened, open_model
 from evaluate.putting import Putter, Questions
 from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.patches import normalised
 from paravt_jax.protocol import TURN_END
 from paravt_jax.records import Prompt
 from pipelines.video import VideoReader
@@ -136,7 +137,7 @@ class Torch:
         return {
             "input_ids": ids,
             "mm_token_type_ids": (ids == self._model.config.image_token_id).long(),
-            "pixel_values": torch.tensor(patches.values.reshape(-1, patches.values.shape[-1])),
+            "pixel_values": torch.tensor(normalised(patches).reshape(-1, patches.values.shape[-1])),
             "image_grid_thw": torch.tensor(grids),
         }
 

@@ -21,6 +21,7 @@ from train.agent import AgentMaker
 from train.data.questions import prompt_contents
 from train.hosts.cluster import on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
+from train.hosts.share import by_share, own_places
 from train.report.progress import ProgressBar
 from train.rl.scoring import Scorer, rollout_metrics
 
@@ -78,10 +79,11 @@ class HeldOut:
 
     def _prompts(self, tools: bool) -> Sequence[Item]:
         budget, bad, agents = self.settings.frame_budget, self.max_bad_rows, self.agents
-        with ProgressBar(self.console, "reading held-out videos", len(self.rows)) as made:
+        own = len(own_places(len(self.rows)))
+        with ProgressBar(self.console, "reading held-out videos", own) as made:
             prompts = on_all_hosts(
                 lambda: prompt_list(
-                    self.rows, agents.reader, agents.renderer, budget, tools, bad, made
+                    self.rows, agents.reader, agents.renderer, budget, tools, bad, made, by_share
                 )
             )
         require_same(prompt_contents(prompts), "the held-out prompts")

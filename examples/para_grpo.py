@@ -35,6 +35,7 @@ import optax  # noqa: E402
 
 from models.qwen3_vl import from_pretrained  # noqa: E402
 from paravt_jax.blocks import whole_stream  # noqa: E402
+from paravt_jax.patches import largest, stack_patches  # noqa: E402
 from paravt_jax.protocol import CROP_VIDEO_TOOL, crop_window, parse_tool_calls  # noqa: E402
 from paravt_jax.records import Prompt, Row  # noqa: E402
 from paravt_jax.rewards import RewardBreakdown, score, turn_anchors  # noqa: E402
@@ -131,14 +132,13 @@ def stack(rollouts: list[Rollout]) -> tuple[np.ndarray, ...]:
     vision token stands where [n, t] (-1: text), lengths [n], patches of frames and their grids."""
     streams = [whole_stream(own.prompt, np.array(own.tokens, np.int32)) for own in rollouts]
     lengths = np.array([len(own.tokens) for own in streams])
-    length = -(-lengths.max() // LENGTHS) * LENGTHS
+    length, shown = -(-lengths.max() // LENGTHS) * LENGTHS, [own.patches for own in streams]
     return (
         padded([own.tokens for own in streams], length),
         padded([own.positions for own in streams], length),
         padded([own.vision_index for own in streams], length, value=-1),
         lengths,
-        padded([own.patches.values for own in streams], CROP_FRAMES),
-        padded([own.patches.grids for own in streams], CROP_FRAMES),
+        *stack_patches(shown, CROP_FRAMES, largest(shown)[1]),
     )
 
 

@@ -195,6 +195,23 @@ def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) ->
     return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
 
 
+def put_rows(x: Any, mesh: Mesh) -> Array:
+    """A host array on a mesh, its leading dimension split over the batch axes. With several hosts,
+    each of them gives the rows alone that its devices hold, by `x[index]`."""
+    home = sharding(mesh, ("batch", *(None,) * (x.ndim - 1)), x.shape)
+    if home.is_fully_addressable:
+        return jax.device_put(x, home)
+    # To compare them, `device_put` would send every array to every host (jax 0.10).
+    known: dict[str, Any] = {}  # devices that hold the same rows ask one after the other
+
+    def part(index: Any) -> Any:
+        if str(index) not in known:
+            known[str(index)] = x[index]
+        return known[str(index)]
+
+    return jax.make_array_from_callback(x.shape, home, part)
+
+
 def platform() -> str:
     """What the program that is being traced will run on, "cpu", "tpu" or "gpu": the platform of the
     active mesh, whose devices may be elsewhere (`--compile-only`), or of this process without one.

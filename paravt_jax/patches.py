@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import numpy as np
 
-from paravt_jax.records import Patches, Prompt
+from paravt_jax.records import Patches, Prompt, Scale
 
 
 def stack_patches(
@@ -19,20 +20,77 @@ def stack_patches(
     Raises:
       ValueError: no prompt has frames, or one has more than fit.
     """
-    present = [item for item in items if item is not None]
-    if not present:
-        raise ValueError("no prompt has frames; pass vision features of None instead")
-    values = np.zeros((len(items), frames, patches, present[0].values.shape[2]), np.float32)
-    grids = np.zeros((len(items), frames, 2), np.int32)
-    for row, item in enumerate(items):
-        if item is None:
-            continue
-        f, p, _ = item.values.shape
-        if f > frames or p > patches:
-            raise ValueError(f"{f} frames of {p} patches do not fit {frames} of {patches}")
-        values[row, :f, :p] = item.values
-        grids[row, :f] = item.grids
-    return values, grids
+    rows = FrameRows(items, frames, patches)
+    return rows[:], rows.grids
+
+
+class FrameRows:
+    """What `stack_patches` makes, row by row: a host of several stacks those alone that its devices
+    hold.
+
+    Raises:
+      ValueError: see `stack_patches`.
+    """
+
+    def __init__(self, items: Sequence[Patches | None], frames: int, patches: int) -> None:
+        present = [item for item in items if item is not None]
+        if not present:
+            raise ValueError("no prompt has frames; pass vision features of None instead")
+        most, widest = largest(present)
+        if most > frames or widest > patches:
+            raise ValueError(f"{most} frames of {widest} patches do not fit {frames} of {patches}")
+        self._items = items
+        self.shape = (len(items), frames, patches, present[0].values.shape[2])
+        """`[b, frames, patches, c]`."""
+        self.grids = np.zeros((len(items), frames, 2), np.int32)
+        for grids, item in zip(self.grids, items, strict=True):
+            if item is not None:
+                grids[: len(item.grids)] = item.grids
+
+    @property
+    def ndim(self) -> int:
+        """As of an array."""
+        return len(self.shape)
+
+    def __getitem__(self, index: slice | tuple[slice, ...]) -> np.ndarray:
+        """float32 values of some rows."""
+        first, *rest = index if isinstance(index, tuple) else (index,)
+        items = self._items[first]
+        values = np.zeros((len(items), *self.shape[1:]), np.float32)
+        for row, item in zip(values, items, strict=True):
+            if item is not None:
+                f, p, _ = item.values.shape
+                _normalise(item, row[:f, :p])
+        return values[(slice(None), *rest)]
+
+
+def normalised(item: Patches) -> np.ndarray:
+    """float32 `[f, p, c]`: the values of patches as the vision tower takes them."""
+    values = np.zeros(item.values.shape, np.float32)
+    _normalise(item, values)
+    return values
+
+
+def _normalise(item: Patches, out: np.ndarray) -> None:
+    """(x / 255 - mean) / std, written to `out`; zeros beyond each frame's own patches.
+
+    In place: temporaries of this size cost more than the arithmetic.
+    """
+    if item.scale is None:
+        out[:] = item.values
+        return
+    factor, offset = _steps(item.scale, out.shape[2])
+    np.multiply(item.values, factor, out=out, dtype=np.float32)
+    np.subtract(out, offset, out=out)
+    for frame, own in zip(out, item.grids.prod(axis=1).tolist(), strict=True):
+        frame[own:] = 0
+
+
+@functools.lru_cache
+def _steps(scale: Scale, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """What each of `width` values, channels outermost, is multiplied by, and what is subtracted."""
+    mean, std = (np.repeat(np.asarray(own, np.float32), width // len(own)) for own in scale)
+    return np.float32(1 / 255) / std, mean / std
 
 
 def largest(items: Sequence[Patches | None]) -> tuple[int, int]:
@@ -65,10 +123,13 @@ def join_patches(items: Sequence[Patches | None]) -> Patches | None:
     present = [item for item in items if item is not None]
     if len(present) < 2:
         return present[0] if present else None
+    if len({item.scale for item in present}) > 1:
+        present = [Patches(normalised(item), item.grids) for item in present]
     _, patches = largest(present)
     wide = [((0, 0), (0, patches - item.values.shape[1]), (0, 0)) for item in present]
     values = [np.pad(item.values, sides) for item, sides in zip(present, wide, strict=True)]
-    return Patches(np.concatenate(values), np.concatenate([item.grids for item in present]))
+    grids = np.concatenate([item.grids for item in present])
+    return Patches(np.concatenate(values), grids, present[0].scale)
 
 
 def split_patches(patches: Patches, counts: Sequence[int]) -> list[Patches]:
@@ -77,4 +138,4 @@ def split_patches(patches: Patches, counts: Sequence[int]) -> list[Patches]:
         return [patches]
     ends = np.cumsum(counts)[:-1]
     values, grids = np.split(patches.values, ends), np.split(patches.grids, ends)
-    return [Patches(*pair) for pair in zip(values, grids, strict=True)]
+    return [Patches(*pair, patches.scale) for pair in zip(values, grids, strict=True)]

@@ -128,14 +128,21 @@ class Frames:
     """float64 `[f]`, seconds from the beginning of the whole video, also for a crop."""
 
 
+Scale = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of each channel, of grey levels from 0 to 1."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Patches:
     """Frames as the vision tower takes them; every frame padded to the same number of patches."""
 
     values: np.ndarray
-    """float32 `[f, p, c]`, normalised, in merge-block order; zeros beyond a frame's own patches."""
+    """`[f, p, c]` in merge-block order, channels outermost in `c`: uint8 grey levels with a
+    `scale`, or float32 that is normalised already; zeros beyond a frame's own patches."""
     grids: np.ndarray
     """int32 `[f, 2]`: rows and columns of patches of each frame (0, 0 for a padding frame)."""
+    scale: Scale | None = None
+    """By which `values` are normalised when they are put into a batch (`paravt_jax.patches`)."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,8 +13,6 @@ Runs = UInt8[np.ndarray, "runs temporal height width 3"]
 """Frames in the runs that patches span."""
 Blocks = UInt8[np.ndarray, "runs rows columns merge merge 3 temporal patch patch"]
 """Frames cut into blocks of merge x merge patches."""
-Values = Float32[np.ndarray, "runs rows columns merge merge 3 temporal patch patch"]
-"""The same, normalised."""
 Coverage = UInt8[np.ndarray, "height width"]
 """How much of each pixel something covers, 255: all of it."""
 Greys = Float32[np.ndarray, "height width"]

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
+import time
 import weakref
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
 
 import grain
 from absl import flags
@@ -21,6 +24,9 @@ from pipelines.subtitles import UnreadableSubtitles
 _LOG = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+ByShare = Callable[[Sequence[Row], Callable[[Sequence[Row]], Iterable[Any]]], Iterable[Any]]
+"""What work gives for rows, in their order, whoever of several hosts does it."""
 
 Rows = Sequence[Row] | grain.sources.RandomAccessDataSource[Row]
 """Random access to rows: a list, or `tfds_builder.RowSource`."""
@@ -46,6 +52,58 @@ class Mixture:
                 return source[index]
             index -= len(source)
         raise IndexError(index)
+
+
+@runtime_checkable
+class RowShare(Protocol):
+    """Which host makes which prompt of a stream, and how the others get it."""
+
+    here: str
+    """Put after the reason why a row cannot be read: which host says so."""
+
+    def begin(self, per_step: int) -> Callable[[int], bool]:
+        """A stream begins, of so many rows a step, and an earlier one is over; which of its rows
+        are this host's. What is returned can be sent to worker processes."""
+        ...
+
+    def tell(self, index: int, made: Future[Any]) -> None:
+        """What came of a row of this host."""
+        ...
+
+    def expect(self, index: int) -> Future[Any]:
+        """What comes of a row of another host."""
+        ...
+
+    def used(self, seconds: float) -> None:
+        """A row of this host is taken from the stream; it took so long to make."""
+        ...
+
+
+class OneHost:
+    """`RowShare` where there are no others."""
+
+    here = ""
+
+    def begin(self, per_step: int) -> Callable[[int], bool]:
+        """All rows are made here."""
+        return _every
+
+    def tell(self, index: int, made: Future[Any]) -> None:
+        """There is nobody to tell."""
+
+    def expect(self, index: int) -> Future[Any]:
+        """No row is made elsewhere."""
+        raise AssertionError(index)
+
+    def used(self, seconds: float) -> None:
+        """Nobody counts."""
+
+
+def _every(index: int) -> bool:
+    return True
+
+
+ONE_HOST = OneHost()
 
 
 class PromptItem(NamedTuple):
@@ -138,6 +196,68 @@ class PromptMaker:
         return PromptItem(row, budget, prompt)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Made:
+    """A row of the stream, and what came of it where it was made."""
+
+    index: int
+    row: Row
+    outcome: PromptItem | BadRow | Exception | None = None
+    """None where another host makes it."""
+    seconds: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class _OwnRows:
+    """Makes the prompts of this host's rows."""
+
+    make: PromptMaker
+    owns: Callable[[int], bool]
+    here: str
+
+    def __call__(self, index: int, draw: DrawnRow) -> _Made:
+        if not self.owns(index):
+            return _Made(index, draw.row)
+        began = time.perf_counter()
+        try:
+            outcome = self.make(draw)
+        except Exception as error:  # of which other hosts hear before it is raised here
+            outcome = error
+        if isinstance(outcome, BadRow):
+            outcome = outcome._replace(reason=outcome.reason + self.here)
+        return _Made(index, draw.row, outcome, time.perf_counter() - began)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Coming:
+    """What comes of a row."""
+
+    made: _Made
+    outcome: Future[Any]
+
+
+def _shared(share: RowShare, made: _Made) -> _Coming:
+    """Tell what came of a row, or expect to be told; does not wait."""
+    if made.outcome is None:
+        return _Coming(made, share.expect(made.index))
+    done: Future[Any] = Future()
+    if isinstance(made.outcome, Exception):
+        done.set_exception(made.outcome)
+    else:
+        done.set_result(made.outcome)
+    share.tell(made.index, done)
+    return _Coming(made, done)
+
+
+def _settled(share: RowShare, coming: _Coming) -> PromptItem | BadRow:
+    """What came of a row, once it is known."""
+    made, item = coming.made, coming.outcome.result()
+    if made.outcome is not None:
+        share.used(made.seconds)
+    # Its file may lie elsewhere on the host that made it.
+    return item._replace(row=made.row) if isinstance(item, PromptItem) else item
+
+
 def overviews(reader: FrameReader, row: Row, budget: int) -> list[Frames]:
     """Frames of each of the row's videos, which share the budget.
 
@@ -224,6 +344,8 @@ def prompt_stream(
     threads: int = 4,
     workers: int = 0,
     max_bad_rows: float = 0.0,
+    steps_ahead: int = 2,
+    share: RowShare = ONE_HOST,
 ) -> PromptStream:
     """Compose the stream: shuffle anew each epoch, draw K, decode, leave out what cannot be read,
     batch. Batches are always full.
@@ -238,6 +360,8 @@ def prompt_stream(
         workers: decode in this many worker processes instead, each with `threads` threads. The
             order and saved positions stay the same.
         max_bad_rows: share of the rows that may turn out to be unreadable and are left out.
+        steps_ahead: steps whose prompts are made before they are asked for.
+        share: which rows are made by this host, and how it gets the others.
 
     Raises:
         ValueError: an argument is out of range. Taking a step raises it if too many rows are bad.
@@ -246,20 +370,26 @@ def prompt_stream(
     mixed = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
     parts = [_draws(source, seed + number) for number, source in enumerate(mixed.sources)]
     draws = grain.MapDataset.mix(parts, mixed.weights) if len(parts) > 1 else parts[0]
-    made = draws.map(PromptMaker(reader, renderer, budgets, seed, tools))
+    make = PromptMaker(reader, renderer, budgets, seed, tools)
     ahead = grain.ReadOptions(
-        num_threads=threads, prefetch_buffer_size=max(threads, 2 * groups_per_step)
+        num_threads=threads, prefetch_buffer_size=max(threads, steps_ahead * groups_per_step)
     )
+    shared, settled = functools.partial(_shared, share), functools.partial(_settled, share)
     bad_rows = BadRows(len(rows), max_bad_rows)
 
     def steps_from(start: int) -> grain.IterDataset:
-        prompts = made[start:].to_iter_dataset(ahead)
+        own = _OwnRows(make, share.begin(groups_per_step), share.here)
+        made = draws.map_with_index(own)[start:]
         if workers:
             # Grain reads absl flags when it starts workers, and insists that they were parsed.
             flags.FLAGS.mark_as_parsed()
-            prompts = prompts.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers))
+            options = grain.MultiprocessingOptions(num_workers=workers)
+            coming = made.to_iter_dataset(ahead).mp_prefetch(options).map(shared)
+        else:
+            coming = made.map(shared).to_iter_dataset(ahead)
         # Behind the worker processes, so that one place sees every row that is left out.
-        return prompts.filter(bad_rows.is_good).batch(groups_per_step, batch_fn=list)
+        prompts = coming.map(settled).filter(bad_rows.is_good)
+        return prompts.batch(groups_per_step, batch_fn=list)
 
     return PromptStream(steps_from, bad_rows)
 
@@ -279,9 +409,10 @@ def prompt_list(
     tools: bool = True,
     max_bad_rows: float = 0.0,
     made: Callable[[], object] = lambda: None,
+    by_share: ByShare = lambda rows, work: work(rows),
 ) -> list[PromptItem]:
     """One prompt of K = `budget` frames for every row, in their order: what an evaluation takes.
-    `made` is called after each.
+    `made` is called after each that is made here; `by_share` has each of several hosts make some.
 
     Raises:
         ValueError: `budget` is not positive, or more than a share of `max_bad_rows` of the rows
@@ -289,14 +420,17 @@ def prompt_list(
     """
     make = PromptMaker(reader, renderer, (budget,), seed=0, tools=tools)
     bad_rows = BadRows(len(rows), max_bad_rows)
-    every: Iterable[PromptItem | BadRow] = (
-        make(DrawnRow(rows[index], epoch=0)) for index in range(len(rows))
-    )
+
+    def made_of(own: Sequence[Row]) -> Iterator[PromptItem | BadRow]:
+        for row in own:
+            yield make(DrawnRow(row, epoch=0))
+            made()
+
+    whole = [rows[index] for index in range(len(rows))]
     good: list[PromptItem] = []
-    for item in every:
+    for row, item in zip(whole, by_share(whole, made_of), strict=True):
         if bad_rows.is_good(item):
-            good.append(item)
-        made()
+            good.append(item._replace(row=row))
     return good
 
 

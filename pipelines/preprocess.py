@@ -21,7 +21,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from paravt_jax.records import Patches
-from pipelines.arrays import Blocks, Picture, Pixels, Runs, Values
+from pipelines.arrays import Blocks, Picture, Pixels, Runs
 
 # Frames longer than this many times their width, or the reverse, are refused.
 MOST_SLENDER = 200
@@ -411,7 +411,7 @@ def resize(frame: Picture, size: tuple[int, int]) -> UInt8[np.ndarray, "rows col
 
 
 def to_patches(frames: Pixels, spec: FrameSpec) -> Patches:
-    """Cut resized frames into normalised patches in merge-block order.
+    """Cut resized frames into patches in merge-block order, to be normalised by their `scale`.
 
     Returns:
         Patches with values `[f', p, c]`: `f' = f` as images, `ceil(f / temporal)` as video.
@@ -426,15 +426,15 @@ def to_patches(frames: Pixels, spec: FrameSpec) -> Patches:
             "VideoReader(spec=...), or resize them with spec.resize(frames)"
         )
     groups = spec.group(frames)
-    values = _normalise(_blocks(groups, spec), spec)
     rows, columns = height // spec.patch_size, width // spec.patch_size
     grids = np.full((len(groups), 2), (rows, columns), np.int32)
-    return Patches(values.reshape(len(groups), rows * columns, spec.patch_values), grids)
+    values = _blocks(groups, spec).reshape(len(groups), rows * columns, spec.patch_values)
+    return Patches(values, grids, (spec.mean, spec.std))
 
 
 def from_patches(patches: Patches, spec: FrameSpec, count: int) -> list[Picture]:
-    """The first `count` frames of what `to_patches` made: what the model saw, to half a grey level.
-    Frames of several videos may differ in size."""
+    """The first `count` frames of what `to_patches` made: what the model saw. Frames of several
+    videos may differ in size."""
     merge, patch, times = spec.merge_size, spec.patch_size, spec.temporal_patch_size
     shown = times if spec.group_count(times) == 1 else 1
     frames: list[Picture] = []
@@ -447,8 +447,7 @@ def from_patches(patches: Patches, spec: FrameSpec, count: int) -> list[Picture]
         pixels = blocks.transpose(5, 0, 2, 6, 1, 3, 7, 4).reshape(
             times, rows * patch, columns * patch, 3
         )
-        grey = (pixels * np.asarray(spec.std, np.float32) + np.asarray(spec.mean, np.float32)) * 255
-        frames += list(np.clip(np.rint(grey), 0, 255).astype(np.uint8)[:shown])
+        frames += list(pixels[:shown])
     return frames[:count]
 
 
@@ -468,15 +467,3 @@ def _blocks(groups: Runs, spec: FrameSpec) -> Blocks:
         channels,
     )
     return split.transpose(0, 2, 5, 3, 6, 8, 1, 4, 7)
-
-
-def _normalise(blocks: Blocks, spec: FrameSpec) -> Values:
-    """(x / 255 - mean) / std on blocks whose fourth axis from the end is the channel.
-
-    In place on one float array: temporaries of this size cost more than the arithmetic.
-    """
-    mean, std = (np.asarray(v, np.float32)[:, None, None, None] for v in (spec.mean, spec.std))
-    values = np.ascontiguousarray(blocks).astype(np.float32)
-    values *= np.float32(1 / 255) / std
-    values -= mean / std
-    return values

@@ -43,10 +43,9 @@ from rollout.tasks import (
     Parallel,
     Program,
     Scheduler,
-    SyncErrors,
 )
 from rollout.tools import TOOLS, FoundFrames, Tool, ToolContext, ToolError, Tools, find
-from rollout.workers import Job, Workers
+from rollout.workers import Job, Share, Workers, done_here
 
 KEPT_JOBS = 256
 """Crops that a stream of prompts remembers, for others that ask for the same."""
@@ -73,6 +72,8 @@ class Rollout:
     prompt: Prompt
     seed: int
     stream: StreamId
+    place: tuple[int, int] = (0, 1)
+    """Among those of the run, and how many these are."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +99,7 @@ class Agent:
         tools: Tools = TOOLS,
         config: AgentConfig = AgentConfig(),
         crop_tokens: int | None = None,
-        sync_errors: SyncErrors = list,
+        share: Share = done_here,
         before_step: Callable[[], None] = lambda: None,
         observer: Observer = NOBODY,
         after_run: Callable[[], None] = lambda: None,
@@ -110,8 +111,7 @@ class Agent:
             tools: what calls may name; prompts must offer their schemas.
             crop_tokens: most tokens of a crop: of a sub-agent's prompt, or of its frames in a tool
                 response. A larger one is answered with an error. Needed where frames are shown.
-            sync_errors: what counts as a tool's failure where several hosts run the same tools.
-                What tools find must be the same on all of them anyway.
+            share: which of several hosts, all of which run the same rollouts, runs a tool.
             before_step: called before each step of the engine; what it raises ends `run`.
             observer: told of turns and calls while they happen; of tokens by the session, if that
                 was given its `wrote`.
@@ -126,7 +126,7 @@ class Agent:
             raise ValueError("evidence='frames' needs crop_tokens: the room that a crop takes")
         self._open_session, self._renderer, self._reader = open_session, renderer, reader
         self._tools, self._config, self._crop_tokens = tools, config, crop_tokens
-        self._sync_errors, self._before_step = sync_errors, before_step
+        self._share, self._before_step = share, before_step
         self._observer = observer
         self._after_run = after_run
         self._budget = token_budget(config, renderer, crop_tokens or 0)
@@ -152,9 +152,9 @@ class Agent:
         A rollout depends on `seed`, its row id and its number, not on the rest of the batch.
         """
         session = self._open_session(params)
-        with Workers(self._config.decode_threads) as workers:
+        with Workers(self._config.decode_threads, share=self._share) as workers:
             run = RunContext(session, workers, policy_version)
-            scheduler = Scheduler(session, self._sync_errors, self._before_step)
+            scheduler = Scheduler(session, self._before_step)
             rollouts = _open_rollouts(run, items, copies, seed)
             try:
                 done = scheduler.run([self._episode_and_notice(rollout) for rollout in rollouts])
@@ -184,9 +184,9 @@ class Agent:
             most: prompts under way at a time; the engine has slots for as many.
         """
         session = self._open_session(params)
-        with Workers(self._config.decode_threads, KEPT_JOBS) as workers:
+        with Workers(self._config.decode_threads, KEPT_JOBS, self._share) as workers:
             run = RunContext(session, workers, policy_version=0)
-            scheduler = Scheduler(session, self._sync_errors, self._before_step)
+            scheduler = Scheduler(session, self._before_step)
 
             def program(wait: bool) -> Program | None:
                 if (item := feed(wait)) is None:
@@ -318,6 +318,7 @@ class Agent:
             key,
             lambda: self._execute(tool, call, context),
             self._config.tool_timeout,
+            rollout.place,
         )
 
     def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Look:
@@ -360,6 +361,7 @@ def _open_rollouts(
 ) -> Iterator[Rollout]:
     """Rollouts in prompt-major order. A row that comes twice in a batch is drawn twice."""
     seen: collections.Counter[str] = collections.Counter()
+    place = itertools.count()
     for row, frame_budget, prompt in items:
         # By row id and not by place in the batch: neighbours must not change a draw.
         numbers = range(copies)
@@ -367,7 +369,8 @@ def _open_rollouts(
         streams = run.session.open(MAIN, prompt, seeds)
         seen[row.row_id] += 1
         for own, stream in zip(seeds, streams, strict=True):
-            yield Rollout(run, row, frame_budget, prompt, own, stream)
+            number = next(place), len(items) * copies
+            yield Rollout(run, row, frame_budget, prompt, own, stream, number)
 
 
 def _tool_requests(rollout: Rollout, turn: Turn, turns: int) -> list[ToolRequest]:

@@ -52,9 +52,6 @@ Feed = Callable[[bool], Program | None]
 """The next program. Told to wait, it gives None when there is no more; otherwise also when none is
 ready yet."""
 
-SyncErrors = Callable[[list[Exception | None]], list[Exception | None]]
-"""From the errors of jobs on this host to those that count on every host."""
-
 
 @runtime_checkable
 class EngineSession(Protocol):
@@ -97,11 +94,10 @@ class Scheduler:
     def __init__(
         self,
         session: EngineSession,
-        sync_errors: SyncErrors = list,
         before_step: Callable[[], None] = lambda: None,
     ) -> None:
         """`before_step` is called before each step of the session, and may raise to give up all."""
-        self._session, self._sync_errors, self._before_step = session, sync_errors, before_step
+        self._session, self._before_step = session, before_step
         self._generating: dict[StreamId, _Task] = {}
         self._waiting: list[tuple[_Task, Job]] = []
         self.steps = 0
@@ -159,8 +155,7 @@ class Scheduler:
         self.wait_seconds += time.perf_counter() - began
         # Programs are resumed in the order in which jobs were submitted, whichever was done first:
         # hosts must open streams in the same order, or their slots and caches differ.
-        errors = self._sync_errors([error for _, error in outcomes])
-        for (task, _), (value, _), error in zip(due, outcomes, errors, strict=True):
+        for (task, _), (value, error) in zip(due, outcomes, strict=True):
             self._resume(task, value, error)
 
     def _resume(self, task: _Task, value: Any = None, error: Exception | None = None) -> None:

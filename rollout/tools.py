@@ -10,8 +10,8 @@ What the model reads about it is taken from the function (`rollout.signature`). 
 thread and returns words or `Frames`, of any size, which a sub-agent reports on or the main agent
 is shown, as the agent's `evidence` says. What is wrong with a call it raises as a `ToolError`, in
 words for the model; whatever else it raises becomes an error response too. The only file that it
-is handed is the row's own video, whatever path a call names. Where several hosts run together each
-of them calls it, and must find the same.
+is handed is the row's own video, whatever path a call names. Where several hosts run together, one
+of them calls it, and the others are told what it found.
 """
 
 from __future__ import annotations

@@ -5,6 +5,7 @@ Time never changes a result, but for one case: a job that runs longer than its t
 
 from __future__ import annotations
 
+import functools
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -14,6 +15,16 @@ from paravt_jax.deadlines import within_seconds
 
 Job = Future
 """Work that was given to the workers. Several may wait for its `result`."""
+Work = Callable[[], Any]
+Submit = Callable[[Work], Job]
+Share = Callable[[tuple[int, int], Submit, Work], Job]
+"""Has the work of a row done, given its place and how many rows there are: with `submit` here, or
+by another host."""
+
+
+def done_here(place: tuple[int, int], submit: Submit, work: Work) -> Job:
+    """`Share` where one host does everything."""
+    return submit(work)
 
 
 class Workers:
@@ -23,22 +34,26 @@ class Workers:
     `kept` younger ones have come since.
     """
 
-    def __init__(self, threads: int, kept: int | None = None) -> None:
-        self._pool, self._kept = ThreadPoolExecutor(threads), kept
+    def __init__(self, threads: int, kept: int | None = None, share: Share = done_here) -> None:
+        self._pool, self._kept, self._share = ThreadPoolExecutor(threads), kept, share
         self._jobs: OrderedDict[Hashable, Job] = OrderedDict()
         self.submitted = 0
         """How often work was submitted, answered by an earlier job or not."""
         self.jobs = 0
         """How often it was done."""
 
-    def submit(self, key: Hashable, work: Callable[[], Any], timeout: float) -> Job:
+    def submit(
+        self, key: Hashable, work: Work, timeout: float, place: tuple[int, int] = (0, 1)
+    ) -> Job:
         """Have `work` done, unless a job of this key is there. Its `result` raises a TimeoutError
-        after `timeout` seconds; time spent in the queue does not count."""
+        after `timeout` seconds; time spent in the queue does not count. `place` is that of the row
+        that asks, and how many there are."""
         self.submitted += 1
         if key not in self._jobs:
             self.jobs += 1
             # A job that hangs gives its place free when its time is over.
-            self._jobs[key] = self._pool.submit(within_seconds, work, timeout)
+            timed = functools.partial(within_seconds, work, timeout)
+            self._jobs[key] = self._share(place, self._pool.submit, timed)
         job = self._jobs[key]
         if self._kept is not None and len(self._jobs) > self._kept:
             self._jobs.popitem(last=False)  # whoever waits for it still holds it

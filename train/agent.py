@@ -25,8 +25,8 @@ from rollout.limits import MAIN, AgentConfig, slot_pools
 from rollout.observer import NOBODY, Observer
 from rollout.tools import agent_tools
 from train.data.settings import DataSettings
-from train.hosts.cluster import sync_errors
 from train.hosts.interrupt import SIGNALS_OF_RUN
+from train.hosts.share import shared_job
 
 CALLS = "calls"
 """Name of the grammar that lets a turn hold valid calls only."""
@@ -95,7 +95,7 @@ class AgentMaker:
         return kind(
             functools.partial(Session, engine, wrote=wrote),
             *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
-            sync_errors=sync_errors,
+            share=shared_job,
             before_step=before_step,
             observer=observer or NOBODY,
             after_run=engine.caches.release,

@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from paravt_jax.blocks import join_blocks, own_block, whole_stream
-from paravt_jax.mesh import partition
-from paravt_jax.patches import largest, restride, stack_patches
+from paravt_jax.mesh import put_rows
+from paravt_jax.patches import FrameRows, largest, restride
 from paravt_jax.records import (
     Choices,
     Example,
@@ -265,8 +265,9 @@ def turn_numbers(groups: Sequence[RolloutGroup], own: int) -> np.ndarray:
     return _rows([t.turn_numbers for group in groups for t in group.trajectories], own)
 
 
-_Seen = tuple[np.ndarray | None, np.ndarray | None, int]
-"""Patches and grids of groups, and the patches of a frame."""
+_Seen = tuple[Any, np.ndarray | None, int]
+"""Patches (an array, or with several hosts `FrameRows`) and grids of groups, and the patches of a
+frame."""
 
 
 def _frames(groups: Sequence[Prompt], frames: int, frame_patches: int) -> _Seen:
@@ -274,8 +275,10 @@ def _frames(groups: Sequence[Prompt], frames: int, frame_patches: int) -> _Seen:
     seen = [group.patches for group in groups]
     most, width = largest(seen)
     width = max(width, frame_patches)
-    patches, grids = stack_patches(seen, frames, width) if most else (None, None)
-    return patches, grids, width
+    if not most:
+        return None, None, width
+    rows = FrameRows(seen, frames, width)
+    return rows if jax.process_count() > 1 else rows[:], rows.grids, width
 
 
 def _room(groups: Sequence[Prompt], frames: int, shown: bool) -> int:
@@ -330,10 +333,4 @@ def _rows(
 
 def to_mesh(tree: Any, mesh: Mesh) -> Any:
     """Put host arrays on the mesh, leading dimension split over the batch axes."""
-
-    def put(x: np.ndarray) -> jax.Array:
-        axes = ("batch", *(None,) * (np.ndim(x) - 1))
-        spec = partition(dict(mesh.shape), axes, np.shape(x))
-        return jax.device_put(x, NamedSharding(mesh, spec))
-
-    return jax.tree.map(put, tree)
+    return jax.tree.map(lambda x: put_rows(x, mesh), tree)

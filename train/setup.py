@@ -43,6 +43,7 @@ from train.config import Config, Stage
 from train.data.needle import needle_sources, world_folder
 from train.data.questions import Check, PromptRoom, Questions, question_check
 from train.data.settings import DataSettings
+from train.hosts.share import WORK, SharedRows, work_metrics
 from train.methods.difficulty import Difficulty, hint_room
 from train.methods.dynamic_sampling import DynamicSampling
 from train.methods.length_penalty import LengthPenalty
@@ -165,6 +166,7 @@ class Parts:
         return VideoReader(
             own.crop_fps,
             own.crop_frames,
+            own.cache_mb * 2**20,
             spec=self.renderer.spec,
             overview_tokens=own.overview_tokens,
             decode_seconds=own.decode_seconds,
@@ -214,9 +216,12 @@ class Parts:
             config.data.frame_budgets,
             config.rl.prompts_per_step,
             config.seed,
+            threads=config.data.decode_threads,
             workers=config.data.workers,
             tools=config.agent.offers_tools,
             max_bad_rows=config.data.max_bad_rows,
+            steps_ahead=config.data.steps_ahead,
+            share=SharedRows(),
         )
 
     def sources(self) -> dict[str, Any]:
@@ -410,8 +415,9 @@ def open_rollouts(
     rl, own = config.rl, config.difficulty
     sample: Sample = ScoredRollouts(agent, scorer, config.steps, console, rl.staleness)
     resumable: dict[str, Resumable] = {"prompts": prompts}
+    WORK.take()  # what was done so far belongs to no step
     metrics: list[MetricsSource] = [lambda: prompts.metrics, lambda: agent.metrics]
-    metrics += [lambda: scorer.metrics, agents.reader.take_metrics]
+    metrics += [lambda: scorer.metrics, lambda: work_metrics(agents.reader.take_metrics())]
     if own.window:
         tools = config.agent.offers_tools
         sample = difficulty = Difficulty(sample, own, agents.renderer, agents.reader, tools)

@@ -24,7 +24,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.kv_cache import KVCache
-from paravt_jax.mesh import batch_shards, constrain, split_before_copy
+from paravt_jax.mesh import batch_shards, constrain, put_rows, split_before_copy
+from paravt_jax.patches import FrameRows
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
 from rollout.engine.automaton import TokenAutomata, advance, allowed_tokens, has_stopped
@@ -203,6 +204,13 @@ class Engine:
         """Parts that a mesh splits rows into."""
         mesh = jax.sharding.get_abstract_mesh() if self.mesh is None else self.mesh
         return batch_shards(dict(mesh.shape))
+
+    def place(self, rows: FrameRows) -> tuple[Any, Any]:
+        """Frames and grids as `encode` takes them; with several hosts, on the devices already."""
+        if jax.process_count() == 1:
+            return rows[:], rows.grids
+        mesh = self.mesh or jax.sharding.get_mesh()
+        return put_rows(rows, mesh), put_rows(rows.grids, mesh)
 
     def _encode(
         self, params: Params, values: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]

@@ -18,7 +18,7 @@ import numpy as np
 
 from paravt_jax.blocks import text_block
 from paravt_jax.interfaces import Params
-from paravt_jax.patches import largest, restride, stack_patches
+from paravt_jax.patches import FrameRows, largest, restride
 from paravt_jax.records import Choices, Prompt, VisionFeatures
 from paravt_jax.rope_index import next_position
 from rollout.engine.engine import DecodeOutput, Engine, GeneratingRows
@@ -243,7 +243,8 @@ class Session:
             return None, [block.vision_index for block in blocks]
         shown = [block.patches for block in blocks]
         patches = max(largest(shown)[1], self._engine.frame_patches)
-        features = self._engine.encode(self._params, *stack_patches(shown, frames, patches))
+        rows = self._engine.place(FrameRows(shown, frames, patches))
+        features = self._engine.encode(self._params, *rows)
         return features, [restride(block, patches) for block in blocks]
 
     def _decode(self, tables: Sequence[SlotTable]) -> list[tuple[StreamId, Generated]]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from rollout.tools import ToolError
-from tests.support.command import ROOT, command, environment, run
+from tests.support.command import ROOT, TIMED, command, environment, run
 from tests.support.videos import write_video
 
 pytestmark = pytest.mark.slow
@@ -19,11 +19,23 @@ SETTINGS = [
     "data.frame_budgets=4",
     "rl.prompts_per_step=4",
     "rl.group_size=2",
-    "agent.turn_tokens=40",
+    "agent.turn_tokens=80",
+    "agent.max_tool_rounds=1",
     "agent.subagent_batch=8",
     "evaluation.rows=0",
-    "model.folder=none",
+    "output.report=false",
 ]
+OF_TEXT = (
+    "reward/",
+    "tool/",
+    "format/",
+    "length/",
+    "episode/",
+    "group/",
+    "data/bad",
+    "frames/budget",
+)
+"""Beginnings of the names of figures that follow from what is said."""
 
 
 def free_port() -> int:
@@ -65,8 +77,15 @@ def test_two_processes_give_the_run_of_one(tmp_path):
     (first, _), (second, _) = on_two_hosts(one_step(together, cache))
     assert "step 1/1" in first and "step" not in second
     one, two = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (alone, together))
-    for name in ("loss", "grad_norm", "reward/total", "tool/calls_per_rollout"):
-        np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    for name in one:
+        if name.startswith(OF_TEXT):
+            assert two[name] == one[name], name
+        elif not name.startswith((*TIMED, "hosts/", "rollout/cache")):
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (one["hosts/overviews"], one["hosts/rewards"]) == (4, 8)
+    assert (two["hosts/overviews"], two["hosts/rewards"]) == (2, 4), "half of them each"
+    assert one["tool/jobs"] == one["hosts/tools"] > two["hosts/tools"] >= one["tool/jobs"] / 2
+    assert two["hosts/sent_mib"] > one["hosts/sent_mib"] == 0
     assert (together / "hf" / "model.safetensors").exists()
 
 
@@ -74,7 +93,8 @@ DISAGREE = """
 import jax, sys
 sys.path.insert(0, {root!r})
 from rollout.tools import ToolError
-from train.hosts import cluster
+from rollout.workers import Workers
+from train.hosts import cluster, share
 
 cluster.start()
 late, none = TimeoutError("late"), None
@@ -84,6 +104,16 @@ print([repr(f) for f in cluster.sync_errors(faults)])
 print(cluster.sync_errors([none, none]))
 print(cluster.texts_from_all("red" * jax.process_index()))
 cluster.require_same([b"a", b"same"], "the prompts of step 3")
+print(share.by_share("abc", lambda own: [x + str(jax.process_index()) for x in own]))
+
+
+def job(place):  # fails on the second host
+    with Workers(1, share=share.shared_job) as workers:
+        done = workers.submit("crop", lambda: 1.0 / (1.0 - jax.process_index()), 5.0, (place, 2))
+        return str(done.exception() or done.result())
+
+
+print(job(0), "and", job(1), "after", share.WORK.take()["hosts/tools"])
 print(cluster.on_all_hosts(lambda: "read"))
 
 
@@ -108,12 +138,14 @@ for fails in (different, lambda: cluster.on_all_hosts(unreadable)):
 def test_hosts_agree_on_what_failed_and_notice_different_data():
     """Tools and files that one host alone has trouble with."""
     ends = on_two_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
-    one, two = (output.splitlines()[-6:] for output, _ in ends)  # gloo greets before
+    one, two = (output.splitlines()[-8:] for output, _ in ends)  # gloo greets before
     assert one == two
-    faults, nothing, texts, read, different, unreadable = one
+    faults, nothing, texts, shares, jobs, read, different, unreadable = one
     timed, no = repr(TimeoutError("late")), repr(ToolError("no"))
     assert faults == str(["None", timed, repr(RuntimeError("x")), no, timed])
     assert (nothing, texts) == ("[None, None]", "['', 'red']")
+    assert shares == str(["a0", "b0", "c1"])
+    assert jobs == "1.0 and float division by zero after 1.0", "each host runs its own job only"
     assert (read, unreadable) == ("read", "own.mp4 is damaged")
     assert different.startswith(
         "the prompts of step 3 differ between hosts (hosts [1] from host 0)"

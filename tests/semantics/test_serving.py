@@ -33,6 +33,7 @@ from models import open_policy
 from paravt_jax.blocks import whole_stream
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.patches import normalised
 from paravt_jax.records import StopReason
 from rollout.engine.slots import Generated, Written
 from tests.support.needle import questions
@@ -204,7 +205,13 @@ def learned(model, asked, tokens, temperature) -> np.ndarray:
         hidden = policy.hidden(params, ids, positions, index, features)
         return policy.logits(params, hidden)
 
-    inputs = stream.tokens, stream.positions, stream.vision_index, patches.values, patches.grids
+    inputs = (
+        stream.tokens,
+        stream.positions,
+        stream.vision_index,
+        normalised(patches),
+        patches.grids,
+    )
     found = logits(model.params, *(jnp.asarray(own)[None] for own in inputs))[0]
     return np.asarray(jax.nn.log_softmax(found / temperature))[-len(tokens) - 1 : -1]
 

@@ -5,6 +5,8 @@
 3. Every row comes once per epoch, in each data set of a mixture.
 4. A mixture draws from its data sets in proportion to their weights, at any stretch.
 5. No prompt is larger than the element spec says.
+6. Hosts that share a stream see what one host sees, and each row is made by one of them, or fails
+   by one of them for all.
 
 What workers add to a stream is only where prompts are made: the light tests run without them, one
 runs with them, and the study runs the whole matrix.
@@ -15,14 +17,17 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 
 import numpy as np
 import pytest
 
 from paravt_jax.records import Frames, Prompt, Row, VideoRef
 from pipelines.budget import frame_budget
+from pipelines.container import UnreadableVideo
 from pipelines.loader import Mixture, prompt_stream
 from pipelines.sizes import prompt_tokens
 from pipelines.tfds_builder import row_source
@@ -96,6 +101,91 @@ def test_budgets_differ_between_epochs_and_are_the_same_after_a_restart():
         cwd=os.path.dirname(os.path.dirname(os.path.dirname(__file__))),
     )  # fmt: skip
     assert json.loads(again.stdout) == epochs
+
+
+class TwoHosts:
+    """`RowShare` of two hosts that are threads: rows by turns, told through one table."""
+
+    def __init__(self, told, lock, number):
+        self.told, self.lock, self.number, self.here = told, lock, number, f" (host {number})"
+        self.rows_made = 0
+
+    def begin(self, per_step):
+        return lambda index: index % 2 == self.number
+
+    def expect(self, index):
+        with self.lock:
+            return self.told.setdefault(index, Future())
+
+    def tell(self, index, made):
+        own = self.expect(index)
+        if (error := made.exception()) is None:
+            return own.set_result(made.result())
+        return own.set_exception(error)
+
+    def used(self, seconds):
+        self.rows_made += 1
+
+
+class Hole(PlainReader):
+    """Cannot read one file: what `raised` is of, it raises."""
+
+    def __init__(self, raised: Exception | None = None):
+        self.raised = raised
+
+    def overview(self, video: VideoRef, count: int) -> Frames:
+        if self.raised and video.path == f"/v{SECOND[3:]}.mp4":
+            raise self.raised
+        return super().overview(video, count)
+
+
+SECOND = seen(stream(make_rows(6), seed=5, groups_per_step=4), 1)[1][0]
+"""The row that is drawn second, by the second host."""
+
+
+def on_two_hosts(steps: int, raised: Exception | None = None):
+    """Row and K of so many steps of four, on each of two hosts of which the second alone meets
+    trouble with `SECOND`; what the streams have counted, and what ended each of them."""
+    told, lock, found = {}, threading.Lock(), {}
+
+    def host(number):
+        share = TwoHosts(told, lock, number)
+        rows = [Row(f"row{n}", VideoRef(f"/v{n}.mp4", 8.0), f"{number}", "!") for n in range(6)]
+        reader = Hole(raised if number else None)
+        made = rows, reader, PlainRenderer(), CHOICES, 4, 5
+        prompts = prompt_stream(*made, max_bad_rows=0.5, share=share)
+        items, error = [], None
+        try:
+            items = [item for _ in range(steps) for item in next(prompts)]
+        except Exception as ended:
+            error = str(ended)
+        assert {item.row.question for item in items} <= {str(number)}, "rows are a host's own"
+        seen = [(item.row.row_id, item.frame_budget) for item in items]
+        found[number] = seen, prompts.get_state(), error, share.rows_made
+
+    hosts = [threading.Thread(target=host, args=(number,)) for number in range(2)]
+    for thread in hosts:
+        thread.start()
+    for thread in hosts:
+        thread.join(20)
+    return found[0], found[1]
+
+
+def test_two_hosts_see_the_stream_of_one_and_make_half_of_it_each():
+    (seen_0, state_0, _, made_0), (seen_1, state_1, _, made_1) = on_two_hosts(6)
+    assert seen_0 == seen_1 == seen(stream(make_rows(6), seed=5, groups_per_step=4), 6)
+    assert state_0 == state_1 and made_0 == made_1 == 12
+
+
+def test_what_one_host_cannot_read_no_host_shows():
+    one, two = on_two_hosts(6, UnreadableVideo("no such file"))
+    assert one[:3] == two[:3] and one[1]["bad_rows"] == [SECOND]
+    assert len(one[0]) == 24, "and others take its place"
+
+
+def test_an_error_on_one_host_ends_the_stream_on_all():
+    one, two = on_two_hosts(6, OSError("the disk is gone"))
+    assert one[2] == two[2] == "the disk is gone"
 
 
 def test_a_stream_resumes_at_any_element():

@@ -40,8 +40,9 @@ CONTRACT = set(
     data/wait data/bad_rows frames/cache_hits frames/decode_seconds""".split()  # noqa: SIM905
 )
 """What every line of `metrics.jsonl` of an RL run holds."""
-READING = ("data/wait", "frames/asked", "frames/cache", "frames/decode")
-TIMED = ("time/", "tokens_per_second", "compile/", "memory/", *READING)
+READING = ("data/wait", "frames/asked", "frames/cache", "frames/decode", "hosts/frames")
+HOSTS = ("hosts/seconds", "hosts/sent")
+TIMED = ("time/", "tokens_per_second", "compile/", "memory/", *READING, *HOSTS)
 """Beginnings of the names of figures that a second run does not repeat."""
 
 

@@ -52,6 +52,7 @@ def joined(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", initialize)
     watch = types.SimpleNamespace(join=lambda number, count: None, begin=lambda: None)
     monkeypatch.setattr(joining, "WATCH", watch)
+    monkeypatch.setattr(joining.EXCHANGE, "begin", lambda *given: None)
     for name in (*OTHERS, *SLURM, *OPEN_MPI, *BY_HAND, *TWO_SLICES):
         monkeypatch.delenv(name, raising=False)
     return calls

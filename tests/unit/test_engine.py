@@ -12,6 +12,7 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
+from paravt_jax.patches import normalised
 from paravt_jax.records import Prompt, StopReason
 from paravt_jax.rope_index import next_position
 from paravt_jax.shapes import bucket, buckets
@@ -91,7 +92,7 @@ def full_log_probs(
     positions[0, :start] = prompt.positions
     index = np.full((1, 128), -1, np.int32)
     index[0, :start] = prompt.vision_index
-    patches = prompt.patches and (prompt.patches.values[None], prompt.patches.grids[None])
+    patches = prompt.patches and (normalised(prompt.patches)[None], prompt.patches.grids[None])
     logits = _full_logits(policy, params, tokens, positions, index, patches)
     logits = logits[0, start - 1 : start - 1 + len(stream)]
     return np.asarray(jax.nn.log_softmax(logits / temperature))

@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 
+from paravt_jax.patches import FrameRows, join_patches, normalised, stack_patches
+from paravt_jax.records import Patches
 from pipelines.preprocess import SPECS, ImageSpec, VideoSpec, resize, to_patches
 
 TINY = ImageSpec(patch_size=4, min_pixels=64, max_pixels=4096)
@@ -87,7 +89,7 @@ def test_patch_order_is_block_then_patch_then_channel_then_time():
     assert patches.values.shape == (1, 8, 3 * 2 * 4 * 4)
     assert patches.grids.tolist() == [[2, 4]]
     # Patch 5 is in the second block: its row 0, column 1, so pixels [0:4, 12:16].
-    patch = patches.values[0, 5].reshape(3, 2, 4, 4)
+    patch = normalised(patches)[0, 5].reshape(3, 2, 4, 4)
     expected = frames[0, 0:4, 12:16].transpose(2, 0, 1) / 255 * 2 - 1
     np.testing.assert_allclose(patch[:, 0], expected, atol=1e-6)
     np.testing.assert_array_equal(patch[:, 0], patch[:, 1])
@@ -100,6 +102,22 @@ def test_video_pairs_frames_and_repeats_the_last():
     first, last = (values[1, :, :, time] for time in (0, 1))
     np.testing.assert_array_equal(first, last)
     assert not np.array_equal(values[0, :, :, 0], values[0, :, :, 1])
+
+
+def test_grey_levels_are_normalised_where_they_are_put_into_a_batch():
+    """Whichever rows a host makes of it, and whatever the frames are padded to."""
+    large, small = (to_patches(random_frames(2, 8, width), TINY) for width in (16, 8))
+    made = Patches(normalised(small), small.grids)
+    values, grids = stack_patches([large, None, join_patches([large, small])], 5, 10)
+    np.testing.assert_array_equal(values[0, :2, :8], normalised(large))
+    np.testing.assert_array_equal(values[2, 2:4, :4], normalised(small))
+    assert not values[0, 2:].any() and not values[1].any() and not values[2, 2:4, 4:].any()
+    assert grids[:, :, 0].tolist() == [[2, 2, 0, 0, 0], [0] * 5, [2, 2, 2, 2, 0]]
+    mixed = join_patches([large, made])
+    np.testing.assert_array_equal(mixed.values, values[2, :4, :8])
+    rows = FrameRows([large, None, mixed], 5, 10)
+    for index in (slice(0, 1), slice(1, 2), slice(1, 3)):
+        np.testing.assert_array_equal(rows[index, :, :, :], values[index])
 
 
 @pytest.mark.parametrize("count", [1, 2, 3, 8])

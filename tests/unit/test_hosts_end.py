@@ -90,6 +90,15 @@ def test_a_host_without_a_sign_of_life(exits, capfd):
     assert "host 1 is gone" in store.values[FAILED]
 
 
+@pytest.mark.parametrize(("beat", "dead"), [("7", True), (GONE, False)])
+def test_a_connection_that_ends(beat, dead, exits, capfd):
+    """Of a host that was killed; of one that has left."""
+    store = Store()
+    store.values[f"{ALIVE}1"] = beat
+    host(0, store, watches=False)[0].lost(1)
+    assert exits == [1] * dead and ("error: host 1 is gone: " in capfd.readouterr().err) == dead
+
+
 @pytest.mark.parametrize(
     ("error", "lost"),
     [

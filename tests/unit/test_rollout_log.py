@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from paravt_jax.records import CallResult, Clip, Patches, ToolCall
+from paravt_jax.records import CallResult, Clip, ToolCall
 from pipelines.preprocess import ImageSpec, VideoSpec, from_patches, to_patches
 from tests.support.rollout_fakes import SPECIAL
 from tests.support.scripted_rollouts import ROW, SPEC, as_state, configured, group, learner, rollout
@@ -91,7 +91,7 @@ def test_a_sheet_holds_each_set_of_frames_once():
 def test_details_hold_values_of_generated_tokens_and_frames():
     made, other = rollout(ANSWER, prefix="<think>"), rollout(ANSWER, seed=1)
     values = OfRollouts({"advantages": np.arange(200.0).reshape(1, 200)}, {id(made): 0})
-    shown = Patches(*_image())
+    shown = _image()
     made = _with_prompt(made, shown)
     values = OfRollouts({"advantages": np.arange(200.0).reshape(1, 200)}, {id(made): 0})
     told, jpeg = details_of(group(made, other), "s.jpg", CONTENTS, SPEC, values)
@@ -105,7 +105,7 @@ def test_details_hold_values_of_generated_tokens_and_frames():
 
 def test_frames_of_calls_are_on_the_sheet_whoever_was_shown_them():
     """Those of a sub-agent's prompt, and those in the agent's own context."""
-    looked, clip = Patches(*_image()), Clip(8.0, 12.0, np.array([8.0, 10.0]), Patches(*_image()))
+    looked, clip = _image(), Clip(8.0, 12.0, np.array([8.0, 10.0]), _image())
     made = called(
         CallResult("seen", True, (8.0, 12.0), subagent=0), CallResult("", True, clip=clip)
     )
@@ -120,8 +120,7 @@ def test_frames_of_calls_are_on_the_sheet_whoever_was_shown_them():
 
 
 def _image():
-    patches = to_patches(np.full((2, 32, 32, 3), 99, np.uint8), SPEC)
-    return patches.values, patches.grids
+    return to_patches(np.full((2, 32, 32, 3), 99, np.uint8), SPEC)
 
 
 def _with_prompt(made, patches):
@@ -134,7 +133,7 @@ def log(folder, room, steps=10):
 
 
 def test_details_keep_within_their_room_and_cover_the_run(tmp_path):
-    made = _with_prompt(rollout(ANSWER), Patches(*_image()))
+    made = _with_prompt(rollout(ANSWER), _image())
     made = dataclasses.replace(made, rewards={"total": 1.0})
 
     def write(folder, room, *steps):

@@ -8,6 +8,7 @@ import pytest
 from paravt_jax.records import CallResult, RolloutGroup, Row, ToolCall, VideoRef
 from paravt_jax.rewards import RewardRules, reward_terms
 from tests.support.trajectories import ANSWER, trajectory
+from train.hosts.share import WORK
 from train.rl import scoring
 from train.rl.scoring import Scorer, complies, rewards_of, rollout_metrics, score_groups
 
@@ -91,11 +92,14 @@ def lucky(attempt):
     return {"luck": random.random()}
 
 
-def test_all_hosts_take_the_first_ones_word_on_a_function_of_the_users(groups, monkeypatch):
-    monkeypatch.setattr(scoring, "from_first", lambda own: [terms | {"luck": 0.5} for terms in own])
-    lucks = {
-        t.rewards["luck"] for g in Scorer(RewardRules(scheme=lucky))(groups) for t in g.trajectories
-    }
-    assert lucks == {0.5}
-    (first, *_) = Scorer(RewardRules())(groups)
-    assert first.trajectories[0].rewards["accuracy"] == 1.0
+def test_a_host_scores_its_own_rollouts_and_takes_the_word_of_others(groups, monkeypatch):
+    def first_alone(items, work):
+        own = work(items[:1])
+        return own + [own[0] | {"luck": 0.5}] * (len(items) - 1)
+
+    monkeypatch.setattr(scoring, "by_share", first_alone)
+    WORK.take()
+    scored = Scorer(RewardRules(scheme=lucky))(groups)
+    lucks = [t.rewards["luck"] for group in scored for t in group.trajectories]
+    assert lucks[0] != 0.5 and set(lucks[1:]) == {0.5}
+    assert WORK.take()["hosts/rewards"] == 1

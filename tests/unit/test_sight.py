@@ -13,7 +13,7 @@ from evaluate.model import open_model
 from evaluate.seeing import Seeing
 from models.common.weights import load_params
 from paravt_jax.mesh import make_mesh, parse_mesh
-from paravt_jax.records import Frames, Prompt, StopReason, Trajectory, Turn
+from paravt_jax.records import Frames, Patches, Prompt, StopReason, Trajectory, Turn
 from pipelines.needle import traces
 from tests.support.needle import questions
 from train.recipes import get_recipe
@@ -75,7 +75,7 @@ def test_frames_that_are_grey_are_no_frames():
     own = report(30)
     patches = own.prompt.patches
     assert patches is not None
-    grey = dataclasses.replace(patches, values=np.zeros_like(patches.values))
+    grey = Patches(np.zeros(patches.values.shape, np.float32), patches.grids)
     blinded = dataclasses.replace(own, prompt=dataclasses.replace(own.prompt, patches=grey))
     seeing, blind = sight().of(params(), [blinded], FRAMES)
     assert seeing == blind

@@ -7,8 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-
 from evaluate.settings import EvaluationSettings
 from paravt_jax.plugins import load
 from paravt_jax.records import Row, VideoRef
@@ -40,12 +38,11 @@ def identities(rows: Iterable[Row]) -> Iterator[bytes]:
 
 
 def prompt_contents(prompts: Sequence[Item]) -> Iterator[bytes | memoryview]:
-    """What every host must hold alike of a batch of prompts."""
+    """What every host must hold alike of a batch of prompts. Pixels are not compared: one host has
+    decoded them for all."""
     for row, budget, prompt in prompts:
         yield f"{row.row_id} {budget}".encode()
         yield prompt.tokens.tobytes()
-        if prompt.patches is not None:
-            yield np.ascontiguousarray(prompt.patches.values).data
 
 
 Check = Callable[[Row], object]

@@ -33,7 +33,13 @@ class DataSettings(Settings):
     max_rejected: Annotated[float, within(0, 1), Mark.SAME_RESULTS] = 0.05
     """Largest share of rows of a data set whose files are missing or that cannot be used."""
     workers: Annotated[int, at_least(0), Mark.SAME_RESULTS] = 0
-    """Processes that decode and render prompts; 0 uses threads of this one."""
+    """Processes of each host that decode and render prompts; 0 uses threads of this one."""
+    decode_threads: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 4
+    """Threads of each host, or of each of its `workers`, that do so."""
+    steps_ahead: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 2
+    """Steps whose prompts are made before they are asked for; each host keeps all of them."""
+    cache_mb: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 512
+    """MiB of decoded frames that each host keeps, for crops of what it has shown."""
     frame_budgets: Annotated[tuple[int, ...], at_least(1)] = (4, 8, 16, 32, 64)
     """Choices of K, drawn uniformly per prompt (frame gating). One value switches gating off."""
     frames_as: Literal["image", "video"] = "image"

@@ -1,7 +1,7 @@
 """Several hosts as one program: every host runs the same command and holds the same view.
 
-Hosts do the same work on the same rows (prompts, rewards, text); the device work is split over
-the mesh. What a host reads back is replicated first, so all hosts take the same decisions. What
+The device work is split over the mesh. What a host reads back is replicated first, so all hosts
+take the same decisions; the work that this asks of them they share (`train.hosts.share`). What
 disks and clocks decide, hosts agree on: otherwise they would wait for one another for ever.
 """
 
@@ -18,6 +18,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from rollout.tools import ToolError
+from train.hosts.exchange import EXCHANGE
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.hosts.joining import join
 from train.hosts.watch import WATCH
@@ -41,6 +42,7 @@ def start() -> None:
     """
     # Its handler would take SIGTERM from `train.hosts.interrupt`.
     jax.config.update("jax_enable_preemption_service", False)
+    EXCHANGE.knows(ERRORS)
     join()
     SIGNALS_OF_RUN.announce = WATCH.announce
     _open_devices()

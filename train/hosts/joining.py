@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 
 from paravt_jax.deadlines import OutOfTime, within_seconds
+from train.hosts.exchange import EXCHANGE
 from train.hosts.watch import WATCH
 
 if TYPE_CHECKING:
@@ -78,7 +79,16 @@ def join() -> Hosts | None:
     except Exception as error:
         raise ValueError(f"{whole}: {_refused(hosts, error)}") from error
     WATCH.begin()
+    _reach_others(hosts)
     return hosts
+
+
+def _reach_others(hosts: Hosts) -> None:
+    """Connect with them, as JAX's key-value store tells where they are."""
+    from jax._src import distributed
+
+    store = distributed.global_state.client
+    EXCHANGE.begin(hosts.number, hosts.count, store, _address(hosts))
 
 
 def _seconds() -> float:

@@ -117,6 +117,18 @@ class Watch:
         with contextlib.suppress(Exception):  # another was first, or nobody is left to hear
             self._client.key_value_set(FAILED, json.dumps([line, code]))
 
+    def lost(self, host: int) -> None:
+        """The connection with a host has ended: it has left, it tells why in a moment, or it is
+        dead."""
+        time.sleep(LINGER_SECONDS)
+        with contextlib.suppress(Exception):  # the store is gone as well
+            if self._beats().get(host) == GONE:
+                return
+        if not self._left:
+            line = f"error: {self._lost([host])}"
+            self._announce(line, 1)
+            self._end(line, 1)
+
     def finish(self) -> None:
         """Wait until the other hosts have come to their end as well, and watch no longer."""
         if self._client and self._thread:

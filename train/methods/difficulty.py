@@ -23,12 +23,12 @@ import numpy as np
 
 from paravt_jax.interfaces import FrameReader
 from paravt_jax.protocol import ANSWER_OPEN
-from paravt_jax.records import Frames, RolloutGroup, Trajectory
+from paravt_jax.records import Frames, Prompt, RolloutGroup, Trajectory
 from pipelines.loader import PromptItem, overviews
 from pipelines.render import ChatRenderer
 from rollout.record import derive_seed
 from rollout.responses import strip_markup
-from train.hosts.cluster import on_all_hosts
+from train.hosts.share import by_share
 from train.methods.settings import DifficultySettings
 from train.rl.loop import Sample
 from train.state import FlatParams
@@ -147,20 +147,19 @@ class Difficulty:
         self, prompts: Sequence[PromptItem], deltas: Sequence[float], seed: int
     ) -> dict[int, PromptItem]:
         """Easy prompts with noise in their frames."""
-        return {
-            at: self._with_noise(prompts[at], delta, seed)
-            for at, delta in enumerate(deltas)
-            if delta < -self._settings.tolerance
-        }
+        easy = [at for at, delta in enumerate(deltas) if delta < -self._settings.tolerance]
+        noisy = by_share(
+            easy, lambda own: [self._noisy(prompts[at], deltas[at], seed) for at in own]
+        )
+        return {at: prompts[at]._replace(prompt=own) for at, own in zip(easy, noisy, strict=True)}
 
-    def _with_noise(self, item: PromptItem, delta: float, seed: int) -> PromptItem:
-        frames = on_all_hosts(lambda: overviews(self._reader, item.row, item.frame_budget))
+    def _noisy(self, item: PromptItem, delta: float, seed: int) -> Prompt:
         std = self._settings.noise * self._share(delta)
         noisy = [
             with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))
-            for number, own in enumerate(frames)
+            for number, own in enumerate(overviews(self._reader, item.row, item.frame_budget))
         ]
-        return item._replace(prompt=self._renderer.main_prompt(item.row, noisy, self._tools))
+        return self._renderer.main_prompt(item.row, noisy, self._tools)
 
 
 def mean_reward(group: RolloutGroup) -> float:

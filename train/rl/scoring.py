@@ -10,13 +10,14 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 
 from paravt_jax.advantages import has_reward_variance
-from paravt_jax.plugins import is_reference
 from paravt_jax.protocol import parses_strictly
 from paravt_jax.records import RolloutGroup, Row, Trajectory
-from paravt_jax.rewards import Judge, RewardRules, open_judge, score
-from train.hosts.cluster import from_first, is_first
+from paravt_jax.rewards import Judge, LlmJudge, RewardRules, open_judge, score
+from train.hosts.share import WORK, busiest, by_share, summed
 
 _LOG = logging.getLogger(__name__)
+Scored = tuple[Row, Trajectory]
+"""A rollout, and the question that it answers."""
 
 
 class Scorer:
@@ -35,18 +36,27 @@ class Scorer:
         Args:
           progress: share of the training that is done.
         """
-        if self._judge is None:
-            scored = score_groups(groups, self._rules, progress=progress)
-            # A function of the user's may draw lots or ask a server: hosts must not go apart.
-            return _agree(scored) if is_reference(str(self._rules.scheme)) else scored
-        # Several hosts could get several verdicts: one asks, the others take its numbers.
-        judge = self._judge if is_first() else _silent
-        scored = _agree(score_groups(groups, self._rules, judge, progress))
-        self.metrics = self._judge.metrics()
-        if self.metrics["judge/failures"]:
-            failures, reason = int(self.metrics["judge/failures"]), self._judge.last_failure
+
+        def scored(own: Sequence[Scored]) -> list[dict[str, float]]:
+            with WORK.doing("rewards", len(own)):
+                return rewards_of_all(own, self._rules, self._judge, progress)
+
+        # Each rollout by one host: a judge, or a function of the user's, might tell two hosts
+        # different things.
+        rewarded = _with_rewards(groups, by_share(_rollouts(groups), scored))
+        if self._judge is not None:
+            self.metrics = self._judge_metrics(self._judge)
+        return rewarded
+
+    @staticmethod
+    def _judge_metrics(judge: LlmJudge) -> dict[str, float]:
+        """Of the judge on all hosts; says why this one got no verdicts."""
+        own = judge.metrics()
+        if failures := int(own["judge/failures"]):
+            reason = judge.last_failure
             _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
-        return scored
+        seconds = busiest({"judge/seconds": own.pop("judge/seconds")})
+        return summed(own) | seconds
 
 
 def score_groups(
@@ -55,16 +65,31 @@ def score_groups(
     judge: Judge | None = None,
     progress: float = 1.0,
 ) -> list[RolloutGroup]:
-    """The same groups with `rewards` filled in, term by term; a judge is asked side by side."""
-    rollouts = [(group.row, t) for group in groups for t in group.trajectories]
+    """The same groups with `rewards` filled in, all of them by this host."""
+    return _with_rewards(groups, rewards_of_all(_rollouts(groups), rules, judge, progress))
 
-    def scored(rollout: tuple[Row, Trajectory]) -> dict[str, float]:
-        return rewards_of(*rollout, rules, judge, progress)
+
+def _rollouts(groups: Sequence[RolloutGroup]) -> list[Scored]:
+    return [(group.row, t) for group in groups for t in group.trajectories]
+
+
+def rewards_of_all(
+    rollouts: Sequence[Scored],
+    rules: RewardRules,
+    judge: Judge | None = None,
+    progress: float = 1.0,
+) -> list[dict[str, float]]:
+    """Rewards of each rollout, term by term; a judge is asked side by side."""
+
+    def scored(rollout: Scored) -> dict[str, float]:
+        # A scheme of the user's may return numpy scalars, which no file of JSON takes.
+        terms = rewards_of(*rollout, rules, judge, progress)
+        return {name: float(value) for name, value in terms.items()}
 
     if judge is None:
-        return _with_rewards(groups, map(scored, rollouts))
+        return list(map(scored, rollouts))
     with ThreadPoolExecutor(rules.judge.concurrency) as threads:
-        return _with_rewards(groups, threads.map(scored, rollouts))
+        return list(threads.map(scored, rollouts))
 
 
 def rewards_of(
@@ -100,19 +125,6 @@ def _with_rewards(
         replace(g, trajectories=tuple(replace(t, rewards=next(left)) for t in g.trajectories))
         for g in groups
     ]
-
-
-def _agree(groups: list[RolloutGroup]) -> list[RolloutGroup]:
-    """The groups with the rewards that the first host gave them."""
-    rewards = [t.rewards for group in groups for t in group.trajectories]
-    # They travel as JSON, which knows no numpy scalars.
-    plain = [{name: float(value) for name, value in terms.items()} for terms in rewards]
-    return _with_rewards(groups, from_first(plain))
-
-
-def _silent(message: str) -> str:
-    """The judge of a host that does not ask."""
-    return ""
 
 
 def complies(trajectory: Trajectory) -> bool:

@@ -1,0 +1,207 @@
+"""Values that hosts tell one another by name, over connections of their own (ADR 39).
+
+One host does a piece of work and tells what came of it; the others expect it. Values arrive while
+devices compute, in any order, and go to all hosts. The JAX key-value store says where hosts listen,
+and holds the key without which nobody is listened to.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import json
+import os
+import pickle
+import queue
+import secrets
+import socket
+import threading
+from collections.abc import Callable, Hashable
+from concurrent.futures import CancelledError, Future
+from multiprocessing import AuthenticationError
+from multiprocessing.connection import Client, Connection, Listener, wait
+from typing import Any
+
+from paravt_jax.deadlines import OutOfTime, within_seconds
+from train.hosts.watch import WATCH
+
+KEY, AT = "paravt/exchange/key", "paravt/exchange/at/"
+CONNECT_SECONDS = 50.0
+"""How long hosts that have joined wait until each of them has reached all others."""
+Name = tuple[Hashable, ...]
+"""Of a value, the same on all hosts, and of no other one."""
+Failure = tuple[str, str]
+"""Kind and words of an error."""
+
+
+class Exchange:
+    """One host among several; without `begin` this process is alone."""
+
+    def __init__(self, lost: Callable[[int], object] = WATCH.lost) -> None:
+        """`lost` is called, by a thread of its own, with the number of a host that has gone."""
+        self.number, self.count, self._lost = 0, 1, lost
+        self._sent = 0
+        self._kinds: dict[str, type[Exception]] = {}
+        self._names: collections.Counter[str] = collections.Counter()
+        self._lock = threading.Lock()
+        self._values: dict[Name, Future[Any]] = {}
+        """What is expected and what has arrived; the second of the two takes it out of here."""
+        self._peers: dict[int, Connection] = {}
+        self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+
+    def begin(self, number: int, count: int, client: Any, coordinator: str) -> None:
+        """Be host `number` of `count`, and reach all others. `client` is that of JAX's key-value
+        store, which lives at `coordinator`, HOST:PORT.
+
+        Raises:
+          ValueError: not all could be reached in time.
+        """
+        self.number, self.count = number, count
+        try:
+            within_seconds(lambda: self._connect(client, coordinator), CONNECT_SECONDS)
+        except OutOfTime as error:
+            others = set(range(self.count)) - {self.number} - set(self._peers)
+            raise ValueError(
+                f"host {self.number} of {self.count}: no connection with host "
+                f"{', '.join(map(str, sorted(others)))} within {CONNECT_SECONDS:g} s; hosts must "
+                "reach one another on all TCP ports, as far as firewalls between them go"
+            ) from error
+        for work in (self._send, self._receive):
+            threading.Thread(target=work, daemon=True).start()
+
+    def knows(self, kinds: dict[str, type[Exception]]) -> None:
+        """Errors whose kind makes a difference to who expects a value; others arrive as
+        RuntimeError."""
+        self._kinds = kinds
+
+    def next_name(self) -> Name:
+        """A name for what all hosts ask for in the same order, from threads of the same name."""
+        thread = threading.current_thread().name
+        self._names[thread] += 1
+        return thread, self._names[thread]
+
+    def tell(self, name: Name, value: Any) -> None:
+        """Send a value to all other hosts; returns before it is sent."""
+        self._put((name, value, None))
+
+    def tell_error(self, name: Name, error: BaseException) -> None:
+        """Send the reason why there is no value."""
+        self._put((name, None, self._described(error)))
+
+    def tell_outcome(self, name: Name, done: Future[Any]) -> None:
+        """Send what came of work that is done."""
+        error = CancelledError() if done.cancelled() else done.exception()
+        if error is None:
+            self.tell(name, done.result())
+        else:
+            self.tell_error(name, error)
+
+    def expect(self, name: Name) -> Future[Any]:
+        """What another host tells, or has told; its errors say by which `host`."""
+        return self._meet(name)
+
+    def _meet(self, name: Name) -> Future[Any]:
+        """The future of a name: whoever comes first leaves it here for the other."""
+        with self._lock:
+            found = self._values.pop(name, None)
+            if found is None:
+                found = self._values[name] = Future()
+        return found
+
+    def forget(self, first: Hashable) -> None:
+        """Drop values whose names begin so: nobody will ask for them any more."""
+        with self._lock:
+            for name in [name for name in self._values if name[0] == first]:
+                self._values.pop(name).cancel()
+
+    def take_sent(self) -> int:
+        """Bytes that each of the other hosts was sent since this was last asked."""
+        sent, self._sent = self._sent, 0
+        return sent
+
+    def _put(self, message: tuple[Name, Any, Failure | None]) -> None:
+        self._outgoing.put(pickle.dumps(message, protocol=5))
+
+    def _described(self, error: BaseException) -> Failure:
+        kinds = (name for name, kind in self._kinds.items() if isinstance(error, kind))
+        return next(kinds, ""), str(error) or type(error).__name__
+
+    def _connect(self, client: Any, coordinator: str) -> None:
+        """Connect with the hosts of lower numbers, and wait for those of higher ones."""
+        patience = int(1000 * CONNECT_SECONDS)
+        if self.number == 0:
+            client.key_value_set(KEY, secrets.token_hex(32))
+        key = client.blocking_key_value_get(KEY, patience).encode()
+        with Listener(("", 0), backlog=self.count, authkey=key) as listener:
+            own = _reachable_at(coordinator, self.number), listener.address[1]
+            client.key_value_set(f"{AT}{self.number}", json.dumps(own))
+            for host in range(self.number):
+                at = json.loads(client.blocking_key_value_get(f"{AT}{host}", patience))
+                peer = _client(tuple(at), key)
+                peer.send_bytes(str(self.number).encode())
+                self._peers[host] = peer
+            while len(self._peers) < self.count - 1:
+                # Whoever lacks the key is no host.
+                with contextlib.suppress(AuthenticationError, EOFError, OSError):
+                    peer = listener.accept()
+                    self._peers[int(peer.recv_bytes(8))] = peer
+        for peer in self._peers.values():
+            _without_delay(peer)
+
+    def _send(self) -> None:
+        while True:
+            message = self._outgoing.get()
+            self._sent += len(message)
+            for peer in self._peers.values():
+                # That it is gone is noticed where it is listened to.
+                with contextlib.suppress(OSError):
+                    peer.send_bytes(message)
+
+    def _receive(self) -> None:
+        numbers = {peer: number for number, peer in self._peers.items()}
+        while numbers:
+            for peer in wait(list(numbers)):
+                assert isinstance(peer, Connection)
+                try:
+                    self._arrived(numbers[peer], pickle.loads(peer.recv_bytes()))
+                except (EOFError, OSError):
+                    gone = numbers.pop(peer)
+                    threading.Thread(target=self._lost, args=(gone,), daemon=True).start()
+
+    def _arrived(self, host: int, message: tuple[Name, Any, Failure | None]) -> None:
+        name, value, failure = message
+        future = self._meet(name)
+        if failure is None:
+            return future.set_result(value)
+        kind, words = failure
+        error = self._kinds.get(kind, RuntimeError)(words)
+        error.host = host  # pyright: ignore[reportAttributeAccessIssue]
+        future.set_exception(error)
+
+
+def _reachable_at(coordinator: str, number: int) -> str:
+    """Where others reach this host: host 0 where they found the key-value store, the others at the
+    address from which they reach that."""
+    host = coordinator.rpartition(":")[0].strip("[]")
+    if number == 0:
+        return host
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.connect((host, 9))  # sends nothing
+        return probe.getsockname()[0]
+
+
+def _client(address: Any, key: bytes) -> Connection:
+    """A connection with a host that listens already."""
+    peer = Client(address, authkey=key)
+    assert isinstance(peer, Connection)
+    return peer
+
+
+def _without_delay(peer: Connection) -> None:
+    """Small messages are sent at once; many of them are waited for."""
+    with socket.socket(fileno=os.dup(peer.fileno())) as own:
+        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
+EXCHANGE = Exchange()
+"""A process is one host; so there is one of these."""
