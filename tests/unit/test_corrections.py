@@ -211,6 +211,7 @@ def test_the_default_is_the_cap_as_it_was():
     assert found.accepted.all() and not found.truncated.any()
 
 
+@pytest.mark.slow
 def test_rejected_sequences_leave_group_statistics():
     """Reg-GRPO's mean and deviation are over what is left of a group."""
     config = ObjectiveConfig(
