@@ -33,7 +33,7 @@ from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.rl.anchor import find_tags
 from train.settings.override import override
-from train.state import make_state
+from train.state import make_state, trainable_names
 
 LENGTH = 384
 
@@ -64,7 +64,9 @@ def sides(config: Config) -> tuple[Callable[[], object], Callable[[], object], t
     step = jax.jit(setup.open_rl_step(config, model.policy, optimizer))
     with jax.set_mesh(mesh):
         params = initialise(model.policy.table, jax.random.key(0), mesh)
-        state = make_state(params, config.model, mesh, optimizer)
+        state = make_state(
+            params, trainable_names(model.policy.table, config.model), mesh, optimizer
+        )
         features = jax.jit(model.policy.encode)(params, batch.patches, batch.grids)
     batch = dataclasses.replace(batch, features=features, patches=None, grids=None)
 

@@ -283,7 +283,7 @@ def _renderer(
     own, folder = model.agents.renderer, model.config.model.folder or ""
     spec = SPECS[MODES[form]].from_folder(folder).limited(*pixels)
     texts = own.texts if clip is None else dataclasses.replace(own.texts, clip=clip)
-    return ChatRenderer(own.tokenizer, spec, texts, own.eos_ids, own.tools)
+    return type(own)(own.tokenizer, spec, texts, own.eos_ids, own.tools)
 
 
 def _overflow(tokens: int, most: int) -> str:

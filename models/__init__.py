@@ -1,12 +1,11 @@
 """Networks and their weights: what all share in `common`, and a package for each model family.
 
-A family is named in `FAMILIES` by the `model_type` of its config.json files. Its package offers
-`open_policy`, which takes the content of config.json and the settings of the one below; nothing
-else of it is asked for.
+A family is named in `FAMILIES` by the `model_type` of its config.json files, and nowhere else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import os
 from collections.abc import Mapping
@@ -16,10 +15,45 @@ from models.common.folder import CONFIG, existing_folder, naming
 from models.common.policy import ModelPolicy
 from models.common.safetensors_io import read_json
 
-__all__ = ["FAMILIES", "ModelPolicy", "open_policy"]
+__all__ = ["FAMILIES", "Family", "ModelPolicy", "find_family", "open_policy"]
 
-FAMILIES = {"qwen3_vl": "models.qwen3_vl", "qwen3_vl_moe": "models.qwen3_vl"}
-"""`model_type` -> the package that computes it."""
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """What is asked of a family of models."""
+
+    package: str
+    """Offers `open_policy`, which takes the content of config.json and the settings of the one
+    below. The policy's table says of each parameter to which part of the model it belongs, and what
+    Hugging Face calls it; from that follow what trains, what rollouts cast, how adapters and tied
+    heads lie on disk, and what programs cost."""
+    renderer: str
+    """The class that makes its prompts, `pipelines.render.ChatRenderer` or one derived from it, as
+    `module:name`: models know nothing of text."""
+
+
+QWEN3_VL = Family("models.qwen3_vl", "pipelines.render:ChatRenderer")
+FAMILIES = {"qwen3_vl": QWEN3_VL, "qwen3_vl_moe": QWEN3_VL}
+"""`model_type` -> its family."""
+
+
+def find_family(source: str | os.PathLike | Mapping[str, Any]) -> Family:
+    """The family of a Hugging Face folder, or of the content of its config.json.
+
+    Raises:
+      ValueError: no such folder, or a model of a type that is not in `FAMILIES`.
+    """
+    if not isinstance(source, Mapping):
+        path = existing_folder(source) / CONFIG
+        with naming(path):
+            return find_family(read_json(path))
+    kind = source.get("model_type")
+    if kind not in FAMILIES:
+        raise ValueError(
+            f"model_type={kind!r} in config.json is no model that can be computed here; give one "
+            f"of {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[kind]
 
 
 def open_policy(source: str | os.PathLike | Mapping[str, Any], **settings: Any) -> ModelPolicy:
@@ -43,10 +77,5 @@ def open_policy(source: str | os.PathLike | Mapping[str, Any], **settings: Any) 
         config = read_json(path)
         with naming(path):
             return open_policy(config, **settings)
-    kind = source.get("model_type")
-    if kind not in FAMILIES:
-        raise ValueError(
-            f"model_type={kind!r} in config.json is no model that can be computed here; give one "
-            f"of {', '.join(FAMILIES)}"
-        )
-    return importlib.import_module(FAMILIES[kind]).open_policy(source, **settings)
+    package = importlib.import_module(find_family(source).package)
+    return package.open_policy(source, **settings)

@@ -55,7 +55,8 @@ def to_hf(checkpoint: str, out: str, base: str | None = None) -> None:
             f"no model/config.json in {step} or its run: pass --base HF_DIR, a "
             "Hugging Face folder of the same model"
         )
-    policy = open_policy(source, lora=checkpoint_lora(find_model_files(step)))
+    lora = checkpoint_lora(find_model_files(step), open_policy(source).table)
+    policy = open_policy(source, lora=lora)
     stored = open_params(step, policy.table)
     if not verify_params(step, stored):
         print(f"note: {step} holds no checksums; its weights are taken as they are")

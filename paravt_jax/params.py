@@ -22,6 +22,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from jaxtyping import Array
 
 from paravt_jax.mesh import AnyMesh, sharding
+from paravt_jax.parts import Part
 
 Params = dict[str, Array]
 Box = tuple[slice, ...]
@@ -121,6 +122,18 @@ class ParamSpec:
     layers: tuple[int, ...] | None = None
     """Numbers of the layers stacked in the leading dimension; None for a parameter that stands
     alone."""
+    part: Part = "layers"
+    """The part of the model that it belongs to: what trains, and what rollouts cast, goes by it."""
+
+    @property
+    def is_stacked(self) -> bool:
+        """Whether it belongs to the stacked layers of the language model, routers included."""
+        return self.layers is not None and self.part in ("layers", "router")
+
+    @property
+    def is_matrix(self) -> bool:
+        """Whether (each of its layers) is a matrix, or a batch of them."""
+        return len(self.layer_shape) >= 2
 
     @property
     def hf_names(self) -> list[str]:
@@ -190,6 +203,24 @@ class ParamSpec:
 Table = dict[str, ParamSpec]
 
 
+def only_of(table: Table, part: Part) -> ParamSpec | None:
+    """The parameter that is a part of the model by itself, as `embedding` and `head` are; None in a
+    model without it, as one whose head is the embedding."""
+    return next((spec for spec in table.values() if spec.part == part), None)
+
+
+def head_of(table: Table) -> ParamSpec:
+    """The parameter that makes logits: the head, or the embedding where both are one.
+
+    Raises:
+      ValueError: the table declares neither.
+    """
+    found = only_of(table, "head") or only_of(table, "embedding")
+    if found is None:
+        raise ValueError("the table of parameters names no part `head` and no part `embedding`")
+    return found
+
+
 def declare(
     shape: tuple[int, ...],
     axes: tuple[str | None, ...],
@@ -232,14 +263,19 @@ def _respecify(param: nnx.Param, spec: ParamSpec) -> None:
 class Blueprint(Generic[Model]):
     """An abstract module, its parameter table, and the way back from a flat dict to a module."""
 
-    def __init__(self, module: Model):
+    def __init__(self, module: Model, part_of: Callable[[str], Part] = lambda name: "layers"):
+        """
+        Args:
+          part_of: the part that the parameter of a name belongs to.
+        """
         self._graphdef, state = nnx.split(module)
         flat = nnx.to_flat_state(state)
         self._treedef = jax.tree.structure(state)
         self.table: Table = {}
         for path, param in flat:
             name = ".".join(str(part) for part in path)
-            self.table[name] = dataclasses.replace(param.get_metadata("spec"), name=name)
+            spec: ParamSpec = param.get_metadata("spec")
+            self.table[name] = dataclasses.replace(spec, name=name, part=part_of(name))
 
     def bind(self, params: Mapping[str, Array]) -> Model:
         """The module with weights in it; cheap, for use inside a trace.

@@ -16,7 +16,6 @@ from models.common import cudnn
 from models.common.adapter import check_adapter_config
 from paravt_jax.mesh import HOST, AnyMesh, axes_text, batch_shards, make_mesh, parse_mesh
 from paravt_jax.params import format_table
-from paravt_jax.parts import part_of
 from paravt_jax.protocol import THINK_OPEN
 from paravt_jax.records import Conversation, Row, VideoRef
 from paravt_jax.remote import check_url, is_remote
@@ -44,7 +43,7 @@ from train.optimizer import check_continued, make_optimizer, warm_up_note
 from train.rl.scoring import Scorer
 from train.settings.override import to_dict
 from train.sft.conversations import open_conversations
-from train.state import is_trainable
+from train.state import trainable_names
 from train.workdir.checkpoints import check_resume
 from train.workdir.config_file import (
     changed_own_files,
@@ -116,19 +115,19 @@ def check_model(config: Config, here: bool) -> None:
         )
     _check_parts(config, policy)
     if model.adapter is not None:
-        check_adapter_config(model.adapter, model.lora)
+        check_adapter_config(model.adapter, model.lora, policy.table)
 
 
 def _check_parts(config: Config, policy: ModelPolicy) -> None:
     """Refuse parts that the model does not have, and a run in which nothing trains."""
-    frozen, there = config.model.frozen, {part_of(name) for name in policy.table}
+    frozen, there = config.model.frozen, {spec.part for spec in policy.table.values()}
     for flag, parts in (("model.frozen", frozen), ("optimizer.groups", config.optimizer.groups)):
         if absent := [part for part in parts if part not in there]:
             raise ValueError(
                 f"{flag}={','.join(parts)}: this model has no {' and no '.join(absent)} of its "
                 f"own; choose from {', '.join(sorted(there))}"
             )
-    if not any(is_trainable(name, config.model) for name in policy.table):
+    if not trainable_names(policy.table, config.model):
         raise ValueError(f"model.frozen={','.join(frozen)} leaves nothing to train; leave one out")
 
 
@@ -297,12 +296,9 @@ def describe(config: Config) -> None:
     for note in whole_notes(parts.policy, mesh):
         print(f"note: {note}")
     print(format_table(parts.policy.table, mesh))
-    sizes = [
-        math.prod(spec.shape)
-        for name, spec in parts.policy.table.items()
-        if is_trainable(name, config.model)
-    ]
-    print(f"{sum(sizes):,} of the parameters train")
+    table = parts.policy.table
+    trained = sum(math.prod(table[name].shape) for name in trainable_names(table, config.model))
+    print(f"{trained:,} of the parameters train")
     rows = describe_data(parts)
     for note in thinking_note(config, parts.renderer.opening):
         print(note)

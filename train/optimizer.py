@@ -11,7 +11,7 @@ import optax
 from paravt_jax.marks import Mark
 from paravt_jax.moments import Kept, keep_moments
 from paravt_jax.params import ParamSpec, Table
-from paravt_jax.parts import Part, part_of
+from paravt_jax.parts import Part
 from paravt_jax.ranges import above, at_least, below, within
 from paravt_jax.settings import Refused, Settings
 
@@ -86,7 +86,7 @@ def make_optimizer(
             mask=functools.partial(_matrices, table=table),
         )
     if settings.groups:
-        update = optax.chain(update, _scale_groups(settings))
+        update = optax.chain(update, _scale_groups(settings, table))
     if settings.moments != "float32":
         update = keep_moments(update, settings.moments)
     if settings.clip_norm is None:
@@ -94,12 +94,12 @@ def make_optimizer(
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), update)
 
 
-def _scale_groups(settings: OptimizerSettings) -> optax.GradientTransformation:
+def _scale_groups(settings: OptimizerSettings, table: Table) -> optax.GradientTransformation:
     """Makes the steps of each group longer or shorter."""
     shares = dict(zip(settings.groups, settings.rates, strict=True))
 
     def scale(updates: Any, _: Any) -> Any:
-        return {name: x * shares.get(part_of(name), 1.0) for name, x in updates.items()}
+        return {name: x * shares.get(table[name].part, 1.0) for name, x in updates.items()}
 
     return optax.stateless(scale)
 

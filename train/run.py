@@ -43,7 +43,7 @@ from train.rl.scoring import Scorer
 from train.rl.staleness import RolloutsAhead, Stop
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
-from train.state import FlatParams, TrainState, abstract_state, is_trainable, make_state
+from train.state import FlatParams, TrainState, abstract_state, make_state, trainable_names
 from train.step import SftStep
 from train.workdir.checkpoints import Checkpoints
 from train.workdir.config_file import FILE, as_file, evaluated_settings
@@ -182,20 +182,18 @@ class Run:
           ValueError: the checkpoint is beyond the last step asked for.
         """
         config, mesh, taught = self.config, self.mesh, self.config.teacher.strength > 0
+        trained = trainable_names(self.parts.policy.table, config.model)
         latest = self.checkpoints.latest
         if latest is None:
             # A step donates its state; what trains stays as it was, as the reference.
-            fresh = {
-                name: x.copy() if is_trainable(name, config.model) else x
-                for name, x in start.items()
-            }
-            return make_state(fresh, config.model, mesh, self.optimizer, taught), 0, None
+            fresh = {name: x.copy() if name in trained else x for name, x in start.items()}
+            return make_state(fresh, trained, mesh, self.optimizer, taught), 0, None
         if latest > config.steps:
             raise ValueError(
                 f"--steps {config.steps}: {self.workdir} is already at step {latest}; ask for more"
             )
         params = abstract_params(self.parts.policy.table, mesh)
-        like = abstract_state(params, config.model, mesh, self.optimizer, taught)
+        like = abstract_state(params, trained, mesh, self.optimizer, taught)
         return self.checkpoints.restore(like, first_prints)
 
     def _prepare_workdir(self) -> None:
@@ -305,7 +303,7 @@ class Run:
             metrics,
             steps=self.config.steps,
             staleness=self.config.rl.staleness,
-            trained=functools.partial(is_trainable, model=self.config.model),
+            trained=set(self.state.trainable),
             mesh=self.mesh,
             clock=clock,
             stop=stop,

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from jaxtyping import Array
 from rich.console import Console
 
-from models import ModelPolicy, open_policy
+from models import ModelPolicy, find_family, open_policy
 from models.common.adapter import ADAPTER, load_adapter, write_adapter_config
 from models.common.folder import copy_model_files
 from models.common.weights import load_params
@@ -23,6 +23,7 @@ from paravt_jax.interfaces import TrainablePolicy
 from paravt_jax.lora import adapter_table
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from paravt_jax.plugins import load
 from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Conversation, Row
 from paravt_jax.structure import TagTable, tag_table
@@ -108,7 +109,8 @@ def open_renderer(config: Config, folder: str) -> ChatRenderer:
     data = config.data
     schemas = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
     texts, pixels = prompt_texts(config), (data.min_pixels, data.max_pixels)
-    return ChatRenderer.from_folder(
+    kind = load(find_family(folder).renderer)
+    return kind.from_folder(
         folder, data.frames_as, texts, pixels, schemas, data.subtitles, data.video_marks
     )
 
@@ -266,7 +268,7 @@ class Parts:
         pixels = data.min_pixels, data.max_pixels
         write_processors(self.renderer.spec, pixels, frames_sampled(counts, fps), target)
         if self.policy.lora.rank:
-            write_adapter_config(self.policy.lora, target / ADAPTER, self.base)
+            write_adapter_config(self.policy.lora, self.policy.table, target / ADAPTER, self.base)
 
 
 def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> PromptRoom:

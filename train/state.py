@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Collection
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ from jaxtyping import Array, Int
 from paravt_jax.lora import is_adapter
 from paravt_jax.mesh import AnyMesh
 from paravt_jax.moments import weight_of
-from paravt_jax.parts import SEEN, part_of
+from paravt_jax.params import Table
+from paravt_jax.parts import SEEN
 from paravt_jax.pytrees import pytree
 from train.model import ModelSettings
 
@@ -44,25 +46,25 @@ class TrainState:
         return {**self.trainable, **self.frozen}
 
 
-def is_trainable(name: str, model: ModelSettings) -> bool:
-    """Whether this parameter trains: with LoRA the adapters alone, otherwise everything but frozen
+def trainable_names(table: Table, model: ModelSettings) -> set[str]:
+    """The parameters that train: with LoRA the adapters alone, otherwise everything but frozen
     parts, the vision tower only where the settings say so."""
     if model.lora.rank:
-        return is_adapter(name)
-    part = part_of(name)
-    return part not in model.frozen and (model.train_vision or part not in SEEN)
+        return {name for name in table if is_adapter(name)}
+    fixed = {*model.frozen, *(() if model.train_vision else SEEN)}
+    return {name for name, spec in table.items() if spec.part not in fixed}
 
 
 def make_state(
     params: FlatParams,
-    model: ModelSettings,
+    trained: Collection[str],
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     teacher: bool = False,
 ) -> TrainState:
-    """Split the weights and set up the optimiser and, if there is to be one, the teacher; moments
-    and teacher are sharded like their weights."""
-    trainable, frozen = split(params, model)
+    """Split off the weights that are trained, and set up the optimiser and, if there is to be one,
+    the teacher; moments and teacher are sharded like their weights."""
+    trainable, frozen = split(params, trained)
     init = jax.jit(optimizer.init, out_shardings=moment_shardings(optimizer, trainable, mesh))
     step = jax.device_put(jnp.zeros((), jnp.int32), NamedSharding(mesh, PartitionSpec()))
     # A copy each: a step donates its state, and no buffer can be donated twice.
@@ -72,13 +74,13 @@ def make_state(
 
 def abstract_state(
     params: dict[str, jax.ShapeDtypeStruct],
-    model: ModelSettings,
+    trained: Collection[str],
     mesh: Mesh,
     optimizer: optax.GradientTransformation,
     teacher: bool = False,
 ) -> TrainState:
     """Shapes and shardings of `make_state`, with no memory behind them."""
-    trainable, frozen = split(params, model)
+    trainable, frozen = split(params, trained)
     moments = abstract_moments(optimizer, trainable, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
@@ -88,10 +90,10 @@ def abstract_state(
     return jax.tree.unflatten(jax.tree.structure(traced), jax.tree.leaves(parts))
 
 
-def split(params: dict, model: ModelSettings) -> tuple[dict, dict]:
-    """Weights that train, and those that do not."""
-    trainable = {name: value for name, value in params.items() if is_trainable(name, model)}
-    return trainable, {name: value for name, value in params.items() if name not in trainable}
+def split(params: dict, trained: Collection[str]) -> tuple[dict, dict]:
+    """Weights that train, which are those of these names, and those that do not."""
+    trainable = {name: value for name, value in params.items() if name in trained}
+    return trainable, {name: value for name, value in params.items() if name not in trained}
 
 
 def abstract_moments(

@@ -83,7 +83,7 @@ def save_adapter(
     with whole_folder(target) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
         (temporary / WEIGHTS).chmod(0o644)  # safetensors lets only their owner read its files
-        write_adapter_config(lora, temporary, base)
+        write_adapter_config(lora, table, temporary, base)
 
 
 def load_adapter(
@@ -98,7 +98,7 @@ def load_adapter(
       ValueError: no such folder, a kind of adapter that is not ours, or one with other sizes,
         targets or layers than `lora` and `table` say.
     """
-    check_adapter_config(folder, lora)
+    check_adapter_config(folder, lora, table)
     try:
         return load_params(folder, adapter_table(table), mesh)
     except ValueError as error:
@@ -106,11 +106,15 @@ def load_adapter(
 
 
 def write_adapter_config(
-    lora: LoraConfig, folder: str | os.PathLike, base: str | os.PathLike | None = None
+    lora: LoraConfig,
+    table: Table,
+    folder: str | os.PathLike,
+    base: str | os.PathLike | None = None,
 ) -> None:
     """Write `adapter_config.json`. Its pattern of targets is for whole names, because modules of
     the vision tower may end in the same words."""
-    modules = rf"model\.language_model\.layers\.\d+\.\w+\.({'|'.join(lora.targets)})"
+    layers = sorted({re.escape(name.partition("{}")[0]) for name in _projections(table)})
+    modules = rf"({'|'.join(layers)})\d+\.\w+\.({'|'.join(lora.targets)})"
     fields = {
         **PLAIN,
         "r": lora.rank,
@@ -123,8 +127,8 @@ def write_adapter_config(
     (Path(folder) / CONFIG).write_text(text, encoding="utf-8")
 
 
-def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
-    """The adapter that a peft folder describes.
+def read_adapter_config(folder: str | os.PathLike, table: Table) -> LoraConfig:
+    """The adapter that a peft folder describes, of the model whose parameter table this is.
 
     Raises:
       ValueError: no such file, or a kind of adapter that is not ours.
@@ -138,17 +142,18 @@ def read_adapter_config(folder: str | os.PathLike) -> LoraConfig:
         values = ", ".join(f"{name}={raw.get(name)!r}" for name in foreign)
         raise ValueError(f"{path} has {values}: give a plain LoRA adapter, or merge it with peft")
     named = raw.get("target_modules")
-    targets: tuple[Target, ...] = tuple(name for name in TARGETS if _is_target(named, name))
+    adapted = {_last(module) for module in _projections(table) if _is_target(named, module)}
+    targets: tuple[Target, ...] = tuple(name for name in TARGETS if name in adapted)
     return LoraConfig(rank=raw["r"], alpha=raw["lora_alpha"], targets=targets)
 
 
-def check_adapter_config(folder: str | os.PathLike, lora: LoraConfig) -> None:
+def check_adapter_config(folder: str | os.PathLike, lora: LoraConfig, table: Table) -> None:
     """Refuse a peft folder whose adapter is not the one that `lora` describes.
 
     Raises:
       ValueError: naming a setting that differs, or as `read_adapter_config`.
     """
-    found = read_adapter_config(folder)
+    found = read_adapter_config(folder, table)
     for name in ("rank", "alpha", "targets"):
         theirs, ours = getattr(found, name), getattr(lora, name)
         # The order of targets means nothing.
@@ -156,23 +161,32 @@ def check_adapter_config(folder: str | os.PathLike, lora: LoraConfig) -> None:
             raise ValueError(f"model.lora.{name}={ours}, but {folder} has {theirs}: set that")
 
 
-def checkpoint_lora(model_files: str | os.PathLike | None) -> LoraConfig:
-    """Which adapters the checkpoints hold that belong to a `model/` folder; see
-    `paravt_jax.checkpoint.find_model_files`.
+def checkpoint_lora(model_files: str | os.PathLike | None, table: Table) -> LoraConfig:
+    """Which adapters the checkpoints hold that belong to a `model/` folder
+    (`paravt_jax.checkpoint.find_model_files`) of the model whose parameter table this is.
 
     Raises:
       ValueError: the folder's adapter configuration is none of ours.
     """
     if model_files is None or not (Path(model_files) / ADAPTER).is_dir():
         return NO_LORA
-    return read_adapter_config(Path(model_files) / ADAPTER)
+    return read_adapter_config(Path(model_files) / ADAPTER, table)
 
 
-def _is_target(modules: Any, name: str) -> bool:
-    """Whether peft would adapt this projection of a decoder layer: a text is a pattern for the
+def _projections(table: Table) -> list[str]:
+    """Modules of decoder layers that an adapter may stand beside, `{}` for the layer's number."""
+    layered = [spec.hf_name.removesuffix(".weight") for spec in table.values() if spec.is_stacked]
+    return [module for module in layered if _last(module) in TARGETS]
+
+
+def _last(module: str) -> str:
+    return module.rpartition(".")[2]
+
+
+def _is_target(modules: Any, module: str) -> bool:
+    """Whether peft would adapt this projection in the first layer: a text is a pattern for the
     whole module name, a list holds ends of names."""
-    block = "self_attn" if name in ("q_proj", "k_proj", "v_proj", "o_proj") else "mlp"
-    module = f"model.language_model.layers.0.{block}.{name}"
+    module = module.format(0)
     if isinstance(modules, str):
         return re.fullmatch(modules, module) is not None
     return any(module == end or module.endswith(f".{end}") for end in modules or ())

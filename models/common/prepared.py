@@ -15,33 +15,35 @@ import jax
 from jaxtyping import Array
 
 from models.common.layers import unstack_layers
+from paravt_jax.lora import is_adapter
 from paravt_jax.mesh import AnyMesh, platform, sharding
-from paravt_jax.params import Params, Table
-
-EMBEDDING, HEAD = "text.embedding", "head.kernel"
-LAYERS = ("text.layers.", "text.sparse_layers.")
-MATRICES = (".kernel", ".gate_up", ".down")
+from paravt_jax.params import Params, ParamSpec, Table, head_of
 
 
-def prepare(params: Params, table: Table, dtype: Any) -> dict[str, Any]:
-    """Weights of the model whose parameter table this is; what stays as it is, is not copied."""
+def prepare(params: Params, table: Table, head: str, dtype: Any) -> dict[str, Any]:
+    """Weights of the model whose parameter table this is, with its head under the name `head`; what
+    stays as it is, is not copied."""
     unstacked = platform() == "cpu"
     prepared = {
-        name: _prepare(weights, dtype if is_product(name) else weights.dtype, unstacked)
-        if name.startswith(LAYERS)
+        name: _prepare(weights, dtype if is_product(table[name]) else weights.dtype, unstacked)
+        if table[name].is_stacked
         else weights
         for name, weights in params.items()
         if name in table
     }
+    makes_logits = head_of(table)
+    kernel = params[makes_logits.name]
     # Read by its transpose, a head of 32,768 x 1,024 comes at 8 GB/s on CPU, by itself at 16.
-    head = params[HEAD] if HEAD in table else _transpose(params[EMBEDDING])
-    return prepared | {HEAD: _prepare(head, dtype, unstacked=False)}
+    kernel = kernel if makes_logits.part == "head" else _transpose(kernel)
+    return prepared | {head: _prepare(kernel, dtype, unstacked=False)}
 
 
-def shardings(prepared: Mapping[str, Any], table: Table, mesh: AnyMesh) -> dict[str, Any]:
+def shardings(
+    prepared: Mapping[str, Any], table: Table, head: str, mesh: AnyMesh
+) -> dict[str, Any]:
     """Where each of the prepared weights lives on a mesh."""
     # A head that was tied is the embedding, transposed.
-    axes = {HEAD: table[EMBEDDING].axes[::-1]} | {name: own.axes for name, own in table.items()}
+    axes = {head: head_of(table).axes[::-1]} | {name: own.axes for name, own in table.items()}
 
     def home(name: str, weights: Any) -> Any:
         if isinstance(weights, tuple):
@@ -51,10 +53,11 @@ def shardings(prepared: Mapping[str, Any], table: Table, mesh: AnyMesh) -> dict[
     return {name: home(name, weights) for name, weights in prepared.items()}
 
 
-def is_product(name: str) -> bool:
-    """Whether a parameter of a layer is a matrix that is multiplied in the compute dtype: the
-    router of experts works in float32."""
-    return name.endswith(MATRICES) and ".router." not in name
+def is_product(spec: ParamSpec) -> bool:
+    """Whether a parameter of the language model's layers is a matrix that is multiplied in the
+    compute dtype: routers of experts and adapters work in float32."""
+    in_layers = spec.is_stacked and spec.part == "layers"
+    return in_layers and spec.is_matrix and not is_adapter(spec.name)
 
 
 def _prepare(weights: Array, dtype: Any, unstacked: bool) -> Array | tuple[Array, ...]:

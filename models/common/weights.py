@@ -33,10 +33,11 @@ from models.common.safetensors_io import (
     write_tensors,
 )
 from paravt_jax.array_store import StoredArray, boxes
-from paravt_jax.params import Box, Params, ParamSpec, Table, param_shardings
+from paravt_jax.params import Box, Params, ParamSpec, Table, only_of, param_shardings
 from paravt_jax.pytrees import ArrayLike
 
-HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
+HEAD = "lm_head.weight"
+"""What transformers calls the head of every language model. A tied one is no parameter of ours."""
 MAX_SHARD_BYTES = 5 * 2**30
 QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".weight_scale_inv", ".SCB")
 """Ends of the names of tensors that AWQ, GPTQ, compressed-tensors, FP8 and bitsandbytes add."""
@@ -108,7 +109,8 @@ def _check_head(tensors: dict[str, StoredTensor], table: Table, folder: Path) ->
     """
     if HEAD not in tensors or any(HEAD in spec.hf_names for spec in table.values()):
         return
-    head, embedding = tensors.pop(HEAD), tensors.get(EMBEDDING)
+    embedded, head = only_of(table, "embedding"), tensors.pop(HEAD)
+    embedding = None if embedded is None else tensors.get(embedded.hf_name)
     if embedding is not None and not _equal(head, embedding):
         raise ValueError(
             f"tie_word_embeddings is true in {folder / 'config.json'}, but {HEAD} differs from "

@@ -21,6 +21,7 @@ from models.common.products import Weighted, multiply, widen_gradients
 from models.common.weights import MAX_SHARD_BYTES, save_weights
 from models.qwen3_vl.config import Qwen3VLConfig
 from models.qwen3_vl.folder import write_config
+from models.qwen3_vl.parts import part_of
 from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
@@ -30,6 +31,9 @@ from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
 from paravt_jax.records import HiddenKeys, VisionFeatures
 from paravt_jax.shared_rows import SharedRows
+
+HEAD = "head.kernel"
+"""The head in the table of parameters. Prepared weights hold one even where it is tied."""
 
 
 class Qwen3VL(Weighted):
@@ -175,11 +179,11 @@ class Qwen3VLPolicy:
 
     def prepare(self, params: Params) -> Params:
         """Weights that compute the same, faster; see `prepared`."""
-        return prepared.prepare(params, self.table, jnp.dtype(self.compute_dtype))
+        return prepared.prepare(params, self.table, HEAD, jnp.dtype(self.compute_dtype))
 
     def shardings(self, params: Mapping[str, Any], mesh: Mesh) -> dict[str, Any]:
         """Where prepared weights live on a mesh."""
-        return prepared.shardings(params, self.table, mesh)
+        return prepared.shardings(params, self.table, HEAD, mesh)
 
     def encode(
         self, params: Params, patches: Float[Array, "b f p c"], grids: Int[Array, "b f 2"]
@@ -295,7 +299,7 @@ class Qwen3VLPolicy:
     def _bind(self, params: Params) -> Qwen3VL:
         """The model with these weights; prepared ones hold a head even if it is tied."""
         config = self.config
-        if config.tie_word_embeddings and prepared.HEAD in params:
+        if config.tie_word_embeddings and HEAD in params:
             config = dataclasses.replace(config, tie_word_embeddings=False)
         return _blueprint(dataclasses.replace(self, config=config)).bind(params)
 
@@ -307,7 +311,7 @@ def _blueprint(policy: Qwen3VLPolicy) -> Blueprint[Qwen3VL]:
     if policy.gradient_dtype == "float32" != policy.compute_dtype:
         widen_gradients(model)
     choose_kernels(model, policy.attention)
-    blueprint = Blueprint(model)
+    blueprint = Blueprint(model, part_of)
     _check_targets(policy.lora, blueprint.table)
     return blueprint
 

@@ -10,7 +10,7 @@ from models.common.adapter import checkpoint_lora, load_adapter
 from models.common.weights import load_params
 from models.qwen3_vl import Qwen3VLPolicy, read_config
 from paravt_jax.checkpoint import find_model_files, find_step, open_params
-from paravt_jax.lora import LoraConfig
+from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.support.command import metrics, start
 from train import setup
@@ -71,7 +71,7 @@ def test_a_checkpoint_knows_its_adapters(workdir, tmp_path):
     """Merged from the files of the checkpoint, box by box, as on the devices at the run's end."""
     step = find_step(workdir)
     source = find_model_files(step)
-    adapted = policy(checkpoint_lora(source))
+    adapted = policy(checkpoint_lora(source, policy(NO_LORA).table))
     assert adapted.lora == LORA
     params = adapted.merge(open_params(step, adapted.table))
     Qwen3VLPolicy(adapted.config).save_folder(params, tmp_path / "hf", base=source)

@@ -94,8 +94,8 @@ def test_an_adapter_of_peft_is_read(base, tmp_path):
             if "lora_" in name:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(tmp_path)
-    assert read_adapter_config(tmp_path) == SOME
     ours = adapted(base, SOME)
+    assert read_adapter_config(tmp_path, ours.policy.table) == SOME
     ours.params |= load_adapter(tmp_path, ours.policy.table, SOME)
     assert_close(ours.logits(**mixed_inputs()), torch_logits(model, mixed_inputs()))
 
@@ -120,7 +120,7 @@ def test_written_settings_are_those_that_peft_reads(base, tmp_path):
     read = peft.PeftConfig.from_pretrained(tmp_path)
     assert (read.r, read.lora_alpha, read.peft_type) == (3, 7, "LORA")
     assert read.base_model_name_or_path == "some/base" and read.task_type == "CAUSAL_LM"
-    assert read_adapter_config(tmp_path) == SOME
+    assert read_adapter_config(tmp_path, ours.policy.table) == SOME
     assert sorted(p.name for p in tmp_path.iterdir()) == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -128,4 +128,4 @@ def test_written_settings_are_those_that_peft_reads(base, tmp_path):
     raw = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps({**raw, "use_rslora": True}))
     with pytest.raises(ValueError, match="use_rslora=True"):
-        read_adapter_config(tmp_path)
+        read_adapter_config(tmp_path, ours.policy.table)

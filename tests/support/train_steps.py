@@ -18,7 +18,7 @@ from train.batch import to_mesh
 from train.config import OptimizerSettings
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.state import make_state
+from train.state import make_state, trainable_names
 from train.step import RlStep
 
 POLICY = Qwen3VLPolicy(Qwen3VLConfig.from_dict(NEEDLE_MODEL))
@@ -67,7 +67,7 @@ def run_steps(
     optimizer = make_optimizer(OptimizerSettings(learning_rate=1e-3), steps, policy.table)
     with jax.set_mesh(mesh):
         params = initialise(policy.table, jax.random.key(0), mesh)
-        state = make_state(params, config.model, mesh, optimizer)
+        state = make_state(params, trainable_names(policy.table, config.model), mesh, optimizer)
         step = jax.jit(
             RlStep(
                 policy=policy,

@@ -16,7 +16,7 @@ from train.compile.ahead import LargestBatch
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.settings.override import override
-from train.state import make_state
+from train.state import make_state, trainable_names
 
 pytestmark = pytest.mark.slow
 
@@ -67,7 +67,7 @@ def test_the_step_takes_the_abstract_batch(credit):
     optimizer = make_optimizer(config.optimizer, config.steps, policy.table)
     params = initialise(policy.table, jax.random.key(0), MESH)
     with jax.set_mesh(MESH):
-        state = make_state(params, config.model, MESH, optimizer)
+        state = make_state(params, trainable_names(policy.table, config.model), MESH, optimizer)
         batch = largest(config)
         after, metrics = jax.eval_shape(setup.open_rl_step(config, policy, optimizer), state, batch)
     assert metrics["loss"].shape == ()

@@ -23,7 +23,7 @@ from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
 from train.settings.override import override
-from train.state import is_trainable, make_state
+from train.state import make_state, trainable_names
 
 
 def needle(mesh: str | None, *settings: str) -> Config:
@@ -53,7 +53,7 @@ def test_it_is_what_real_devices_hold():
     assert planned == checks.planned_footprint(parts, mesh)
     params = parts.params(mesh)
     held = {name: x.addressable_shards[0].data.nbytes for name, x in params.items()}
-    trains = sum(size for name, size in held.items() if is_trainable(name, config.model))
+    trains = sum(held[name] for name in trainable_names(parts.policy.table, config.model))
     assert planned["parameters"] == sum(held.values())
     assert planned["gradients"] == planned["reference"] == trains
     assert 2 * trains <= planned["moments"] <= 2 * trains + 64
@@ -64,7 +64,8 @@ def test_a_checkpoint_holds_every_array_once():
     config = needle("data:2,fsdp:2,tensor:2")
     parts, mesh = setup.Parts(config), setup.open_mesh(config)
     optimizer = make_optimizer(config.optimizer, config.steps, parts.policy.table)
-    state = make_state(parts.params(mesh), config.model, mesh, optimizer)
+    trained = trainable_names(parts.policy.table, config.model)
+    state = make_state(parts.params(mesh), trained, mesh, optimizer)
     held = sum(x.nbytes for x in jax.tree.leaves((state.params, state.optimizer)))
     size = checkpoint_bytes(parts.policy, optimizer, config.model)
     assert size == held

@@ -21,7 +21,7 @@ from train.config import OptimizerSettings
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.settings.override import override
-from train.state import make_state
+from train.state import make_state, trainable_names
 from train.step import SftStep
 from train.workdir.checkpoints import Checkpoints
 
@@ -128,7 +128,7 @@ def test_an_adapter_folder_is_read_as_it_was_written(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, adapters)
     assert not loaded["text.layers.mlp.up.lora.a"].sharding.is_fully_replicated
     turned = dataclasses.replace(LORA, targets=LORA.targets[::-1])
-    check_adapter_config(tmp_path / "adapter", turned)
+    check_adapter_config(tmp_path / "adapter", turned, POLICY.table)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["adapter"]
 
 
@@ -197,7 +197,7 @@ def test_a_resumed_run_goes_on_as_if_never_cut(tmp_path):
     with jax.set_mesh(mesh):
         params = initialise(POLICY.table, jax.random.key(0), mesh)
         state, _ = step(
-            make_state(params, config.model, mesh, optimizer),
+            make_state(params, trainable_names(POLICY.table, config.model), mesh, optimizer),
             {"one": to_mesh(random_batch(0), mesh)},
         )
         checkpoints.save(1, state)

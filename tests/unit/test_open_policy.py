@@ -67,7 +67,7 @@ def test_another_family_is_another_package(monkeypatch):
     package = types.ModuleType("other_model")
     setattr(package, "open_policy", open_other)  # noqa: B010  a module has no such attribute
     monkeypatch.setitem(sys.modules, "other_model", package)
-    monkeypatch.setitem(models.FAMILIES, "other", "other_model")
+    monkeypatch.setitem(models.FAMILIES, "other", models.Family("other_model", "mine:Renderer"))
     open_policy({"model_type": "other", "layers": 7}, remat=True)
     assert opened == [(7, {"remat": True})]
 

@@ -8,10 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from models.qwen3_vl.parts import part_of
 from paravt_jax.lora import LoraConfig, is_adapter
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import abstract_params, initialise
-from paravt_jax.parts import Part, part_of
+from paravt_jax.parts import Part
 from tests.support.tiny_models import QWEN, SPARSE_TABLE
 from train import checks, setup
 from train.compile.footprint import footprint, local_bytes, planned_mesh
@@ -20,14 +21,14 @@ from train.model import ModelSettings
 from train.optimizer import OptimizerSettings, make_optimizer
 from train.recipes import get_recipe
 from train.settings.override import override
-from train.state import is_trainable, make_state
+from train.state import make_state, trainable_names
 from train.step import apply_gradients
 
 MESH = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
 
 
 def test_every_weight_belongs_to_one_part():
-    assert {part_of(name) for name in SPARSE_TABLE} | {"head"} == set(get_args(Part))
+    assert {spec.part for spec in SPARSE_TABLE.values()} | {"head"} == set(get_args(Part))
     assert part_of("head.kernel") == "head" and part_of("text.norm.scale") == "layers"
     assert part_of("text.sparse_layers.mlp.router.kernel") == "router"
     assert part_of("vision.deepstack.up.kernel") == part_of("vision.merger.up.bias") == "mergers"
@@ -36,10 +37,10 @@ def test_every_weight_belongs_to_one_part():
 def test_what_is_frozen_has_neither_gradients_nor_moments():
     update = make_optimizer(OptimizerSettings(), 1, QWEN.table)
     model = ModelSettings(train_vision=True, frozen=("vision", "embedding"))
-    trains = {name for name in QWEN.table if is_trainable(name, model)}
+    trains = trainable_names(QWEN.table, model)
     assert {part_of(name) for name in trains} == {"mergers", "layers"}
     with jax.set_mesh(MESH):
-        state = make_state(initialise(QWEN.table, jax.random.key(0), MESH), model, MESH, update)
+        state = make_state(initialise(QWEN.table, jax.random.key(0), MESH), trains, MESH, update)
     assert set(state.trainable) == trains
     size = local_bytes({name: state.trainable[name] for name in trains})
     found = footprint(QWEN, update, model, MESH, pools={})
@@ -52,7 +53,7 @@ def steps(**settings) -> dict[str, jax.Array]:
     update = make_optimizer(OptimizerSettings(learning_rate=1e-3, **settings), 2, QWEN.table)
     with jax.set_mesh(MESH):
         params = initialise(QWEN.table, jax.random.key(0), MESH)
-        state = make_state(dict(params), ModelSettings(train_vision=True), MESH, update)
+        state = make_state(dict(params), set(params), MESH, update)
         slopes = {name: jnp.sin(100 * x) for name, x in params.items()}
         for _ in range(2):
             state = jax.jit(apply_gradients, static_argnums=0)(update, state, slopes)

@@ -50,13 +50,13 @@ def test_matrices_are_cast_and_laid_apart_and_routers_stay_float32():
     params = initialise(policy.table, jax.random.key(0))
     prepared = policy.prepare(params)
     routers = [name for name in policy.table if ".router." in name]
-    assert routers and not any(map(is_product, routers))
+    assert routers and not any(is_product(policy.table[name]) for name in routers)
     for name, spec in policy.table.items():
         if name.startswith(("text.layers.", "text.sparse_layers.")):
             layers = prepared[name]
             assert isinstance(layers, tuple) and len(layers) == spec.shape[0]
             assert {x.dtype for x in layers} == {
-                jnp.dtype("bfloat16" if is_product(name) else "float32")
+                jnp.dtype("bfloat16" if is_product(spec) else "float32")
             }
         elif name != "head.kernel":
             assert prepared[name] is params[name]

@@ -15,10 +15,9 @@ from paravt_jax.params import initialise
 from tests.support.tiny_models import NEEDLE_MODEL
 from tests.support.train_steps import POLICY, TOKENS, random_batch, run_steps
 from train.config import OptimizerSettings
-from train.model import ModelSettings
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
-from train.state import make_state
+from train.state import make_state, trainable_names
 from train.step import RlStep, SftStep, batch_log_probs
 
 pytestmark = pytest.mark.slow
@@ -100,7 +99,7 @@ def test_supervised_loss_is_the_mean_negative_log_likelihood():
     config = get_recipe("needle_sft")
     optimizer = optax.sgd(0.1)
     params = initialise(POLICY.table, jax.random.key(0), mesh)
-    state = make_state(params, config.model, mesh, optimizer)
+    state = make_state(params, trainable_names(POLICY.table, config.model), mesh, optimizer)
     log_probs, *_ = LOG_PROBS(POLICY, params, batch, temperature=1.0, budget=TOKENS)
     expected = -(log_probs * batch.loss_weights).sum() / batch.loss_weights.sum()
     step = SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": TOKENS})
@@ -116,7 +115,7 @@ def test_non_finite_gradients_change_nothing():
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
     optimizer = make_optimizer(OptimizerSettings(), 1, POLICY.table)
     params = initialise(POLICY.table, jax.random.key(0), mesh)
-    state = make_state(params, ModelSettings(train_vision=True), mesh, optimizer)
+    state = make_state(params, set(params), mesh, optimizer)
     step = SftStep(POLICY, optimizer, micro_rows=8, budgets={"one": TOKENS})
     after, metrics = jax.jit(lambda s, b: step(s, {"one": b}))(state, bad)
     assert not np.isfinite(metrics["grad_norm"])

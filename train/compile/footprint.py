@@ -12,13 +12,13 @@ import optax
 from jax.sharding import AbstractMesh, NamedSharding
 
 from models import ModelPolicy
-from models.common.prepared import EMBEDDING, HEAD, LAYERS, is_product
+from models.common.prepared import is_product
 from paravt_jax.kv_cache import SLOT_AXES
 from paravt_jax.mesh import AXES, HOST, AnyMesh, parse_mesh, sharding
-from paravt_jax.params import abstract_params
+from paravt_jax.params import Table, abstract_params, head_of
 from rollout.engine.engine import SlotPool
 from train.model import ModelSettings
-from train.state import abstract_moments, split
+from train.state import abstract_moments, split, trainable_names
 
 
 def planned_mesh(mesh: str | None) -> AbstractMesh:
@@ -61,7 +61,7 @@ def footprint(
       staleness: copies of what trains for rollouts that are drawn ahead.
     """
     params = abstract_params(policy.table, mesh)
-    trainable, _ = split(params, model)
+    trainable, _ = split(params, trainable_names(policy.table, model))
     trained = local_bytes(trainable)
     found = {
         "parameters": local_bytes(params),
@@ -72,7 +72,7 @@ def footprint(
     }
     if pools is not None:
         found["reference"] = trained if reference else 0
-        copied = _prepared(model.compute_dtype, params)
+        copied = _prepared(policy.table, model.compute_dtype, params)
         if rollouts is not None:
             copied = _handed_over(policy, model.compute_dtype, rollouts)
         found["rollout weights"] = copied
@@ -117,13 +117,13 @@ def local_bytes(tree: Any) -> int:
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in leaves)
 
 
-def _prepared(compute_dtype: str, params: dict[str, jax.ShapeDtypeStruct]) -> int:
+def _prepared(table: Table, compute_dtype: str, params: dict[str, jax.ShapeDtypeStruct]) -> int:
     """Copies of weights in the compute dtype, and of a tied head; see `models.common.prepared`.
     (On CPU all layers are copied.)"""
-    dtype = jnp.dtype(compute_dtype)
-    head = HEAD if HEAD in params else EMBEDDING
-    cast = [name for name in params if name.startswith(LAYERS) and is_product(name)]
-    copies = [*cast, head] if dtype != jnp.float32 else [head] if head == EMBEDDING else []
+    dtype, head = jnp.dtype(compute_dtype), head_of(table)
+    cast = [name for name, spec in table.items() if is_product(spec)]
+    tied = [head.name] if head.part == "embedding" else []
+    copies = [*cast, head.name] if dtype != jnp.float32 else tied
     return sum(local_bytes(params[name]) * dtype.itemsize // 4 for name in copies)
 
 
@@ -137,10 +137,11 @@ def rollout_bytes(
 def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:
     """Every weight, prepared, on a mesh of its own; see `Engine.prepare`."""
     params = abstract_params(policy.table, mesh)
-    head = HEAD if HEAD in params else EMBEDDING
-    cast = {name for name in params if name.startswith(LAYERS) and is_product(name)}
-    narrow = {name: params[name] for name in cast | {head}}
-    wide = {name: x for name, x in params.items() if name not in cast | {HEAD}}
+    head, cast = head_of(policy.table), {n for n, spec in policy.table.items() if is_product(spec)}
+    narrow = {name: params[name] for name in cast | {head.name}}
+    # A tied head is a copy: the embedding itself stays.
+    moved = cast | ({head.name} if head.part == "head" else set())
+    wide = {name: x for name, x in params.items() if name not in moved}
     return local_bytes(wide) + local_bytes(narrow) * jnp.dtype(compute_dtype).itemsize // 4
 
 

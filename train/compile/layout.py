@@ -18,7 +18,6 @@ import jax
 from jax.sharding import AbstractMesh, Mesh
 
 from models import ModelPolicy
-from models.common.prepared import LAYERS
 from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, reshape_mesh
 from rollout.engine.engine import SlotPool
 from train.compile.chips import CHIPS, Chip
@@ -107,7 +106,7 @@ def token_seconds(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh, chip: 
     alike: to read the weights of a device, and to wait for others."""
     weights = rollout_bytes(policy, compute_dtype, mesh, {}) / chip.bandwidth
     together = mesh.shape["tensor"] * mesh.shape["expert"] > 1
-    stacked = [own.layers or () for own in policy.table.values() if own.name.startswith(LAYERS)]
+    stacked = [own.layers or () for own in policy.table.values() if own.is_stacked]
     return weights + 2 * len(set().union(*stacked)) * WAIT * together
 
 

@@ -10,8 +10,9 @@ from typing import Any
 from jax.sharding import Mesh
 
 from models import ModelPolicy
-from models.common.prepared import EMBEDDING, HEAD, LAYERS, MATRICES
-from paravt_jax.params import ParamSpec
+from paravt_jax.lora import is_adapter
+from paravt_jax.params import ParamSpec, head_of
+from paravt_jax.parts import SEEN
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,9 +58,9 @@ class Weights:
         table = policy.table
         merged = policy.patch_sizes[1] ** 2
         vision = sum((_seen(spec, merged) for spec in table.values()), 0.0)
-        layered = (spec for spec in table.values() if spec.name.startswith(LAYERS))
+        layered = (spec for spec in table.values() if spec.is_stacked)
         layers = sum((_active(spec, policy.experts_per_token) for spec in layered), 0.0)
-        return cls(vision, layers, _size(table[HEAD if HEAD in table else EMBEDDING]))
+        return cls(vision, layers, _size(head_of(table)))
 
 
 def _size(spec: ParamSpec) -> float:
@@ -69,15 +70,14 @@ def _size(spec: ParamSpec) -> float:
 def _seen(spec: ParamSpec, merged: int) -> float:
     """Weights of the vision tower that a patch is multiplied with: mergers take `merged` of them
     at once."""
-    if not spec.name.startswith("vision.") or spec.name == "vision.positions":
+    if spec.part not in SEEN or "positions" in spec.axes:
         return 0.0
-    joined = "merger." in spec.name or "deepstack." in spec.name
-    return _size(spec) / (merged if joined else 1)
+    return _size(spec) / (merged if spec.part == "mergers" else 1)
 
 
 def _active(spec: ParamSpec, experts_per_token: int) -> float:
     """Weights of a parameter that serve one token."""
-    if not spec.name.endswith(MATRICES):
+    if not spec.is_matrix or is_adapter(spec.name):
         return 0.0
     if "expert" not in spec.axes:
         return _size(spec)

@@ -34,7 +34,7 @@ from train.compile.program import Program, Weights
 from train.config import Config, Stage
 from train.optimizer import make_optimizer
 from train.sft.batches import PACKS
-from train.state import abstract_state
+from train.state import abstract_state, trainable_names
 from train.step import SftStep
 
 
@@ -68,8 +68,8 @@ class _Programs:
 
     @functools.cached_property
     def state(self) -> Any:
-        own = self.config.model
-        return abstract_state(self.params, own, self.mesh, self.optimizer, self.taught)
+        trained = trainable_names(self.policy.table, self.config.model)
+        return abstract_state(self.params, trained, self.mesh, self.optimizer, self.taught)
 
     def lay_out(self, tree: Any, rows: int | None = None) -> Any:
         """Shapes as `train.batch.to_mesh` puts arrays on the mesh, with so many rows."""

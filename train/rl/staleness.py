@@ -16,7 +16,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -72,7 +72,7 @@ class RolloutsAhead:
         *,
         steps: int,
         staleness: int,
-        trained: Callable[[str], bool],
+        trained: Collection[str],
         mesh: Mesh,
         clock: Clock,
         stop: Stop,
@@ -83,8 +83,8 @@ class RolloutsAhead:
             on from, and `metrics`, what it says of each batch.
           steps: of the whole run; nothing is drawn for later ones.
           staleness: N, 1 or more.
-          trained: whether a weight of this name trains. Those that do are copied for the thread,
-            the others must outlive all steps.
+          trained: names of the weights that train. Those are copied for the thread, the others
+            must outlive all steps.
           mesh: that under which `source` is used.
           clock: that of `source`.
           stop: ends the rollouts of `source`.
@@ -154,7 +154,9 @@ class RolloutsAhead:
     def _keep(self, params: FlatParams, step: int) -> None:
         """Copies of these weights, and of the last ones as long as rollouts may need them."""
         # The learner donates them while they are still drawn from.
-        self._weights[step] = {name: x.copy() for name, x in params.items() if self._trained(name)}
+        self._weights[step] = {
+            name: x.copy() for name, x in params.items() if name in self._trained
+        }
 
     def _begin(self, params: FlatParams, step: int) -> None:
         """Begin all rollouts up to N steps ahead, then forget weights that no other will need."""
