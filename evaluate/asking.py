@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from evaluate.model import Opened
-from evaluate.watch import Answered, Watcher
+from evaluate.watch import AnsweredCall, Watcher
 from paravt_jax.records import Row, StopReason, Trajectory, VideoRef
 from paravt_jax.rewards.answers import extract_answer
 from paravt_jax.shapes import bucket
@@ -27,7 +27,7 @@ class Answer:
 
     question: str
     trajectory: Trajectory
-    calls: tuple[Answered, ...]
+    calls: tuple[AnsweredCall, ...]
     seconds: float
 
     @property

@@ -38,7 +38,7 @@ class Task:
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class EvaluationPlan:
     """What an evaluation asks."""
 
     protocol: Protocol
@@ -62,7 +62,7 @@ def open_asked(
     limit: int | None,
     needle: DataSettings,
     frames: int | None = None,
-) -> Asked:
+) -> EvaluationPlan:
     """Read the rows of all benchmarks.
 
     Args:
@@ -92,7 +92,7 @@ def open_asked(
         tasks.append(Task(loaded.samples[0].task, loaded, rules))
     if frames:
         protocol = dataclasses.replace(protocol, name=f"{protocol.name}+{frames}frames")
-    return Asked(protocol, mode, tuple(tasks), limit)
+    return EvaluationPlan(protocol, mode, tuple(tasks), limit)
 
 
 def _shown(rules: Rules, frames: int | None) -> Rules:
@@ -105,7 +105,9 @@ def _shown(rules: Rules, frames: int | None) -> Rules:
 class Evaluation:
     """An evaluation in a folder, or the part of it that one process does."""
 
-    def __init__(self, asked: Asked, model: Opened, workdir: Path, shard: tuple[int, int] = (1, 1)):
+    def __init__(
+        self, asked: EvaluationPlan, model: Opened, workdir: Path, shard: tuple[int, int] = (1, 1)
+    ):
         """`shard`: number from 1, and count; shard i answers samples i, i + count, ...
 
         Raises:
@@ -212,7 +214,7 @@ def running(task: str, answers: Sequence[SampleResult]) -> str:
     return f"{task} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}){said}"
 
 
-def settings_of(asked: Asked, model: Opened) -> dict[str, object]:
+def settings_of(asked: EvaluationPlan, model: Opened) -> dict[str, object]:
     """What decides an evaluation's figures."""
     folder = Path(model.config.model.folder or "")
     return {

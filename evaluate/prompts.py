@@ -42,7 +42,7 @@ class Size(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class PromptMaker:
+class SamplePrompts:
     """Puts samples into prompts as the rules of one kind of question say."""
 
     rules: Rules
@@ -119,7 +119,7 @@ class Ahead:
     """Prompts of samples in their order, decoded by threads before they are asked for; what cannot
     be put into a prompt is handed to `failed` instead."""
 
-    def __init__(self, make: PromptMaker, samples: Sequence[Sample], threads: int, ahead: int):
+    def __init__(self, make: SamplePrompts, samples: Sequence[Sample], threads: int, ahead: int):
         """`ahead`: most prompts that are ready or in the making."""
         self._make, self._left, self._ahead = make, iter(samples), ahead
         self._pool = ThreadPoolExecutor(threads)
@@ -154,7 +154,7 @@ class Ahead:
 
 
 def sizes(
-    make: PromptMaker, samples: Sequence[Sample], threads: int
+    make: SamplePrompts, samples: Sequence[Sample], threads: int
 ) -> Iterator[tuple[Sample, Size | str]]:
     """Of each sample the size of its prompt, or why it has none."""
 

@@ -14,7 +14,7 @@ from evaluate.benchmarks.protocol import Rules
 from evaluate.benchmarks.sample import Sample, SampleResult
 from evaluate.benchmarks.scoring import JudgeFailed, score
 from evaluate.model import Opened
-from evaluate.prompts import Ahead, PromptMaker, Ready, Size, sizes
+from evaluate.prompts import Ahead, Ready, SamplePrompts, Size, sizes
 from evaluate.seeing import Seeing
 from paravt_jax.protocol import TURN_END
 from paravt_jax.records import Trajectory, Turn
@@ -115,12 +115,12 @@ class Putter:
         self._engines: dict[Size, Engine] = {}
         self.waits = Waits()
 
-    def _prompt_maker(self) -> PromptMaker:
+    def _prompt_maker(self) -> SamplePrompts:
         video, own = self._rules.video, self._model.agents.renderer
         renderer = _renderer(self._model, video.form, (video.min_pixels, video.max_pixels))
         reader = VideoReader(spec=renderer.spec)
         words = own.system_text(self.agent_rules.offers_tools)
-        return PromptMaker(self._rules, renderer, reader, words)
+        return SamplePrompts(self._rules, renderer, reader, words)
 
     def _agent_maker(self) -> AgentMaker:
         """Crops have frame sizes and rates of their own."""

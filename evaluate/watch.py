@@ -25,7 +25,7 @@ SHORT = 200
 
 
 @dataclasses.dataclass(frozen=True)
-class Answered:
+class AnsweredCall:
     """A call and what came of it."""
 
     turn: int
@@ -58,7 +58,7 @@ class Watcher(Observer):
 
     def __init__(self, renderer: Renderer, show: Callable[[str, str], None]):
         self._renderer, self._show = renderer, show
-        self.answered_calls: list[Answered] = []
+        self.answered_calls: list[AnsweredCall] = []
         """In the order in which they came back."""
         self._main: StreamId | None = None
         self._turn, self._tokens, self._shown = 0, [], 0
@@ -81,7 +81,7 @@ class Watcher(Observer):
 
     def answered(self, stream: StreamId, number: int, call: ToolCall, result: ToolResult) -> None:
         """Show what came of it."""
-        self.answered_calls.append(Answered(self._turn, call, result))
+        self.answered_calls.append(AnsweredCall(self._turn, call, result))
         words = " ".join(said(result).split())
         cut = words if len(words) <= SHORT else f"{words[:SHORT]}..."
         self._show(f"<- {number + 1}  {cut}", "report")

@@ -23,7 +23,7 @@ from pipelines.container import (
     UnreadableVideo,
     read_packets,
 )
-from pipelines.decoders import DECODERS, ROUNDING, SURE, Decoder, look
+from pipelines.decoders import DECODERS, ROUNDING, SURE, Decoder, first_frame
 from pipelines.preprocess import resize
 
 # Skipping over fewer frames than this is cheaper than seeking to a key frame; shorter files are
@@ -68,7 +68,7 @@ def probe(path: str) -> VideoInfo:
         UnreadableVideo: the file is missing, is no video, holds no frame that can be decoded, does
             not tell when its frames are shown, or is cut off.
     """
-    seen = look(path)
+    seen = first_frame(path)
     header, times, duration = seen.header, np.empty(0), 0.0
     if header.frames > SEEK_GAP:
         packets = read_packets(path)

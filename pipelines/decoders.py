@@ -71,7 +71,7 @@ class OpenCvDecoder:
 
     OpenCV does not tell that it has not written a frame. Then its buffer holds the picture that was
     retrieved before, so a picture that equals that one is not given. There always is one before:
-    the first frame of the file, which `look` has seen to be one that OpenCV can convert.
+    the first frame of the file, which `first_frame` has seen to be one that OpenCV can convert.
 
     Raises:
         UnreadableVideo: nothing that OpenCV reads.
@@ -237,7 +237,7 @@ SURE = "ffmpeg"
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class FirstFrame:
     """What the header and the first frame of a file tell."""
 
     header: Header
@@ -247,7 +247,7 @@ class Look:
     width: int
 
 
-def look(path: str) -> Look:
+def first_frame(path: str) -> FirstFrame:
     """Decode the first frame of a file, upright, and choose who reads the others.
 
     Raises:
@@ -260,4 +260,4 @@ def look(path: str) -> Look:
     if round(decoder.frame.rotation / 90) % 2:
         height, width = width, height
     beyond_opencv = decoder.interlaced or decoder.codec in NOT_IN_OPENCV
-    return Look(decoder.header, SURE if beyond_opencv else "opencv", height, width)
+    return FirstFrame(decoder.header, SURE if beyond_opencv else "opencv", height, width)

@@ -34,7 +34,14 @@ from rollout.engine.slots import Generated, StreamId
 from rollout.limits import CROP, MAIN, AgentConfig, subagent_limit, token_budget, turn_head
 from rollout.observer import NOBODY, Observer
 from rollout.record import TrajectoryBuilder, derive_seed, generated_turn
-from rollout.responses import Look, ToolResult, error_result, noted, response_turn, result_of
+from rollout.responses import (
+    ReportRequest,
+    ToolResult,
+    error_result,
+    noted,
+    response_turn,
+    result_of,
+)
 from rollout.tasks import (
     EngineSession,
     Generate,
@@ -291,7 +298,7 @@ class Agent:
             found = yield self._submit(tool, request)
         except Exception as error:
             return error_result(error, request.call)
-        if isinstance(found, Look):
+        if isinstance(found, ReportRequest):
             return (yield from self._report(found, request))
         return result_of(found, f"{tool.name} found nothing")
 
@@ -321,7 +328,9 @@ class Agent:
             rollout.place,
         )
 
-    def _execute(self, tool: Tool, call: ToolCall, context: ToolContext) -> str | Clip | Look:
+    def _execute(
+        self, tool: Tool, call: ToolCall, context: ToolContext
+    ) -> str | Clip | ReportRequest:
         """On a worker thread: run the tool, and render the frames that it found."""
         found, renderer = tool.run(call, context), self._renderer
         if isinstance(found, str):
@@ -336,16 +345,18 @@ class Agent:
             return clip
         prompt = renderer.subagent_prompt(*shown)
         self._check_size(len(prompt.tokens))
-        return Look(prompt, (found.start, found.end))
+        return ReportRequest(prompt, (found.start, found.end))
 
     def _check_size(self, tokens: int) -> None:
         if self._crop_tokens is not None and tokens > self._crop_tokens:
             raise ToolError("this part has too many frames to be shown; ask for a shorter one")
 
-    def _report(self, look: Look, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
+    def _report(
+        self, asked: ReportRequest, request: ToolRequest
+    ) -> Generator[Need, Any, ToolResult]:
         """Let a sub-agent look, and make what it says after its thought the response."""
-        run, record = request.rollout.run, TrajectoryBuilder(look.prompt)
-        (stream,) = run.session.open(CROP, look.prompt, [request.seed])
+        run, record = request.rollout.run, TrajectoryBuilder(asked.prompt)
+        (stream,) = run.session.open(CROP, asked.prompt, [request.seed])
         record.add_given(self._subagent_prefix)
         sampling = self._config.subagent_sampling
         generated = yield Generate(stream, self._subagent_prefix, sampling, self._subagent_tokens)
@@ -353,7 +364,7 @@ class Agent:
         record.add_turn(generated_turn(generated, self._subagent_prefix, self._renderer))
         trajectory = record.finish(self._renderer, run.policy_version)
         result = result_of(reported(trajectory.full_text), "the sub-agent reported nothing")
-        return dataclasses.replace(result, subagent=trajectory, window=look.window)
+        return dataclasses.replace(result, subagent=trajectory, window=asked.window)
 
 
 def _open_rollouts(

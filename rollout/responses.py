@@ -43,7 +43,7 @@ class ToolResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Look:
+class ReportRequest:
     """What a sub-agent is to report on."""
 
     prompt: Prompt

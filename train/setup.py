@@ -44,7 +44,7 @@ from train.config import Config, Stage
 from train.data.needle import needle_sources, world_folder
 from train.data.questions import Check, PromptRoom, Questions, question_check
 from train.data.settings import DataSettings
-from train.hosts.share import WORK, SharedRows, work_metrics
+from train.hosts.share import WORK, RowsOfHosts, work_metrics
 from train.methods.difficulty import Difficulty, hint_room
 from train.methods.dynamic_sampling import DynamicSampling
 from train.methods.length_penalty import LengthPenalty
@@ -58,8 +58,8 @@ from train.rl.loop import (
     MetricsSource,
     Resumable,
     Rollouts,
+    RolloutSampler,
     RolloutSource,
-    Sample,
     ScoredRollouts,
 )
 from train.rl.scoring import Scorer
@@ -223,7 +223,7 @@ class Parts:
             tools=config.agent.offers_tools,
             max_bad_rows=config.data.max_bad_rows,
             steps_ahead=config.data.steps_ahead,
-            share=SharedRows(),
+            share=RowsOfHosts(),
         )
 
     def sources(self) -> dict[str, Any]:
@@ -415,7 +415,7 @@ def open_rollouts(
     """Where the rollouts of a run come from, with what other papers add to them where the
     configuration asks for it; and which parts of it checkpoints and metrics are about."""
     rl, own = config.rl, config.difficulty
-    sample: Sample = ScoredRollouts(agent, scorer, config.steps, console, rl.staleness)
+    sample: RolloutSampler = ScoredRollouts(agent, scorer, config.steps, console, rl.staleness)
     resumable: dict[str, Resumable] = {"prompts": prompts}
     WORK.take()  # what was done so far belongs to no step
     metrics: list[MetricsSource] = [lambda: prompts.metrics, lambda: agent.metrics]

@@ -11,8 +11,8 @@ import numpy as np
 
 from evaluate.asking import Answer
 from evaluate.serving.errors import ApiError
-from evaluate.serving.prompts import Asked
-from evaluate.serving.worker import Lease
+from evaluate.serving.prompts import ServedPrompt
+from evaluate.serving.worker import RowLease
 from evaluate.serving.writing import Finished, Piece, Vocabulary, Wanted, Writing
 from evaluate.watch import Watcher
 from paravt_jax.records import Prompt, Row
@@ -70,7 +70,7 @@ class Chat:
 
     def __init__(
         self,
-        asked: Asked,
+        asked: ServedPrompt,
         sampling: SamplingConfig,
         limit: int,
         seeds: Sequence[int],
@@ -90,11 +90,11 @@ class Chat:
         self._seeds, self._writings, self._watched, self._emit = seeds, writings, watched, emit
         self._places: dict[StreamId, int] = {}
 
-    def programs(self, lease: Lease) -> Sequence[Program]:
+    def programs(self, lease: RowLease) -> Sequence[Program]:
         """One for each choice."""
         return [self._choice(lease, index) for index in range(len(self._seeds))]
 
-    def grew(self, stream: StreamId, tokens: np.ndarray, lease: Lease) -> bool:
+    def grew(self, stream: StreamId, tokens: np.ndarray, lease: RowLease) -> bool:
         """Tell what is new; whether a stop string ends the turn."""
         if not self._watched:
             return False
@@ -114,7 +114,7 @@ class Chat:
         """Tell it."""
         self._emit(error)
 
-    def _choice(self, lease: Lease, index: int) -> Program:
+    def _choice(self, lease: RowLease, index: int) -> Program:
         (stream,) = lease.open(MAIN, self.asked.prompt, [self._seeds[index]])
         self._places[stream] = index
         generated = yield Generate(stream, self.asked.head, self._sampling, self._limit)
@@ -160,7 +160,7 @@ class Ask:
         self._agent = agent(self._watcher)
         self._began = time.perf_counter()
 
-    def programs(self, lease: Lease) -> Sequence[Program]:
+    def programs(self, lease: RowLease) -> Sequence[Program]:
         """The episode."""
         own = self._question
         seed = derive_seed(own.seed, own.row.row_id, 0, 0)
@@ -168,7 +168,7 @@ class Ask:
         run = RunContext(lease, self._workers, policy_version=0)
         return [self._agent.episode(Rollout(run, own.row, own.frames, own.prompt, seed, stream))]
 
-    def grew(self, stream: StreamId, tokens: np.ndarray, lease: Lease) -> bool:
+    def grew(self, stream: StreamId, tokens: np.ndarray, lease: RowLease) -> bool:
         """Tell what is new."""
         self._watcher.wrote(stream, tokens)
         return False

@@ -15,7 +15,7 @@ import numpy as np
 from evaluate.serving.errors import ApiError
 from evaluate.serving.limits import Limits
 from evaluate.serving.media import Fetcher, Video
-from evaluate.serving.schemas import ChatRequest, Choice, Message, Part
+from evaluate.serving.schemas import ChatMessage, ChatRequest, Choice, Part
 from paravt_jax.protocol import CALL_OPEN, THINK_CLOSE, THINK_OPEN
 from paravt_jax.records import Frames, Prompt
 from pipelines.conversation import (
@@ -36,7 +36,7 @@ Content = list[dict[str, str]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Asked:
+class ServedPrompt:
     """A request as the engine takes it."""
 
     prompt: Prompt
@@ -46,7 +46,7 @@ class Asked:
     """The part of the head that belongs to the answer: the beginning of that call."""
 
 
-class PromptMaker:
+class RequestPrompts:
     """Puts requests into prompts. Used by several threads."""
 
     def __init__(
@@ -60,7 +60,7 @@ class PromptMaker:
         self._special = re.compile("|".join(map(re.escape, special_tokens(tokenizer).values())))
         self._vision_ids = [tokenizer.convert_tokens_to_ids(text) for text in VISION_TEXTS]
 
-    def __call__(self, request: ChatRequest) -> Asked:
+    def __call__(self, request: ChatRequest) -> ServedPrompt:
         """Open the media of a request and write its prompt.
 
         Raises:
@@ -79,7 +79,7 @@ class PromptMaker:
         prompt = self._prompt(messages, shown, tools_of(request))
         self._check_length(prompt)
         head, said = self._head(request)
-        return Asked(prompt, head, said)
+        return ServedPrompt(prompt, head, said)
 
     def spec(self, request: ChatRequest) -> FrameSpec:
         """How large frames are shown: within the server's limits.
@@ -202,7 +202,7 @@ class _Contents:
 
     def __init__(
         self,
-        maker: PromptMaker,
+        maker: RequestPrompts,
         request: ChatRequest,
         spec: FrameSpec,
         files: contextlib.ExitStack,
@@ -210,7 +210,7 @@ class _Contents:
         self._maker, self._request, self._spec, self._files = maker, request, spec, files
         self.shown: list[VisionInput] = []
 
-    def __call__(self, message: Message, where: str) -> Content:
+    def __call__(self, message: ChatMessage, where: str) -> Content:
         content: Content = []
         for number, part in enumerate(message.content or ()):
             own = f"{where}.content[{number}]"
@@ -251,7 +251,7 @@ class _Contents:
         return self._maker.video_parts(frames.times)
 
 
-def _add(messages: list[dict[str, Any]], message: Message, content: Content) -> None:
+def _add(messages: list[dict[str, Any]], message: ChatMessage, content: Content) -> None:
     """One more message. Neighbours of the assistant are one turn of it: some clients send what it
     said and what it called apart."""
     role = "system" if message.role == "developer" else message.role

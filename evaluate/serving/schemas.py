@@ -70,7 +70,7 @@ def _as_list(stop: Any) -> Any:
     return [stop] if isinstance(stop, str) else stop
 
 
-class Message(Strictly):
+class ChatMessage(Strictly):
     """One message."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
@@ -93,7 +93,7 @@ class Function(Strictly):
     strict: Flag | None = None
 
 
-class Tool(Strictly):
+class OfferedTool(Strictly):
     """A tool that may be called."""
 
     type: Literal["function"]
@@ -152,7 +152,7 @@ class Format(Strictly):
 class ChatRequest(Strictly):
     """A request for chat completions."""
 
-    messages: Annotated[list[Message], Field(min_length=1, max_length=1024)]
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=1024)]
     model: Text | None = None
     max_tokens: Annotated[Whole, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[Whole, Field(ge=1)] | None = None
@@ -171,7 +171,7 @@ class ChatRequest(Strictly):
     stream_options: StreamOptions | None = None
     logprobs: Flag | None = None
     top_logprobs: Annotated[Whole, Field(ge=0, le=20)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Annotated[list[OfferedTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | Choice | None = None
     parallel_tool_calls: Literal[True] | None = None
     media_io_kwargs: MediaIo | None = None
@@ -277,7 +277,7 @@ def _check_together(request: ChatRequest) -> None:
         _check_agent(request)
 
 
-def _check_message(message: Message, where: str) -> None:
+def _check_message(message: ChatMessage, where: str) -> None:
     for number, part in enumerate(message.content or ()):
         own = f"{where}.content[{number}]"
         for name in ("text", "image_url", "video_url"):

@@ -14,7 +14,7 @@ from evaluate.model import Opened
 from evaluate.serving.completions import Ask, Chat, Emit, Question, writings
 from evaluate.serving.errors import ApiError
 from evaluate.serving.limits import LONGEST_PROMPT, Limits
-from evaluate.serving.prompts import PromptMaker, tools_of
+from evaluate.serving.prompts import RequestPrompts, tools_of
 from evaluate.serving.schemas import ChatRequest
 from evaluate.serving.worker import Worker
 from evaluate.serving.writing import Vocabulary, Wanted
@@ -71,7 +71,7 @@ class Service:
         frames = min(max(model.config.data.frame_budgets), limits.frames)
         self.frames = frames
         """Shown of a video unless a request says how many."""
-        self.prompts = PromptMaker(agents.renderer, agents.reader, frames, limits)
+        self.prompts = RequestPrompts(agents.renderer, agents.reader, frames, limits)
         self.engine: Engine = agents.engine(self._pools, alternatives=LISTED, steps_per_call=STEPS)
         self.worker = Worker(lambda wrote: Session(self.engine, model.params, wrote))
         self._workers = Workers(agents.rules.decode_threads, KEPT_JOBS)

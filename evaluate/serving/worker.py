@@ -36,11 +36,11 @@ POLL = 0.005
 class Request(Protocol):
     """What the engine's thread asks of a request. All of it is called there."""
 
-    def programs(self, lease: Lease) -> Sequence[Program]:
+    def programs(self, lease: RowLease) -> Sequence[Program]:
         """The programs of this request, on rows of its own."""
         ...
 
-    def grew(self, stream: StreamId, tokens: np.ndarray, lease: Lease) -> bool:
+    def grew(self, stream: StreamId, tokens: np.ndarray, lease: RowLease) -> bool:
         """A stream of the request has grown by these tokens; whether its turn is to end here."""
         ...
 
@@ -53,7 +53,7 @@ class Request(Protocol):
         ...
 
 
-class Lease:
+class RowLease:
     """The session as one request sees it: what it opens is closed when the request goes."""
 
     def __init__(self, session: Session, request: Request, listed: bool) -> None:
@@ -97,10 +97,10 @@ class Lease:
 
 
 @dataclasses.dataclass(eq=False)
-class _Task:
+class _LeasedProgram:
     """A program of a request, and who wants its result."""
 
-    lease: Lease
+    lease: RowLease
     program: Program
     deliver: Callable[[Any], None]
 
@@ -112,9 +112,9 @@ class Worker:
         """`open_session` takes what hears of the tokens of each step, see `Session`."""
         self._open = open_session
         self._inbox: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._leases: dict[Request, Lease] = {}
-        self._generating: dict[StreamId, _Task] = {}
-        self._jobs: list[tuple[_Task, Job]] = []
+        self._leases: dict[Request, RowLease] = {}
+        self._generating: dict[StreamId, _LeasedProgram] = {}
+        self._jobs: list[tuple[_LeasedProgram, Job]] = []
         self._grown: list[tuple[StreamId, np.ndarray]] = []
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._session: Session | None = None
@@ -212,7 +212,7 @@ class Worker:
             if (task := self._generating.pop(stream, None)) is not None:
                 self._resume(task, generated)
 
-    def _tell(self, task: _Task, stream: StreamId, own: np.ndarray, over: bool) -> None:
+    def _tell(self, task: _LeasedProgram, stream: StreamId, own: np.ndarray, over: bool) -> None:
         """Tell a request of its tokens; its turn ends where it says so."""
         lease = task.lease
         try:
@@ -231,7 +231,7 @@ class Worker:
 
     def _begin(self, request: Request, listed: bool) -> None:
         assert self._session is not None
-        lease = self._leases[request] = Lease(self._session, request, listed)
+        lease = self._leases[request] = RowLease(self._session, request, listed)
         try:
             programs = request.programs(lease)
         except Exception as error:
@@ -239,7 +239,7 @@ class Worker:
             return
         self._side_by_side(lease, programs, lambda results: self._end(lease, results))
 
-    def _end(self, lease: Lease, results: list[Any]) -> None:
+    def _end(self, lease: RowLease, results: list[Any]) -> None:
         if self._leases.pop(lease.request, None) is not None:
             lease.release()
             lease.request.done(results)
@@ -254,7 +254,7 @@ class Worker:
         self._jobs = [pair for pair in self._jobs if pair[0].lease is not lease]
         lease.release()
 
-    def _fail(self, lease: Lease, error: BaseException) -> None:
+    def _fail(self, lease: RowLease, error: BaseException) -> None:
         if lease.request not in self._leases:
             return
         self._drop(lease.request)
@@ -263,7 +263,9 @@ class Worker:
             LOG.error("a request has failed", exc_info=error)
         lease.request.failed(told)
 
-    def _resume(self, task: _Task, value: Any = None, error: BaseException | None = None) -> None:
+    def _resume(
+        self, task: _LeasedProgram, value: Any = None, error: BaseException | None = None
+    ) -> None:
         """Give a program what it waited for, and see what it needs next."""
         try:
             need = task.program.send(value) if error is None else task.program.throw(error)
@@ -278,7 +280,7 @@ class Worker:
         except Exception as failure:
             self._fail(task.lease, failure)
 
-    def _await(self, task: _Task, need: Need) -> None:
+    def _await(self, task: _LeasedProgram, need: Need) -> None:
         if isinstance(need, Generate):
             own = need.stream, need.given, need.sampling, need.max_tokens
             task.lease.generate(*own)
@@ -291,11 +293,13 @@ class Worker:
             self._jobs.append((task, need))
 
     def _side_by_side(
-        self, lease: Lease, programs: Sequence[Program], deliver: Callable[[list[Any]], None]
+        self, lease: RowLease, programs: Sequence[Program], deliver: Callable[[list[Any]], None]
     ) -> None:
         """Start all programs; deliver when the last has ended."""
         ended = gather(len(programs), deliver)
         for place, program in enumerate(programs):
             # One that fails takes its request along, and what is left of it must not begin.
             if lease.request in self._leases:
-                self._resume(_Task(lease, program, lambda value, at=place: ended(at, value)))
+                self._resume(
+                    _LeasedProgram(lease, program, lambda value, at=place: ended(at, value))
+                )

@@ -1,6 +1,7 @@
-"""The budgets of CONTRIBUTING.md: no function over 60 lines, no file over 500."""
+"""Budgets of CONTRIBUTING.md: functions and files stay small, and no two classes have one name."""
 
 import ast
+import collections
 from pathlib import Path
 
 import pytest
@@ -22,3 +23,13 @@ def test_functions_and_files_stay_small(room):
                 lines = (node.end_lineno or 0) - node.lineno + 1
                 long += [f"{name}: {node.name}: {lines} lines"] if lines > FUNCTION else []
     assert not long, long
+
+
+def test_no_two_classes_have_one_name():
+    """Who reads a name in a traceback, or searches for it, finds one thing."""
+    homes = collections.defaultdict(list)
+    for path in (path for room in ROOMS[:-1] for path in sorted((ROOT / room).rglob("*.py"))):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.ClassDef):
+                homes[node.name].append(str(path.relative_to(ROOT)))
+    assert not {name: found for name, found in homes.items() if len(found) > 1}

@@ -14,7 +14,7 @@ from evaluate.benchmarks import results
 from evaluate.benchmarks.protocol import load
 from evaluate.benchmarks.sample import Kind
 from evaluate.needle import load_needle
-from evaluate.prompts import PromptMaker
+from evaluate.prompts import SamplePrompts
 from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.tools import agent_tools
@@ -97,7 +97,7 @@ def test_prompts_are_those_of_training_token_for_token(cache, model):
     rules = load("needle").rules("needle_held_out", Kind.OPEN, "agentic")
     tools = [dict(tool.schema) for tool in agent_tools(config.agent).values()]
     renderer = ChatRenderer.from_folder(str(COLD_START), pixels=(1024, 1024), tools=tools)
-    make = PromptMaker(rules, renderer, VideoReader(spec=renderer.spec), "")
+    make = SamplePrompts(rules, renderer, VideoReader(spec=renderer.spec), "")
     for sample in load_needle("needle_held_out", data).samples[:6]:
         ready = make(sample)
         row, frames, prompt = ready.item

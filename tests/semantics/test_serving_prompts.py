@@ -14,7 +14,7 @@ from PIL import Image
 
 from evaluate.serving.errors import ApiError
 from evaluate.serving.limits import Limits
-from evaluate.serving.prompts import PromptMaker
+from evaluate.serving.prompts import RequestPrompts
 from evaluate.serving.schemas import parse
 from paravt_jax.protocol import CROP_VIDEO_TOOL
 from paravt_jax.records import Prompt
@@ -35,17 +35,17 @@ def maker(request, instruct_folder, row):
     return made(instruct_folder, request.param, row)
 
 
-def made(folder, mode: str, row) -> PromptMaker:
+def made(folder, mode: str, row) -> RequestPrompts:
     pixels = 32 * 32, 64 * 64
     renderer = ChatRenderer.from_folder(str(folder), mode, pixels=pixels, tools=[CROP_VIDEO_TOOL])
     reader = VideoReader(spec=renderer.spec)
     limits = Limits(prompt_tokens=4096, media_root=Path(row.video.path).parent)
-    maker = PromptMaker(renderer, reader, FRAMES, limits)
+    maker = RequestPrompts(renderer, reader, FRAMES, limits)
     maker.renderer, maker.reader = renderer, reader
     return maker
 
 
-def prompt(maker: PromptMaker, messages: list, **more) -> Prompt:
+def prompt(maker: RequestPrompts, messages: list, **more) -> Prompt:
     return maker(parse(json.dumps({"messages": messages, **more}).encode())).prompt
 
 

@@ -100,7 +100,7 @@ class _Owned:
         return host_of(index % self.per_step, self.per_step, self.hosts) == self.number
 
 
-class SharedRows:
+class RowsOfHosts:
     """`pipelines.loader.RowShare` among the hosts of a run."""
 
     def __init__(self) -> None:

@@ -30,7 +30,7 @@ from rollout.record import derive_seed
 from rollout.responses import strip_markup
 from train.hosts.share import by_share
 from train.methods.settings import DifficultySettings
-from train.rl.loop import Sample
+from train.rl.loop import RolloutSampler
 from train.state import FlatParams
 
 SampleAnew = Callable[[Iterable[PromptItem], int, str], list[RolloutGroup]]
@@ -56,7 +56,7 @@ class Difficulty:
 
     def __init__(
         self,
-        sample: Sample,
+        sample: RolloutSampler,
         settings: DifficultySettings,
         renderer: ChatRenderer,
         reader: FrameReader,
@@ -72,7 +72,7 @@ class Difficulty:
     def __call__(
         self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
     ) -> list[RolloutGroup]:
-        """See `Sample`. Groups of hard and of easy prompts are sampled anew."""
+        """See `RolloutSampler`. Groups of hard and of easy prompts are sampled anew."""
 
         def again(chosen: Iterable[PromptItem], copies: int, purpose: str) -> list[RolloutGroup]:
             own = list(chosen)

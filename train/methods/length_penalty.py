@@ -10,7 +10,7 @@ import numpy as np
 from paravt_jax.advantages import overlong_penalty
 from paravt_jax.records import RolloutGroup, Trajectory
 from pipelines.loader import PromptItem
-from train.rl.loop import Sample
+from train.rl.loop import RolloutSampler
 from train.state import FlatParams
 
 
@@ -22,7 +22,7 @@ class LengthPenalty:
     the anchor.
     """
 
-    sample: Sample
+    sample: RolloutSampler
     weight: float
     limit: int
     """Generated tokens that cost all of the weight."""
@@ -32,7 +32,7 @@ class LengthPenalty:
     def __call__(
         self, params: FlatParams, prompts: Sequence[PromptItem], copies: int, seed: int, step: int
     ) -> list[RolloutGroup]:
-        """See `Sample`."""
+        """See `RolloutSampler`."""
         return list(map(self.punished, self.sample(params, prompts, copies, seed, step)))
 
     def punished(self, group: RolloutGroup) -> RolloutGroup:

@@ -61,7 +61,7 @@ class Rollouts:
 
     prompts: PromptStream
     """Endless steps of prompts: a frame budget K drawn for each, K frames decoded."""
-    sample: Sample
+    sample: RolloutSampler
     group_size: int
     """Rollouts of each prompt (G)."""
     seed: int
@@ -145,7 +145,7 @@ class RolloutBatch:
 
 
 @runtime_checkable
-class Sample(Protocol):
+class RolloutSampler(Protocol):
     """Prompts to groups of scored rollouts."""
 
     def __call__(

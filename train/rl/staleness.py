@@ -52,7 +52,7 @@ class Stop:
 
 
 @dataclasses.dataclass(frozen=True)
-class Drawn:
+class DrawnAhead:
     """The rollouts of a step, and how things stood when they were there."""
 
     batch: RolloutBatch
@@ -96,7 +96,7 @@ class RolloutsAhead:
         self._work, self._learned_from = WorkTimes(), time.perf_counter()
         self._weights: dict[int, FlatParams] = {}
         """Copies of what trains, by the step before which it was so."""
-        self._under_way: dict[int, Future[Drawn]] = {}
+        self._under_way: dict[int, Future[DrawnAhead]] = {}
         self._position = {name: part.get_state() for name, part in self._parts.items()}
         self._metrics: dict[str, float] = {}
 
@@ -167,7 +167,7 @@ class RolloutsAhead:
         oldest = version_of(step + 1, self._staleness)
         self._weights = {at: own for at, own in self._weights.items() if at >= oldest}
 
-    def _draw(self, params: FlatParams, step: int) -> Drawn:
+    def _draw(self, params: FlatParams, step: int) -> DrawnAhead:
         """In the thread: the rollouts of a step."""
         # The active mesh is known to the thread that set it alone.
         with jax.set_mesh(self._mesh), self._work.noted():
@@ -177,7 +177,7 @@ class RolloutsAhead:
             for source in self._sources:
                 told |= source()
             position = {name: part.get_state() for name, part in self._parts.items()}
-        return Drawn(batch, position, told)
+        return DrawnAhead(batch, position, told)
 
     def _ages(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """By how many steps the weights of the rollouts are behind; never more than N."""
