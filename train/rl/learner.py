@@ -114,9 +114,10 @@ class Learner:
         batch = dataclasses.replace(batch, structural=structural)
         if self.measures_reference(self.number(state)):
             batch = self.with_reference(state.frozen, batch)
-        batch = self.advantages(groups, batch)
+        credit = self.advantages.anchor_credit(groups, batch)
+        batch = self.advantages(groups, batch, credit)
         if self.whole.keeps_log_probs:
-            self._structural = self.advantages.structural(groups, batch)
+            self._structural = self.advantages.structural(credit, batch)
         return batch, {"format/tag_validity": float(validity), **metrics}
 
     def update(

@@ -33,10 +33,14 @@ class TokenAdvantages:
     subagent_credit: str = "none"
     """What sub-agents get of their episode's advantage, see `RlSettings`."""
 
-    def __call__(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> LearnerBatch:
+    def __call__(
+        self, groups: Sequence[RolloutGroup], batch: LearnerBatch, credit: Array | None = None
+    ) -> LearnerBatch:
         """The batch with the advantage of every generated token filled in: from the rewards of its
-        group, less the divergence from the reference, normalised over the batch, as configured."""
-        main = self._anchored(groups, batch)
+        group, less the divergence from the reference, normalised over the batch, as configured.
+
+        `credit` is that of `anchor_credit`, where it has been computed already."""
+        main = self._anchored(groups, batch, credit)
         crops = batch.subagents
         if crops is None:
             (main,) = self._shaped([batch], [main])
@@ -48,22 +52,27 @@ class TokenAdvantages:
         crops = dataclasses.replace(crops, advantages=own)
         return dataclasses.replace(batch, advantages=main, subagents=crops)
 
-    def _anchored(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array:
-        """Advantage per token. The anchor at positions, or one of the user's, acts on tags only."""
-        shared, generated = self._normalised(groups), batch.loss_weights > 0
-        if self.anchor_weight is None:
-            return shared[:, None] * generated.astype(np.float32)
-        credit = self.anchor.credit(groups, batch)
-        return anchored_advantages(shared, credit, generated, self.anchor_weight)
+    def anchor_credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array | None:
+        """What the anchor is to each token, float32 `[b, own]`; None where it adds nothing of its
+        own."""
+        return None if self.anchor_weight is None else self.anchor.credit(groups, batch)
 
-    def structural(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array | None:
-        """What the anchor adds to the advantage of each token, float32 `[b, own]`; None where it
-        adds nothing of its own."""
-        if self.anchor_weight is None:
+    def structural(self, credit: Array | None, batch: LearnerBatch) -> Array | None:
+        """What the anchor, by its credit, adds to the advantage of each token."""
+        if credit is None or self.anchor_weight is None:
             return None
         nothing = np.zeros(len(batch.loss_weights), np.float32)
-        credit, generated = self.anchor.credit(groups, batch), batch.loss_weights > 0
-        return anchored_advantages(nothing, credit, generated, self.anchor_weight)
+        return anchored_advantages(nothing, credit, batch.loss_weights > 0, self.anchor_weight)
+
+    def _anchored(
+        self, groups: Sequence[RolloutGroup], batch: LearnerBatch, credit: Array | None
+    ) -> Array:
+        """Advantage per token. The anchor at positions, or one of the user's, acts on tags only."""
+        shared, generated = self._normalised(groups), batch.loss_weights > 0
+        credit = self.anchor_credit(groups, batch) if credit is None else credit
+        if credit is None or self.anchor_weight is None:
+            return shared[:, None] * generated.astype(np.float32)
+        return anchored_advantages(shared, credit, generated, self.anchor_weight)
 
     def _normalised(self, groups: Sequence[RolloutGroup]) -> np.ndarray:
         """Advantages of the reward that all tokens share, without the anchor where that acts on
