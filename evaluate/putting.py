@@ -43,8 +43,9 @@ MODES = {"images": "image", "video": "video"}
 class OneTurn(Agent):
     """Whatever it says is its answer: nobody replies to calls that it was not offered."""
 
-    def _turn(self, generated: Generated) -> Turn:
-        return dataclasses.replace(super()._turn(generated), calls=())
+    def read_turn(self, generated: Generated) -> Turn:
+        """The turn without calls."""
+        return dataclasses.replace(super().read_turn(generated), calls=())
 
 
 class Judging:

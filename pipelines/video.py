@@ -121,11 +121,6 @@ class VideoReader:
         self.__dict__.update(state)
         self._clear()
 
-    @property
-    def cached_bytes(self) -> int:
-        """Bytes of decoded frames held now."""
-        return self._frames.held
-
     def take_metrics(self) -> dict[str, float]:
         """What was done since the last call, for `metrics.jsonl`: frames asked for, those among
         them that were not decoded for it, frames decoded, and the seconds that all threads together

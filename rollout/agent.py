@@ -228,7 +228,7 @@ class Agent:
             limit = config.answer_tokens if final else config.turn_tokens
             self._observer.turn_begins(rollout.stream, self._prefix)
             generated = yield Generate(rollout.stream, given, config.sampling, limit)
-            turn = self._turn(generated)
+            turn = self.read_turn(generated)
             if final or not turn.calls:
                 record.add_turn(turn)
                 break
@@ -248,7 +248,8 @@ class Agent:
         budget = self._budget
         return len(record) - budget.prefix + budget.turn + budget.answer <= budget.suffix
 
-    def _turn(self, generated: Generated) -> Turn:
+    def read_turn(self, generated: Generated) -> Turn:
+        """What was generated as a turn with its calls. A subclass may read other calls from it."""
         turn = generated_turn(generated, self._prefix, self._renderer)
         if turn.stop_reason is StopReason.LENGTH:
             return turn

@@ -52,11 +52,6 @@ class TaskFigures:
     judged: int
     notes: tuple[str, ...]
 
-    @property
-    def error_share(self) -> float:
-        """Share of the questions that were errors."""
-        return sum(self.errors.values()) / max(self.samples, 1)
-
 
 def aggregate(
     rules: ScoringRules, results: Iterable[SampleResult], faults: Sequence[str] = ()
@@ -253,6 +248,5 @@ def timing(results: Iterable[SampleResult]) -> dict[str, float]:
         return {}
     return {
         "seconds/mean": sum(seconds) / len(seconds),
-        "seconds/median": seconds[len(seconds) // 2],
         "seconds/most": seconds[-1],
     }

@@ -276,20 +276,6 @@ def _paravt_range(text: str) -> Window | None:
     return None
 
 
-def paravt_seconds(value: Any) -> float:
-    """ParaVT's `parse_time_val`, for the times of a call: 0 for what it cannot read."""
-    try:
-        return float(value)
-    except (TypeError, ValueError):
-        pass
-    try:
-        parts = [float(part) for part in value.split(":")]
-    except (AttributeError, ValueError):
-        return 0.0
-    sizes = {2: (60.0, 1.0), 3: (3600.0, 60.0, 1.0)}.get(len(parts), ())
-    return sum(size * part for size, part in zip(sizes, parts, strict=False))
-
-
 def hull_iou(a: Sequence[float], b: Sequence[float]) -> float:
     """Overlap over the span from the first start to the last end, as all three harnesses have it; 0
     for a window whose end comes first."""

@@ -214,7 +214,6 @@ DRIVER: dict[str, Callable[..., Any]] = {
     "extract_letter": extraction.paravt_letter,
     "extract_time_from_response": driver_window,
     "temporal_iou": extraction.hull_iou,
-    "parse_time_val": extraction.paravt_seconds,
     "driver._score": driver_score,
 }
 

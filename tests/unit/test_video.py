@@ -98,7 +98,7 @@ def test_cache_answers_without_the_file_and_keeps_its_bound(tmp_path):
         refs.append(video_ref(path))
     reader = VideoReader(cache_bytes=2 * 20 * 32 * 32 * 3)
     first = [reader.overview(ref, 4) for ref in refs]
-    assert reader.cached_bytes <= 2 * 20 * 32 * 32 * 3
+    assert reader._frames.held <= 2 * 20 * 32 * 32 * 3
     for ref in refs:
         (tmp_path / ref.path).unlink()
     np.testing.assert_array_equal(reader.overview(refs[2], 4).pixels, first[2].pixels)
@@ -109,7 +109,7 @@ def test_cache_answers_without_the_file_and_keeps_its_bound(tmp_path):
 def test_reader_resizes_before_it_caches(clip_file):
     reader = VideoReader(spec=ImageSpec(patch_size=8, min_pixels=256, max_pixels=256))
     assert reader.overview(clip_file, 4).pixels.shape == (4, 16, 16, 3)
-    assert reader.cached_bytes == COUNT * 16 * 16 * 3
+    assert reader._frames.held == COUNT * 16 * 16 * 3
 
 
 def test_frames_of_one_file_are_kept_apart_by_size(clip_file):
@@ -159,7 +159,7 @@ def test_threads_that_ask_at_once_decode_every_frame_once(clip_file, monkeypatch
     assert (metrics["frames/asked"], metrics["frames/decoded"]) == (48, 18)
     assert metrics["frames/cache_hits"] == 48 - 18
     assert metrics["frames/decode_seconds"] > 2 * 0.05
-    assert reader.cached_bytes == 18 * SIDE * SIDE * 3
+    assert reader._frames.held == 18 * SIDE * SIDE * 3
     assert set(reader.take_metrics().values()) == {0.0}
 
 
@@ -236,7 +236,7 @@ def test_reader_goes_to_another_process(clip_file):
     reader = VideoReader(crop_fps=2.0, crop_cap=3)
     reader.overview(clip_file, 2)
     copy = pickle.loads(pickle.dumps(reader))
-    assert copy.cached_bytes == 0
+    assert copy._frames.held == 0
     assert len(copy.clip(clip_file, 0.0, 15.0).times) == 3
 
 

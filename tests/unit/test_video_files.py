@@ -259,7 +259,7 @@ def test_four_k_is_read_at_the_size_that_is_shown(tmp_path):
     reader = VideoReader(spec=spec)
     frames = reader.overview(video_ref(str(path)), 3)
     assert frames.pixels.shape[1:] == (*spec.target_size(2160, 3840, 3), 3)
-    assert reader.cached_bytes == frames.pixels.nbytes
+    assert reader._frames.held == frames.pixels.nbytes
     np.testing.assert_allclose(frames.times, [0, 0.5, 1.0])
 
 
