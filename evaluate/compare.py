@@ -20,9 +20,9 @@ import json
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from evaluate.benchmarks.estimates import DRAWS, SEED, paired_bootstrap
 from evaluate.benchmarks.results import read_run
 from evaluate.benchmarks.sample import OK, SampleResult
+from paravt_jax.estimates import DRAWS, SEED, paired_bootstrap
 from paravt_jax.failures import attempt
 from paravt_jax.flags import Parser
 

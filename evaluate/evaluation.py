@@ -12,12 +12,12 @@ from pathlib import Path
 from rich.console import Console
 
 from evaluate.benchmarks import report, results, schemas
-from evaluate.benchmarks.estimates import estimate
 from evaluate.benchmarks.protocol import OWN, Protocol, Rules
 from evaluate.benchmarks.sample import Kind, Sample, SampleResult
 from evaluate.model import Opened
 from evaluate.needle import NEEDLE_TASKS, load_needle
 from evaluate.putting import Putter, Questions, Waits
+from paravt_jax.estimates import estimate
 from paravt_jax.failures import ROOT
 from paravt_jax.rewards.judge import Judge
 from train.data.settings import DataSettings

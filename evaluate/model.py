@@ -10,7 +10,6 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from evaluate.held_out import greedy
 from models.common.folder import existing_folder
 from models.common.weights import load_params
 from paravt_jax.interfaces import Params
@@ -18,6 +17,7 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from rollout.limits import AgentConfig
 from train.agent import AgentMaker
 from train.config import Config
+from train.evaluation.held_out import greedy
 from train.model import ModelSettings
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START

@@ -38,7 +38,8 @@ from paravt_jax.blocks import whole_stream  # noqa: E402
 from paravt_jax.patches import largest, stack_patches  # noqa: E402
 from paravt_jax.protocol import CROP_VIDEO_TOOL, crop_window, parse_tool_calls  # noqa: E402
 from paravt_jax.records import Prompt, Row  # noqa: E402
-from paravt_jax.rewards import RewardBreakdown, score, turn_anchors  # noqa: E402
+from paravt_jax.rewards import RewardBreakdown, score  # noqa: E402
+from paravt_jax.rewards.schemes.paravt import turn_anchors  # noqa: E402
 from paravt_jax.structure import ANCHOR_TAGS, structural_tokens, tag_credit, tag_table  # noqa: E402
 from pipelines.datasets import needle_questions  # noqa: E402
 from pipelines.needle.traces import NEEDLE_TEXTS, PREFIX  # noqa: E402

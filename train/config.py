@@ -11,7 +11,6 @@ import dataclasses
 import enum
 from typing import Annotated, ClassVar
 
-from evaluate.settings import EvaluationSettings
 from paravt_jax.advantages import AdvantageConfig
 from paravt_jax.marks import Mark
 from paravt_jax.objectives import ObjectiveConfig
@@ -20,6 +19,7 @@ from paravt_jax.rewards import RewardRules
 from paravt_jax.settings import Settings
 from rollout.limits import AgentConfig
 from train.data.settings import DataSettings
+from train.evaluation.settings import EvaluationSettings
 from train.methods.settings import DifficultySettings, TeacherSettings
 from train.model import ModelSettings
 from train.optimizer import OptimizerSettings

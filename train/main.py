@@ -188,7 +188,9 @@ def main(argv: list[str] | None = None) -> int:
             asked = arguments.compile_only, target, _print, arguments.programs
             checks.compile_only(config, *asked)
         else:
-            run.train(config, workdir, arguments.resume, mirror)
+            from evaluate.page.write import write_page
+
+            run.train(config, workdir, arguments.resume, write_page, mirror)
         WATCH.finish()
     except Exception as error:
         error = mirror.named_in(error) if mirror else error

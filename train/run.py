@@ -7,16 +7,13 @@ import dataclasses
 import functools
 import itertools
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
-from evaluate.before_after import BeforeAfter
-from evaluate.held_out import HeldOut
-from evaluate.mid_run import MidRun
-from evaluate.page.write import write_page
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
 from paravt_jax.mesh import on_device, on_host
@@ -27,9 +24,13 @@ from rollout.engine.engine import Engine
 from train import checks, setup
 from train.compile.cache import Compilations, keep_compiled
 from train.compile.input_sizes import agent_input_sizes
+from train.compile.layout import open_layout
 from train.compile.rehearsal import rehearse_run
 from train.config import Config, Stage
 from train.data.questions import Questions, all_rows, identities, open_rows, strata
+from train.evaluation.before_after import BeforeAfter
+from train.evaluation.held_out import HeldOut
+from train.evaluation.mid_run import MidRun
 from train.hosts.cluster import is_first, max_over_hosts, on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.methods.teacher import TaughtLearner
@@ -67,7 +68,17 @@ def name_workdir(config: Config, given: str | None) -> Path:
     return Path(given or f"runs/{recipe}-{stamp}").absolute()
 
 
-def train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = None) -> None:
+WritePage = Callable[[Path], Path]
+"""Writes the page of the run in a workdir, and says where it is."""
+
+
+def train(
+    config: Config,
+    workdir: Path,
+    resume: str,
+    write_page: WritePage,
+    mirror: Mirror | None = None,
+) -> None:
     """Run the stage of the configuration and leave everything in `workdir`, or in the bucket that
     it stands for.
 
@@ -75,15 +86,21 @@ def train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = No
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
     if mirror is None:
-        return _train(config, workdir, resume)
+        return _train(config, workdir, resume, write_page)
     if jax.process_count() > 1:
         mirror.share()
     with contextlib.ExitStack() as stack:
         on_all_hosts(lambda: stack.enter_context(mirror.claimed()) if is_first() else None)
-        _train(config, workdir, resume, mirror)
+        _train(config, workdir, resume, write_page, mirror)
 
 
-def _train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = None) -> None:
+def _train(
+    config: Config,
+    workdir: Path,
+    resume: str,
+    write_page: WritePage,
+    mirror: Mirror | None = None,
+) -> None:
     shown, checkpoints = first_prints, None
     if mirror is not None:
         shown = lambda line: first_prints(mirror.named(line))  # noqa: E731
@@ -98,7 +115,7 @@ def _train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = N
     for line in introduction(mirror.url if mirror else workdir, mesh, weights, data, compiled):
         first_prints(line)
     with SignsOfLife(first_prints, compilations.__str__), jax.set_mesh(mesh):
-        run = Run(config, workdir, mesh, compilations, mirror)
+        run = Run(config, workdir, mesh, compilations, write_page, mirror)
         for note in checks.whole_notes(run.parts.policy, mesh):
             first_prints(f"note: {note}")
         try:
@@ -124,12 +141,13 @@ class Run:
         workdir: Path,
         mesh: Mesh,
         compilations: Compilations,
+        write_page: WritePage,
         mirror: Mirror | None = None,
     ):
         self._place = mirror.url if mirror else workdir
         checkpoints = mirror.checkpoints if mirror else workdir / "checkpoints"
         self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.compilations = compilations
+        self.compilations, self.write_page = compilations, write_page
         self.parts = setup.Parts(config)
         self.scorer = Scorer(config.rewards)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
@@ -154,7 +172,8 @@ class Run:
         updates = config.optimizer_steps // config.steps
         self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
         kept = self.state, self.reference, older
-        layout = setup.open_layout(config, self.parts.policy, mesh, kept)
+        own = config.rollout_mesh, config.model.compute_dtype
+        layout = open_layout(self.parts.policy, mesh, *own, kept)
         self.agents = dataclasses.replace(
             self.parts.agents, layout=layout, tell=self.log.console.print
         )
@@ -369,7 +388,7 @@ class Run:
     def _write_page(self) -> None:
         """`report/`. What is learned is safe by now: a page that fails costs the page alone."""
         try:
-            page = write_page(self.workdir)
+            page = self.write_page(self.workdir)
         except Exception as error:
             self.log.console.print(f"note: the page of the run could not be written: {error}")
             return

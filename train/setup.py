@@ -38,8 +38,6 @@ from rollout.engine.engine import Engine, SlotPool
 from rollout.limits import MAIN, subagent_budget, token_budget
 from rollout.tools import agent_tools
 from train.agent import AgentMaker, crop_size
-from train.compile.footprint import local_bytes
-from train.compile.layout import RolloutLayout
 from train.config import Config, Stage
 from train.data.needle import needle_sources, world_folder
 from train.data.questions import Check, PromptRoom, Questions, question_check
@@ -81,12 +79,6 @@ def open_mesh(config: Config) -> Mesh:
       ValueError: it does not fit the devices of this run.
     """
     return make_mesh(parse_mesh(config.mesh, jax.device_count()))
-
-
-def open_layout(config: Config, policy: ModelPolicy, mesh: Mesh, kept: Any) -> RolloutLayout:
-    """Where engines lay out weights, beside what a learner on this mesh keeps."""
-    own, resident = config.model.compute_dtype, local_bytes(kept)
-    return RolloutLayout(policy, mesh, config.rollout_mesh, own, resident)
 
 
 def prompt_texts(config: Config) -> PromptTexts:

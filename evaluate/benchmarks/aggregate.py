@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
-from evaluate.benchmarks.estimates import Difference, Estimate, estimate, paired_bootstrap
 from evaluate.benchmarks.rules import ScoringRules
 from evaluate.benchmarks.sample import ERROR, MANY, OK, Kind, SampleResult
+from paravt_jax.estimates import Difference, Estimate, estimate, paired_bootstrap
 
 THRESHOLDS = (0.3, 0.5, 0.7)
 

@@ -27,11 +27,11 @@ from evaluate.benchmarks.aggregate import (
     timing,
     usage,
 )
-from evaluate.benchmarks.estimates import Difference
 from evaluate.benchmarks.protocol import Protocol, Rules
 from evaluate.benchmarks.results import REPORT
 from evaluate.benchmarks.sample import OK, Kind, Sample, SampleResult
 from evaluate.benchmarks.schemas import as_json
+from paravt_jax.estimates import Difference
 from train.workdir.files import write_atomically
 
 LMMS_RESULTS = "results.json"

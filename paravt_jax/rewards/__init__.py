@@ -26,7 +26,6 @@ from paravt_jax.rewards.rules import (
     TurnAnchor,
     scheme_names,
 )
-from paravt_jax.rewards.schemes.paravt import turn_anchors
 
 __all__ = [
     "DEFAULT_RULES",
@@ -46,7 +45,6 @@ __all__ = [
     "reward_terms",
     "scheme_names",
     "score",
-    "turn_anchors",
 ]
 
 DEFAULT_RULES = RewardRules()

@@ -85,15 +85,15 @@ ORDER = (
     "train.rl",
     "train.sft",
     "train.methods",
-    "evaluate",
-    "train.compile",
+    "train.evaluation",
     "train.config",
     "train.recipes",
     "train.setup",
-    "evaluate.page",
-    "train.compile.programs",
+    "train.compile",
     "train.checks",
     "train.run",
+    "evaluate",
+    "evaluate.page",
     "train.main",
     "evaluate.watch",
     "evaluate.model",
@@ -187,6 +187,20 @@ def test_what_a_room_is_built_on_knows_nothing_of_it(shelf, room):
         inside = {name for name in imported(path) if name.startswith(f"{room}.")}
         beyond = {name for name in inside if name != shelf and not name.startswith(f"{shelf}.")}
         assert not beyond, f"{module_of(path)} imports {sorted(beyond)}"
+
+
+def test_training_knows_nothing_of_those_who_use_what_it_leaves():
+    """The door alone puts both together."""
+    for path in files_of("train"):
+        if module_of(path) != "train.main":
+            assert "evaluate" not in imports_of(path), module_of(path)
+
+
+def test_rewards_know_their_schemes_by_name_alone():
+    for path in (ROOT / "paravt_jax").rglob("*.py"):
+        if not (own := module_of(path)).startswith("paravt_jax.rewards.schemes"):
+            found = {name for name in imported(path) if name.startswith("paravt_jax.rewards.sch")}
+            assert not found, f"{own} imports {sorted(found)}"
 
 
 def test_the_whole_configuration_is_seen_by_the_composition_alone():

@@ -13,7 +13,7 @@ ONE_ARGUMENT = (
     "pipelines.images:read_image",
     "rollout.engine.automaton:has_stopped",
     "train.step:vision_groups",
-    "evaluate.tables:as_metrics",
+    "train.evaluation.tables:as_metrics",
 )
 
 

@@ -18,6 +18,7 @@ def named_in_code() -> set[str]:
 
 def test_every_name_is_explained():
     others = {"application/json", "longvt_source/hacs", "paravt/end", "paravt/failed"}
+    others |= {"greedy/accuracy"}  # a MODE/NAME of `evaluation/MODE/NAME`
     missing = {name for name in named_in_code() - others if not documented(name)}
     assert not missing, f"add them to docs/metrics.md: {sorted(missing)}"
 

@@ -8,9 +8,9 @@ import pytest
 
 from evaluate.benchmarks import protocol, report, results
 from evaluate.benchmarks.aggregate import aggregate, sight, usage
-from evaluate.benchmarks.estimates import estimate, paired_bootstrap
 from evaluate.benchmarks.rules import ScoringRules
 from evaluate.benchmarks.sample import Kind, Sample, SampleResult
+from paravt_jax.estimates import estimate, paired_bootstrap
 
 
 def result(number, score=1.0, cluster=None, kind="mcq", **more):

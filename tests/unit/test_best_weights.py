@@ -6,12 +6,12 @@ from types import MappingProxyType
 import pytest
 from rich.console import Console
 
-from evaluate.held_out import MODES, HeldOut, by_name
-from evaluate.mid_run import MidRun
-from evaluate.settings import EvaluationSettings
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from paravt_jax.rewards import RewardRules
 from tests.support.trajectories import rewarded
+from train.evaluation.held_out import MODES, HeldOut, by_name
+from train.evaluation.mid_run import MidRun
+from train.evaluation.settings import EvaluationSettings
 from train.recipes import get_recipe
 from train.rl.scoring import Scorer
 from train.setup import Parts

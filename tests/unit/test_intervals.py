@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 
-from evaluate.intervals import Accuracy, accuracies
-from evaluate.tables import INTERVALS, as_metrics, interval_table
 from paravt_jax.records import RolloutGroup, Row, VideoRef
 from pipelines.needle.world import draw_events
 from tests.support.trajectories import rewarded
 from train.data.needle import needle_world
 from train.data.questions import all_rows, open_rows, strata
+from train.evaluation.intervals import Accuracy, accuracies
+from train.evaluation.tables import INTERVALS, as_metrics, interval_table
 from train.recipes import get_recipe
 from train.settings.override import override
 

@@ -2,7 +2,7 @@
 
 import json
 
-from evaluate.tables import comparison_table
+from train.evaluation.tables import comparison_table
 from train.report.log import RunLog
 from train.sft.batches import examples_before, phase_at
 from train.sft.settings import SftPhase

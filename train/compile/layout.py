@@ -21,7 +21,7 @@ from models import ModelPolicy
 from paravt_jax.mesh import AXES, AnyMesh, parse_mesh, reshape_mesh
 from rollout.engine.engine import SlotPool
 from train.compile.chips import CHIPS, Chip
-from train.compile.footprint import rollout_bytes
+from train.compile.footprint import local_bytes, rollout_bytes
 from train.hosts.cluster import max_over_hosts
 
 FLAG = "--rollout-mesh"
@@ -60,6 +60,13 @@ def planned_rollouts(text: str, policy: ModelPolicy, learner: AnyMesh) -> Abstra
     learner's."""
     sizes = rollout_sizes(text, policy, learner.size)
     return None if sizes == dict(learner.shape) else AbstractMesh(tuple(sizes.values()), AXES)
+
+
+def open_layout(
+    policy: ModelPolicy, learner: Mesh, given: str | None, compute_dtype: str, kept: Any
+) -> RolloutLayout:
+    """Where engines lay out weights, beside what a learner on its mesh keeps."""
+    return RolloutLayout(policy, learner, given, compute_dtype, local_bytes(kept))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

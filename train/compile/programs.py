@@ -30,6 +30,7 @@ from train.batch import LearnerStream, learner_batch, packed_batch
 from train.compile.ahead import LargestBatch
 from train.compile.footprint import footprint, local_bytes
 from train.compile.input_sizes import agent_input_sizes
+from train.compile.layout import open_layout
 from train.compile.program import Program, Weights
 from train.config import Config, Stage
 from train.optimizer import make_optimizer
@@ -103,7 +104,8 @@ class _RlPrograms(_Programs):
             self.state.trainable if reference else {},
             [self.state.trainable] * staleness,
         )
-        layout = setup.open_layout(config, self.policy, mesh, kept)
+        own = config.rollout_mesh, config.model.compute_dtype
+        layout = open_layout(self.policy, mesh, *own, kept)
         self.engine = dataclasses.replace(self.parts.agents, layout=layout).engine(self.pools)
         self.rollout_mesh = self.engine.mesh or mesh
         own = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools

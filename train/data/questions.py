@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from evaluate.settings import EvaluationSettings
 from paravt_jax.plugins import load
 from paravt_jax.records import Row, VideoRef
 from pipelines.datasets import Found, question_rows
@@ -20,6 +19,7 @@ from rollout.agent import Item
 from train.data.needle import questions_of_world
 from train.data.settings import DataSettings
 from train.data.split import QuestionSplit, apart, one_per_video, split
+from train.evaluation.settings import EvaluationSettings
 
 Questions = RowSource[Row] | Mixture
 

@@ -6,12 +6,12 @@ recipe stand in its docstring; rows of `benchmarks/results.md` are the measureme
 
 from pathlib import Path
 
-from evaluate.settings import EvaluationSettings
 from paravt_jax.records import QuestionType
 from rollout.engine.sampler import SamplingConfig
 from rollout.limits import AgentConfig
 from train.config import Config, Stage
 from train.data.settings import DataSettings
+from train.evaluation.settings import EvaluationSettings
 from train.optimizer import OptimizerSettings
 from train.settings.override import based_on
 from train.sft.settings import SftPhase, TaskShape

@@ -14,7 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 from paravt_jax.advantages import AdvantageConfig, turn_advantages
 from paravt_jax.anchors import Structure, own_credit
 from paravt_jax.records import LearnerBatch, RolloutGroup
-from paravt_jax.rewards import turn_anchors
+from paravt_jax.rewards.schemes.paravt import turn_anchors
 from paravt_jax.structure import TagTable, anchor_tags, structural_tokens, tag_credit, tag_mask
 from train.batch import to_mesh, turn_numbers
 

@@ -8,9 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from rich.console import Console
 
-from evaluate.intervals import Accuracy, accuracies, accuracies_of
-from evaluate.settings import EvaluationSettings
-from evaluate.tables import TABLE, as_metrics
 from paravt_jax.interfaces import Params
 from paravt_jax.records import RolloutGroup, Row
 from pipelines.loader import prompt_list
@@ -19,6 +16,9 @@ from rollout.engine.engine import Engine
 from rollout.limits import AgentConfig
 from train.agent import AgentMaker
 from train.data.questions import prompt_contents
+from train.evaluation.intervals import Accuracy, accuracies, accuracies_of
+from train.evaluation.settings import EvaluationSettings
+from train.evaluation.tables import TABLE, as_metrics
 from train.hosts.cluster import on_all_hosts, require_same
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.hosts.share import by_share, own_places

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from evaluate.benchmarks.estimates import wilson
+from paravt_jax.estimates import wilson
 from paravt_jax.records import RolloutGroup, Row
 
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from rich.console import Console
 
-from evaluate.held_out import HeldOut, MetricsByMode
-from evaluate.tables import INTERVALS, comparison_table, interval_table
 from paravt_jax.checksum import checksums
 from paravt_jax.records import Row
 from train.data.questions import identities
+from train.evaluation.held_out import HeldOut, MetricsByMode
+from train.evaluation.tables import INTERVALS, comparison_table, interval_table
 from train.hosts.cluster import from_first, is_first
 from train.state import FlatParams
 from train.workdir.files import write_atomically

@@ -6,8 +6,8 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
-from evaluate.held_out import HeldOut, MetricsByMode, by_name
-from evaluate.settings import EvaluationSettings
+from train.evaluation.held_out import HeldOut, MetricsByMode, by_name
+from train.evaluation.settings import EvaluationSettings
 from train.hosts.cluster import from_first, is_first
 from train.state import FlatParams
 from train.workdir.files import write_atomically

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from rich import box
 from rich.table import Table
 
-from evaluate.intervals import Accuracy
+from train.evaluation.intervals import Accuracy
 
 TABLE = {
     "accuracy": "accuracy",
