@@ -23,7 +23,7 @@ os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 import pytest
 
 from tests.support import shape_checks
-from tests.support.qwen3_vl_folders import folder_names, named_folder
+from tests.support.qwen3_vl_folders import GIVEN, small_folder, whole_folder
 
 shape_checks.install()
 
@@ -43,22 +43,22 @@ def _folders(tmp_path_factory) -> Path:
     return (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "qwen3_vl"
 
 
-@pytest.fixture(scope="session", params=folder_names())
+@pytest.fixture(scope="session", params=GIVEN)
 def qwen3_vl_folder(request, _folders) -> Path:
     """Any folder with the released tokenizer, template and processor settings."""
-    return named_folder(request.param, _folders)
+    return whole_folder(request.param, _folders)
 
 
 @pytest.fixture(scope="session")
 def instruct_folder(_folders) -> Path:
     """The Instruct variant around tiny random weights."""
-    return named_folder("instruct", _folders)
+    return small_folder("instruct", _folders)
 
 
 @pytest.fixture(scope="session")
 def thinking_folder(_folders) -> Path:
     """The Thinking variant, whose template opens `<think>`, around tiny random weights."""
-    return named_folder("thinking", _folders)
+    return small_folder("thinking", _folders)
 
 
 @pytest.fixture(scope="module")

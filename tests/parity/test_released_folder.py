@@ -69,8 +69,8 @@ def test_the_main_prompt_is_what_the_processor_makes(qwen3_vl_folder, mode):
 @pytest.mark.slow
 def test_logits_are_those_of_transformers(qwen3_vl_folder):
     size = sum(path.stat().st_size for path in qwen3_vl_folder.glob("*.safetensors"))
-    if size > LARGEST:
-        pytest.skip(f"{size / 2**30:.1f} GiB of weights are more than a test computes with")
+    if not 0 < size <= LARGEST:
+        pytest.skip(f"a test computes with some weights, and not with {size / 2**30:.1f} GiB")
     theirs = by_processor(qwen3_vl_folder, "image", "Be brief.", [])
     reference = Qwen3VLForConditionalGeneration.from_pretrained(qwen3_vl_folder, dtype="float32")
     with torch.no_grad():
