@@ -32,7 +32,7 @@ from evaluate.benchmarks.protocol import load
 from evaluate.benchmarks.sample import OK, SampleResult
 from evaluate.evaluation import open_asked
 from evaluate.model import Opened, open_model
-from evaluate.putting import Putter, Questions
+from evaluate.runner import Questions, SampleRunner
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.patches import normalised
 from paravt_jax.protocol import TURN_END
@@ -78,19 +78,19 @@ def questions_of(model: Opened, a: argparse.Namespace) -> Questions:
     return Questions(rules, tuple(samples[: a.questions]))
 
 
-def putter_of(model: Opened, questions: Questions, batch: int) -> Putter:
+def runner_of(model: Opened, questions: Questions, batch: int) -> SampleRunner:
     """Decodes every video in each run anew."""
-    putter = Putter(model, questions, batch)
-    reader = VideoReader(cache_bytes=0, spec=putter.prompts.renderer.spec)
-    putter.prompts = dataclasses.replace(putter.prompts, reader=reader)
-    return putter
+    runner = SampleRunner(model, questions, batch)
+    reader = VideoReader(cache_bytes=0, spec=runner.prompts.renderer.spec)
+    runner.prompts = dataclasses.replace(runner.prompts, reader=reader)
+    return runner
 
 
-def putting(putter: Putter, questions: Questions) -> Callable[[], dict[str, SampleResult]]:
+def answers_of(runner: SampleRunner, questions: Questions) -> Callable[[], dict[str, SampleResult]]:
     """A run of all questions; gives their results."""
 
     def run() -> dict[str, SampleResult]:
-        found = {result.sample_id: result for result in putter(questions.samples)}
+        found = {result.sample_id: result for result in runner(questions.samples)}
         assert all(result.status == OK for result in found.values())
         return found
 
@@ -100,14 +100,14 @@ def putting(putter: Putter, questions: Questions) -> Callable[[], dict[str, Samp
 class Torch:
     """`transformers` on the same weights and prompts, one question after the other."""
 
-    def __init__(self, model: Opened, putter: Putter, questions: Questions):
+    def __init__(self, model: Opened, runner: SampleRunner, questions: Questions):
         import torch
         from transformers import Qwen3VLForConditionalGeneration
 
         self._torch, folder = torch, model.config.model.folder
         loaded: Any = Qwen3VLForConditionalGeneration.from_pretrained(folder)
         self._model = loaded.eval()
-        self._make, self._rules = putter.prompts, putter.agent_rules
+        self._make, self._rules = runner.prompts, runner.agent_rules
         self._questions, self._renderer = questions, model.agents.renderer
 
     def __call__(self) -> dict[str, str]:
@@ -163,15 +163,15 @@ def main() -> None:
 def measure(model: Opened, a: argparse.Namespace) -> None:
     """Print seconds and ratios."""
     questions = questions_of(model, a)
-    many, one = (putter_of(model, questions, batch) for batch in (a.batch, 1))
+    many, one = (runner_of(model, questions, batch) for batch in (a.batch, 1))
     runs: dict[str, Callable[[], object]] = {
-        "side by side": putting(many, questions),
-        "one at a time": putting(one, questions),
+        "side by side": answers_of(many, questions),
+        "one at a time": answers_of(one, questions),
     }
     if a.mode == "direct":
         theirs = Torch(model, many, questions)
         runs["transformers"] = theirs
-        ours = {name: result.response for name, result in putting(many, questions)().items()}
+        ours = {name: result.response for name, result in answers_of(many, questions)().items()}
         same = np.mean([ours[name] == text for name, text in theirs().items()])
         print(f"{same:.1%} of {len(ours)} answers are the same text")
     many.waits.total = many.waits.idle = 0.0

@@ -16,7 +16,7 @@ from evaluate.benchmarks.protocol import OWN, Protocol, Rules
 from evaluate.benchmarks.sample import Kind, Sample, SampleResult
 from evaluate.model import Opened
 from evaluate.needle import NEEDLE_TASKS, load_needle
-from evaluate.putting import Putter, Questions, Waits
+from evaluate.runner import Questions, SampleRunner, Waits
 from paravt_jax.estimates import estimate
 from paravt_jax.failures import ROOT
 from paravt_jax.rewards.judge import Judge
@@ -141,13 +141,13 @@ class Evaluation:
                 chosen = [s for s in questions.samples if (s.task, s.sample_id) in left]
                 if not chosen:
                     continue
-                putter = Putter(self._model, questions, batch, judge, self._asked.guarded)
-                for result in putter(chosen):
+                runner = SampleRunner(self._model, questions, batch, judge, self._asked.guarded)
+                for result in runner(chosen):
                     results.append(self._workdir / self._file, [result])
                     ours.append(result)
                     bar(running(key, [r for r in ours if r.task == result.task]))
-                self.waits.total += putter.waits.total
-                self.waits.idle += putter.waits.idle
+                self.waits.total += runner.waits.total
+                self.waits.idle += runner.waits.idle
 
     def _kinds(self) -> Iterator[Questions]:
         for task in self._asked.tasks:

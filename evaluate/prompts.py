@@ -21,7 +21,7 @@ from rollout.agent import Item
 
 
 @dataclasses.dataclass(frozen=True)
-class Ready:
+class ReadyPrompt:
     """A sample that can be put to the model."""
 
     sample: Sample
@@ -69,7 +69,7 @@ class SamplePrompts:
         tokens = len(prompt.tokens) + shown * (height * width // spec.factor**2 - 1)
         return Size(tokens, height * width // spec.patch_size**2)
 
-    def __call__(self, sample: Sample) -> Ready:
+    def __call__(self, sample: Sample) -> ReadyPrompt:
         """Decode the frames of a sample and write its prompt.
 
         Raises:
@@ -82,7 +82,7 @@ class SamplePrompts:
         row = Row(f"{sample.task}/{sample.sample_id}", video, sample.question, answer="")
         count, height, width, _ = frames.pixels.shape
         item = row, max(count, 1), self._prompt(messages, frames)
-        return Ready(sample, item, messages.text, count, height * width)
+        return ReadyPrompt(sample, item, messages.text, count, height * width)
 
     @property
     def _quota(self) -> int | None:
@@ -115,7 +115,7 @@ class SamplePrompts:
         return self.renderer.user_prompt(parts, system, messages.tools, stamps)
 
 
-class Ahead:
+class Prefetch:
     """Prompts of samples in their order, decoded by threads before they are asked for; what cannot
     be put into a prompt is handed to `failed` instead."""
 
@@ -123,8 +123,8 @@ class Ahead:
         """`ahead`: most prompts that are ready or in the making."""
         self._make, self._left, self._ahead = make, iter(samples), ahead
         self._pool = ThreadPoolExecutor(threads)
-        self._coming: collections.deque[tuple[Sample, Future[Ready]]] = collections.deque()
-        self.ready: dict[str, Ready] = {}
+        self._coming: collections.deque[tuple[Sample, Future[ReadyPrompt]]] = collections.deque()
+        self.ready: dict[str, ReadyPrompt] = {}
         """Samples under way, by row id."""
         self.failed: list[SampleResult] = []
         """Samples without a prompt, to be taken away by whoever reads this."""

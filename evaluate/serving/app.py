@@ -20,13 +20,13 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from evaluate.serving.active import GONE, ActiveRequest
 from evaluate.serving.answers import Shape
 from evaluate.serving.completions import Answered, Ended
 from evaluate.serving.errors import ApiError, broken, busy, out_of_time, unknown_client
 from evaluate.serving.metrics import Metrics
 from evaluate.serving.schemas import parse
 from evaluate.serving.service import Service
-from evaluate.serving.visit import GONE, Visit
 
 LOG = logging.getLogger(__name__)
 THREADS = 4
@@ -55,31 +55,31 @@ class Api:
 
     async def chat(self, http: Request) -> Response:
         """`POST /v1/chat/completions`"""
-        visit = self._let_in()
+        active = self._admit()
         try:
             request = parse(await self._body(http))
-            prepared = await visit.prepare(http, request)
+            prepared = await active.prepare(http, request)
             shape = Shape(request, prepared, self._service.name)
             self.metrics.prompt_tokens.inc(prepared.prompt_tokens)
-            visit.start()
+            active.start()
             if request.stream:
-                return EventStream(self, visit, shape)
-            body, tokens = shape.whole([event async for event in visit.events()])
+                return EventStream(self, active, shape)
+            body, tokens = shape.whole([event async for event in active.events()])
             self.metrics.completion_tokens.inc(tokens)
-            self.left(visit, 200)
+            self.left(active, 200)
             return JSONResponse(body)
         except ApiError as error:
-            self.left(visit, error.status)
+            self.left(active, error.status)
             raise
         except BaseException as error:
-            self.left(visit, GONE if isinstance(error, ClientDisconnect) else 500)
+            self.left(active, GONE if isinstance(error, ClientDisconnect) else 500)
             raise
 
-    def left(self, visit: Visit, status: int) -> None:
-        """A visit is over."""
-        if not visit.closed:
+    def left(self, active: ActiveRequest, status: int) -> None:
+        """A request is over."""
+        if not active.closed:
             self._inside -= 1
-            visit.close(status)
+            active.close(status)
 
     async def models(self, http: Request) -> Response:
         """`GET /v1/models` and `GET /v1/models/NAME`"""
@@ -105,15 +105,15 @@ class Api:
         """`GET /metrics`"""
         return Response(self.metrics.text(), media_type="text/plain; version=0.0.4")
 
-    def _let_in(self) -> Visit:
-        """A visit, if there is room for one more."""
+    def _admit(self) -> ActiveRequest:
+        """A request, if there is room for one more."""
         limits = self._service.limits
         if self._inside >= limits.requests:
             waits = self.metrics.mean_seconds * self._inside / limits.rows
             self.metrics.requests.labels(429).inc()
             raise busy(self._inside, min(max(math.ceil(waits), 1), 60))
         self._inside += 1
-        return Visit(self._service, self._threads, self.metrics)
+        return ActiveRequest(self._service, self._threads, self.metrics)
 
     async def _body(self, http: Request) -> bytes:
         most = self._service.limits.body_bytes
@@ -146,10 +146,10 @@ class EventStream(Response):
 
     media_type = "text/event-stream"
 
-    def __init__(self, api: Api, visit: Visit, shape: Shape) -> None:
+    def __init__(self, api: Api, active: ActiveRequest, shape: Shape) -> None:
         super().__init__(headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._api, self._visit, self._shape = api, visit, shape
+        self._api, self._active, self._shape = api, active, shape
         self._status = GONE
         self._tokens = 0
 
@@ -167,16 +167,16 @@ class EventStream(Response):
             LOG.info("a client of a stream has gone or does not read")
         finally:
             self._api.metrics.completion_tokens.inc(self._tokens)
-            self._api.left(self._visit, self._status)
+            self._api.left(self._active, self._status)
 
     async def _told(self) -> AsyncIterator[str]:
         for chunk in self._shape.opening():
             yield json.dumps(chunk)
         first = True
         try:
-            async for event in self._visit.events():
+            async for event in self._active.events():
                 if first:
-                    self._api.metrics.first.observe(self._visit.seconds)
+                    self._api.metrics.first.observe(self._active.seconds)
                     first = False
                 if isinstance(event, Ended):
                     self._tokens += len(event.finished.tokens)

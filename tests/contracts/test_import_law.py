@@ -104,7 +104,7 @@ ORDER = (
     "evaluate.needle",
     "evaluate.seeing",
     "evaluate.prompts",
-    "evaluate.putting",
+    "evaluate.runner",
     "evaluate.evaluation",
     "evaluate.main",
     "evaluate.report",

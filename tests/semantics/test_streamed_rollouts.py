@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from evaluate.putting import OneTurn
+from evaluate.runner import OneTurn
 from paravt_jax.records import Row
 from rollout.agent import Agent
 from rollout.engine.automaton import TokenAutomata

@@ -1,4 +1,4 @@
-"""Questions of one kind put to a model: as the rules of a protocol say, by our own engine."""
+"""Samples of one kind as the rules of a protocol ask them, run by our own engine and scored."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from evaluate.benchmarks.protocol import Rules
 from evaluate.benchmarks.sample import Sample, SampleResult
 from evaluate.benchmarks.scoring import JudgeFailed, score
 from evaluate.model import Opened
-from evaluate.prompts import Ahead, Ready, SamplePrompts, Size, sizes
+from evaluate.prompts import Prefetch, ReadyPrompt, SamplePrompts, Size, sizes
 from evaluate.seeing import Seeing
 from paravt_jax.protocol import TURN_END
 from paravt_jax.records import Trajectory, Turn
@@ -48,7 +48,7 @@ class OneTurn(Agent):
         return dataclasses.replace(super().read_turn(generated), calls=())
 
 
-class Judging:
+class JudgePool:
     """Scores in threads, as a judge is somebody else's service and the device shall not wait."""
 
     def __init__(self, threads: int):
@@ -87,8 +87,8 @@ class Questions:
     """Of all shards, so that caches are as large in each."""
 
 
-class Putter:
-    """Puts the questions of one kind to a model."""
+class SampleRunner:
+    """Runs the questions of one kind through the engine, and scores the answers."""
 
     def __init__(
         self,
@@ -152,7 +152,7 @@ class Putter:
             yield SampleResult.failed(sample, reason)
         if fitting:
             room = min(bucket(max(size.tokens for size in largest), UNIT), most)
-            yield from self._put(fitting, Size(room, max(size.patches for size in largest)))
+            yield from self._run(fitting, Size(room, max(size.patches for size in largest)))
         self.waits.total += time.perf_counter() - began
 
     def _most_tokens(self) -> int:
@@ -168,13 +168,13 @@ class Putter:
         )
         return own.policy.context_length - pools["main"].suffix
 
-    def _put(self, samples: Sequence[Sample], room: Size) -> Iterator[SampleResult]:
-        """Put samples whose prompts are no larger than `room`."""
+    def _run(self, samples: Sequence[Sample], room: Size) -> Iterator[SampleResult]:
+        """Run samples whose prompts are no larger than `room`."""
         agents, rules = self._agents, self.agent_rules
         kind = Agent if rules.offers_tools else OneTurn
         agent = agents.agent(self._engine(room), kind=kind)
         seeing = Seeing(self._model, agents.renderer, room.patches)
-        ahead = Ahead(self.prompts, samples, THREADS, ahead=self._batch + THREADS)
+        ahead = Prefetch(self.prompts, samples, THREADS, ahead=self._batch + THREADS)
         waits = self.waits
 
         def feed(wait: bool) -> Item | None:
@@ -183,7 +183,7 @@ class Putter:
             waits.idle += time.perf_counter() - began if wait else 0.0
             return item
 
-        seed, judging = self._rules.decoding.seed, Judging(JUDGED)
+        seed, judges = self._rules.decoding.seed, JudgePool(JUDGED)
         try:
             for row, trajectory, seconds in agent.stream(
                 self._model.params, feed, self._batch, seed
@@ -192,13 +192,13 @@ class Putter:
                 ready = ahead.ready.pop(row.row_id)
                 guarded = ready.sample.sample_id in self._guarded
                 sight = seeing(trajectory) if guarded else {}
-                judging.begin(functools.partial(self._scored, ready, trajectory, seconds, sight))
-                yield from judging.done(wait=self._judge is None)
-            yield from judging.done(wait=True)
+                judges.begin(functools.partial(self._scored, ready, trajectory, seconds, sight))
+                yield from judges.done(wait=self._judge is None)
+            yield from judges.done(wait=True)
             yield from _taken(ahead)
         finally:
             ahead.close()
-            judging.close()
+            judges.close()
         waits.idle += agent.metrics["time/tool_wait"]
 
     def _engine(self, room: Size) -> Engine:
@@ -221,7 +221,7 @@ class Putter:
         return engine
 
     def _scored(
-        self, ready: Ready, trajectory: Trajectory, seconds: float, sight: Mapping[str, float]
+        self, ready: ReadyPrompt, trajectory: Trajectory, seconds: float, sight: Mapping[str, float]
     ) -> SampleResult:
         """The line of a sample that was answered."""
         turns, sample = trajectory.turns, ready.sample
@@ -297,6 +297,6 @@ def _overflow(tokens: int, most: int) -> str:
     )
 
 
-def _taken(ahead: Ahead) -> Iterator[SampleResult]:
+def _taken(ahead: Prefetch) -> Iterator[SampleResult]:
     while ahead.failed:
         yield ahead.failed.pop(0)

@@ -1,4 +1,4 @@
-"""One request on its way through the server: let in, prepared, run, heard, and out again."""
+"""One request on its way through the server: admitted, prepared, run, heard, and out again."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ GONE = 499
 """Status of a request whose client went away, as nginx logs it. Nobody reads it."""
 
 
-class Visit:
-    """A request from when it is let in until its rows are free. All but `emit` is called in the
+class ActiveRequest:
+    """A request from when it is admitted until its rows are free. All but `emit` is called in the
     event loop."""
 
     def __init__(self, service: Service, threads: ThreadPoolExecutor, metrics: Metrics) -> None:
@@ -82,7 +82,7 @@ class Visit:
 
     @property
     def seconds(self) -> float:
-        """Since it was let in."""
+        """Since it was admitted."""
         return time.perf_counter() - self._began
 
     def close(self, status: int) -> None:
