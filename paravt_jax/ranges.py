@@ -22,7 +22,7 @@ class Range:
 
     low: float | int
     high: float | int
-    said: str
+    wording: str
     """What follows "must be"."""
     open_low: bool = False
     open_high: bool = False
@@ -74,7 +74,7 @@ def fault(value: Any, hint: Any) -> str | None:
         size = INTEGER if isinstance(number, int) else FINITE
         for limits in (size, *ranges_of(hint)):
             if number not in limits:
-                return limits.said
+                return limits.wording
     return None
 
 

@@ -242,7 +242,7 @@ class Choices:
 class CallResult:
     """What came of one call of a turn."""
 
-    said: str
+    text: str
     """What the model was told; empty where it was shown frames."""
     executed: bool
     """Whether the call ran to a result."""

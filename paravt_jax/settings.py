@@ -234,7 +234,7 @@ def _check_values(section: Any) -> None:
         if said := fault(value, hint):
             raise Refused(section, f"{{{name}}}: must be {said}")
         if not all(_is_choice(part, hint) for part in parts):
-            raise Refused(section, f"{{{name}}}: choose {{known}}", known=told_choices(hint))
+            raise Refused(section, f"{{{name}}}: choose {{known}}", known=describe_choices(hint))
         empty = any(isinstance(part, str) and is_empty(part, hint) for part in parts)
         if empty and value != field.default:
             raise Refused(section, f"{{{name}:name}} {EMPTY}")
@@ -245,7 +245,7 @@ def _is_choice(value: Any, hint: Any) -> bool:
     return not listed or value is None or isinstance(value, Own) or value in choices(hint)
 
 
-def told_choices(hint: Any) -> str:
+def describe_choices(hint: Any) -> str:
     """What a setting takes, for a sentence; empty where its type lists nothing."""
     listed = [choice for choice in choices(hint) if choice != ""]
     known = any_of(listed) if listed else ""

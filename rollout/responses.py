@@ -56,7 +56,7 @@ def noted(results: Sequence[ToolResult], subagents: int) -> tuple[CallResult, ..
     places = itertools.count(subagents)
     return tuple(
         CallResult(
-            said="" if isinstance(own.response, Clip) else own.response,
+            text="" if isinstance(own.response, Clip) else own.response,
             executed=own.executed,
             window=own.window,
             seconds=own.seconds,

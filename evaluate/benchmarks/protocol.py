@@ -38,7 +38,7 @@ from evaluate.benchmarks.rules import (
     ScoringRules,
 )
 from evaluate.benchmarks.sample import Kind, Sample
-from paravt_jax.settings import Refused, any_of, hints_of, plain_type, told_choices
+from paravt_jax.settings import Refused, any_of, describe_choices, hints_of, plain_type
 
 SHIPPED = Path(__file__).parent / "protocols"
 MODES = ("direct", "reasoning", "agentic", "sequential")
@@ -315,7 +315,7 @@ def _section(cls: type[T], table: Table, name: str, where: str) -> T:
             known = any_of(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
             raise ValueError(f"{where}: {name}.{key} is unknown; write {known}")
         if not _fits(value, plain_type(hints[key])):
-            known = told_choices(hints[key]) or _told(plain_type(hints[key]))
+            known = describe_choices(hints[key]) or _told(plain_type(hints[key]))
             raise ValueError(f"{where}: {name}.{key} = {value!r}: write {known}")
     try:
         return cls(**{key: _frozen(value) for key, value in table.items()})

@@ -52,7 +52,7 @@ class StaticMask(masks.Mask):
 
     With `own`, rows hold prompts and streams: of what is known when a program is compiled, a query
     may see the first `prompt` keys and the last `own` before it. What it does see is told when it
-    runs, by `told`; and the kernel has no integer division.
+    runs, by `mask_numbers`; and the kernel has no integer division.
     """
 
     slots: int
@@ -85,8 +85,8 @@ class StaticMask(masks.Mask):
         return (query >= key) & near
 
 
-def told(shared: SharedRows, slots: int) -> Int[Array, "rows slots"]:
-    """What the mask of rows with streams is told of each query."""
+def mask_numbers(shared: SharedRows, slots: int) -> Int[Array, "rows slots"]:
+    """What the mask of rows with streams knows of each query, packed into a number."""
     segments, at = shared.segments(slots), jnp.arange(slots, dtype=jnp.int32)[None]
     begins = jnp.where(segments >= 0, shared.begins(slots), at)
     prompts = -(-jnp.asarray(shared.prompt_lengths) // TILE)[:, None]
@@ -104,7 +104,7 @@ def serves(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool
 
 
 def holds(bounds: Bounds) -> bool:
-    """Whether `told` can tell of rows within these bounds."""
+    """Whether `mask_numbers` can tell of rows within these bounds."""
     most = ((1 << TILE_BITS) - 1) * TILE
     return bounds.unit % TILE == 0 and max(bounds.prompt, bounds.own) <= most
 
@@ -130,7 +130,7 @@ def attend(
     """
     t = query.shape[1]
     padded, block = padded_length(t)
-    numbers = None if shared is None else told(shared, padded)
+    numbers = None if shared is None else mask_numbers(shared, padded)
     if shared is not None:
         # Streams end before their last tile does, and prompts.
         segments = jnp.minimum(shared.segments(t), 0)
@@ -215,7 +215,7 @@ def _rows(
     ) -> Any:
         segments, numbers = of_row
         ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
-        own = kernel if numbers is None else _told(kernel, numbers)
+        own = kernel if numbers is None else _with_numbers(kernel, numbers)
         return own(query, key, value, segment_ids=ids)
 
     query, key, value = (_heads_first(x, slots) for x in (query * h**-0.5, key, value))
@@ -223,7 +223,7 @@ def _rows(
     return mixed.swapaxes(1, 2)[:, :t, :, :h]
 
 
-def _told(
+def _with_numbers(
     kernel: kernels.SplashAttentionKernel, numbers: Int[Array, " slots"]
 ) -> kernels.SplashAttentionKernel:
     """The kernel with other numbers for its mask to work with."""

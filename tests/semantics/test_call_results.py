@@ -20,7 +20,7 @@ def test_results_stand_beside_their_calls():
     assert [own.executed for own in results] == [True, False, True, False, True]
     assert [own.window for own in results] == [(0, 8), None, (16, 64), None, (8, 16)]
     assert [own.subagent for own in results] == [0, None, 1, None, 2] and len(made.subagents) == 3
-    assert results[1].said.startswith("Error: start_time 90") and results[0].said == "seen."
+    assert results[1].text.startswith("Error: start_time 90") and results[0].text == "seen."
     assert all(own.seconds >= 0 for own in results) and results[0].seconds > 0
 
 
@@ -32,5 +32,5 @@ def test_calls_of_the_last_turn_have_no_result():
 def test_frames_that_the_agent_itself_is_shown_are_kept():
     made = Episode(calls_turn(call(0, 8)), ANSWER, evidence="frames").trajectory
     ((_, _, result),) = calls_of(made)
-    assert result.said == "" and result.window == (0, 8) and result.subagent is None
+    assert result.text == "" and result.window == (0, 8) and result.subagent is None
     assert result.clip is not None and len(result.clip.times)

@@ -172,7 +172,7 @@ def _describe_call(
         "iou": round(common.iou, 4) if common else None,
         "gold_seen": round(common.iog, 4) if common else None,
         "seconds": round(result.seconds, 4),
-        "report": result.said,
+        "report": result.text,
         "subagent": result.subagent,
         "subagent_tokens": 0 if subagent is None else int(subagent.generated.sum()),
     }

@@ -40,7 +40,7 @@ class Only:
     off: Any = IF_GIVEN
     """The value that switches the settings off, or what tells so. With any other they must act,
     given or not."""
-    said: str = ""
+    reason: str = ""
     """What follows "has no effect" in a refusal; empty says what `when` and `values` say."""
 
     def acts(self, config: Config) -> bool:
@@ -67,8 +67,8 @@ class Only:
     def refusal(self, config: Config, name: str) -> Refused:
         """The setting has no effect."""
         own, when = f"{{{name}}} has no effect", self.when
-        if self.said:
-            return Refused(config, f"{own} {self.said}")
+        if self.reason:
+            return Refused(config, f"{own} {self.reason}")
         if not isinstance(self.values, tuple):
             remedy = f"leave it out, or set {{{when}:name}} too"
             return Refused(config, f"{own} with {{{when}}}; {remedy}")
@@ -100,9 +100,9 @@ PACKED = "on packed conversations"
 TABLE = (
     # The settings, what decides, its values with which they act, what switches them off, and what
     # a refusal says.
-    Only("data.reader", "data.path", off=None, said="without --data; leave it out"),
+    Only("data.reader", "data.path", off=None, reason="without --data; leave it out"),
     Only("data.video_marks", "data.frames_as", ("video",), off=None),
-    Only("data.fetched_gb", "data.remote", said="without data on gs:// or s3://; leave it out"),
+    Only("data.fetched_gb", "data.remote", reason="without data on gs:// or s3://; leave it out"),
     Only("data.weights", "data.mixture", off=()),
     Only("data.mixture data.workers data.decode_threads data.steps_ahead", "stage", ("rl",),
          IF_GIVEN,
@@ -130,7 +130,7 @@ TABLE = (
     Only("objective.clip_low objective.clip_high objective.dual_clip", "objective.surrogate",
          ("clip",)),
     Only("objective.clip_low objective.clip_high objective.dual_clip", "ratio_moves",
-         operator.truth, said=ONE_UPDATE),
+         operator.truth, reason=ONE_UPDATE),
     Only("objective.surrogate", "ratio_moves", operator.truth, _clip_or_own, ONE_UPDATE),
     Only("objective.soft_positive objective.soft_negative", "objective.surrogate", ("soft",)),
     Only("objective.regression_eps objective.regression_detached", "objective.surrogate",
@@ -152,8 +152,9 @@ TABLE = (
          "with {agent.evidence}, where no sub-agent speaks; set it to none"),
     Only("rl.subagent_credit", "agent.max_tool_rounds", bool, "none",
          "with {agent.max_tool_rounds}, where no sub-agent speaks; set it to none"),
-    Only("rl. objective. advantages.", "stage", ("rl",), said=NO_ROLLOUTS),
-    Only("sft.", "stage", ("sft",), said="with {stage}, which learns from rollouts; leave it out"),
+    Only("rl. objective. advantages.", "stage", ("rl",), reason=NO_ROLLOUTS),
+    Only("sft.", "stage", ("sft",),
+         reason="with {stage}, which learns from rollouts; leave it out"),
     Only("agent.subagent_tokens agent.subagent_thought_tokens agent.subagent_batch "
          "agent.subagent_sampling.", "agent.evidence", ("text",)),
     Only("teacher.strength", "stage", ("rl",), 0.0, NO_ROLLOUTS),
@@ -176,7 +177,7 @@ TABLE = (
     Only("evaluation.every", "evaluation.rows", off=0),
     Only("evaluation.best", "evaluation.every"),
     Only("output.keep_best", "evaluation.every", off=0),
-    Only("output.details_mb", "stage", ("rl",), said=NO_ROLLOUTS),
+    Only("output.details_mb", "stage", ("rl",), reason=NO_ROLLOUTS),
     Only("output.details_mb", "output.rollouts"),
     Only("output.compile_cache_gb", "output.compile_cache"),
 )  # fmt: skip

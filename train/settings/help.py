@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from paravt_jax.ranges import ranges_of
-from paravt_jax.settings import alternatives, as_text, hints_of, plain_type, told_choices
+from paravt_jax.settings import alternatives, as_text, describe_choices, hints_of, plain_type
 from train.settings.effects import TABLE, of_rewards
 from train.settings.override import RECIPE_ONLY, UNSET, can_be_set, default_of
 
@@ -90,8 +90,8 @@ def _effect(name: str) -> list[str]:
 
 def _choices(hint: Any) -> list[str]:
     """What a setting can be, from the type that its field declares."""
-    known = told_choices(hint)
-    said = [known or _type(plain_type(hint)), *(limits.said for limits in ranges_of(hint))]
+    known = describe_choices(hint)
+    said = [known or _type(plain_type(hint)), *(limits.wording for limits in ranges_of(hint))]
     if typing.get_origin(plain_type(hint)) is tuple:
         said[0] = f"several of {known}" if known else f"{said[0]},..."
     return [*said, "or none"] if type(None) in alternatives(hint) else said

@@ -18,11 +18,11 @@ from paravt_jax.settings import (
     Refused,
     alternatives,
     choices,
+    describe_choices,
     hints_of,
     is_empty,
     plain_type,
     takes_own,
-    told_choices,
 )
 
 RECIPE_ONLY = {"recipe only": True}
@@ -47,7 +47,7 @@ class Assignment:
     """Whether it is a text from a command line."""
 
     @property
-    def said(self) -> str:
+    def written(self) -> str:
         """The name as it was written."""
         return f"--set {self.key}" if self.text else self.key
 
@@ -159,22 +159,22 @@ def _changed(
     last, full = group[-1], prefix + name
     fields = {f.name: f for f in dataclasses.fields(section) if f.metadata != UNSET}
     if name not in fields:
-        raise ValueError(f"{last.said}: no such key; known here: {', '.join(fields)}")
+        raise ValueError(f"{last.written}: no such key; known here: {', '.join(fields)}")
     if last.text and fields[name].metadata == RECIPE_ONLY:
-        raise ValueError(f"{last.said}: this key can be set in a recipe only")
+        raise ValueError(f"{last.written}: this key can be set in a recipe only")
     hint, current = hints_of(type(section))[name], getattr(section, name)
     whole = [own for own in group if own.key == full]
     if dataclasses.is_dataclass(current):
         for own in whole:
             if own.text or not isinstance(own.value, type(current)):
                 inner = ", ".join(field.name for field in dataclasses.fields(current))
-                raise ValueError(f"{own.said} is a section; set one of its keys: {inner}")
+                raise ValueError(f"{own.written} is a section; set one of its keys: {inner}")
             current = own.value
         parts = [own for own in group if own.key != full]
         values = _changes(current, parts, f"{full}.", written)
         return _replaced(current, values, f"{full}.", written)
     if last not in whole:
-        raise ValueError(f"{last.said}: {name} has no keys of its own")
+        raise ValueError(f"{last.written}: {name} has no keys of its own")
     return (parse if last.text else typed)(last.value, hint, last.key)
 
 
@@ -216,14 +216,14 @@ def _parsed(part: str, hint: Any, key: str, text: str) -> Any:
         raise ValueError(f"--set {key}={text}: expected {kind.__name__}") from error
 
 
-def _choice(text: str, hint: Any, said: str) -> Any:
+def _choice(text: str, hint: Any, written: str) -> Any:
     """One of the values that a type lists, or the name of a function of the user's own."""
     if takes_own(hint) and ":" in text:
         return Own(text)
     for known in choices(hint):
         if str(known) == text:
             return known
-    raise ValueError(f"{said}: choose {told_choices(hint)}")
+    raise ValueError(f"{written}: choose {describe_choices(hint)}")
 
 
 def typed(value: Any, hint: Any, key: str) -> Any:
