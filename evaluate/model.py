@@ -111,6 +111,8 @@ def settings_of(model: str | None, recipe: str | None = None) -> Config:
     own = config.model
     # bfloat16 is what accelerators multiply fast; CPUs do not have it.
     dtype = "float32" if jax.default_backend() == "cpu" else own.compute_dtype
+    # Adapters are merged into what a run exports, and which kernel is at hand depends on the
+    # machine.
     weights = ModelSettings(str(folder), dtype, own.cache_dtype)
     return dataclasses.replace(config, model=weights)
 

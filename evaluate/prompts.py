@@ -145,6 +145,7 @@ class Prefetch:
             return ready.item
 
     def _begin(self) -> None:
+        # Frames are large: those of all samples would not fit into memory.
         while len(self._coming) < self._ahead and (sample := next(self._left, None)) is not None:
             self._coming.append((sample, self._pool.submit(self._make, sample)))
 

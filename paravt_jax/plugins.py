@@ -75,6 +75,7 @@ def source_of(text: str) -> tuple[str, str] | None:
     file = Path(place).expanduser().resolve()
     if not file.is_file():
         return None
+    # That of what was run: the file may have been edited since.
     return str(file), _RUN.get(str(file)) or hashlib.sha256(file.read_bytes()).hexdigest()
 
 

@@ -89,6 +89,8 @@ class ConversationEncoder:
             return None
         self._skips(None)
         room = {"tokens": len(example.tokens), "frames": example.frames}
+        # Grain packs by the lengths of arrays and copies them: a byte for each token and frame will
+        # do.
         arrays = {name: np.zeros(size, np.uint8) for name, size in room.items()}
         return arrays | {"example": example, "drawn": index + 1}
 

@@ -109,6 +109,7 @@ def learner_batch(
     starts = [len(s.prompt.tokens) for s in streams]
     _check_fit("a stream", [len(s.prompt.tokens) + len(s.tokens) for s in streams], length)
     wholes = [whole_stream(s.prompt, s.tokens, s.shown) for s in streams]
+    # Frames of a tool response are one rollout's: the rows of a group then no longer see the same.
     alone = any(s.shown for s in streams)
     groups = wholes[:: 1 if alone else group_size]
     seen = _frames(groups, _room(groups, frames, alone), frame_patches)
@@ -297,6 +298,7 @@ def _values(
     return {
         "loss_weights": rows([s.loss_weights for s in streams], dtype=np.float32),
         "behaviour_log_probs": rows([s.log_probs for s in streams], dtype=np.float32),
+        # Below every logit: where the sampler cut nothing off, the learner must not either.
         "floors": rows([own.floors for own in noted], fill=-np.inf, dtype=np.float32),
         "grammar": rows([own.grammar for own in noted]),
     }
@@ -310,6 +312,7 @@ def _batch(streams: Sequence[Prompt], seen: _Seen, length: int, pad_id: int) -> 
         blank_batch(len(streams), length),
         tokens=_rows([stream.tokens for stream in streams], length, pad_id),
         positions=_rows([stream.positions for stream in streams], length),
+        # 0 would be the first vision token.
         vision_index=_rows(index, length, -1),
         lengths=np.array([len(stream.tokens) for stream in streams], np.int32),
         patches=patches,

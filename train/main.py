@@ -190,6 +190,7 @@ def main(argv: list[str] | None = None) -> int:
         else:
             from evaluate.page.write import write_page
 
+            # Handed in: the page is made of what training leaves, and training knows nothing of it.
             run.train(config, workdir, arguments.resume, write_page, mirror)
         WATCH.finish()
     except Exception as error:

@@ -84,6 +84,7 @@ class RolloutFigures:
         start, end = gold[0]
         times = (start + end) / 2 + offsets() * duration
         self._widths.append((end - start) / duration)
+        # Where a video has ended nobody could look: that must not count as not looking.
         possible += (times >= 0) & (times <= duration)
         seen = np.zeros(OFFSETS, bool)
         for call in line["tool_calls"]:
@@ -133,6 +134,8 @@ def _by_prompt(groups: Sequence[Group]) -> dict[str, list[float]]:
     for group in groups:
         told = [_metrics(line) for line in group]
         for name in told[0]:
+            # Rollouts of a prompt are alike: taken as independent, they would make intervals too
+            # narrow.
             found.setdefault(name, []).append(float(np.mean([own[name] for own in told])))
     return found
 

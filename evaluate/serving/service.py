@@ -130,6 +130,7 @@ class Service:
             bool(request.logprobs),
             request.top_logprobs or 0,
         )
+        # The head stands in the same part of the cache as what is generated.
         limit = min(limit, self.room - len(asked.head))
         base = secrets.randbits(32) if request.seed is None else request.seed
         seeds = [derive_seed(base, "choice", number) for number in range(count)]
@@ -230,6 +231,7 @@ def _pools(model: Opened, limits: Limits) -> dict[str, SlotPool]:
     """Slots for so many rows, and for the crops of agents among them."""
     agents = model.agents
     rules, renderer = agents.rules, agents.renderer
+    # Each has a cache: no more of them than all rows can ask for at once.
     crops = min(rules.subagent_batch, limits.rows * rules.calls_run)
     pools = slot_pools(
         dataclasses.replace(rules, subagent_batch=crops),

@@ -176,6 +176,7 @@ def checkpoint_lora(model_files: str | os.PathLike | None, table: Table) -> Lora
 def _projections(table: Table) -> list[str]:
     """Modules of decoder layers that an adapter may stand beside, `{}` for the layer's number."""
     layered = [spec.hf_name.removesuffix(".weight") for spec in table.values() if spec.is_stacked]
+    # Experts are no modules of their own to peft, and have other names.
     return [module for module in layered if _last(module) in TARGETS]
 
 

@@ -112,6 +112,8 @@ def measure(program: Program, tell: Callable[[str], None]) -> Measured:
         with jax.set_mesh(program.mesh):
             compiled = program.lower().compile()
     except Exception as error:
+        # The one thing that tells want of memory from a failure: its type is that of all errors of
+        # XLA.
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         seconds = time.perf_counter() - began

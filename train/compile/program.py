@@ -70,6 +70,7 @@ def _size(spec: ParamSpec) -> float:
 def _seen(spec: ParamSpec, merged: int) -> float:
     """Weights of the vision tower that a patch is multiplied with: mergers take `merged` of them
     at once."""
+    # Positions are added, not multiplied with.
     if spec.part not in SEEN or "positions" in spec.axes:
         return 0.0
     return _size(spec) / (merged if spec.part == "mergers" else 1)

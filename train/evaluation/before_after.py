@@ -53,6 +53,7 @@ class BeforeAfter:
         self._of = fingerprint(self._settings, self._held_out.rows, params)
         kept = read_before(self._workdir, self._of)
         self._before = self._held_out(params) if kept is None else kept
+        # At once: a run that is interrupted before its end must not evaluate the start again.
         if kept is None:
             self._write({})
 

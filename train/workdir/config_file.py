@@ -60,6 +60,7 @@ def read_settings(
 def as_file(settings: Any) -> str:
     """What `config.json` holds of a run with these settings."""
     files = own_files(settings)
+    # Only where there are some: older versions refuse a key that they do not know.
     content = {**to_dict(settings), **({OWN_FILES: files} if files else {})}
     return json.dumps(content, indent=2) + "\n"
 
@@ -77,6 +78,7 @@ def changed_own_files(workdir: Path, settings: Any) -> list[str]:
     """Files of the user's own whose content is another than when the workdir's run began, or was
     last continued."""
     held = json.loads((workdir / FILE).read_text(encoding="utf-8")).get(OWN_FILES, {})
+    # A file that the run did not use then is no change of that file.
     return [file for file, now in own_files(settings).items() if held.get(file, now) != now]
 
 

@@ -73,6 +73,8 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     accuracy = attempt.accuracy()
     forms = _turn_forms(attempt.turns, attempt.call_syntax)
     form_mean = _mean([form.score(rules) for form in forms])
+    # Scored anew, not by subtraction: each turn is clamped, and its measure, what a perfect turn
+    # earns, holds the anchor too.
     bare_rules = dataclasses.replace(rules, anchor_weight=0.0)
     bare = _mean([form.score(bare_rules) for form in forms])
     counted = attempt.counted_calls(rules.fresh_seconds) / max(attempt.executed_calls, 1)
