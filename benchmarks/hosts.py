@@ -34,7 +34,7 @@ from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.workers import Workers
 from train.hosts import cluster
-from train.hosts.share import WORK, SharedRows, busiest, by_share, shared_job, work_metrics
+from train.hosts.share import WORK, RowsOfHosts, busiest, by_share, shared_job, work_metrics
 from train.recipes.needle import COLD_START
 
 PROMPTS, COPIES, CROPS, FRAMES = 8, 4, 2, 32
@@ -65,7 +65,7 @@ def work(folder: Path, steps: int) -> None:
     # Nothing is kept, as in a run whose videos are more than fit the memory.
     reader = VideoReader(cache_bytes=0, spec=renderer.spec)
     counts, seed = (FRAMES,), 0
-    share, ahead = SharedRows(), {"tools": False, "steps_ahead": 1}
+    share, ahead = RowsOfHosts(), {"tools": False, "steps_ahead": 1}
     prompts = prompt_stream(rows, reader, renderer, counts, PROMPTS, seed, share=share, **ahead)
     spent = [_step(prompts, reader, renderer) for _ in range(steps)][1:]
     prompts.close()
