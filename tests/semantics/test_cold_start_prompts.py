@@ -8,9 +8,9 @@ import pytest
 from paravt_jax.records import Conversation, Message, Row, VideoRef
 from pipelines.conversation import ConversationRenderer, FrameRate, pack
 from pipelines.tokenizer import open_tokenizer
-from tests.support.needle import processor_folder
 from tests.support.readers import StillReader
 from train.recipes import get_recipe
+from train.recipes.needle import COLD_START
 from train.settings.override import override
 from train.setup import open_renderer, system_notes
 
@@ -24,7 +24,7 @@ THOUGHT = "<think>\nI see.\n</think>\n\n<answer>red</answer>"
 @pytest.fixture(params=["instruct_folder", "thinking_folder", "needle"])
 def folder(request) -> str:
     if request.param == "needle":
-        return processor_folder()
+        return str(COLD_START)
     return str(request.getfixturevalue(request.param))
 
 
@@ -71,7 +71,7 @@ def test_prompts_of_paravt_sft_are_those_of_paravt_rl(folder, system, videos, se
 
 
 def test_other_system_messages_are_replaced_and_that_is_said():
-    config, _ = renderer("paravt_sft", processor_folder())
+    config, _ = renderer("paravt_sft", str(COLD_START))
     said = (Message("user", ("Q",)), Message("assistant", ("A",)))
     plain = Conversation("p", said)
     other = Conversation("o", (Message("system", ("Be kind.",)), *said))
@@ -83,7 +83,7 @@ def test_other_system_messages_are_replaced_and_that_is_said():
 
 
 def test_a_system_message_of_ones_own_can_be_kept():
-    config, says = renderer("paravt_sft", processor_folder(), "sft.packing.system=own")
+    config, says = renderer("paravt_sft", str(COLD_START), "sft.packing.system=own")
     chat = (Message("system", ("Be kind.",)), Message("user", ("Q",)), Message("assistant", ("A",)))
     render = ConversationRenderer(says, READER, system=config.sft.packing.system)
     assert says.decode(render(Conversation("c", chat)).tokens) == (
@@ -95,7 +95,7 @@ def test_a_system_message_of_ones_own_can_be_kept():
 
 
 def test_conversations_that_are_too_long_are_named():
-    _, says = renderer("paravt_sft", processor_folder())
+    _, says = renderer("paravt_sft", str(COLD_START))
     chat = Conversation("c", (Message("user", ("Q " * 50,)), Message("assistant", ("A " * 50,))))
     whole = ConversationRenderer(says, READER)(chat)
     prompt, length = int(np.argmax(whole.weights > 0)), len(whole.tokens)
