@@ -17,7 +17,7 @@ from pipelines.sizes import full_size, prompt_tokens, smallest_frames
 from pipelines.video import VideoReader
 from rollout.agent import Agent
 from rollout.engine.automaton import TokenAutomata
-from rollout.engine.engine import Engine, SlotPool
+from rollout.engine.engine import Engine, OnMesh, SlotPool
 from rollout.engine.grammar import response_grammar
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
@@ -109,7 +109,7 @@ class AgentMaker:
             self.policy,
             pools,
             mesh=mesh,
-            automata=open_automata(self.rules, self.renderer, self.policy.vocab_size),
+            automata=open_automata(self.rules, self.renderer, self.policy.vocab_size, mesh),
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
@@ -137,15 +137,19 @@ class AgentMaker:
         )
 
 
-def open_automata(rules: AgentConfig, renderer: ChatRenderer, vocab: int) -> TokenAutomata:
-    """What ends a turn, and the grammar of calls where the rules ask for it."""
+def open_automata(
+    rules: AgentConfig, renderer: ChatRenderer, vocab: int, mesh: Mesh | None = None
+) -> TokenAutomata:
+    """What ends a turn, and the grammar of calls where the rules ask for it; on a mesh, or on the
+    one that is active."""
     wanted = any(own.constrain for own in _samplings(rules))
+    place = jax.jit(lambda table: constrain(table, None, None))
     schemas = [tool.schema for tool in agent_tools(rules).values()]
     return TokenAutomata(
         renderer.token_contents(vocab),
         renderer.eos_ids,
         {CALLS: response_grammar(schemas, rules.call_syntax)} if wanted else None,
-        place=jax.jit(lambda table: constrain(table, None, None)),
+        place=place if mesh is None else OnMesh(place, mesh),
     )
 
 

@@ -85,12 +85,18 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         elif path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
-        mesh = planned_mesh(config.mesh) if planned else setup.open_mesh(config)
+        asked = config.mesh, config.rollout_devices
+        mesh = planned_mesh(*asked) if planned else setup.open_mesh(config)
         check_rows_fit(config, mesh)
         check_rollout_mesh(config, mesh)
         check_staleness(config, mesh)
         if not planned:
             check_reference(config)
+    elif config.rollout_devices:
+        raise ValueError(
+            f"--rollout-devices {config.rollout_devices}: --compile-only compiles for devices that "
+            "all do the same; leave it out"
+        )
     if not planned:
         # What is compiled ahead is for TPUs.
         check_attention(config, jax.default_backend() if here else "tpu")
@@ -159,7 +165,8 @@ def check_rollout_mesh(config: Config, mesh: AnyMesh) -> None:
       ValueError: naming the flag.
     """
     if config.rollout_mesh is not None:
-        rollout_sizes(config.rollout_mesh, setup.Parts(config).policy, mesh.size)
+        devices = config.rollout_devices or mesh.size
+        rollout_sizes(config.rollout_mesh, setup.Parts(config).policy, devices)
 
 
 def check_attention(config: Config, platform: str) -> None:
@@ -179,14 +186,15 @@ def check_staleness(config: Config, mesh: AnyMesh) -> None:
     """Refuse rollouts beside the learner where their programs could wait for one another.
 
     Raises:
-      ValueError: on several hosts, or on several devices.
+      ValueError: on several hosts, or on several devices that both use.
     """
-    if config.rl.staleness and mesh.size > 1:
-        hosts = f" of {jax.process_count()} hosts" if jax.process_count() > 1 else ""
+    own, hosts = f"rl.staleness={config.rl.staleness}", jax.process_count()
+    if config.rl.staleness and hosts > 1:
+        raise ValueError(f"{own} on {hosts} hosts: it needs a single one; set it to 0")
+    if config.rl.staleness and mesh.size > 1 and not config.rollout_devices:
         raise ValueError(
-            f"rl.staleness={config.rl.staleness} on {mesh.size} devices{hosts}: programs of "
-            "rollouts and learner on the same devices could wait for one another for ever; set it "
-            "to 0"
+            f"{own} on {mesh.size} devices: programs of rollouts and learner on the same ones "
+            "could wait for one another for ever; give --rollout-devices, or set it to 0"
         )
 
 
@@ -239,8 +247,14 @@ def tell_changes(
 
 def notes(config: Config) -> list[str]:
     """What a user should know of settings that do what they say, and perhaps not what was meant."""
-    found = warm_up_note(config.optimizer, config.optimizer_steps)
-    return [found] if found else []
+    found = [warm_up_note(config.optimizer, config.optimizer_steps)]
+    behind, correction = config.rl.staleness, config.objective.correction
+    if behind and correction.weights == "none" and not correction.bypass:
+        found.append(
+            f"rl.staleness={behind} with objective.correction.weights=none: rollouts of older "
+            "weights are learned from as if they were of the newest"
+        )
+    return [note for note in found if note]
 
 
 def whole_notes(policy: ModelPolicy, mesh: AnyMesh) -> list[str]:
@@ -290,8 +304,10 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
 def describe(config: Config) -> None:
     """Print the resolved configuration, the mesh and the parameter table; allocate nothing."""
     print(json.dumps(to_dict(config), indent=2))
-    mesh = planned_mesh(config.mesh)
-    print(f"mesh {axes_text(mesh)}: {mesh.size} devices ({jax.device_count()} here)")
+    mesh, apart = planned_mesh(config.mesh, config.rollout_devices), config.rollout_devices
+    rollouts = f" and {apart} for rollouts" * (apart > 0)
+    devices = f"{mesh.size} devices{rollouts} ({jax.device_count()} here)"
+    print(f"mesh {axes_text(mesh)}: {devices}")
     parts = setup.Parts(config)
     for note in whole_notes(parts.policy, mesh):
         print(f"note: {note}")
@@ -302,7 +318,7 @@ def describe(config: Config) -> None:
     rows = describe_data(parts)
     for note in thinking_note(config, parts.renderer.opening):
         print(note)
-    print(format_footprint(planned_footprint(parts, mesh, rows)))
+    print(format_footprint(planned_footprint(parts, mesh, rows), apart > 0))
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, parts.policy.table)
     kept = config.teacher.strength > 0, config.rl.staleness
     size = checkpoint_bytes(parts.policy, optimizer, config.model, *kept)
@@ -316,9 +332,8 @@ def planned_footprint(
     config, policy = parts.config, parts.policy
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
     pools = parts.pools(rows or [EXAMPLE]) if config.stage is Stage.RL else None
-    taught, rollouts = config.teacher.strength > 0, None
-    if config.rollout_mesh is not None:
-        rollouts = planned_rollouts(config.rollout_mesh, policy, mesh)
+    taught, named = config.teacher.strength > 0, (config.rollout_mesh, policy, mesh)
+    rollouts = planned_rollouts(*named, config.rollout_devices)
     reference = config.rl.reference_memory == "device"
     kept = reference, config.rl.staleness
     return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, *kept)

@@ -61,6 +61,9 @@ class Config(Settings):
     None takes the `tensor`, and `expert`, with which a token is fastest and weights and caches fit,
     and the rest on `data`; where a device does not tell its memory, as on CPU, the learner's
     mesh."""
+    rollout_devices: Annotated[int, at_least(0), Mark.SAME_RESULTS] = 0
+    """Devices that roll out and do not learn: the last ones; the others learn. `rollout_mesh` is
+    then over these. 0: all devices do both."""
     model: Annotated[ModelSettings, Mark.EVALUATED] = ModelSettings()
     data: Annotated[DataSettings, Mark.EVALUATED] = DataSettings()
     agent: Annotated[AgentConfig, Mark.EVALUATED] = AgentConfig()

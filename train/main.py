@@ -13,6 +13,7 @@ import sys
 sys.path[0] = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 
 import argparse  # noqa: E402
+from collections.abc import Callable  # noqa: E402
 from pathlib import Path  # noqa: E402
 from typing import Any  # noqa: E402
 
@@ -27,7 +28,8 @@ DEFAULT_RECIPE = "needle_rl"
 
 FLAGS = {
     **{"model": "model.folder", "data": "data.path"},
-    **{name: name.replace("-", "_") for name in ("mesh", "rollout-mesh", "steps", "seed")},
+    **{name: name.replace("-", "_") for name in ("mesh", "rollout-mesh", "rollout-devices")},
+    **{name: name for name in ("steps", "seed")},
 }
 """Flags that set a setting, and its name."""
 
@@ -45,13 +47,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="a complete configuration, by its name or as path/to/file.py:function "
         "(default: the workdir's own, or needle_rl)",
     )
-    add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
-    add(
-        "--rollout-mesh",
-        metavar="MESH",
-        help="mesh of the rollouts over the same devices, e.g. data:2,tensor:4 "
-        "(default: the fastest token that fits)",
-    )
+    _add_devices(add)
     add("--workdir", help="folder or URL where the run writes, or did (default: runs/RECIPE-TIME)")
     add("--model", help="Hugging Face folder of a Qwen3-VL model to start from")
     add(
@@ -90,6 +86,23 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--list-recipes", action="store_true", help="print the recipes, then end")
     return parser
+
+
+def _add_devices(add: Callable[..., object]) -> None:
+    """The flags that say which devices do what."""
+    add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
+    add(
+        "--rollout-mesh",
+        metavar="MESH",
+        help="mesh of the rollouts over the same devices, e.g. data:2,tensor:4 "
+        "(default: the fastest token that fits)",
+    )
+    add(
+        "--rollout-devices",
+        type=int,
+        metavar="N",
+        help="devices that roll out while the others learn, see --help-settings rollout_devices",
+    )
 
 
 def _recipes() -> str:

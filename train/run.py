@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
@@ -173,7 +173,9 @@ class Run:
         self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
         kept = self.state, self.reference, older
         own = config.rollout_mesh, config.model.compute_dtype
-        layout = open_layout(self.parts.policy, mesh, *own, kept)
+        layout = open_layout(
+            self.parts.policy, mesh, *own, kept, setup.open_rollout_devices(config)
+        )
         self.agents = dataclasses.replace(
             self.parts.agents, layout=layout, tell=self.log.console.print
         )
@@ -265,6 +267,9 @@ class Run:
 
     def _learner(self, engine: Engine) -> Learner:
         """Learns from what the engine rolls out."""
+        table = engine.automata.table if engine.automata.constrains else None
+        if table is not None and engine.mesh is not None:
+            table = jax.device_put(table, NamedSharding(self.mesh, PartitionSpec()))
         return setup.open_learner(
             self.config,
             self.parts.policy,
@@ -273,7 +278,7 @@ class Run:
             self.parts.tags,
             setup.engine_shapes(self.config, self.agents, engine),
             self.reference,
-            table=engine.automata.table if engine.automata.constrains else None,
+            table=table,
         )
 
     def _rl_run(self, engine: Engine, learner: Learner, prompts: PromptStream) -> RlRun:

@@ -73,12 +73,36 @@ from train.workdir.processors import frames_sampled, write_processors
 
 
 def open_mesh(config: Config) -> Mesh:
-    """The device mesh of `--mesh`.
+    """The device mesh of `--mesh`: of all devices but those that only roll out.
 
     Raises:
-      ValueError: it does not fit the devices of this run.
+      ValueError: it does not fit the devices of this run, or none are left.
     """
-    return make_mesh(parse_mesh(config.mesh, jax.device_count()))
+    devices = learning_devices(config)
+    return make_mesh(parse_mesh(config.mesh, len(devices)), devices)
+
+
+def learning_devices(config: Config) -> list[Any]:
+    """All devices but the last `--rollout-devices`.
+
+    Raises:
+      ValueError: none are left.
+    """
+    devices, apart = jax.devices(), config.rollout_devices
+    if apart >= len(devices):
+        raise ValueError(
+            f"--rollout-devices {apart}: this run has {len(devices)} devices; leave one or more "
+            "to the learner"
+        )
+    return devices[: len(devices) - apart]
+
+
+def open_rollout_devices(config: Config) -> Mesh | None:
+    """The devices that only roll out, as a mesh; None where there are none."""
+    if not config.rollout_devices:
+        return None
+    devices = jax.devices()[-config.rollout_devices :]
+    return make_mesh(parse_mesh(None, len(devices)), devices)
 
 
 def prompt_texts(config: Config) -> PromptTexts:

@@ -142,8 +142,8 @@ class Engine:
         keeps what each row has seen, one byte per row and token of the vocabulary, for repetition
         penalties. `alternatives` is how many of the likeliest tokens of each draw can be had.
         `mesh` is that of everything here; None takes the one that is active. It has the devices of
-        the weights in the order of theirs, which may lie otherwise on them. Caches of `grows_from`
-        bytes and more grow with what rows say.
+        the weights in the order of theirs, which may lie otherwise on them, or others. Caches of
+        `grows_from` bytes and more grow with what rows say.
         """
         if not pools or steps_per_call < 1:
             raise ValueError(
@@ -171,16 +171,23 @@ class Engine:
 
     def prepare(self, params: Params) -> Params:
         """Weights as the functions here read them fastest: cast first, then handed over to the
-        engine's mesh, if it has its own, by one program on the devices."""
+        engine's mesh, if it has its own: by one program on its devices, or copied to them."""
         prepared = self.policy.prepare(params)
         if self.mesh is None:
             return prepared
-        if self._hand_over is None:
-            self._hand_over = self.handing_over(prepared, self.mesh)
         began = time.perf_counter()
-        handed = jax.block_until_ready(self._hand_over(prepared))
+        handed = jax.block_until_ready(self._handed_over(prepared, self.mesh))
         self.hand_over_seconds = time.perf_counter() - began
         return handed
+
+    def _handed_over(self, prepared: Mapping[str, Any], mesh: Mesh) -> Params:
+        """The weights on the engine's mesh, whose devices may be others than theirs."""
+        there = jax.tree.leaves(prepared)[0].sharding.device_set
+        if there != set(mesh.devices.flat):
+            return jax.device_put(prepared, self.policy.shardings(prepared, mesh))
+        if self._hand_over is None:
+            self._hand_over = self.handing_over(prepared, mesh)
+        return self._hand_over(prepared)
 
     def handing_over(self, prepared: Mapping[str, Any], mesh: Mesh) -> jax.stages.Wrapped:
         """The jitted function that takes weights such as these, or their shapes, to a mesh."""

@@ -9,8 +9,8 @@ from train import main
 
 DOOR = [sys.executable, str(ROOT / "train" / "main.py")]
 FLAGS = {
-    "--help", "--recipe", "--mesh", "--rollout-mesh", "--workdir", "--model", "--data", "--steps",
-    "--seed", "--resume", "--set", "--dry-run", "--compile-only", "--programs",
+    "--help", "--recipe", "--mesh", "--rollout-mesh", "--rollout-devices", "--workdir", "--model",
+    "--data", "--steps", "--seed", "--resume", "--set", "--dry-run", "--compile-only", "--programs",
     "--help-settings", "--list-recipes",
 }  # fmt: skip
 

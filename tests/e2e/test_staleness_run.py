@@ -4,6 +4,7 @@ uninterrupted run."""
 import json
 import signal
 
+import numpy as np
 import pytest
 
 from tests.support.command import logged, metrics, send, start, untimed
@@ -16,6 +17,14 @@ SETTINGS = [
     "rl.staleness=2",
     "optimizer.learning_rate=1e-4",
 ]
+APART = [
+    "evaluation.rows=0",
+    "output.export_hf=false",
+    "agent.turn_tokens=48",
+    "rl.staleness=1",
+    "output.checkpoint_every=0",
+]
+SAME = ("loss", "grad_norm", "kl", "reward/total", "logprob/gap_mean", "format/score")
 STEPS = ("--steps", "4")
 
 
@@ -46,3 +55,20 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache):
     done = start(cut, cache, *STEPS, "--resume", "must", settings=SETTINGS)
     assert done.returncode == 0, done.stderr[-3000:]
     assert told(cut) == (figures, said)
+
+
+def test_rollouts_on_devices_of_their_own_change_no_result(tmp_path, cache):
+    runs = {}
+    for name, devices, flags in (
+        ("shared", 1, ()),
+        ("apart", 3, ("--rollout-devices", "1", "--mesh", "fsdp:2")),
+    ):
+        done = start(
+            tmp_path / name, cache, "--steps", "2", *flags, settings=APART, devices=devices
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        runs[name] = metrics(tmp_path / name)
+    for one, two in zip(runs["shared"], runs["apart"], strict=True):
+        assert two["time/hand_over"] > 0 and "time/hand_over" not in one
+        for name in SAME:
+            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-5, err_msg=name)

@@ -18,6 +18,7 @@ from train.compile.footprint import (
     format_footprint,
     planned_mesh,
 )
+from train.compile.layout import open_layout
 from train.config import Config
 from train.optimizer import make_optimizer
 from train.recipes import get_recipe
@@ -79,6 +80,20 @@ def test_more_devices_hold_less_each():
         found = checks.planned_footprint(setup.Parts(config), planned_mesh(config.mesh))
         sizes.append(found["parameters"] + found["moments"])
     assert sizes[0] > 4 * sizes[1] and sizes[1] > 1.2 * sizes[2]
+
+
+def test_rollouts_ahead_keep_weights_of_earlier_steps_and_may_have_devices_of_their_own():
+    config = override(get_recipe("needle_rl"), ["rl.staleness=2", "rollout_devices=4"])
+    parts = setup.Parts(config)
+    found = checks.planned_footprint(parts, planned_mesh("fsdp:4", 4))
+    assert found["weights of earlier steps"] == 2 * found["gradients"]
+    learner, rollouts = format_footprint(found, apart=True).split("--rollout-devices")
+    assert "rollout" not in learner and "parameters" not in rollouts
+    assert planned_mesh(None, 4).size == 4, "of eight devices here"
+    own, apart = setup.open_mesh(config), setup.open_rollout_devices(config)
+    layout = open_layout(parts.policy, own, None, "float32", [], apart)
+    assert set(layout({}).devices.flat) == {*jax.devices()[4:]}
+    assert set(setup.open_mesh(config).devices.flat) == {*jax.devices()[:4]}
 
 
 def test_supervised_runs_have_no_caches():

@@ -34,8 +34,8 @@ POOL = SlotPool(prompts=8, copies=2, prompt_tokens=64, suffix=32, page=8)
 CONTENTS = [bytes([index]) if index < 128 else b"" for index in range(VOCAB)]
 
 
-def open_engine(policy, mesh=None) -> Engine:
-    automata = TokenAutomata(CONTENTS, [IM_END])
+def open_engine(policy, mesh=None, **automata) -> Engine:
+    automata = TokenAutomata(CONTENTS, [IM_END], **automata)
     return Engine(policy, {"main": POOL}, automata=automata, pad_id=PAD, mesh=mesh)
 
 
@@ -106,6 +106,26 @@ def test_every_layout_draws_the_same(policy, learner, rollouts):
     assert jax.tree.all(
         jax.tree.map(lambda x, home: x.sharding == home, engine.prepare(params), homes)
     )
+
+
+@pytest.mark.parametrize("shape", ["tensor:2", "data:1"])
+def test_devices_of_their_own_draw_the_same(shape):
+    """The learner's weights are on two devices, the engine on others."""
+    learner = make_mesh(parse_mesh("fsdp:2", 2), jax.devices()[:2])
+    own = parse_mesh(shape, count := 1 if shape == "data:1" else 2)
+    apart = make_mesh(own, jax.devices()[2 : 2 + count])
+    params = initialise(DENSE.table, jax.random.key(0))
+    with jax.set_mesh(learner):
+        laid_out = jax.device_put(params, param_shardings(DENSE.table, learner))
+        engine = open_engine(DENSE, apart, place=np.asarray)
+        found = sample(engine, laid_out)
+    for one, other in zip(sample_alone(DENSE), found, strict=True):
+        np.testing.assert_array_equal(one.tokens, other.tokens)
+        np.testing.assert_allclose(one.log_probs, other.log_probs, atol=1e-5)
+    held = jax.tree.leaves((engine.prepare(laid_out), engine.caches.states))
+    assert {device for x in held if isinstance(x, jax.Array) for device in x.devices()} == {
+        *apart.devices.flat
+    }
 
 
 def test_weights_are_handed_over_on_the_devices_and_compiled_once():

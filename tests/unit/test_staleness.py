@@ -19,9 +19,12 @@ from rollout.limits import AgentConfig, slot_pools
 from tests.support.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, text_prompt
 from tests.support.rollout_law import WindowReader
 from tests.support.trajectories import rewarded
+from train.checks import notes
+from train.recipes import get_recipe
 from train.report.steps import Clock
 from train.rl.loop import RolloutBatch, Rollouts, version_of
 from train.rl.staleness import RolloutsAhead, Stop, Stopped, WorkTimes
+from train.settings.override import override
 
 MESH = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
 STEPS = 5
@@ -233,6 +236,15 @@ def test_nothing_is_drawn_beyond_the_last_step(staleness):
         assert len(ahead.older(step + 1)) == min(step + 1, staleness)
     ahead.close()
     assert source.log == [*range(STEPS)]
+
+
+def test_a_run_is_told_that_nothing_makes_up_for_older_weights():
+    """But for one that measures ratios from the sampler."""
+    none, bypass = "objective.correction.weights=none", "objective.correction.proximal=sampler"
+    cases = [(("rl.staleness=1", none), 1), (("rl.staleness=1", bypass), 0), ((none,), 0)]
+    for settings, count in cases:
+        config = override(get_recipe("needle_rl"), list(settings))
+        assert sum("rl.staleness" in note for note in notes(config)) == count
 
 
 def test_older_rollouts_than_allowed_are_refused():

@@ -21,21 +21,21 @@ from train.model import ModelSettings
 from train.state import abstract_moments, split, trainable_names
 
 
-def planned_mesh(mesh: str | None) -> AbstractMesh:
+def planned_mesh(mesh: str | None, apart: int = 0) -> AbstractMesh:
     """The mesh of `--mesh` as it would be where its sizes multiply to the number of devices; with
-    a size of -1, or without the flag, that of the devices of this machine.
+    a size of -1, or without the flag, that of the devices of this machine but `apart` of them.
 
     Raises:
       ValueError: naming the axis that is wrong.
     """
-    sizes = parse_mesh(mesh, _planned_devices(mesh))
+    sizes = parse_mesh(mesh, _planned_devices(mesh, apart))
     return AbstractMesh(tuple(sizes[axis] for axis in AXES), AXES)
 
 
-def _planned_devices(mesh: str | None) -> int:
+def _planned_devices(mesh: str | None, apart: int) -> int:
     sizes = [part.rpartition(":")[2].strip() for part in (mesh or "").split(",")]
     if mesh is None or not all(size.isdigit() and int(size) for size in sizes):
-        return jax.device_count()
+        return max(jax.device_count() - apart, 1)
     return math.prod(map(int, sizes))
 
 
@@ -103,8 +103,13 @@ def format_checkpoint(size: int) -> str:
     return f"a checkpoint: {size / 2**20:,.1f} MiB, {size / STORAGE:,.1f} s to write or read {rate}"
 
 
-def format_footprint(found: dict[str, int]) -> str:
-    """A line for each part and one for their sum."""
+def format_footprint(found: dict[str, int], apart: bool = False) -> str:
+    """A line for each part and one for their sum; rollouts by themselves where they have devices
+    `apart` from the learner's."""
+    if apart:
+        rollouts = {name: size for name, size in found.items() if name.startswith("rollout ")}
+        rest = {name: size for name, size in found.items() if name not in rollouts}
+        return f"{format_footprint(rest)}\nof --rollout-devices, {format_footprint(rollouts)}"
     whole = found | {"together, without activations": sum(found.values())}
     width = max(map(len, whole))
     lines = [f"  {name:<{width}}  {size / 2**20:>12,.1f} MiB" for name, size in whole.items()]

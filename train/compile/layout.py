@@ -55,18 +55,32 @@ def rollout_sizes(text: str, policy: ModelPolicy, devices: int) -> dict[str, int
     return sizes
 
 
-def planned_rollouts(text: str, policy: ModelPolicy, learner: AnyMesh) -> AbstractMesh | None:
-    """The mesh that `--rollout-mesh` names, of devices that need not be there; None for the
-    learner's."""
+def planned_rollouts(
+    text: str | None, policy: ModelPolicy, learner: AnyMesh, apart: int = 0
+) -> AbstractMesh | None:
+    """The mesh that `--rollout-mesh` names, of devices that need not be there: those of the
+    learner, or `apart` others. None for the learner's."""
+    if apart:
+        sizes = rollout_sizes(text or f"data:{apart}", policy, apart)
+        return AbstractMesh(tuple(sizes.values()), AXES)
+    if text is None:
+        return None
     sizes = rollout_sizes(text, policy, learner.size)
     return None if sizes == dict(learner.shape) else AbstractMesh(tuple(sizes.values()), AXES)
 
 
 def open_layout(
-    policy: ModelPolicy, learner: Mesh, given: str | None, compute_dtype: str, kept: Any
+    policy: ModelPolicy,
+    learner: Mesh,
+    given: str | None,
+    compute_dtype: str,
+    kept: Any,
+    apart: Mesh | None = None,
 ) -> RolloutLayout:
-    """Where engines lay out weights, beside what a learner on its mesh keeps."""
-    return RolloutLayout(policy, learner, given, compute_dtype, local_bytes(kept))
+    """Where engines lay out weights: beside what a learner on its mesh keeps, or on devices `apart`
+    from it."""
+    resident = local_bytes(kept) if apart is None else 0
+    return RolloutLayout(policy, learner, given, compute_dtype, resident, apart)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,26 +95,31 @@ class RolloutLayout:
     compute_dtype: str
     resident: int
     """Bytes that the learner keeps on each device during rollouts."""
+    apart: Mesh | None = None
+    """That of `--rollout-devices`, if there are any."""
 
     def __call__(self, pools: Mapping[str, SlotPool]) -> Mesh | None:
         """The mesh for an engine with these slots; None for the learner's."""
+        base = self.apart or self.learner
         if self.given is not None:
-            sizes = rollout_sizes(self.given, self.policy, self.learner.size)
+            sizes = rollout_sizes(self.given, self.policy, base.size)
         else:
-            sizes = self._chosen(pools, memory_limit(self.learner))
-        mesh = reshape_mesh(self.learner, sizes)
+            sizes = self._chosen(base, pools, memory_limit(base))
+        mesh = reshape_mesh(base, sizes)
         return None if mesh is self.learner else mesh
 
-    def _chosen(self, pools: Mapping[str, SlotPool], limit: int | None) -> dict[str, int]:
-        """Of the meshes that hold weights and caches together within the limit, the one that is
-        soonest done with a token: the one of fewest devices where the chip is not known. The
-        learner's own mesh where the limit is unknown or none do."""
-        least, chosen = math.inf, dict(self.learner.shape)
+    def _chosen(
+        self, base: Mesh, pools: Mapping[str, SlotPool], limit: int | None
+    ) -> dict[str, int]:
+        """Of the meshes over the devices of `base` that hold weights and caches together within
+        the limit, the one that is soonest done with a token: the one of fewest devices where the
+        chip is not known. `base` itself where the limit is unknown or none do."""
+        least, chosen = math.inf, dict(base.shape)
         if limit is None:
             return chosen
-        chip = CHIPS.get(self.learner.devices.flat[0].device_kind)
-        for sizes in candidates(self.policy, self.learner.size):
-            mesh = reshape_mesh(self.learner, sizes)
+        chip = CHIPS.get(base.devices.flat[0].device_kind)
+        for sizes in candidates(self.policy, base.size):
+            mesh = reshape_mesh(base, sizes)
             needed = rollout_bytes(self.policy, self.compute_dtype, mesh, pools)
             seconds = token_seconds(self.policy, self.compute_dtype, mesh, chip) if chip else 0.0
             if self.resident + needed <= SHARE * limit and seconds < least:

@@ -157,6 +157,7 @@ TABLE = (
          reason="with {stage}, which learns from rollouts; leave it out"),
     Only("agent.subagent_tokens agent.subagent_thought_tokens agent.subagent_batch "
          "agent.subagent_sampling.", "agent.evidence", ("text",)),
+    Only("rollout_devices", "rl.staleness", off=0),
     Only("teacher.strength", "stage", ("rl",), 0.0, NO_ROLLOUTS),
     Only("difficulty.window", "stage", ("rl",), 0, NO_ROLLOUTS),
     Only("teacher.", "teacher.strength"),

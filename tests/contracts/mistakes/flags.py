@@ -44,6 +44,18 @@ ROWS = [
     Mistake("--rollout-mesh data:3", ("--rollout-mesh data:3", "4 devices"), devices=4),
     Mistake("--rollout-mesh tensor:4", ("--rollout-mesh", "2 key heads"), devices=4),
     Mistake("--rollout-mesh rows:4", ("--rollout-mesh", "rows"), devices=4),
+    Mistake(
+        "--set rl.staleness=1", ("rl.staleness=1", "4 devices", "--rollout-devices"), devices=4
+    ),
+    Mistake("--rollout-devices 1", ("--rollout-devices 1", "rl.staleness"), devices=4),
+    Mistake(
+        "--rollout-devices 4 --set rl.staleness=1", ("--rollout-devices 4", "4 devices"), devices=4
+    ),
+    Mistake(
+        "--rollout-devices 1 --set rl.staleness=1 --compile-only here",
+        ("--rollout-devices 1", "--compile-only"),
+        devices=4,
+    ),
     Mistake("--set rollout_mesh=data:3", ("--rollout-mesh data:3", "4 devices"), devices=4),
     Mistake(
         "--mesh fsdp:-1 --set rl.micro_groups=1 --set rl.group_size=3",
