@@ -13,6 +13,7 @@
     {title: "Calls", metrics: {"tool/calls_per_rollout": "per rollout", "tool/rollouts_with_call": "share with a call", "tool/success_rate": "share that ran"}, zero: true},
     {title: "Frame budget K", metrics: {"frames/budget_mean": "mean"}},
     {title: "Sampler against learner", metrics: {"logprob/gap_mean": "mean gap", "logprob/gap_max": "largest"}, log: true},
+    {title: "Weights for the sampler", metrics: {"correction/effective_share": "effective share of tokens", "dropped_fraction": "masked", "correction/rejected": "rejected"}, zero: true},
     {title: "KL to the reference", metrics: {kl: "KL"}},
     {title: "Entropy", metrics: {entropy: "nats per token"}},
     {title: "Generated tokens", metrics: {"length/generated": "per rollout"}},
