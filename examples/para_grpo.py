@@ -52,8 +52,7 @@ FRAMES, CROP_FRAMES = (4, 8), 16  # choices of K; most frames of a crop
 CALLS = 4  # most calls of a turn that are answered
 TURN, REPORT, ANSWER = 156, 32, 32  # most tokens of a first turn, of a report, of an answer
 TEMPERATURE = 1.0  # of the agent; sub-agents are greedy
-ANCHOR, KL = 0.5, 0.05  # weights of the anchor and of the divergence
-CLIP, CAP = 0.2, 5.0  # bounds of the two ratios of the loss
+ANCHOR, KL, CLIP, CAP = 0.5, 0.05, 0.2, 5.0  # weights of anchor and divergence; bounds of ratios
 ROWS, LENGTHS = 64, 128  # static shapes: rows of a batch, and what lengths are multiples of
 
 FOLDER = ROOT / "train" / "assets" / "needle_sft"  # the cold start: a million weights

@@ -22,7 +22,7 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import ParamSpec, abstract_params, initialise
 from train.hosts import cluster
 from train.model import ModelSettings
-from train.state import abstract_state, make_state
+from train.state import abstract_state, make_state, trainable_names
 from train.workdir.checkpoints import Checkpoints
 
 cluster.start()
@@ -35,7 +35,8 @@ TABLE = {{
         ("scale", (32,), ("norm",)),
     )
 }}
-MODEL, OPTIMIZER = ModelSettings(), optax.adam(1e-3)
+OPTIMIZER = optax.adam(1e-3)
+TRAINED = trainable_names(TABLE, ModelSettings())
 
 def on(text, count):
     return make_mesh(parse_mesh(text, count), jax.devices()[:count])
@@ -43,7 +44,7 @@ def on(text, count):
 SAVE = """
 mesh = on("data:2,fsdp:2,tensor:2", 8)
 params = initialise(TABLE, jax.random.key(3), mesh)
-state = make_state(params, MODEL, mesh, OPTIMIZER)
+state = make_state(params, TRAINED, mesh, OPTIMIZER)
 for step in (6, 7):  # the second time there is something that the hosts find
     saved = Checkpoints(folder, 1, TABLE)
     saved.save(step, state, {"prompts": 5})
@@ -54,7 +55,7 @@ RESTORE = """
 one = initialise(TABLE, jax.random.key(3), on("data:1", 1))
 for text, count in (("fsdp:4", 4), ("data:1", 1), ("fsdp:8,tensor:2", 16)):
     mesh = on(text, count)
-    like = abstract_state(abstract_params(TABLE, mesh), MODEL, mesh, OPTIMIZER)
+    like = abstract_state(abstract_params(TABLE, mesh), TRAINED, mesh, OPTIMIZER)
     saved = Checkpoints(folder, 1, TABLE)
     state, step, position = saved.restore(like)
     saved.close()
@@ -68,7 +69,7 @@ for text, count in (("fsdp:4", 4), ("data:1", 1), ("fsdp:8,tensor:2", 16)):
 
 def test_two_hosts_save_and_four_one_and_sixteen_devices_restore(tmp_path):
     start = STATE.format(root=str(ROOT), folder=str(tmp_path / "checkpoints"))
-    ends = on_two_hosts([sys.executable, "-c", start + SAVE])
+    ends = on_two_hosts([sys.executable, "-c", start + SAVE], devices=4)
     assert all("saved by 2 4" in output for output, _ in ends)
     done = subprocess.run(
         [sys.executable, "-c", start + RESTORE],

@@ -49,15 +49,15 @@ def one_step(workdir, cache, *arguments):
     return command(workdir, *mesh, *arguments, sets=[*SETTINGS, f"data.cache_dir={cache}"])
 
 
-def on_two_hosts(*commands, code: int = 0) -> list[tuple[str, str]]:
+def on_two_hosts(*commands, code: int = 0, devices: int = 2) -> list[tuple[str, str]]:
     """Run a command on both at once, or one on each, to an end with this exit code; what each
-    printed, and its errors."""
+    printed, and its errors. Each host has so many devices."""
     address = f"127.0.0.1:{free_port()}"
     shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
     hosts = [
         subprocess.Popen(
             commands[i % len(commands)],
-            env=environment(2, JAX_PROCESS_ID=str(i), **shared),
+            env=environment(devices, JAX_PROCESS_ID=str(i), **shared),
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -156,9 +156,9 @@ sys.exit(attempt(lambda: [print("x" * 999) for _ in range(999)]))
 
 
 def test_a_failed_run_says_how_to_go_on_with_what_it_saved(tmp_path, capsys):
-    assert main._way_on(tmp_path) == ""
+    assert main._way_on(tmp_path, None) == ""
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
-    way = main._way_on(tmp_path)
+    way = main._way_on(tmp_path, None)
     complain(ValueError("the judge is gone"), way_on=way)
     complain(ValueError("continue with --workdir x"), way_on=way)
     first, second = capsys.readouterr().err.splitlines()

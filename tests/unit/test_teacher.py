@@ -23,7 +23,7 @@ from train.optimizer import make_optimizer
 from train.recipes import get_recipe
 from train.settings.override import override
 from train.setup import batch_shapes, open_learner
-from train.state import TrainState, make_state
+from train.state import TrainState, make_state, trainable_names
 from train.step import batch_hidden, mean_metrics
 from train.workdir.checkpoints import Checkpoints
 

@@ -159,9 +159,9 @@ def check_pixels(path, info, atol):
 def every_decoder(request, monkeypatch):
     """Files that OpenCV reads are read by PyAV as well."""
     if request.param != "opencv":
-        found = decode.look
+        found = decode.probe
         monkeypatch.setattr(
-            decode, "look", lambda path: dataclasses.replace(found(path), decoder=request.param)
+            decode, "probe", lambda path: dataclasses.replace(found(path), decoder=request.param)
         )
 
 
