@@ -148,8 +148,9 @@ class Mirror:
 
     def named_in(self, error: Exception) -> Exception:
         """The same in what an error says."""
-        told = (self.named(part) if isinstance(part, str) else part for part in error.args)
-        error.args = tuple(told)
+        error.args = tuple(
+            self.named(part) if isinstance(part, str) else part for part in error.args
+        )
         return error
 
     def begin_checkpoint(self, step: int) -> None:
