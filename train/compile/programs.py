@@ -34,8 +34,9 @@ from train.compile.layout import open_layout
 from train.compile.program import Program, Weights
 from train.config import Config, Stage
 from train.optimizer import make_optimizer
+from train.rl.learner import minibatch_step
 from train.sft.batches import PACKS
-from train.state import abstract_state, trainable_names
+from train.state import abstract_state, split, trainable_names
 from train.step import SftStep
 
 
@@ -68,9 +69,15 @@ class _Programs:
         return self.config.teacher.strength > 0
 
     @functools.cached_property
+    def trained(self) -> set[str]:
+        return trainable_names(self.policy.table, self.config.model)
+
+    @functools.cached_property
     def state(self) -> Any:
-        trained = trainable_names(self.policy.table, self.config.model)
-        return abstract_state(self.params, trained, self.mesh, self.optimizer, self.taught)
+        return self._state_of(self.params)
+
+    def _state_of(self, params: dict[str, Any]) -> Any:
+        return abstract_state(params, self.trained, self.mesh, self.optimizer, self.taught)
 
     def lay_out(self, tree: Any, rows: int | None = None) -> Any:
         """Shapes as `train.batch.to_mesh` puts arrays on the mesh, with so many rows."""
@@ -230,9 +237,11 @@ class _RlPrograms(_Programs):
             beside=self._beside("reference"),
         )
         share = self.minibatch.abstract(self.mesh)
+        trainable, frozen = split(self.params, self.trained)
+        state = self._state_of(trainable)
         yield Program(
             "step",
-            lambda: jax.jit(step, donate_argnums=0).lower(self.state, share, table),
+            lambda: minibatch_step(step).lower(state, frozen, share, table),
             self.mesh,
             calls=float(rl.updates),
             part="learner",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +58,7 @@ class Learner:
         """The divergence of the last step that measured it; a checkpoint holds it."""
         self.whole = dataclasses.replace(step, micro_batches=step.micro_batches * rl.minibatches)
         """The step on all minibatches at once: what is computed before the first update."""
-        self._minibatch_step = jax.jit(functools.partial(_update, step), donate_argnums=0)
+        self._minibatch_step = minibatch_step(step)
         self._log_probs = jax.jit(self.whole.log_probs)
         self._subagent_log_probs = jax.jit(self.whole.of_subagents().log_probs)
         self._minibatch = jax.jit(
@@ -168,6 +168,11 @@ class Learner:
         values = self._subagent_log_probs(params, batch.subagents, self.table)
         crops = dataclasses.replace(batch.subagents, **{name: _placed(values, batch.subagents)})
         return dataclasses.replace(batch, subagents=crops)
+
+
+def minibatch_step(step: RlStep) -> Callable[..., tuple[TrainState, StepMetrics]]:
+    """The compiled program of an optimiser step; see `_update`."""
+    return jax.jit(functools.partial(_update, step), donate_argnums=0)
 
 
 def _update(
