@@ -141,8 +141,8 @@ def read_adapter_config(folder: str | os.PathLike, table: Table) -> LoraConfig:
     if foreign:
         values = ", ".join(f"{name}={raw.get(name)!r}" for name in foreign)
         raise ValueError(f"{path} has {values}: give a plain LoRA adapter, or merge it with peft")
-    named = raw.get("target_modules")
-    adapted = {_last(module) for module in _projections(table) if _is_target(named, module)}
+    modules = raw.get("target_modules")
+    adapted = {_last(module) for module in _projections(table) if _is_target(modules, module)}
     targets: tuple[Target, ...] = tuple(name for name in TARGETS if name in adapted)
     return LoraConfig(rank=raw["r"], alpha=raw["lora_alpha"], targets=targets)
 
@@ -153,9 +153,9 @@ def check_adapter_config(folder: str | os.PathLike, lora: LoraConfig, table: Tab
     Raises:
       ValueError: naming a setting that differs, or as `read_adapter_config`.
     """
-    found = read_adapter_config(folder, table)
+    stored = read_adapter_config(folder, table)
     for name in ("rank", "alpha", "targets"):
-        theirs, ours = getattr(found, name), getattr(lora, name)
+        theirs, ours = getattr(stored, name), getattr(lora, name)
         # The order of targets means nothing.
         if (sorted(theirs) != sorted(ours)) if name == "targets" else (theirs != ours):
             raise ValueError(f"model.lora.{name}={ours}, but {folder} has {theirs}: set that")

@@ -32,15 +32,15 @@ def library() -> Any:
       ValueError: this jax keeps it elsewhere.
     """
     try:
-        from jax._src.cudnn import fused_attention_stablehlo as found
+        from jax._src.cudnn import fused_attention_stablehlo as stablehlo
 
-        found._dot_product_attention_bwd_p_wrapper  # noqa: B018  its gradient from outside sums
+        stablehlo._dot_product_attention_bwd_p_wrapper  # noqa: B018  its gradient from outside sums
     except (ImportError, AttributeError) as error:
         raise ValueError(
             f"model.attention=cudnn: jax {jax.__version__} does not hold what 0.10 calls cuDNN by "
             f"({error}); set it to auto"
         ) from error
-    return found
+    return stablehlo
 
 
 @runtime_checkable
@@ -164,37 +164,37 @@ _whole.defvjp(_whole_forward, _whole_backward)
 def _continued(
     flash: Flash,
     lanes: int,
-    own: Inputs,
+    inputs: Inputs,
     prompt: tuple[Float[Array, "b p k h"], Float[Array, "b p k h"]],
     lengths: Int[Array, " b"],
 ) -> Float[Array, "b own n h"]:
     """Lanes to their prompt, of `lengths` tokens, and each to itself."""
-    return _continued_forward(flash, lanes, own, prompt, lengths)[0]
+    return _continued_forward(flash, lanes, inputs, prompt, lengths)[0]
 
 
 def _continued_forward(
-    flash: Flash, lanes: int, own: Inputs, prompt: tuple[Array, Array], lengths: Array
+    flash: Flash, lanes: int, inputs: Inputs, prompt: tuple[Array, Array], lengths: Array
 ) -> tuple[Array, Any]:
     parts = [
-        flash.forward((own[0], *prompt), lengths),
-        flash.forward(_inputs_apart(lanes, own), None),
+        flash.forward((inputs[0], *prompt), lengths),
+        flash.forward(_inputs_apart(lanes, inputs), None),
     ]
-    mixed = [part[0].reshape(own[0].shape).astype(jnp.float32) for part in parts]
+    mixed = [part[0].reshape(inputs[0].shape).astype(jnp.float32) for part in parts]
     log_sums = [parts[0][1], _sums_together(lanes, parts[1][1])]
     total = jnp.logaddexp(*log_sums)
     weights = [jnp.exp(part - total).swapaxes(1, 2)[..., None] for part in log_sums]
-    merged = (mixed[0] * weights[0] + mixed[1] * weights[1]).astype(own[0].dtype)
-    return merged, (own, prompt, lengths, merged, total)
+    merged = (mixed[0] * weights[0] + mixed[1] * weights[1]).astype(inputs[0].dtype)
+    return merged, (inputs, prompt, lengths, merged, total)
 
 
 def _continued_backward(
     flash: Flash, lanes: int, saved: Any, grad: Array
 ) -> tuple[Inputs, tuple[Array, Array], None]:
-    own, prompt, lengths, merged, total = saved
-    first, *to_prompt = flash.backward((own[0], *prompt), lengths, merged, total, grad)
+    inputs, prompt, lengths, merged, total = saved
+    first, *to_prompt = flash.backward((inputs[0], *prompt), lengths, merged, total, grad)
     merged, grad, sums = _apart(lanes, merged), _apart(lanes, grad), _sums_apart(lanes, total)
-    to_lane = flash.backward(_inputs_apart(lanes, own), None, merged, sums, grad)
-    second, key, value = (part.reshape(x.shape) for part, x in zip(to_lane, own, strict=True))
+    to_lane = flash.backward(_inputs_apart(lanes, inputs), None, merged, sums, grad)
+    second, key, value = (part.reshape(x.shape) for part, x in zip(to_lane, inputs, strict=True))
     return (first + second, key, value), (to_prompt[0], to_prompt[1]), None
 
 
@@ -206,13 +206,13 @@ def _apart(lanes: int, tokens: Float[Array, "b own n h"]) -> Float[Array, "lanes
     return tokens.reshape(-1, tokens.shape[1] // lanes, *tokens.shape[2:])
 
 
-def _inputs_apart(lanes: int, own: Inputs) -> tuple[Array, Array, Array]:
-    return _apart(lanes, own[0]), _apart(lanes, own[1]), _apart(lanes, own[2])
+def _inputs_apart(lanes: int, inputs: Inputs) -> tuple[Array, Array, Array]:
+    return _apart(lanes, inputs[0]), _apart(lanes, inputs[1]), _apart(lanes, inputs[2])
 
 
 def _sums_apart(lanes: int, sums: Float[Array, "b n own"]) -> Float[Array, "lanes n t"]:
-    b, n, own = sums.shape
-    return sums.reshape(b, n, lanes, -1).swapaxes(1, 2).reshape(b * lanes, n, own // lanes)
+    b, n, tokens = sums.shape
+    return sums.reshape(b, n, lanes, -1).swapaxes(1, 2).reshape(b * lanes, n, tokens // lanes)
 
 
 def _sums_together(lanes: int, sums: Float[Array, "lanes n t"]) -> Float[Array, "b n own"]:

@@ -180,13 +180,13 @@ def grouped_matmul(
 
 @jax.custom_vjp
 def _wide_ragged(rows: Array, weights: Array, sizes: Array) -> Array:
-    own = weights.astype(rows.dtype)
-    return jax.lax.ragged_dot(rows, own, sizes, precision=precision(rows.dtype))
+    kernel = weights.astype(rows.dtype)
+    return jax.lax.ragged_dot(rows, kernel, sizes, precision=precision(rows.dtype))
 
 
 def _ragged_backward(saved: Any, grad: Array) -> tuple[Array, Array, np.ndarray]:
     rows, weights, sizes = saved
-    slopes = jax.lax.ragged_dot_general(
+    weights_grad = jax.lax.ragged_dot_general(
         rows,
         grad,
         sizes,
@@ -194,8 +194,8 @@ def _ragged_backward(saved: Any, grad: Array) -> tuple[Array, Array, np.ndarray]
         precision=precision(rows.dtype),
         preferred_element_type=weights.dtype,
     )
-    own = _wide_ragged(grad, weights.swapaxes(1, 2), sizes)
-    return own, slopes, np.zeros(sizes.shape, jax.dtypes.float0)
+    rows_grad = _wide_ragged(grad, weights.swapaxes(1, 2), sizes)
+    return rows_grad, weights_grad, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _OUTER = jax.lax.RaggedDotDimensionNumbers(
@@ -215,9 +215,9 @@ def _blocked_matmul(rows: Array, weights: Array, sizes: Array) -> Array:
     source, place, owner = _blocks(rows.shape[0], sizes)
 
     def product(_: None, block: tuple[Array, Array]) -> tuple[None, Array]:
-        own, expert = block
-        kernel = weights[expert].astype(own.dtype)
-        return None, jnp.matmul(own, kernel, precision=precision(own.dtype))
+        tile, expert = block
+        kernel = weights[expert].astype(tile.dtype)
+        return None, jnp.matmul(tile, kernel, precision=precision(tile.dtype))
 
     _, products = jax.lax.scan(product, None, (_gather(rows, source), owner))
     return products.reshape(-1, weights.shape[-1])[place]
@@ -231,19 +231,19 @@ def _blocked_backward(saved: Any, grad: Array) -> tuple[Array, Array, np.ndarray
     rows, weights, sizes = saved
     source, _, owner = _blocks(rows.shape[0], sizes)
 
-    def add(slopes: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        own, slope, expert = block
+    def add(weights_grad: Array, block: tuple[Array, Array, Array]) -> tuple[Array, None]:
+        tile, tile_grad, expert = block
         outer = jnp.matmul(
-            own.T, slope, precision=precision(own.dtype), preferred_element_type=weights.dtype
+            tile.T, tile_grad, precision=precision(tile.dtype), preferred_element_type=weights.dtype
         )
-        return slopes.at[expert].add(outer), None
+        return weights_grad.at[expert].add(outer), None
 
     blocks = (_gather(rows, source), _gather(grad, source), owner)
-    slopes, _ = jax.lax.scan(add, jnp.zeros_like(weights), blocks)
+    weights_grad, _ = jax.lax.scan(add, jnp.zeros_like(weights), blocks)
     # Rows beyond the groups went nowhere, whatever their gradient says.
     used = (jnp.arange(rows.shape[0]) < jnp.sum(sizes))[:, None]
-    own = jnp.where(used, _blocked_matmul(grad, weights.swapaxes(1, 2), sizes), 0)
-    return own, slopes, np.zeros(sizes.shape, jax.dtypes.float0)
+    rows_grad = jnp.where(used, _blocked_matmul(grad, weights.swapaxes(1, 2), sizes), 0)
+    return rows_grad, weights_grad, np.zeros(sizes.shape, jax.dtypes.float0)
 
 
 _blocked_matmul.defvjp(_blocked_forward, _blocked_backward)

@@ -147,8 +147,8 @@ class LayerNorm(nnx.Module):
         y = x.astype(jnp.float32)
         y = y - jnp.mean(y, axis=-1, keepdims=True)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.EPS)
-        own = (weights[...].astype(jnp.float32) for weights in (self.scale, self.bias))
-        scale, bias = (along_last(weights, y) for weights in own)
+        float32 = (weights[...].astype(jnp.float32) for weights in (self.scale, self.bias))
+        scale, bias = (along_last(weights, y) for weights in float32)
         return (y * scale + bias).astype(x.dtype)
 
 
@@ -190,9 +190,11 @@ def _scan_blocks(body: Callable, carry: Any, xs: Any, size: int) -> Any:
     count, done, outputs = len(jax.tree.leaves(xs)[0]), 0, []
     block = jax.checkpoint(functools.partial(jax.lax.scan, body))
     while done < count:
-        own = min(size, count - done)
-        end = done + (count - done) // own * own
-        cut = jax.tree.map(lambda x, d=done, e=end, n=own: x[d:e].reshape(-1, n, *x.shape[1:]), xs)
+        layers = min(size, count - done)
+        end = done + (count - done) // layers * layers
+        cut = jax.tree.map(
+            lambda x, d=done, e=end, n=layers: x[d:e].reshape(-1, n, *x.shape[1:]), xs
+        )
         carry, ys = jax.lax.scan(block, carry, cut)
         outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
         done = end
@@ -203,11 +205,11 @@ def _each_layer(graphdef: Any, state: Any, step: Callable, carry: Any, xs: Any) 
     """What `jax.lax.scan` would return, over layers whose weights are arrays of their own."""
     outputs = []
     # Traced and lowered once for all layers; XLA inlines the calls, and their numbers with them.
-    one = jax.jit(lambda own, carry, x: step(nnx.merge(graphdef, own), carry, x))
+    one = jax.jit(lambda weights, carry, x: step(nnx.merge(graphdef, weights), carry, x))
     for number in range(len(jax.tree.leaves(xs)[0])):
-        own = jax.tree.map(lambda weights, i=number: weights[i], state, is_leaf=_is_unstacked)
+        weights = jax.tree.map(lambda stacked, i=number: stacked[i], state, is_leaf=_is_unstacked)
         x = jax.tree.map(lambda values, i=number: values[i], xs)
-        carry, output = one(own, carry, x)
+        carry, output = one(weights, carry, x)
         outputs.append(output)
     return carry, jax.tree.map(lambda *ys: jnp.stack(ys), *outputs)
 

@@ -43,14 +43,14 @@ def shardings(
 ) -> dict[str, Any]:
     """Where each of the prepared weights lives on a mesh."""
     # A head that was tied is the embedding, transposed.
-    axes = {head: head_of(table).axes[::-1]} | {name: own.axes for name, own in table.items()}
+    axes = {head: head_of(table).axes[::-1]} | {name: spec.axes for name, spec in table.items()}
 
-    def home(name: str, weights: Any) -> Any:
+    def shards(name: str, weights: Any) -> Any:
         if isinstance(weights, tuple):
             return tuple(sharding(mesh, axes[name][1:], layer.shape) for layer in weights)
         return sharding(mesh, axes[name], weights.shape)
 
-    return {name: home(name, weights) for name, weights in prepared.items()}
+    return {name: shards(name, weights) for name, weights in prepared.items()}
 
 
 def is_product(spec: ParamSpec) -> bool:

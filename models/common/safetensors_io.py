@@ -178,15 +178,15 @@ def write_tensors(
       OSError: the disk is full.
     """
     shards = _split(tensors, max_shard_bytes)
-    places: dict[str, tuple[Path, int]] = {}
+    offsets: dict[str, tuple[Path, int]] = {}
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         path = folder / (WEIGHTS if len(shards) == 1 else name)
-        places.update(_write_header(path, shard))
+        offsets.update(_write_header(path, shard))
         weight_map.update(dict.fromkeys((tensor.name for tensor in shard), path.name))
     for name, first, part in rows:
-        path, offset = places[name]
+        path, offset = offsets[name]
         row_bytes = part.nbytes // len(part)
         with path.open("r+b") as file:
             file.seek(offset + first * row_bytes)

@@ -215,8 +215,8 @@ def _rows(
     ) -> Any:
         segments, numbers = of_row
         ids = None if segments is None else kernels.SegmentIds(q=segments, kv=segments)
-        own = kernel if numbers is None else _with_numbers(kernel, numbers)
-        return own(query, key, value, segment_ids=ids)
+        attention = kernel if numbers is None else _with_numbers(kernel, numbers)
+        return attention(query, key, value, segment_ids=ids)
 
     query, key, value = (_heads_first(x, slots) for x in (query * h**-0.5, key, value))
     mixed = jax.vmap(row)(query, key, value, of_rows)

@@ -188,8 +188,8 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
       ValueError: they contradict each other, or ask for scaled rotary embeddings (YaRN and others).
     """
-    given = {n: dict(raw[n]) for n in ("rope_scaling", "rope_parameters") if raw.get(n)}
-    for name, rope in given.items():
+    ropes = {n: dict(raw[n]) for n in ("rope_scaling", "rope_parameters") if raw.get(n)}
+    for name, rope in ropes.items():
         kind = rope.get("rope_type", rope.get("type", "default"))
         _require(
             kind in ("default", "mrope"),
@@ -197,16 +197,16 @@ def _rope(raw: Mapping[str, Any]) -> dict[str, Any]:
             kind,
             "use 'default'; scaled rotary embeddings (YaRN and others) are not supported",
         )
-    sections = [rope["mrope_section"] for rope in given.values() if "mrope_section" in rope]
+    sections = [rope["mrope_section"] for rope in ropes.values() if "mrope_section" in rope]
     _require(
         all(section == sections[0] for section in sections),
         "text_config.rope_scaling.mrope_section",
         sections,
         "rope_parameters says otherwise; keep one of the two",
     )
-    thetas = {float(r["rope_theta"]) for r in (raw, *given.values()) if r.get("rope_theta")}
+    thetas = {float(r["rope_theta"]) for r in (raw, *ropes.values()) if r.get("rope_theta")}
     _require(len(thetas) < 2, "text_config.rope_theta", sorted(thetas), "give one value")
-    return {**given.get("rope_parameters", {}), **given.get("rope_scaling", {})}
+    return {**ropes.get("rope_parameters", {}), **ropes.get("rope_scaling", {})}
 
 
 def _part(raw: Mapping[str, Any], name: str) -> Mapping[str, Any]:
@@ -388,11 +388,11 @@ class Qwen3VLConfig:
         _check_not_quantised(raw, text)
         # transformers 5 goes by this value alone, whatever the one in text_config says.
         tie = raw.get("tie_word_embeddings", False)
-        known = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
+        shared = {k: v for k, v in raw.items() if k not in ("text_config", "vision_config")}
         return _from_known_fields(
             cls,
             {
-                **known,
+                **shared,
                 "text": TextConfig.from_dict(text, experts=kind == "qwen3_vl_moe"),
                 "vision": VisionConfig.from_dict(vision),
                 "tie_word_embeddings": bool(tie),

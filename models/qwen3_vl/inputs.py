@@ -125,10 +125,10 @@ def _pad(
     for i, (row, frames) in enumerate(rows):
         for j, (values, grid) in enumerate(frames):
             patches[i, j, : len(values)], grids[i, j] = values, grid
-        own, visual, n = grids[i, : len(frames)], np.isin(row, kinds), len(row)
+        sizes, visual, n = grids[i, : len(frames)], np.isin(row, kinds), len(row)
         tokens[i, :n], places[i, :n] = row, np.flatnonzero(mask[i])
-        positions[i, :n] = mrope_positions(visual, own, merge)
-        index[i, :n] = vision_index(visual, own, merge, p)
+        positions[i, :n] = mrope_positions(visual, sizes, merge)
+        index[i, :n] = vision_index(visual, sizes, merge, p)
     return PolicyInputs(
         tokens, positions, index, places, patches if f else None, grids if f else None
     )

@@ -293,8 +293,8 @@ class Qwen3VLPolicy:
         text = self.config.text
         heads, layers = text.num_key_value_heads, text.num_hidden_layers
         shape = (layers, rows, heads, whole_tiles(slots), text.head_dim)
-        kept = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
-        return CacheArray.empty(shape, kept)
+        dtype = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
+        return CacheArray.empty(shape, dtype)
 
     def _bind(self, params: Params) -> Qwen3VL:
         """The model with these weights; prepared ones hold a head even if it is tied."""

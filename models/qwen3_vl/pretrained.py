@@ -103,9 +103,9 @@ def open_policy(
     attention: Kernels = "auto",
 ) -> Qwen3VLPolicy:
     """The policy of a config.json; see `models.open_policy`."""
-    own = Qwen3VLConfig.from_dict(config)
-    types, kept = (cache_dtype, gradient_dtype), (remat_keeps, remat_block)
-    return Qwen3VLPolicy(own, compute_dtype, remat, lora, *types, *kept, attention)
+    parsed = Qwen3VLConfig.from_dict(config)
+    types, remat_options = (cache_dtype, gradient_dtype), (remat_keeps, remat_block)
+    return Qwen3VLPolicy(parsed, compute_dtype, remat, lora, *types, *remat_options, attention)
 
 
 @functools.partial(jax.jit, static_argnums=0)
