@@ -96,8 +96,8 @@ def turn_advantages(
     for pool, turn in itertools.product(pools, range(values.shape[2])):
         present = np.isfinite(values[pool, ..., turn])
         if present.any():
-            own = rollout_advantages(values[pool, ..., turn][present][None], plain)
-            advantages[pool, ..., turn][present] = own[0]
+            of_turn = rollout_advantages(values[pool, ..., turn][present][None], plain)
+            advantages[pool, ..., turn][present] = of_turn[0]
     if config.difficulty_weighted:
         advantages *= difficulty_weights(difficulty)[..., None]
     return advantages

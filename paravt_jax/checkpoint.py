@@ -222,12 +222,12 @@ def _listed(checkpointer: ocp.Checkpointer, item: Path) -> dict[str, Any]:
     return dict(listed.items())
 
 
-def _check_same(item: Path, stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    missing, unexpected = sorted(set(wanted) - set(stored)), sorted(set(stored) - set(wanted))
+def _check_same(item: Path, stored: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    missing, unexpected = sorted(set(expected) - set(stored)), sorted(set(stored) - set(expected))
     shapes = [
-        f"{name} is {tuple(stored[name].shape)}, not {tuple(wanted[name].shape)}"
-        for name in wanted
-        if name in stored and tuple(stored[name].shape) != tuple(wanted[name].shape)
+        f"{name} is {tuple(stored[name].shape)}, not {tuple(expected[name].shape)}"
+        for name in expected
+        if name in stored and tuple(stored[name].shape) != tuple(expected[name].shape)
     ]
     if missing or unexpected or shapes:
         raise ValueError(

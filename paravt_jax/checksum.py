@@ -53,9 +53,9 @@ def _sum(x: Array, starts: tuple[Any, ...], shape: tuple[int, ...]) -> UInt32[Ar
 
 def checksums(tree: Any) -> dict[str, int]:
     """The checksum of every array of a tree, by its path."""
-    found = jax.device_get(_checksums(tree))
-    named = jax.tree_util.tree_leaves_with_path(found)
-    return {jax.tree_util.keystr(path): int(value) for path, value in named}
+    sums = jax.device_get(_checksums(tree))
+    by_path = jax.tree_util.tree_leaves_with_path(sums)
+    return {jax.tree_util.keystr(path): int(value) for path, value in by_path}
 
 
 @jax.jit

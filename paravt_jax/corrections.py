@@ -178,12 +178,12 @@ def inside(
     values: Float[Array, "*b"], low: float | int | None, high: float | int | None
 ) -> Bool[Array, "*b"]:
     """Which values lie between bounds, of which None is none; NaN lies outside of any."""
-    found = jnp.ones(values.shape, bool)
+    within = jnp.ones(values.shape, bool)
     if low is not None:
-        found &= values >= low
+        within &= values >= low
     if high is not None:
-        found &= values <= high
-    return found
+        within &= values <= high
+    return within
 
 
 @pytree
@@ -214,9 +214,9 @@ class CorrectionMetrics:
     def of(cls, corrected: Corrected, trained: Shaped[Array, "b t"]) -> CorrectionMetrics:
         """Sums over tokens that are trained, and over sequences with any of these."""
         weights = jnp.where(trained & corrected.accepted, corrected.weights, 0.0)
-        found = {"dropped": corrected.dropped, "truncated": corrected.truncated}
+        masks = {"dropped": corrected.dropped, "truncated": corrected.truncated}
         sums = {}
-        for name, where in (found | {"rejected": ~corrected.accepted}).items():
+        for name, where in (masks | {"rejected": ~corrected.accepted}).items():
             sums[name] = _count(where & trained)
             sums[f"{name}_sequences"] = _count((where & trained).any(axis=1))
         squared = jnp.square(weights).sum()

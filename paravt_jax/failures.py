@@ -87,10 +87,10 @@ def _is_ours(file: str) -> bool:
 def _place(error: BaseException) -> str:
     """The last line of our code, or of a file that the user brought, on the way to the error."""
     frames = traceback.extract_tb(error.__traceback__)
-    known = [f for f in frames if _is_ours(f.filename) or is_own_file(f.filename)]
-    if not known:
+    ours = [f for f in frames if _is_ours(f.filename) or is_own_file(f.filename)]
+    if not ours:
         return "outside of this project"
-    last = known[-1]
+    last = ours[-1]
     file = Path(last.filename).relative_to(ROOT) if _is_ours(last.filename) else last.filename
     return f"at {file}:{last.lineno} in {last.name}"
 

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from paravt_jax.remote import is_remote, store_of, told, version_of
+from paravt_jax.remote import is_remote, storage_errors, store_of, version_of
 
 FOLDER, BOUND = "PARAVT_FETCHED", "PARAVT_FETCHED_GB"
 """Environment variables that say where copies are and how much: worker processes inherit them."""
@@ -68,7 +68,7 @@ def _media_copy(url: str) -> Path:
 @functools.lru_cache(1 << 16)
 def _version(url: str) -> str:
     """Asked once: files of a data set do not change while a run reads them."""
-    with told(url):
+    with storage_errors(url):
         return version_of(store_of(url).info(url))
 
 
@@ -95,7 +95,7 @@ def _fetch(url: str, copy: Path) -> None:
     copy.parent.mkdir(parents=True, exist_ok=True)
     part = copy.with_name(f".{uuid.uuid4().hex}{PART}")
     try:
-        with told(url):
+        with storage_errors(url):
             store = store_of(url)
             _make_room(store.info(url)["size"])
             store.get_file(url, str(part))
@@ -108,14 +108,14 @@ def _make_room(size: int) -> None:
     """Drop copies that nobody holds, those that were used longest ago first. What several threads
     fetch at once may exceed the bound by that much."""
     bound = float(os.environ.get(BOUND, 50)) * 2**30
-    found = sorted(_kept(), key=lambda one: one[1].st_mtime)
-    held = size + sum(stat.st_size for _, stat in found)
-    for path, stat in found:
-        if held <= bound:
+    copies = sorted(_kept(), key=lambda one: one[1].st_mtime)
+    total = size + sum(stat.st_size for _, stat in copies)
+    for path, stat in copies:
+        if total <= bound:
             return
         young = path.name.endswith(PART) and time.time() - stat.st_mtime < ABANDONED
         if not young and _drop(path):
-            held -= stat.st_size
+            total -= stat.st_size
 
 
 def _kept() -> Iterator[tuple[Path, os.stat_result]]:
@@ -140,7 +140,7 @@ def all_names(name: str) -> bool:
 
 
 @functools.lru_cache
-def local_folder(url: str, wanted: Callable[[str], bool] = all_names) -> str:
+def local_folder(url: str, is_chosen: Callable[[str], bool] = all_names) -> str:
     """A folder with copies of the files below a URL whose names, relative to it, are wanted; of a
     single file, a folder with that one. A folder of this machine is its own copy.
 
@@ -149,10 +149,10 @@ def local_folder(url: str, wanted: Callable[[str], bool] = all_names) -> str:
     """
     if not is_remote(url):
         return url
-    found = _listed(url)
-    chosen = {name: info for name, info in found.items() if wanted(name)}
-    said = "".join(f"{name} {version_of(chosen[name])}\n" for name in sorted(chosen))
-    digest = hashlib.sha256(f"{url}\n{said}".encode()).hexdigest()[:16]
+    files = _listed(url)
+    chosen = {name: info for name, info in files.items() if is_chosen(name)}
+    versions = "".join(f"{name} {version_of(chosen[name])}\n" for name in sorted(chosen))
+    digest = hashlib.sha256(f"{url}\n{versions}".encode()).hexdigest()[:16]
     folder = _folder("folders") / f"{os.path.basename(url.rstrip('/'))}-{digest}"
     if not folder.exists():
         _fetch_folder(url, {name: info["name"] for name, info in chosen.items()}, folder)
@@ -162,10 +162,10 @@ def local_folder(url: str, wanted: Callable[[str], bool] = all_names) -> str:
 def _listed(url: str) -> dict[str, dict[str, Any]]:
     """What a store says of each file below a URL, or of the one that it names, by names relative
     to the folder."""
-    with told(url):
-        found: Any = store_of(url).find(url, detail=True)
+    with storage_errors(url):
+        files: Any = store_of(url).find(url, detail=True)
     root = url.partition("://")[2].rstrip("/")
-    names = {path.lstrip("/"): info for path, info in found.items()}
+    names = {path.lstrip("/"): info for path, info in files.items()}
     if list(names) == [root]:
         root = root.rpartition("/")[0]
     relative = {path.removeprefix(f"{root}/"): info for path, info in names.items()}
@@ -181,7 +181,7 @@ def _fetch_folder(url: str, names: dict[str, str], folder: Path) -> None:
     part = folder.with_name(f".{uuid.uuid4().hex}{PART}")
     part.mkdir(parents=True)
     try:
-        with told(url):
+        with storage_errors(url):
             targets = [str(part / name) for name in names]
             for target in targets:
                 os.makedirs(os.path.dirname(target), exist_ok=True)

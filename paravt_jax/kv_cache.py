@@ -98,8 +98,8 @@ class CacheArray:
         """These pages, each counted within its group."""
 
         def pick(x: Array) -> Array:
-            own = jax.vmap(lambda x, ids: x.at[layer, ids].get(mode="clip"), (1, 0))
-            return own(x, ids)
+            read = jax.vmap(lambda x, ids: x.at[layer, ids].get(mode="clip"), (1, 0))
+            return read(x, ids)
 
         return self._read_pages(len(ids), pick, dtype)
 
@@ -198,21 +198,21 @@ class KVCache:
         groups, per_group, most = self.table.pages.shape
         count = self.keys.stored.shape[1] // groups
         table = jnp.asarray(self.table.pages).reshape(-1, most)
-        own = table.at[rows[:, None], at // self.keys.count].get(mode="fill", fill_value=count)
-        pages = own + (rows // per_group)[:, None] * count
-        return jnp.where(own < count, pages, groups * count), at % self.keys.count
+        ids = table.at[rows[:, None], at // self.keys.count].get(mode="fill", fill_value=count)
+        pages = ids + (rows // per_group)[:, None] * count
+        return jnp.where(ids < count, pages, groups * count), at % self.keys.count
 
     def with_prompts(
         self,
-        places: Int[Array, " b"],
+        slots: Int[Array, " b"],
         keys: Float[Array, "l b k t h"],
         values: Float[Array, "l b k t h"],
     ) -> KVCache:
         """These prompts in these places; lengths stay as they are."""
         return dataclasses.replace(
             self,
-            prompt_keys=self.prompt_keys.with_rows(places, keys),
-            prompt_values=self.prompt_values.with_rows(places, values),
+            prompt_keys=self.prompt_keys.with_rows(slots, keys),
+            prompt_values=self.prompt_values.with_rows(slots, values),
         )
 
     def sharded(self) -> KVCache:

@@ -50,19 +50,19 @@ class Packed(NamedTuple):
 
 
 def keep_moments(
-    update: optax.GradientTransformation, kept: Kept
+    update: optax.GradientTransformation, dtype: Kept
 ) -> optax.GradientTransformationExtraArgs:
     """The optimiser `update` with moments kept in fewer bits between steps; it computes with
     float32."""
     inner = optax.with_extra_args_support(update)
 
     def init(params: Any) -> Packed:
-        return Packed(jnp.zeros((), jnp.int32), _pack(inner.init(params), params, kept, None))
+        return Packed(jnp.zeros((), jnp.int32), _pack(inner.init(params), params, dtype, None))
 
     def step(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Packed]:
         moved, after = inner.update(updates, _unpack(state.inner), params, **extra)
         number = state.step + jnp.int32(1)
-        return moved, Packed(number, _pack(after, updates, kept, number))
+        return moved, Packed(number, _pack(after, updates, dtype, number))
 
     return optax.GradientTransformationExtraArgs(init, step)
 
@@ -77,7 +77,7 @@ def weight_of(path: tuple, weights: Any) -> str | None:
     return name if isinstance(name, str) and name in weights else None
 
 
-def _pack(state: Any, weights: Any, kept: Kept, step: Array | None) -> Any:
+def _pack(state: Any, weights: Any, dtype: Kept, step: Array | None) -> Any:
     """Moments of large weights in fewer bits; without a step, before the first, they are 0."""
 
     def one(path: tuple, x: Array) -> Any:
@@ -86,18 +86,18 @@ def _pack(state: Any, weights: Any, kept: Kept, step: Array | None) -> Any:
             return x
         squares = any(getattr(part, "name", None) == "nu" for part in path)
         if step is None:
-            return _nothing(x.shape, kept, signed=not squares)
+            return _nothing(x.shape, dtype, signed=not squares)
         chances = _chances(x.shape, zlib.crc32(jax.tree_util.keystr(path).encode()), step)
-        if kept == "bfloat16":
+        if dtype == "bfloat16":
             return _to_bfloat16(x, chances)
         return quantise(x, chances, signed=not squares)
 
     return jax.tree_util.tree_map_with_path(one, state)
 
 
-def _nothing(shape: tuple[int, ...], kept: Kept, signed: bool) -> Any:
+def _nothing(shape: tuple[int, ...], dtype: Kept, signed: bool) -> Any:
     """Zeros as they are kept. To pack some, a compiler folds large constants for seconds."""
-    if kept == "bfloat16":
+    if dtype == "bfloat16":
         return jnp.zeros(shape, jnp.bfloat16)
     scales = (*shape[:-1], shape[-1] // _block(shape[-1]))
     return Blocks(jnp.zeros(shape, jnp.int8 if signed else jnp.uint8), jnp.zeros(scales))
@@ -116,8 +116,8 @@ def _chances(shape: tuple[int, ...], name: int, step: Array) -> UInt32[Array, "*
     """32 random bits for each element of an array."""
     place = jnp.zeros(shape, jnp.uint32)
     for axis, stride in enumerate(math.prod(shape[i + 1 :]) for i in range(len(shape))):
-        own = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
-        place = place + own * jnp.uint32(stride % 2**32)
+        index = jax.lax.broadcasted_iota(jnp.uint32, shape, axis)
+        place = place + index * jnp.uint32(stride % 2**32)
     seed = scramble(step.astype(jnp.uint32) ^ jnp.uint32(name))
     return scramble(scramble(place + seed) ^ seed)
 

@@ -82,14 +82,16 @@ def _normalise(item: Patches, out: np.ndarray) -> None:
     factor, offset = _steps(item.scale, out.shape[2])
     np.multiply(item.values, factor, out=out, dtype=np.float32)
     np.subtract(out, offset, out=out)
-    for frame, own in zip(out, item.grids.prod(axis=1).tolist(), strict=True):
-        frame[own:] = 0
+    for frame, count in zip(out, item.grids.prod(axis=1).tolist(), strict=True):
+        frame[count:] = 0
 
 
 @functools.lru_cache
 def _steps(scale: Scale, width: int) -> tuple[np.ndarray, np.ndarray]:
     """What each of `width` values, channels outermost, is multiplied by, and what is subtracted."""
-    mean, std = (np.repeat(np.asarray(own, np.float32), width // len(own)) for own in scale)
+    mean, std = (
+        np.repeat(np.asarray(channels, np.float32), width // len(channels)) for channels in scale
+    )
     return np.float32(1 / 255) / std, mean / std
 
 
@@ -104,11 +106,11 @@ def restride(prompt: Prompt, patches: int) -> np.ndarray:
 
     The index counts merged tokens over padded frames, so its stride changes with the padding.
     """
-    index, own = prompt.vision_index, prompt.patches
-    if own is None or own.values.shape[1] == patches:
+    index, frames = prompt.vision_index, prompt.patches
+    if frames is None or frames.values.shape[1] == patches:
         return index
     area = merge_area(prompt)
-    before, after = own.values.shape[1] // area, patches // area
+    before, after = frames.values.shape[1] // area, patches // area
     return np.where(index >= 0, index // before * after + index % before, -1).astype(np.int32)
 
 

@@ -52,8 +52,8 @@ def reference(thing: Any) -> str:
     Raises:
         ValueError: it does not stand by its name at the top of a module.
     """
-    name, home = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
-    module = sys.modules.get(home or "")
+    name, module_name = getattr(thing, "__qualname__", ""), getattr(thing, "__module__", None)
+    module = sys.modules.get(module_name or "")
     if module is None or getattr(module, name, None) is not thing:
         raise ValueError(
             f"{thing!r} cannot be named in config.json: define it at the top of a module, "

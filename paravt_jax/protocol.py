@@ -144,12 +144,12 @@ def parse_tool_calls(
     """
     if compat not in ("fixed", "reference"):
         raise ValueError(f"compat={compat!r} is unknown; use 'fixed' or 'reference'")
-    own = call_syntax(syntax)
-    if own.tool and compat != "fixed":
+    form = call_syntax(syntax)
+    if form.tool and compat != "fixed":
         raise ValueError(f"syntax={syntax!r} is read with compat='fixed' only")
     if compat == "reference":
         return _reference_parse(text)
-    return tuple(_calls(after_thinking(text), own))
+    return tuple(_calls(after_thinking(text), form))
 
 
 def call_syntax(name: str) -> CallSyntax:
@@ -171,8 +171,8 @@ def after_thinking(text: str) -> str:
 def reported(text: str) -> str:
     """What a turn says besides its thought: what follows the last `</think>`, nothing where a
     thought was opened and never closed."""
-    said = after_thinking(text)
-    return "" if said.lstrip().startswith(THINK_OPEN) else said
+    words = after_thinking(text)
+    return "" if words.lstrip().startswith(THINK_OPEN) else words
 
 
 def parses_strictly(turn: str, *, syntax: str = "tool_call") -> bool:
@@ -259,9 +259,9 @@ _TIME = re.compile(
 
 def _only_calls(action: str, syntax: str) -> bool:
     """Whether the text is valid calls and white space, nothing else."""
-    calls, own = parse_tool_calls(action, syntax=syntax), call_syntax(syntax)
-    blocks = action.split(own.close)
-    apart = all(block.lstrip().startswith(own.open) for block in blocks[:-1])
+    calls, form = parse_tool_calls(action, syntax=syntax), call_syntax(syntax)
+    blocks = action.split(form.close)
+    apart = all(block.lstrip().startswith(form.open) for block in blocks[:-1])
     whole = len(blocks) > 1 and not blocks[-1].strip()
     return apart and whole and all(call.error is None for call in calls)
 

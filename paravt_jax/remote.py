@@ -20,8 +20,8 @@ VERSIONS = ("ETag", "etag", "md5Hash", "crc32c", "LastModified", "updated", "mti
 
 def scheme_of(path: str | os.PathLike) -> str:
     """`gs` of `gs://...`; empty for a path of this machine."""
-    scheme, found, _ = os.fspath(path).partition("://")
-    return scheme if found and scheme in PACKAGES else ""
+    scheme, separator, _ = os.fspath(path).partition("://")
+    return scheme if separator and scheme in PACKAGES else ""
 
 
 def is_remote(path: str | os.PathLike | None) -> bool:
@@ -78,12 +78,12 @@ def is_file(path: str) -> bool:
 
 @functools.lru_cache(1 << 16)
 def _is_remote_file(url: str) -> bool:
-    with told(url):
+    with storage_errors(url):
         return store_of(url).isfile(url)
 
 
 @contextlib.contextmanager
-def told(url: str) -> Iterator[None]:
+def storage_errors(url: str) -> Iterator[None]:
     """What a store raises, each its own kinds of errors, becomes an OSError that names the URL."""
     try:
         yield
@@ -116,5 +116,5 @@ def real(path: str) -> str:
 
 def version_of(info: dict[str, Any]) -> str:
     """What changes when a file does, of what a store says about it."""
-    known = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
-    return f"{info.get('size')} {known}"
+    version = next((str(info[name]) for name in VERSIONS if info.get(name)), "")
+    return f"{info.get('size')} {version}"

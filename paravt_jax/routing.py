@@ -46,6 +46,6 @@ def _per_stream(
     """Sums over the tokens of each stream, its prompt included."""
     if shared is None:
         return jnp.sum(values, axis=2)
-    seen = shared.seen(values.shape[2]).astype(values.dtype)
-    sums = jnp.einsum("lrte,rnt->lrne", values, seen, precision="highest")
+    visible = shared.seen(values.shape[2]).astype(values.dtype)
+    sums = jnp.einsum("lrte,rnt->lrne", values, visible, precision="highest")
     return sums.reshape(len(values), -1, values.shape[3])

@@ -66,8 +66,8 @@ class Refused(ValueError):
         super().__init__()
         self.section, self.message, self.values = section, message, values
         self.place = ""
-        known = getattr(section, "place", None)
-        self._show(f"{type(section).__name__}." if known is None else known, {})
+        place = getattr(section, "place", None)
+        self._show(f"{type(section).__name__}." if place is None else place, {})
 
     def within(self, prefix: str, written: Mapping[str, str] | None = None) -> Refused:
         """The same, from further up.
@@ -219,10 +219,10 @@ def _name_own(section: Any) -> None:
             continue
         many = isinstance(value, tuple)
         try:
-            kept = tuple(named(part, "") for part in (value if many else (value,)))
+            names = tuple(named(part, "") for part in (value if many else (value,)))
         except ValueError as error:
             raise Refused(section, f"{{{name}:name}}{{why}}", why=error) from error
-        object.__setattr__(section, name, kept if many else kept[0])
+        object.__setattr__(section, name, names if many else names[0])
 
 
 def _check_values(section: Any) -> None:
@@ -231,8 +231,8 @@ def _check_values(section: Any) -> None:
     for field in dataclasses.fields(section):
         name, hint, value = field.name, hints[field.name], getattr(section, field.name)
         parts = value if isinstance(value, tuple) else (value,)
-        if said := fault(value, hint):
-            raise Refused(section, f"{{{name}}}: must be {said}")
+        if limits := fault(value, hint):
+            raise Refused(section, f"{{{name}}}: must be {limits}")
         if not all(_is_choice(part, hint) for part in parts):
             raise Refused(section, f"{{{name}}}: choose {{known}}", known=describe_choices(hint))
         empty = any(isinstance(part, str) and is_empty(part, hint) for part in parts)
@@ -248,6 +248,6 @@ def _is_choice(value: Any, hint: Any) -> bool:
 def describe_choices(hint: Any) -> str:
     """What a setting takes, for a sentence; empty where its type lists nothing."""
     listed = [choice for choice in choices(hint) if choice != ""]
-    known = any_of(listed) if listed else ""
-    own = "a function of your own as path/to/file.py:name" if takes_own(hint) else ""
-    return f"{known}, or {own}" if known and own else known or own
+    names = any_of(listed) if listed else ""
+    function = "a function of your own as path/to/file.py:name" if takes_own(hint) else ""
+    return f"{names}, or {function}" if names and function else names or function

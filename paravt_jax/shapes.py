@@ -31,16 +31,16 @@ def bucket(count: int, unit: int = 1, most: int | None = None, coarse: bool = Fa
 def buckets(least: int, most: int, unit: int = 1) -> list[int]:
     """The sizes of everything from `least` to `most`, the last of them `most` rounded up to the
     next unit."""
-    last, found = -(-most // unit) * unit, []
-    while not found or found[-1] < last:
-        found.append(bucket(found[-1] + 1 if found else least, unit, last))
-    return found
+    last, sizes = -(-most // unit) * unit, []
+    while not sizes or sizes[-1] < last:
+        sizes.append(bucket(sizes[-1] + 1 if sizes else least, unit, last))
+    return sizes
 
 
 def ladder(least: int, most: int, unit: int, parts: int) -> list[int]:
     """Sizes from `least` to `most`, multiples of `unit`, each larger than the one before by a share
     of `1 / parts` or by a unit: where `bucket` would pad too much."""
-    found, last = [-(-least // unit) * unit], -(-most // unit) * unit
-    while found[-1] < last:
-        found.append(min(found[-1] + max(found[-1] // parts // unit, 1) * unit, last))
-    return found
+    sizes, last = [-(-least // unit) * unit], -(-most // unit) * unit
+    while sizes[-1] < last:
+        sizes.append(min(sizes[-1] + max(sizes[-1] // parts // unit, 1) * unit, last))
+    return sizes

@@ -59,9 +59,9 @@ def task_masks(
     """
     if missing := [tag for tag in (*ANSWER, *CALL) if tag not in tags.tags]:
         raise ValueError(f"tags lacks {', '.join(missing)}; tabulate them too (`tag_table`)")
-    found = structural_tokens(tokens, tags, written)
-    answers, calls = (_spans(found, *map(tags.tags.index, pair)) for pair in (ANSWER, CALL))
-    last = found.paired[:, tags.tags.index(ANSWER_OPEN), None, None]
+    structure = structural_tokens(tokens, tags, written)
+    answers, calls = (_spans(structure, *map(tags.tags.index, pair)) for pair in (ANSWER, CALL))
+    last = structure.paired[:, tags.tags.index(ANSWER_OPEN), None, None]
     blind = jnp.where(((answers > 0) & (answers == last)).any(axis=2), FIRST_VIDEO, 0)
     blind |= jnp.where((calls > 1).any(axis=2), LATER_VIDEOS, 0)
     if predictor:
@@ -70,14 +70,14 @@ def task_masks(
     return HiddenKeys(jnp.where(acts, blind, 0), jnp.asarray(videos))
 
 
-def _spans(found: StructuralTokens, opening: int, closing: int) -> Int[Array, "b t gap"]:
+def _spans(structure: StructuralTokens, opening: int, closing: int) -> Int[Array, "b t gap"]:
     """Number of the span, counted from 1 in each row, whose content stands in each gap between the
     tags of each token; 0 where there is none."""
-    ended = found.tags[..., :-1]
-    shape, paired = ended.shape, found.partners[..., :-1] >= 0
+    ended = structure.tags[..., :-1]
+    shape, paired = ended.shape, structure.partners[..., :-1] >= 0
     opened, closed = (
         jnp.cumsum(((ended == tag) & paired).reshape(shape[0], -1), axis=1).reshape(shape)
         for tag in (opening, closing)
     )
-    bare = jnp.all(found.tags < 0, axis=2, keepdims=True)
-    return jnp.where((opened > closed) & (found.filled | bare), opened, 0)
+    bare = jnp.all(structure.tags < 0, axis=2, keepdims=True)
+    return jnp.where((opened > closed) & (structure.filled | bare), opened, 0)

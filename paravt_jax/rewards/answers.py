@@ -47,42 +47,42 @@ def extract_answer(turns: Sequence[str]) -> str:
     answers = answer_bodies(turns[-1])
     if answers:
         return answers[-1].strip()
-    said = protocol.after_thinking(turns[-1])
-    words = ANY_TAG.sub("\n", _TOOL_BLOCK.sub("\n", said)).strip()
+    text = protocol.after_thinking(turns[-1])
+    words = ANY_TAG.sub("\n", _TOOL_BLOCK.sub("\n", text)).strip()
     if protocol.THINK_CLOSE in turns[-1] or not words:
         return words
     return words.splitlines()[-1].strip()
 
 
-def accuracy_score(found: str, answer: str, question_type: str, mode: str) -> float:
+def accuracy_score(prediction: str, answer: str, question_type: str, mode: str) -> float:
     """Accuracy in [0, 1] of an extracted answer; 0 if it or the ground truth is empty."""
-    if not found.strip() or not answer.strip():
+    if not prediction.strip() or not answer.strip():
         return 0.0
     if question_type == "mcq":
-        return choice_accuracy(found, answer)
+        return choice_accuracy(prediction, answer)
     if question_type == "tvg":
-        return temporal_iou(found, answer)
-    if found.strip() == answer.strip() or (
-        normalise(found) and normalise(found) == normalise(answer)
+        return temporal_iou(prediction, answer)
+    if prediction.strip() == answer.strip() or (
+        normalise(prediction) and normalise(prediction) == normalise(answer)
     ):
         return 1.0
     if mode == "exact":
         return 0.0
-    return precise_f1(found, answer) if mode == "precise" else token_f1(found, answer)
+    return precise_f1(prediction, answer) if mode == "precise" else token_f1(prediction, answer)
 
 
-def judged_accuracy(judge: Judge | None, question: str, found: str, answer: str) -> float:
+def judged_accuracy(judge: Judge | None, question: str, prediction: str, answer: str) -> float:
     """1 for equal words, else the judge's verdict, else F1.
 
     F1 also decides if the judge raises, or if its reply holds no number in [0, 1].
     """
-    fallback = accuracy_score(found, answer, "oe", "f1")
-    equal = accuracy_score(found, answer, "oe", "exact") == 1.0
+    fallback = accuracy_score(prediction, answer, "oe", "f1")
+    equal = accuracy_score(prediction, answer, "oe", "exact") == 1.0
     # Equal or empty ones cost no request: a step has hundreds of answers.
-    if judge is None or equal or not found.strip() or not answer.strip():
+    if judge is None or equal or not prediction.strip() or not answer.strip():
         return fallback
     try:
-        decided = verdict(judge(judge_message(question, found, answer)))
+        decided = verdict(judge(judge_message(question, prediction, answer)))
     except Exception:  # A judge is somebody else's service; its failure must not stop a run.
         return fallback
     return fallback if decided is None else decided

@@ -173,12 +173,12 @@ class LlmJudge:
             JudgeError: no reply after all tries, or one without a verdict.
         """
         with self._lock:
-            known = self._replies.get(message)
-            reply = known or Future()
-            if known is None:
+            pending = self._replies.get(message)
+            reply = pending or Future()
+            if pending is None:
                 self._remember(message, reply)
-            self._counts["cached"] += known is not None
-        if known is None:
+            self._counts["cached"] += pending is not None
+        if pending is None:
             self._fulfil(message, reply)
         return reply.result()
 
@@ -188,8 +188,8 @@ class LlmJudge:
         memory, and mean seconds until a message that was sent had its verdict or none."""
         with self._lock:
             counts, self._counts = self._counts, defaultdict[str, float](float)
-        named = {f"judge/{name}": float(counts[name]) for name in ("calls", "failures", "cached")}
-        return named | {"judge/seconds": counts["seconds"] / max(counts["messages"], 1)}
+        metrics = {f"judge/{name}": float(counts[name]) for name in ("calls", "failures", "cached")}
+        return metrics | {"judge/seconds": counts["seconds"] / max(counts["messages"], 1)}
 
     def _remember(self, message: str, reply: Future[str]) -> None:
         self._replies[message] = reply
@@ -215,14 +215,14 @@ class LlmJudge:
 
     def _ask(self, message: str) -> str:
         """A reply that holds a verdict, after as many tries as it takes and is allowed."""
-        for left in range(self.settings.retries, -1, -1):
+        for retries_left in range(self.settings.retries, -1, -1):
             try:
                 reply = _content(self._post(self._body(message)))
                 break
             except JudgeError as error:
-                if not (error.passing and left):
+                if not (error.passing and retries_left):
                     raise
-            time.sleep(self.settings.backoff * 2 ** (self.settings.retries - left))
+            time.sleep(self.settings.backoff * 2 ** (self.settings.retries - retries_left))
         if self._read(reply) is None:
             raise JudgeError(f"no verdict in the reply {reply[:80]!a}")
         return reply

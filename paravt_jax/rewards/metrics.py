@@ -57,9 +57,9 @@ def choice_letter(text: str) -> str | None:
     """
     text = _DENIED.sub(" ", text.strip()[:_LONGEST_ANSWER]).strip()
     for pattern in (_BARE_LETTER, _STATED_LETTER, _LEADING_LETTER):
-        found = pattern.findall(text)
-        if found:
-            return found[-1].upper()
+        letters = pattern.findall(text)
+        if letters:
+            return letters[-1].upper()
     alone = set(_LONE_LETTER.findall(text))
     return alone.pop() if len(alone) == 1 else None
 

@@ -53,15 +53,15 @@ def stale_calls(calls: Sequence[ToolCall], fresh_seconds: float | int) -> int:
     Of those that ask for no window, how many repeat an earlier call. Ends beyond the video count as
     asked; a tool refuses windows that begin there.
     """
-    seen: list[Window] = []
+    windows: list[Window] = []
     stale = 0
     for at, call in enumerate(calls):
         window = asked_window(call)
         if window is None:
             stale += call in calls[:at]
         else:
-            stale += length([*seen, window]) - length(seen) < fresh_seconds - _ROUNDING
-            seen.append(window)
+            stale += length([*windows, window]) - length(windows) < fresh_seconds - _ROUNDING
+            windows.append(window)
     return stale
 
 

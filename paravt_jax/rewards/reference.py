@@ -61,8 +61,8 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     completion = attempt.completion
     if completion.count(protocol.TURN_START) >= 5 and len(completion) < 300:
         return RewardBreakdown(0.0, 0.0, 0.0, 0.0)
-    found = extract_answer(completion)
-    accuracy = _accuracy(found, attempt)
+    prediction = extract_answer(completion)
+    accuracy = _accuracy(prediction, attempt)
     form, tool = format_score(completion, rules), tool_score(completion, accuracy)
     base = format_score(completion, rules, with_anchor=False)
     return RewardBreakdown(
@@ -108,8 +108,8 @@ def compute_mcq_acc(prediction: str, answer: str) -> float:
         return 0.0
     prediction = prediction.strip()
     matches = [pattern.search(prediction) for pattern in _CHOICES]
-    found = {prediction.upper()} | {match.group(1) for match in matches if match}
-    return float(letter in found)
+    letters = {prediction.upper()} | {match.group(1) for match in matches if match}
+    return float(letter in letters)
 
 
 def compute_temporal_iou(prediction: str, answer: str) -> float:
@@ -176,30 +176,30 @@ def tool_score(completion: str, accuracy: float) -> float:
     return min(base + 0.5 * (accuracy > 0), 1.0)
 
 
-def _accuracy(found: str, attempt: Attempt) -> float:
+def _accuracy(prediction: str, attempt: Attempt) -> float:
     answer = attempt.answer
-    if not found or not answer:
+    if not prediction or not answer:
         return 0.0
-    if normalize_text(found) == normalize_text(answer):
+    if normalize_text(prediction) == normalize_text(answer):
         return 1.0
     if attempt.question_type == "mcq":
-        return compute_mcq_acc(found, answer)
+        return compute_mcq_acc(prediction, answer)
     if attempt.question_type == "tvg":
-        return compute_temporal_iou(found, answer)
+        return compute_temporal_iou(prediction, answer)
     if attempt.mode == "exact":
         return 0.0
     if attempt.mode == "llm" and attempt.judge is not None:
-        return _judged(attempt.judge, attempt.question, found, answer)
-    return compute_f1(found, answer)
+        return _judged(attempt.judge, attempt.question, prediction, answer)
+    return compute_f1(prediction, answer)
 
 
-def _judged(judge: Judge, question: str, found: str, answer: str) -> float:
+def _judged(judge: Judge, question: str, prediction: str, answer: str) -> float:
     """First digits of the reply, clamped to [0, 1]; F1 on any failure."""
     try:
-        match = re.search(r"[\d.]+", judge(judge_message(question, found, answer)).strip())
-        return min(max(float(match.group()), 0.0), 1.0) if match else compute_f1(found, answer)
+        match = re.search(r"[\d.]+", judge(judge_message(question, prediction, answer)).strip())
+        return min(max(float(match.group()), 0.0), 1.0) if match else compute_f1(prediction, answer)
     except Exception:  # A judge is somebody else's service; its failure must not stop a run.
-        return compute_f1(found, answer)
+        return compute_f1(prediction, answer)
 
 
 def _anchor(completion: str) -> float:

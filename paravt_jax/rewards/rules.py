@@ -85,8 +85,8 @@ class RewardRules(Settings):
             raise Refused(self, "{scheme:name}={why}", why=error) from error
         if not (len(self.iou_scale) == 2 and 0 <= self.iou_scale[0] < self.iou_scale[1] <= 1):
             raise Refused(self, "{iou_scale}: give two rising numbers in [0, 1]")
-        own = (("mode", self.mode == "precise"), ("fresh_seconds", self.fresh_seconds))
-        for name in (name for name, used in own if used and self.compat == "reference"):
+        fixed_only = (("mode", self.mode == "precise"), ("fresh_seconds", self.fresh_seconds))
+        for name in (name for name, used in fixed_only if used and self.compat == "reference"):
             raise Refused(
                 self,
                 f"{{{name}}} is no rule of any release, which {{compat}} repeats; set "
@@ -104,8 +104,8 @@ class RewardRules(Settings):
     @property
     def anchor_share(self) -> float:
         """Weight of the anchor in the total; 0 for schemes that have none."""
-        own = "anchor_weight" in self.definition.reads
-        return self.anchor_weight * self.format_weight if own else 0.0
+        anchored = "anchor_weight" in self.definition.reads
+        return self.anchor_weight * self.format_weight if anchored else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,15 +18,15 @@ def blocks(text: str, gap: str = r"\s*") -> list[Block] | None:
         text: what a turn or a rollout said.
         gap: regular expression of what may stand before, between and after blocks.
     """
-    space, place, found = re.compile(gap), 0, []
+    space, place, pairs = re.compile(gap), 0, []
     while (place := _skip(space, text, place)) < len(text):
         opened = _OPEN.match(text, place)
         end = text.find(f"</{opened[1]}>", opened.end()) if opened else -1
         if opened is None or end < 0:
             return None
-        found.append((opened[1], text[opened.end() : end]))
+        pairs.append((opened[1], text[opened.end() : end]))
         place = end + len(opened[1]) + len("</>")
-    return found
+    return pairs
 
 
 def names(text: str) -> list[str]:

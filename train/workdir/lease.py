@@ -14,7 +14,7 @@ import threading
 import time
 import uuid
 
-from paravt_jax.remote import store_of, told
+from paravt_jax.remote import storage_errors, store_of
 
 NAME = ".lease"
 SECONDS = "PARAVT_LEASE_SECONDS"
@@ -35,7 +35,7 @@ class Lease:
         self._url, self._object, self._token = url, f"{url}/{NAME}", uuid.uuid4().hex
         self._seconds = float(os.environ.get(SECONDS, 40))
         self._beat, self.lost, self._end = 0, False, threading.Event()
-        with told(url):
+        with storage_errors(url):
             self._wait_for_others()
             self._renew()
         threading.Thread(target=self._keep, daemon=True).start()

@@ -19,7 +19,7 @@ from typing import Any
 
 from etils import epath
 
-from paravt_jax.remote import store_of, told
+from paravt_jax.remote import storage_errors, store_of
 from train.workdir.config_file import FILE
 from train.workdir.lease import NAME as LEASE
 from train.workdir.lease import Lease
@@ -126,7 +126,7 @@ class Mirror:
         """
         self._check()
         here = dict(self._here())
-        with told(self.url):
+        with storage_errors(self.url):
             for name in {name for name, stamp in here.items() if self._sent.get(name) != stamp}:
                 self._put(name, large=here[name][1] > LARGE)
                 self._sent[name] = here[name]
@@ -186,7 +186,7 @@ class Mirror:
         mark = folder / WHOLE
         files = [path for path in folder.rglob("*") if path.is_file() and path != mark]
         there = f"{self.url}/{CHECKPOINTS}/{step}"
-        with told(self.url):
+        with storage_errors(self.url):
             self._store.put(
                 list(map(str, files)),
                 [f"{there}/{path.relative_to(folder).as_posix()}" for path in files],
@@ -225,7 +225,7 @@ class Mirror:
 
     def _names(self) -> list[str]:
         """All that the bucket holds, by names below the workdir."""
-        with told(self.url):
+        with storage_errors(self.url):
             self._store.invalidate_cache()
             found: Any = self._store.find(self.url)
         root = self.url.partition("://")[2] + "/"
@@ -235,7 +235,7 @@ class Mirror:
         targets = [self.folder / name for name in names]
         for target in targets:
             target.parent.mkdir(parents=True, exist_ok=True)
-        with told(self.url):
+        with storage_errors(self.url):
             if names:
                 self._store.get([f"{self.url}/{n}" for n in names], list(map(str, targets)))
         for name, target in zip(names, targets, strict=True):

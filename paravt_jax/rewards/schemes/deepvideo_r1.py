@@ -45,10 +45,10 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
 
 def grounding_score(attempt: Attempt) -> float:
     """IoU of the window in the answer with the evidence; 0 where the answer is the window."""
-    named = interval(attempt.prediction)
-    if named is None or attempt.question_type == "tvg":
+    window = interval(attempt.prediction)
+    if window is None or attempt.question_type == "tvg":
         return 0.0
-    return overlap([named], attempt.evidence).iou
+    return overlap([window], attempt.evidence).iou
 
 
 SCHEME = Scheme(score, ranges, reads=("grounded",))

@@ -77,9 +77,9 @@ def window_score(attempt: Attempt, accuracy: float, rules: RewardRules) -> float
     if rules.window_term == "tool":
         return float(accuracy >= 0.5)
     window = asked_window(attempt.calls[-1]) if attempt.calls else None
-    found = overlap([window] if window else [], attempt.evidence)
-    iou = found.hull_iou if rules.compat == "reference" else found.iou
-    return {"iou": iou, "recall": found.iog, "none": 0.0}[rules.window_term]
+    overlaps = overlap([window] if window else [], attempt.evidence)
+    iou = overlaps.hull_iou if rules.compat == "reference" else overlaps.iou
+    return {"iou": iou, "recall": overlaps.iog, "none": 0.0}[rules.window_term]
 
 
 SCHEME = Scheme(score, ranges, reads=("compat", "mode", "window_term"), call_syntax="tool_call")

@@ -83,8 +83,8 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     # Text alone earns nothing: a model writes groundings that never ran.
     if rules.compat == "fixed" and not attempt.executed_calls:
         windows, turns = [], 0
-    found = overlap(windows, attempt.evidence)
-    clue = clue_score(kind, found) if windows and attempt.evidence else 0.0
+    overlaps = overlap(windows, attempt.evidence)
+    clue = clue_score(kind, overlaps) if windows and attempt.evidence else 0.0
     beta = bonus(kind, turns, clue) if accuracy == form == 1.0 else 0.0
     if rules.compat == "fixed":
         beta = max(beta, 0.0)
@@ -95,10 +95,10 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
         tool=accuracy * beta,
         shown={
             "clue": clue,
-            "iou": found.iou,
-            "iop": found.iop,
-            "iog": found.iog,
-            "diou": found.diou,
+            "iou": overlaps.iou,
+            "iop": overlaps.iop,
+            "iog": overlaps.iog,
+            "diou": overlaps.diou,
             "bonus": beta,
         },
     )
@@ -151,13 +151,13 @@ def format_score(turns: Sequence[str]) -> tuple[float, list[Window]]:
 def read_grounding(body: str) -> tuple[Window | None, int]:
     """The window that a grounding asks for, if any, and how many faults its JSON has (0 to 2)."""
     try:
-        asked = json.loads(body)
+        call = json.loads(body)
     except (ValueError, RecursionError):
-        asked = None
-    if not isinstance(asked, dict):
+        call = None
+    if not isinstance(call, dict):
         return None, 2
-    window = _segment(asked.get("temporal_segment"))
-    return window, (window is None) + (asked.get("sampling_strategy") not in STRATEGIES)
+    window = _segment(call.get("temporal_segment"))
+    return window, (window is None) + (call.get("sampling_strategy") not in STRATEGIES)
 
 
 def _segment(value: Any) -> Window | None:
@@ -166,11 +166,11 @@ def _segment(value: Any) -> Window | None:
     return proper(*map(parse_seconds, value))
 
 
-def clue_score(kind: str, found: Overlap) -> float:
+def clue_score(kind: str, overlaps: Overlap) -> float:
     """S in [0, 1]; only `clue_single_w_tool` looks at the distance of the centres."""
     if kind == "clue_single_w_tool":
-        return (found.iou + found.iop + found.iog + (found.diou + 1) / 2) / 4
-    return (2 * found.iou + found.iop + found.iog) / 4
+        return (overlaps.iou + overlaps.iop + overlaps.iog + (overlaps.diou + 1) / 2) / 4
+    return (2 * overlaps.iou + overlaps.iop + overlaps.iog) / 4
 
 
 def bonus(kind: str, turns: int, clue: float) -> float:

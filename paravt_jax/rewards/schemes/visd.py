@@ -55,16 +55,16 @@ def ranges(rules: RewardRules) -> Ranges:
 def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     """Reward by term."""
     alone = attempt.question_type == "tvg"
-    named = alone or rules.grounded
+    grounded = alone or rules.grounded
     truth, stamps = _truth(attempt), times(thought(attempt.text))
     return breakdown(
         rules,
         accuracy=answer_iou(attempt.prediction, truth) if alone else accuracy_score(attempt),
-        format=format_score(attempt.text, (2 if named else 1) if truth else 0),
+        format=format_score(attempt.text, (2 if grounded else 1) if truth else 0),
         added={
-            "ans_tiou": answer_iou(attempt.prediction, truth) if named and not alone else 0.0,
-            "thk_temporal_point": 0.0 if named else point_score(stamps, truth, attempt.progress),
-            "thk_temporal_segment": segment_score(stamps, truth) if named else 0.0,
+            "ans_tiou": answer_iou(attempt.prediction, truth) if grounded and not alone else 0.0,
+            "thk_temporal_point": 0.0 if grounded else point_score(stamps, truth, attempt.progress),
+            "thk_temporal_segment": segment_score(stamps, truth) if grounded else 0.0,
         },
     )
 
@@ -76,10 +76,10 @@ def accuracy_score(attempt: Attempt) -> float:
     return rouge_mean(_TIME_TAG.sub("", attempt.prediction), attempt.answer)
 
 
-def answer_iou(found: str, truth: tuple[Window, ...]) -> float:
+def answer_iou(answer: str, truth: tuple[Window, ...]) -> float:
     """IoU of the first interval of an answer, with or without tags around its times."""
-    named = interval(_TIME_TAG.sub("", found))
-    return overlap([named] if named else [], truth).iou
+    window = interval(_TIME_TAG.sub("", answer))
+    return overlap([window] if window else [], truth).iou
 
 
 def thought(text: str) -> str:
@@ -127,8 +127,8 @@ def _truth(attempt: Attempt) -> tuple[Window, ...]:
     """The windows to compare with: the answer's own where it is one, else the evidence."""
     if attempt.question_type != "tvg":
         return attempt.evidence
-    asked = interval(attempt.answer)
-    return (asked,) if asked else ()
+    window = interval(attempt.answer)
+    return (window,) if window else ()
 
 
 SCHEME = Scheme(score, ranges, reads=("grounded",))

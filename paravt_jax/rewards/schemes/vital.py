@@ -51,9 +51,9 @@ def score(attempt: Attempt, rules: RewardRules) -> RewardBreakdown:
     """Reward by term."""
     accuracy, added = accuracy_score(attempt, rules), {}
     if rules.grounded:
-        asked = attempt.question_type != "tvg"
-        added["grounding"] = window_score(attempt, attempt.evidence, rules) if asked else 0.0
-        if rules.compat == "reference" and asked:
+        has_answer = attempt.question_type != "tvg"
+        added["grounding"] = window_score(attempt, attempt.evidence, rules) if has_answer else 0.0
+        if rules.compat == "reference" and has_answer:
             accuracy = 0.0
     return breakdown(
         rules,
@@ -93,10 +93,10 @@ def scaled(iou: float, scale: tuple[float, float]) -> float:
 def format_score(text: str) -> float:
     """1 for a whole rollout in VITAL's form, else 0."""
     order = names(text)
-    known = set(order) <= {"think", "tool_call", "answer"}
+    only_tags = set(order) <= {"think", "tool_call", "answer"}
     framed = order[:1] == ["think"] and order[-1:] == ["answer"]
     changing = all(a != b for a, b in itertools.pairwise(order))
-    return float(known and framed and changing)
+    return float(only_tags and framed and changing)
 
 
 SCHEME = Scheme(
