@@ -72,28 +72,28 @@ def choice(question: str, answer: str) -> str:
     Raises:
         Unusable: the question has no options, or the answer is none of them or several.
     """
-    named = options(question)
-    if len(named) < 2:
+    choices = options(question)
+    if len(choices) < 2:
         raise Unusable(ANSWER, "the question has no options; write them into it, `A. red B. blue`")
-    meant = set(_readings(answer.strip(), named))
-    if len(meant) == 1:
-        return meant.pop()
-    letters = ", ".join(named)
-    if meant:
-        either = " or ".join(sorted(meant))
+    readings = set(_readings(answer.strip(), choices))
+    if len(readings) == 1:
+        return readings.pop()
+    letters = ", ".join(choices)
+    if readings:
+        either = " or ".join(sorted(readings))
         raise Unusable(ANSWER, f"answer {answer!r} may mean option {either}; write the letter")
     remedy = "write a letter (an index counts from 0)"
     raise Unusable(ANSWER, f"answer {answer!r} is none of the options {letters}; {remedy}")
 
 
-def _readings(answer: str, named: dict[str, str]) -> Iterator[str]:
+def _readings(answer: str, choices: dict[str, str]) -> Iterator[str]:
     """Letters of the options that an answer means in any reading."""
     stated = _LETTER.fullmatch(answer)
-    if stated and stated["letter"].upper() in named:
+    if stated and stated["letter"].upper() in choices:
         yield stated["letter"].upper()
     words = {normalise(answer), normalise(stated["words"]) if stated and stated["words"] else ""}
-    yield from (letter for letter, said in named.items() if normalise(said) in words - {""})
-    if re.fullmatch("[0-9]", answer) and int(answer) < len(named):
+    yield from (letter for letter, text in choices.items() if normalise(text) in words - {""})
+    if re.fullmatch("[0-9]", answer) and int(answer) < len(choices):
         yield LETTERS[int(answer)]
 
 
@@ -105,8 +105,8 @@ def options(question: str) -> dict[str, str]:
     """
     best: list[re.Match[str]] = []
     for form in ("upper", "lower"):
-        found = _longest_row([m for m in _MARK.finditer(question[:LONGEST_QUESTION]) if m[form]])
-        best = found if len(found) > len(best) else best
+        marks = _longest_row([m for m in _MARK.finditer(question[:LONGEST_QUESTION]) if m[form]])
+        best = marks if len(marks) > len(best) else best
     ends = [mark.start() for mark in best[1:]] + [len(question)]
     return {
         letter: question[mark.end() : end].strip().partition("\n")[0].strip(" ,;")

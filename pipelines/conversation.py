@@ -117,10 +117,10 @@ class TextCheck:
         for message in conversation.messages:
             calls = json.dumps([dataclasses.asdict(c) for c in message.calls], ensure_ascii=False)
             for text in (*message.content, calls):
-                if isinstance(text, str) and (found := self._special.search(text)):
+                if isinstance(text, str) and (match := self._special.search(text)):
                     raise Unusable(
                         CONTROL,
-                        f"a message spells out the special token {found.group()!r}; rephrase it",
+                        f"a message spells out the special token {match.group()!r}; rephrase it",
                     )
 
 
@@ -172,11 +172,11 @@ class ConversationRenderer:
         """
         try:
             self._check(conversation)
-            said = self._said(conversation)
-            parts = [self._parts(message) for message in said]
+            spoken = self._said(conversation)
+            parts = [self._parts(message) for message in spoken]
             messages = [
                 {"role": message.role, "content": content} | self._calls(message)
-                for message, (content, _) in zip(said, parts, strict=True)
+                for message, (content, _) in zip(spoken, parts, strict=True)
             ]
             pieces = list(turns(self._renderer.tokenizer, messages, self._tools))
             example = self._encoded(pieces, tuple(clip for _, clips in parts for clip in clips))
@@ -256,7 +256,7 @@ class ConversationRenderer:
         times = iter([clip.times for clip in clips if clip.times is not None])
         texts = [renderer.with_times(text, times) for text, _ in pieces]
         encoded = [np.asarray(renderer.encode(text), np.int32) for text in texts]
-        learned = np.repeat([own for _, own in pieces], [len(ids) for ids in encoded])
+        learned = np.repeat([is_learned for _, is_learned in pieces], [len(ids) for ids in encoded])
         tokens = np.concatenate(encoded)
         if self._learn == "special":
             learned = self._with_special(tokens, learned)
@@ -315,7 +315,7 @@ def _pieces(
     for number in spoken:
         if not number or messages[number - 1]["role"] == ASSISTANT:
             raise ValueError("the assistant speaks first or twice in a row; join its messages")
-        head = _render(tokenizer, messages[:number], tools, asked=True)
+        head = _render(tokenizer, messages[:number], tools, with_head=True)
         yield (_following(tokenizer, messages[after:number], True) if after else head), False
         turn = _render(tokenizer, messages[: number + 1], tools)
         yield _said(tokenizer, turn, head, messages[number])
@@ -323,29 +323,29 @@ def _pieces(
     yield _following(tokenizer, messages[after:], False), False
 
 
-def _following(tokenizer: Any, messages: Sequence[dict[str, Any]], asked: bool) -> str:
+def _following(tokenizer: Any, messages: Sequence[dict[str, Any]], with_head: bool) -> str:
     """What the template writes of messages after any turn of the assistant."""
     before = [{"role": "user", "content": "?"}, {"role": ASSISTANT, "content": "!"}]
-    text = _render(tokenizer, [*before, *messages], asked=asked)
+    text = _render(tokenizer, [*before, *messages], with_head=with_head)
     return text.partition("!" + tokenizer.eos_token)[2]
 
 
 def _said(tokenizer: Any, turn: str, head: str, message: dict[str, Any]) -> tuple[str, bool]:
     """What the template writes of a message of the assistant after the head of its turn."""
     end = tokenizer.eos_token
-    said, closed, _ = turn.removeprefix(head).partition(end)
+    content, closed, _ = turn.removeprefix(head).partition(end)
     words = "".join(part["text"] for part in message["content"])
-    full = template_opening(tokenizer) + said
+    full = template_opening(tokenizer) + content
     # A template that opens `<think>` closes it, too, before the words of whoever did not think.
     written = _squeezed(full if THINK_CLOSE in words else after_thinking(full))
-    called = all(call["function"]["name"] in said for call in message.get("tool_calls", ()))
-    told = turn.startswith(head) and closed and written.startswith(_squeezed(words)) and called
-    if not told:
+    called = all(call["function"]["name"] in content for call in message.get("tool_calls", ()))
+    separable = turn.startswith(head) and closed and written.startswith(_squeezed(words)) and called
+    if not separable:
         raise ValueError(
             f"the chat template does not write {words[:40]!r} as {head[-24:]!r}, the message, "
             f"{end!r}, so that what the assistant said cannot be told; use another template"
         )
-    return said + closed, True
+    return content + closed, True
 
 
 def _without_thoughts(text: str) -> str:
@@ -360,9 +360,12 @@ def _squeezed(text: str) -> str:
 
 
 def _render(
-    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Tools = None, asked: bool = False
+    tokenizer: Any,
+    messages: Sequence[dict[str, Any]],
+    tools: Tools = None,
+    with_head: bool = False,
 ) -> str:
-    return written(tokenizer, list(messages), tools=tools, add_generation_prompt=asked)
+    return written(tokenizer, list(messages), tools=tools, add_generation_prompt=with_head)
 
 
 def still_spec(spec: FrameSpec) -> ImageSpec:

@@ -95,10 +95,10 @@ class Found(Generic[T]):
     @property
     def faults(self) -> dict[str, list[Rejected]]:
         """Rejected rows by the name of their fault, the most frequent first."""
-        named: dict[str, list[Rejected]] = {}
+        by_kind: dict[str, list[Rejected]] = {}
         for rejected in self.rejected:
-            named.setdefault(rejected.kind, []).append(rejected)
-        return dict(sorted(named.items(), key=lambda item: -len(item[1])))
+            by_kind.setdefault(rejected.kind, []).append(rejected)
+        return dict(sorted(by_kind.items(), key=lambda item: -len(item[1])))
 
     def report(self) -> list[str]:
         """What cannot be used, by reason, in lines for people; none if everything can."""
@@ -138,10 +138,12 @@ def contents(path: str) -> tuple[str, ...]:
         return ("conversations",) if chats else ("questions",)
     names = [set(columns(file)) for file in files]
     kinds = {"questions": paravt.RL_COLUMNS, "conversations": paravt.SFT_COLUMNS}
-    held = tuple(kind for kind, wanted in kinds.items() if any(wanted <= own for own in names))
-    if not held:
+    present = tuple(
+        kind for kind, required in kinds.items() if any(required <= header for header in names)
+    )
+    if not present:
         raise ValueError(f"{path}: no file has the columns of ParaVT-Parquet, {kinds}")
-    return held
+    return present
 
 
 def question_rows(
@@ -181,14 +183,14 @@ def question_rows(
     elif not files[0].endswith(".parquet"):
         make, paths = own_row, _own_videos
     usable = _Usable(make, most_videos, check)
-    found = _read(path, files, root, usable, paths)
-    kept = [r for r in found.rows if not question_types or r.question_type in question_types]
-    if not kept:
-        wanted = ", ".join(question_types) or "any type"
-        why = found.summary() or "add rows or allow other types"
-        raise ValueError(f"{path}: no questions ({wanted}); {why}")
-    left_out = len(found.rows) - len(kept)
-    return dataclasses.replace(found, rows=kept, left_out=left_out, restated=usable.restated)
+    data = _read(path, files, root, usable, paths)
+    rows = [r for r in data.rows if not question_types or r.question_type in question_types]
+    if not rows:
+        types = ", ".join(question_types) or "any type"
+        why = data.summary() or "add rows or allow other types"
+        raise ValueError(f"{path}: no questions ({types}); {why}")
+    left_out = len(data.rows) - len(rows)
+    return dataclasses.replace(data, rows=rows, left_out=left_out, restated=usable.restated)
 
 
 class _Usable:
@@ -248,23 +250,23 @@ def sft_rows(
         check(row)
         return row
 
-    found = _read(path, files, root, make, paravt.sft_videos)
-    if not found.rows:
-        raise ValueError(f"{path}: no conversations; {found.summary() or 'add some'}")
-    return found
+    data = _read(path, files, root, make, paravt.sft_videos)
+    if not data.rows:
+        raise ValueError(f"{path}: no conversations; {data.summary() or 'add some'}")
+    return data
 
 
-def _files(path: str, wanted: set[str]) -> list[str]:
+def _files(path: str, required: set[str]) -> list[str]:
     """Files of a data set that have the wanted columns: both configurations may lie together."""
     files = data_files(path)
     if files[0].endswith(".csv"):
         _check_header(files[0])
     if not files[0].endswith(".parquet"):
         return files
-    fitting = [file for file in files if wanted <= set(columns(file))]
+    fitting = [file for file in files if required <= set(columns(file))]
     if not fitting:
         raise ValueError(
-            f"{path}: no parquet file has the columns {', '.join(sorted(wanted))}; questions "
+            f"{path}: no parquet file has the columns {', '.join(sorted(required))}; questions "
             "(`rl`) and conversations (`sft`) are different configurations"
         )
     return fitting
@@ -274,9 +276,9 @@ def _check_header(file: str) -> None:
     """Refuse a CSV file that does not name its columns."""
     header = columns(file)
     if missing := [name for name in COLUMNS if name not in header]:
-        found = one_line(",".join(header))
+        first_line = one_line(",".join(header))
         raise ValueError(
-            f"{file}: no column {', '.join(missing)}; its first line is {found!r}. Write "
+            f"{file}: no column {', '.join(missing)}; its first line is {first_line!r}. Write "
             f"`{','.join(COLUMNS)}`, separated by commas"
         )
 
@@ -288,7 +290,7 @@ def _read(
     folder = here if os.path.isdir(here) else os.path.dirname(files[0])
     # Videos stay where they are.
     beside = (posixpath.dirname(path) if is_table(path) else path) if is_remote(path) else folder
-    media = _media(beside, root, own=not files[0].endswith(".parquet"))
+    media = _media(beside, root, trusted=not files[0].endswith(".parquet"))
     rows: list[T] = []
     rejected: list[Rejected] = []
     everything = itertools.chain.from_iterable(records(file, folder) for file in files)
@@ -302,18 +304,18 @@ def _read(
     return Found(rows, tuple(rejected), media.buckets)
 
 
-def _media(folder: str, root: str | None, own: bool) -> Media:
+def _media(folder: str, root: str | None, trusted: bool) -> Media:
     """The files that a data set may show.
 
     Args:
-        own: the user wrote the data set, which may then name any file absolutely, or through a
+        trusted: the user wrote the data set, which may then name any file absolutely, or through a
             link beside it.
     """
     if is_remote(root or folder):
         return RemoteMedia(root or folder)
     if root is not None and not os.path.isdir(root):
         raise ValueError(f"video root {root}: no such folder; check the path")
-    return Media(root or folder, own=own and root is None)
+    return Media(root or folder, trusted=trusted and root is None)
 
 
 def _made(make: Make[T], record: Record, media: Media) -> T:

@@ -68,18 +68,18 @@ def probe(path: str) -> VideoInfo:
         UnreadableVideo: the file is missing, is no video, holds no frame that can be decoded, does
             not tell when its frames are shown, or is cut off.
     """
-    seen = first_frame(path)
-    header, times, duration = seen.header, np.empty(0), 0.0
+    frame = first_frame(path)
+    header, times, duration = frame.header, np.empty(0), 0.0
     if header.frames > SEEK_GAP:
         packets = read_packets(path)
         times, duration = packets.times, packets.end
     # Packets may lack times, or never be shown.
     listed = len(times) > 0 and bool(np.all(np.diff(times) > 0))
-    if not listed or not _ends_at(DECODERS[seen.decoder](path), times):
-        times = shown_times(DECODERS[seen.decoder](path))
+    if not listed or not _ends_at(DECODERS[frame.decoder](path), times):
+        times = shown_times(DECODERS[frame.decoder](path))
         duration = _length(times, header)
     _check(path, header, times)
-    return VideoInfo(times, duration, seen.height, seen.width, seen.decoder)
+    return VideoInfo(times, duration, frame.height, frame.width, frame.decoder)
 
 
 def _length(times: Seconds, header: Header) -> float:
@@ -114,8 +114,8 @@ def video_ref(path: str) -> VideoRef:
     path = absolute(path)
     duration = read_packets(path, last=True).end
     if not duration:
-        with local_file(path) as own:
-            duration = probe(own).duration
+        with local_file(path) as copy:
+            duration = probe(copy).duration
     return VideoRef(path, duration)
 
 

@@ -85,11 +85,11 @@ def report(arguments: argparse.Namespace) -> Iterator[str]:
         raise ValueError(f"--pixels {arguments.pixels}: give two numbers, fewest and most")
     renderer = open_renderer(arguments, (pixels[0], pixels[1]))
     spec = renderer.spec if renderer else SPECS[arguments.frames_as]().limited(*pixels)
-    own = not arguments.path or arguments.reader
-    kinds = ("questions",) if own else contents(arguments.path)
+    questions_only = not arguments.path or arguments.reader
+    kinds = ("questions",) if questions_only else contents(arguments.path)
     if "questions" in kinds:
-        found = read_questions(arguments, renderer)
-        yield from about_questions(found, spec, budgets, renderer)
+        data = read_questions(arguments, renderer)
+        yield from about_questions(data, spec, budgets, renderer)
     if "conversations" in kinds:
         yield from about_conversations(read_conversations(arguments, renderer), spec, renderer)
 
@@ -113,8 +113,8 @@ def read_questions(arguments: argparse.Namespace, renderer: Any = None) -> Found
         reader = load(arguments.reader) if arguments.reader else None
         return question_rows(arguments.path, arguments.root, check=check, reader=reader)
     folder = os.path.join(os.path.abspath(arguments.cache), "needle_world")
-    asked = needle_questions(NeedleWorld(), folder, "train", ("oe", "tvg", "mcq"))
-    return Found([question.row for question in asked])
+    questions = needle_questions(NeedleWorld(), folder, "train", ("oe", "tvg", "mcq"))
+    return Found([question.row for question in questions])
 
 
 def read_conversations(arguments: argparse.Namespace, renderer: Any = None) -> Found[Conversation]:
@@ -127,15 +127,15 @@ def read_conversations(arguments: argparse.Namespace, renderer: Any = None) -> F
 
 
 def about_questions(
-    found: Found[Row], spec: FrameSpec, budgets: Sequence[int], renderer: Any
+    data: Found[Row], spec: FrameSpec, budgets: Sequence[int], renderer: Any
 ) -> Iterator[str]:
     """Counts, lengths, tokens, an example."""
-    rows = found.rows
-    yield f"questions: {len(rows)} of {found.total} rows can be used"
+    rows = data.rows
+    yield f"questions: {len(rows)} of {data.total} rows can be used"
     yield f"  types: {_counts(row.question_type for row in rows)}"
     yield f"  with evidence windows: {sum(bool(row.evidence) for row in rows)}"
     yield from _about_videos([row.videos for row in rows])
-    yield from _about_rejected(found)
+    yield from _about_rejected(data)
     reader = VideoReader(spec=spec)
     media = check_media(rows, reader)
     yield from media.report()
@@ -195,20 +195,18 @@ def _example(row: Row, budget: int, reader: VideoReader, renderer: Any) -> Itera
     yield from _indented(shortened(renderer.decode(prompt.tokens)))
 
 
-def about_conversations(
-    found: Found[Conversation], spec: FrameSpec, renderer: Any
-) -> Iterator[str]:
+def about_conversations(data: Found[Conversation], spec: FrameSpec, renderer: Any) -> Iterator[str]:
     """Counts, lengths, an example."""
-    rows = found.rows
+    rows = data.rows
     messages = [message for row in rows for message in row.messages]
     words = [
         [len(p) for m in row.messages for p in m.content if isinstance(p, str)] for row in rows
     ]
-    yield f"conversations: {len(rows)} of {found.total} rows can be used"
+    yield f"conversations: {len(rows)} of {data.total} rows can be used"
     yield f"  messages: {_counts(message.role for message in messages)}"
     yield f"  characters of a conversation: {_range([sum(row) for row in words], '{:,.0f}')}"
     yield from _about_videos([row.videos for row in rows])
-    yield from _about_rejected(found)
+    yield from _about_rejected(data)
     yield from check_media(rows, VideoReader(spec=spec)).report()
     if renderer:
         some = evenly_chosen(rows)
@@ -243,18 +241,18 @@ def _about_videos(videos: Iterable[Sequence[VideoRef]]) -> Iterator[str]:
     yield f"  {len(distinct)} videos, {hours:.2f} h, seconds: {seconds}"
 
 
-def _about_rejected(found: Found) -> Iterator[str]:
+def _about_rejected(data: Found) -> Iterator[str]:
     yield "files by first folder below the root: used, missing, unreadable"
-    for name, bucket in found.buckets.items():
+    for name, bucket in data.buckets.items():
         used = bucket.files - bucket.missing - bucket.unreadable
         yield f"  {name}: {used}, {bucket.missing}, {bucket.unreadable}"
-    if found.restated:
-        yield f"choice answers that were read as the letter of an option: {found.restated}"
-    if found.rejected:
-        kinds = (f"{len(rows)} x {kind}" for kind, rows in found.faults.items())
+    if data.restated:
+        yield f"choice answers that were read as the letter of an option: {data.restated}"
+    if data.rejected:
+        kinds = (f"{len(rows)} x {kind}" for kind, rows in data.faults.items())
         yield f"why rows are rejected: {', '.join(kinds)}"
-        yield f"rejected rows, {min(REASONS, len(found.rejected))} of {len(found.rejected)}:"
-    for rejected in found.rejected[:REASONS]:
+        yield f"rejected rows, {min(REASONS, len(data.rejected))} of {len(data.rejected)}:"
+    for rejected in data.rejected[:REASONS]:
         yield f"  {rejected.where}: {rejected.reason}"
 
 

@@ -50,13 +50,13 @@ class Media:
 
     Args:
         root: the folder.
-        own: the user wrote the data set himself and keeps it in the root. It may then name files
-            absolutely, and what he linked directly below the root counts as lying there: a path
+        trusted: the user wrote the data set and keeps it in the root. It may then name files
+            absolutely, and what is linked directly below the root counts as lying there: a path
             may lead through this link, and must stay below what it points to.
     """
 
-    def __init__(self, root: str, own: bool = False):
-        self.root, self._own = os.path.realpath(root), own
+    def __init__(self, root: str, trusted: bool = False):
+        self.root, self._trusted = os.path.realpath(root), trusted
         self._videos: dict[str, VideoRef | ValueError] = {}
         self._images: dict[str, ImageRef | ValueError] = {}
 
@@ -66,9 +66,9 @@ class Media:
         Raises:
             MissingFile: there is no such file, or it lies outside of the root.
         """
-        plain, named = _plain(written), self._named(written)
-        path = os.path.realpath(named)
-        if not (_below(self.root, path) or (self._own and self._is_own(plain, named, path))):
+        plain, full = _plain(written), self._named(written)
+        path = os.path.realpath(full)
+        if not (_below(self.root, path) or (self._trusted and self._is_own(plain, full, path))):
             raise MissingFile(
                 f"{written}: leads out of {self.root}; set the video root to the folder that "
                 "holds the files themselves (links are followed)"
@@ -81,11 +81,11 @@ class Media:
         """The path itself, links left as they are."""
         return os.path.normpath(os.path.join(self.root, _plain(written)))
 
-    def _is_own(self, plain: str, named: str, path: str) -> bool:
+    def _is_own(self, plain: str, full: str, path: str) -> bool:
         """Whether the user pointed to a file outside of the root: absolutely, or by a link."""
         if os.path.isabs(plain):
             return True
-        first = os.path.relpath(named, self.root).partition(os.sep)[0]
+        first = os.path.relpath(full, self.root).partition(os.sep)[0]
         link = os.path.join(self.root, first)
         return first != os.pardir and os.path.islink(link) and _below(os.path.realpath(link), path)
 
@@ -115,13 +115,13 @@ class Media:
     @property
     def buckets(self) -> dict[str, Bucket]:
         """What was looked for so far, by bucket."""
-        found: dict[str, Bucket] = {}
+        buckets: dict[str, Bucket] = {}
         for written, value in (self._videos | self._images).items():
             missing = isinstance(value, MissingFile)
             unreadable = isinstance(value, ValueError) and not missing
             name = self._bucket(written)
-            found[name] = found.get(name, Bucket()) + Bucket(1, missing, unreadable)
-        return dict(sorted(found.items()))
+            buckets[name] = buckets.get(name, Bucket()) + Bucket(1, missing, unreadable)
+        return dict(sorted(buckets.items()))
 
     def _open_video(self, written: str) -> VideoRef:
         return video_ref(self.find(written))
@@ -179,11 +179,11 @@ def _plain(written: str) -> str:
     return written
 
 
-def _remembered(known: dict[str, T | ValueError], written: str, make: Callable[[str], T]) -> T:
+def _remembered(results: dict[str, T | ValueError], written: str, make: Callable[[str], T]) -> T:
     """What `make` gives for a path, made once; a failure is raised each time."""
-    if written not in known:
-        known[written] = _attempt(make, written)
-    value = known[written]
+    if written not in results:
+        results[written] = _attempt(make, written)
+    value = results[written]
     if isinstance(value, ValueError):
         raise value
     return value

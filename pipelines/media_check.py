@@ -38,9 +38,9 @@ class MediaCheck:
         """Lines for people."""
         chosen = "" if self.tried == self.files else ", drawn at random"
         first = f"decoded frames of {self.tried} of {self.files} files{chosen}: "
-        told = [f"  {reason}" for reason in list(self.faults.values())[:TOLD]]
+        reasons = [f"  {reason}" for reason in list(self.faults.values())[:TOLD]]
         more = [f"  and {len(self.faults) - TOLD} more"] if len(self.faults) > TOLD else []
-        return [first + f"{len(self.faults)} of them cannot be decoded", *told, *more]
+        return [first + f"{len(self.faults)} of them cannot be decoded", *reasons, *more]
 
     def shows(self, row: Row | Conversation) -> bool:
         """Whether none of the files of a row has turned out to be unreadable."""

@@ -42,8 +42,8 @@ def rl_row(fields: dict[str, Any], row_id: str, media: Media) -> Row:
     messages = _messages(fields, "prompt")
     if strange := {message["role"] for message in messages} - {"system", "user"}:
         raise ValueError(f"prompt has turns of {', '.join(sorted(strange))}; only questions serve")
-    asked = (message.get("content") for message in messages if message["role"] == "user")
-    question = "\n".join(_text(content, "the content of a prompt") for content in asked)
+    questions = (message.get("content") for message in messages if message["role"] == "user")
+    question = "\n".join(_text(content, "the content of a prompt") for content in questions)
     videos = [media.video(path) for path in rl_videos(fields)]
     if question.count(MARK) != len(videos) or not videos:
         raise ValueError(f"{question.count(MARK)} {MARK} marks for {len(videos)} videos")
@@ -105,12 +105,12 @@ def _message(message: dict[str, Any], media: Media) -> Message:
 
 def _call(call: Any) -> ToolCall:
     """An entry of `tool_calls`; its arguments may be JSON in a string."""
-    own = call.get("function") or call if isinstance(call, dict) else None
-    if not isinstance(own, dict) or not isinstance(own.get("name"), str):
+    function = call.get("function") or call if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
         raise ValueError("an entry of tool_calls needs a function with a name")
-    arguments = _of_type(own.get("arguments"), dict, "arguments of a call")
+    arguments = _of_type(function.get("arguments"), dict, "arguments of a call")
     _check_writable(arguments)
-    return ToolCall(own["name"], arguments)
+    return ToolCall(function["name"], arguments)
 
 
 def _check_writable(arguments: dict[str, Any]) -> None:

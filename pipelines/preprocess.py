@@ -115,13 +115,13 @@ class FrameSpec(abc.ABC):
             try:
                 with open(path, encoding="utf-8") as file:
                     whole = json.load(file)
-                own = whole if part is None else whole[part]
-                limits = cls._from_config(own).limited(*pixels)._settings()
+                settings = whole if part is None else whole[part]
+                limits = cls._from_config(settings).limited(*pixels)._settings()
             except (OSError, KeyError, TypeError, ValueError):
                 continue
             for overruling in ("min_pixels", "max_pixels"):  # of transformers 4
-                own.pop(overruling, None)
-            own.update({**limits, **more})
+                settings.pop(overruling, None)
+            settings.update({**limits, **more})
             with open(path, "w", encoding="utf-8") as file:
                 json.dump(whole, file, indent=2)
 

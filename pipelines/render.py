@@ -129,10 +129,10 @@ class ChatRenderer:
         self._subtitles = subtitles
         self.texts = texts or PromptTexts()
         self.tools = list(tools)
-        own = tokenizer.eos_token_id
-        self.eos_ids: tuple[int, ...] = (own, *(index for index in eos_ids if index != own))
+        eos_id = tokenizer.eos_token_id
+        self.eos_ids: tuple[int, ...] = (eos_id, *(index for index in eos_ids if index != eos_id))
         pad = tokenizer.pad_token_id
-        self.pad_id: int = own if pad is None else pad
+        self.pad_id: int = eos_id if pad is None else pad
         self._pad_text = f"<|{self.mode}_pad|>"
         self._vision_id: int = tokenizer.convert_tokens_to_ids(self._pad_text)
         controls = {token.content for token in tokenizer.added_tokens_decoder.values()}
@@ -224,11 +224,11 @@ class ChatRenderer:
             Unusable: it does.
             UnreadableSubtitles: see `subtitle_text`.
         """
-        if found := self._control.search(row.question):
+        if match := self._control.search(row.question):
             raise Unusable(
                 CONTROL,
                 f"row {row.row_id}: the question contains the control token "
-                f"{found.group()!r}; rephrase it",
+                f"{match.group()!r}; rephrase it",
             )
         for video in row.videos:
             self.subtitles(video)

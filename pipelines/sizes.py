@@ -92,6 +92,6 @@ def smallest_frames(spec: FrameSpec, count: int, time: float = LATE) -> Frames:
 def full_size(prompt: Prompt, spec: FrameSpec, quota: int | None = None) -> int:
     """Tokens that a prompt of smallest frames has with frames of full size, or, if that is less,
     with `quota` vision tokens."""
-    seen = int((prompt.vision_index >= 0).sum())
-    full = seen * (spec.max_patches // spec.merge_size**2)
-    return len(prompt.tokens) - seen + (min(full, quota) if quota else full)
+    vision_tokens = int((prompt.vision_index >= 0).sum())
+    full = vision_tokens * (spec.max_patches // spec.merge_size**2)
+    return len(prompt.tokens) - vision_tokens + (min(full, quota) if quota else full)

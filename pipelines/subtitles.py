@@ -80,19 +80,19 @@ def read_srt(path: str) -> list[tuple[float, float, str]]:
         UnreadableSubtitles: the file is no SubRip file in UTF-8.
     """
     try:
-        with local_file(path) as own, open(own, encoding="utf-8-sig") as file:
+        with local_file(path) as copy, open(copy, encoding="utf-8-sig") as file:
             text = file.read()
     except (OSError, UnicodeDecodeError) as error:
         raise UnreadableSubtitles(
             f"{path}: {error}; write SubRip in UTF-8 or remove the file"
         ) from error
     cues = [_cue(block) for block in re.split(r"\n\s*\n", text.strip())]
-    found = sorted(cue for cue in cues if cue is not None)
-    if text.strip() and not found:
+    ordered = sorted(cue for cue in cues if cue is not None)
+    if text.strip() and not ordered:
         raise UnreadableSubtitles(
             f"{path}: no cue `0:00:01,000 --> 0:00:02,000`; write SubRip or remove it"
         )
-    return [cue for cue in found if cue[2]]
+    return [cue for cue in ordered if cue[2]]
 
 
 def _cue(block: str) -> tuple[float, float, str] | None:

@@ -75,12 +75,12 @@ def data_files(path: str) -> list[str]:
         if not is_table(path):
             raise ValueError(f"{path}: give a .csv, .jsonl or .parquet file")
         return [os.path.abspath(path)]
-    own = [os.path.join(path, name) for name in OWN_FILES]
-    for candidate in own:
+    candidates = [os.path.join(path, name) for name in OWN_FILES]
+    for candidate in candidates:
         if os.path.isfile(candidate):
             return [os.path.abspath(candidate)]
-    found = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
-    tables = sorted(os.path.abspath(name) for name in found if name.endswith(".parquet"))
+    files = [os.path.join(folder, name) for folder, _, names in os.walk(path) for name in names]
+    tables = sorted(os.path.abspath(name) for name in files if name.endswith(".parquet"))
     if not tables:
         raise ValueError(
             f"{path}: give a CSV, JSONL or parquet file, or a folder with {' or '.join(OWN_FILES)} "
@@ -113,8 +113,8 @@ def records(file: str, folder: str) -> Iterator[Record]:
     read = {".csv": _csv, ".jsonl": _jsonl, ".json": _json, ".parquet": _parquet}[kind]
     word = "row" if kind in (".parquet", ".json") else "line"
     name = os.path.relpath(file, folder)
-    for number, found in read(file):
-        fields, fault = ({}, found) if isinstance(found, Unusable) else (found, None)
+    for number, row in read(file):
+        fields, fault = ({}, row) if isinstance(row, Unusable) else (row, None)
         yield Record(f"{name}:{number}", f"{file}, {word} {number}", fields, fault)
 
 
@@ -228,12 +228,12 @@ def _jsonl(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
 def _json(file: str) -> Iterator[tuple[int, Fields | Unusable]]:
     """The objects of one array, as many benchmarks publish their rows."""
     try:
-        found = json_value("".join(_lines(file)), "the file")
+        rows = json_value("".join(_lines(file)), "the file")
     except Unusable as fault:
         raise ValueError(f"{file}: {fault}; download it again") from fault
-    if not isinstance(found, list):
+    if not isinstance(rows, list):
         raise ValueError(f"{file}: holds no JSON array of rows; write [{{...}}, ...]")
-    for number, fields in enumerate(found):
+    for number, fields in enumerate(rows):
         wrong = Unusable(MALFORMED, "the row is not a JSON object; write {...}")
         yield number, fields if isinstance(fields, dict) else wrong
 

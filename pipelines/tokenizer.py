@@ -59,13 +59,13 @@ def template_opening(tokenizer: Any) -> str:
     Raises:
         ValueError: the tokenizer has no chat template, or one that writes no conversation.
     """
-    asked, said = (
+    with_prompt, without_prompt = (
         written(tokenizer, [{"role": "user", "content": QUESTION}], add_generation_prompt=ask)
         for ask in (True, False)
     )
-    if QUESTION not in said:
+    if QUESTION not in without_prompt:
         raise ValueError(f"{_named(tokenizer)} leaves out what users say: {REMEDY}")
-    _, opened, rest = asked.removeprefix(said).partition(THINK_OPEN)
+    _, opened, rest = with_prompt.removeprefix(without_prompt).partition(THINK_OPEN)
     return opened + rest
 
 
@@ -80,10 +80,10 @@ def end_tokens(folder: str) -> tuple[int, ...]:
         return ()
     try:
         with open(path, encoding="utf-8") as file:
-            held = json.load(file).get("eos_token_id")
+            value = json.load(file).get("eos_token_id")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path} is no JSON object ({error}): fetch it again") from error
-    ids = held if isinstance(held, list) else [] if held is None else [held]
+    ids = value if isinstance(value, list) else [] if value is None else [value]
     if any(type(index) is not int or index < 0 for index in ids):
-        raise ValueError(f"{path}: eos_token_id={held!r}: give a token or a list of tokens")
+        raise ValueError(f"{path}: eos_token_id={value!r}: give a token or a list of tokens")
     return tuple(ids)

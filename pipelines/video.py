@@ -110,12 +110,12 @@ class VideoReader:
         self._frames: LruCache[Decoded] = LruCache(self._cache_bytes)
         self._infos: LruCache[VideoInfo] = LruCache(TIMES_BYTES)
         self._coming: dict[Key, dict[int, Future[Decoded]]] = {}
-        self._asked = self._missed = self._decoded = 0
+        self._requested = self._missed = self._decoded = 0
         self._seconds = 0.0
 
     def __getstate__(self) -> dict:
-        kept = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec", "_overview_tokens", "_limit")
-        return {name: self.__dict__[name] for name in kept}
+        settings = ("_crop_fps", "_crop_cap", "_cache_bytes", "_spec", "_overview_tokens", "_limit")
+        return {name: self.__dict__[name] for name in settings}
 
     def __setstate__(self, state: dict) -> None:
         self.__dict__.update(state)
@@ -127,12 +127,12 @@ class VideoReader:
         spent on it. What worker processes do is not seen."""
         with self._lock:
             metrics = {
-                "frames/asked": float(self._asked),
-                "frames/cache_hits": float(self._asked - self._missed),
+                "frames/asked": float(self._requested),
+                "frames/cache_hits": float(self._requested - self._missed),
                 "frames/decoded": float(self._decoded),
                 "frames/decode_seconds": self._seconds,
             }
-            self._asked = self._missed = self._decoded = 0
+            self._requested = self._missed = self._decoded = 0
             self._seconds = 0.0
         return metrics
 
@@ -180,10 +180,10 @@ class VideoReader:
         """
         info, path = self.info(video), video.path
         indices = shown_at(info, np.asarray(times))
-        wanted = sorted(set(indices.tolist()))
+        unique = sorted(set(indices.tolist()))
         with self._busy():
-            present = self._timeout(path, lambda: _of_file(decode_present, path, info, wanted))
-        frames = complete(path, {index: present.get(index) for index in wanted})
+            present = self._timeout(path, lambda: _of_file(decode_present, path, info, unique))
+        frames = complete(path, {index: present.get(index) for index in unique})
         return Frames(np.stack([frames[index] for index in indices]), info.times[indices])
 
     def info(self, video: VideoRef) -> VideoInfo:
@@ -210,33 +210,33 @@ class VideoReader:
     def _read(
         self, path: str, info: VideoInfo, indices: Indices, tokens: int | None = None
     ) -> Frames:
-        wanted = indices.tolist()
-        key = (path, self.size_of(info, len(wanted), tokens))
+        numbers = indices.tolist()
+        key = (path, self.size_of(info, len(numbers), tokens))
         small = info.frames * info.height * info.width * 3 <= WHOLE_BYTES
         with self._lock:
-            self._asked += len(wanted)
-        found = None
-        while found is None:
-            found = self._gather(key, info, wanted, range(info.frames) if small else ())
-        frames = complete(path, found)
-        return Frames(np.stack([frames[index] for index in wanted]), info.times[indices])
+            self._requested += len(numbers)
+        decoded = None
+        while decoded is None:
+            decoded = self._gather(key, info, numbers, range(info.frames) if small else ())
+        frames = complete(path, decoded)
+        return Frames(np.stack([frames[index] for index in numbers]), info.times[indices])
 
     def _gather(
-        self, key: Key, info: VideoInfo, wanted: Sequence[int], others: Sequence[int]
+        self, key: Key, info: VideoInfo, numbers: Sequence[int], others: Sequence[int]
     ) -> Decoded | None:
         """The frames wanted, from the cache, from this thread or from another one; None if another
         one failed, whose request may have been at fault."""
-        found, awaited, mine, promise = self._claim(key, wanted, others)
+        frames, awaited, mine, promise = self._claim(key, numbers, others)
         if mine:
-            found |= self._decode(key, info, mine, promise)
+            frames |= self._decode(key, info, mine, promise)
         for index, future in awaited.items():
             if future.exception() is not None:
                 return None
-            found[index] = future.result()[index]
-        return {index: found[index] for index in wanted}
+            frames[index] = future.result()[index]
+        return {index: frames[index] for index in numbers}
 
     def _claim(
-        self, key: Key, wanted: Sequence[int], others: Sequence[int]
+        self, key: Key, numbers: Sequence[int], others: Sequence[int]
     ) -> tuple[Decoded, dict[int, Future[Decoded]], list[int], Future[Decoded]]:
         """What the cache holds, what is on its way, what this thread must decode, and where to.
 
@@ -244,16 +244,16 @@ class VideoReader:
         """
         promise: Future[Decoded] = Future()
         with self._lock:
-            held, coming = self._frames.get(key) or {}, self._coming.setdefault(key, {})
-            missing = [index for index in wanted if index not in held and index not in coming]
+            cached, coming = self._frames.get(key) or {}, self._coming.setdefault(key, {})
+            missing = [index for index in numbers if index not in cached and index not in coming]
             self._missed += len(missing)
             if missing:
-                more = [index for index in others if index not in held and index not in coming]
+                more = [index for index in others if index not in cached and index not in coming]
                 missing = sorted({*missing, *more})
-            found = {index: held[index] for index in wanted if index in held}
-            awaited = {index: coming[index] for index in wanted if index in coming}
+            frames = {index: cached[index] for index in numbers if index in cached}
+            awaited = {index: coming[index] for index in numbers if index in coming}
             coming.update(dict.fromkeys(missing, promise))
-        return found, awaited, missing, promise
+        return frames, awaited, missing, promise
 
     def _decode(
         self, key: Key, info: VideoInfo, mine: list[int], promise: Future[Decoded]
@@ -309,8 +309,8 @@ def _of_file(read: Callable[..., T], path: str, *arguments: Any) -> T:
         OSError: it cannot be fetched.
     """
     try:
-        with local_file(path) as own:
-            return read(own, *arguments)
+        with local_file(path) as copy:
+            return read(copy, *arguments)
     except FileNotFoundError as error:
         raise UnreadableVideo(f"video {error}; {REMEDY}") from error
 
@@ -321,24 +321,24 @@ class LruCache(Generic[T]):
     def __init__(self, limit: int):
         # Memory of a run grows for hundreds of steps until this is reached: that is no leak.
         self._limit = limit
-        self._kept: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
+        self._items: OrderedDict[Hashable, tuple[T, int]] = OrderedDict()
         self.held = 0
         """Bytes of all that is kept."""
 
     def get(self, key: Hashable) -> T | None:
         """What was kept by this key, if it still is."""
-        if key not in self._kept:
+        if key not in self._items:
             return None
-        self._kept.move_to_end(key)
-        return self._kept[key][0]
+        self._items.move_to_end(key)
+        return self._items[key][0]
 
     def put(self, key: Hashable, value: T, size: int) -> None:
         """Keep it, and drop what has not been used for the longest time."""
-        _, before = self._kept.pop(key, (None, 0))
-        self._kept[key] = value, size
+        _, before = self._items.pop(key, (None, 0))
+        self._items[key] = value, size
         self.held += size - before
         while self.held > self._limit:
-            _, (_, dropped) = self._kept.popitem(last=False)
+            _, (_, dropped) = self._items.popitem(last=False)
             self.held -= dropped
 
 

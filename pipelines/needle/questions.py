@@ -62,11 +62,11 @@ def _ask_about(
     name = f"{video.name}/{number}"
 
     def question(
-        place: str, text: str, answer: str, vocabulary: tuple[str, ...], asked: Asked
+        place: str, text: str, answer: str, vocabulary: tuple[str, ...], target: Asked
     ) -> NeedleQuestion:
         evidence = ((float(event.start), float(event.end)),)
         row = Row(f"{name}/{place}", video.video, text, answer, kind.value, evidence)
-        return NeedleQuestion(row, video.events, event, vocabulary, asked)
+        return NeedleQuestion(row, video.events, event, vocabulary, target)
 
     colour, shape = f"What colour is the {event.shape}?", f"What shape is the {event.colour} thing?"
     if kind is QuestionType.OPEN:

@@ -96,16 +96,16 @@ def recall(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> 
     """
     events = _imagine(kit, len(SHAPES), rng).events
     things = [events[i] for i in rng.permutation(len(events))]
-    seen = int(rng.integers(1, len(things)))
-    listed = " ".join(map(traces.caption, things[:seen]))
+    count = int(rng.integers(1, len(things)))
+    listed = " ".join(map(traces.caption, things[:count]))
     parts, encode = list[traces.Part](), kit.renderer.encode
     for _ in range(RECALLED):
-        found = rng.random() < 0.7
-        thing = things[rng.integers(seen) if found else rng.integers(seen, len(things))]
-        asked: Asked = "colour" if rng.random() < 0.5 else "shape"
-        span = (thing.start, thing.end) if found else None
-        named, answer = traces.statement(asked, thing, span)
-        parts += [(encode(named), -1), (encode(f" {answer}\n"), 0)]
+        is_listed = rng.random() < 0.7
+        thing = things[rng.integers(count) if is_listed else rng.integers(count, len(things))]
+        target: Asked = "colour" if rng.random() < 0.5 else "shape"
+        span = (thing.start, thing.end) if is_listed else None
+        subject, answer = traces.statement(target, thing, span)
+        parts += [(encode(subject), -1), (encode(f" {answer}\n"), 0)]
     return _example(kit.renderer.prompt(None, listed), parts)
 
 
@@ -113,15 +113,15 @@ def qa(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Exam
     """Answer from tool responses that nobody asked for, without frames, about a video of up to four
     events. Four times in five all of them are reported, so that the question has to decide."""
     video = _imagine(kit, int(rng.integers(1, len(SHAPES) + 1)), rng)
-    asked = ask([video], [question.row.question_type])
-    question = asked[rng.integers(len(asked))]
+    questions = ask([video], [question.row.question_type])
+    question = questions[rng.integers(len(questions))]
     windows = _choose(kit, int(rng.integers(1, len(kit.world.windows) + 1)), rng)
     if rng.random() < 0.8:
         full = {w for w in kit.world.windows if any(e.visible(*w) for e in video.events)}
         windows = sorted(full.union(windows))
     prompt, unseen = kit.renderer.main_prompt(question.row, None, tools=True), np.zeros(0)
-    told = traces.conclusion(question, kit.world, kit.renderer, unseen, windows, rng)
-    return _example(prompt, told)
+    parts = traces.conclusion(question, kit.world, kit.renderer, unseen, windows, rng)
+    return _example(prompt, parts)
 
 
 def trace(kit: TaskKit, question: NeedleQuestion, rng: np.random.Generator) -> Example:

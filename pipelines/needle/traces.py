@@ -66,8 +66,8 @@ def caption(event: Event | None) -> str:
 
 def report(events: Sequence[Event], start: float, end: float) -> str:
     """What a sub-agent says about the window [start, end): one sentence per visible event."""
-    seen = [(event, event.visible(start, end)) for event in events]
-    sentences = [f"A {e.name} appears from {v[0]} to {v[1]} seconds." for e, v in seen if v]
+    spans = [(event, event.visible(start, end)) for event in events]
+    sentences = [f"A {e.name} appears from {v[0]} to {v[1]} seconds." for e, v in spans if v]
     return " ".join(sentences) or "Nothing happens."
 
 
@@ -80,13 +80,13 @@ def call(start: float, end: float) -> str:
 
 def look(tool: str, syntax: str, start: float, end: float) -> str:
     """One call of any tool that looks at a window, as the model writes it."""
-    own = call_syntax(syntax)
+    form = call_syntax(syntax)
     body: dict[str, Any] = {"start_time": start, "end_time": end}
     if tool == GROUNDING_TOOL:
         body = {"temporal_segment": [start, end], "sampling_strategy": "medium"}
-    if not own.tool:
+    if not form.tool:
         body = {"name": tool, "arguments": body}
-    return f"{own.open}{json.dumps(body)}{own.close}"
+    return f"{form.open}{json.dumps(body)}{form.close}"
 
 
 def look_turn(call: str) -> str:
@@ -131,17 +131,17 @@ def decide(
     return AnswerTurn(thought, _spoken(question, span))
 
 
-def statement(asked: Asked, event: Event, span: tuple[int, int] | None) -> tuple[str, str]:
+def statement(target: Asked, event: Event, span: tuple[int, int] | None) -> tuple[str, str]:
     """What a question names of a thing, and what was found: `I find the circle`, `red.`
 
     `span` is when it was seen, None if it was not.
     """
-    known = {"colour": event.shape, "shape": event.colour, "time": event.name}
-    named = f"I find the {known[asked]}"
+    names = {"colour": event.shape, "shape": event.colour, "time": event.name}
+    subject = f"I find the {names[target]}"
     if span is None:
-        return named, "nowhere."
-    found = {"colour": event.colour, "shape": event.shape, "time": f"from {_seconds(*span)}"}
-    return named, f"{found[asked]}."
+        return subject, "nowhere."
+    answers = {"colour": event.colour, "shape": event.shape, "time": f"from {_seconds(*span)}"}
+    return subject, f"{answers[target]}."
 
 
 def trace(
@@ -170,9 +170,9 @@ def conclusion(
     rng: np.random.Generator,
 ) -> list[Part]:
     """The last turn of an episode, after the reports on the cropped windows."""
-    told = renderer.tool_turn([report(question.events, start, end) for start, end in windows])
+    reports = renderer.tool_turn([report(question.events, start, end) for start, end in windows])
     answer = answer_turn(decide(question, world, times, windows, rng))
-    return [(told, -1), (renderer.encode(PREFIX), -1), (renderer.encode(answer), 1)]
+    return [(reports, -1), (renderer.encode(PREFIX), -1), (renderer.encode(answer), 1)]
 
 
 def looks(
