@@ -234,8 +234,8 @@ class Agent:
                 break
             requests = _tool_requests(rollout, turn, number + 1)
             results = yield Parallel([self._observed(request) for request in requests])
-            kept = noted(results, len(record.subagents))
-            record.add_turn(dataclasses.replace(turn, results=kept))
+            recorded = noted(results, len(record.subagents))
+            record.add_turn(dataclasses.replace(turn, results=recorded))
             demand = config.demand if number + 1 == config.rounds else ""
             given = self._respond(record, turn, results, demand)
         rollout.run.session.close(rollout.stream)
@@ -284,24 +284,24 @@ class Agent:
 
     def _observed(self, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
         """The program of one tool call, as the observer hears of it."""
-        own = request.rollout.stream, request.number, request.call
-        self._observer.called(*own)
+        call = request.rollout.stream, request.number, request.call
+        self._observer.called(*call)
         began = time.perf_counter()
         result = yield from self._answer(request)
         result = dataclasses.replace(result, seconds=time.perf_counter() - began)
-        self._observer.answered(*own, result)
+        self._observer.answered(*call, result)
         return result
 
     def _answer(self, request: ToolRequest) -> Generator[Need, Any, ToolResult]:
         """The program of one tool call. Never raises on anything that a model can write."""
         try:
             tool = self._tool_of(request)
-            found = yield self._submit(tool, request)
+            output = yield self._submit(tool, request)
         except Exception as error:
             return error_result(error, request.call)
-        if isinstance(found, ReportRequest):
-            return (yield from self._report(found, request))
-        return result_of(found, f"{tool.name} found nothing")
+        if isinstance(output, ReportRequest):
+            return (yield from self._report(output, request))
+        return result_of(output, f"{tool.name} found nothing")
 
     def _tool_of(self, request: ToolRequest) -> Tool:
         """The tool that is called."""
@@ -333,31 +333,31 @@ class Agent:
         self, tool: Tool, call: ToolCall, context: ToolContext
     ) -> str | Clip | ReportRequest:
         """On a worker thread: run the tool, and render the frames that it found."""
-        found, renderer = tool.run(call, context), self._renderer
-        if isinstance(found, str):
-            return found
-        if isinstance(found, Frames):
+        output, renderer = tool.run(call, context), self._renderer
+        if isinstance(output, str):
+            return output
+        if isinstance(output, Frames):
             # Decoded crops have the size that the model sees; what users' tools make may have any.
-            found = FoundFrames(renderer.resized(found), found.times[0], found.times[-1])
-        shown = found.frames, found.start, found.end
+            output = FoundFrames(renderer.resized(output), output.times[0], output.times[-1])
+        shown = output.frames, output.start, output.end
         if self._config.evidence == "frames":
             clip = renderer.clip(*shown)
             self._check_size(len(renderer.frames_turn([clip]).tokens) - self._response_markup)
             return clip
         prompt = renderer.subagent_prompt(*shown)
         self._check_size(len(prompt.tokens))
-        return ReportRequest(prompt, (found.start, found.end))
+        return ReportRequest(prompt, (output.start, output.end))
 
     def _check_size(self, tokens: int) -> None:
         if self._crop_tokens is not None and tokens > self._crop_tokens:
             raise ToolError("this part has too many frames to be shown; ask for a shorter one")
 
     def _report(
-        self, asked: ReportRequest, request: ToolRequest
+        self, report: ReportRequest, request: ToolRequest
     ) -> Generator[Need, Any, ToolResult]:
         """Let a sub-agent look, and make what it says after its thought the response."""
-        run, record = request.rollout.run, TrajectoryBuilder(asked.prompt)
-        (stream,) = run.session.open(CROP, asked.prompt, [request.seed])
+        run, record = request.rollout.run, TrajectoryBuilder(report.prompt)
+        (stream,) = run.session.open(CROP, report.prompt, [request.seed])
         record.add_given(self._subagent_prefix)
         sampling = self._config.subagent_sampling
         generated = yield Generate(stream, self._subagent_prefix, sampling, self._subagent_tokens)
@@ -365,24 +365,24 @@ class Agent:
         record.add_turn(generated_turn(generated, self._subagent_prefix, self._renderer))
         trajectory = record.finish(self._renderer, run.policy_version)
         result = result_of(reported(trajectory.full_text), "the sub-agent reported nothing")
-        return dataclasses.replace(result, subagent=trajectory, window=asked.window)
+        return dataclasses.replace(result, subagent=trajectory, window=report.window)
 
 
 def _open_rollouts(
     run: RunContext, items: Sequence[Item], copies: int, seed: int
 ) -> Iterator[Rollout]:
     """Rollouts in prompt-major order. A row that comes twice in a batch is drawn twice."""
-    seen: collections.Counter[str] = collections.Counter()
+    occurrences: collections.Counter[str] = collections.Counter()
     place = itertools.count()
     for row, frame_budget, prompt in items:
         # By row id and not by place in the batch: neighbours must not change a draw.
         numbers = range(copies)
-        seeds = [derive_seed(seed, row.row_id, seen[row.row_id], copy) for copy in numbers]
+        seeds = [derive_seed(seed, row.row_id, occurrences[row.row_id], copy) for copy in numbers]
         streams = run.session.open(MAIN, prompt, seeds)
-        seen[row.row_id] += 1
-        for own, stream in zip(seeds, streams, strict=True):
+        occurrences[row.row_id] += 1
+        for stream_seed, stream in zip(seeds, streams, strict=True):
             number = next(place), len(items) * copies
-            yield Rollout(run, row, frame_budget, prompt, own, stream, number)
+            yield Rollout(run, row, frame_budget, prompt, stream_seed, stream, number)
 
 
 def _tool_requests(rollout: Rollout, turn: Turn, turns: int) -> list[ToolRequest]:

@@ -81,12 +81,12 @@ class AgentConfig(Settings):
 
     def check_together(self) -> None:
         """Refuse tools, syntax and quotas that do not go together."""
-        own = call_syntax(self.call_syntax)
+        syntax = call_syntax(self.call_syntax)
         if not self.tools or len(set(self.tools)) < len(self.tools):
             raise Refused(self, "{tools}: name at least one, and each once")
-        if own.tool and self.tools != (own.tool,):
+        if syntax.tool and self.tools != (syntax.tool,):
             raise Refused(
-                self, "{call_syntax} can call {tool} alone; set {tools:=}{tool}", tool=own.tool
+                self, "{call_syntax} can call {tool} alone; set {tools:=}{tool}", tool=syntax.tool
             )
         if (GROUNDING_TOOL in self.tools) != bool(self.clip_tokens):
             raise Refused(
@@ -99,13 +99,13 @@ class AgentConfig(Settings):
             names = ", ".join(STRATEGIES)
             raise Refused(self, "{clip_tokens}: give one number for each of {names}", names=names)
         for name, other in SYNTAXES.items():
-            if other is not own and {other.open, other.close} & set(self.sampling.stop):
+            if other is not syntax and {other.open, other.close} & set(self.sampling.stop):
                 raise Refused(
                     self,
                     "{sampling.stop}: calls are not written with the tags of {name}; stop at "
                     "{close}",
                     name=name,
-                    close=own.close,
+                    close=syntax.close,
                 )
 
     @property
@@ -152,10 +152,10 @@ class TokenBudget:
 
 def turn_head(config: AgentConfig, renderer: Renderer) -> list[int]:
     """Tokens that a main agent's turn begins with, whoever asks for them: template or settings."""
-    own = config.think_prefix
+    prefix = config.think_prefix
     if renderer.opening:
-        own = own.lstrip().removeprefix(THINK_OPEN).lstrip("\n")
-    return renderer.encode(renderer.opening + own)
+        prefix = prefix.lstrip().removeprefix(THINK_OPEN).lstrip("\n")
+    return renderer.encode(renderer.opening + prefix)
 
 
 def subagent_limit(config: AgentConfig, renderer: Renderer) -> int:
@@ -226,5 +226,5 @@ def slot_pools(
     main = SlotPool(prompts, copies, prompt_tokens, budget.suffix)
     if config.evidence == "frames" or not config.offers_tools:
         return {MAIN: main}
-    own = subagent_budget(config, renderer)
-    return {MAIN: main, CROP: SlotPool(config.subagent_batch, 1, crop_tokens, own)}
+    subagent_tokens = subagent_budget(config, renderer)
+    return {MAIN: main, CROP: SlotPool(config.subagent_batch, 1, crop_tokens, subagent_tokens)}

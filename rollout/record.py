@@ -52,13 +52,13 @@ class TrajectoryBuilder:
 
     def finish(self, renderer: Renderer, policy_version: int) -> Trajectory:
         """The record of the whole stream."""
-        parts, own, log_probs, choices = zip(*self._parts, strict=True)
+        parts, generated, log_probs, choices = zip(*self._parts, strict=True)
         tokens = np.concatenate(parts)
         sizes = [len(part) for part in parts]
         return Trajectory(
             prompt=self.prompt,
             tokens=tokens,
-            generated=np.repeat(own, sizes),
+            generated=np.repeat(generated, sizes),
             log_probs=np.concatenate(log_probs),
             turns=tuple(self.turns),
             scored_text="".join(turn.text for turn in self.turns),

@@ -53,25 +53,25 @@ class ReportRequest:
 
 def noted(results: Sequence[ToolResult], subagents: int) -> tuple[CallResult, ...]:
     """The results of a turn as its record keeps them, after so many sub-agents of earlier turns."""
-    places = itertools.count(subagents)
+    numbers = itertools.count(subagents)
     return tuple(
         CallResult(
-            text="" if isinstance(own.response, Clip) else own.response,
-            executed=own.executed,
-            window=own.window,
-            seconds=own.seconds,
-            subagent=next(places) if own.subagent else None,
-            clip=own.response if isinstance(own.response, Clip) else None,
+            text="" if isinstance(result.response, Clip) else result.response,
+            executed=result.executed,
+            window=result.window,
+            seconds=result.seconds,
+            subagent=next(numbers) if result.subagent else None,
+            clip=result.response if isinstance(result.response, Clip) else None,
         )
-        for own in results
+        for result in results
     )
 
 
-def result_of(found: Response, nothing: str) -> ToolResult:
+def result_of(output: Response, nothing: str) -> ToolResult:
     """What a tool found; the error `nothing` if that says nothing."""
-    if isinstance(found, Clip):
-        return ToolResult(found, executed=True, window=(found.start, found.end))
-    text = strip_markup(found)
+    if isinstance(output, Clip):
+        return ToolResult(output, executed=True, window=(output.start, output.end))
+    text = strip_markup(output)
     return ToolResult(text, executed=True) if text else ToolResult(f"Error: {nothing}")
 
 

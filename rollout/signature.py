@@ -70,15 +70,15 @@ class Signature:
         first, words = _docstring(inspect.getdoc(function) or "")
         if not first:
             raise ValueError(f"tool {name}: write a docstring; its first line is what models read")
-        for own, parameter in parameters.items():
+        for key, parameter in parameters.items():
             if parameter.kind not in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY):
                 raise ValueError(f"tool {name}: {parameter} cannot be given by name; spell it out")
-            if own not in hints or own not in words:
+            if key not in hints or key not in words:
                 raise ValueError(
-                    f"tool {name}: parameter {own} needs a type and a line below `Args:` in the "
-                    "docstring, which models read"
+                    f"tool {name}: parameter {key} needs a type and a line below `Args:` in "
+                    "the docstring, which models read"
                 )
-        kinds = {own: _kind(hints[own], f"tool {name}: parameter {own}") for own in parameters}
+        kinds = {key: _kind(hints[key], f"tool {name}: parameter {key}") for key in parameters}
         return cls(name, first, parameters, kinds, words, takes_context)
 
     @functools.cached_property
@@ -100,20 +100,20 @@ class Signature:
         }
         return {"type": "function", "function": function}
 
-    def arguments(self, given: Mapping[str, Any]) -> dict[str, Any]:
+    def arguments(self, values: Mapping[str, Any]) -> dict[str, Any]:
         """The arguments of a call as the function takes them.
 
         Raises:
             WrongArguments: one is missing, unknown, or of another type.
         """
-        for name in given:
+        for name in values:
             if name not in self.parameters:
-                known = ", ".join(self.parameters)
-                raise WrongArguments(f"no argument {_quoted(name)}; {self.name} takes: {known}")
+                names = ", ".join(self.parameters)
+                raise WrongArguments(f"no argument {_quoted(name)}; {self.name} takes: {names}")
         for name in self.parameters:
-            if name not in given and self._required(name):
+            if name not in values and self._required(name):
                 raise WrongArguments(f'"{name}" is missing: it must be {self.kinds[name].words}')
-        return {name: self._argument(name, value) for name, value in given.items()}
+        return {name: self._argument(name, value) for name, value in values.items()}
 
     def _required(self, name: str) -> bool:
         return self.parameters[name].default is inspect.Parameter.empty
@@ -134,12 +134,12 @@ def _docstring(text: str) -> tuple[str, dict[str, str]]:
     depth = min((len(line) - len(line.lstrip()) for line in indented), default=0)
     words, name = dict[str, str](), ""
     for line in indented:
-        found = re.match(r"(\w+)(?: \([^)]*\))?: *(.*)", line[depth:])
-        if found:
-            name, line = found[1], found[2]
+        match = re.match(r"(\w+)(?: \([^)]*\))?: *(.*)", line[depth:])
+        if match:
+            name, line = match[1], match[2]
         if name:
             words[name] = f"{words.get(name, '')} {line.strip()}".strip()
-    return first.strip(), {name: said for name, said in words.items() if said}
+    return first.strip(), {name: description for name, description in words.items() if description}
 
 
 def _kind(hint: Any, where: str) -> _Kind:
@@ -194,13 +194,13 @@ _SIMPLE: dict[Any, _Kind] = {
 }
 
 
-def _choice(known: tuple[str, ...]) -> _Kind:
+def _choice(choices: tuple[str, ...]) -> _Kind:
     def take(value: Any) -> str:
-        if not isinstance(value, str) or value not in known:
+        if not isinstance(value, str) or value not in choices:
             raise ValueError
         return value
 
-    return _Kind({"type": "string", "enum": list(known)}, f"one of {', '.join(known)}", take)
+    return _Kind({"type": "string", "enum": list(choices)}, f"one of {', '.join(choices)}", take)
 
 
 def _or_null(kind: _Kind) -> _Kind:

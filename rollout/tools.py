@@ -99,12 +99,12 @@ class ToolContext:
             return self._reader.frames_at(self._video, seconds)
 
     @contextlib.contextmanager
-    def _reading(self, what: str, told: str) -> Iterator[None]:
+    def _reading(self, what: str, subject: str) -> Iterator[None]:
         try:
             yield
         except Exception as error:  # whatever a decoder raises on a broken file
             _LOG.warning("%s of %s failed: %s", what, self._video.path, error)
-            raise ToolError(f"{told} could not be read") from error
+            raise ToolError(f"{subject} could not be read") from error
 
 
 ToolFunction = Callable[[ToolCall, ToolContext], str | FoundFrames | Frames]
@@ -136,10 +136,10 @@ def registry(*tools: Tool) -> Tools:
     Raises:
         ValueError: two have the same name.
     """
-    named = {tool.name: tool for tool in tools}
-    if len(named) < len(tools):
+    by_name = {tool.name: tool for tool in tools}
+    if len(by_name) < len(tools):
         raise ValueError(f"tools {', '.join(tool.name for tool in tools)}: a name occurs twice")
-    return named
+    return by_name
 
 
 def function_tool(function: Callable[..., Any]) -> Tool:
@@ -157,10 +157,10 @@ def function_tool(function: Callable[..., Any]) -> Tool:
             raise ToolError(str(error)) from error
         if signature.takes_context:
             arguments[CONTEXT] = context
-        found = function(**arguments)
-        if not isinstance(found, str | Frames | FoundFrames):
-            raise TypeError(f"it returned {type(found).__name__}, neither text nor Frames")
-        return found
+        output = function(**arguments)
+        if not isinstance(output, str | Frames | FoundFrames):
+            raise TypeError(f"it returned {type(output).__name__}, neither text nor Frames")
+        return output
 
     return Tool(signature.schema, run, sees_frame_budget=signature.takes_context)
 
@@ -223,10 +223,10 @@ def agent_tools(config: AgentConfig) -> Tools:
 def _tool(name: str, config: AgentConfig) -> Tool:
     if name in MAKERS:
         return MAKERS[name](config)
-    found = load(name)
-    if not callable(found):
+    function = load(name)
+    if not callable(function):
         raise ValueError(f"{name} is no function")
-    return function_tool(found)
+    return function_tool(function)
 
 
 TOOLS: Tools = agent_tools(AgentConfig())

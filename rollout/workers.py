@@ -31,11 +31,11 @@ class Workers:
     """A fixed number of working threads, first come, first served.
 
     Equal keys are one job: whoever asks later, also after it is done, gets the same result, unless
-    `kept` younger ones have come since.
+    `max_jobs` younger ones have come since.
     """
 
-    def __init__(self, threads: int, kept: int | None = None, share: Share = done_here) -> None:
-        self._pool, self._kept, self._share = ThreadPoolExecutor(threads), kept, share
+    def __init__(self, threads: int, max_jobs: int | None = None, share: Share = done_here) -> None:
+        self._pool, self._max_jobs, self._share = ThreadPoolExecutor(threads), max_jobs, share
         self._jobs: OrderedDict[Hashable, Job] = OrderedDict()
         self.submitted = 0
         """How often work was submitted, answered by an earlier job or not."""
@@ -55,7 +55,7 @@ class Workers:
             timed = functools.partial(within_seconds, work, timeout)
             self._jobs[key] = self._share(place, self._pool.submit, timed)
         job = self._jobs[key]
-        if self._kept is not None and len(self._jobs) > self._kept:
+        if self._max_jobs is not None and len(self._jobs) > self._max_jobs:
             self._jobs.popitem(last=False)  # whoever waits for it still holds it
         return job
 

@@ -114,10 +114,10 @@ class TokenAutomata:
         Raises:
             ValueError: unknown grammar, a head that breaks it, or a stop id that is no token.
         """
-        wanted = sampling.stop, sampling.stop_ids
-        if wanted not in self._searches:
-            self._searches[wanted] = self._add_search(*wanted)
-        return self._searches[wanted], self._grammar_state(sampling.constrain, given)
+        stops = sampling.stop, sampling.stop_ids
+        if stops not in self._searches:
+            self._searches[stops] = self._add_search(*stops)
+        return self._searches[stops], self._grammar_state(sampling.constrain, given)
 
     def _grammar_state(self, name: str, given: Sequence[int]) -> int:
         if not name:

@@ -120,26 +120,28 @@ class Caches:
         self,
         policy: Policy,
         pools: Mapping[str, SlotPool],
-        seen: int,
+        penalty_vocab: int,
         under_mesh: Callable[[Callable[..., Any]], Callable[..., Any]],
         shards: Callable[[], int],
         grows_from: int = GROWS_FROM,
     ) -> None:
         """
         Args:
-            seen: the vocabulary, if what rows have seen is kept; else 0.
+            penalty_vocab: size of the vocabulary where repetition penalties need to know the
+                tokens of each row; else 0.
             under_mesh: puts a jitted function under the mesh of the engine.
             shards: parts that this mesh splits rows into.
             grows_from: bytes of the caches of a pool from which on it grows, see `GROWS_FROM`.
         """
         self._grows_from = grows_from
-        self._policy, self._pools, self._seen, self._shards = policy, dict(pools), seen, shards
+        self._policy, self._pools = policy, dict(pools)
+        self._penalty_vocab, self._shards = penalty_vocab, shards
         self._make = under_mesh(jax.jit(self._empty, static_argnums=(0, 1, 2)))
         self._grow = under_mesh(jax.jit(CacheArray.grown, static_argnums=(1, 2)))
         self.states: dict[str, PoolState] = {}
         """Empty while they are given back."""
         self._peak = 0
-        self.held = False
+        self.fixed = False
         """Whether they stay at this size, and tokens without a page are dropped: in rehearsals."""
         self.growing = max(pools, key=lambda name: pools[name].rows * pools[name].suffix)
         """The pool that grows."""
@@ -159,12 +161,12 @@ class Caches:
 
     def _sizes(self, shards: int, rung: int) -> dict[str, tuple[SlotPool, int, int]]:
         """Each pool, the groups of its rows, and the pages of a group."""
-        found = {}
+        sizes = {}
         for name, pool in self._pools.items():
             counts = self._pages(name, shards)
             count = counts[rung] if name == self.growing else counts[-1]
-            found[name] = pool, _groups(pool, shards), count
-        return found
+            sizes[name] = pool, _groups(pool, shards), count
+        return sizes
 
     def _pages(self, name: str, shards: int) -> list[int]:
         """Pages of each group, step by step up to those of its rows at their longest."""
@@ -231,8 +233,8 @@ class Caches:
             if leaf.dtype == jnp.int32:
                 return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
             axes = SLOT_AXES[: leaf.ndim] if leaf.ndim > 2 else ("batch", None)
-            home = sharding(mesh, axes, leaf.shape)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+            placement = sharding(mesh, axes, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
         return jax.tree.map(lay_out, self._shapes(batch_shards(dict(mesh.shape)), -1))
 
@@ -252,7 +254,7 @@ class Caches:
             table=_free_table(pool, groups, count),
         )
         hidden = jnp.zeros((pool.rows, self._policy.width))
-        seen = jnp.zeros((pool.rows, self._seen), bool) if self._seen else None
+        seen = jnp.zeros((pool.rows, self._penalty_vocab), bool) if self._penalty_vocab else None
         return PoolState(cache, *(split_rows(x) for x in (hidden, seen)))
 
 

@@ -158,8 +158,8 @@ class Engine:
         self.encode = self._on_mesh(jax.jit(self._encode))
         self.prefill = self._on_mesh(jax.jit(self._prefill, donate_argnames=("state",)))
         self.append = self._on_mesh(jax.jit(self._append, donate_argnames=("state",)))
-        seen = automata.vocab if penalties else 0
-        self.caches = Caches(policy, pools, seen, self._on_mesh, self.shards, grows_from)
+        penalty_vocab = automata.vocab if penalties else 0
+        self.caches = Caches(policy, pools, penalty_vocab, self._on_mesh, self.shards, grows_from)
         self.decode = self._on_mesh(jax.jit(self._decode, donate_argnames=("states",)))
         self._hand_over: jax.stages.Wrapped | None = None
         self.hand_over_seconds = 0.0
@@ -199,8 +199,8 @@ class Engine:
     def metrics(self) -> dict[str, float]:
         """The largest caches since this was last asked, and what the last hand-over took, if
         weights are handed over."""
-        told = {"rollout/cache_mib": self.caches.take_peak() / 2**20}
-        return told if self.mesh is None else told | {"time/hand_over": self.hand_over_seconds}
+        caches = {"rollout/cache_mib": self.caches.take_peak() / 2**20}
+        return caches if self.mesh is None else caches | {"time/hand_over": self.hand_over_seconds}
 
     def cache_bytes(self, rung: int = -1) -> int:
         """Memory of the caches of all pools, over all devices: the largest, or those of a step of
@@ -397,7 +397,7 @@ def _listed(
     """With the likeliest tokens of one more draw."""
     if so_far is None or drawn is None:
         return so_far
-    return jax.tree.map(lambda all_of, own: all_of.at[:, step].set(own), so_far, drawn)
+    return jax.tree.map(lambda all_of, column: all_of.at[:, step].set(column), so_far, drawn)
 
 
 def _moved_on(
@@ -423,9 +423,9 @@ def _mark_padded(
     seen: Bool[Array, "n vocab"], padded: PaddedTokens, rows: Int[Array, " m"] | None
 ) -> Bool[Array, "n vocab"]:
     """Given tokens count as seen."""
-    places = jnp.arange(len(seen)) if rows is None else rows
+    numbers = jnp.arange(len(seen)) if rows is None else rows
     real = jnp.arange(padded.tokens.shape[1])[None] < jnp.asarray(padded.lengths)[:, None]
-    return seen.at[places[:, None], padded.tokens].max(real)
+    return seen.at[numbers[:, None], padded.tokens].max(real)
 
 
 def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Array, "b d"]:

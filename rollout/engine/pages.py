@@ -24,7 +24,7 @@ class PageBook:
             count: pages of each group.
         """
         self._per_group, self._groups, self._most, self._slots = rows // groups, groups, most, slots
-        self._taken: dict[int, list[int]] = {}
+        self._by_row: dict[int, list[int]] = {}
         self._free: list[list[int]] = [[] for _ in range(groups)]
         self._count = 0
         self._table: PageTable | None = None
@@ -41,7 +41,7 @@ class PageBook:
         """Give these rows the pages that they need for so many tokens each; gives none if there are
         too few."""
         missing = {
-            row: -(-count // self._slots) - len(self._taken.get(row, ()))
+            row: -(-count // self._slots) - len(self._by_row.get(row, ()))
             for row, count in tokens.items()
         }
         needed = [0] * self._groups
@@ -52,13 +52,13 @@ class PageBook:
         for row, count in missing.items():
             for _ in range(count):
                 page = heapq.heappop(self._free[row // self._per_group])
-                self._taken.setdefault(row, []).append(page)
+                self._by_row.setdefault(row, []).append(page)
                 self._table = None
         return True
 
     def release(self, row: int) -> None:
         """A row that is closed needs none."""
-        for page in self._taken.pop(row, ()):
+        for page in self._by_row.pop(row, ()):
             heapq.heappush(self._free[row // self._per_group], page)
             self._table = None
 
@@ -74,9 +74,9 @@ class PageBook:
         pages = np.full((*shape, self._most), self._count, np.int32)
         owners = np.full((self._groups, self._count), self._per_group, np.int32)
         order = np.zeros((self._groups, self._count), np.int32)
-        for row, own in self._taken.items():
+        for row, numbers in self._by_row.items():
             group, place = divmod(row, self._per_group)
-            pages[group, place, : len(own)] = own
-            owners[group, own] = place
-            order[group, own] = np.arange(len(own))
+            pages[group, place, : len(numbers)] = numbers
+            owners[group, numbers] = place
+            order[group, numbers] = np.arange(len(numbers))
         return PageTable(pages, owners, order)

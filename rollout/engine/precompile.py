@@ -66,12 +66,12 @@ class InputSizes:
 
 
 def _distinct(ranges: Iterable[SizeRange], unit: int, cap: int) -> list[Size]:
-    found = {
+    by_shape = {
         static_size(tokens, frames, unit, cap): (tokens, frames)
-        for own in ranges
-        for tokens, frames in own.sizes(unit, cap)
+        for lengths in ranges
+        for tokens, frames in lengths.sizes(unit, cap)
     }
-    return [found[key] for key in sorted(found)]
+    return [by_shape[key] for key in sorted(by_shape)]
 
 
 Progress = AbstractContextManager[Callable[[], object]]
@@ -103,16 +103,16 @@ def precompile(
     requests = [list(first.requests())]
     requests += [list(first.of_each_size())] * (engine.caches.rungs - 1)
     with progress(sum(map(len, requests))) as done:
-        for rung, own in enumerate(requests):
+        for rung, of_rung in enumerate(requests):
             engine.caches.release()
             engine.caches.open(rung)
             # A block that is longer than it seems by its size may come at any of them.
-            engine.caches.held = True
+            engine.caches.fixed = True
             precompiler = _Precompiler(engine, params, inputs, patch_values)
-            for request in own:
+            for request in of_rung:
                 precompiler.run(*request)
                 done()
-    engine.caches.held = False
+    engine.caches.fixed = False
     _grow(engine)
     return engine.compilations - before
 

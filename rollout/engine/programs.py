@@ -116,8 +116,10 @@ class EngineCalls:
         rows = sum(self._engine.pools[name].rows for name in pools)
         automata = self._engine.automata
         generating: GeneratingRows = jax.tree.map(_like, generating_rows([None] * rows))
-        home = sharding(self._mesh, (None, None), (1, 1))
-        table = jax.ShapeDtypeStruct((automata.states, automata.vocab), jnp.int16, sharding=home)
+        placement = sharding(self._mesh, (None, None), (1, 1))
+        table = jax.ShapeDtypeStruct(
+            (automata.states, automata.vocab), jnp.int16, sharding=placement
+        )
         states = tuple(self._states[name] for name in pools)
         arguments = self._params, states, generating, table, _host((), jnp.int32)
         return EngineCall("decode", tuple(pools), rows, 1, 0, arguments)
@@ -145,8 +147,8 @@ class EngineCalls:
 
         def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
             axes = ("batch", *(None,) * (leaf.ndim - 1))
-            home = sharding(self._mesh, axes, leaf.shape)
-            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
+            placement = sharding(self._mesh, axes, leaf.shape)
+            return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placement)
 
         return jax.tree.map(lay_out, made)
 

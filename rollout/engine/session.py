@@ -186,8 +186,8 @@ class Session:
             prompts = [group.prompt for group in [*batch, *[batch[0]] * spare]]
             features, index = self._encode(prompts, frames)
             padded = pad(prompts, index, tokens, self._engine.pad_id)
-            own = [group.slot for group in batch]
-            slots = np.array([*own, *[table.pool.prompts] * spare], np.int32)
+            filled_slots = [group.slot for group in batch]
+            slots = np.array([*filled_slots, *[table.pool.prompts] * spare], np.int32)
             filled = self._engine.prefill(
                 self._params, table.state.prompts, padded, features, slots
             )
@@ -211,14 +211,14 @@ class Session:
     def _append_batch(
         self,
         table: SlotTable,
-        told: set[StreamState],
+        rows: set[StreamState],
         placed: Sequence[StreamState | None],
         tokens: int,
         frames: int,
     ) -> None:
-        """One batch with a row for each of `placed`, empty for those that are not `told`."""
+        """One batch with a row for each of `placed`, empty for those that are not among `rows`."""
         blank = text_block([])
-        given = [row.given if row in told and row.given else blank for row in placed]
+        given = [row.given if row in rows and row.given else blank for row in placed]
         starts = [0 if row is None else row.position for row in placed]
         features, index = self._encode(given, frames)
         padded = pad(given, index, tokens, self._engine.pad_id, starts)
@@ -229,7 +229,7 @@ class Session:
             numbers = [beyond if row is None else row.number for row in placed]
             numbers = np.array(numbers, np.int32)
         table.state = self._engine.append(self._params, table.current(), padded, features, numbers)
-        for row in told:
+        for row in rows:
             assert row.given is not None
             row.length += len(row.given.tokens)
             row.position += next_position(row.given.positions)
@@ -287,7 +287,9 @@ def _collect(
     row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
     if row.listed and (likeliest := output.alternatives) is not None:
         columns = likeliest.tokens, likeliest.log_probs
-        row.alternatives.append(Alternatives(*(own[number, :count].copy() for own in columns)))
+        row.alternatives.append(
+            Alternatives(*(entries[number, :count].copy() for entries in columns))
+        )
     row.length, row.position = row.length + count, row.position + count
     row.remaining -= count
     row.automata = output.automata[number].tolist()

@@ -83,12 +83,12 @@ class StreamState:
     def take_turn(self, stopped: bool, eos_ids: Sequence[int]) -> Generated:
         """The turn that just ended; the row is idle again."""
         # A turn may both end and use up its limit with one token: then it has ended.
-        own, reason, choices = self.written, StopReason.LENGTH, Choices.joined(self.choices)
+        turn, reason, choices = self.written, StopReason.LENGTH, Choices.joined(self.choices)
         if stopped:
-            reason = StopReason.END if own.tokens[-1] in eos_ids else StopReason.STOP
+            reason = StopReason.END if turn.tokens[-1] in eos_ids else StopReason.STOP
         self.tokens, self.log_probs, self.choices, self.remaining = [], [], [], 0
         self.alternatives = []
-        return Generated(own.tokens, own.log_probs, reason, choices, own.alternatives)
+        return Generated(turn.tokens, turn.log_probs, reason, choices, turn.alternatives)
 
 
 def _joined(parts: Sequence[Alternatives]) -> Alternatives:
@@ -144,7 +144,7 @@ class SlotTable:
     def reserve(self, tokens: Mapping[StreamState, int]) -> None:
         """Pages for so many tokens after the prompts of these rows; the cache grows if need be."""
         needed = {row.number: count for row, count in tokens.items()}
-        while not self._pages.reserve(needed) and not self._caches.held:
+        while not self._pages.reserve(needed) and not self._caches.fixed:
             self._pages.grow(self._caches.grow(self.name))
 
     def admit(self) -> list[PromptGroup]:

@@ -137,7 +137,7 @@ def test_who_is_offered_no_tools_has_one_turn():
 
 
 def test_workers_forget_what_is_old():
-    with Workers(1, kept=2) as workers:
+    with Workers(1, max_jobs=2) as workers:
         done = [workers.submit(key, lambda key=key: [key], 5).result() for key in "abcbca"]
     assert [key for (key,) in done] == list("abcbca")
     assert workers.jobs == 4 and workers.submitted == 6
