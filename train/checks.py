@@ -64,8 +64,8 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
     Args:
       here: the run is for the devices of this machine (not compiled ahead for others).
       planned: it is only looked at, and may be for a mesh of other devices."""
-    given = {"--model": config.model.folder, "--data": config.data.path}
-    missing = [flag for flag in config.needs if given[flag] is None]
+    paths = {"--model": config.model.folder, "--data": config.data.path}
+    missing = [flag for flag in config.needs if paths[flag] is None]
     if missing and here:
         raise ValueError(f"--recipe {config.recipe} needs {' and '.join(missing)}")
     if is_remote(config.model.folder):
@@ -85,8 +85,8 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         elif path is not None and not Path(path).exists():
             raise ValueError(f"{name} {path}: no such file or folder; check the path")
     if here:
-        asked = config.mesh, config.rollout_devices
-        mesh = planned_mesh(*asked) if planned else setup.open_mesh(config)
+        devices = config.mesh, config.rollout_devices
+        mesh = planned_mesh(*devices) if planned else setup.open_mesh(config)
         check_rows_fit(config, mesh)
         check_rollout_mesh(config, mesh)
         check_staleness(config, mesh)
@@ -146,14 +146,14 @@ def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
     ways = batch_shards(dict(mesh.shape))
     rl = config.rl
     rows = rl.micro_groups * rl.group_size
-    named = f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"
+    settings = f"rl.micro_groups={rl.micro_groups} x rl.group_size={rl.group_size}"
     if config.packs_conversations:
-        rows, named = config.sft.micro_rows, "sft.micro_rows"
+        rows, settings = config.sft.micro_rows, "sft.micro_rows"
     elif config.stage is Stage.SFT:
         return  # tasks of the needle world have too few rows for many devices
     if rows % ways:
         raise ValueError(
-            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({named}); make it a "
+            f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({settings}); make it a "
             "multiple"
         )
 
@@ -188,12 +188,12 @@ def check_staleness(config: Config, mesh: AnyMesh) -> None:
     Raises:
       ValueError: on several hosts, or on several devices that both use.
     """
-    own, hosts = f"rl.staleness={config.rl.staleness}", jax.process_count()
+    setting, hosts = f"rl.staleness={config.rl.staleness}", jax.process_count()
     if config.rl.staleness and hosts > 1:
-        raise ValueError(f"{own} on {hosts} hosts: it needs a single one; set it to 0")
+        raise ValueError(f"{setting} on {hosts} hosts: it needs a single one; set it to 0")
     if config.rl.staleness and mesh.size > 1 and not config.rollout_devices:
         raise ValueError(
-            f"{own} on {mesh.size} devices: programs of rollouts and learner on the same ones "
+            f"{setting} on {mesh.size} devices: programs of rollouts and learner on the same ones "
             "could wait for one another for ever; give --rollout-devices, or set it to 0"
         )
 
@@ -247,14 +247,14 @@ def tell_changes(
 
 def notes(config: Config) -> list[str]:
     """What a user should know of settings that do what they say, and perhaps not what was meant."""
-    found = [warm_up_note(config.optimizer, config.optimizer_steps)]
+    lines = [warm_up_note(config.optimizer, config.optimizer_steps)]
     behind, correction = config.rl.staleness, config.objective.correction
     if behind and correction.weights == "none" and not correction.bypass:
-        found.append(
+        lines.append(
             f"rl.staleness={behind} with objective.correction.weights=none: rollouts of older "
             "weights are learned from as if they were of the newest"
         )
-    return [note for note in found if note]
+    return [note for note in lines if note]
 
 
 def whole_notes(policy: ModelPolicy, mesh: AnyMesh) -> list[str]:
@@ -279,7 +279,7 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
     micro = "sft.micro_rows" if sft else "rl.micro_groups"
     now, rows = (config.sft.micro_rows, 1) if sft else (rl.micro_groups, rl.group_size)
     # Fewer rows than devices are refused.
-    found = {
+    remedies = {
         f"a smaller {micro} than {now}": any(n * rows % ways == 0 for n in range(1, now)),
         "model.remat=true": not model.remat,
         "model.remat_keeps=nothing": model.remat and model.remat_keeps != "nothing",
@@ -297,7 +297,7 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
         f"a smaller rl.prompts_per_step than {rl.prompts_per_step}": not sft,
         "more devices on fsdp in --mesh": True,
     }
-    helping = [remedy for remedy, helps in found.items() if helps]
+    helping = [remedy for remedy, helps in remedies.items() if helps]
     return [f"what helps: {', '.join(helping)}; --dry-run shows what each device holds"]
 
 
@@ -320,8 +320,8 @@ def describe(config: Config) -> None:
         print(note)
     print(format_footprint(planned_footprint(parts, mesh, rows), apart > 0))
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, parts.policy.table)
-    kept = config.teacher.strength > 0, config.rl.staleness
-    size = checkpoint_bytes(parts.policy, optimizer, config.model, *kept)
+    copies = config.teacher.strength > 0, config.rl.staleness
+    size = checkpoint_bytes(parts.policy, optimizer, config.model, *copies)
     print(format_checkpoint(size))
 
 
@@ -332,11 +332,11 @@ def planned_footprint(
     config, policy = parts.config, parts.policy
     optimizer = make_optimizer(config.optimizer, config.optimizer_steps, policy.table)
     pools = parts.pools(rows or [EXAMPLE]) if config.stage is Stage.RL else None
-    taught, named = config.teacher.strength > 0, (config.rollout_mesh, policy, mesh)
-    rollouts = planned_rollouts(*named, config.rollout_devices)
+    taught, meshes = config.teacher.strength > 0, (config.rollout_mesh, policy, mesh)
+    rollouts = planned_rollouts(*meshes, config.rollout_devices)
     reference = config.rl.reference_memory == "device"
-    kept = reference, config.rl.staleness
-    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, *kept)
+    copies = reference, config.rl.staleness
+    return footprint(policy, optimizer, config.model, mesh, taught, pools, rollouts, *copies)
 
 
 def compile_only(
@@ -358,12 +358,12 @@ def compile_only(
     done: list[Report] = []
     for topology in (part.strip() for part in topologies.split(",")):
         for report in _compile_for(config, topology, names, tell):
-            found = [own.json() for own in [*done, report]]
-            write_atomically(target, json.dumps(found, indent=2) + "\n")
+            reports = [one.json() for one in [*done, report]]
+            write_atomically(target, json.dumps(reports, indent=2) + "\n")
         tell(report.text())
         done.append(report)
     tell(f"the figures are in {target}")
-    misfits = [misfit_line(own, report.topology) for report in done for own in report.misfits]
+    misfits = [misfit_line(one, report.topology) for report in done for one in report.misfits]
     if misfits:
         ways = min(batch_shards(dict(report.mesh.shape)) for report in done if report.misfits)
         raise ValueError("; ".join([*misfits, *memory_remedies(config, ways)]))
@@ -383,37 +383,37 @@ def _compile_for(
         rollouts, generated = rl.prompts_per_step * rl.group_size, config.agent.generated_tokens
     for note in whole_notes(setup.Parts(config).policy, mesh):
         tell(f"{topology}, note: {note}")
-    calls = {own.name: own.calls for own in programs}
-    rollout_mesh = next((own.mesh for own in programs if own.of_engine), None)
+    calls = {program.name: program.calls for program in programs}
+    rollout_mesh = next((program.mesh for program in programs if program.of_engine), None)
     report = Report(topology, mesh, (), rollouts, generated, calls, rollout_mesh)
     for program in _named(programs, names):
-        found = measure(program, lambda line: tell(f"{topology} {line}"))
-        report = dataclasses.replace(report, measured=(*report.measured, found))
+        figures = measure(program, lambda line: tell(f"{topology} {line}"))
+        report = dataclasses.replace(report, measured=(*report.measured, figures))
         yield report
 
 
 def _named(programs: list[Program], names: Sequence[str]) -> list[Program]:
     """Those of these names, in their order; all without any."""
-    known = [own.name for own in programs]
-    unknown = [name for name in names if name not in known]
+    existing = [program.name for program in programs]
+    unknown = [name for name in names if name not in existing]
     if unknown:
         raise ValueError(
             f"--programs {', '.join(unknown)}: this run has none of that name; choose from "
-            f"{', '.join(known)}"
+            f"{', '.join(existing)}"
         )
-    return [programs[known.index(name)] for name in names] or programs
+    return [programs[existing.index(name)] for name in names] or programs
 
 
 def thinking_note(config: Config, opening: str) -> list[str]:
     """What follows from a chat template that opens turns with a thought (Thinking models)."""
     if not opening:
         return []
-    told = f"the chat template opens {THINK_OPEN} by itself: every turn begins with {opening!r}"
+    note = f"the chat template opens {THINK_OPEN} by itself: every turn begins with {opening!r}"
     if config.stage is Stage.SFT:
-        return [f"{told}, which is not learned"]
+        return [f"{note}, which is not learned"]
     agent = config.agent
     return [
-        f"{told}, whatever agent.think_prefix={agent.think_prefix!r} says. Sub-agents think, "
+        f"{note}, whatever agent.think_prefix={agent.think_prefix!r} says. Sub-agents think, "
         f"within agent.subagent_thought_tokens={agent.subagent_thought_tokens}, and report what "
         "follows"
     ]
@@ -423,10 +423,10 @@ def describe_data(parts: setup.Parts) -> list[Row]:
     """Print what `--data` and what is mixed with it hold; returns the questions."""
     config = parts.config
     if config.packs_conversations:
-        found = open_conversations(config.data, parts.renderer)
-        notes = setup.system_notes(config, found.rows)
-        print(describe_conversations(found), *notes, sep="\n")
-        try_media(config, found, "data.max_rejected")
+        data = open_conversations(config.data, parts.renderer)
+        notes = setup.system_notes(config, data.rows)
+        print(describe_conversations(data), *notes, sep="\n")
+        try_media(config, data, "data.max_rejected")
         return []
     return describe_questions(parts) if config.data.path or config.data.mixture else []
 
@@ -436,29 +436,33 @@ def describe_questions(parts: setup.Parts) -> list[Row]:
     those that can be used."""
     config, data, evaluation = parts.config, parts.config.data, parts.config.evaluation
     sets = read_questions(data, evaluation, parts.check)
-    for found in sets:
-        paths = {video.path for row in found.rows for video in row.videos}
-        print(f"{len(found.rows)} questions about {len(paths)} videos", *found.report(), sep="\n")
-        try_media(config, found, "data.max_bad_rows")
+    for questions in sets:
+        paths = {video.path for row in questions.rows for video in row.videos}
+        print(
+            f"{len(questions.rows)} questions about {len(paths)} videos",
+            *questions.report(),
+            sep="\n",
+        )
+        try_media(config, questions, "data.max_bad_rows")
     if data.path:
         print(split_sets(data, evaluation, sets).report())
-    return [row for found in sets for row in found.rows]
+    return [row for questions in sets for row in questions.rows]
 
 
-def try_media(config: Config, found: Found, setting: str) -> None:
+def try_media(config: Config, data: Found, setting: str) -> None:
     """Decode frames of the files of a data set and print which cannot be.
 
     Raises:
       ValueError: they are more than the setting allows.
     """
     reader = VideoReader(cache_bytes=0, decode_seconds=config.data.decode_seconds)
-    media = check_media(found.rows, reader)
+    media = check_media(data.rows, reader)
     print(*media.report(), sep="\n")
     media.check(setting, getattr(config.data, setting.removeprefix("data.")))
 
 
-def describe_conversations(found: Found[Conversation]) -> str:
+def describe_conversations(data: Found[Conversation]) -> str:
     """How many conversations there are, and which cannot be used."""
-    videos = {video.path for row in found.rows for video in row.videos}
-    first = f"{len(found.rows)} conversations, {len(videos)} videos"
-    return "\n".join([first, *found.report()])
+    videos = {video.path for row in data.rows for video in row.videos}
+    first = f"{len(data.rows)} conversations, {len(videos)} videos"
+    return "\n".join([first, *data.report()])

@@ -107,9 +107,9 @@ def _add_devices(add: Callable[..., object]) -> None:
 
 def _recipes() -> str:
     """The recipes, a line each."""
-    found = summaries()
-    width = max(map(len, found))
-    lines = [f"  {name:<{width}}  {summary}" for name, summary in found.items()]
+    recipes = summaries()
+    width = max(map(len, recipes))
+    lines = [f"  {name:<{width}}  {summary}" for name, summary in recipes.items()]
     return "\n".join(["recipes (each is a function in train/recipes/):", *lines])
 
 
@@ -133,8 +133,8 @@ def resolve(arguments: argparse.Namespace):
         key: (f"--{name}", getattr(arguments, name.replace("-", "_")))
         for name, key in FLAGS.items()
     }
-    given = {key: flag for key, flag in flags.items() if flag[1] is not None}
-    return with_whole_paths(override(config, arguments.set, given))
+    changes = {key: flag for key, flag in flags.items() if flag[1] is not None}
+    return with_whole_paths(override(config, arguments.set, changes))
 
 
 def tell(arguments: argparse.Namespace) -> None:
@@ -152,9 +152,9 @@ def tell(arguments: argparse.Namespace) -> None:
     from train.recipes import get_recipe
     from train.settings.help import help_settings
 
-    asked = arguments.help_settings
+    prefix = arguments.help_settings
     config = Config if arguments.recipe is None else get_recipe(arguments.recipe)
-    _print(help_settings(config, "" if asked is True else asked))
+    _print(help_settings(config, "" if prefix is True else prefix))
 
 
 def _print(text: str) -> None:
@@ -179,8 +179,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError("--programs names what is compiled: give --compile-only as well")
         if not (arguments.dry_run or arguments.compile_only):
             # At once: what is imported next takes seconds.
-            named = arguments.recipe or arguments.workdir or DEFAULT_RECIPE
-            print(f"{named}: importing JAX and reading the configuration", flush=True)
+            subject = arguments.recipe or arguments.workdir or DEFAULT_RECIPE
+            print(f"{subject}: importing JAX and reading the configuration", flush=True)
         mirror = _open_mirror(arguments)
         config = resolve(arguments)
         from train import checks, run
@@ -198,8 +198,8 @@ def main(argv: list[str] | None = None) -> int:
             checks.describe(config)
         elif arguments.compile_only:
             target = workdir / "compile.json"
-            asked = arguments.compile_only, target, _print, arguments.programs
-            checks.compile_only(config, *asked)
+            options = arguments.compile_only, target, _print, arguments.programs
+            checks.compile_only(config, *options)
         else:
             from evaluate.page.write import write_page
 

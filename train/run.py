@@ -55,17 +55,17 @@ from train.workdir.retention import Retention
 from train.workdir.saving import Saver
 
 
-def name_workdir(config: Config, given: str | None) -> Path:
+def name_workdir(config: Config, workdir: str | None) -> Path:
     """Where the run writes: `--workdir`, or a new folder below `runs/`.
 
     Raises:
       ValueError: several hosts, which could not agree on a name.
     """
-    if given is None and jax.process_count() > 1:
+    if workdir is None and jax.process_count() > 1:
         raise ValueError("--workdir is needed on several hosts: name one folder that all can see")
     stamp = time.strftime("%Y%m%d-%H%M%S")
     recipe = config.recipe.rpartition(":")[2]  # of a recipe from a file, its function
-    return Path(given or f"runs/{recipe}-{stamp}").absolute()
+    return Path(workdir or f"runs/{recipe}-{stamp}").absolute()
 
 
 WritePage = Callable[[Path], Path]
@@ -186,8 +186,8 @@ class Run:
 
     def _saver(self) -> Saver:
         """What saves the run."""
-        kept = self.checkpoints, self.config.output, SIGNALS_OF_RUN, self.lock, self.first_step
-        return Saver(*kept, *([self.mid_run.figure] if self.mid_run else []))
+        parts = self.checkpoints, self.config.output, SIGNALS_OF_RUN, self.lock, self.first_step
+        return Saver(*parts, *([self.mid_run.figure] if self.mid_run else []))
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
@@ -226,15 +226,15 @@ class Run:
 
     def _held_out(self) -> HeldOut:
         """Puts the held-out questions to the agent."""
-        own, data, console = self.config.evaluation, self.config.data, self.log.console
-        by_events, bad = functools.partial(strata, data, own.split), data.max_bad_rows
-        return HeldOut(own, self.held_out, self.agents, self.scorer, bad, by_events, console)
+        settings, data, console = self.config.evaluation, self.config.data, self.log.console
+        by_events, bad = functools.partial(strata, data, settings.split), data.max_bad_rows
+        return HeldOut(settings, self.held_out, self.agents, self.scorer, bad, by_events, console)
 
     def _evaluation(self, held_out: HeldOut) -> BeforeAfter:
         """Evaluation on held-out questions, before and after."""
-        own, data, console = self.config.evaluation, self.config.data, self.log.console
-        part = "test" if own.split == "test" and not data.path else "held-out"
-        title = f"{len(self.held_out)} {part} questions, K={own.frame_budget}"
+        settings, data, console = self.config.evaluation, self.config.data, self.log.console
+        part = "test" if settings.split == "test" and not data.path else "held-out"
+        title = f"{len(self.held_out)} {part} questions, K={settings.frame_budget}"
         deciding = evaluated_settings(self.config)
         return BeforeAfter(held_out, deciding, self.workdir, title, console)
 
@@ -295,8 +295,12 @@ class Run:
             ahead = self._ahead(rollouts, resumable, metrics, clock, stop)
             rollouts, resumable, metrics = ahead, ahead.resumable, [ahead.metrics]
             beside = {"older": ahead.older, "end": ahead.close}
-        own, tools = config.teacher, config.agent.offers_tools
-        taught = TaughtLearner(learner, own, self.agents.renderer, tools) if own.strength else None
+        teacher, tools = config.teacher, config.agent.offers_tools
+        taught = (
+            TaughtLearner(learner, teacher, self.agents.renderer, tools)
+            if teacher.strength
+            else None
+        )
         return RlRun(
             steps=config.steps,
             rollouts=rollouts,
@@ -371,9 +375,9 @@ class Run:
     def _finish(self) -> None:
         """Evaluation, table and export."""
         if self.evaluation is not None:
-            last, found = self.mid_run.last if self.mid_run else (-1, {})
-            known = found if last == self.config.steps else None
-            self.evaluation.after(self.state.params, known)
+            last, metrics = self.mid_run.last if self.mid_run else (-1, {})
+            final = metrics if last == self.config.steps else None
+            self.evaluation.after(self.state.params, final)
         if self.config.output.export_hf:
             self._export()
         if self.lock is not None:

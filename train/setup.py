@@ -149,28 +149,29 @@ class Parts:
     @functools.cached_property
     def policy(self) -> ModelPolicy:
         """The model."""
-        own = self.config.model
+        model = self.config.model
         return open_policy(
             self.base,
-            compute_dtype=own.compute_dtype,
-            remat=own.remat,
-            lora=own.lora,
-            cache_dtype=own.cache_dtype,
-            gradient_dtype=own.gradient_dtype,
-            remat_keeps=own.remat_keeps,
-            remat_block=own.remat_block,
-            attention=own.attention,
+            compute_dtype=model.compute_dtype,
+            remat=model.remat,
+            lora=model.lora,
+            cache_dtype=model.cache_dtype,
+            gradient_dtype=model.gradient_dtype,
+            remat_keeps=model.remat_keeps,
+            remat_block=model.remat_block,
+            attention=model.attention,
         )
 
     def params(self, mesh: Mesh) -> FlatParams:
         """The weights to start from: the folder's, or fresh ones; adapters beside them."""
-        key, own, table = jax.random.key(self.config.seed), self.config.model, self.policy.table
-        if own.folder is None:
+        key, model = jax.random.key(self.config.seed), self.config.model
+        table = self.policy.table
+        if model.folder is None:
             return initialise(table, key, mesh)
         params = load_params(self.base, self.policy.without_lora.table, mesh)
-        if own.adapter is None:
+        if model.adapter is None:
             return params | initialise(adapter_table(table), key, mesh)
-        return params | load_adapter(own.adapter, table, own.lora, mesh)
+        return params | load_adapter(model.adapter, table, model.lora, mesh)
 
     @functools.cached_property
     def renderer(self) -> ChatRenderer:
@@ -180,14 +181,14 @@ class Parts:
     @functools.cached_property
     def reader(self) -> VideoReader:
         """Decodes overviews and crops; frames are kept at the size that the model sees."""
-        own = self.config.data
+        data = self.config.data
         return VideoReader(
-            own.crop_fps,
-            own.crop_frames,
-            own.cache_mb * 2**20,
+            data.crop_fps,
+            data.crop_frames,
+            data.cache_mb * 2**20,
             spec=self.renderer.spec,
-            overview_tokens=own.overview_tokens,
-            decode_seconds=own.decode_seconds,
+            overview_tokens=data.overview_tokens,
+            decode_seconds=data.decode_seconds,
         )
 
     @functools.cached_property
@@ -259,9 +260,9 @@ class Parts:
     def packed_data(self) -> tuple[PackedData, list[str]]:
         """Packed conversations of `--data`, and what a user should know of them."""
         config = self.config
-        found = open_conversations(config.data, self.renderer)
+        conversations = open_conversations(config.data, self.renderer)
         data = pack_conversations(
-            found.rows,
+            conversations.rows,
             config.sft.packing,
             config.data,
             config.seed,
@@ -270,7 +271,7 @@ class Parts:
             tools=config.agent.offers_tools,
             most_tokens=(self.room.tokens, self.policy.context_length),
         )
-        return data, [*found.report(), *system_notes(config, found.rows)]
+        return data, [*conversations.report(), *system_notes(config, conversations.rows)]
 
     def describe_checkpoints(self, target: Path) -> None:
         """What a checkpoint needs to become a model folder again: configuration, tokenizer,
@@ -293,20 +294,20 @@ def prompt_room(config: Config, renderer: ChatRenderer, positions: int) -> Promp
     Raises:
       ValueError: naming the settings, if nothing is left.
     """
-    episode, asked = 0, config.data.max_prompt_tokens
+    episode, limit = 0, config.data.max_prompt_tokens
     if config.stage is Stage.RL:
         crop = crop_size(config.agent, config.data.crop_frames, renderer)
         episode = token_budget(config.agent, renderer, crop.tokens).suffix
         episode += hint_room(config.difficulty, renderer)
     left = positions - episode
-    if left < (asked or 1):
+    if left < (limit or 1):
         raise ValueError(
-            f"data.max_prompt_tokens={asked}: an episode takes {episode} tokens after its prompt, "
+            f"data.max_prompt_tokens={limit}: an episode takes {episode} tokens after its prompt, "
             f"and the model has max_position_embeddings={positions}; lower it, agent.turn_tokens, "
             "agent.response_tokens, agent.max_tool_rounds or agent.episode_tokens"
         )
-    if asked is not None:
-        return PromptRoom(asked, f"data.max_prompt_tokens={asked}")
+    if limit is not None:
+        return PromptRoom(limit, f"data.max_prompt_tokens={limit}")
     return PromptRoom(left, f"max_position_embeddings={positions} less an episode of {episode}")
 
 
@@ -412,11 +413,11 @@ def open_sight(
 
 def open_rollout_log(config: Config, parts: Parts, workdir: Path) -> RolloutLog | None:
     """Writes rollouts and their details, if the configuration asks for them."""
-    own, renderer = config.output, parts.renderer
-    if not own.rollouts:
+    output, renderer = config.output, parts.renderer
+    if not output.rollouts:
         return None
     contents = renderer.token_contents(parts.policy.vocab_size)
-    return RolloutLog(workdir, config.steps, own.details_mb * 2**20, contents, renderer.spec)
+    return RolloutLog(workdir, config.steps, output.details_mb * 2**20, contents, renderer.spec)
 
 
 def open_rollouts(
@@ -455,7 +456,7 @@ def system_notes(config: Config, conversations: Sequence[Conversation]) -> list[
     texts = prompt_texts(config)
     agents = texts.system + (texts.tools if config.agent.offers_tools else "")
     others = sum(
-        any(is_system(m) and m.content != (agents,) for m in own.messages) for own in conversations
+        any(is_system(m) and m.content != (agents,) for m in row.messages) for row in conversations
     )
     if config.sft.packing.system != "agent" or not others:
         return []

@@ -86,7 +86,7 @@ def abstract_state(
     step: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     parts = trainable, frozen, moments, step, dict(trainable) if teacher else {}
     # The shardings are lost in a trace, and fields hold arrays: its structure takes the shapes.
-    traced = jax.eval_shape(lambda own: TrainState(*own), parts)
+    traced = jax.eval_shape(lambda fields: TrainState(*fields), parts)
     return jax.tree.unflatten(jax.tree.structure(traced), jax.tree.leaves(parts))
 
 
@@ -101,7 +101,7 @@ def abstract_moments(
 ) -> optax.OptState:
     """Shapes and shardings of the optimiser's state, with no memory behind them."""
     return jax.tree.map(
-        lambda x, home: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=home),
+        lambda x, placement: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=placement),
         jax.eval_shape(optimizer.init, trainable),
         moment_shardings(optimizer, trainable, mesh),
     )
@@ -120,16 +120,16 @@ def moment_shardings(
         weight = None if name is None else trainable[name]
         if weight is None or weight.shape[:-1] != leaf.shape[:-1]:
             return replicated
-        own = weight.sharding
-        if weight.shape == leaf.shape or leaf.shape[-1] % _last_splits(own, leaf.ndim) == 0:
-            return own
-        return NamedSharding(mesh, PartitionSpec(*own.spec[: leaf.ndim - 1]))
+        placement = weight.sharding
+        if weight.shape == leaf.shape or leaf.shape[-1] % _last_splits(placement, leaf.ndim) == 0:
+            return placement
+        return NamedSharding(mesh, PartitionSpec(*placement.spec[: leaf.ndim - 1]))
 
     return jax.tree_util.tree_map_with_path(home, jax.eval_shape(optimizer.init, trainable))
 
 
-def _last_splits(home: NamedSharding, ndim: int) -> int:
+def _last_splits(placement: NamedSharding, ndim: int) -> int:
     """Parts that the last of `ndim` axes is split into."""
-    last = home.spec[ndim - 1] if len(home.spec) == ndim else None
+    last = placement.spec[ndim - 1] if len(placement.spec) == ndim else None
     axes = (last,) if isinstance(last, str) else last or ()
-    return math.prod(home.mesh.shape[axis] for axis in axes)
+    return math.prod(placement.mesh.shape[axis] for axis in axes)

@@ -33,8 +33,8 @@ def identities(rows: Iterable[Row]) -> Iterator[bytes]:
     """What must be alike wherever these rows are used; where their files are need not be."""
     for row in rows:
         durations = [video.duration for video in row.videos]
-        said = row.row_id, row.question, row.answer, row.question_type, row.evidence, durations
-        yield repr(said).encode()
+        values = row.row_id, row.question, row.answer, row.question_type, row.evidence, durations
+        yield repr(values).encode()
 
 
 def prompt_contents(prompts: Sequence[Item]) -> Iterator[bytes | memoryview]:
@@ -94,20 +94,23 @@ def read_questions(
     sets: list[Found[Row]] = []
     for number, path in enumerate(path for path in (data.path, *data.mixture) if path):
         own = reader if path == data.path else None
-        found = question_rows(path, data.video_root, data.question_types, fewest, check, own)
-        check_rejected(found, path, data.max_rejected)
+        questions = question_rows(path, data.video_root, data.question_types, fewest, check, own)
+        check_rejected(questions, path, data.max_rejected)
         # Seeds are derived from ids, which are unique within one data set only.
-        named = [dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in found.rows]
-        sets.append(dataclasses.replace(found, rows=named) if number else found)
-    check_subtitles(data, (video for found in sets for row in found.rows for video in row.videos))
+        renamed = [
+            dataclasses.replace(row, row_id=f"{number}/{row.row_id}") for row in questions.rows
+        ]
+        sets.append(dataclasses.replace(questions, rows=renamed) if number else questions)
+    rows = (row for questions in sets for row in questions.rows)
+    check_subtitles(data, (video for row in rows for video in row.videos))
     return sets
 
 
-def check_rejected(found: Found, path: str, limit: float) -> None:
+def check_rejected(data: Found, path: str, limit: float) -> None:
     """Refuse a data set of which too much cannot be used."""
-    if found.share_rejected > limit:
+    if data.share_rejected > limit:
         raise ValueError(
-            f"{path}: {found.summary()}. This is more than "
+            f"{path}: {data.summary()}. This is more than "
             f"data.max_rejected={limit:g} allows: `python pipelines/describe.py {path}` tells "
             "more; mend the rows, get the files, set data.video_root, or raise the limit"
         )
@@ -141,7 +144,7 @@ def open_rows(
       ValueError: a question or a video that cannot be read, or too few questions.
     """
     sets = read_questions(data, evaluation, check)
-    for line in (line for found in sets for line in found.report()):
+    for line in (line for questions in sets for line in questions.report()):
         tell(line)
     parts = split_sets(data, evaluation, sets)
     tell(parts.report())
@@ -162,12 +165,12 @@ def split_sets(
     Raises:
       ValueError: nothing would be left to train on.
     """
-    own = [found.rows for found in sets]
+    rows = [questions.rows for questions in sets]
     if data.path:
-        return split(own, evaluation.rows)
-    asked = (questions_of_world(data, split) for split in ("train", evaluation.split))
-    training, held_out = ([question.row for question in questions] for questions in asked)
-    return apart([training, *own], one_per_video(held_out)[: evaluation.rows])
+        return split(rows, evaluation.rows)
+    splits = (questions_of_world(data, split) for split in ("train", evaluation.split))
+    training, held_out = ([question.row for question in questions] for questions in splits)
+    return apart([training, *rows], one_per_video(held_out)[: evaluation.rows])
 
 
 def strata(data: DataSettings, split: str) -> dict[str, str]:
@@ -175,5 +178,5 @@ def strata(data: DataSettings, split: str) -> dict[str, str]:
     of `--data` have nothing of the kind."""
     if data.path:
         return {}
-    asked = questions_of_world(data, split)
-    return {q.row.row_id: f"{len(q.events)} event{'s' * (len(q.events) > 1)}" for q in asked}
+    questions = questions_of_world(data, split)
+    return {q.row.row_id: f"{len(q.events)} event{'s' * (len(q.events) > 1)}" for q in questions}

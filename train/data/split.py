@@ -83,18 +83,18 @@ def related(rows: Sequence[Row]) -> list[list[Row]]:
     return sorted(groups.values(), key=lambda group: min(map(_name_hash, group)))
 
 
-def _least_sum(sizes: Sequence[int], wanted: int) -> list[int]:
+def _least_sum(sizes: Sequence[int], least: int) -> list[int]:
     """Positions of numbers that sum up to the least possible sum of `wanted` or more: of all such
     choices the one that takes the first numbers. All of them if they are not more together."""
     # Bit t of reach[i]: some of the numbers from the i-th on sum up to t.
-    reach, mask = [1], (1 << (wanted + max(sizes, default=0))) - 1
+    reach, mask = [1], (1 << (least + max(sizes, default=0))) - 1
     for size in reversed(sizes):
         reach.append((reach[-1] | reach[-1] << size) & mask)
     reach.reverse()
-    enough = reach[0] >> wanted
+    enough = reach[0] >> least
     if not enough:
         return list(range(len(sizes)))
-    left = wanted + (enough & -enough).bit_length() - 1
+    left = least + (enough & -enough).bit_length() - 1
     chosen: list[int] = []
     for number, size in enumerate(sizes):
         if size <= left and reach[number + 1] >> (left - size) & 1:

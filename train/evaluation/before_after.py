@@ -51,10 +51,10 @@ class BeforeAfter:
     def before(self, params: FlatParams) -> None:
         """Evaluate what the run begins from, unless the workdir holds that already."""
         self._of = fingerprint(self._settings, self._held_out.rows, params)
-        kept = read_before(self._workdir, self._of)
-        self._before = self._held_out(params) if kept is None else kept
+        stored = read_before(self._workdir, self._of)
+        self._before = self._held_out(params) if stored is None else stored
         # At once: a run that is interrupted before its end must not evaluate the start again.
-        if kept is None:
+        if stored is None:
             self._write({})
 
     def after(self, params: FlatParams, known: MetricsByMode | None = None) -> None:
@@ -70,16 +70,16 @@ class BeforeAfter:
 
     def _write(self, more: Mapping[str, MetricsByMode]) -> None:
         if is_first():
-            known = {"of": self._of, "before": self._before, **more}
-            write_atomically(self._workdir / FILE, json.dumps(known, indent=2) + "\n")
+            record = {"of": self._of, "before": self._before, **more}
+            write_atomically(self._workdir / FILE, json.dumps(record, indent=2) + "\n")
 
 
 def fingerprint(settings: Mapping[str, Any], rows: Iterable[Row], weights: FlatParams) -> str:
     """What an evaluation is of: two with the same one have the same metrics."""
-    said = json.dumps([dict(settings), sorted(checksums(weights).items())], sort_keys=True).encode()
+    text = json.dumps([dict(settings), sorted(checksums(weights).items())], sort_keys=True).encode()
     for part in identities(rows):
-        said += part
-    return f"{zlib.crc32(said):08x}"
+        text += part
+    return f"{zlib.crc32(text):08x}"
 
 
 def read_before(workdir: Path, of: str) -> MetricsByMode | None:
@@ -89,7 +89,7 @@ def read_before(workdir: Path, of: str) -> MetricsByMode | None:
     if is_first() and (workdir / FILE).exists():
         text = (workdir / FILE).read_text(encoding="utf-8")
     try:
-        held = json.loads(from_first(text) or "{}")
+        record = json.loads(from_first(text) or "{}")
     except ValueError:
         return None  # damaged: evaluated anew
-    return held.get("before") if held.get("of") == of else None
+    return record.get("before") if record.get("of") == of else None

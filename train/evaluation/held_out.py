@@ -51,24 +51,24 @@ class HeldOut:
     def __call__(self, params: Params) -> MetricsByMode:
         """Evaluate these weights."""
         engine, rules = self._engine, self.agents.rules
-        asked, without = self._prompts(rules.offers_tools), self._prompts(tools=False)
+        with_tools, without = self._prompts(rules.offers_tools), self._prompts(tools=False)
         modes = {
-            SAMPLED: (rules, asked),
-            GREEDY: (greedy(rules), asked),
+            SAMPLED: (rules, with_tools),
+            GREEDY: (greedy(rules), with_tools),
             NO_CROPS: (dataclasses.replace(greedy(rules), max_tool_rounds=0), without),
         }
-        bar = ProgressBar(self.console, "evaluating", len(modes) * len(asked))
+        bar = ProgressBar(self.console, "evaluating", len(modes) * len(with_tools))
         with SIGNALS_OF_RUN.deferred("the next pause in the evaluation"), bar as ended:
-            found: MetricsByMode = {}
-            for mode, (own, prompts) in modes.items():
-                agent = self.agents.agent(engine, own)
+            metrics: MetricsByMode = {}
+            for mode, (agent_rules, prompts) in modes.items():
+                agent = self.agents.agent(engine, agent_rules)
                 agent.on_episode_end = ended
                 groups: list[RolloutGroup] = []
                 for start in range(0, len(prompts), self.settings.batch):
                     batch = prompts[start : start + self.settings.batch]
                     groups += self.scorer(agent.run(params, batch, 1, SEED))
-                found[mode] = self._metrics(groups)
-        return found
+                metrics[mode] = self._metrics(groups)
+        return metrics
 
     @functools.cached_property
     def _engine(self) -> Engine:
@@ -79,8 +79,8 @@ class HeldOut:
 
     def _prompts(self, tools: bool) -> Sequence[Item]:
         budget, bad, agents = self.settings.frame_budget, self.max_bad_rows, self.agents
-        own = len(own_places(len(self.rows)))
-        with ProgressBar(self.console, "reading held-out videos", own) as made:
+        count = len(own_places(len(self.rows)))
+        with ProgressBar(self.console, "reading held-out videos", count) as made:
             prompts = on_all_hosts(
                 lambda: prompt_list(
                     self.rows, agents.reader, agents.renderer, budget, tools, bad, made, by_share
@@ -100,27 +100,27 @@ class HeldOut:
         """The names of all metrics, MODE/NAME as in `by_name`, before anything is asked."""
         counted = {name for row in self.rows for name in accuracies_of(row, self._strata)}
         parts = as_metrics(dict.fromkeys(sorted(counted), Accuracy.of([0.0], 1)))
-        own = [*parts, *(name for name in TABLE if not name.startswith("accuracy"))]
-        return list(by_name({mode: dict.fromkeys(own, 0.0) for mode in MODES}))
+        names = [*parts, *(name for name in TABLE if not name.startswith("accuracy"))]
+        return list(by_name({mode: dict.fromkeys(names, 0.0) for mode in MODES}))
 
     @functools.cached_property
     def _strata(self) -> Mapping[str, str]:
         return self.strata()
 
 
-def by_name(found: MetricsByMode) -> dict[str, float]:
+def by_name(by_mode: MetricsByMode) -> dict[str, float]:
     """The metrics of all modes, each as MODE/NAME."""
     return {
         f"{mode.replace(' ', '_')}/{name}": value
-        for mode, named in found.items()
-        for name, value in named.items()
+        for mode, metrics in by_mode.items()
+        for name, value in metrics.items()
     }
 
 
 def greedy(rules: AgentConfig) -> AgentConfig:
     """The same agent at temperature 0."""
-    own, subagent = (
+    main, subagent = (
         dataclasses.replace(sampling, temperature=0.0)
         for sampling in (rules.sampling, rules.subagent_sampling)
     )
-    return dataclasses.replace(rules, sampling=own, subagent_sampling=subagent)
+    return dataclasses.replace(rules, sampling=main, subagent_sampling=subagent)

@@ -33,11 +33,11 @@ def accuracies(
 ) -> dict[str, Accuracy]:
     """`accuracy` over all rollouts, `accuracy/TYPE` of each type of question and, where `strata`
     names the part that a row id belongs to, `accuracy/TYPE/PART`."""
-    found: dict[str, list[RolloutGroup]] = {}
+    by_name: dict[str, list[RolloutGroup]] = {}
     for group in groups:
         for name in accuracies_of(group.row, strata):
-            found.setdefault(name, []).append(group)
-    return {name: _accuracy(found[name]) for name in sorted(found)}
+            by_name.setdefault(name, []).append(group)
+    return {name: _accuracy(by_name[name]) for name in sorted(by_name)}
 
 
 def accuracies_of(row: Row, strata: Mapping[str, str]) -> list[str]:

@@ -30,9 +30,9 @@ class MidRun:
           ValueError: there is no metric of the name `evaluation.best`.
         """
         if settings.best not in held_out.names:
-            known = ", ".join(name for name in held_out.names if name.endswith("/accuracy"))
+            names = ", ".join(name for name in held_out.names if name.endswith("/accuracy"))
             raise ValueError(
-                f"evaluation.best={settings.best}: no figure has this name; give {known}, ..."
+                f"evaluation.best={settings.best}: no figure has this name; give {names}, ..."
             )
         self._held_out, self._settings = held_out, settings
         self._workdir, self._export = workdir, export
@@ -47,16 +47,16 @@ class MidRun:
         if step % self._settings.every:
             return {}
         self.before()
-        found = self._held_out(params)
-        self.last = step, found
-        metrics = by_name(found)
+        by_mode = self._held_out(params)
+        self.last = step, by_mode
+        metrics = by_name(by_mode)
         self._keep_if_best(step, metrics, params)
         return {f"evaluation/{name}": value for name, value in metrics.items()}
 
     def figure(self, step: int) -> float | None:
         """`evaluation.best` after `step` steps, if that was evaluated last."""
-        last, found = self.last
-        return by_name(found)[self._settings.best] if last == step else None
+        last, by_mode = self.last
+        return by_name(by_mode)[self._settings.best] if last == step else None
 
     def _keep_if_best(self, step: int, metrics: dict[str, float], params: FlatParams) -> None:
         name = self._settings.best
@@ -65,13 +65,13 @@ class MidRun:
         self._best = metrics[name]
         self._export(params, self._workdir / BEST)
         if is_first():
-            told = {"step": step, "figure": name, "value": self._best}
-            write_atomically(self._workdir / f"{BEST}.json", json.dumps(told, indent=2) + "\n")
+            record = {"step": step, "figure": name, "value": self._best}
+            write_atomically(self._workdir / f"{BEST}.json", json.dumps(record, indent=2) + "\n")
 
     def _read(self) -> float | None:
         """The best value so far, of a run that goes on; on every host what the first one reads."""
         path, text = self._workdir / f"{BEST}.json", ""
         if is_first() and path.exists():
             text = path.read_text(encoding="utf-8")
-        held = json.loads(from_first(text) or "{}")
-        return held.get("value") if held.get("figure") == self._settings.best else None
+        record = json.loads(from_first(text) or "{}")
+        return record.get("value") if record.get("figure") == self._settings.best else None

@@ -49,8 +49,8 @@ def as_metrics(accuracies: Mapping[str, Accuracy]) -> dict[str, float]:
 def interval_table(title: str, rows: Mapping[str, Mapping[str, float]]) -> Table:
     """Accuracies of several evaluations, one row each, and how sure they are: of the parts that
     question types are told apart by, or of the types where there are none."""
-    named = (name for metrics in rows.values() for name in metrics if name.endswith("/low"))
-    every = sorted({name.removesuffix("/low") for name in named})
+    bounds = (name for metrics in rows.values() for name in metrics if name.endswith("/low"))
+    every = sorted({name.removesuffix("/low") for name in bounds})
     parts = [name for name in every if name.count("/") == 2]
     shown = ["accuracy", *(parts or every[1:])]
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=0, collapse_padding=True)

@@ -102,21 +102,21 @@ def sync_errors(errors: Sequence[Exception | None]) -> list[Exception | None]:
     """What failed on any host fails on all of them, in the words of the first."""
     if jax.process_count() == 1:
         return list(errors)
-    own = {at: _described(error) for at, error in enumerate(errors) if error is not None}
-    known: list[dict[str, tuple[str, str]]] = [
-        json.loads(text) for text in texts_from_all(json.dumps(own))
+    ours = {at: _described(error) for at, error in enumerate(errors) if error is not None}
+    of_hosts: list[dict[str, tuple[str, str]]] = [
+        json.loads(text) for text in texts_from_all(json.dumps(ours))
     ]
-    return [_first_of([failed.get(str(at)) for failed in known]) for at in range(len(errors))]
+    return [_first_of([failed.get(str(at)) for failed in of_hosts]) for at in range(len(errors))]
 
 
-def _first_of(told: Sequence[tuple[str, str] | None]) -> Exception | None:
+def _first_of(errors: Sequence[tuple[str, str] | None]) -> Exception | None:
     """The first of what hosts told; an error that some were spared names its `host`."""
-    number = next((number for number, text in enumerate(told) if text is not None), None)
+    number = next((number for number, text in enumerate(errors) if text is not None), None)
     if number is None:
         return None
-    kind, text = cast(tuple[str, str], told[number])
+    kind, text = cast(tuple[str, str], errors[number])
     error = ERRORS.get(kind, RuntimeError)(text)
-    if None in told:
+    if None in errors:
         error.host = number  # pyright: ignore[reportAttributeAccessIssue]
     return error
 
@@ -147,11 +147,11 @@ def require_same(parts: Iterable[bytes | memoryview], what: str) -> None:
     """Stop all hosts where one of them holds something else."""
     if jax.process_count() == 1:
         return
-    own = 0
+    checksum = 0
     for part in parts:
-        own = zlib.crc32(part, own)
-    held = texts_from_all(str(own))
-    others = [number for number, value in enumerate(held) if value != held[0]]
+        checksum = zlib.crc32(part, checksum)
+    checksums = texts_from_all(str(checksum))
+    others = [number for number, value in enumerate(checksums) if value != checksums[0]]
     if others:
         raise ValueError(
             f"{what} differ between hosts (hosts {others} from host 0): some file cannot be read "

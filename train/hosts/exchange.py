@@ -103,10 +103,10 @@ class Exchange:
     def _meet(self, name: Name) -> Future[Any]:
         """The future of a name: whoever comes first leaves it here for the other."""
         with self._lock:
-            found = self._values.pop(name, None)
-            if found is None:
-                found = self._values[name] = Future()
-        return found
+            future = self._values.pop(name, None)
+            if future is None:
+                future = self._values[name] = Future()
+        return future
 
     def forget(self, first: Hashable) -> None:
         """Drop values whose names begin so: nobody will ask for them any more."""
@@ -133,8 +133,8 @@ class Exchange:
             client.key_value_set(KEY, secrets.token_hex(32))
         key = client.blocking_key_value_get(KEY, patience).encode()
         with Listener(("", 0), backlog=self.count, authkey=key) as listener:
-            own = _reachable_at(coordinator, self.number), listener.address[1]
-            client.key_value_set(f"{AT}{self.number}", json.dumps(own))
+            address = _reachable_at(coordinator, self.number), listener.address[1]
+            client.key_value_set(f"{AT}{self.number}", json.dumps(address))
             for host in range(self.number):
                 at = json.loads(client.blocking_key_value_get(f"{AT}{host}", patience))
                 peer = _client(tuple(at), key)
@@ -199,8 +199,8 @@ def _client(address: Any, key: bytes) -> Connection:
 
 def _without_delay(peer: Connection) -> None:
     """Small messages are sent at once; many of them are waited for."""
-    with socket.socket(fileno=os.dup(peer.fileno())) as own:
-        own.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    with socket.socket(fileno=os.dup(peer.fileno())) as connection:
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 EXCHANGE = Exchange()

@@ -127,8 +127,8 @@ class Signals:
         parts = ["ended at once", self._busy() and f"during {self._busy()}"]
         line = " ".join(filter(None, parts)) + (self.remedy and f"; {self.remedy}")
         _tell(number, line)
-        told = f"{signal.Signals(number).name}: {line}", code
-        telling = threading.Thread(target=self.announce, args=told, daemon=True)
+        failure = f"{signal.Signals(number).name}: {line}", code
+        telling = threading.Thread(target=self.announce, args=failure, daemon=True)
         telling.start()
         telling.join(TELL_SECONDS)
         os._exit(code)

@@ -68,12 +68,12 @@ def join() -> Hosts | None:
         return None
     whole = f"host {hosts.number} of {hosts.count}"
     print(f"{whole}: joining the others, by {hosts.found}", flush=True)
-    left = max(0.1, seconds - (time.monotonic() - began))
+    seconds_left = max(0.1, seconds - (time.monotonic() - began))
     WATCH.join(hosts.number, hosts.count)
     try:
         # JAX ends the process with a stack trace when its own limit is over: ours comes before.
-        work = dict(hosts.given, initialization_timeout=math.ceil(left) + 60)
-        within_seconds(lambda: jax.distributed.initialize(**work), left)
+        work = dict(hosts.given, initialization_timeout=math.ceil(seconds_left) + 60)
+        within_seconds(lambda: jax.distributed.initialize(**work), seconds_left)
     except OutOfTime as error:
         raise ValueError(f"{whole}: {_missing(hosts, seconds)}") from error
     except Exception as error:
@@ -120,8 +120,8 @@ def _address(hosts: Hosts) -> str:
     """Where host 0 is expected, as far as this is known."""
     from jax._src import distributed
 
-    known = distributed.global_state.coordinator_address
-    return hosts.given.get("coordinator_address") or known or ""
+    address = distributed.global_state.coordinator_address
+    return hosts.given.get("coordinator_address") or address or ""
 
 
 def _listens(address: str) -> bool:
@@ -182,8 +182,8 @@ def _by_hand() -> Hosts:
             f"{NUMBER}={number}: {COUNT}={count} hosts have the numbers 0 to {count - 1}, each "
             f"its own; correct {NUMBER}, or {COUNT} on all of them"
         )
-    given = {"coordinator_address": address, "num_processes": count, "process_id": number}
-    return Hosts(count, number, f"{ADDRESS}={address}", given)
+    arguments = {"coordinator_address": address, "num_processes": count, "process_id": number}
+    return Hosts(count, number, f"{ADDRESS}={address}", arguments)
 
 
 def _number(name: str) -> int:
@@ -209,12 +209,12 @@ def _asked() -> type[ClusterEnv] | None:
     name = os.environ.get(METHOD)
     if not name:
         return None
-    known = {kind.name: kind for kind in _detectors() if kind.name}
-    if name not in known:
-        raise ValueError(f"{METHOD}={name}: choose one of {', '.join(sorted(known))}")
-    if not known[name].is_env_present():
+    detectors = {kind.name: kind for kind in _detectors() if kind.name}
+    if name not in detectors:
+        raise ValueError(f"{METHOD}={name}: choose one of {', '.join(sorted(detectors))}")
+    if not detectors[name].is_env_present():
         raise ValueError(f"{METHOD}={name}: JAX finds no such cluster from this host; {BY_HAND}")
-    return known[name]
+    return detectors[name]
 
 
 def _detected() -> type[ClusterEnv] | None:
@@ -237,8 +237,8 @@ def _of_cluster(kind: type[ClusterEnv]) -> Hosts | None:
     if count <= 1:
         return None
     # Kubernetes has no name there, and is what JAX finds last.
-    given = {"cluster_detection_method": kind.name} if kind.name else {}
-    return Hosts(count, kind.get_process_id(), kind.__name__, given)
+    arguments = {"cluster_detection_method": kind.name} if kind.name else {}
+    return Hosts(count, kind.get_process_id(), kind.__name__, arguments)
 
 
 def _refuse_unknown_launchers() -> None:

@@ -22,16 +22,16 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def host_of(place: int, places: int, hosts: int) -> int:
+def host_of(place: int, count: int, hosts: int) -> int:
     """The host of the `place`-th of so many rows, which lie on the devices of hosts in their
     order."""
-    return place * hosts // places
+    return place * hosts // count
 
 
-def own_places(places: int) -> list[int]:
+def own_places(count: int) -> list[int]:
     """The rows of this host among so many."""
     hosts = EXCHANGE.count
-    return [at for at in range(places) if host_of(at, places, hosts) == EXCHANGE.number]
+    return [at for at in range(count) if host_of(at, count, hosts) == EXCHANGE.number]
 
 
 class HostWork:
@@ -136,10 +136,10 @@ def by_share(items: Sequence[T], work: Callable[[Sequence[T]], Iterable[U]]) -> 
     """
     if EXCHANGE.count == 1:
         return list(work(items))
-    own = [items[place] for place in own_places(len(items))]
+    ours = [items[place] for place in own_places(len(items))]
     done: Future[Sequence[U]] = Future()
     try:
-        done.set_result(list(work(own)) if own else [])
+        done.set_result(list(work(ours)) if ours else [])
     except Exception as error:
         done.set_exception(error)
     return [result for part in _of_all(done) for result in part]
@@ -154,32 +154,32 @@ def from_all(value: T) -> list[T]:
     return _of_all(done)
 
 
-def _of_all(own: Future[T]) -> list[T]:
+def _of_all(value: Future[T]) -> list[T]:
     """What each host has, in their order, once all of them are here."""
     call = EXCHANGE.next_name()
-    EXCHANGE.tell_outcome((*call, EXCHANGE.number), own)
-    told = [
-        own if host == EXCHANGE.number else EXCHANGE.expect((*call, host))
+    EXCHANGE.tell_outcome((*call, EXCHANGE.number), value)
+    futures = [
+        value if host == EXCHANGE.number else EXCHANGE.expect((*call, host))
         for host in range(EXCHANGE.count)
     ]
-    return [done.result() for done in told]
+    return [done.result() for done in futures]
 
 
 def summed(numbers: Mapping[str, float]) -> dict[str, float]:
     """The sum of each number over all hosts."""
-    told = from_all(dict(numbers))
-    return {name: sum(own[name] for own in told) for name in numbers}
+    of_hosts = from_all(dict(numbers))
+    return {name: sum(each[name] for each in of_hosts) for name in numbers}
 
 
 def busiest(numbers: Mapping[str, float]) -> dict[str, float]:
     """The largest of each number over all hosts."""
-    told = from_all(dict(numbers))
-    return {name: max(own[name] for own in told) for name in numbers}
+    of_hosts = from_all(dict(numbers))
+    return {name: max(each[name] for each in of_hosts) for name in numbers}
 
 
 def work_metrics(read: Mapping[str, float]) -> dict[str, float]:
     """What was `read` from videos, by all hosts together; and under `hosts/`, of the host that did
     most of it, how much host work a step was, for `metrics.jsonl`."""
-    own = {"hosts/frames": read["frames/decoded"], **WORK.take()}
-    own["hosts/sent_mib"] = EXCHANGE.take_sent() / 2**20
-    return summed(read) | busiest(own)
+    ours = {"hosts/frames": read["frames/decoded"], **WORK.take()}
+    ours["hosts/sent_mib"] = EXCHANGE.take_sent() / 2**20
+    return summed(read) | busiest(ours)

@@ -50,7 +50,7 @@ class Watch:
         self._first = threading.Lock()
         """Held by the thread that tells why this process ends; it is never given back."""
         self._heard: dict[int, tuple[str, float]] = {}
-        self._left = False
+        self._ended = False
         self._thread: threading.Thread | None = None
 
     def join(self, number: int, count: int) -> None:
@@ -124,7 +124,7 @@ class Watch:
         with contextlib.suppress(Exception):  # the store is gone as well
             if self._beats().get(host) == GONE:
                 return
-        if not self._left:
+        if not self._ended:
             line = f"error: {self._lost([host])}"
             self._announce(line, 1)
             self._end(line, 1)
@@ -141,7 +141,7 @@ class Watch:
         if self._thread:
             with contextlib.suppress(Exception):
                 self._say(GONE)
-            self._left = True
+            self._ended = True
             self._thread.join()
             self._thread = None
 
@@ -152,20 +152,20 @@ class Watch:
 
     def _watch(self) -> None:
         beats = 0
-        while not self._left:
+        while not self._ended:
             try:
-                told = self._client.blocking_key_value_get(FAILED, int(1000 * BEAT_SECONDS))
+                failure = self._client.blocking_key_value_get(FAILED, int(1000 * BEAT_SECONDS))
             except Exception as error:
-                if "DEADLINE_EXCEEDED" not in str(error) and not self._left:
+                if "DEADLINE_EXCEEDED" not in str(error) and not self._ended:
                     self._end(f"error: {self._lost([0])}", 1)
                 with contextlib.suppress(Exception):
                     beats += 1
                     self._beat(beats)
             else:
-                return self._end(*json.loads(told))
+                return self._end(*json.loads(failure))
 
     def _beat(self, beats: int) -> None:
-        if self._left:
+        if self._ended:
             return
         self._say(str(beats))
         if self.number:
@@ -221,12 +221,12 @@ class Watch:
                 return
 
     def _say(self, beat: str) -> None:
-        self._left = beat == GONE
+        self._ended = beat == GONE
         self._client.key_value_set(f"{ALIVE}{self.number}", beat, allow_overwrite=True)
 
     def _beats(self) -> dict[int, str]:
-        found = self._client.key_value_dir_get(ALIVE)
-        return {int(name.rpartition("/")[2]): beat for name, beat in found}
+        entries = self._client.key_value_dir_get(ALIVE)
+        return {int(name.rpartition("/")[2]): beat for name, beat in entries}
 
 
 def _is_silent(beat: str, seconds: float) -> bool:

@@ -75,10 +75,10 @@ class Difficulty:
         """See `RolloutSampler`. Groups of hard and of easy prompts are sampled anew."""
 
         def again(chosen: Iterable[PromptItem], copies: int, purpose: str) -> list[RolloutGroup]:
-            own = list(chosen)
-            return (
-                self._sample(params, own, copies, derive_seed(seed, purpose), step) if own else []
-            )
+            items = list(chosen)
+            if not items:
+                return []
+            return self._sample(params, items, copies, derive_seed(seed, purpose), step)
 
         groups = self._sample(params, prompts, copies, seed, step)
         means = [mean_reward(group) for group in groups]
@@ -120,9 +120,9 @@ class Difficulty:
     ) -> dict[int, PromptItem]:
         """Hard prompts with the beginning of a good solution, where one was found."""
         hard = [at for at, delta in enumerate(deltas) if delta > self._settings.tolerance]
-        told = [self._hinted(prompts[at], _ANSWER_HINT, prompts[at].row.answer) for at in hard]
+        items = [self._hinted(prompts[at], _ANSWER_HINT, prompts[at].row.answer) for at in hard]
         hinted = {}
-        groups = sample(told, self._settings.traces, "traces")
+        groups = sample(items, self._settings.traces, "traces")
         for at, group in zip(hard, groups, strict=True):
             best = max(group.trajectories, key=lambda t: t.rewards["total"])
             words = self.beginning(best, deltas[at])
@@ -149,15 +149,15 @@ class Difficulty:
         """Easy prompts with noise in their frames."""
         easy = [at for at, delta in enumerate(deltas) if delta < -self._settings.tolerance]
         noisy = by_share(
-            easy, lambda own: [self._noisy(prompts[at], deltas[at], seed) for at in own]
+            easy, lambda places: [self._noisy(prompts[at], deltas[at], seed) for at in places]
         )
-        return {at: prompts[at]._replace(prompt=own) for at, own in zip(easy, noisy, strict=True)}
+        return {at: prompts[at]._replace(prompt=new) for at, new in zip(easy, noisy, strict=True)}
 
     def _noisy(self, item: PromptItem, delta: float, seed: int) -> Prompt:
         std = self._settings.noise * self._share(delta)
         noisy = [
-            with_noise(own, std, derive_seed(seed, item.row.row_id, "noise", number))
-            for number, own in enumerate(overviews(self._reader, item.row, item.frame_budget))
+            with_noise(frames, std, derive_seed(seed, item.row.row_id, "noise", number))
+            for number, frames in enumerate(overviews(self._reader, item.row, item.frame_budget))
         ]
         return self._renderer.main_prompt(item.row, noisy, self._tools)
 

@@ -32,27 +32,25 @@ class DynamicSampling:
 
     def draw(self, params: FlatParams, step: int, number: int = 0) -> RolloutBatch:
         """See `RolloutSource`."""
-        own, drawn = self.settings, list(self.source.draw(params, step).groups)
+        settings, drawn = self.settings, list(self.source.draw(params, step).groups)
         size, redraws = len(drawn), 0
-        teaches = _teaches(drawn, own)
-        while teaches.sum() < size and redraws < own.filter_redraws:
+        teaches = _teaches(drawn, settings)
+        while teaches.sum() < size and redraws < settings.filter_redraws:
             redraws += 1
             drawn += self.source.draw(params, step, redraws).groups
-            teaches = _teaches(drawn, own)
+            teaches = _teaches(drawn, settings)
         first = np.argsort(~teaches, kind="stable")[:size]
         return RolloutBatch([drawn[at] for at in sorted(first)], drawn)
 
 
-def _teaches(groups: Sequence[RolloutGroup], own: RlSettings) -> np.ndarray:
+def _teaches(groups: Sequence[RolloutGroup], settings: RlSettings) -> np.ndarray:
     """Which groups have rollouts to learn from whose rewards differ; bool `[groups]`."""
     learned_P_G = [
         [
-            t.rewards[str(own.filter_groups)]
+            t.rewards[str(settings.filter_groups)]
             for t in group.trajectories
-            if not (own.mask_over_turn and t.over_turn)
+            if not (settings.mask_over_turn and t.over_turn)
         ]
         for group in groups
     ]
-    return np.array(
-        [len(own) > 1 and bool(has_reward_variance(np.array([own]))) for own in learned_P_G]
-    )
+    return np.array([len(r) > 1 and bool(has_reward_variance(np.array([r]))) for r in learned_P_G])

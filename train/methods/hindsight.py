@@ -65,7 +65,7 @@ def feedback_from_judge(judge: LlmJudge, attempts: Sequence[Attempt]) -> list[st
     with ThreadPoolExecutor(judge.settings.concurrency) as threads:
         replies = list(threads.map(ask, attempts))
     ours = feedback_from_rewards(attempts)
-    return [reply or own for reply, own in zip(replies, ours, strict=True)]
+    return [reply or from_rewards for reply, from_rewards in zip(replies, ours, strict=True)]
 
 
 def feedback_message(row: Row, trajectory: Trajectory) -> str:
@@ -84,9 +84,9 @@ def feedback_message(row: Row, trajectory: Trajectory) -> str:
 
 def read_feedback(reply: str) -> str | None:
     """The feedback in a judge's reply, cut to 1000 characters as in VISD; None if there is none."""
-    found = _OBJECT.search(after_thinking(reply))
+    match = _OBJECT.search(after_thinking(reply))
     try:
-        feedback = json.loads(found.group())["feedback"] if found else None
+        feedback = json.loads(match.group())["feedback"] if match else None
     except (ValueError, LookupError, TypeError, RecursionError):
         return None
     return feedback.strip()[:_MOST_CHARACTERS] or None if isinstance(feedback, str) else None

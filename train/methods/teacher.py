@@ -63,9 +63,9 @@ class TaughtLearner:
         """See `Learner.step`."""
         number = self._learner.number(state)
         batch, metrics = self._learner.prepare(state, groups)
-        batch, told = self.reweight(state, groups, batch, number)
+        batch, scaling = self.reweight(state, groups, batch, number)
         state, learned = self._learner.update(state, batch)
-        return self.follow(state, number), metrics | told | self._learner.metrics_of(
+        return self.follow(state, number), metrics | scaling | self._learner.metrics_of(
             number, learned
         )
 
@@ -78,13 +78,13 @@ class TaughtLearner:
     ) -> tuple[LearnerBatch, dict[str, float]]:
         """The batch with each advantage scaled by what the teacher thinks of its token, and what
         that was for `metrics.jsonl`."""
-        share, own = self.share(step), self._settings
+        share, settings = self.share(step), self._settings
         metrics = {"teacher/strength": share}
         if not share:
             return batch, metrics
         gaps = self.gaps(state, groups, batch)
         advantages = reweighted_advantages(
-            batch.advantages, gaps, share, own.weight_low, own.weight_high
+            batch.advantages, gaps, share, settings.weight_low, settings.weight_high
         )
         return dataclasses.replace(batch, advantages=advantages), metrics | _metrics(gaps, batch)
 
@@ -129,18 +129,18 @@ class TaughtLearner:
         step, count = self._learner.whole, self._learner.whole.micro_batches
 
         def compare(pair: tuple[LearnerBatch, LearnerBatch]) -> Float[Array, "b t"]:
-            own, other = pair
+            batch, other = pair
             return teacher_gap(
                 self._view(teacher, other),
-                self._view(student, own),
-                own.own_tokens,
-                own.trained > 0,
+                self._view(student, batch),
+                batch.own_tokens,
+                batch.trained > 0,
                 support=self._settings.support,
                 full_weight=self._settings.full_weight,
                 temperature=step.temperature,
                 budget=step.budget,
-                lanes=own.streams_per_row,
-                shaping=shaping_of(own, step.penalty, table),
+                lanes=batch.streams_per_row,
+                shaping=shaping_of(batch, step.penalty, table),
             )
 
         group = step.group_size

@@ -57,8 +57,10 @@ class RunLog:
             return
         # A run that was killed may have left half a line; it has no line break.
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        kept = [line for number, line in enumerate(lines, 1) if self._is_before(line, number, step)]
-        write_atomically(self._path, "".join(line + "\n" for line in kept))
+        lines = [
+            line for number, line in enumerate(lines, 1) if self._is_before(line, number, step)
+        ]
+        write_atomically(self._path, "".join(line + "\n" for line in lines))
 
     def _is_before(self, line: str, number: int, step: int) -> bool:
         try:

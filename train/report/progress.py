@@ -66,14 +66,14 @@ class SignsOfLife:
         self._thread.join()
 
     def _watch(self) -> None:
-        asked, next_told = 0, 1
+        waits, next_told = 0, 1
         while not self._over.wait(self._first):
-            said = self._what()
-            asked = asked + 1 if said else 0
-            next_told = next_told if said else 1
-            if said and asked >= next_told:
+            line = self._what()
+            waits = waits + 1 if line else 0
+            next_told = next_told if line else 1
+            if line and waits >= next_told:
                 next_told *= 2
-                self._tell(said)
+                self._tell(line)
 
 
 class ProgressBar:

@@ -52,9 +52,9 @@ class RolloutLog:
         if is_first():
             write_rollouts(self.workdir / FOLDER, step, groups)
         if values is not None and from_first(self._wants(step)):
-            known = values()
+            token_values = values()
             if is_first():
-                self._write_details(step, groups, known)
+                self._write_details(step, groups, token_values)
 
     def _wants(self, step: int) -> bool:
         """Whether this step is one to tell all of: such steps are spread evenly over the run."""
@@ -178,11 +178,11 @@ def _describe_call(
     }
 
 
-def _verdict(executed: bool, seen: float | None) -> str:
+def _verdict(executed: bool, share_seen: float | None) -> str:
     """What became of a call: `ran` where nobody knows what it should have seen."""
     if not executed:
         return "invalid"
-    return "ran" if seen is None else "hit" if seen > 0 else "miss"
+    return "ran" if share_seen is None else "hit" if share_seen > 0 else "miss"
 
 
 def details_of(
@@ -226,6 +226,6 @@ def _crop(sheet: Sheet, result: CallResult | None, rollout: Trajectory) -> dict[
 def pieces(tokens: np.ndarray, contents: Sequence[bytes]) -> list[str]:
     """The text of each token; one of several tokens stands at the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    found = [decoder.decode(contents[token]) for token in tokens.tolist()]
+    texts = [decoder.decode(contents[token]) for token in tokens.tolist()]
     rest = decoder.decode(b"", final=True)
-    return [*found[:-1], found[-1] + rest] if found else found
+    return [*texts[:-1], texts[-1] + rest] if texts else texts

@@ -28,17 +28,17 @@ class Sheet:
     def __init__(self, spec: FrameSpec) -> None:
         self._spec = spec
         self._frames: list[Image.Image] = []
-        self._known: dict[int, tuple[Patches, dict[str, Any]]] = {}
+        self._placed: dict[int, tuple[Patches, dict[str, Any]]] = {}
 
     def add(self, patches: Patches, times: np.ndarray) -> dict[str, Any] | None:
         """Frames with their times; the cell of the first of them. None if the sheet is full."""
         # By identity: rollouts that ask for the same share what they are shown.
-        if id(patches) in self._known:
-            return self._known[id(patches)][1]
+        if id(patches) in self._placed:
+            return self._placed[id(patches)][1]
         if len(self._frames) + len(times) > MOST:
             return None
         place = {"first": len(self._frames), "times": [round(t, 3) for t in times.tolist()]}
-        self._known[id(patches)] = patches, place  # held, or another could take its id
+        self._placed[id(patches)] = patches, place  # held, or another could take its id
         for frame in from_patches(patches, self._spec, len(times)):
             small = Image.fromarray(frame)
             small.thumbnail(LARGEST)

@@ -100,8 +100,8 @@ def memory() -> dict[str, float]:
     a CPU has no memory of its own, and tells the latter twice."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     process = most * (1 if sys.platform == "darwin" else 1024)
-    told = [device.memory_stats() or {} for device in jax.local_devices()]
-    device = max(own.get("peak_bytes_in_use", process) for own in told)
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    device = max(each.get("peak_bytes_in_use", process) for each in stats)
     return {"memory/device_peak": device / 2**30, "memory/process_peak": process / 2**30}
 
 

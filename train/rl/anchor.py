@@ -62,8 +62,8 @@ class Anchor:
     def _credit(
         self, table: TagTable, tokens: Array, spoken: Array, thinking: Array, acting: Array
     ) -> Array:
-        found, rules = structural_tokens(tokens, table, spoken), self._rules
-        return tag_credit(found, table, rules["anchors"], thinking, acting, rules["only_paired"])
+        tags, rules = structural_tokens(tokens, table, spoken), self._rules
+        return tag_credit(tags, table, rules["anchors"], thinking, acting, rules["only_paired"])
 
 
 class OwnAnchor(Anchor):
@@ -115,9 +115,9 @@ def find_tags(
 
     A forced tag pairs with a generated one, but nothing acts on it: the policy did not choose it.
     """
-    found = structural_tokens(tokens, table, spoken)
-    anchored = tag_mask(found, table, anchors, only_paired) & generated
-    return anchored, found.paired.sum() / jnp.maximum(found.counts.sum(), 1)
+    structure = structural_tokens(tokens, table, spoken)
+    anchored = tag_mask(structure, table, anchors, only_paired) & generated
+    return anchored, structure.paired.sum() / jnp.maximum(structure.counts.sum(), 1)
 
 
 def turn_credits(

@@ -72,8 +72,8 @@ class BatchShapes:
         fewer than a fifth apart. Empty if the longest streams are unknown."""
         if not self.owns:
             return []
-        prompt, own = (-(-x // unit) * unit for x in (self.longest_prompt, self.longest_own))
-        return ladder(self.longest_prompt, prompt + per_row * own, LENGTH_UNIT, 5)
+        prompt, stream = (-(-x // unit) * unit for x in (self.longest_prompt, self.longest_own))
+        return ladder(self.longest_prompt, prompt + per_row * stream, LENGTH_UNIT, 5)
 
     def layout(self, streams: Sequence[LearnerStream], per_row: int, unit: int) -> Layout:
         """The layout of rows that hold these streams."""
@@ -84,22 +84,22 @@ class BatchShapes:
         """The layout of rows of prompts of so many tokens, each with equally many streams."""
         _, ends = row_starts(prompts, owns, unit)
         slots = fitting(self.rows(len(owns) // len(prompts), unit), max(ends))
-        known = [_whole(self.longest_prompt)] if self.longest_prompt else []
-        prompt = min(fitting(known, max(prompts)), slots)
+        longest = [_whole(self.longest_prompt)] if self.longest_prompt else []
+        prompt = min(fitting(longest, max(prompts)), slots)
         return Layout(slots, Bounds(prompt, fitting(self.owns, max(owns)), unit))
 
     def possible(self, per_row: int, unit: int) -> dict[Layout, tuple[int, list[int]]]:
         """Every layout of rows, with lengths of a prompt and of streams that lead to it."""
-        found = {}
-        for slots, own in itertools.product(self.rows(per_row, unit), self.owns):
-            prompt, owns = self._filling(slots // unit * unit, own, per_row, unit)
-            found.setdefault(self.layout_of([prompt], owns, unit), (prompt, owns))
-        return found
+        layouts = {}
+        for slots, stream in itertools.product(self.rows(per_row, unit), self.owns):
+            prompt, owns = self._filling(slots // unit * unit, stream, per_row, unit)
+            layouts.setdefault(self.layout_of([prompt], owns, unit), (prompt, owns))
+        return layouts
 
-    def _filling(self, room: int, own: int, per_row: int, unit: int) -> tuple[int, list[int]]:
+    def _filling(self, room: int, stream: int, per_row: int, unit: int) -> tuple[int, list[int]]:
         """Lengths of a prompt and of streams, the first as long as it may be, that fill `room`
         slots as far as they can."""
-        most = min(own, self.longest_own)
+        most = min(stream, self.longest_own)
         # A stream before the prompt, as it is its length that leads to `own`.
         limits, lengths = [most, self.longest_prompt] + [most] * (per_row - 1), []
         for number, limit in enumerate(limits):
@@ -244,11 +244,11 @@ def token_shares(streams: Sequence[LearnerStream]) -> dict[str, float]:
     * `tokens/truncated`: share of learned tokens where top-k, top-p or min-p cut others off.
     """
     columns = [(s.generated, s.loss_weights > 0, s.noted.own, s.noted.floors) for s in streams]
-    generated, learned, own, floors = map(np.concatenate, zip(*columns, strict=True))
+    generated, learned, chosen, floors = map(np.concatenate, zip(*columns, strict=True))
     drawn, trained = max(generated.sum(), 1), max(learned.sum(), 1)
     return {
         "tokens/learned": float(learned.sum() / drawn),
-        "tokens/not_chosen": float((generated & ~own).sum() / drawn),
-        "tokens/learned_not_chosen": float((learned & ~own).sum() / trained),
+        "tokens/not_chosen": float((generated & ~chosen).sum() / drawn),
+        "tokens/learned_not_chosen": float((learned & ~chosen).sum() / trained),
         "tokens/truncated": float((learned & (floors > -np.inf)).sum() / trained),
     }

@@ -89,12 +89,12 @@ class Learner:
     def metrics_of(self, number: int, learned: Sequence[StepMetrics]) -> dict[str, float]:
         """Metrics of the optimiser steps of a batch; `kl` is that of the last one that measured
         it."""
-        found = mean_metrics(learned)
+        metrics = mean_metrics(learned)
         if not self.measures_reference(number):
-            return found | {"kl": self._kl or 0.0}
+            return metrics | {"kl": self._kl or 0.0}
         if number >= 0:
-            self._kl = found["kl"]
-        return found
+            self._kl = metrics["kl"]
+        return metrics
 
     def get_state(self) -> float | None:
         """See `Resumable`: a resume tells the `kl` that the uninterrupted run does."""
@@ -129,7 +129,7 @@ class Learner:
         the first step, whose log-probabilities are computed once, so that clips can act; or to the
         sampler's, if `objective.correction` says so.
         """
-        rl, learned, kept = self.settings, [], []
+        rl, learned, log_probs = self.settings, [], []
         # Of the learner itself, not of the sampler, whose precision would move the ratio (ADR 14).
         if self.whole.objective.computes_proximal(rl.updates):
             batch = self._with_log_probs("proximal_log_probs", state.params, batch)
@@ -139,12 +139,12 @@ class Learner:
             trained = dataclasses.replace(state, frozen={})
             trained, metrics = self._minibatch_step(trained, state.frozen, share, self.table)
             state = dataclasses.replace(trained, frozen=state.frozen)
-            kept.append(metrics.pop("log_probs", None))
+            log_probs.append(metrics.pop("log_probs", None))
             learned.append(metrics)
         if self.whole.keeps_log_probs:
             before = batch.proximal_log_probs
             if before is None:
-                before = self._whole(batch, kept[: rl.minibatches])
+                before = self._whole(batch, log_probs[: rl.minibatches])
             self.of_tokens = TokenValues(before, batch.advantages, self._structural)
         return state, learned
 

@@ -43,11 +43,11 @@ def reinforce(run: RlRun, state: TrainState, first_step: int) -> TrainState:
         clock.start()
         with clock.time("time/rollout"):
             batch = run.rollouts.draw(state.params, step)
-        seen = run.sight(step, state.params, batch.groups) if run.sight is not None else {}
+        sight = run.sight(step, state.params, batch.groups) if run.sight is not None else {}
         run.saver.begin_update()
         with clock.time("time/learn"):
             state, learned = run.learner.step(state, batch.groups)
-        learned = {**learned, **seen}
+        learned = {**learned, **sight}
         if run.evaluate is not None:
             with clock.time("time/evaluate"):
                 learned = {**learned, **run.evaluate(step + 1, state.params)}
@@ -103,12 +103,12 @@ class ScoredRollouts:
 def report(run: RlRun, step: int, batch: RolloutBatch, learned: Mapping[str, float]) -> None:
     """Write the rollouts of a step and its metrics."""
     if run.rollout_log is not None:
-        known = run.of_tokens()
-        values = None if known is None else functools.partial(known.of_rollouts, batch.groups)
+        tokens = run.of_tokens()
+        values = None if tokens is None else functools.partial(tokens.of_rollouts, batch.groups)
         run.rollout_log(step, batch.drawn, values)
     record = rollout_metrics(batch.drawn) | batch.metrics()
-    for told in run.metrics:
-        record |= told()
+    for source in run.metrics:
+        record |= source()
     run.report(step, {**record, **learned}, tokens_generated(batch.drawn))
 
 

@@ -37,9 +37,9 @@ class Scorer:
           progress: share of the training that is done.
         """
 
-        def scored(own: Sequence[Scored]) -> list[dict[str, float]]:
-            with WORK.doing("rewards", len(own)):
-                return rewards_of_all(own, self._rules, self._judge, progress)
+        def scored(share: Sequence[Scored]) -> list[dict[str, float]]:
+            with WORK.doing("rewards", len(share)):
+                return rewards_of_all(share, self._rules, self._judge, progress)
 
         # Each rollout by one host: a judge, or a function of the user's, might tell two hosts
         # different things.
@@ -51,12 +51,12 @@ class Scorer:
     @staticmethod
     def _judge_metrics(judge: LlmJudge) -> dict[str, float]:
         """Of the judge on all hosts; says why this one got no verdicts."""
-        own = judge.metrics()
-        if failures := int(own["judge/failures"]):
+        metrics = judge.metrics()
+        if failures := int(metrics["judge/failures"]):
             reason = judge.last_failure
             _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
-        seconds = busiest({"judge/seconds": own.pop("judge/seconds")})
-        return summed(own) | seconds
+        seconds = busiest({"judge/seconds": metrics.pop("judge/seconds")})
+        return summed(metrics) | seconds
 
 
 def score_groups(
@@ -120,9 +120,9 @@ def _with_rewards(
     groups: Sequence[RolloutGroup], rewards: Iterable[dict[str, float]]
 ) -> list[RolloutGroup]:
     """The groups, their rollouts with these rewards in their order."""
-    left, replace = iter(rewards), dataclasses.replace
+    remaining, replace = iter(rewards), dataclasses.replace
     return [
-        replace(g, trajectories=tuple(replace(t, rewards=next(left)) for t in g.trajectories))
+        replace(g, trajectories=tuple(replace(t, rewards=next(remaining)) for t in g.trajectories))
         for g in groups
     ]
 

@@ -54,15 +54,15 @@ class Sight:
             return {}
         rollouts = [group.trajectories[0] for group in groups][: self._rows]
         reports = [crop for rollout in rollouts for crop in rollout.subagents][: self._rows]
-        found: dict[str, float] = {}
-        for name, own, frames in (
+        metrics: dict[str, float] = {}
+        for name, streams, frames in (
             ("answer", rollouts, self._shapes.prompt_frames),
             ("report", reports, self._shapes.crop_frames),
         ):
-            if own:
-                seeing, blind = self.of(params, own, frames)
-                found |= {f"sight/{name}": seeing, f"sight/{name}_blind": blind}
-        return found
+            if streams:
+                seeing, blind = self.of(params, streams, frames)
+                metrics |= {f"sight/{name}": seeing, f"sight/{name}_blind": blind}
+        return metrics
 
     def of(
         self, params: FlatParams, rollouts: Sequence[Trajectory], frames: int, patches: int = 0

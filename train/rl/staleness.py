@@ -38,15 +38,15 @@ class Stop:
     """Ends the rollouts that are under way when a run ends."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._requested = threading.Event()
 
     def ask(self) -> None:
         """Let them end at the next step of the engine."""
-        self._asked.set()
+        self._requested.set()
 
     def check(self) -> None:
         """Raises Stopped if that was asked for, or Interrupted if a signal came."""
-        if self._asked.is_set():
+        if self._requested.is_set():
             raise Stopped
         SIGNALS_OF_RUN.check()
 
@@ -108,9 +108,9 @@ class RolloutsAhead:
         """
         self._keep(params, step)
         self._begin(params, step)
-        asked = time.perf_counter()
+        began = time.perf_counter()
         drawn = self._under_way.pop(step).result()
-        beside = self._work.within(self._learned_from, asked)
+        beside = self._work.within(self._learned_from, began)
         self._learned_from = time.perf_counter()
         self._position = dict(drawn.position)
         self._metrics = {**drawn.metrics, **self._ages(drawn.batch, step), "time/overlap": beside}
@@ -131,11 +131,11 @@ class RolloutsAhead:
 
     def older(self, step: int) -> dict[str, FlatParams]:
         """What trains as it was 1, 2, ... N steps before `step`, by that number."""
-        return {str(step - version): own for version, own in self._weights.items()}
+        return {str(step - version): weights for version, weights in self._weights.items()}
 
     def go_on(self, step: int, older: Mapping[str, FlatParams]) -> None:
         """Go on before `step`, from what `older` gave for it."""
-        self._weights = {step - int(age): own for age, own in older.items()}
+        self._weights = {step - int(age): weights for age, weights in older.items()}
 
     @property
     def resumable(self) -> dict[str, Resumable]:
@@ -162,10 +162,10 @@ class RolloutsAhead:
         """Begin all rollouts up to N steps ahead, then forget weights that no other will need."""
         last = min(step + self._staleness, self._steps - 1)
         for ahead in range(max([step - 1, *self._under_way]) + 1, last + 1):
-            own = {**params, **self._weights[version_of(ahead, self._staleness)]}
-            self._under_way[ahead] = self._thread.submit(self._draw, own, ahead)
+            policy = {**params, **self._weights[version_of(ahead, self._staleness)]}
+            self._under_way[ahead] = self._thread.submit(self._draw, policy, ahead)
         oldest = version_of(step + 1, self._staleness)
-        self._weights = {at: own for at, own in self._weights.items() if at >= oldest}
+        self._weights = {at: weights for at, weights in self._weights.items() if at >= oldest}
 
     def _draw(self, params: FlatParams, step: int) -> DrawnAhead:
         """In the thread: the rollouts of a step."""
@@ -173,11 +173,11 @@ class RolloutsAhead:
         with jax.set_mesh(self._mesh), self._work.noted():
             self._clock.start()
             batch = self._source.draw(params, step)
-            told = {"time/data": self._clock.metrics().get("time/data", 0.0)}
+            metrics = {"time/data": self._clock.metrics().get("time/data", 0.0)}
             for source in self._sources:
-                told |= source()
+                metrics |= source()
             position = {name: part.get_state() for name, part in self._parts.items()}
-        return DrawnAhead(batch, position, told)
+        return DrawnAhead(batch, position, metrics)
 
     def _ages(self, batch: RolloutBatch, step: int) -> dict[str, float]:
         """By how many steps the weights of the rollouts are behind; never more than N."""

@@ -46,12 +46,12 @@ def subagent_streams(
     idle = dataclasses.replace(first, loss_weights=nothing, log_probs=nothing, generated=silent)
     streams: list[LearnerStream] = []
     for group in groups:
-        own = [
+        crops = [
             stream_of(crop, not (mask_over_turn and rollout.over_turn))
             for rollout in group.trajectories
             for crop in rollout.subagents
         ]
-        streams += own + [idle] * (rows - len(own))
+        streams += crops + [idle] * (rows - len(crops))
     return streams
 
 
@@ -67,9 +67,9 @@ def subagent_advantages(
     """
     episodes = advantages.reshape(len(groups), -1)
     earned = np.zeros((len(groups), rows), np.float32)
-    for row, group, own in zip(earned, groups, episodes, strict=True):
+    for row, group, of_group in zip(earned, groups, episodes, strict=True):
         counts = [len(t.subagents) for t in group.trajectories]
-        parts = own / np.maximum(counts, 1) if credit == "share" else own
+        parts = of_group / np.maximum(counts, 1) if credit == "share" else of_group
         row[: sum(counts)] = np.repeat(parts, counts)
     return earned.reshape(-1)
 

@@ -47,9 +47,9 @@ class TokenAdvantages:
             return dataclasses.replace(batch, advantages=main)
         episodes, rows = self._normalised(groups), len(crops.tokens) // len(groups)
         earned = subagent_advantages(groups, episodes, rows, self.subagent_credit)[:, None]
-        own = earned * (crops.loss_weights > 0).astype(np.float32)
-        main, own = self._shaped([batch, crops], [main, own])
-        crops = dataclasses.replace(crops, advantages=own)
+        of_crops = earned * (crops.loss_weights > 0).astype(np.float32)
+        main, of_crops = self._shaped([batch, crops], [main, of_crops])
+        crops = dataclasses.replace(crops, advantages=of_crops)
         return dataclasses.replace(batch, advantages=main, subagents=crops)
 
     def anchor_credit(self, groups: Sequence[RolloutGroup], batch: LearnerBatch) -> Array | None:

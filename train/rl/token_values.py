@@ -35,15 +35,15 @@ class TokenValues:
 class OfRollouts:
     """The same by rollout."""
 
-    def __init__(self, rows: dict[str, np.ndarray], places: dict[int, int]) -> None:
+    def __init__(self, rows: dict[str, np.ndarray], row_of: dict[int, int]) -> None:
         """Arrays `[b, own]` by name, and the row of each rollout by its `id`."""
-        self._rows, self._places = rows, places
+        self._rows, self._row_of = rows, row_of
 
     def __call__(self, rollout: Trajectory) -> dict[str, np.ndarray]:
         """By name, float32 `[t]` for the tokens of the rollout; empty if it was not learned."""
-        if id(rollout) not in self._places:
+        if id(rollout) not in self._row_of:
             return {}
-        row, size = self._places[id(rollout)], len(rollout.tokens)
+        row, size = self._row_of[id(rollout)], len(rollout.tokens)
         return {name: values[row, :size] for name, values in self._rows.items()}
 
 

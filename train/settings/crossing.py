@@ -38,10 +38,10 @@ def _check_parts(config: Config) -> None:
     """Parts that do not train anyway are neither frozen nor given a rate."""
     model, groups = config.model, config.optimizer.groups
     if not model.train_vision and {*model.frozen, *groups} & {*SEEN}:
-        named = "{optimizer.groups}" if {*groups} & {*SEEN} else "{model.frozen}"
+        setting = "{optimizer.groups}" if {*groups} & {*SEEN} else "{model.frozen}"
         raise Refused(
             config,
-            f"{named} names {' or '.join(SEEN)}, which do not train with {{model.train_vision}}; "
+            f"{setting} names {' or '.join(SEEN)}, which do not train with {{model.train_vision}}; "
             "leave them out",
         )
     if {*groups} & {*model.frozen}:
@@ -123,22 +123,22 @@ def _check_subagents(config: Config) -> None:
         )
 
 
-def _check_draws(config: Config, name: str, own: SamplingConfig) -> None:
+def _check_draws(config: Config, name: str, sampling: SamplingConfig) -> None:
     """What is learned is not sampled from a distribution that holds one token, or one of which the
     policy's own choices are no fair sample (`docs/adr/0020`)."""
-    if own.temperature <= 0:
+    if sampling.temperature <= 0:
         raise Refused(
             config,
             f"{{{name}.temperature}} samples the same rollout again and again; RL needs it above 0",
         )
-    if own.top_k == 1 or own.min_p == 1:
-        kept = "top_k" if own.top_k == 1 else "min_p"
+    if sampling.top_k == 1 or sampling.min_p == 1:
+        setting = "top_k" if sampling.top_k == 1 else "min_p"
         raise Refused(
             config,
-            f"{{{name}.{kept}}} leaves only the likeliest token to draw, so that there is no "
-            f"choice to learn from; set {{{name}.{kept}:=0}}, which keeps every token",
+            f"{{{name}.{setting}}} leaves only the likeliest token to draw, so that there is no "
+            f"choice to learn from; set {{{name}.{setting}:=0}}, which keeps every token",
         )
-    if own.constrain and own.truncates:
+    if sampling.constrain and sampling.truncates:
         raise Refused(
             config,
             f"{{{name}.constrain}} with {{{name}.top_k}}, {{{name}.top_p}} and {{{name}.min_p}}: "
@@ -149,14 +149,14 @@ def _check_draws(config: Config, name: str, own: SamplingConfig) -> None:
 
 
 def _check_methods(config: Config) -> None:
-    own = config.difficulty
-    if own.window and own.traces > config.rl.group_size:
+    difficulty = config.difficulty
+    if difficulty.window and difficulty.traces > config.rl.group_size:
         raise Refused(
             config,
             "{difficulty.traces} is above {rl.group_size}, the rollouts of a prompt that there is "
             "room for; lower it",
         )
-    if own.window and config.teacher.strength:
+    if difficulty.window and config.teacher.strength:
         raise Refused(
             config,
             "{difficulty.window} with {teacher.strength}: a teacher reads the plain question with "

@@ -54,7 +54,7 @@ class Only:
 
     def concerns(self, name: str) -> bool:
         """Whether it is about this setting."""
-        sections = tuple(own for own in self.settings.split() if own.endswith("."))
+        sections = tuple(each for each in self.settings.split() if each.endswith("."))
         return name != self.when and (name in self.settings.split() or name.startswith(sections))
 
     @property
@@ -66,15 +66,15 @@ class Only:
 
     def refusal(self, config: Config, name: str) -> Refused:
         """The setting has no effect."""
-        own, when = f"{{{name}}} has no effect", self.when
+        sentence, when = f"{{{name}}} has no effect", self.when
         if self.reason:
-            return Refused(config, f"{own} {self.reason}")
+            return Refused(config, f"{sentence} {self.reason}")
         if not isinstance(self.values, tuple):
             remedy = f"leave it out, or set {{{when}:name}} too"
-            return Refused(config, f"{own} with {{{when}}}; {remedy}")
+            return Refused(config, f"{sentence} with {{{when}}}; {remedy}")
         others = any_of(map(as_text, self.values))
         other = f"{{{when}:={others}}}" if len(self.values) == 1 else f"{{{when}:name}} to {others}"
-        return Refused(config, f"{own} with {{{when}}}; leave it out, or set {other}")
+        return Refused(config, f"{sentence} with {{{when}}}; leave it out, or set {other}")
 
 
 class Read(Only):
@@ -214,5 +214,5 @@ def changed(config: Config) -> tuple[str, ...]:
 def of_rewards() -> tuple[Only, ...]:
     """What the schemes of rewards say of themselves, as rows of the table."""
     names = [field.name for field in dataclasses.fields(RewardRules)]
-    own = {name: readers_of(name) for name in names if name not in READ_BY_ALL}
-    return tuple(Read(f"rewards.{name}", "rewards.scheme", own[name]) for name in own)
+    readers = {name: readers_of(name) for name in names if name not in READ_BY_ALL}
+    return tuple(Read(f"rewards.{name}", "rewards.scheme", readers[name]) for name in readers)

@@ -40,14 +40,14 @@ def help_settings(config: Any, prefix: str = "") -> str:
     Raises:
       ValueError: no setting begins so.
     """
-    found = [entry for entry in entries(config) if entry.name.startswith(prefix)]
-    if not found:
+    listed = [entry for entry in entries(config) if entry.name.startswith(prefix)]
+    if not listed:
         sections = dict.fromkeys(entry.name.partition(".")[0] for entry in entries(config))
         raise ValueError(
             f"--help-settings {prefix}: no setting begins so; choose from {', '.join(sections)}"
         )
     width = max(shutil.get_terminal_size().columns, 40)
-    return "\n\n".join(_wrapped(entry, width) for entry in found)
+    return "\n\n".join(_wrapped(entry, width) for entry in listed)
 
 
 def entries(config: Any, prefix: str = "") -> Iterator[Entry]:
@@ -62,24 +62,24 @@ def entries(config: Any, prefix: str = "") -> Iterator[Entry]:
             yield Entry(name, f"{name}.*", text)
             yield from entries(value, f"{name}.")
             continue
-        known = "" if value is dataclasses.MISSING else f"={as_text(value)}"
+        default = "" if value is dataclasses.MISSING else f"={as_text(value)}"
         only = field.metadata == RECIPE_ONLY or not can_be_set(hints[field.name])
-        said = ["in a recipe only"] if only else _choices(hints[field.name])
+        choices = ["in a recipe only"] if only else _choices(hints[field.name])
         text = [texts.get(field.name, ""), *_effect(name)]
-        yield Entry(name, f"{name}{known} ({', '.join(said)})", "\n\n".join(text))
+        yield Entry(name, f"{name}{default} ({', '.join(choices)})", "\n\n".join(text))
 
 
 def docstrings(kind: type) -> dict[str, str]:
     """The text below each field of a dataclass, from its source: Python does not keep it."""
     (body,) = ast.parse(textwrap.dedent(inspect.getsource(kind))).body
     assert isinstance(body, ast.ClassDef)
-    found = {}
+    texts = {}
     for field, text in itertools.pairwise(body.body):
         if not (isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name)):
             continue
         if isinstance(text, ast.Expr) and isinstance(text.value, ast.Constant):
-            found[field.target.id] = inspect.cleandoc(str(text.value.value))
-    return found
+            texts[field.target.id] = inspect.cleandoc(str(text.value.value))
+    return texts
 
 
 def _effect(name: str) -> list[str]:
@@ -90,11 +90,11 @@ def _effect(name: str) -> list[str]:
 
 def _choices(hint: Any) -> list[str]:
     """What a setting can be, from the type that its field declares."""
-    known = describe_choices(hint)
-    said = [known or _type(plain_type(hint)), *(limits.wording for limits in ranges_of(hint))]
+    listed = describe_choices(hint)
+    words = [listed or _type(plain_type(hint)), *(limits.wording for limits in ranges_of(hint))]
     if typing.get_origin(plain_type(hint)) is tuple:
-        said[0] = f"several of {known}" if known else f"{said[0]},..."
-    return [*said, "or none"] if type(None) in alternatives(hint) else said
+        words[0] = f"several of {listed}" if listed else f"{words[0]},..."
+    return [*words, "or none"] if type(None) in alternatives(hint) else words
 
 
 def _type(kind: Any) -> str:
@@ -106,9 +106,9 @@ def _type(kind: Any) -> str:
 
 
 def _wrapped(entry: Entry, width: int) -> str:
-    own, indent = " ".join(entry.text.split()), " " * 4
+    text, indent = " ".join(entry.text.split()), " " * 4
     lines = textwrap.wrap(
-        own, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        text, width, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
     )
     title = textwrap.wrap(
         entry.title, width, subsequent_indent=indent, break_on_hyphens=False, break_long_words=False

@@ -81,15 +81,15 @@ def override(
       ValueError: unknown key (with the keys that exist there) or a value of the wrong type.
     """
     flags = flags or {}
-    given = [Assignment(key, value) for key, (_, value) in flags.items()]
+    changes = [Assignment(key, value) for key, (_, value) in flags.items()]
     written = {key: f"{flag} {value}" for key, (flag, value) in flags.items()}
     for assignment in assignments:
-        key, found, value = assignment.partition("=")
-        if not found:
+        key, equals, value = assignment.partition("=")
+        if not equals:
             raise ValueError(f"--set {assignment!r} is not of the form key=value")
-        given.append(Assignment(key, value, text=True))
+        changes.append(Assignment(key, value, text=True))
         written[key] = assignment
-    return _apply(config, given, written)
+    return _apply(config, changes, written)
 
 
 def leaves(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -120,7 +120,7 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def _apply(config: Any, assignments: list[Assignment], written: Mapping[str, str]) -> Any:
     changes = _changes(config, assignments, "", written)
-    given = _given(config, changes, [own.key for own in assignments])
+    given = _given(config, changes, [each.key for each in assignments])
     return _replaced(config, {**changes, "given": given}, "", written)
 
 
@@ -147,10 +147,10 @@ def _changes(
 ) -> dict[str, Any]:
     """The new values of the section's own fields."""
     groups: dict[str, list[Assignment]] = {}
-    for own in assignments:
-        name = own.key.removeprefix(prefix).partition(".")[0]
-        groups.setdefault(name, []).append(own)
-    return {name: _changed(section, name, own, prefix, written) for name, own in groups.items()}
+    for assignment in assignments:
+        name = assignment.key.removeprefix(prefix).partition(".")[0]
+        groups.setdefault(name, []).append(assignment)
+    return {name: _changed(section, name, group, prefix, written) for name, group in groups.items()}
 
 
 def _changed(
@@ -163,14 +163,14 @@ def _changed(
     if last.text and fields[name].metadata == RECIPE_ONLY:
         raise ValueError(f"{last.written}: this key can be set in a recipe only")
     hint, current = hints_of(type(section))[name], getattr(section, name)
-    whole = [own for own in group if own.key == full]
+    whole = [assignment for assignment in group if assignment.key == full]
     if dataclasses.is_dataclass(current):
-        for own in whole:
-            if own.text or not isinstance(own.value, type(current)):
+        for assignment in whole:
+            if assignment.text or not isinstance(assignment.value, type(current)):
                 inner = ", ".join(field.name for field in dataclasses.fields(current))
-                raise ValueError(f"{own.written} is a section; set one of its keys: {inner}")
-            current = own.value
-        parts = [own for own in group if own.key != full]
+                raise ValueError(f"{assignment.written} is a section; set one of its keys: {inner}")
+            current = assignment.value
+        parts = [assignment for assignment in group if assignment.key != full]
         values = _changes(current, parts, f"{full}.", written)
         return _replaced(current, values, f"{full}.", written)
     if last not in whole:
@@ -220,9 +220,9 @@ def _choice(text: str, hint: Any, written: str) -> Any:
     """One of the values that a type lists, or the name of a function of the user's own."""
     if takes_own(hint) and ":" in text:
         return Own(text)
-    for known in choices(hint):
-        if str(known) == text:
-            return known
+    for choice in choices(hint):
+        if str(choice) == text:
+            return choice
     raise ValueError(f"{written}: choose {describe_choices(hint)}")
 
 

@@ -29,10 +29,10 @@ def open_conversations(
     """
     assert data.path is not None
     check = TextCheck(renderer.tokenizer) if renderer else lambda row: None
-    found = sft_rows(data.path, data.video_root, check)
-    check_rejected(found, data.path, data.max_rejected)
-    check_subtitles(data, (video for row in found.rows for video in row.videos))
-    return found
+    data_set = sft_rows(data.path, data.video_root, check)
+    check_rejected(data_set, data.path, data.max_rejected)
+    check_subtitles(data, (video for row in data_set.rows for video in row.videos))
+    return data_set
 
 
 def pack_conversations(

@@ -49,8 +49,8 @@ def supervise(
             run.saver.between_steps(step, state, position)
             clock.start()
             with clock.time("time/data"):
-                taken = following.result()
-                batches, position = to_mesh(taken.batches, run.mesh), taken.position
+                read = following.result()
+                batches, position = to_mesh(read.batches, run.mesh), read.position
             with clock.time("time/learn"):
                 if step + 1 < run.steps:
                     following = pool.submit(data.take, step + 1)
@@ -60,5 +60,5 @@ def supervise(
             if run.evaluate is not None:
                 with clock.time("time/evaluate"):
                     metrics |= run.evaluate(step + 1, state.params)
-            run.report(step, metrics | taken.metrics | run.saver.metrics())
+            run.report(step, metrics | read.metrics | run.saver.metrics())
     return state, position

@@ -34,9 +34,9 @@ class TaskMasking:
         this batch from all others of the run, and on nothing else."""
         rng = np.random.default_rng([self.seed, *place])
         rows = rng.random(len(streams)) < self.share
-        said = np.arange(batch.tokens.shape[1]) >= prompt_lengths(streams)[:, None]
-        videos = np.where(said, LATER_VIDEOS, FIRST_VIDEO) * (batch.vision_index >= 0)
-        hidden = self._masks(batch.tokens, said, videos, rows, self.tags)
+        generated = np.arange(batch.tokens.shape[1]) >= prompt_lengths(streams)[:, None]
+        videos = np.where(generated, LATER_VIDEOS, FIRST_VIDEO) * (batch.vision_index >= 0)
+        hidden = self._masks(batch.tokens, generated, videos, rows, self.tags)
         return dataclasses.replace(batch, hidden_keys=jax.tree.map(np.asarray, hidden))
 
     @functools.cached_property

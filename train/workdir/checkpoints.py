@@ -67,11 +67,11 @@ class Checkpoints:
 
     def _read_saved(self) -> dict[int, Saved]:
         """What the checkpoints of the folder say of themselves; damaged ones nothing."""
-        found = {step: Saved(step) for step in self._manager.all_steps()}
-        for step in found:
+        saved = {step: Saved(step) for step in self._manager.all_steps()}
+        for step in saved:
             with contextlib.suppress(ValueError):
-                found[step] = Saved.told(step, read_meta(self.folder / str(step)) or {})
-        return found
+                saved[step] = Saved.told(step, read_meta(self.folder / str(step)) or {})
+        return saved
 
     def is_best(self, figure: float | None) -> bool:
         """Whether a state of this figure is to stay as one of the best; the first host knows."""
@@ -101,14 +101,14 @@ class Checkpoints:
         if self.latest == step:
             return
         self.wait()
-        known = Saved(step, time.time(), figure)
-        said = {"step": step, "updates": int(state.step), "data": data_state}
-        said |= {"saved_at": known.at, "figure": figure}
-        said[CHECKSUMS] = checksums(_arrays(state))
+        saved = Saved(step, time.time(), figure)
+        meta = {"step": step, "updates": int(state.step), "data": data_state}
+        meta |= {"saved_at": saved.at, "figure": figure}
+        meta[CHECKSUMS] = checksums(_arrays(state))
         items: dict[str, Any] = {
             "params": ocp.args.StandardSave(state.params, self._save_args),
             "optimizer": ocp.args.StandardSave(state.optimizer),
-            META: ocp.args.JsonSave(sealed(said)),
+            META: ocp.args.JsonSave(sealed(meta)),
         }
         if state.teacher:
             items["teacher"] = ocp.args.StandardSave(state.teacher)
@@ -118,7 +118,7 @@ class Checkpoints:
             if self._mirror is not None:
                 self._mirror.begin_checkpoint(step)
             self._manager.save(step, args=ocp.args.Composite(**items))
-        self._saved[step] = known
+        self._saved[step] = saved
 
     def failure(self) -> OSError | None:
         """Why a checkpoint could not be written, as far as that is known yet."""
@@ -189,10 +189,10 @@ class Checkpoints:
             if damaged:
                 self._manager.reload()
             return restored
-        told = "; ".join(f"{step}: {why}" for step, why in damaged.items())
+        reasons = "; ".join(f"{step}: {why}" for step, why in damaged.items())
         raise ValueError(
-            f"no checkpoint in {self.folder} can be restored ({told}): put an intact copy there, "
-            "or start again with another --workdir"
+            f"no checkpoint in {self.folder} can be restored ({reasons}): put an intact copy "
+            "there, or start again with another --workdir"
         )
 
     def _read(self, step: int, like: TrainState, tell: Callable[[str], None]) -> Restored:
@@ -253,16 +253,16 @@ def _remove(folder: Place) -> None:
 
 def _arrays(state: TrainState) -> dict[str, Any]:
     """All that a checkpoint keeps as arrays."""
-    found = {"params": state.params, "optimizer": state.optimizer, "teacher": state.teacher}
-    return found | ({"older": state.older} if state.older else {})
+    arrays = {"params": state.params, "optimizer": state.optimizer, "teacher": state.teacher}
+    return arrays | ({"older": state.older} if state.older else {})
 
 
 def _verify(meta: dict[str, Any], state: TrainState) -> None:
     """Raises ValueError if anything is not as it was saved."""
     if not is_intact(meta):
         raise ValueError("its step and data position have changed since they were written")
-    found = checksums(_arrays(state))
-    changed = [name for name, value in meta[CHECKSUMS].items() if found.get(name) != value]
+    sums = checksums(_arrays(state))
+    changed = [name for name, value in meta[CHECKSUMS].items() if sums.get(name) != value]
     if changed:
         raise ValueError(f"{len(changed)} arrays have changed since, the first is {changed[0]}")
 
@@ -274,8 +274,8 @@ def _reason(error: BaseException) -> str:
         return error.strerror
     if code := re.search(r"os_error_code='(\d+)'", text):
         return os.strerror(int(code.group(1)))
-    found = re.search(r"\[OS error \d*:? ?([^\]]*)\]", text)
-    return found.group(1).strip() if found else text[:200] or type(error).__name__
+    match = re.search(r"\[OS error \d*:? ?([^\]]*)\]", text)
+    return match.group(1).strip() if match else text[:200] or type(error).__name__
 
 
 def _hush_writers() -> None:

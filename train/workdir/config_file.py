@@ -45,11 +45,11 @@ def read_settings(
     if not path.exists():
         return None
     try:
-        held = json.loads(path.read_text(encoding="utf-8"))
+        stored = json.loads(path.read_text(encoding="utf-8"))
         left_out = {OWN_FILES, *but}
-        if isinstance(held, dict):
-            held = {name: value for name, value in held.items() if name not in left_out}
-        return typed(held, kind, "")
+        if isinstance(stored, dict):
+            stored = {name: value for name, value in stored.items() if name not in left_out}
+        return typed(stored, kind, "")
     except (ValueError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be continued: {error}; mend it, use the version that wrote it, or "
@@ -77,15 +77,15 @@ def own_files(settings: Any) -> dict[str, str]:
 def changed_own_files(workdir: Path, settings: Any) -> list[str]:
     """Files of the user's own whose content is another than when the workdir's run began, or was
     last continued."""
-    held = json.loads((workdir / FILE).read_text(encoding="utf-8")).get(OWN_FILES, {})
+    stored = json.loads((workdir / FILE).read_text(encoding="utf-8")).get(OWN_FILES, {})
     # A file that the run did not use then is no change of that file.
-    return [file for file, now in own_files(settings).items() if held.get(file, now) != now]
+    return [file for file, now in own_files(settings).items() if stored.get(file, now) != now]
 
 
 def younger_settings(workdir: Path, settings: Any) -> list[str]:
     """Settings that the workdir's file does not hold, because it was written before them."""
-    held = flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
-    return sorted(set(flat_settings(settings)) - set(held))
+    stored = flatten(json.loads((workdir / FILE).read_text(encoding="utf-8")))
+    return sorted(set(flat_settings(settings)) - set(stored))
 
 
 def flat_settings(settings: Any) -> dict[str, Any]:
@@ -96,8 +96,8 @@ def flat_settings(settings: Any) -> dict[str, Any]:
 def evaluated_settings(settings: Any) -> dict[str, Any]:
     """Those that decide what an evaluation finds, by their dotted names."""
     kind, flat = type(settings), flat_settings(settings)
-    found = {key for key in flat if marked(kind, key, Mark.EVALUATED)}
-    return {k: flat[k] for k in flat if k in found and not marked(kind, k, Mark.SAME_RESULTS)}
+    deciding = {key for key in flat if marked(kind, key, Mark.EVALUATED)}
+    return {k: flat[k] for k in flat if k in deciding and not marked(kind, k, Mark.SAME_RESULTS)}
 
 
 def differences(before: Any, now: Any) -> dict[str, Difference]:
@@ -123,10 +123,10 @@ def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference
     Raises:
       ValueError: it also changes what it may not, naming all of that.
     """
-    found = differences(before, now)
+    changes = differences(before, now)
     refused = [
         f"{key}={old!r}, not {new!r}"
-        for key, (old, new) in found.items()
+        for key, (old, new) in changes.items()
         if not marked(type(now), key, Mark.SAME_RESULTS, Mark.MAY_CHANGE)
     ]
     if refused:
@@ -134,7 +134,7 @@ def check_same_run(before: Any, now: Any, workdir: Path) -> dict[str, Difference
             f"{workdir} holds a run with {'; '.join(refused)}: choose another --workdir, or leave "
             "out --recipe and what differs, and it goes on with its own settings"
         )
-    return found
+    return changes
 
 
 def with_whole_paths(settings: Settings) -> Settings:

@@ -42,16 +42,16 @@ class Lease:
 
     def _wait_for_others(self) -> None:
         """Return when nobody has renewed a lease for its time."""
-        first = found = self._read()
+        first = lease = self._read()
         end = time.monotonic() + self._seconds
-        while found and time.monotonic() < end:
-            if found != first:
+        while lease and time.monotonic() < end:
+            if lease != first:
                 raise ValueError(
-                    f"--workdir {self._url} is in use by {found['holder']}: wait until that run "
+                    f"--workdir {self._url} is in use by {lease['holder']}: wait until that run "
                     "ends, stop it, or choose another --workdir"
                 )
             time.sleep(self._seconds / BEATS / 2)
-            found = self._read()
+            lease = self._read()
 
     def _read(self) -> dict[str, str]:
         store = store_of(self._url)
@@ -64,8 +64,8 @@ class Lease:
     def _renew(self) -> None:
         self._beat += 1
         holder = f"process {os.getpid()} on {socket.gethostname()}"
-        said = {"holder": holder, "token": self._token, "beat": self._beat}
-        store_of(self._url).pipe_file(self._object, json.dumps(said).encode())
+        record = {"holder": holder, "token": self._token, "beat": self._beat}
+        store_of(self._url).pipe_file(self._object, json.dumps(record).encode())
 
     def _keep(self) -> None:
         """Renew it, unless another run has it by now: of two that took it at once, the later."""

@@ -52,9 +52,9 @@ class Mirror:
           OSError: the store does not answer.
         """
         self.url, self._store = url.rstrip("/"), store_of(url, "--workdir")
-        kept = tempfile.mkdtemp(prefix="paravt-workdir-")
-        atexit.register(shutil.rmtree, kept, ignore_errors=True)
-        self.folder = Path(kept) / self.url.rpartition("/")[2]
+        folder = tempfile.mkdtemp(prefix="paravt-workdir-")
+        atexit.register(shutil.rmtree, folder, ignore_errors=True)
+        self.folder = Path(folder) / self.url.rpartition("/")[2]
         self.folder.mkdir()
         self._sent: dict[str, tuple[int, int]] = {}
         """Time and size of each file as it was sent or fetched."""
@@ -227,9 +227,9 @@ class Mirror:
         """All that the bucket holds, by names below the workdir."""
         with storage_errors(self.url):
             self._store.invalidate_cache()
-            found: Any = self._store.find(self.url)
+            paths: Any = self._store.find(self.url)
         root = self.url.partition("://")[2] + "/"
-        return [path.lstrip("/").removeprefix(root) for path in found]
+        return [path.lstrip("/").removeprefix(root) for path in paths]
 
     def _fetch(self, names: list[str]) -> None:
         targets = [self.folder / name for name in names]
@@ -248,6 +248,6 @@ def wanted(names: list[str]) -> list[str]:
     """What a run that goes on needs: checkpoints only if they are whole."""
     steps = [name for name in names if name.startswith(f"{CHECKPOINTS}/")]
     whole = {name.split("/")[1] for name in steps if name.split("/")[2:] == [WHOLE]}
-    found = [name for name in steps if name.split("/")[1] in whole]
+    complete = [name for name in steps if name.split("/")[1] in whole]
     others = (LEASE, LOCK, FILE, *MADE_ANEW, f"{CHECKPOINTS}/")
-    return found + [name for name in names if not name.startswith(others)]
+    return complete + [name for name in names if not name.startswith(others)]

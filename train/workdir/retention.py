@@ -46,11 +46,11 @@ class Retention:
     def _spaced(self, ordered: list[Saved]) -> list[Saved]:
         """The first one, and each that is old enough by the last that stays: what was kept once is
         kept whatever follows."""
-        found: list[Saved] = []
+        spaced: list[Saved] = []
         for one in ordered if self.minutes else ():
-            if not found or one.at - found[-1].at >= 60 * self.minutes:
-                found.append(one)
-        return found
+            if not spaced or one.at - spaced[-1].at >= 60 * self.minutes:
+                spaced.append(one)
+        return spaced
 
     def _best(self, saved: Iterable[Saved]) -> list[Saved]:
         """Highest first; of equals the older one."""
