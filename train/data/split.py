@@ -84,7 +84,7 @@ def related(rows: Sequence[Row]) -> list[list[Row]]:
 
 
 def _least_sum(sizes: Sequence[int], least: int) -> list[int]:
-    """Positions of numbers that sum up to the least possible sum of `wanted` or more: of all such
+    """Positions of numbers that sum up to the least possible sum of `least` or more: of all such
     choices the one that takes the first numbers. All of them if they are not more together."""
     # Bit t of reach[i]: some of the numbers from the i-th on sum up to t.
     reach, mask = [1], (1 << (least + max(sizes, default=0))) - 1

@@ -100,7 +100,7 @@ class BatchShapes:
         """Lengths of a prompt and of streams, the first as long as it may be, that fill `room`
         slots as far as they can."""
         most = min(stream, self.longest_own)
-        # A stream before the prompt, as it is its length that leads to `own`.
+        # A stream before the prompt, as it is its length that leads to `stream`.
         limits, lengths = [most, self.longest_prompt] + [most] * (per_row - 1), []
         for number, limit in enumerate(limits):
             rest = per_row - number
