@@ -22,6 +22,7 @@ from paravt_jax.records import Row
 from pipelines.loader import PromptStream
 from rollout.engine.engine import Engine
 from train import checks, setup
+from train.agent import AgentMaker
 from train.compile.cache import Compilations, keep_compiled
 from train.compile.input_sizes import agent_input_sizes
 from train.compile.layout import open_layout
@@ -145,19 +146,16 @@ class Run:
         mirror: Mirror | None = None,
     ):
         self._place = mirror.url if mirror else workdir
-        checkpoints = mirror.checkpoints if mirror else workdir / "checkpoints"
         self.config, self.workdir, self.mesh = config, workdir, mesh
         self.compilations, self.write_page = compilations, write_page
-        self.parts = setup.Parts(config)
-        self.scorer = Scorer(config.rewards)
+        self.parts, self.scorer = setup.Parts(config), Scorer(config.rewards)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         # All hosts have agreed on the questions; from here on there is something to write.
         self.lock = on_all_hosts(lambda: WorkdirLock(workdir) if is_first() else None)
-        table, output = self.parts.policy.table, config.output
-        self.optimizer = make_optimizer(config.optimizer, config.optimizer_steps, table)
-        keep = Retention(output.keep_checkpoints, output.keep_minutes, output.keep_best)
-        sender, staleness = mirror if is_first() else None, config.rl.staleness
-        self.checkpoints = Checkpoints(checkpoints, keep, table, staleness, sender)
+        self.optimizer = make_optimizer(
+            config.optimizer, config.optimizer_steps, self.parts.policy.table
+        )
+        self.checkpoints = self._open_checkpoints(mirror)
         start = self.parts.params(mesh)
         restored, self.first_step, self.data_state = self._first_state(start)
         # The weights of earlier steps belong to the rollouts: see `_ahead`.
@@ -166,28 +164,17 @@ class Run:
         if config.rl.reference_memory == "host":
             self.reference = on_host(self.reference)
         self._prepare_workdir()
-        older = {str(age): self.state.trainable for age in range(1, staleness + 1)}
+        older = {str(age): self.state.trainable for age in range(1, config.rl.staleness + 1)}
         self.checkpoints.precompile(dataclasses.replace(self.state, older=older))
         self.log = RunLog(workdir, config.steps, self.first_step, silent=not is_first())
         updates = config.optimizer_steps // config.steps
         self.report = StepReport(self.log, Clock(), config.optimizer, config.steps, updates)
-        kept = self.state, self.reference, older
-        own = config.rollout_mesh, config.model.compute_dtype
-        layout = open_layout(
-            self.parts.policy, mesh, *own, kept, setup.open_rollout_devices(config)
+        self.agents = self._open_agents((self.state, self.reference, older))
+        self.evaluation, self.mid_run = self._evaluations()
+        figure = (self.mid_run.figure,) if self.mid_run else ()
+        self.saver = Saver(
+            self.checkpoints, config.output, SIGNALS_OF_RUN, self.lock, self.first_step, *figure
         )
-        self.agents = dataclasses.replace(
-            self.parts.agents, layout=layout, tell=self.log.console.print
-        )
-        held_out = self._held_out() if self.held_out else None
-        self.evaluation = self._evaluation(held_out) if held_out else None
-        self.mid_run = self._mid_run(held_out) if held_out and config.evaluation.every else None
-        self.saver = self._saver()
-
-    def _saver(self) -> Saver:
-        """What saves the run."""
-        parts = self.checkpoints, self.config.output, SIGNALS_OF_RUN, self.lock, self.first_step
-        return Saver(*parts, *([self.mid_run.figure] if self.mid_run else []))
 
     def _questions(self) -> tuple[Questions, list[Row]]:
         """Questions to train on and held-out ones; the first process tells what is missing."""
@@ -195,6 +182,13 @@ class Run:
         rows, held_out = on_all_hosts(lambda: open_rows(data, evaluation, first_prints, check))
         require_same(identities(itertools.chain(all_rows(rows), held_out)), "the questions")
         return rows, held_out
+
+    def _open_checkpoints(self, mirror: Mirror | None) -> Checkpoints:
+        """The checkpoints of the workdir, or of the bucket that it stands for."""
+        folder = mirror.checkpoints if mirror else self.workdir / "checkpoints"
+        output, sender = self.config.output, mirror if is_first() else None
+        keep = Retention(output.keep_checkpoints, output.keep_minutes, output.keep_best)
+        return Checkpoints(folder, keep, self.parts.policy.table, self.config.rl.staleness, sender)
 
     def _first_state(self, start: FlatParams) -> tuple[TrainState, int, Any]:
         """The last checkpoint of the workdir, or a new state; its step and data position.
@@ -224,23 +218,27 @@ class Run:
         if is_first() or self._place != self.workdir:  # of a bucket each host has its own folder
             self.parts.describe_checkpoints(self.workdir / MODEL_FILES)
 
-    def _held_out(self) -> HeldOut:
-        """Puts the held-out questions to the agent."""
-        settings, data, console = self.config.evaluation, self.config.data, self.log.console
-        by_events, bad = functools.partial(strata, data, settings.split), data.max_bad_rows
-        return HeldOut(settings, self.held_out, self.agents, self.scorer, bad, by_events, console)
+    def _open_agents(self, copies: Any) -> AgentMaker:
+        """Opens agents, and engines beside all copies of the weights that the learner keeps."""
+        config, policy, tell = self.config, self.parts.policy, self.log.console.print
+        mesh, dtype = config.rollout_mesh, config.model.compute_dtype
+        apart = setup.open_rollout_devices(config)
+        layout = open_layout(policy, self.mesh, mesh, dtype, copies, apart)
+        return dataclasses.replace(self.parts.agents, layout=layout, tell=tell)
 
-    def _evaluation(self, held_out: HeldOut) -> BeforeAfter:
-        """Evaluation on held-out questions, before and after."""
+    def _evaluations(self) -> tuple[BeforeAfter | None, MidRun | None]:
+        """Evaluation on held-out questions: before and after the run, and in its midst."""
         settings, data, console = self.config.evaluation, self.config.data, self.log.console
+        if not self.held_out:
+            return None, None
+        by_events, bad = functools.partial(strata, data, settings.split), data.max_bad_rows
+        ask = HeldOut(settings, self.held_out, self.agents, self.scorer, bad, by_events, console)
         part = "test" if settings.split == "test" and not data.path else "held-out"
         title = f"{len(self.held_out)} {part} questions, K={settings.frame_budget}"
-        deciding = evaluated_settings(self.config)
-        return BeforeAfter(held_out, deciding, self.workdir, title, console)
-
-    def _mid_run(self, held_out: HeldOut) -> MidRun:
-        """The same in the midst of the run."""
-        return MidRun(held_out, self.config.evaluation, self.workdir, self._write_folder)
+        both = BeforeAfter(ask, evaluated_settings(self.config), self.workdir, title, console)
+        if not settings.every:
+            return both, None
+        return both, MidRun(ask, settings, self.workdir, self._write_folder)
 
     def reinforce(self) -> None:
         """The `rl` stage, with the same evaluation before and after."""
@@ -295,12 +293,9 @@ class Run:
             ahead = self._ahead(rollouts, resumable, metrics, clock, stop)
             rollouts, resumable, metrics = ahead, ahead.resumable, [ahead.metrics]
             beside = {"older": ahead.older, "end": ahead.close}
-        teacher, tools = config.teacher, config.agent.offers_tools
-        taught = (
-            TaughtLearner(learner, teacher, self.agents.renderer, tools)
-            if teacher.strength
-            else None
-        )
+        taught, renderer, tools = None, self.agents.renderer, config.agent.offers_tools
+        if config.teacher.strength:
+            taught = TaughtLearner(learner, config.teacher, renderer, tools)
         return RlRun(
             steps=config.steps,
             rollouts=rollouts,
