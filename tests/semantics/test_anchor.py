@@ -21,7 +21,7 @@ from tests.support.scripted_rollouts import (
     rollout,
 )
 from train.batch import streams_of_groups, turn_numbers
-from train.rl.scoring import score_groups
+from train.rl.scoring import Scorer
 
 THOUGHT = "I look at all of it."
 CLOSED = f"{THOUGHT}</think><answer>red</answer><|im_end|>"
@@ -33,8 +33,8 @@ def trained(*settings, texts=(CLOSED, UNCLOSED), prefix=PREFIX, **options):
     """The learner's batch of one group, the gradient of its loss by log-probability, the rollouts
     and what the learner says of them."""
     config = configured("objective.kl_weight=0", *settings)
-    groups = score_groups(
-        [group(*(rollout(text, prefix=prefix, **options) for text in texts))], config.rewards
+    groups = Scorer(config.rewards)(
+        [group(*(rollout(text, prefix=prefix, **options) for text in texts))]
     )
     batch, metrics = learner(config).prepare(as_state(Learnable().init()), groups)
 
@@ -89,7 +89,7 @@ def test_position_moves_tags_alone_where_only_the_anchor_differs():
     """Equal task rewards, unequal anchors: all of the gradient is at the tags."""
     both = rollout(CLOSED, prefix=PREFIX), rollout(UNCLOSED, prefix=PREFIX)
     config = configured("objective.anchor=position", "objective.kl_weight=0")
-    scored = score_groups([group(*both)], config.rewards)[0]
+    scored = Scorer(config.rewards)([group(*both)])[0]
     same = scored.trajectories[0].rewards["task"]
     even = [
         dataclasses.replace(t, rewards={**t.rewards, "task": same}) for t in scored.trajectories
@@ -176,7 +176,7 @@ def credits_of(*groups, settings=()):
     """What the anchor is to the tags of rollouts, given as names of their turns: for each group,
     rollout and turn, `(tag, credit)` in order. No other token gets any."""
     config = configured("objective.anchor=position", *settings)
-    made = score_groups(
+    made = Scorer(config.rewards)(
         [
             group(
                 *(
@@ -189,8 +189,7 @@ def credits_of(*groups, settings=()):
                 )
             )
             for rollouts in groups
-        ],
-        config.rewards,
+        ]
     )
     own = learner(config)
     batch = own.batches.shared(streams_of_groups(made), len(groups[0]))

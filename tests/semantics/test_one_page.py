@@ -22,7 +22,7 @@ from pipelines.needle.world import NeedleWorld
 from rollout.record import TrajectoryBuilder
 from tests.support.command import ROOT, environment
 from train.recipes import get_recipe
-from train.rl.scoring import score_groups
+from train.rl.scoring import Scorer
 from train.settings.override import override
 from train.setup import batch_shapes, open_learner
 from train.state import TrainState
@@ -93,7 +93,7 @@ def learned_by_the_trainer(page, groups, first, now):
     sizes = [f"rl.prompts_per_step={PROMPTS}", "rl.micro_groups=1"]
     config = override(get_recipe("needle_rl"), sizes)
     mesh = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
-    scored = score_groups([recorded(page, group) for group in groups], config.rewards)
+    scored = Scorer(config.rewards)([recorded(page, group) for group in groups])
     shapes = batch_shapes(config, page.RENDERER.spec, page.RENDERER.pad_id)
     reference, now = jax.tree.map(jnp.copy, (first, now))  # a step donates its state
     frozen = {name: x for name, x in reference.items() if name not in now}

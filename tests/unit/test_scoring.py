@@ -10,7 +10,7 @@ from paravt_jax.rewards import RewardRules, reward_terms
 from tests.support.trajectories import ANSWER, trajectory
 from train.hosts.share import WORK
 from train.rl import scoring
-from train.rl.scoring import Scorer, complies, rewards_of, rollout_metrics, score_groups
+from train.rl.scoring import Scorer, complies, rewards_of, rollout_metrics
 
 BODY = '{"name": "crop_video", "arguments": {"start_time": 0, "end_time": 4}}'
 CALL = f"<tool_call>\n{BODY}\n</tool_call>"
@@ -24,7 +24,7 @@ def groups():
     tool = trajectory(GOOD, ANSWER, calls=2, executed=2)
     direct, unclosed = trajectory(ANSWER), trajectory(UNCLOSED)
     same = RolloutGroup(row, 8, (direct, direct))
-    return score_groups([RolloutGroup(row, 4, (tool, unclosed)), same], RewardRules())
+    return Scorer(RewardRules())([RolloutGroup(row, 4, (tool, unclosed)), same])
 
 
 def test_tool_credit_needs_executed_calls(groups):
@@ -37,7 +37,7 @@ def test_tool_credit_needs_executed_calls(groups):
 def test_a_call_that_failed_earns_no_tool_credit():
     row = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "red", "oe")
     failed = trajectory(GOOD, ANSWER, calls=2, executed=0)
-    (group,) = score_groups([RolloutGroup(row, 4, (failed,))], RewardRules())
+    (group,) = Scorer(RewardRules())([RolloutGroup(row, 4, (failed,))])
     assert group.trajectories[0].rewards["tool"] == 0.0
 
 
@@ -82,7 +82,7 @@ def test_a_turn_that_plays_several_is_one_turn():
     pretended = trajectory(GOOD.removesuffix("<|im_end|>") + ANSWER)
     assert not complies(pretended)
     row = Row("0", VideoRef("v.mp4", 8.0), "What colour?", "red", "oe")
-    (group,) = score_groups([RolloutGroup(row, 4, (pretended,))], RewardRules())
+    (group,) = Scorer(RewardRules())([RolloutGroup(row, 4, (pretended,))])
     assert group.trajectories[0].rewards["format"] < 0.9
     assert group.trajectories[0].rewards["tool"] == 0.0
 

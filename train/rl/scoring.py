@@ -59,16 +59,6 @@ class Scorer:
         return summed(metrics) | seconds
 
 
-def score_groups(
-    groups: Sequence[RolloutGroup],
-    rules: RewardRules,
-    judge: Judge | None = None,
-    progress: float = 1.0,
-) -> list[RolloutGroup]:
-    """The same groups with `rewards` filled in, all of them by this host."""
-    return _with_rewards(groups, rewards_of_all(_rollouts(groups), rules, judge, progress))
-
-
 def _rollouts(groups: Sequence[RolloutGroup]) -> list[Scored]:
     return [(group.row, t) for group in groups for t in group.trajectories]
 
