@@ -35,7 +35,7 @@ from paravt_jax.blocks import text_block
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.params import initialise
 from paravt_jax.records import LearnerBatch
-from paravt_jax.shapes import bucket, buckets
+from paravt_jax.shapes import bucket
 from paravt_jax.shared_rows import TILE, Bounds
 from pipelines.preprocess import SPECS
 from train.batch import LearnerStream, learner_batch, shared_batch
@@ -194,7 +194,7 @@ def padding(group: int, unit: int, prompts: int = 8, steps: int = 400) -> None:
     rng, budgets = np.random.default_rng(0), np.array([4, 8, 16, 32, 64])
     per_frame, text, turn, response = 72, 400, 2048, 512
     most_prompt, most_own = 64 * per_frame + text, 4 * turn + 3 * response
-    whole = buckets(-(-(most_prompt + most_own) // 4), most_prompt + most_own, LENGTH_UNIT)
+    least, most = -(-(most_prompt + most_own) // 4), -(-(most_prompt + most_own) // LENGTH_UNIT)
     shapes = BatchShapes(SPECS["image"](16, 2, 2), 0, 0, 0, most_prompt, most_own)
     totals = {"tokens of copies": 0, "tokens shared": 0, "slots of copies": 0, "slots shared": 0}
     for _ in range(steps):
@@ -203,7 +203,7 @@ def padding(group: int, unit: int, prompts: int = 8, steps: int = 400) -> None:
         own = turns * np.minimum(rng.gamma(2.0, 120, (prompts, group)), turn) + (turns - 1) * 200
         own = own.astype(int)
         longest = (seen[:, None] + own).max()
-        length = next((size for size in whole if size >= longest), bucket(longest, LENGTH_UNIT))
+        length = bucket(max(longest, least), LENGTH_UNIT, most * LENGTH_UNIT)
         layout = shapes.layout_of(list(seen), list(own.ravel()), unit)
         totals["tokens of copies"] += int((seen[:, None] + own).sum())
         totals["tokens shared"] += int(seen.sum() + own.sum())

@@ -28,15 +28,6 @@ def bucket(count: int, unit: int = 1, most: int | None = None, coarse: bool = Fa
     return size if most is None else min(size, most)
 
 
-def buckets(least: int, most: int, unit: int = 1) -> list[int]:
-    """The sizes of everything from `least` to `most`, the last of them `most` rounded up to the
-    next unit."""
-    last, sizes = -(-most // unit) * unit, []
-    while not sizes or sizes[-1] < last:
-        sizes.append(bucket(sizes[-1] + 1 if sizes else least, unit, last))
-    return sizes
-
-
 def ladder(least: int, most: int, unit: int, parts: int) -> list[int]:
     """Sizes from `least` to `most`, multiples of `unit`, each larger than the one before by a share
     of `1 / parts` or by a unit: where `bucket` would pad too much."""
