@@ -80,7 +80,7 @@ class Rollout:
     seed: int
     stream: StreamId
     place: tuple[int, int] = (0, 1)
-    """Among those of the run, and how many these are."""
+    """The number of this rollout in its run, from 0, and how many there are."""
 
 
 @dataclasses.dataclass(frozen=True)

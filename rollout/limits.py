@@ -136,7 +136,7 @@ class AgentConfig(Settings):
 
 @dataclasses.dataclass(frozen=True)
 class TokenBudget:
-    """What the limits come to in tokens of a tokenizer."""
+    """The limits of an episode in tokens of a tokenizer."""
 
     prefix: int
     """Forced head of a turn."""

@@ -1,4 +1,4 @@
-"""What can be heard of rollouts while they go on, for whoever watches one."""
+"""Events of rollouts while they run, for whoever watches one."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rollout.responses import ToolResult
 
 
 class Observer:
-    """Hears of rollouts while they go on; this one ignores all of it.
+    """Receives the events of rollouts while they run; this one ignores all of them.
 
-    Called between two steps of the engine: what takes long holds up every rollout.
+    Called between two steps of the engine: a slow method holds up every rollout.
     """
 
     def turn_begins(self, stream: StreamId, prefix: Sequence[int]) -> None:
@@ -31,4 +31,4 @@ class Observer:
 
 
 NOBODY = Observer()
-"""Watches nothing."""
+"""Ignores every event."""

@@ -1,4 +1,4 @@
-"""What a tool call comes to, and tool responses as tokens: free of markup, never too long.
+"""Results of tool calls, and tool responses as tokens: free of markup, never too long.
 
 A bad call is an answer, not a crash: whatever goes wrong becomes words for the model.
 """

@@ -18,8 +18,8 @@ Job = Future
 Work = Callable[[], Any]
 Submit = Callable[[Work], Job]
 Share = Callable[[tuple[int, int], Submit, Work], Job]
-"""Has the work of a row done, given its place and how many rows there are: with `submit` here, or
-by another host."""
+"""Runs the work of a row on the host that is to do it. Takes the row's place and the number of
+rows, `submit` for work that this host does, and the work."""
 
 
 def done_here(place: tuple[int, int], submit: Submit, work: Work) -> Job:

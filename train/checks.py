@@ -1,4 +1,4 @@
-"""What is refused, or told, before anything is allocated."""
+"""Checks of a run before anything is allocated, and what a dry run prints."""
 
 from __future__ import annotations
 

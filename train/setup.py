@@ -452,7 +452,7 @@ def open_rollouts(
 
 
 def system_notes(config: Config, conversations: Sequence[Conversation]) -> list[str]:
-    """Says, if so, that the agent's system text takes the place of other ones."""
+    """A note if the agent's system text replaces other ones."""
     texts = prompt_texts(config)
     agents = texts.system + (texts.tools if config.agent.offers_tools else "")
     others = sum(

@@ -1,10 +1,11 @@
-"""The caches of an engine: made when rollouts begin, grown while they speak, given back after them.
+"""The KV caches of an engine: allocated when rollouts begin, grown while they generate, freed after
+them.
 
-What rows generate is rarely as long as what they might, so that the pool with the most room for it
-grows, in a few steps that are known before the run (`PARTS`): each is a static shape, for which
-append and decode are compiled once. The other pools are as large as they can get at once: a second
-one that grows would multiply the programs that decode several pools. Small caches do not
-grow at all: compiling for their sizes takes longer than their memory is worth.
+Rows rarely generate as many tokens as they may. So the pool with the largest cache begins small and
+grows in a few steps that are known before the run (`PARTS`): each is a static shape, for which
+append and decode are compiled once. All other pools have their full size at once: a second one that
+grows would multiply the programs that decode several pools. Small caches do not grow at all:
+compiling for their sizes takes longer than their memory is worth.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from paravt_jax.pytrees import ArrayLike, pytree
 PAGE = 64
 """Slots of a page, rounded up to whole tiles."""
 PARTS = (1 / 8, 1 / 3, 1)
-"""Of the pages that all rows would need at their longest."""
+"""Sizes of a cache that grows, as shares of the pages that all rows need at their longest."""
 GROWS_FROM = 32 * 2**20
 """Bytes of a pool's caches at their longest, over all devices, from which on they grow."""
 
@@ -94,7 +95,8 @@ class PoolState:
     def with_lengths(
         self, prompts: Int[ArrayLike, " p"], rows: Int[ArrayLike, " n"], table: PageTable
     ) -> PoolState:
-        """The host keeps the books: lengths and pages come with every call."""
+        """The state with the lengths and the page table of now, which the host keeps and sends
+        along with every call."""
         cache = dataclasses.replace(self.cache, prompt_lengths=prompts, lengths=rows, table=table)
         return dataclasses.replace(self, cache=cache)
 
@@ -139,7 +141,7 @@ class Caches:
         self._make = under_mesh(jax.jit(self._empty, static_argnums=(0, 1, 2)))
         self._grow = under_mesh(jax.jit(CacheArray.grown, static_argnums=(1, 2)))
         self.states: dict[str, PoolState] = {}
-        """Empty while they are given back."""
+        """Empty while their memory is given back."""
         self._peak = 0
         self.fixed = False
         """Whether they stay at this size, and tokens without a page are dropped: in rehearsals."""

@@ -1,4 +1,4 @@
-"""Who has which pages of a pool's cache, as the host sees them."""
+"""The page table of a pool's KV cache, kept on the host."""
 
 from __future__ import annotations
 

@@ -132,7 +132,7 @@ Request = tuple[list[tuple[str, Size]], Size, int | None]
 
 
 class _Precompiler:
-    """Requests that mean nothing, one of each shape."""
+    """Dummy requests, one of each shape."""
 
     def __init__(
         self, engine: Engine, params: Params, inputs: Mapping[str, InputSizes], patch_values: int

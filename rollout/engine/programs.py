@@ -1,7 +1,6 @@
-"""The calls of an engine as shapes: what is compiled ahead of time, for devices that are elsewhere.
-
-Of each function the largest call that rollouts within given sizes can make: what needs most memory.
-"""
+"""Shapes of an engine's calls, by which they are compiled ahead of time for devices that are
+elsewhere: of each function the largest call that rollouts within given sizes can make, which needs
+most memory."""
 
 from __future__ import annotations
 
@@ -154,7 +153,7 @@ class EngineCalls:
 
 
 def _host(shape: tuple[int, ...], dtype: Any) -> Any:
-    """An array of the host: it has no home on the mesh."""
+    """The shape of an array that comes from the host: it has no sharding."""
     return jax.ShapeDtypeStruct(shape, dtype)
 
 

@@ -43,7 +43,7 @@ from rollout.engine.slots import (
 )
 
 IDLE = SamplingConfig()
-"""How rows without a request draw; nobody looks at what."""
+"""Sampling settings of rows without a request: what these draw is thrown away."""
 
 Wrote = Callable[[StreamId, np.ndarray], object]
 """Told of the tokens, int32 `[t]`, that a stream has just generated."""

@@ -1,4 +1,4 @@
-"""Who holds which slots of a pool: rows and prompts as the host sees them."""
+"""The slots of a pool, kept on the host: which rows and prompts hold them."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ def all_rows(questions: Questions | Sequence[Row]) -> Iterator[Row]:
 
 
 def identities(rows: Iterable[Row]) -> Iterator[bytes]:
-    """What must be alike wherever these rows are used; where their files are need not be."""
+    """What identifies each row, wherever its files are: hosts must agree on it."""
     for row in rows:
         durations = [video.duration for video in row.videos]
         values = row.row_id, row.question, row.answer, row.question_type, row.evidence, durations

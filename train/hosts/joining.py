@@ -47,9 +47,9 @@ class Hosts:
 
     count: int
     number: int
-    """Of this one, from 0."""
+    """The number of this host, from 0."""
     found: str
-    """Who said so."""
+    """The variable or the detector that names them."""
     given: dict[str, Any]
     """Arguments of `jax.distributed.initialize`; what is missing JAX finds itself."""
 

@@ -27,7 +27,7 @@ SHOWN = (
 
 
 RECENT = 20
-"""Steps by which is told how long the others take."""
+"""Steps whose median time says how long the remaining ones take."""
 
 
 class RunLog:

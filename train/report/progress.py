@@ -51,8 +51,8 @@ class SignsOfLife:
     def __init__(
         self, tell: Callable[[str], object], what: Callable[[], str], first: float = FIRST_LINE
     ):
-        """`what`: what takes its time now, and nothing if nothing does; asked every `first`
-        seconds, told ever more rarely as long as it stays."""
+        """`what` names what takes time at this moment, nothing if nothing does. It is asked every
+        `first` seconds, and what it names is printed at ever longer intervals."""
         self._tell, self._what, self._first = tell, what, first
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="signs of life", daemon=True)

@@ -57,7 +57,8 @@ class RolloutLog:
                 self._write_details(step, groups, token_values)
 
     def _wants(self, step: int) -> bool:
-        """Whether this step is one to tell all of: such steps are spread evenly over the run."""
+        """Whether details of this step are to be written: such steps are spread evenly over the
+        run."""
         return is_first() and self.room > 0 and self._taken(step) <= self.room * step / self.steps
 
     def _taken(self, step: int) -> int:

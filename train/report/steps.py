@@ -96,8 +96,8 @@ def learning_rates(settings: OptimizerSettings, steps: int) -> np.ndarray:
 
 
 def memory() -> dict[str, float]:
-    """The most that this host's fullest device has held so far, and that this process has, in GiB;
-    a CPU has no memory of its own, and tells the latter twice."""
+    """Peak memory in GiB of this host's fullest device and of this process. On CPU, where devices
+    have no memory of their own, both are that of the process."""
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     process = most * (1 if sys.platform == "darwin" else 1024)
     stats = [device.memory_stats() or {} for device in jax.local_devices()]

@@ -52,7 +52,7 @@ class Learner:
         self.settings, self._reference = rl, reference
         self.batches, self.advantages, self.table = batches, advantages, table
         self.of_tokens: TokenValues | None = None
-        """Of the last batch, if the step keeps log-probabilities."""
+        """Values of the tokens of the last batch, if the step keeps log-probabilities."""
         self._structural: Array | None = None
         self._kl: float | None = None
         """The divergence of the last step that measured it; a checkpoint holds it."""

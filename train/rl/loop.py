@@ -178,7 +178,7 @@ class RolloutLearner(Protocol):
 Evaluate = Callable[[int, FlatParams], Mapping[str, float]]
 """Metrics of the weights after so many steps; none where they are not evaluated then."""
 MetricsSource = Callable[[], Mapping[str, float]]
-"""What a part of a run has to say of the last step, for `metrics.jsonl`."""
+"""Gives the metrics of a part of the run for the last step."""
 
 
 @runtime_checkable

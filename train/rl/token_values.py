@@ -1,4 +1,5 @@
-"""What a step made of every token that it learned from, for whoever wants to look at it."""
+"""Values of every token that a step learned from: log-probabilities, advantages, the anchor's
+credit."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ class TokenValues:
 
 
 class OfRollouts:
-    """The same by rollout."""
+    """Values of tokens by rollout."""
 
     def __init__(self, rows: dict[str, np.ndarray], row_of: dict[int, int]) -> None:
         """Arrays `[b, own]` by name, and the row of each rollout by its `id`."""

@@ -212,7 +212,7 @@ def changed(config: Config) -> tuple[str, ...]:
 
 @functools.cache
 def of_rewards() -> tuple[Only, ...]:
-    """What the schemes of rewards say of themselves, as rows of the table."""
+    """Rows of the table for the settings of rewards, of which each scheme says which it reads."""
     names = [field.name for field in dataclasses.fields(RewardRules)]
     readers = {name: readers_of(name) for name in names if name not in READ_BY_ALL}
     return tuple(Read(f"rewards.{name}", "rewards.scheme", readers[name]) for name in readers)

@@ -268,7 +268,7 @@ def _verify(meta: dict[str, Any], state: TrainState) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The heart of what Orbax and TensorStore say at length."""
+    """The cause in an error of Orbax or TensorStore, without the text around it."""
     text = " ".join(str(error).split())
     if isinstance(error, OSError) and error.strerror:
         return error.strerror

@@ -1,4 +1,4 @@
-"""Files that are there whole, or as they were before."""
+"""Files that are written whole or not at all."""
 
 from __future__ import annotations
 

@@ -30,7 +30,7 @@ CHECKPOINTS, WHOLE = "checkpoints", "commit_success.txt"
 too, at no certain moment, and one into each item."""
 OF_ORBAX = "gs://"
 MADE_ANEW = ("tensorboard/", "hf/", "best/", "adapter/", "report/")
-"""What a run that goes on only writes."""
+"""Folders that a continued run writes and never reads, so that they are not fetched."""
 LARGE = 1 << 26
 """Bytes from which a file is sent in parts: weights."""
 POLL = 0.05
