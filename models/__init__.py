@@ -20,7 +20,7 @@ __all__ = ["FAMILIES", "Family", "ModelPolicy", "find_family", "open_policy"]
 
 @dataclasses.dataclass(frozen=True)
 class Family:
-    """What is asked of a family of models."""
+    """A family of models: the package that computes it, and the class that makes its prompts."""
 
     package: str
     """Offers `open_policy`, which takes the content of config.json and the settings of the one

@@ -1,12 +1,12 @@
-"""What makes up for a sampler that is not quite the learner.
+"""Off-policy corrections: importance weights, their bounds, and rejection.
 
-Rollouts are drawn from the behaviour policy: by other programs, perhaps in another precision, from
-older weights. Learning from them as if the learner had drawn them is biased. Here the ratio of both
-becomes weights, bounds on them, and the rejection of what is too far away.
+Rollouts are drawn from the behaviour policy: by other programs than the learner's, perhaps in
+another precision, from older weights. Learning from them as if the learner had drawn them is
+biased. Here the ratio of both becomes weights, bounds on them, and the rejection of what is too far
+away. Pure functions of log-probabilities, as sums and counts (law 5).
 
-Pure functions of log-probabilities, as sums and counts (law 5). A sequence is one stream of tokens:
-a rollout with all its turns, or a sub-agent. Shapes: b sequences, t tokens, whether or not several
-of them share a row in the learner's batch.
+A sequence is one stream of tokens: a rollout with all its turns, or a sub-agent. Shapes: b
+sequences, t tokens, whether or not several of them share a row in the learner's batch.
 """
 
 from __future__ import annotations

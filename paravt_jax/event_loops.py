@@ -1,4 +1,4 @@
-"""Event loops that do not close while somebody is on the way to them.
+"""Event loops that wait for their pending tasks before they close.
 
 Orbax reads and writes on an event loop of its own, where many operations of TensorStore are awaited
 together. When one of them fails (a full disk, a damaged file), it closes the loop at once. The
