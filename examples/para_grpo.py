@@ -86,14 +86,14 @@ class Rollout:
     def windows(self) -> list[Any]:
         """Start and end, in seconds, of each crop that the last turn calls for, or an error."""
         calls = parse_tool_calls(self.texts[-1]) if self.tokens[-1] == END else ()
-        found: list[Any] = [crop_window(call, self.row.video.duration) for call in calls]
-        return found[:CALLS] + [f"at most {CALLS} calls per turn"] * (len(calls) - CALLS)
+        windows: list[Any] = [crop_window(call, self.row.video.duration) for call in calls]
+        return windows[:CALLS] + [f"at most {CALLS} calls per turn"] * (len(calls) - CALLS)
 
     @property
     def reward(self) -> RewardBreakdown:
         """R = accuracy + format + tool, by term; `task` is R without the anchor."""
-        kind, said, ran = self.row.question_type, self.texts, self.crops
-        return score("".join(said), self.row.answer, kind, turns=said, executed_calls=ran)
+        kind, turns, executed = self.row.question_type, self.texts, self.crops
+        return score("".join(turns), self.row.answer, kind, turns=turns, executed_calls=executed)
 
 
 def roll_out(params: Any, rows: list[Row], rng: np.random.Generator) -> list[list[Rollout]]:
@@ -112,31 +112,31 @@ def roll_out(params: Any, rows: list[Row], rng: np.random.Generator) -> list[lis
 def answer_calls(params: Any, rollouts: list[Rollout], key: jax.Array) -> None:
     """Answer the calls of all rollouts at once: a sub-agent with the same weights watches each
     window, and its report, not what it saw, enters the stream of the agent."""
-    crops = [(own.row, window) for own in rollouts for window in own.windows]
+    crops = [(rollout.row, window) for rollout in rollouts for window in rollout.windows]
     subagents = {}  # one for each window of a video: two greedy ones would report the same
     for row, window in dict.fromkeys(crop for crop in crops if isinstance(crop[1], tuple)):
         prompt = RENDERER.subagent_prompt(READER.clip(row.video, *window), *window)
         subagents[row, window] = Rollout(row, prompt)
     generate(params, list(subagents.values()), REPORT, key, head=[], temperature=0.0)
     reports = {crop: subagent.texts[0] for crop, subagent in subagents.items()}
-    for own in rollouts:
-        crops = [(own.row, window) for window in own.windows]
-        own.crops = sum(crop in reports for crop in crops)
+    for rollout in rollouts:
+        crops = [(rollout.row, window) for window in rollout.windows]
+        rollout.crops = sum(crop in reports for crop in crops)
         responses = [reports.get(crop, f"Error: {crop[1]}") for crop in crops]
-        own.append(RENDERER.tool_turn(responses), turn=0)
+        rollout.append(RENDERER.tool_turn(responses), turn=0)
 
 
 # --- Sampling: prefill, then decode with a KV cache ----------------------------------------------
 def stack(rollouts: list[Rollout]) -> tuple[np.ndarray, ...]:
     """What the model reads, padded to few shapes: tokens [n, t], M-RoPE positions [n, t, 3], which
     vision token stands where [n, t] (-1: text), lengths [n], patches of frames and their grids."""
-    streams = [whole_stream(own.prompt, np.array(own.tokens, np.int32)) for own in rollouts]
-    lengths = np.array([len(own.tokens) for own in streams])
-    length, shown = -(-lengths.max() // LENGTHS) * LENGTHS, [own.patches for own in streams]
+    streams = [whole_stream(r.prompt, np.array(r.tokens, np.int32)) for r in rollouts]
+    lengths = np.array([len(stream.tokens) for stream in streams])
+    length, shown = -(-lengths.max() // LENGTHS) * LENGTHS, [stream.patches for stream in streams]
     return (
-        padded([own.tokens for own in streams], length),
-        padded([own.positions for own in streams], length),
-        padded([own.vision_index for own in streams], length, value=-1),
+        padded([stream.tokens for stream in streams], length),
+        padded([stream.positions for stream in streams], length),
+        padded([stream.vision_index for stream in streams], length, value=-1),
         lengths,
         *stack_patches(shown, CROP_FRAMES, largest(shown)[1]),
     )
@@ -155,9 +155,9 @@ def generate(params, rollouts, limit, key, copies=1, head=HEAD, temperature=TEMP
     for rollout in rollouts:
         rollout.append(head, len(rollout.texts) + 1)
     for start in range(0, len(rollouts), ROWS):
-        part, own = rollouts[start : start + ROWS], jax.random.fold_in(key, start)
+        part, part_key = rollouts[start : start + ROWS], jax.random.fold_in(key, start)
         batch = part[::copies] + part[-1:] * ((ROWS - len(part)) // copies)  # filled up: one shape
-        sampled = jax.device_get(sample(params, stack(batch), own, limit, copies, temperature))
+        sampled = jax.device_get(sample(params, stack(batch), part_key, limit, copies, temperature))
         for rollout, tokens, log_probs in zip(part, *(x.tolist() for x in sampled), strict=False):
             end = tokens.index(END) + 1 if END in tokens else limit
             rollout.append(tokens[:end], len(rollout.texts) + 1, log_probs[:end])
@@ -194,9 +194,9 @@ def sample(params, streams, key, limit, copies, temperature):
 # --- Advantages: what each token is worth --------------------------------------------------------
 def normalised(rewards: np.ndarray) -> np.ndarray:
     """A_i = (r_i - mean) / (std + eps) over the rollouts of a prompt (GRPO); 0 for a NaN."""
-    known = rewards[np.isfinite(rewards)]
-    std = known.std(ddof=1) if len(known) > 1 else 1.0
-    return np.nan_to_num((rewards - known.mean()) / (std + 1e-5))
+    finite = rewards[np.isfinite(rewards)]
+    std = finite.std(ddof=1) if len(finite) > 1 else 1.0
+    return np.nan_to_num((rewards - finite.mean()) / (std + 1e-5))
 
 
 def advantages(group: list[Rollout], tokens: np.ndarray, turns: np.ndarray) -> jax.Array:
@@ -213,8 +213,8 @@ def advantages(group: list[Rollout], tokens: np.ndarray, turns: np.ndarray) -> j
             parts[:, number, turn] = anchor.thinking, anchor.acting
     parts = np.apply_along_axis(normalised, 1, parts)
     thinking, acting = (np.take_along_axis(part, turns - 1, axis=1) for part in parts)
-    found = structural_tokens(tokens, TAGS, turns > 0)
-    return task[:, None] + ANCHOR * tag_credit(found, TAGS, ANCHOR_TAGS, thinking, acting)
+    structure = structural_tokens(tokens, TAGS, turns > 0)
+    return task[:, None] + ANCHOR * tag_credit(structure, TAGS, ANCHOR_TAGS, thinking, acting)
 
 
 # --- The loss ------------------------------------------------------------------------------------
