@@ -89,9 +89,7 @@ def _normalise(item: Patches, out: np.ndarray) -> None:
 @functools.lru_cache
 def _steps(scale: Scale, width: int) -> tuple[np.ndarray, np.ndarray]:
     """What each of `width` values, channels outermost, is multiplied by, and what is subtracted."""
-    mean, std = (
-        np.repeat(np.asarray(channels, np.float32), width // len(channels)) for channels in scale
-    )
+    mean, std = (np.repeat(np.asarray(rgb, np.float32), width // len(rgb)) for rgb in scale)
     return np.float32(1 / 255) / std, mean / std
 
 

@@ -360,10 +360,7 @@ def _squeezed(text: str) -> str:
 
 
 def _render(
-    tokenizer: Any,
-    messages: Sequence[dict[str, Any]],
-    tools: Tools = None,
-    with_head: bool = False,
+    tokenizer: Any, messages: Sequence[dict[str, Any]], tools: Tools = None, with_head: bool = False
 ) -> str:
     return written(tokenizer, list(messages), tools=tools, add_generation_prompt=with_head)
 

@@ -436,17 +436,13 @@ def describe_questions(parts: setup.Parts) -> list[Row]:
     those that can be used."""
     config, data, evaluation = parts.config, parts.config.data, parts.config.evaluation
     sets = read_questions(data, evaluation, parts.check)
-    for questions in sets:
-        paths = {video.path for row in questions.rows for video in row.videos}
-        print(
-            f"{len(questions.rows)} questions about {len(paths)} videos",
-            *questions.report(),
-            sep="\n",
-        )
-        try_media(config, questions, "data.max_bad_rows")
+    for part in sets:
+        paths = {video.path for row in part.rows for video in row.videos}
+        print(f"{len(part.rows)} questions about {len(paths)} videos", *part.report(), sep="\n")
+        try_media(config, part, "data.max_bad_rows")
     if data.path:
         print(split_sets(data, evaluation, sets).report())
-    return [row for questions in sets for row in questions.rows]
+    return [row for part in sets for row in part.rows]
 
 
 def try_media(config: Config, data: Found, setting: str) -> None:

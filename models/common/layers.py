@@ -190,11 +190,9 @@ def _scan_blocks(body: Callable, carry: Any, xs: Any, size: int) -> Any:
     count, done, outputs = len(jax.tree.leaves(xs)[0]), 0, []
     block = jax.checkpoint(functools.partial(jax.lax.scan, body))
     while done < count:
-        layers = min(size, count - done)
-        end = done + (count - done) // layers * layers
-        cut = jax.tree.map(
-            lambda x, d=done, e=end, n=layers: x[d:e].reshape(-1, n, *x.shape[1:]), xs
-        )
+        part = min(size, count - done)
+        end = done + (count - done) // part * part
+        cut = jax.tree.map(lambda x, d=done, e=end, n=part: x[d:e].reshape(-1, n, *x.shape[1:]), xs)
         carry, ys = jax.lax.scan(block, carry, cut)
         outputs.append(jax.tree.map(lambda y: y.reshape(-1, *y.shape[2:]), ys))
         done = end

@@ -115,10 +115,8 @@ class EngineCalls:
         rows = sum(self._engine.pools[name].rows for name in pools)
         automata = self._engine.automata
         generating: GeneratingRows = jax.tree.map(_like, generating_rows([None] * rows))
-        placement = sharding(self._mesh, (None, None), (1, 1))
-        table = jax.ShapeDtypeStruct(
-            (automata.states, automata.vocab), jnp.int16, sharding=placement
-        )
+        whole = sharding(self._mesh, (None, None), (1, 1))
+        table = jax.ShapeDtypeStruct((automata.states, automata.vocab), jnp.int16, sharding=whole)
         states = tuple(self._states[name] for name in pools)
         arguments = self._params, states, generating, table, _host((), jnp.int32)
         return EngineCall("decode", tuple(pools), rows, 1, 0, arguments)

@@ -287,9 +287,7 @@ def _collect(
     row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
     if row.listed and (likeliest := output.alternatives) is not None:
         columns = likeliest.tokens, likeliest.log_probs
-        row.alternatives.append(
-            Alternatives(*(entries[number, :count].copy() for entries in columns))
-        )
+        row.alternatives.append(Alternatives(*(top[number, :count].copy() for top in columns)))
     row.length, row.position = row.length + count, row.position + count
     row.remaining -= count
     row.automata = output.automata[number].tolist()

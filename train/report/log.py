@@ -57,9 +57,7 @@ class RunLog:
             return
         # A run that was killed may have left half a line; it has no line break.
         lines = self._path.read_text(encoding="utf-8", errors="replace").split("\n")[:-1]
-        lines = [
-            line for number, line in enumerate(lines, 1) if self._is_before(line, number, step)
-        ]
+        lines = [x for number, x in enumerate(lines, 1) if self._is_before(x, number, step)]
         write_atomically(self._path, "".join(line + "\n" for line in lines))
 
     def _is_before(self, line: str, number: int, step: int) -> bool:
