@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -43,7 +43,11 @@ class Scorer:
 
         # Each rollout by one host: a judge, or a function of the user's, might tell two hosts
         # different things.
-        rewarded = _with_rewards(groups, by_share(_rollouts(groups), scored))
+        rollouts = [(group.row, t) for group in groups for t in group.trajectories]
+        rewards, rewarded = iter(by_share(rollouts, scored)), []
+        for group in groups:
+            filled = [dataclasses.replace(t, rewards=next(rewards)) for t in group.trajectories]
+            rewarded.append(dataclasses.replace(group, trajectories=tuple(filled)))
         if self._judge is not None:
             self.metrics = self._judge_metrics(self._judge)
         return rewarded
@@ -57,10 +61,6 @@ class Scorer:
             _LOG.warning("%d messages got no verdict, F1 decides; the last: %s", failures, reason)
         seconds = busiest({"judge/seconds": metrics.pop("judge/seconds")})
         return summed(metrics) | seconds
-
-
-def _rollouts(groups: Sequence[RolloutGroup]) -> list[Scored]:
-    return [(group.row, t) for group in groups for t in group.trajectories]
 
 
 def rewards_of_all(
@@ -104,17 +104,6 @@ def rewards_of(
         question=row.question,
         judge=judge,
     ).as_dict()
-
-
-def _with_rewards(
-    groups: Sequence[RolloutGroup], rewards: Iterable[dict[str, float]]
-) -> list[RolloutGroup]:
-    """The groups, their rollouts with these rewards in their order."""
-    remaining, replace = iter(rewards), dataclasses.replace
-    return [
-        replace(g, trajectories=tuple(replace(t, rewards=next(remaining)) for t in g.trajectories))
-        for g in groups
-    ]
 
 
 def complies(trajectory: Trajectory) -> bool:
