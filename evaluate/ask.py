@@ -42,6 +42,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--max-tool-rounds", type=int, metavar="N", help="rounds of crops (default: the settings')")
     add("--max-tokens", type=int, metavar="N", help="longest turn (default: the settings')")
     add("--no-tools", action="store_true", help="answer from the first frames alone")
+    add("--attention", metavar="KERNEL", help="what computes it (default: the settings')")
     add("--json", action="store_true", help="print one JSON object for each question instead")
     return parser
 
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     flags = parser.parse_args(argv)
     check(parser, flags)
-    return attempt(lambda: ask(flags))
+    return attempt(lambda: ask(flags), memory_remedies=["lower --frames or --max-tokens"])
 
 
 def ask(flags: argparse.Namespace) -> None:
@@ -106,7 +107,12 @@ def open_asker(flags: argparse.Namespace, video: "VideoRef", show: Show) -> "Ask
 
     rounds = 0 if flags.no_tools else flags.max_tool_rounds
     limits = flags.temperature, rounds, flags.max_tokens
-    model = open_model(flags.model, flags.recipe, lambda rules: changed_rules(rules, *limits))
+    model = open_model(
+        flags.model,
+        flags.recipe,
+        lambda rules: changed_rules(rules, *limits),
+        attention=flags.attention,
+    )
     output, most = model.config.output, max(model.config.data.frame_budgets)
     keep_compiled(output.compile_cache, output.compile_cache_gb)
     frames = flags.frames or most

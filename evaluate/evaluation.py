@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import subprocess
 import zlib
@@ -13,19 +14,22 @@ from rich.console import Console
 
 from evaluate.benchmarks import report, results, schemas
 from evaluate.benchmarks.protocol import OWN, Protocol, Rules
-from evaluate.benchmarks.sample import Kind, Sample, SampleResult
+from evaluate.benchmarks.sample import OK, Kind, Sample, SampleResult
 from evaluate.model import Opened
 from evaluate.needle import NEEDLE_TASKS, load_needle
 from evaluate.runner import Questions, SampleRunner, Waits
 from paravt_jax.estimates import estimate
 from paravt_jax.failures import ROOT
 from paravt_jax.rewards.judge import Judge
+from train.config import Config
 from train.data.settings import DataSettings
 from train.report.progress import ProgressBar
 from train.workdir.files import write_atomically
 
 SETTINGS = "evaluation.json"
-"""What an evaluation is of; a folder holds one."""
+"""What an evaluation is of; a folder holds one. Training runs have a file of this name, without a
+protocol."""
+PROTOCOL = "protocol"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,11 +51,19 @@ class EvaluationPlan:
     limit: int | None
     guarded: int = 0
     """Questions of each kind of a task of which it is measured whether the model sees."""
+    judge: str = ""
+    """Name of the model that judges; empty without one, or where no question needs one."""
 
     @property
     def samples(self) -> list[Sample]:
         """All samples, in the order of the tasks and rows."""
         return [sample for task in self.tasks for sample in task.loaded.samples]
+
+    def judged_by(self, judge: str) -> EvaluationPlan:
+        """The same with a judge of this name, if the protocol has anything judged."""
+        rules = (rules for task in self.tasks for rules in task.rules.values())
+        asked = any(own.scoring.judge for own in rules)
+        return dataclasses.replace(self, judge=judge if asked else "")
 
 
 def open_asked(
@@ -76,6 +88,7 @@ def open_asked(
       ValueError: a task that nobody knows, or none of whose rows can be used.
     """
     mode, tasks = mode or protocol.modes[0], []
+    _check_twice([_task_name(name) for name in names])
     for name in names:
         own = name.endswith(schemas.ENDINGS)
         ruled = OWN if own else schemas.ALIASES.get(name, name)
@@ -87,19 +100,33 @@ def open_asked(
         if not loaded.samples:
             why = f"; the first fault: {loaded.faults[0]}" if loaded.faults else ""
             raise ValueError(f"--benchmarks {name}: no row can be used{why}")
-        kinds = dict.fromkeys(sample.kind for sample in loaded.samples)
-        rules = {kind: _shown(protocol.rules(ruled, kind, mode), frames) for kind in kinds}
-        tasks.append(Task(loaded.samples[0].task, loaded, rules))
+        task, kinds = _task_name(name), dict.fromkeys(sample.kind for sample in loaded.samples)
+        rules = {kind: _shown(protocol.rules(ruled, kind, mode), task, frames) for kind in kinds}
+        tasks.append(Task(task, loaded, rules))
     if frames:
         protocol = dataclasses.replace(protocol, name=f"{protocol.name}+{frames}frames")
     return EvaluationPlan(protocol, mode, tuple(tasks), limit)
 
 
-def _shown(rules: Rules, frames: int | None) -> Rules:
-    """The rules with another number of frames."""
-    if frames is None:
-        return rules
-    return dataclasses.replace(rules, video=dataclasses.replace(rules.video, frames=frames))
+def _task_name(name: str) -> str:
+    """Of a benchmark or a file in the report."""
+    own = name.endswith(schemas.ENDINGS)
+    return Path(name).stem if own else schemas.ALIASES.get(name, name)
+
+
+def _check_twice(tasks: Sequence[str]) -> None:
+    twice = next((task for task in tasks if tasks.count(task) > 1), None)
+    if twice:
+        raise ValueError(
+            f"--benchmarks: {twice} twice; a report has one task of a name, rename a file, or name "
+            "each once"
+        )
+
+
+def _shown(rules: Rules, task: str, frames: int | None) -> Rules:
+    """The rules under the task's own name, perhaps with another number of frames."""
+    video = dataclasses.replace(rules.video, frames=frames) if frames else rules.video
+    return dataclasses.replace(rules, task=task, video=video)
 
 
 class Evaluation:
@@ -108,31 +135,34 @@ class Evaluation:
     def __init__(
         self, asked: EvaluationPlan, model: Opened, workdir: Path, shard: tuple[int, int] = (1, 1)
     ):
-        """`shard`: number from 1, and count; shard i answers samples i, i + count, ...
-
-        Raises:
-          ValueError: the folder holds another evaluation.
-        """
+        """`shard`: number from 1, and count; shard i answers samples i, i + count, ..."""
         self._asked, self._model, self._workdir, self._shard = asked, model, workdir, shard
         self.waits = Waits()
         workdir.mkdir(parents=True, exist_ok=True)
-        _check_same(workdir / SETTINGS, settings_of(asked, model))
+        settings = json.dumps(settings_of(asked, model.config), indent=2) + "\n"
+        write_atomically(workdir / SETTINGS, settings)
 
     def answered(self) -> dict[tuple[str, str], SampleResult]:
-        """What all processes have written so far."""
+        """What all processes have written so far; of a sample that ended in an error and was asked
+        again, the answer."""
         known = {(sample.task, sample.sample_id) for sample in self._asked.samples}
         files = sorted(self._workdir.glob("samples*.jsonl"))
-        found = {(r.task, r.sample_id): r for file in files for r in results.read(file)}
+        lines = [result for file in files for result in results.read(file)]
+        lines.sort(key=lambda result: result.status == OK)
+        found = {(r.task, r.sample_id): r for r in lines}
         return {key: result for key, result in found.items() if key in known}
 
-    def run(self, batch: int, judge: Judge | None, console: Console) -> None:
+    def run(self, batch: int, judge: Judge | None, console: Console, again: bool = False) -> None:
         """Answer all samples of this shard that nobody has answered.
 
         Args:
           batch: samples under way at a time.
+          again: ask those, too, that ended in an error.
         """
         number, count = self._shard
         done, own = self.answered(), self._asked.samples[number - 1 :: count]
+        if again:
+            done = {key: result for key, result in done.items() if result.status == OK}
         left = {(s.task, s.sample_id) for s in own} - set(done)
         ours = [done[s.task, s.sample_id] for s in own if (s.task, s.sample_id) in done]
         with ProgressBar(console, "evaluating", len(own), len(ours)) as bar:
@@ -142,7 +172,8 @@ class Evaluation:
                 if not chosen:
                     continue
                 runner = SampleRunner(self._model, questions, batch, judge, self._asked.guarded)
-                for result in runner(chosen):
+                for came in runner(chosen):
+                    result = dataclasses.replace(came, commit=self._commit)
                     results.append(self._workdir / self._file, [result])
                     ours.append(result)
                     bar(running(key, [r for r in ours if r.task == result.task]))
@@ -159,12 +190,12 @@ class Evaluation:
         number, count = self._shard
         return results.SAMPLES if count == 1 else f"samples-{number}-of-{count}.jsonl"
 
-    def report(self, judge: str) -> tuple[report.Json | None, int]:
-        """The report, once every sample has been answered, and how many have not.
+    @functools.cached_property
+    def _commit(self) -> str:
+        return commit()
 
-        Args:
-          judge: name of the model that judged; empty without one.
-        """
+    def report(self) -> tuple[report.Json | None, int]:
+        """The report, once every sample has been answered, and how many have not."""
         done = self.answered()
         every = [(s.task, s.sample_id) for s in self._asked.samples]
         missing = sum(key not in done for key in every)
@@ -179,8 +210,9 @@ class Evaluation:
             self._asked.protocol,
             self._asked.mode,
             self._model.name,
-            commit(),
-            judge,
+            # Of all that answered: a run may go on after a change of the code.
+            ", ".join(dict.fromkeys(done[key].commit or self._commit for key in every)),
+            self._asked.judge,
             getattr(spec, "marks", ""),
             self._asked.limit,
         )
@@ -214,20 +246,31 @@ def running(task: str, answers: Sequence[SampleResult]) -> str:
     return f"{task} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}){said}"
 
 
-def settings_of(asked: EvaluationPlan, model: Opened) -> dict[str, object]:
+def settings_of(asked: EvaluationPlan, config: Config) -> dict[str, object]:
     """What decides an evaluation's figures."""
-    folder = Path(model.config.model.folder or "")
+    folder = Path(config.model.folder or "")
     return {
-        "model": model.config.model.folder,
+        "model": config.model.folder,
         "weights": _fingerprint(folder),
-        "recipe": model.config.recipe,
-        "protocol": asked.protocol.name,
+        "recipe": config.recipe,
+        PROTOCOL: asked.protocol.name,
         "protocol_fingerprint": report.fingerprint(asked.protocol),
         "mode": asked.mode,
         "sight": asked.guarded,
+        "judge": asked.judge,
         "rows": {task.name: len(task.loaded.samples) for task in asked.tasks},
+        "rows_fingerprint": _fingerprint_of_rows(asked.samples),
         "limit": asked.limit,
     }
+
+
+def _fingerprint_of_rows(samples: Sequence[Sample]) -> str:
+    """Tells questions and truths from those that stood in the same files before."""
+    value = 0
+    for s in samples:
+        said = (s.task, s.sample_id, s.kind, s.question, s.options, s.gold)
+        value = zlib.crc32(repr(said).encode(), value)
+    return f"{value:08x}"
 
 
 def _fingerprint(folder: Path) -> str:
@@ -240,19 +283,26 @@ def _fingerprint(folder: Path) -> str:
     return f"{value:08x}"
 
 
-def _check_same(path: Path, settings: dict[str, object]) -> None:
+def check_workdir(workdir: Path, asked: EvaluationPlan, config: Config) -> None:
+    """Before weights are loaded: is this the folder of this evaluation, or of none?
+
+    Raises:
+      ValueError: it holds another one.
+    """
+    path, settings = workdir / SETTINGS, settings_of(asked, config)
     if not path.exists():
-        write_atomically(path, json.dumps(settings, indent=2) + "\n")
         return
     held = json.loads(path.read_text(encoding="utf-8"))
-    differ = [
-        f"{name}={held.get(name)!r}, not {value!r}"
+    if PROTOCOL not in held:
+        raise ValueError(f"{workdir} is the folder of a training run; choose another --workdir")
+    differ = [  # what an earlier version did not write is not compared
+        f"{name}={held[name]!r}, not {value!r}"
         for name, value in settings.items()
-        if held.get(name) != value
+        if held.get(name, value) != value
     ]
     if differ:
         raise ValueError(
-            f"{path.parent} holds an evaluation with {'; '.join(differ)}: choose another --workdir"
+            f"{workdir} holds an evaluation with {'; '.join(differ)}: choose another --workdir"
         )
 
 

@@ -64,7 +64,12 @@ def make_parser() -> argparse.ArgumentParser:
     add("--model", help="Hugging Face folder, or workdir of a run (default: the demo's cold start)")
     add("--protocol", default="paravt", help="its name, or a .toml file (default: %(default)s)")
     add("--mode", help="one of the protocol's (default: its first)")
-    add("--data", default="data", metavar="ROOT", help="folder of the local copies (default: data)")
+    add(
+        "--data",
+        default="data",
+        metavar="ROOT",
+        help="folder of the local copies, and of videos of own files (default: data)",
+    )
     add("--frames", type=positive, metavar="K", help="show so many instead of the protocol's")
     add("--limit", type=positive, metavar="N", help="most questions of each task")
     add("--batch", type=positive, default=16, metavar="N", help="under way (default: %(default)s)")
@@ -72,8 +77,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--shard", type=shard, default=(1, 1), metavar="I/N", help="do this part of the samples")
     add("--mesh", help="device mesh, e.g. tensor:4 (default: all devices on data)")
     add("--recipe", help="take the settings of this recipe, not those that go with the model")
+    add("--attention", metavar="KERNEL", help="what computes it (default: the settings')")
     add("--judge", metavar="URL", help="API of a judge, https://host/v1, where protocols ask one")
     add("--judge-model", metavar="NAME", help="the judge's name there")
+    add("--retry-errors", action="store_true", help="ask again what ended in an error")
     add("--judge-key", metavar="VARIABLE", help="environment variable that holds its API key")
     sees = "of N questions of each kind measure whether the model sees (default: %(default)s)"
     add("--sight", type=count, default=8, metavar="N", help=sees)
@@ -91,7 +98,8 @@ def main(argv: list[str] | None = None) -> int:
         parser.error("--judge-key: name the judge with --judge and --judge-model")
     if flags.shard[1] > 1 and not flags.workdir:
         parser.error("--shard: name the --workdir that all shards share")
-    return attempt(lambda: evaluate(flags))
+    less = f"lower --batch={flags.batch}, --frames, or pixels in a copy of the protocol"
+    return attempt(lambda: evaluate(flags), memory_remedies=[less])
 
 
 def evaluate(flags: argparse.Namespace) -> None:
@@ -109,29 +117,31 @@ def evaluate(flags: argparse.Namespace) -> None:
     import jax
     from rich.console import Console
 
-    from evaluate.evaluation import Evaluation, open_asked
+    from evaluate.evaluation import Evaluation, check_workdir, open_asked
     from evaluate.model import open_model, settings_of
     from paravt_jax.mesh import make_mesh, parse_mesh
     from train.compile.cache import keep_compiled
 
-    config, judge = settings_of(flags.model, flags.recipe), open_judge(flags)
+    own = flags.model, flags.recipe
+    config, judge = settings_of(*own, flags.attention), open_judge(flags)
     data = dataclasses.replace(config.data, cache_dir=flags.data)
     names = [name for name in flags.benchmarks.split(",") if name]
     asked = open_asked(
         protocol, names, flags.mode or "", flags.data, flags.limit, data, flags.frames
     )
-    asked = dataclasses.replace(asked, guarded=flags.sight)
+    asked = dataclasses.replace(asked, guarded=flags.sight).judged_by(flags.judge_model or "")
     keep_compiled(config.output.compile_cache, config.output.compile_cache_gb)
     workdir = Path(flags.workdir or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
+    check_workdir(workdir, asked, config)
     mesh = make_mesh(parse_mesh(flags.mesh, jax.device_count()))
     console = Console()
-    model = open_model(flags.model, flags.recipe, lambda rules: rules, mesh)
+    model = open_model(*own, lambda rules: rules, mesh, flags.attention)
     how = f"{asked.protocol.name}, {asked.mode}"
     print(f"{len(asked.samples)} questions to {model.name}, {how}")
     print(f"workdir   {workdir}", flush=True)
     with jax.set_mesh(mesh):
         evaluation = Evaluation(asked, model, workdir, flags.shard)
-        evaluation.run(flags.batch, judge, console)
+        evaluation.run(flags.batch, judge, console, flags.retry_errors)
         tell(evaluation, flags, console)
 
 
@@ -151,7 +161,7 @@ def tell(evaluation, flags: argparse.Namespace, console) -> None:
     """Print the report, or what is left."""
     from evaluate.benchmarks.report import remarks, table
 
-    report, missing = evaluation.report(flags.judge_model or "")
+    report, missing = evaluation.report()
     if report is None:
         print(f"this shard is done; {missing} questions are left to others")
         return
@@ -160,6 +170,10 @@ def tell(evaluation, flags: argparse.Namespace, console) -> None:
         print(f"{task}: {line}")
     for line in remarks(report):
         print(line)
+    if any(task["errors"] for task in report["tasks"].values()):
+        print("errors are no answers; the same command with --retry-errors asks them again")
+    if flags.judge and not report["judge"]:
+        print("--judge: no question was its: this protocol scores all of these by rules")
     waits = evaluation.waits
     if waits.total:
         share = waits.idle / waits.total

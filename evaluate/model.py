@@ -6,6 +6,7 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,8 +15,10 @@ from models.common.folder import existing_folder
 from models.common.weights import load_params
 from paravt_jax.interfaces import Params
 from paravt_jax.mesh import make_mesh, parse_mesh
+from paravt_jax.settings import placed
 from rollout.limits import AgentConfig
 from train.agent import AgentMaker
+from train.checks import check_attention
 from train.config import Config
 from train.evaluation.held_out import greedy
 from train.model import ModelSettings
@@ -51,7 +54,11 @@ class Opened:
 
 
 def open_model(
-    model: str | None, recipe: str | None, change: Change, mesh: Mesh | None = None
+    model: str | None,
+    recipe: str | None,
+    change: Change,
+    mesh: Mesh | None = None,
+    attention: str | None = None,
 ) -> Opened:
     """Load a model, on the first device unless a mesh is given.
 
@@ -59,11 +66,12 @@ def open_model(
       model: a Hugging Face folder, or the workdir of a run; None: the committed cold start.
       recipe: whose settings to take instead of the model's own.
       change: makes the rules of the agent from those of the settings.
+      attention: what computes it, see `ModelSettings`; None: as in the settings.
 
     Raises:
       ValueError: there is no such model.
     """
-    config = settings_of(model, recipe)
+    config = settings_of(model, recipe, attention)
     parts, own = Parts(config), config.model
     # The renderer is the settings' own: it offers their tools, whatever the rules make of them.
     agents = dataclasses.replace(parts.agents, rules=change(config.agent))
@@ -93,11 +101,13 @@ def changed_rules(
     return found if rounds is None else dataclasses.replace(found, max_tool_rounds=rounds)
 
 
-def settings_of(model: str | None, recipe: str | None = None) -> Config:
+def settings_of(
+    model: str | None, recipe: str | None = None, attention: str | None = None
+) -> Config:
     """The settings that go with a model: those of the run that left it, else of a recipe.
 
     Raises:
-      ValueError: no such folder, or a run that has exported no weights.
+      ValueError: no such folder, a run that has exported no weights, or no such `attention` here.
     """
     folder, workdir = _found(model)
     existing_folder(folder)
@@ -111,10 +121,15 @@ def settings_of(model: str | None, recipe: str | None = None) -> Config:
     own = config.model
     # bfloat16 is what accelerators multiply fast; CPUs do not have it.
     dtype = "float32" if jax.default_backend() == "cpu" else own.compute_dtype
-    # Adapters are merged into what a run exports, and which kernel is at hand depends on the
-    # machine.
-    weights = ModelSettings(str(folder), dtype, own.cache_dtype)
-    return dataclasses.replace(config, model=weights)
+    # Adapters are merged into what a run exports. A kernel of its that this machine does not have
+    # gives way to the reference.
+    kernels: Any = attention or own.attention
+    with placed("--"):
+        weights = ModelSettings(str(folder), dtype, own.cache_dtype, attention=kernels)
+    found = dataclasses.replace(config, model=weights)
+    if attention:
+        check_attention(found, jax.default_backend())
+    return found
 
 
 def _found(model: str | None) -> tuple[Path, Path | None]:

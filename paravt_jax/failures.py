@@ -54,7 +54,9 @@ def complain(
     return f"{prefix}: {line}"
 
 
-def attempt(work: Callable[[], object], prefix: str = "error") -> int:
+def attempt(
+    work: Callable[[], object], prefix: str = "error", memory_remedies: Sequence[str] = ()
+) -> int:
     """Do what a command does; returns its exit code: 0, 1 after a line about a failure, 130 after
     Ctrl-C."""
     try:
@@ -64,7 +66,7 @@ def attempt(work: Callable[[], object], prefix: str = "error") -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except Exception as error:
-        complain(error, prefix)
+        complain(error, prefix, memory_remedies)
         return 1
     except KeyboardInterrupt:
         complain("interrupted", prefix)

@@ -210,7 +210,7 @@ def load(name: str) -> Protocol:
         ValueError: there is none, or it says what cannot be; the message names the file, what is
             wrong in it, and what to write instead.
     """
-    path = Path(name) if name.endswith(".toml") else SHIPPED / f"{name}.toml"
+    path = Path(name).resolve() if name.endswith(".toml") else SHIPPED / f"{name}.toml"
     if not path.is_file():
         raise ValueError(
             f"--protocol {name}: choose {any_of(names())}, or give a file that ends in .toml"
@@ -220,7 +220,7 @@ def load(name: str) -> Protocol:
     if not known or not set(known) <= set(MODES):
         raise ValueError(f"{path}: modes = {list(known)}: list some of {any_of(MODES)}")
     protocol = Protocol(
-        str(path.relative_to(SHIPPED).with_suffix("")) if SHIPPED in path.parents else path.stem,
+        _own_name(path, tables),
         str(path),
         tables.get("about", ""),
         tables.get("source", ""),
@@ -231,6 +231,18 @@ def load(name: str) -> Protocol:
     for task, mode, kind in _combinations(protocol):
         protocol.rules(task, kind, mode)
     return protocol
+
+
+def _own_name(path: Path, tables: Table) -> str:
+    """What a file is called in reports: a changed copy not as what it was copied from."""
+    if SHIPPED in path.parents:
+        return str(path.relative_to(SHIPPED).with_suffix(""))
+    if path.stem in names() and tables != _read(SHIPPED / path.name, ()):
+        raise ValueError(
+            f"--protocol {path}: {path.stem} is a protocol of this project, and this file says "
+            "something else; give it a name of its own, as the name stands in every row of a report"
+        )
+    return path.stem
 
 
 def _combinations(protocol: Protocol) -> Iterable[tuple[str, str, Kind]]:

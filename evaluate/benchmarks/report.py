@@ -35,6 +35,8 @@ from paravt_jax.estimates import Difference
 from train.workdir.files import write_atomically
 
 LMMS_RESULTS = "results.json"
+SHOWN_ERRORS = 5
+"""Kinds of errors that are printed."""
 Json = dict[str, Any]
 
 
@@ -222,9 +224,17 @@ def remarks(report: Json) -> list[str]:
     lines = []
     for name, task in report["tasks"].items():
         lines += [f"{name}: {note}" for note in task["notes"]]
-        lines += [f"{name}: {count} x error: {why}" for why, count in task["errors"].items()]
+        lines += [f"{name}: {line}" for line in _errors(task["errors"])]
     told = report["protocol"]["not_reproducible"]
     return lines + [f"not reproducible in the harness: {line}" for line in told]
+
+
+def _errors(counts: Mapping[str, int]) -> list[str]:
+    """The most frequent ones: where a folder is missing, each video of it has a reason of its
+    own."""
+    lines = [f"{count} x error: {why}" for why, count in list(counts.items())[:SHOWN_ERRORS]]
+    more = list(counts.values())[SHOWN_ERRORS:]
+    return lines + [f"{sum(more)} x error of {len(more)} other kinds: {REPORT}"] * bool(more)
 
 
 # --- For lmms-eval's tools ------------------------------------------------------------------------
@@ -310,10 +320,10 @@ def _lmms_sample(rules: Rules, sample: Sample, result: SampleResult) -> Json:
     return {
         "doc_id": result.doc_id,
         "doc": doc,
-        "target": result.target,
+        "target": str(result.target),
         "input": result.prompt,
-        "resps": [[result.response]],
-        "filtered_resps": [result.filtered],
+        "resps": [result.response],
+        "filtered_resps": result.filtered,
         "doc_hash": _hash(as_json(doc)),
         "prompt_hash": _hash(result.prompt),
         "target_hash": _hash(str(result.target)),

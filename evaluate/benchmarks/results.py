@@ -80,6 +80,7 @@ def read_run(path: str) -> tuple[str, list[SampleResult]]:
     try:
         report = json.loads((folder / REPORT).read_text(encoding="utf-8"))
         name = f"{report['model']}, {report['protocol']['name']}, {report['mode']}"
+        name += f", judged by {report['judge']}" if report["judge"] else ""
     except (OSError, ValueError, KeyError, TypeError):
         name = str(folder)
     return name, read(lines)

@@ -116,6 +116,8 @@ class SampleResult:
     generated_tokens: int = 0
     seconds: float = 0.0
     """From the prompt's prefill to the end of the answer."""
+    commit: str = ""
+    """Of this project, when it was answered."""
     blind: float | None = None
     """Mean log-probability of what was said of the frames, grey ones shown in their place ..."""
     seeing: float | None = None

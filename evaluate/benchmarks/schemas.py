@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import json
 import os
 import re
@@ -33,25 +34,31 @@ _OPTION = re.compile(r"\n(?:\(([A-J])\)|([A-J])[.)])\s+")
 
 
 class Places:
-    """Finds the media of one split below its folder."""
+    """Finds the media of one split below its folder, or below others."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *others: Path) -> None:
+        self.folder, self._folders = folder, (folder, *others)
 
     def video(self, name: str) -> str:
         """Where a video is; where it should be, if it is nowhere."""
-        name = _relative(name)
+        name = _relative(self._below(name))
         tails = [name + ending for ending in _VIDEO_ENDINGS]
         names = [*tails, os.path.basename(name)]
-        for below in _VIDEO_FOLDERS:
+        for folder, below in itertools.product(self._folders, _VIDEO_FOLDERS):
             for tail in names:
-                path = self.folder / below / tail
+                path = folder / below / tail
                 if path.is_file():
                     return str(path)
         for tail in names:
             if path := self._elsewhere.get(os.path.basename(tail)):
                 return path
         return str(self.folder / (name if os.path.splitext(name)[1] else f"{name}.mp4"))
+
+    def _below(self, name: str) -> str:
+        """An absolute path as seen from the folder that it lies in."""
+        path = Path(name)
+        folder = next((f for f in self._folders if path.is_relative_to(f)), None)
+        return name if folder is None else str(path.relative_to(folder))
 
     @functools.cached_property
     def _elsewhere(self) -> dict[str, str]:
@@ -102,13 +109,15 @@ def load(task: str, root: str) -> Loaded:
     Args:
         task: a name of `TASKS` or `ALIASES`, or a .csv, .jsonl, .json or .parquet file of one's
             own.
-        root: the folder that holds the local copies.
+        root: the folder that holds the local copies; videos of one's own file lie beside it, or
+            here.
 
     Raises:
         ValueError: there is no such task, or nothing of it below the root.
     """
     if task.endswith(ENDINGS):
-        return _read(Path(task).stem, [task], _own, Places(Path(task).resolve().parent))
+        places = Places(Path(task).resolve().parent, Path(root).resolve())
+        return _read(Path(task).stem, [task], _own, places)
     name = ALIASES.get(task, task)
     if name not in TASKS:
         raise ValueError(

@@ -162,8 +162,8 @@ def test_what_cannot_be_put_is_an_error_and_no_score(model, cache, tmp_path):
         {"video": str(video.name)},
     ]
     (tmp_path / video.name).write_bytes(video.read_bytes())
-    (tmp_path / "own.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    asked = ["--protocol", "needle", "--benchmarks", str(tmp_path / "own.jsonl")]
+    (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    asked = ["--protocol", "needle", "--benchmarks", str(tmp_path / "mine.jsonl")]
     own = ["--model", str(model), "--workdir", str(tmp_path / "evaluation")]
     done = run([sys.executable, DOOR, *own, *asked], tmp_path)
     assert done.returncode == 0, done.stderr
@@ -172,7 +172,7 @@ def test_what_cannot_be_put_is_an_error_and_no_score(model, cache, tmp_path):
     reasons = [line["error"] for line in sorted(found, key=lambda line: line["doc_id"])]
     assert reasons[0] == "" and "no such file" in reasons[1] and "broken.mp4" in reasons[2]
     assert "control token" in reasons[3] and "context overflow" in reasons[4]
-    told = report(tmp_path / "evaluation")["tasks"]["own"]
+    told = report(tmp_path / "evaluation")["tasks"]["mine"]
     assert told["headline"] is None and told["questions"] == 6
     assert sum(told["errors"].values()) == 5
 

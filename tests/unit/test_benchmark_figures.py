@@ -259,6 +259,15 @@ def test_every_row_says_what_it_depends_on(told):
     assert report.table(made).row_count == 5
 
 
+def test_errors_are_told_the_most_frequent_first_and_not_each(told):
+    made, _ = told
+    counts = {"no room": 7, **{f"no such file: {n}.mp4": 1 for n in range(900)}}
+    tasks = {"videomme": made["tasks"]["videomme"] | {"errors": counts, "notes": []}}
+    lines = report.remarks(made | {"tasks": tasks})
+    assert lines[0] == "videomme: 7 x error: no room" and "0.mp4" in lines[1]
+    assert lines[report.SHOWN_ERRORS] == "videomme: 896 x error of 896 other kinds: report.json"
+
+
 def test_files_of_lmms_eval(told, tmp_path):
     made, runs = told
     report.write(tmp_path, made, runs)
@@ -272,7 +281,7 @@ def test_files_of_lmms_eval(told, tmp_path):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["doc_id"] for line in lines] == [0, 1]
     first = lines[0]
-    assert first["resps"] == [["<think>x</think>A"]] and first["filtered_resps"] == ["A"]
+    assert (first["resps"], first["filtered_resps"]) == (["<think>x</think>A"], "A")
     assert (first["timelens_mIOU"]["score"], first["timelens_IOU@5"]["score"]) == (0.4, 0.0)
     assert next(first[key] for key in first if "score" in key.lower()) == 0.4, "its loader's choice"
     assert (tmp_path / "lmms-eval_direct_results.json").is_file(), "found beside the samples"

@@ -62,6 +62,16 @@ def test_a_copy_may_change_one_word(tmp_path):
     assert mine.name == "mine"
 
 
+def test_a_changed_copy_has_a_name_of_its_own(tmp_path):
+    shipped, copy = protocol.SHIPPED / "paravt.toml", tmp_path / "paravt.toml"
+    copy.write_text(shipped.read_text("utf-8"), "utf-8")
+    assert protocol.load(str(copy)).name == protocol.load(str(shipped)).name == "paravt"
+    copy.write_text(shipped.read_text("utf-8").replace("784", "1024"), "utf-8")
+    with pytest.raises(ValueError, match=f"--protocol {copy}: paravt is a protocol of this"):
+        protocol.load(str(copy))
+    assert protocol.load(str(copy.rename(tmp_path / "mine.toml"))).name == "mine"
+
+
 REFUSED = [
     ("[all.video]\nframs = 8\n[task.own]", "video.frams is unknown"),
     ("[all.vidoe]\nframes = 8\n", "all.vidoe is unknown"),

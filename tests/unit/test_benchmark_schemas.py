@@ -127,6 +127,19 @@ def test_a_video_path_stays_below_its_folder(tmp_path):
     assert places.video("/etc/passwd").startswith(str(tmp_path / "data"))
 
 
+def test_videos_of_an_own_file_lie_beside_it_or_below_the_root(tmp_path):
+    media, beside = tmp_path / "media", tmp_path / "questions"
+    for path in (media / "a" / "one.mp4", beside / "two.mp4", tmp_path / "other" / "three.mp4"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    named = ["a/one.mp4", str(media / "a/one.mp4"), "two.mp4", str(tmp_path / "other/three.mp4")]
+    rows = "".join(f"{name},What?,x\n" for name in named)
+    (beside / "q.csv").write_text("video,question,answer\n" + rows)
+    found = [s.video for s in schemas.load(str(beside / "q.csv"), str(media)).samples]
+    assert found[:3] == [str(media / "a/one.mp4")] * 2 + [str(beside / "two.mp4")]
+    assert not os.path.exists(found[3]), "no row names a file outside of both"
+
+
 def test_videos_in_other_folders_are_found_by_their_names(tmp_path):
     for name in ("part/1_plotQA/a.mp4", "part/x/twice.mp4", "part/y/twice.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from evaluate import main as evaluate_main
 from models import convert
 from paravt_jax.failures import ROOT, complain, explain
 from paravt_jax.mesh import parse_mesh
@@ -66,6 +67,12 @@ def test_a_device_without_memory_says_which_settings_help():
     line = explain(failure(too_large), memory_remedies(get_recipe("needle_rl")))
     assert "out of memory" in line and "rl.micro_groups than 2" in line and "\n" not in line
     assert "model.remat=true" in line and "PARAVT_TRACEBACK=1" in line
+
+
+def test_an_evaluation_out_of_memory_names_its_own_flags(monkeypatch, capsys):
+    monkeypatch.setattr(evaluate_main, "evaluate", lambda _: too_large())
+    assert evaluate_main.main(["--benchmarks", "videomme"]) == 1
+    assert "out of memory" in (line := capsys.readouterr().err) and "lower --batch=16" in line
 
 
 def test_what_fails_in_a_users_file_is_told_with_its_place(tmp_path):
