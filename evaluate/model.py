@@ -122,8 +122,8 @@ def settings_of(
     # bfloat16 is what accelerators multiply fast; CPUs do not have it.
     dtype = "float32" if jax.default_backend() == "cpu" else own.compute_dtype
     # Adapters are merged into what a run exports. A kernel of its that this machine does not have
-    # gives way to the reference.
-    kernels: Any = attention or own.attention
+    # gives way to the reference, and float32 has no other.
+    kernels: Any = attention or (own.attention if dtype == "bfloat16" else "auto")
     with placed("--"):
         weights = ModelSettings(str(folder), dtype, own.cache_dtype, attention=kernels)
     found = dataclasses.replace(config, model=weights)

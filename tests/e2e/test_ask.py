@@ -102,16 +102,26 @@ def test_settings_are_those_of_the_run_that_left_the_model(tmp_path):
     run, frames = tmp_path / "run", (3, 5)
     config = to_dict(get_recipe("needle_rl"))
     config["data"]["frame_budgets"] = list(frames)
-    config["model"]["attention"] = "splash"
     run.mkdir()
     (run / "config.json").write_text(json.dumps(config))
     (run / "hf").symlink_to(COLD_START)
     for model in (run, run / "hf"):
         found = settings_of(str(model))
         assert found.data.frame_budgets == frames
-        assert found.model.attention == "splash", "gives way to the reference where it is not"
         assert found.model.folder == str((run / "hf").absolute())
-    assert settings_of(str(run), None, "reference").model.attention == "reference"
     assert settings_of(str(run), "needle_grpo").data.frame_budgets == (4,)
     assert settings_of(None).recipe == settings_of(str(COLD_START)).recipe == "needle_rl"
     assert settings_of(str(tmp_path)).recipe == "paravt_rl"
+
+
+def test_attention_is_that_of_the_run_unless_a_flag_names_another(tmp_path, monkeypatch):
+    config = to_dict(get_recipe("needle_rl"))
+    config["model"] |= {"attention": "cudnn", "compute_dtype": "bfloat16"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "hf").symlink_to(COLD_START)
+    assert settings_of(str(tmp_path)).model.attention == "auto", "float32 has no other"
+    monkeypatch.setattr("jax.default_backend", lambda: "tpu")
+    assert settings_of(str(tmp_path)).model.attention == "cudnn"
+    assert settings_of(str(tmp_path), None, "splash").model.attention == "splash"
+    with pytest.raises(ValueError, match="cudnn is computed on a gpu"):
+        settings_of(str(tmp_path), None, "cudnn")

@@ -42,7 +42,7 @@ ROWS = [
     evaluate(f"{NEEDLE} --judge here --judge-model m", "--judge", "http://"),
     evaluate(f"{NEEDLE} --sight all", "--sight", "all", code=2),
     evaluate(f"{NEEDLE} --attention flash", "--attention", "flash", "splash"),
-    evaluate(f"{NEEDLE} --attention splash", "attention=splash", "tpu", "auto"),
+    evaluate(f"{NEEDLE} --attention splash", "attention=splash", "float32"),
     evaluate("--benchmarks mlvu,mlvu_dev", "--benchmarks", "mlvu_dev twice", "once"),
     evaluate("--benchmarks ''", "--benchmarks", "empty", code=2),
 ]
