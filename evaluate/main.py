@@ -80,8 +80,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--attention", metavar="KERNEL", help="what computes it (default: the settings')")
     add("--judge", metavar="URL", help="API of a judge, https://host/v1, where protocols ask one")
     add("--judge-model", metavar="NAME", help="the judge's name there")
-    add("--retry-errors", action="store_true", help="ask again what ended in an error")
     add("--judge-key", metavar="VARIABLE", help="environment variable that holds its API key")
+    add("--retry-errors", action="store_true", help="ask again what ended in an error")
     sees = "of N questions of each kind measure whether the model sees (default: %(default)s)"
     add("--sight", type=count, default=8, metavar="N", help=sees)
     add("--parts", action="store_true", help="print the figures of parts of the questions, too")
