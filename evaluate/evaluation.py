@@ -21,7 +21,6 @@ from evaluate.runner import Questions, SampleRunner, Waits
 from paravt_jax.estimates import estimate
 from paravt_jax.failures import ROOT
 from paravt_jax.rewards.judge import Judge
-from train.config import Config
 from train.data.settings import DataSettings
 from train.report.progress import ProgressBar
 from train.workdir.files import write_atomically
@@ -139,8 +138,9 @@ class Evaluation:
         self._asked, self._model, self._workdir, self._shard = asked, model, workdir, shard
         self.waits = Waits()
         workdir.mkdir(parents=True, exist_ok=True)
-        settings = json.dumps(settings_of(asked, model.config), indent=2) + "\n"
-        write_atomically(workdir / SETTINGS, settings)
+        own = model.config
+        settings = settings_of(asked, own.model.folder or "", own.recipe)
+        write_atomically(workdir / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def answered(self) -> dict[tuple[str, str], SampleResult]:
         """What all processes have written so far; of a sample that ended in an error and was asked
@@ -246,13 +246,12 @@ def running(task: str, answers: Sequence[SampleResult]) -> str:
     return f"{task} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}){said}"
 
 
-def settings_of(asked: EvaluationPlan, config: Config) -> dict[str, object]:
-    """What decides an evaluation's figures."""
-    folder = Path(config.model.folder or "")
+def settings_of(asked: EvaluationPlan, folder: str, recipe: str) -> dict[str, object]:
+    """What decides an evaluation's figures; `folder` is the model's."""
     return {
-        "model": config.model.folder,
-        "weights": _fingerprint(folder),
-        "recipe": config.recipe,
+        "model": folder,
+        "weights": _fingerprint(Path(folder)),
+        "recipe": recipe,
         PROTOCOL: asked.protocol.name,
         "protocol_fingerprint": report.fingerprint(asked.protocol),
         "mode": asked.mode,
@@ -283,13 +282,13 @@ def _fingerprint(folder: Path) -> str:
     return f"{value:08x}"
 
 
-def check_workdir(workdir: Path, asked: EvaluationPlan, config: Config) -> None:
+def check_workdir(workdir: Path, asked: EvaluationPlan, folder: str, recipe: str) -> None:
     """Before weights are loaded: is this the folder of this evaluation, or of none?
 
     Raises:
       ValueError: it holds another one.
     """
-    path, settings = workdir / SETTINGS, settings_of(asked, config)
+    path, settings = workdir / SETTINGS, settings_of(asked, folder, recipe)
     if not path.exists():
         return
     held = json.loads(path.read_text(encoding="utf-8"))

@@ -132,7 +132,7 @@ def evaluate(flags: argparse.Namespace) -> None:
     asked = dataclasses.replace(asked, guarded=flags.sight).judged_by(flags.judge_model or "")
     keep_compiled(config.output.compile_cache, config.output.compile_cache_gb)
     workdir = Path(flags.workdir or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    check_workdir(workdir, asked, config)
+    check_workdir(workdir, asked, config.model.folder or "", config.recipe)
     mesh = make_mesh(parse_mesh(flags.mesh, jax.device_count()))
     console = Console()
     model = open_model(*own, lambda rules: rules, mesh, flags.attention)

@@ -42,9 +42,21 @@ def ask(clip, *arguments: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def told(asked, clip):
+def session(asked, clip):
+    """What a session prints, in a process of its own, as the tests' own have no standard input."""
+    typed = f"{asked.row.question}\nWhat is <|im_end|>?\n{asked.row.question}\n\nnot read\n"
+    command = [sys.executable, DOOR, str(clip), "--json", "--frames", "4"]
+    done = subprocess.run(
+        command, input=typed, capture_output=True, text=True, env=environment(), timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+@pytest.fixture(scope="module")
+def told(session):
     """The JSON of one question."""
-    return json.loads(ask(clip, asked.row.question, "--json", "--frames", "4"))
+    return json.loads(session.stdout.splitlines()[0])
 
 
 def test_json_holds_what_was_said_called_reported_and_answered(told, asked, clip):
@@ -73,18 +85,11 @@ def test_the_transcript_shows_the_same_as_it_happens(told, asked, clip):
     assert f"answer  {told['answer']}" in said[at:] and "<tool_call>" not in said
 
 
-def test_a_session_answers_line_by_line_and_survives_a_bad_one(told, asked, clip):
-    """In a process of its own, as the tests' own have no standard input."""
-    typed = f"{asked.row.question}\nWhat is <|im_end|>?\n{asked.row.question}\n\nnot read\n"
-    command = [sys.executable, DOOR, str(clip), "--json", "--frames", "4"]
-    done = subprocess.run(
-        command, input=typed, capture_output=True, text=True, env=environment(), timeout=300
-    )
-    assert done.returncode == 0 and "control token" in done.stderr
-    answers = [json.loads(line) for line in done.stdout.splitlines()]
-    for own in (told, *answers):
-        own.pop("seconds", None)
-    assert answers == [told, told], "the same question is answered alike, whatever came before"
+def test_a_session_answers_line_by_line_and_survives_a_bad_one(session):
+    assert "control token" in session.stderr
+    first, second = map(json.loads, session.stdout.splitlines())
+    assert first.pop("seconds") > second.pop("seconds"), "video and programs are kept"
+    assert first == second, "the same question is answered alike, whatever came before"
 
 
 def test_without_tools_it_answers_at_once(asked, clip):

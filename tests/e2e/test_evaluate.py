@@ -28,7 +28,6 @@ pytestmark = pytest.mark.slow
 DOOR = str(ROOT / "evaluate" / "main.py")
 COUNT = 12
 """Questions."""
-KILLS = 2
 TIMED = ("seconds", "seconds_per_sample")
 
 
@@ -109,37 +108,30 @@ def test_prompts_are_those_of_training_token_for_token(cache, model):
         assert (frames, ready.pixels, ready.words) == (4, 1024, row.question)
 
 
-def test_killed_at_random_moments_it_comes_to_the_same_report(whole, model, cache, tmp_path):
-    workdir, moments = tmp_path / "evaluation", random.Random(7)
-    kept = 0
-    for wanted in sorted(moments.sample(range(1, COUNT - 1), KILLS)):
-        child = server().start(DOOR, flags(model, cache, workdir), cache, environment())
-        until = time.monotonic() + 300
-        while not child.ended and time.monotonic() < until and _written(workdir) < wanted:
-            time.sleep(0.002)
-        child.send_signal(signal.SIGKILL)
-        child.wait()
-        assert _written(workdir) >= kept, "what was written stays"
-        kept = _written(workdir)
-    assert 0 < kept < COUNT and not (workdir / "report.json").exists()
-    with (workdir / "samples.jsonl").open("ab") as file:
+def test_killed_at_a_random_moment_and_in_shards_it_comes_to_the_same_report(
+    whole, model, cache, tmp_path
+):
+    """`test_evaluate_kills.py` kills one six times."""
+    workdir, shard = tmp_path / "evaluation", ("--shard", "2/2")
+    own, wanted = workdir / "samples-2-of-2.jsonl", random.Random(7).randrange(1, COUNT // 2 - 1)
+    child = server().start(DOOR, flags(model, cache, workdir, *shard), cache, environment())
+    until = time.monotonic() + 300
+    while not child.ended and time.monotonic() < until and _written(own) < wanted:
+        time.sleep(0.002)
+    child.send_signal(signal.SIGKILL)
+    child.wait()
+    kept = own.read_bytes()
+    assert wanted <= _written(own) < COUNT // 2
+    with own.open("ab") as file:
         file.write(b'{"task": "needle_held_out", "sample_id": "held_o')  # in the midst of a line
-    evaluate(model, cache, workdir)
-    assert report(workdir) == report(whole[0])
-    assert _by_id(workdir) == _by_id(whole[0])
-
-
-def test_shards_come_to_the_report_of_one(whole, model, cache, tmp_path):
-    workdir = tmp_path / "evaluation"
-    said = evaluate(model, cache, workdir, "--shard", "2/2")
-    assert (
-        f"{COUNT // 2} questions are left to others" in said
-        and not (workdir / "report.json").exists()
-    )
+    said = evaluate(model, cache, workdir, *shard)
+    assert own.read_bytes().startswith(kept), "what was written stays"
+    assert f"{COUNT // 2} questions are left to others" in said
+    assert not (workdir / "report.json").exists()
     evaluate(model, cache, workdir, "--shard", "1/2")
     assert report(workdir) == report(whole[0])
     assert lines(workdir) == sorted(lines(whole[0]), key=lambda line: line["doc_id"])
-    assert len(lines(workdir, "samples-2-of-2.jsonl")) == COUNT // 2
+    assert len(lines(workdir, own.name)) == COUNT // 2
 
 
 def test_without_tools_each_has_one_turn(model, cache, tmp_path):
@@ -183,10 +175,5 @@ def test_a_folder_holds_one_evaluation(whole, model, cache):
     assert done.returncode == 1 and "mode='agentic', not 'direct'" in done.stderr
 
 
-def _written(workdir: Path) -> int:
-    path = workdir / "samples.jsonl"
+def _written(path: Path) -> int:
     return path.read_bytes().count(b"\n") if path.exists() else 0
-
-
-def _by_id(workdir: Path) -> dict:
-    return {line["sample_id"]: line for line in lines(workdir)}

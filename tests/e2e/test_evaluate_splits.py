@@ -5,11 +5,13 @@ byte by byte, a line and a figure for each, open answers by a judge, lmms-eval's
 """
 
 import json
+import os
 import sys
 
 import pytest
 
 from evaluate.benchmarks import protocol, schemas
+from evaluate.benchmarks.captions import Seen
 from tests.support import benchmark_rows as rows
 from tests.support.command import ROOT, run
 from tests.support.judge_server import completion, running
@@ -120,13 +122,54 @@ def test_every_split(root, brief, tmp_path):
         check_figures(tmp_path / "run", task, lines, report)
 
 
+SHORT = """
+[all.video]
+min_pixels = 1024
+max_pixels = 1024
+[all.agent]
+crop_frames = 2
+crop_min_pixels = 1024
+crop_max_pixels = 1024
+[mode.agentic.agent]
+rounds = 1
+calls_per_turn = 2
+[mode.sequential.agent]
+rounds = 1
+"""
+KINDS = ("videomme_w_subtitle", JUDGED, WINDOWS)
+PUT = {
+    ("lmms-eval/qwen3_vl", "direct"): rows.TASKS,
+    ("vlmevalkit", "direct"): rows.TASKS,
+    ("vlmevalkit/1fps", "direct"): KINDS,
+    ("qwen-report", "reasoning"): rows.TASKS,
+    ("paravt-release", "agentic"): KINDS,
+    ("paravt", "agentic"): rows.TASKS,
+    ("paravt", "direct"): KINDS,
+    ("paravt", "reasoning"): KINDS,
+    ("paravt", "sequential"): KINDS,
+}
+"""Tasks that are put by a protocol in a mode; of each only those that it knows."""
+
+
 @pytest.mark.study
-@pytest.mark.parametrize("name", ["lmms-eval/qwen3_vl", "vlmevalkit", "qwen-report", "paravt"])
-def test_every_protocol(name, root, tmp_path):
-    """Five rows of each task that a protocol knows, none of them an error."""
+@pytest.mark.parametrize(("name", "mode"), PUT, ids="-".join)
+def test_every_protocol_and_mode(name, mode, root, tmp_path):
+    """Two rows of each task, in the words of the protocol; shown small and answered in few words,
+    as the model reads no more than 4096 tokens."""
     loaded = protocol.load(name)
-    tasks = [task for task in loaded.tasks if task in rows.TASKS]
-    lines, report = evaluate(root, tmp_path / "run", tasks, name, "--limit", "5")
-    assert len(lines) == 5 * len(tasks)
+    tasks = [task for task in PUT[name, mode] if task in loaded.tasks]
+    brief = "".join(f"[task.{task}.decoding]\nmax_new_tokens = 8\n" for task in tasks)
+    (tmp_path / "short.toml").write_text(f'extends = "{name}"\n{SHORT}{brief}')
+    flags = "--mode", mode, "--limit", "2", "--sight", "0"
+    lines, report = evaluate(root, tmp_path / "run", tasks, str(tmp_path / "short.toml"), *flags)
+    assert len(lines) == 2 * len(tasks)
     assert {line["status"] for line in lines} == {"ok"}, [line["error"] for line in lines]
     assert all(report["tasks"][task]["headline"] for task in tasks)
+    asked = {(s.task, s.sample_id): s for t in tasks for s in schemas.load(t, str(root)).samples}
+    for line in lines:
+        sample = asked[line["task"], line["sample_id"]]
+        rules = loaded.rules(sample.task, sample.kind, mode)
+        total = round(rows.RATE * rows.LENGTHS[os.path.basename(sample.video).partition(".")[0]])
+        seen = Seen(rules.video.indices(total, rows.RATE), total, rows.RATE)
+        assert line["prompt"] == rules.messages(sample, seen).text
+        assert line["frames"] == len(seen.indices)

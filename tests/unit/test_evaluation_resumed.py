@@ -44,21 +44,23 @@ def start(model, tmp_path):
             protocol.load(name), [file], "direct", "", None, DataSettings()
         )
         folder, asked = tmp_path / f"run-{name}", asked.judged_by(judge)
-        evaluation.check_workdir(folder, asked, model.config)
+        evaluation.check_workdir(folder, asked, model.config.model.folder, "needle_rl")
         return evaluation.Evaluation(asked, model, folder)
 
     return opened
 
 
 def test_it_goes_on_with_the_judge_that_it_began_with(start):
-    start("judge-1"), start("judge-1")
+    start("judge-1")
+    start("judge-1")
     for other in ("judge-2", ""):
         with pytest.raises(ValueError, match=f"judge='judge-1', not '{other}': choose another"):
             start(other)
 
 
 def test_a_judge_that_nothing_is_put_to_decides_nothing(start):
-    start("judge-1", name=BY_RULES), start("judge-2", name=BY_RULES)
+    start("judge-1", name=BY_RULES)
+    start("judge-2", name=BY_RULES)
 
 
 @pytest.mark.parametrize("change", [("the sun", "the moon"), ("rises", "sets"), ("2,a", "3,a")])
