@@ -244,10 +244,15 @@ def _open_mirror(arguments: argparse.Namespace):
 
 
 def _way_on(workdir: Path, mirror: Any) -> str:
-    """How to go on with what a run has saved; empty if that is nothing."""
+    """How to go on with what a run has saved, or to begin again; empty if there is no run yet."""
+    from train.workdir.config_file import FILE
+
     saved = mirror.saved if mirror else any((workdir / "checkpoints").glob("[0-9]*"))
     place = mirror.url if mirror else workdir
-    return f"what was saved goes on with --workdir {place}" if saved else ""
+    if saved:
+        return f"what was saved goes on with --workdir {place}"
+    begun = (workdir / FILE).exists()
+    return f"nothing was saved yet; --workdir {place} begins again" if begun else ""
 
 
 def _memory_remedies(config: Any) -> list[str]:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.common.adapter import ADAPTER, save_adapter
 from paravt_jax.checkpoint import MODEL_FILES
+from paravt_jax.deadlines import within_seconds
 from paravt_jax.mesh import on_device, on_host
 from paravt_jax.params import abstract_params
 from paravt_jax.records import Row
@@ -36,7 +38,7 @@ from train.hosts.cluster import is_first, max_over_hosts, on_all_hosts, require_
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
-from train.report.log import RunLog
+from train.report.log import METRICS, RunLog
 from train.report.progress import SignsOfLife, introduction
 from train.report.steps import Clock, StepReport
 from train.rl.learner import Learner
@@ -69,6 +71,9 @@ def name_workdir(config: Config, workdir: str | None) -> Path:
     return Path(workdir or f"runs/{recipe}-{stamp}").absolute()
 
 
+PAGE_SECONDS = 15.0
+"""Most for the page of a run that has failed or was told to end: who sends SIGTERM waits half a
+minute, of which a checkpoint may have taken some."""
 WritePage = Callable[[Path], Path]
 """Writes the page of the run in a workdir, and says where it is."""
 
@@ -122,6 +127,7 @@ def _train(
         try:
             (run.reinforce if config.stage is Stage.RL else run.supervise)()
         except BaseException:
+            run.leave_page()
             run.close(failed=True)
             raise
         run.close()
@@ -377,8 +383,7 @@ class Run:
             self._export()
         if self.lock is not None:
             self.lock.check()
-        if self.config.output.report and is_first():
-            self._write_page()
+        self._write_page()
         self.log.console.print(f"everything is in {self._place}")
 
     def _export(self) -> None:
@@ -389,14 +394,23 @@ class Run:
             folder, origin = self.workdir / ADAPTER, self.parts.base.absolute()
             save_adapter(params, policy.table, policy.lora, folder, origin)
 
-    def _write_page(self) -> None:
+    def _write_page(self, within: float = threading.TIMEOUT_MAX) -> None:
         """`report/`. What is learned is safe by now: a page that fails costs the page alone."""
+        if not self.config.output.report or not is_first():
+            return
         try:
-            page = self.write_page(self.workdir)
+            page = within_seconds(lambda: self.write_page(self.workdir), within)
         except Exception as error:
             self.log.console.print(f"note: the page of the run could not be written: {error}")
             return
         self.log.console.print(f"the page of the run: {page}", soft_wrap=True)
+
+    def leave_page(self) -> None:
+        """The page of a run that has failed or was told to end, if it has finished a step. Nothing
+        here keeps what ended it from being told, for long or at all."""
+        with contextlib.suppress(Exception), SIGNALS_OF_RUN.deferred("the page of the run"):
+            if (self.workdir / METRICS).exists() and (self.workdir / METRICS).stat().st_size:
+                self._write_page(PAGE_SECONDS)
 
     def _write_folder(self, params: FlatParams, folder: Path) -> None:
         """Weights as a model folder, adapters merged."""

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 from evaluate.page.figures import RolloutFigures, run_figures, step_figures
 from evaluate.page.source import RunSource
@@ -27,7 +28,7 @@ def write_page(workdir: Path, compared: Path | None = None) -> Path:
 
     Args:
       workdir: of a run, which may go on meanwhile.
-      compared: of another one, whose curves are shown beside.
+      compared: of another one, whose curves and tables are shown beside.
 
     Raises:
       ValueError: one of them holds no run.
@@ -44,7 +45,7 @@ def write_page(workdir: Path, compared: Path | None = None) -> Path:
         found.add(step, groups)
         _put(part, name_of(step), step_figures(source, step, groups))
         _link(source.sheets(step), part / FRAMES)
-    other = _other(compared) if compared else None
+    other = _other(compared, workdir / FOLDER) if compared else None
     _put(part, "run", {**whole, "bands": found.bands, "look": found.look, "other": other})
     _put(part, "index", found.index)
     shutil.rmtree(workdir / FOLDER, ignore_errors=True)
@@ -52,12 +53,15 @@ def write_page(workdir: Path, compared: Path | None = None) -> Path:
     return workdir / FOLDER / "index.html"
 
 
-def _other(workdir: Path) -> dict[str, Any]:
-    """What the page of a run shows of another one."""
+def _other(workdir: Path, shown_in: Path) -> dict[str, Any]:
+    """What the page of a run shows of another one, and the way to that one's own page, which has
+    its rollouts; None where it has not been written."""
     source, found = RunSource(workdir), RolloutFigures()
     for step in source.steps:
         found.add(step, source.rollouts(step))
-    return {**run_figures(source), "bands": found.bands, "look": found.look}
+    page = workdir / FOLDER / "index.html"
+    way = quote(Path(os.path.relpath(page, shown_in)).as_posix()) if page.exists() else None
+    return {**run_figures(source), "bands": found.bands, "look": found.look, "page": way}
 
 
 def _put(folder: Path, name: str, value: Any) -> None:

@@ -107,6 +107,19 @@ def test_filters_are_in_the_address(visit, index):
         assert rows(shown) == count, query
 
 
+def test_another_run_beside_and_the_way_to_its_page(visit, tmp_path):
+    own, other = (write_run(tmp_path / name, steps=2) for name in ("own run", "other #1"))
+    index = write_page(own, other)
+    page = visit(index)
+    assert "other #1" in page.inner_text(".lead") and page.locator(".lead a").count() == 1
+    write_page(other)
+    page = visit(write_page(own, other))
+    assert "other #1: " in page.inner_text(".tiles")
+    page.click(".lead >> text=its rollouts")
+    page.wait_for_selector("table.rollouts")
+    assert page.title() == "rollouts · other #1"
+
+
 def test_a_group_is_sorted_by_reward(visit, index):
     page = visit(index, "#/group?step=0&group=0")
     assert page.locator(".lane .reward").all_inner_texts() == ["2", "1", "0.5"]

@@ -127,6 +127,8 @@ def test_a_run_that_is_stopped_and_killed_ends_like_one_that_was_not(run, cache,
     )
     assert code == 0, said
     assert f"SIGTERM: interrupted; continue with --workdir {cut}" in said
+    assert f"the page of the run: {cut}/report/index.html" in said
+    assert (cut / "report" / "index.html").exists()
     assert [path.name for path in (cut / "checkpoints").iterdir()] in (["1"], ["2"])
     assert list(json.loads((cut / "evaluation.json").read_text())) == ["of", "before"]
     before = (cut / "evaluation.json").stat().st_mtime_ns

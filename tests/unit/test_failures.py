@@ -4,11 +4,14 @@ import csv
 import json
 import subprocess
 import sys
+import time
+import types
 from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 
 from evaluate import main as evaluate_main
 from models import convert
@@ -164,6 +167,9 @@ sys.exit(attempt(lambda: [print("x" * 999) for _ in range(999)]))
 
 def test_a_failed_run_says_how_to_go_on_with_what_it_saved(tmp_path, capsys):
     assert main._way_on(tmp_path, None) == ""
+    (tmp_path / "config.json").touch()
+    again = main._way_on(tmp_path, None)
+    assert again == f"nothing was saved yet; --workdir {tmp_path} begins again"
     (tmp_path / "checkpoints" / "3").mkdir(parents=True)
     way = main._way_on(tmp_path, None)
     complain(ValueError("the judge is gone"), way_on=way)
@@ -171,3 +177,27 @@ def test_a_failed_run_says_how_to_go_on_with_what_it_saved(tmp_path, capsys):
     first, second = capsys.readouterr().err.splitlines()
     assert first == f"error: the judge is gone; what was saved goes on with --workdir {tmp_path}"
     assert second == "error: continue with --workdir x"
+
+
+@pytest.mark.parametrize(
+    ("steps", "write", "said"),
+    [
+        (0, lambda workdir: 1 / 0, ""),
+        (1, lambda workdir: workdir / "report", "the page of the run: {}/report"),
+        (1, lambda workdir: 1 / 0, "note: the page of the run could not be written: division"),
+        (1, lambda workdir: time.sleep(9), "could not be written: took longer than 0.1 seconds"),
+    ],
+)
+def test_a_failed_run_leaves_its_page_and_nothing_in_the_way(
+    tmp_path, monkeypatch, capsys, steps, write, said
+):
+    monkeypatch.setattr(run, "PAGE_SECONDS", 0.1)
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' * steps)
+    failed = object.__new__(run.Run)
+    failed.workdir, failed.config, failed.write_page = tmp_path, get_recipe("needle_rl"), write
+    failed.log = types.SimpleNamespace(console=Console(soft_wrap=True))
+    began = time.monotonic()
+    failed.leave_page()
+    assert time.monotonic() - began < 5
+    told = capsys.readouterr().out
+    assert said.format(tmp_path) in told and bool(told) == bool(said)

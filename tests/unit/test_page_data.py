@@ -1,6 +1,7 @@
 """What a page holds is what the run wrote: `metrics.jsonl`, rollouts and details."""
 
 import json
+from urllib.parse import unquote
 
 import numpy as np
 import pytest
@@ -117,6 +118,10 @@ def test_departures_from_the_recipe_and_another_run(run, tmp_path):
     other = write_run(tmp_path / "other", steps=1)
     report = write_page(run[0], other).parent
     told = data(report, "run")["other"]
+    assert told["page"] is None
+    write_page(other)
+    way = data(write_page(run[0], other).parent, "run")["other"]["page"]
+    assert (report / unquote(way)).resolve() == (other / "report" / "index.html").resolve()
     assert (
         told["name"] == "other"
         and told["metrics"] == data(write_page(other).parent, "run")["metrics"]

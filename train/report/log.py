@@ -26,6 +26,8 @@ SHOWN = (
 """Metric, column title and format of the progress line."""
 
 
+METRICS = "metrics.jsonl"
+"""File of a workdir: a line of figures for each step."""
 RECENT = 20
 """Steps whose median time says how long the remaining ones take."""
 
@@ -47,7 +49,7 @@ class RunLog:
         from tensorboardX import SummaryWriter
 
         self._steps, self._seconds = steps, collections.deque[float](maxlen=RECENT)
-        self._path = workdir / "metrics.jsonl"
+        self._path = workdir / METRICS
         self._keep_before(first_step)
         self._file = self._path.open("a", encoding="utf-8")
         self._board = SummaryWriter(str(workdir / "tensorboard"), purge_step=first_step)

@@ -101,7 +101,7 @@
   function chips(own) {
     const list = [[own.right ? "right" : "wrong", own.right ? "good" : "bad"]];
     if (own.complies != null) list.push([own.complies ? "well-formed" : "malformed", own.complies ? "" : "bad"]);
-    list.push([`reward ${number(own.rewards.total)}`, ""], [`${own.calls.length} calls`, ""]);
+    list.push([`reward ${number(own.rewards.total)}`, ""], [`${own.calls.length} ${own.calls.length === 1 ? "call" : "calls"}`, ""]);
     if (own.stop_reasons.includes("length")) list.push(["cut off at its limit", "bad"]);
     return list.flatMap(([words, kind]) => [el("span", {class: `chip ${kind}`}, words), " "]);
   }

@@ -49,10 +49,14 @@
     return parts.length ? paravt.areas("Seconds of a step", run.metrics.step, parts) : null;
   }
 
-  function tile(label, value, note, from) {
+  function tile(label, value, note, from, other) {
     return el("div", {class: "tile"}, el("div", {class: "label"}, label),
-      el("div", {class: "value"}, from != null ? el("span", {class: "from"}, `${from} → `) : null, value), el("div", {class: "note"}, note || ""));
+      el("div", {class: "value"}, from != null ? el("span", {class: "from"}, `${from} → `) : null, value),
+      el("div", {class: "note"}, note || ""), other ? el("div", {class: "note"}, other) : null);
   }
+
+  // What another run came to, in the words of a tile.
+  const beside = (other, pair, show) => (other && pair ? `${other.name}: ${show(pair[0], 2)} → ${show(pair[1], 2)}` : null);
 
   const mean = (values) => values.reduce((sum, value) => sum + value, 0) / values.length;
   const ends = (run, name) => {
@@ -62,34 +66,40 @@
   };
 
   function tiles(run) {
-    const found = [];
-    const {before, after} = run.evaluation;
-    if (before?.sampled && after?.sampled) {
-      const own = after.sampled;
-      found.push(tile("Held-out accuracy, sampled", number(own.accuracy, 2), own["accuracy/low"] == null ? "" : `95 %: ${number(own["accuracy/low"], 2)} to ${number(own["accuracy/high"], 2)}`, number(before.sampled.accuracy, 2)));
+    const found = [], {other} = run;
+    const held = (own) => (own?.evaluation.before?.sampled && own.evaluation.after?.sampled ? [own.evaluation.before.sampled.accuracy, own.evaluation.after.sampled.accuracy] : null);
+    if (held(run)) {
+      const own = run.evaluation.after.sampled;
+      found.push(tile("Held-out accuracy, sampled", number(own.accuracy, 2), own["accuracy/low"] == null ? "" : `95 %: ${number(own["accuracy/low"], 2)} to ${number(own["accuracy/high"], 2)}`, number(held(run)[0], 2), beside(other, held(other), number)));
     }
     for (const [name, label, show] of [["reward/accuracy", "Accuracy in training", number], ["reward/total", "Reward", number], ["format/compliance", "Well-formed", percent], ["tool/calls_per_rollout", "Calls per rollout", number], ...(run.stage === "sft" ? [["loss", "Loss", number]] : [])]) {
       const pair = ends(run, name);
-      if (pair && found.length < 4) found.push(tile(label, show(pair[1], 2), "first and last steps", show(pair[0], 2)));
+      if (pair && found.length < 4) found.push(tile(label, show(pair[1], 2), "first and last steps", show(pair[0], 2), beside(other, other && ends(other, name), show)));
     }
-    const time = run.metrics["time/step"];
-    if (time) found.push(tile("Seconds per step", number([...time].sort((a, b) => a - b)[Math.floor(time.length / 2)], 3), `median of ${time.length} steps`));
+    const median = (values) => [...values].sort((a, b) => a - b)[Math.floor(values.length / 2)];
+    const time = run.metrics["time/step"], theirs = other?.metrics["time/step"];
+    if (time) found.push(tile("Seconds per step", number(median(time), 3), `median of ${time.length} steps`, null, theirs ? `${other.name}: ${number(median(theirs), 3)}` : null));
     return el("div", {class: "tiles"}, found);
   }
 
   function evaluation(run) {
+    const found = [run, run.other].filter(Boolean).map((own) => [own, beforeAfter(own)]).filter(([, shown]) => shown);
+    if (!found.length) return null;
+    return [
+      el("h2", {}, "Before and after"),
+      el("p", {class: "soft"}, "Accuracy on held-out questions, with 95 % intervals."),
+      found.map(([own, shown]) => [run.other ? el("h3", {}, own.name) : null, shown]),
+    ];
+  }
+
+  function beforeAfter(run) {
     const rows = [];
     for (const when of ["before", "after"]) {
       for (const [mode, own] of Object.entries(run.evaluation[when] || {})) {
         if (own.accuracy != null) rows.push({mode, when, mean: own.accuracy, low: own["accuracy/low"] ?? own.accuracy, high: own["accuracy/high"] ?? own.accuracy});
       }
     }
-    if (!rows.length) return null;
-    return [
-      el("h2", {}, "Before and after"),
-      el("p", {class: "soft"}, "Accuracy on held-out questions, with 95 % intervals."),
-      el("div", {class: "columns"}, paravt.intervals("Accuracy", rows), el("div", {class: "scroll"}, table(run.evaluation))),
-    ];
+    return rows.length ? el("div", {class: "columns"}, paravt.intervals("Accuracy", rows), el("div", {class: "scroll"}, table(run.evaluation))) : null;
   }
 
   function table(evaluation) {
@@ -139,6 +149,13 @@
     ];
   }
 
+  // Another run is shown by its curves and tables; its rollouts are on its own page.
+  function compared(other) {
+    const way = other.page ? el("a", {href: `${other.page}#/rollouts`}, "its rollouts") : null;
+    const lines = `Dashed: `, steps = ` (${other.recipe}, ${other.metrics.step?.length || 0} steps`;
+    return [lines, other.page ? el("a", {href: other.page}, el("strong", {}, other.name)) : el("strong", {}, other.name), steps, way ? [", ", way] : "", "). "];
+  }
+
   paravt.views.run = async (query) => {
     const run = await paravt.load("run");
     const done = run.metrics.step?.length || 0;
@@ -146,7 +163,7 @@
       el("h1", {}, run.name),
       el("a", {class: "json soft small", href: "data/run.json"}, "JSON"),
       el("p", {class: "lead"}, `${run.recipe}, ${done} of ${run.planned_steps} steps. `,
-        run.other ? ["Dashed: ", el("strong", {}, run.other.name), ". "] : null,
+        run.other ? compared(run.other) : null,
         run.steps.length ? el("a", {href: link("rollouts", {sort: "worst"})}, "See the worst rollouts") : null),
       tiles(run),
       el("h2", {}, "Learning"),
