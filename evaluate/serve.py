@@ -46,6 +46,13 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--max-tokens", type=int, metavar="N", help="longest completion (default: 1024)")
     add("--max-frames", type=int, default=64, metavar="N", help="of a request (default: 64)")
+    add(
+        "--grammar-states",
+        type=int,
+        default=1024,
+        metavar="N",
+        help="room for the schemas of tools that must be called (default: 1024; 0: none can be)",
+    )
     add("--max-body-mib", type=int, default=64, metavar="N", help="of a request (default: 64)")
     add("--timeout", type=float, default=600.0, help="seconds of a request (default: 600)")
     add("--drain", type=float, default=60.0, help="seconds that requests have at the end")
@@ -56,10 +63,21 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add("--media-root", metavar="DIR", help="requests may name files below it (default: none)")
     add("--warm-up", action="store_true", help="compile all that requests may need beforehand")
-    add("--fetch-media", action="store_true", help="fetch images and videos from http(s) addresses")
+    add(
+        "--fetch-media",
+        action="store_true",
+        help="fetch images and videos from http(s) addresses that are public",
+    )
+    add(
+        "--fetch-hosts",
+        metavar="HOST[,HOST...]",
+        help="with --fetch-media: from these hosts alone, which may be in your own network",
+    )
     return parser
 
 
+MOST_STATES = 16384
+"""States are numbered by 16 bits, and other ones need some."""
 POSITIVE = ("rows", "max_prompt_tokens", "max_tokens", "max_frames", "max_body_mib", "timeout")
 
 
@@ -69,13 +87,17 @@ def check(parser: argparse.ArgumentParser, flags: argparse.Namespace) -> None:
         value = getattr(flags, name)
         if value is not None and not 0 < value < float("inf"):
             parser.error(f"--{name.replace('_', '-')} {value}: give a number above 0")
-    for name in ("queue", "drain"):
+    for name in ("queue", "drain", "grammar_states"):
         if not 0 <= getattr(flags, name) < float("inf"):
-            parser.error(f"--{name} {getattr(flags, name)}: give 0 or above")
+            parser.error(f"--{name.replace('_', '-')} {getattr(flags, name)}: give 0 or above")
+    if flags.grammar_states > MOST_STATES:
+        parser.error(f"--grammar-states {flags.grammar_states}: give {MOST_STATES} or less")
     if not 0 <= flags.port < 65536:
         parser.error(f"--port {flags.port}: give 0 to 65535")
     if flags.key_variable is not None and not os.environ.get(flags.key_variable):
         parser.error(f"--key-variable {flags.key_variable}: this variable is not set or is empty")
+    if flags.fetch_hosts and not flags.fetch_media:
+        parser.error(f"--fetch-hosts {flags.fetch_hosts}: give --fetch-media as well")
     if flags.media_root is not None and not os.path.isdir(flags.media_root):
         parser.error(f"--media-root {flags.media_root}: there is no such folder")
 
@@ -99,11 +121,13 @@ def limits_of(flags: argparse.Namespace) -> "Limits":
         prompt_tokens=flags.max_prompt_tokens or own.prompt_tokens,
         max_tokens=flags.max_tokens or own.max_tokens,
         frames=flags.max_frames,
+        grammar_states=flags.grammar_states,
         body_bytes=flags.max_body_mib * 2**20,
         seconds=flags.timeout,
         drain_seconds=flags.drain,
         media_root=None if flags.media_root is None else Path(flags.media_root),
         fetch=flags.fetch_media,
+        fetch_hosts=frozenset(filter(None, (flags.fetch_hosts or "").lower().split(","))),
     )
 
 

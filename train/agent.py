@@ -101,15 +101,15 @@ class AgentMaker:
             after_run=engine.caches.release,
         )
 
-    def engine(self, pools: dict[str, SlotPool], **more: int) -> Engine:
-        """An engine with these slots, and with more settings of `Engine`. Its caches are allocated
-        when it is first used."""
-        mesh = self.layout(pools)
+    def engine(self, pools: dict[str, SlotPool], *, grammar_room: int = 0, **more: int) -> Engine:
+        """An engine with these slots, with room for grammars of single requests, and with more
+        settings of `Engine`. Its caches are allocated when it is first used."""
+        mesh, vocab = self.layout(pools), self.policy.vocab_size
         engine = Engine(
             self.policy,
             pools,
             mesh=mesh,
-            automata=open_automata(self.rules, self.renderer, self.policy.vocab_size, mesh),
+            automata=open_automata(self.rules, self.renderer, vocab, mesh, grammar_room),
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
@@ -138,10 +138,14 @@ class AgentMaker:
 
 
 def open_automata(
-    rules: AgentConfig, renderer: ChatRenderer, vocab: int, mesh: Mesh | None = None
+    rules: AgentConfig,
+    renderer: ChatRenderer,
+    vocab: int,
+    mesh: Mesh | None = None,
+    room: int = 0,
 ) -> TokenAutomata:
-    """What ends a turn, and the grammar of calls where the rules ask for it; on a mesh, or on the
-    one that is active."""
+    """What ends a turn, the grammar of calls where the rules ask for it, and room for grammars of
+    single requests; on a mesh, or on the one that is active."""
     wanted = any(own.constrain for own in _samplings(rules))
     place = jax.jit(lambda table: constrain(table, None, None))
     schemas = [tool.schema for tool in agent_tools(rules).values()]
@@ -149,6 +153,7 @@ def open_automata(
         renderer.token_contents(vocab),
         renderer.eos_ids,
         {CALLS: response_grammar(schemas, rules.call_syntax)} if wanted else None,
+        room=room,
         place=place if mesh is None else OnMesh(place, mesh),
     )
 

@@ -64,7 +64,8 @@ class ActiveRequest:
     def start(self) -> None:
         """Hand it to the engine."""
         assert self._prepared is not None
-        self._service.worker.submit(self._prepared.request, self._prepared.listed)
+        own = self._prepared
+        self._service.worker.submit(own.request, own.listed, own.grammar)
 
     async def events(self) -> AsyncIterator[Event]:
         """What happens, up to the end.

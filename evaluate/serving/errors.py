@@ -48,6 +48,19 @@ def busy(waiting: int, seconds: int) -> ApiError:
     )
 
 
+def no_room() -> ApiError:
+    """Calls that other requests must make fill the table of grammars."""
+    return ApiError(
+        "tool_choice: the schemas of other requests that must call take all room for them "
+        "(--grammar-states); try again in 1 s",
+        "tool_choice",
+        status=429,
+        kind="rate_limit_error",
+        code="grammars_full",
+        retry_after=1,
+    )
+
+
 def unknown_client() -> ApiError:
     """No key, or another one."""
     return ApiError(

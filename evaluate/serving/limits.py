@@ -23,6 +23,9 @@ class Limits:
     """Longest completion."""
     frames: int = 64
     """Most images and frames of a request."""
+    grammar_states: int = 1024
+    """Room for the grammars of calls that must be made: each state takes 2 bytes for each token of
+    the vocabulary, 0.3 GB in all for that of Qwen3-VL. 0: none can be asked for."""
     body_bytes: int = 64 * 2**20
     """Largest body of a request, and largest medium that is fetched."""
     seconds: float = 600.0
@@ -33,6 +36,8 @@ class Limits:
     """Where files must lie that requests name; None: they name none."""
     fetch: bool = False
     """Whether images and videos are fetched from http(s) addresses."""
+    fetch_hosts: frozenset[str] = frozenset()
+    """The only hosts that are asked then, wherever they are; empty: all at public addresses."""
 
     @property
     def requests(self) -> int:

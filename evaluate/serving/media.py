@@ -10,12 +10,10 @@ import dataclasses
 import io
 import os
 import tempfile
-import urllib.request
-from collections.abc import Iterator, Sequence
-
-import numpy as np
+from collections.abc import Iterator
 
 from evaluate.serving.errors import ApiError
+from evaluate.serving.fetching import NotFetched, fetch
 from evaluate.serving.limits import Limits
 from paravt_jax.records import VideoRef
 from pipelines.arrays import Picture
@@ -23,8 +21,6 @@ from pipelines.decode import video_ref
 from pipelines.images import decode_image
 from pipelines.media import Media, MissingFile
 
-FETCH_SECONDS = 30.0
-"""For a medium behind an address."""
 FRAMES = "video/jpeg"
 """Media type of videos that are a list of frames, one JPEG file in base64 after the other."""
 
@@ -120,15 +116,10 @@ class Fetcher:
                 "--fetch-media, or send the content as a data: address",
                 where,
             )
-        most = self._limits.body_bytes
         try:
-            with urllib.request.urlopen(url, timeout=FETCH_SECONDS) as answer:
-                content = answer.read(most + 1)
-        except (OSError, ValueError) as error:
-            raise ApiError(f"{where}: cannot be fetched", where) from error
-        if len(content) > most:
-            raise ApiError(f"{where}: is larger than {most} bytes", where)
-        return content
+            return fetch(url, self._limits.body_bytes, self._limits.fetch_hosts)
+        except NotFetched as error:
+            raise ApiError(f"{where}: {error}", where) from error
 
 
 @contextlib.contextmanager
@@ -156,8 +147,3 @@ def _decoded(content: str, where: str) -> bytes:
         return base64.b64decode(content, validate=True)
     except (binascii.Error, ValueError) as error:
         raise ApiError(f"{where}: the content is no base64", where) from error
-
-
-def spread(count: int, most: int) -> Sequence[int]:
-    """Which of `count` frames to show if `most` may be: spread from the first to the last."""
-    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()

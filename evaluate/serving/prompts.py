@@ -15,7 +15,7 @@ import numpy as np
 from evaluate.serving.errors import ApiError
 from evaluate.serving.limits import Limits
 from evaluate.serving.media import Fetcher, Video
-from evaluate.serving.schemas import ChatMessage, ChatRequest, Choice, Part
+from evaluate.serving.schemas import ChatMessage, ChatRequest, Choice, OfferedTool, Part
 from paravt_jax.protocol import CALL_OPEN, THINK_CLOSE, THINK_OPEN
 from paravt_jax.records import Frames, Prompt
 from pipelines.conversation import (
@@ -31,6 +31,8 @@ from pipelines.render import ChatRenderer
 from pipelines.tokenizer import written
 from pipelines.video import VideoReader
 
+CALL_HEAD = f"{CALL_OPEN}\n"
+"""How a call begins."""
 Content = list[dict[str, str]]
 """Content of a message as chat templates take it."""
 
@@ -179,15 +181,25 @@ class RequestPrompts:
 
     def _head(self, request: ChatRequest) -> tuple[list[int], str]:
         """Tokens before the answer, and which text of them is part of it."""
-        opening, said = self._renderer.opening, ""
-        if isinstance(request.tool_choice, Choice):
-            name = json.dumps(request.tool_choice.function.name)
-            said = f'{CALL_OPEN}\n{{"name": {name}, "arguments": '
-        elif request.tool_choice == "required":
-            said = f'{CALL_OPEN}\n{{"name": "'
-        if said and opening.lstrip().startswith(THINK_OPEN):
-            opening = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n"
-        return self._renderer.encode(opening + said), said
+        said = CALL_HEAD if must_call(request) else ""
+        opening = called_head(self._renderer) if said else self._renderer.opening
+        return self._renderer.encode(opening), said
+
+
+def called_head(renderer: ChatRenderer) -> str:
+    """What a turn begins with that must be a call: where the model thinks first, an empty thought
+    comes before."""
+    thinks = renderer.opening.lstrip().startswith(THINK_OPEN)
+    opening = f"{THINK_OPEN}\n\n{THINK_CLOSE}\n\n" if thinks else renderer.opening
+    return opening + CALL_HEAD
+
+
+def must_call(request: ChatRequest) -> list[OfferedTool]:
+    """The tools of which one must be called; none if the model is free to."""
+    if isinstance(request.tool_choice, Choice):
+        name = request.tool_choice.function.name
+        return [tool for tool in request.tools or () if tool.function.name == name]
+    return list(request.tools or ()) if request.tool_choice == "required" else []
 
 
 def tools_of(request: ChatRequest) -> list[dict] | None:

@@ -11,18 +11,20 @@ from collections.abc import Callable
 from pathlib import Path
 
 from evaluate.model import Opened
+from evaluate.serving.calls import CallGrammars
 from evaluate.serving.completions import Ask, Chat, Emit, Question, writings
 from evaluate.serving.errors import ApiError
 from evaluate.serving.limits import LONGEST_PROMPT, Limits
-from evaluate.serving.prompts import RequestPrompts, tools_of
+from evaluate.serving.prompts import RequestPrompts, called_head, tools_of
 from evaluate.serving.schemas import ChatRequest
 from evaluate.serving.worker import Worker
 from evaluate.serving.writing import Vocabulary, Wanted
 from evaluate.watch import Watcher
-from paravt_jax.protocol import THINK_CLOSE
 from paravt_jax.records import Row, VideoRef
 from pipelines.conversation import special_tokens
 from pipelines.loader import overviews
+from pipelines.render import ChatRenderer
+from rollout.engine.automaton import TokenGrammar
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.precompile import InputSizes, SizeRange, precompile
 from rollout.engine.sampler import SamplingConfig
@@ -38,8 +40,6 @@ STEPS = 8
 """Tokens of each row between two looks at what came: a stream is told as often."""
 KEPT_JOBS = 256
 """Crops that are remembered for others that ask for the same."""
-HEAD = 160
-"""Room for the beginning of a call that is asked for: names have 64 characters at most."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,6 +49,8 @@ class Prepared:
     request: Chat | Ask
     listed: bool
     """Whether the likeliest tokens are wanted."""
+    grammar: TokenGrammar | None
+    """What the answer must obey."""
     prompt_tokens: int
     prompt_ids: list[int]
     close: Callable[[], None]
@@ -72,7 +74,13 @@ class Service:
         self.frames = frames
         """Shown of a video unless a request says how many."""
         self.prompts = RequestPrompts(agents.renderer, agents.reader, frames, limits)
-        self.engine: Engine = agents.engine(self._pools, alternatives=LISTED, steps_per_call=STEPS)
+        self.engine: Engine = agents.engine(
+            self._pools,
+            grammar_room=limits.grammar_states,
+            alternatives=LISTED,
+            steps_per_call=STEPS,
+        )
+        self._calls = CallGrammars(self.engine.automata)
         self.worker = Worker(lambda wrote: Session(self.engine, model.params, wrote))
         self._workers = Workers(agents.rules.decode_threads, KEPT_JOBS)
         tokenizer = agents.renderer.tokenizer
@@ -91,7 +99,7 @@ class Service:
         inputs = agent_input_sizes(agents.rules, agents.data, agents.renderer, [anything])
         shown = range(limits.frames + 1)
         prompts = tuple(SizeRange(n, max(n, 1), limits.prompt_tokens) for n in shown)
-        given = (*inputs[MAIN].appended, SizeRange(0, 1, HEAD))
+        given = (*inputs[MAIN].appended, SizeRange(0, 1, _longest_head(agents.renderer)))
         inputs[MAIN] = InputSizes(prompts, given, inputs[MAIN].sampling)
         values = agents.renderer.spec.patch_values
         return precompile(self.engine, self._model.params, inputs, values)
@@ -121,7 +129,7 @@ class Service:
         count = request.n or 1
         if count > self.limits.rows:
             raise ApiError(f"n: at most {self.limits.rows} here (--rows)", "n")
-        limit = self._limit(request)
+        limit, grammar = self._limit(request), self._calls(request)
         asked = self.prompts(request)
         wanted = Wanted(
             tuple(request.stop or ()),
@@ -138,7 +146,7 @@ class Service:
         own = writings(self.vocabulary, wanted, count)
         chat = Chat(asked, _sampling(request), limit, seeds, own, watched, emit)
         ids = [*asked.prompt.tokens.tolist(), *asked.head]
-        return Prepared(chat, bool(request.top_logprobs), len(ids), ids, lambda: None)
+        return Prepared(chat, bool(request.top_logprobs), grammar, len(ids), ids, lambda: None)
 
     def _limit(self, request: ChatRequest) -> int:
         """Most tokens of a completion."""
@@ -178,7 +186,7 @@ class Service:
                 emit,
             )
             held = stack.pop_all()
-        return Prepared(ask, False, len(prompt.tokens), [], held.close)
+        return Prepared(ask, False, None, len(prompt.tokens), [], held.close)
 
     def _rules(self, request: ChatRequest) -> AgentConfig:
         """The agent's, with what the request says of draws and lengths."""
@@ -227,6 +235,11 @@ def _one_question(request: ChatRequest) -> tuple[str, str, str]:
     return "\n".join(words), url, f"{where}[{at}].video_url.url"
 
 
+def _longest_head(renderer: ChatRenderer) -> int:
+    """Tokens that an answer may begin with, at most."""
+    return len(renderer.encode(called_head(renderer)))
+
+
 def _pools(model: Opened, limits: Limits) -> dict[str, SlotPool]:
     """Slots for so many rows, and for the crops of agents among them."""
     agents = model.agents
@@ -241,8 +254,7 @@ def _pools(model: Opened, limits: Limits) -> dict[str, SlotPool]:
         prompt_tokens=1,
         crop_tokens=agents.crop.tokens,
     )
-    head = len(renderer.encode(f"{renderer.opening}{THINK_CLOSE}")) + HEAD
-    suffix = max(pools[MAIN].suffix, limits.max_tokens + head)
+    suffix = max(pools[MAIN].suffix, limits.max_tokens + _longest_head(renderer))
     left = agents.policy.context_length - suffix
     wanted = limits.prompt_tokens or min(left, LONGEST_PROMPT)
     if not 0 < wanted <= left:

@@ -19,8 +19,9 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from evaluate.serving.errors import ApiError, broken, unavailable
+from evaluate.serving.errors import ApiError, broken, no_room, unavailable
 from paravt_jax.records import Prompt, StopReason
+from rollout.engine.automaton import NoRoom, TokenGrammar
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.engine.slots import Generated, StreamId, Written
@@ -56,8 +57,11 @@ class Request(Protocol):
 class RowLease:
     """The session as one request sees it: what it opens is closed when the request goes."""
 
-    def __init__(self, session: Session, request: Request, listed: bool) -> None:
-        self._session, self.request, self._listed = session, request, listed
+    def __init__(
+        self, session: Session, request: Request, listed: bool, grammar: TokenGrammar | None
+    ) -> None:
+        self._session, self.request = session, request
+        self._listed, self._grammar = listed, grammar
         self.streams: set[StreamId] = set()
 
     @property
@@ -74,8 +78,16 @@ class RowLease:
     def generate(
         self, stream: StreamId, given: Given, sampling: SamplingConfig, max_tokens: int
     ) -> None:
-        """See `Session.generate`."""
-        self._session.generate(stream, given, sampling, max_tokens, self._listed)
+        """See `Session.generate`.
+
+        Raises:
+          ApiError: grammars of other requests take all room for them.
+        """
+        own = self._listed, self._grammar
+        try:
+            self._session.generate(stream, given, sampling, max_tokens, *own)
+        except NoRoom:
+            raise no_room() from None
 
     def written(self, stream: StreamId) -> Written:
         """What a stream has generated of a turn that goes on."""
@@ -127,11 +139,14 @@ class Worker:
         """Begin."""
         self._thread.start()
 
-    def submit(self, request: Request, listed: bool = False) -> None:
-        """Have a request run, from any thread. `listed`: its draws list their likeliest tokens."""
+    def submit(
+        self, request: Request, listed: bool = False, grammar: TokenGrammar | None = None
+    ) -> None:
+        """Have a request run, from any thread. `listed`: its draws list their likeliest tokens.
+        `grammar`: what each of its turns must obey."""
         if self.error is not None:
             raise unavailable(self.error)
-        self._inbox.put(lambda: self._begin(request, listed))
+        self._inbox.put(lambda: self._begin(request, listed, grammar))
 
     def cancel(self, request: Request) -> None:
         """Nobody wants the request any more: its rows are free before the next step."""
@@ -229,9 +244,9 @@ class Worker:
             )
             self._resume(task, generated)
 
-    def _begin(self, request: Request, listed: bool) -> None:
+    def _begin(self, request: Request, listed: bool, grammar: TokenGrammar | None) -> None:
         assert self._session is not None
-        lease = self._leases[request] = RowLease(self._session, request, listed)
+        lease = self._leases[request] = RowLease(self._session, request, listed, grammar)
         try:
             programs = request.programs(lease)
         except Exception as error:

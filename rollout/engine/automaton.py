@@ -12,6 +12,8 @@ is the pair of states in which its rows start. On the device, per token:
 
 from __future__ import annotations
 
+import collections
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +33,20 @@ RESPONSE_HEAD = f"{TURN_START}assistant\n".encode()
 """Given tokens belong to the response from behind the last of these."""
 
 
+class NoRoom(Exception):
+    """Grammars that are in use fill the room for those of single requests."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class TokenGrammar:
+    """A grammar on the tokens of one vocabulary; its states count from 0."""
+
+    moves: Int[np.ndarray, "state vocab"]
+    """State after a token; `DEAD` if none."""
+    ends: Bool[ArrayLike, " state"]
+    """Where the turn may end."""
+
+
 class TokenAutomata:
     """The table of what requests may stop at and must obey, as it grows with new requests."""
 
@@ -40,6 +56,7 @@ class TokenAutomata:
         eos_ids: Sequence[int],
         grammars: Mapping[str, ByteAutomaton] | None = None,
         reserve: int = 16,
+        room: int = 0,
         place: Callable[[np.ndarray], Any] = jnp.asarray,
     ) -> None:
         """
@@ -51,6 +68,7 @@ class TokenAutomata:
             reserve: states of the table to begin with. It is doubled when it is full, and only
                 then a decode step is compiled anew. Two suffice without stop strings and
                 grammars; `</tool_call>` takes 12 more.
+            room: states besides, for grammars of single requests, see `borrow`.
             place: puts the table on the devices, for instance replicated over a mesh.
 
         Raises:
@@ -60,7 +78,7 @@ class TokenAutomata:
         self._contents, self.eos_ids = contents, tuple(eos_ids)
         self._buffer = np.frombuffer(b"".join(contents), np.uint8)
         self._lengths = np.array([len(content) for content in contents])
-        self._size, self._place, self._placed = reserve, place, None
+        self._size, self._place, self._placed = reserve + room, place, None
         self._table = np.zeros((2, len(contents)), np.int16)
         self._table[STOPPED] = STOPPED
         self._table[FREE, self._stops("eos_ids", self.eos_ids)] = STOPPED
@@ -69,6 +87,10 @@ class TokenAutomata:
             name: (grammar, self._add_grammar(name, grammar))
             for name, grammar in (grammars or {}).items()
         }
+        self.room, self._room_begins, self._room_used = room, len(self._table), 0
+        self._append(np.full((room, self.vocab), DEAD))
+        self._lent: dict[TokenGrammar, int] = {}
+        self._users: collections.Counter[TokenGrammar] = collections.Counter()
 
     @property
     def vocab(self) -> int:
@@ -77,8 +99,8 @@ class TokenAutomata:
 
     @property
     def constrains(self) -> bool:
-        """Whether there is any grammar to obey."""
-        return bool(self._grammars)
+        """Whether there is any grammar to obey, or room for one."""
+        return bool(self._grammars) or self.room > 0
 
     @property
     def states(self) -> int:
@@ -147,18 +169,63 @@ class TokenAutomata:
         self._append(moved)
         return first
 
-    def _add_grammar(self, name: str, grammar: ByteAutomaton) -> int:
-        """State that begins the grammar."""
+    def lift_grammar(self, name: str, grammar: ByteAutomaton) -> TokenGrammar:
+        """The grammar on tokens. Any thread may do this, which takes a second for a large one.
+
+        Raises:
+            ValueError: it has a state in which no token is possible.
+        """
         lifted = self._lift(grammar.moves)
         # What stands for no bytes would be a way to write nothing for ever.
         lifted[:, self._lengths == 0] = DEAD
-        first = len(self._table)
-        moved = np.where(lifted == DEAD, DEAD, lifted + first)
-        moved[:, list(self.eos_ids)] = np.where(grammar.ends, STOPPED, DEAD)[:, None]
-        if not (moved != DEAD).any(axis=1).all():
+        lifted[:, list(self.eos_ids)] = DEAD
+        if not ((lifted != DEAD).any(axis=1) | grammar.ends).all():
             raise ValueError(f"grammar {name!r} asks for bytes that no token of the vocabulary has")
-        self._append(moved)
+        return TokenGrammar(lifted, grammar.ends)
+
+    def borrow(self, grammar: TokenGrammar) -> int:
+        """The state that begins a grammar of a single request, until `give_back`. The table keeps
+        its size, so that nothing is compiled.
+
+        Raises:
+            NoRoom: others are in use; ask again when they are not.
+            ValueError: it has more states than there is room.
+        """
+        if len(grammar.moves) > self.room:
+            raise ValueError(f"a grammar of {len(grammar.moves)} states: room={self.room}")
+        if grammar not in self._lent:
+            self._lent[grammar] = self._take_room(len(grammar.moves))
+            first = self._lent[grammar]
+            self._table[first : first + len(grammar.moves)] = self._placed_at(first, grammar)
+            self._placed = None
+        self._users[grammar] += 1
+        return self._lent[grammar]
+
+    def give_back(self, grammar: TokenGrammar) -> None:
+        """A request that borrowed the grammar has ended. It stays for the next one as long as
+        there is room."""
+        self._users -= collections.Counter([grammar])
+
+    def _take_room(self, states: int) -> int:
+        if self._room_used + states > self.room:
+            if self._users:
+                raise NoRoom
+            self._lent.clear()
+            self._room_used = 0
+        self._room_used += states
+        return self._room_begins + self._room_used - states
+
+    def _add_grammar(self, name: str, grammar: ByteAutomaton) -> int:
+        """State that begins the grammar."""
+        first = len(self._table)
+        self._append(self._placed_at(first, self.lift_grammar(name, grammar)))
         return first
+
+    def _placed_at(self, first: int, grammar: TokenGrammar) -> np.ndarray:
+        """Rows of the table for a grammar whose first state has this number."""
+        moved = np.where(grammar.moves == DEAD, DEAD, grammar.moves + first)
+        moved[:, list(self.eos_ids)] = np.where(grammar.ends, STOPPED, DEAD)[:, None]
+        return moved
 
     def _append(self, moves: np.ndarray) -> None:
         if len(self._table) + len(moves) > np.iinfo(np.int16).max:

@@ -24,6 +24,9 @@ LONGEST_SPACE = 2
 """Most white space between two parts of a tool call: a model must not loop in it."""
 LONGEST_NUMBER = 15
 """Most digits before, and after, the point of a number: what a double holds exactly."""
+NODES_PER_STATE = 64
+"""Nodes of an automaton with choices to each state of the deterministic one, far more than calls
+need, after which it is given up."""
 
 _SPACE = b" \n\r\t"
 _DIGITS = b"0123456789"
@@ -77,16 +80,30 @@ def response_grammar(
     Raises:
         ValueError: no tools, or a schema says what this grammar cannot promise.
     """
-    if not tools:
-        raise ValueError("tools=(): a grammar of tool calls needs at least one schema")
     nodes, own = _Nodes(), call_syntax(syntax)
     think = _text(THINK_OPEN)(nodes, 0)
     call = nodes.new()
     free = _free_text(nodes, call, own)
     nodes.skip(think, free[0])
-    calls = _either(*(_call(tool.get("function", tool), own) for tool in tools))
-    nodes.skip(_chain(calls, _text(own.close))(nodes, call), free[0])
+    nodes.skip(_calls(tools, own)(nodes, call), free[0])
     return nodes.determinise(ends=free)
+
+
+def call_grammar(
+    tools: Sequence[Mapping[str, Any]], syntax: str = "tool_call", most: int | None = None
+) -> ByteAutomaton:
+    """One call of one of the `tools`, from behind its opening tag to the end of its closing one.
+
+    Args:
+        tools: see `response_grammar`.
+        most: states that it may have. A schema of a few lines can ask for millions of them.
+
+    Raises:
+        ValueError: as `response_grammar`, or more states are needed.
+    """
+    nodes = _Nodes(most)
+    end = _calls(tools, call_syntax(syntax))(nodes, 0)
+    return nodes.determinise(ends=[end])
 
 
 def _search(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -117,11 +134,14 @@ def _search(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
 class _Nodes:
     """An automaton with choices and free moves, as it grows. Node 0 is its start."""
 
-    def __init__(self) -> None:
+    def __init__(self, most: int | None = None) -> None:
+        """`most`: states that the deterministic one may have."""
         self.arcs: list[list[tuple[Iterable[int], int]]] = [[]]
         self.skips: list[list[int]] = [[]]
+        self._most = most
 
     def new(self) -> int:
+        self._check(len(self.arcs) // NODES_PER_STATE)
         self.arcs.append([])
         self.skips.append([])
         return len(self.arcs) - 1
@@ -139,6 +159,7 @@ class _Nodes:
         numbers = {self._reach([0]): 0}
         rows: list[list[int]] = []
         while len(rows) < len(numbers):
+            self._check(len(numbers))
             subset = list(numbers)[len(rows)]
             row = [DEAD] * 256
             for byte, targets in self._targets(subset).items():
@@ -146,6 +167,10 @@ class _Nodes:
             rows.append(row)
         final = set(ends)
         return ByteAutomaton(np.array(rows), np.array([not final.isdisjoint(s) for s in numbers]))
+
+    def _check(self, states: int) -> None:
+        if self._most is not None and states > self._most:
+            raise ValueError(f"tools: calls take more than {self._most} states; make them simpler")
 
     def _targets(self, subset: Iterable[int]) -> dict[int, list[int]]:
         """Nodes after each byte that has any."""
@@ -206,7 +231,8 @@ def _repeat(part: Part, least: int, most: int | None = None) -> Part:
     """`part` between `least` and `most` times; without `most`, any number of times."""
 
     def add(nodes: _Nodes, start: int) -> int:
-        start = _chain(*[part] * least)(nodes, start)
+        for _ in range(least):
+            start = part(nodes, start)
         if most is None:
             # A node of its own: the loop must not enter what else leaves or meets `start`.
             nodes.skip(start, loop := nodes.new())
@@ -279,6 +305,14 @@ _SIMPLE: dict[str, Part] = {
     "null": _text("null"),
 }
 """The JSON values (RFC 8259) that have no parts."""
+
+
+def _calls(tools: Sequence[Mapping[str, Any]], syntax: CallSyntax) -> Part:
+    """A call of one of the tools, from behind its opening tag."""
+    if not tools:
+        raise ValueError("tools=(): a grammar of tool calls needs at least one schema")
+    calls = _either(*(_call(tool.get("function", tool), syntax) for tool in tools))
+    return _chain(calls, _text(syntax.close))
 
 
 def _call(function: Mapping[str, Any], syntax: CallSyntax) -> Part:

@@ -21,6 +21,7 @@ from paravt_jax.interfaces import Params
 from paravt_jax.patches import FrameRows, largest, restride
 from paravt_jax.records import Choices, Prompt, VisionFeatures
 from paravt_jax.rope_index import next_position
+from rollout.engine.automaton import TokenGrammar
 from rollout.engine.engine import DecodeOutput, Engine, GeneratingRows
 from rollout.engine.padding import (
     MIN_APPEND,
@@ -105,15 +106,18 @@ class Session:
         sampling: SamplingConfig,
         max_tokens: int,
         listed: bool = False,
+        grammar: TokenGrammar | None = None,
     ) -> None:
         """Append what is given, then generate one turn of at most `max_tokens` tokens.
 
         A `Prompt` brings frames of its own; its positions count from 0. `listed` asks for the
-        likeliest tokens of each draw, as many as the engine lists.
+        likeliest tokens of each draw, as many as the engine lists. `grammar` is what the turn must
+        obey from its first generated token on, of this stream alone.
 
         Raises:
           ValueError: the stream is closed, still generates, or has no room for that; or the
             engine cannot draw like that.
+          NoRoom: grammars of other streams take all room for them.
         """
         _, row = self._find(stream)
         block = given if isinstance(given, Prompt) else text_block(given)
@@ -131,7 +135,12 @@ class Session:
             )
         if listed and not self._engine.alternatives:
             raise ValueError("listed=True: this engine lists none; make it with alternatives=20")
-        row.automata = self._engine.automata.start(sampling, block.tokens.tolist())
+        automata = self._engine.automata
+        row.automata = automata.start(sampling, block.tokens.tolist())
+        if grammar is not None:
+            row.automata = row.automata[0], automata.borrow(grammar)
+            self._return_grammar(row)
+            row.grammar = grammar
         row.given = block if len(block.tokens) else None
         row.sampling, row.remaining, row.listed = sampling, max_tokens, listed
 
@@ -143,7 +152,13 @@ class Session:
         """Forget a stream and free its slot."""
         table, row = self._find(stream)
         del self._rows[stream]
+        self._return_grammar(row)
         table.release(row)
+
+    def _return_grammar(self, row: StreamState) -> None:
+        if row.grammar is not None:
+            self._engine.automata.give_back(row.grammar)
+            row.grammar = None
 
     @property
     def open_streams(self) -> int:

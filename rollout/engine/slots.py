@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from paravt_jax.records import Choices, Prompt, StopReason
+from rollout.engine.automaton import TokenGrammar
 from rollout.engine.caches import Caches, PoolState, SlotPool
 from rollout.engine.pages import PageBook
 from rollout.engine.sampler import Alternatives, SamplingConfig
@@ -65,6 +66,8 @@ class StreamState:
     """Tokens that it may still draw in this turn; 0 while it is idle."""
     automata: Sequence[int] = (0, 0)
     """States of its search for an end and of its grammar."""
+    grammar: TokenGrammar | None = None
+    """One of its own, borrowed from the engine's automata."""
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
     choices: list[Choices] = dataclasses.field(default_factory=list)

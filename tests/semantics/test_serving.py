@@ -57,7 +57,7 @@ class Server:
 
     def __init__(self, model, root, warm: bool = False, **limits) -> None:
         self.model = model
-        own = {"rows": ROWS, "queue": 12, "max_tokens": 48, "prompt_tokens": 768} | limits
+        own = {"rows": ROWS, "queue": 12, "max_tokens": 96, "prompt_tokens": 768} | limits
         self.service = Service(model, Limits(media_root=root, **own), "needle")
         self.compiled = self.service.warm_up() if warm else 0
         self.app = make_app(self.service)
@@ -243,12 +243,10 @@ def test_streams_and_stop_strings_tell_the_same(server):
 def test_a_tool_loop_in_the_shapes_of_lmms_eval(server, asked):
     """Its client sends what was said and what was called apart, and tool messages without an id."""
     schema = server.model.agents.renderer.tools[0]
-    named = {"type": "function", "function": {"name": schema["function"]["name"]}}
     video = {"media_io_kwargs": {"video": {"num_frames": 1}}}
-    more = {"tools": [schema], "tool_choice": named, **video}
+    more = {"tools": [schema], "tool_choice": "auto", **video}
     messages = seeing(asked.question, f"file://{asked.video.path}")
-    (choice,) = server(messages, **more).choices
-    assert choice.message.content.startswith('<tool_call>\n{"name": "crop_video", "arguments": ')
+    assert server(messages, **more).choices
     call = {"name": "crop_video", "arguments": '{"start_time": 0, "end_time": 8}'}
     messages += [
         {"role": "assistant", "content": "I look."},
@@ -258,12 +256,85 @@ def test_a_tool_loop_in_the_shapes_of_lmms_eval(server, asked):
             {"type": "image_url", "image_url": {"url": RED}},
         ]},
     ]  # fmt: skip
-    assert server(messages, **more | {"tool_choice": "auto"}).choices
+    assert server(messages, **more).choices
     prompt = server.service.prompts(parse(json.dumps({"messages": messages}).encode())).prompt
     text = server.model.agents.renderer.decode(prompt.tokens)
     assert text.count("<|im_start|>assistant") == 2 and "for <|im_end|>" not in text
     said = f'I look.\n<tool_call>\n{{"name": "crop_video", "arguments": {call["arguments"]}}}'
     assert said in text and text.count("<|image_pad|>") == server.service.frames + 1
+
+
+def tool(name: str, **properties) -> dict:
+    parameters = {"type": "object", "properties": properties, "required": list(properties)}
+    return {"type": "function", "function": {"name": name, "parameters": parameters}}
+
+
+LOOK = tool("look", at={"enum": [1, 2.5]}, fine={"type": "boolean"})
+SAY = tool("say", word={"enum": ["red", "blue"]})
+NAMED = {"type": "function", "function": {"name": "say"}}
+
+
+def test_a_call_that_must_be_made_is_made(server):
+    """By a model that has never seen a call: random weights."""
+    asked = {"tools": [LOOK, SAY], "max_tokens": 96}
+    words = [f"number {n}" for n in range(4)]
+    drawn = [{"temperature": 1.0, "seed": n} if n % 2 else {} for n in range(4)]
+    must = [
+        asking(text, **asked, **own, tool_choice=choice)
+        for text, own in zip(words, drawn, strict=True)
+        for choice in ("required", NAMED)
+    ]
+    free = [asking(text, **own) for text, own in zip(words, drawn, strict=True)]
+    alone = [server.together(request)[0] for request in (*must, *free)]
+    together = server.together(*must, *free)
+    for number, (one, other) in enumerate(zip(alone, together, strict=True)):
+        for answer in (one, other):
+            for call in answer.choices[0].message.tool_calls or ():
+                call.id = ""
+        assert one.choices == other.choices and one.usage == other.usage
+        if number >= len(must):
+            continue
+        (choice,) = other.choices
+        (call,) = choice.message.tool_calls
+        found = json.loads(call.function.arguments)
+        assert choice.finish_reason == "tool_calls" and not choice.message.content
+        if call.function.name == "say":
+            assert found in ({"word": "red"}, {"word": "blue"})
+        else:
+            assert must[number]["tool_choice"] == "required" and set(found) == {"at", "fine"}
+            assert found["at"] in (1, 2.5) and type(found["fine"]) is bool
+    chunks = server("What?", **asked, tool_choice=NAMED, stream=True)
+    told = [c.choices[0].delta.tool_calls for c in chunks if c.choices[0].delta.tool_calls]
+    assert told[0][0].function.name == "say" and server.idle()
+    assert not server.service.engine.automata._users
+
+
+MANY = {"a": {"enum": [f"{n}" * 9 for n in range(100, 400)]}}
+
+
+@pytest.mark.parametrize(
+    ("parameters", "why"),
+    [
+        ({"type": "object", "properties": {"a": {"type": "integer", "minimum": 3}}}, "minimum"),
+        ({"type": "object", "properties": {"a": {"$ref": "#/x"}}}, "ref"),
+        ({"type": "string"}, "not of type"),
+        ({"type": "object", "properties": 3}, "cannot be read"),
+        ({"type": "object", "properties": MANY}, "states"),
+        ({"type": "object", "description": "x" * 20000}, "characters"),
+    ],
+)  # fmt: skip
+def test_a_call_that_cannot_be_promised_is_refused(server, parameters, why):
+    body = {**PLAIN, "tools": [{"type": "function", "function": {"name": "f"}}]}
+    body["tools"][0]["function"]["parameters"] = parameters
+    for choice in ("required", {"type": "function", "function": {"name": "f"}}):
+        told = server.raw(
+            "POST",
+            "/v1/chat/completions",
+            json.dumps({**body, "tool_choice": choice}).encode(),
+        )
+        error = told.json()["error"]
+        assert told.status_code == 400 and error["param"] == "tool_choice", error
+        assert why in error["message"] and "auto" in error["message"]
 
 
 def test_calls_are_told_apart_and_what_is_no_call_stays_text(server):
@@ -339,7 +410,7 @@ HURT = [
     ("media_io_kwargs.video.num_frames", 0), ("media_io_kwargs.video.fps", "1"),
     ("media_io_kwargs.audio", {}), ("mm_processor_kwargs.max_pixels", 10**9),
     ("mm_processor_kwargs.min_pixels", 10**9), ("mm_processor_kwargs.do_resize", True),
-    ("n", 5), ("max_tokens", 49), ("top_logprobs", 3), ("stop", ["x"] * 17), ("model", "gpt"),
+    ("n", 5), ("max_tokens", 97), ("top_logprobs", 3), ("stop", ["x"] * 17), ("model", "gpt"),
 ]  # fmt: skip
 
 

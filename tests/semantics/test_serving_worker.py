@@ -39,7 +39,7 @@ class FakeSession(Session):
         self.streams.update(made)
         return made
 
-    def generate(self, stream, given, sampling, max_tokens, listed=False):
+    def generate(self, stream, given, sampling, max_tokens, listed=False, grammar=None):
         self.left[stream] = STEPS
 
     def written(self, stream):

@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import time
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,13 @@ from pipelines.needle.world import NeedleWorld
 from rollout.engine.automaton import (
     FREE,
     STOPPED,
+    NoRoom,
     TokenAutomata,
     advance,
     allowed_tokens,
     has_stopped,
 )
-from rollout.engine.grammar import DEAD, finder, response_grammar
+from rollout.engine.grammar import DEAD, call_grammar, finder, response_grammar
 from rollout.engine.sampler import Draw, SamplingConfig, draw_tokens, row_keys
 
 CONSTRAINED = SamplingConfig(constrain="calls")
@@ -284,6 +286,72 @@ def test_given_tokens_are_the_head_of_the_response(automata, tokenizer):
     assert state("") == state(tool_turn + "<|im_start|>assistant\n") != state("<think>\n")
     with pytest.raises(ValueError, match="constrain='calls': the response cannot begin"):
         state("think")
+
+
+ONE = '{"name":"crop_video","arguments":{%s}}</tool_call>'
+
+
+@pytest.mark.parametrize(
+    ("text", "right"),
+    [
+        (ONE % '"start_time":1,"end_time":2', True),
+        (ONE % '"start_time":1', False),
+        ("I look. " + ONE % '"start_time":1,"end_time":2', False),
+        ((ONE % '"start_time":1,"end_time":2').replace("crop", "zoom"), False),
+        (ONE % '"start_time":1,"end_time":2' + " ", False),
+        ((ONE % '"start_time":1,"end_time":2').removesuffix(">"), False),
+    ],
+)
+def test_a_call_that_must_be_made_is_all_that_can_be_said(contents, eos, text, right):
+    lent = TokenAutomata(contents, [eos], room=256)
+    table, rng = np.asarray(lent.table), random.Random(3)
+    assert (table[2:258] == DEAD).all() and lent.constrains
+    first = lent.borrow(lent.lift_grammar("own", call_grammar([CROP_VIDEO_TOOL])))
+    table = np.asarray(lent.table)
+    for _ in range(10):
+        state = first
+        for index in [*random_cut(text, contents, rng), eos]:
+            state = table[state, index] if state != DEAD else DEAD
+        assert (state == STOPPED) == right
+
+
+def test_grammars_of_single_requests_share_a_room_of_fixed_size(contents, eos):
+    own = [finder([word]) for word in ("ab", "cd", "ef")]
+    automata = TokenAutomata(contents, [eos], {"calls": own[0]}, room=6)
+    one, two, three = (automata.lift_grammar("own", grammar) for grammar in own)
+    size, first = automata.states, automata.borrow(one)
+    assert automata.borrow(two) == first + 3 and automata.borrow(one) == first
+    with pytest.raises(NoRoom):
+        automata.borrow(three)
+    automata.give_back(one)
+    automata.give_back(two)
+    with pytest.raises(NoRoom):
+        automata.borrow(three)
+    assert automata.borrow(two) == first + 3, "those that nobody uses are kept"
+    automata.give_back(two)
+    automata.give_back(one)
+    assert automata.borrow(three) == first and automata.states == size
+    table, letter = np.asarray(automata.table), contents.index(b"e")
+    assert table[first, letter] == first + 1 and table[first, contents.index(b"a")] == first
+    with pytest.raises(ValueError, match="a grammar of 9 states: room=6"):
+        automata.borrow(automata.lift_grammar("own", finder(["abcdefgh"])))
+
+
+@pytest.mark.parametrize(
+    "properties",
+    [
+        {"a": {"type": "array", "items": {"type": "null"}, "minItems": 10**12}},
+        {"a": {"type": "array", "items": {"type": "null"}, "maxItems": 10**12}},
+        {str(n): {"type": "string"} for n in range(300)},
+        {"a": {"enum": [str(n) * 20 for n in range(300)]}},
+    ],
+)
+def test_a_short_schema_that_asks_for_a_large_grammar_is_refused_soon(properties):
+    tool = {"name": "f", "parameters": {"type": "object", "properties": properties}}
+    began = time.perf_counter()
+    with pytest.raises(ValueError, match="more than 256 states"):
+        call_grammar([tool], most=256)
+    assert time.perf_counter() - began < 10
 
 
 def test_free_rows_are_free_and_padding_ids_write_nothing(automata, contents):
