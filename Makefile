@@ -10,7 +10,7 @@ LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test study test-newest test-pages check scale lock setup setup-dev clean
+.PHONY: demo test study test-newest test-pages check scale docs lock setup setup-dev clean
 
 demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
@@ -40,6 +40,18 @@ check: setup-dev
 scale:
 	$(MAKE) .venv-scale/.scale VENV=.venv-scale
 	.venv-scale/bin/python benchmarks/scale.py $(SCALE)
+
+# README.md and docs/ as a site, site/index.html, in an environment of its own. It opens from disk.
+docs: .venv-docs/.docs
+	@rm -rf build/docs site && mkdir -p build/docs
+	@git ls-files '*.md' docs examples LICENSE | tar cf - -T - | tar xf - -C build/docs
+	.venv-docs/bin/mkdocs build --quiet --strict
+	@echo "the pages: $(CURDIR)/site/index.html"
+
+.venv-docs/.docs: requirements-docs.txt
+	@test -x .venv-docs/bin/python || $(PYTHON) -m venv .venv-docs
+	.venv-docs/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-docs.txt
+	@touch $@
 
 $(VENV)/.scale: requirements.txt requirements-scale.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
@@ -83,4 +95,4 @@ lock: setup-dev
 	$(COMPILE) requirements-dev.txt --constraint requirements.lock --output-file requirements-dev.lock
 
 clean:
-	rm -rf .venv .venv-newest .venv-scale runs data
+	rm -rf .venv .venv-newest .venv-scale .venv-docs build site runs data

@@ -23,7 +23,8 @@ DESIGN, ALGORITHM = "docs/design.md", "docs/para_grpo.md"
 CITING = (DESIGN, ALGORITHM)
 PROSE = sorted(
     str(path.relative_to(ROOT))
-    for path in [*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md")]
+    for room in ("", "docs", "docs/adr", "benchmarks", "examples", "models/*", "train/*")
+    for path in ROOT.glob(f"{room}/*.md".lstrip("/"))
 )
 ROOMS = ("paravt_jax", "models", "pipelines", "rollout", "train", "evaluate", "benchmarks")
 CODE = [*ROOMS, "tests", "docs"]
@@ -34,7 +35,8 @@ OF_CODE = re.compile(r"([\w/]+\.py): ([\w., ]+)")
 OF_PATH = re.compile(r"[\w-]+(?:/[\w-]+)*(?:\.(?:py|md)|/)")
 OF_SETTING = re.compile(r"([a-z_]\w*(?:\.[a-z_]\w*)+)(?:=\S+)?")
 OF_METRIC = re.compile(r"[a-z_]+/[a-z_]+")
-LINK = re.compile(r"\]\(([^)#:]+)(?:#[^)]*)?\)")
+LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
+SET = re.compile(r"--set \"?([a-z_]+(?:\.[a-z_]+)+)=")
 LAW = re.compile(r"\b[Ll]aws? (\d+(?:(?:, | and )\d+)*)")
 DEFECT = re.compile(r"(?<![\w-])R\d+\b")
 
@@ -129,8 +131,30 @@ def test_cited_files_exist(name):
 
 @pytest.mark.parametrize("name", PROSE)
 def test_links_lead_somewhere(name):
-    folder = (ROOT / name).parent
-    assert not [link for link in LINK.findall(read(name)) if not (folder / link).exists()]
+    for link, anchor in LINK.findall(re.sub(r"^```.*?^```", "", read(name), flags=re.S | re.M)):
+        target = ROOT / name if not link else (ROOT / name).parent / link
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), f"{link}#{anchor}"
+
+
+def anchors(page: Path) -> set[str]:
+    """What a link may lead to within a page: its headings, as sites write them."""
+    titles = re.findall(r"^#+ (.*)$", page.read_text(encoding="utf-8"), re.M)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}
+
+
+def test_every_page_is_in_the_sites_contents():
+    listed = set(re.findall(r": (\S+\.md)$", read("mkdocs.yml"), re.M))
+    assert not [page for page in listed if not (ROOT / page).exists()]
+    assert {name for name in PROSE if not name.startswith("docs/adr/")} == listed
+
+
+def test_settings_in_commands_exist():
+    recipes = [get_recipe(name) for name in ("needle_rl", "paravt_sft", "needle_visd")]
+    known = {name for recipe in recipes for name in settings(recipe)}
+    found = {name: set(SET.findall(read(name))) for name in PROSE}
+    assert not [(name, own - known) for name, own in found.items() if own - known]
+    assert sum(map(len, found.values())) > 20
 
 
 @pytest.mark.parametrize("name", CITING)
