@@ -93,8 +93,8 @@ def ask(flags: argparse.Namespace) -> None:
                 raise
             complain(error)
             continue
-        told = json.dumps({"video": video.path, **answer.as_dict()}) if flags.json else answer
-        print(told, flush=True)
+        line = json.dumps({"video": video.path, **answer.as_dict()}) if flags.json else answer
+        print(line, flush=True)
 
 
 def open_asker(flags: argparse.Namespace, video: "VideoRef", show: Show) -> "Asker":

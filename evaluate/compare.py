@@ -82,8 +82,8 @@ Results = dict[tuple[str, str], SampleResult]
 
 
 def _row(task: str, a: Results, b: Results, draws: int, seed: int) -> dict[str, Any]:
-    known = [key for key in a if key[0] == task and key in b]
-    pairs = [(a[key], b[key]) for key in known]
+    common = [key for key in a if key[0] == task and key in b]
+    pairs = [(a[key], b[key]) for key in common]
     both = [(x, y) for x, y in pairs if x.status == y.status == OK]
     for x, y in both:
         if x.target != y.target:
@@ -96,13 +96,13 @@ def _row(task: str, a: Results, b: Results, draws: int, seed: int) -> dict[str, 
         for side in ([x for x, _ in both], [y for _, y in both])
     )
     gain = paired_bootstrap(before, after, [x.cluster for x, _ in both], draws, seed)
-    asked = sum(key[0] == task for key in a.keys() | b.keys())
+    count = sum(key[0] == task for key in a.keys() | b.keys())
     return {
         "task": task,
         "first": sum(before) / len(both),
         "second": sum(after) / len(both),
         **dataclasses.asdict(gain),
-        "left_out": asked - len(both),
+        "left_out": count - len(both),
     }
 
 

@@ -92,8 +92,8 @@ class SamplePrompts:
         return most // (spec.factor**2 * pair) if most else None
 
     def _messages(self, sample: Sample) -> tuple[Messages, VideoRef, Seen]:
-        said = "\n".join([sample.question, *sample.options])
-        if self.renderer.without_control(said) != said:
+        text = "\n".join([sample.question, *sample.options])
+        if self.renderer.without_control(text) != text:
             raise ValueError("the question contains a control token of the model's; rephrase it")
         video = VideoRef(sample.video, 1.0)
         info = self.reader.info(video)
@@ -109,8 +109,8 @@ class SamplePrompts:
             for part in messages.parts
             if not isinstance(part, Span) or part.stop > part.start
         ]
-        own = self.own_words if messages.own_words else ""
-        system = "\n\n".join(filter(None, [own, messages.system]))
+        agent_words = self.own_words if messages.own_words else ""
+        system = "\n\n".join(filter(None, [agent_words, messages.system]))
         stamps = self.rules.video.times
         return self.renderer.user_prompt(parts, system, messages.tools, stamps)
 

@@ -117,10 +117,10 @@ class SampleRunner:
         self.waits = Waits()
 
     def _prompt_maker(self) -> SamplePrompts:
-        video, own = self._rules.video, self._model.agents.renderer
+        video, agent_renderer = self._rules.video, self._model.agents.renderer
         renderer = _renderer(self._model, video.form, (video.min_pixels, video.max_pixels))
         reader = VideoReader(spec=renderer.spec)
-        words = own.system_text(self.agent_rules.offers_tools)
+        words = agent_renderer.system_text(self.agent_rules.offers_tools)
         return SamplePrompts(self._rules, renderer, reader, words)
 
     def _agent_maker(self) -> AgentMaker:
@@ -157,16 +157,16 @@ class SampleRunner:
 
     def _most_tokens(self) -> int:
         """Of a prompt, beside all that may follow it."""
-        own = self._agents
+        agents = self._agents
         pools = slot_pools(
-            own.rules,
-            own.renderer,
+            agents.rules,
+            agents.renderer,
             prompts=1,
             copies=1,
             prompt_tokens=1,
-            crop_tokens=own.crop.tokens,
+            crop_tokens=agents.crop.tokens,
         )
-        return own.policy.context_length - pools["main"].suffix
+        return agents.policy.context_length - pools["main"].suffix
 
     def _run(self, samples: Sequence[Sample], room: Size) -> Iterator[SampleResult]:
         """Run samples whose prompts are no larger than `room`."""
@@ -246,7 +246,7 @@ class SampleRunner:
         return SampleResult.of(sample, **came, **dataclasses.asdict(verdict))
 
 
-def agent_rules(rules: Rules, own: AgentConfig, batch: int) -> AgentConfig:
+def agent_rules(rules: Rules, defaults: AgentConfig, batch: int) -> AgentConfig:
     """How the agent works under the rules of a protocol; what they leave open is as in training.
 
     Raises:
@@ -261,7 +261,7 @@ def agent_rules(rules: Rules, own: AgentConfig, batch: int) -> AgentConfig:
     sampling = SamplingConfig(drawn.temperature, top_p=drawn.top_p, top_k=drawn.top_k)
     answer = agent.answer_tokens if agent.rounds else drawn.max_new_tokens
     return dataclasses.replace(
-        own,
+        defaults,
         max_tool_rounds=agent.rounds,
         dispatch=agent.dispatch,
         max_calls_per_turn=agent.calls_per_turn,
@@ -273,7 +273,7 @@ def agent_rules(rules: Rules, own: AgentConfig, batch: int) -> AgentConfig:
         episode_tokens=0,
         sampling=sampling,
         subagent_sampling=sampling,
-        subagent_batch=min(own.subagent_batch, batch * agent.calls_per_turn),
+        subagent_batch=min(defaults.subagent_batch, batch * agent.calls_per_turn),
     )
 
 
@@ -281,10 +281,10 @@ def _renderer(
     model: Opened, form: str, pixels: tuple[int, int], clip: str | None = None
 ) -> ChatRenderer:
     """The model's renderer in other frame sizes; `clip` are the words with frames of a crop."""
-    own, folder = model.agents.renderer, model.config.model.folder or ""
+    renderer, folder = model.agents.renderer, model.config.model.folder or ""
     spec = SPECS[MODES[form]].from_folder(folder).limited(*pixels)
-    texts = own.texts if clip is None else dataclasses.replace(own.texts, clip=clip)
-    return type(own)(own.tokenizer, spec, texts, own.eos_ids, own.tools)
+    texts = renderer.texts if clip is None else dataclasses.replace(renderer.texts, clip=clip)
+    return type(renderer)(renderer.tokenizer, spec, texts, renderer.eos_ids, renderer.tools)
 
 
 def _overflow(tokens: int, most: int) -> str:

@@ -114,12 +114,12 @@ def limits_of(flags: argparse.Namespace) -> "Limits":
     """The bounds that the flags set; what they leave open stays."""
     from evaluate.serving.limits import Limits
 
-    own = Limits()
+    defaults = Limits()
     return Limits(
         rows=flags.rows,
         queue=flags.queue,
-        prompt_tokens=flags.max_prompt_tokens or own.prompt_tokens,
-        max_tokens=flags.max_tokens or own.max_tokens,
+        prompt_tokens=flags.max_prompt_tokens or defaults.prompt_tokens,
+        max_tokens=flags.max_tokens or defaults.max_tokens,
         frames=flags.max_frames,
         grammar_states=flags.grammar_states,
         body_bytes=flags.max_body_mib * 2**20,

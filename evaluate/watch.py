@@ -110,8 +110,8 @@ def in_words(call: ToolCall) -> str:
     """A call as one would write it: `crop_video(start_time=0, end_time=8)`."""
     if call.error is not None:
         return f"{call.name or 'no call'}: {call.error}"
-    given = (f"{name}={json.dumps(value)}" for name, value in call.arguments.items())
-    return f"{call.name}({', '.join(given)})"
+    arguments = (f"{name}={json.dumps(value)}" for name, value in call.arguments.items())
+    return f"{call.name}({', '.join(arguments)})"
 
 
 def said(result: ToolResult) -> str:

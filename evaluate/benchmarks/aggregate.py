@@ -28,11 +28,11 @@ class Figure:
     """What a reader must know of it: `5 of 7 categories`."""
 
     @classmethod
-    def of(cls, name: str, found: Estimate, scale: float, note: str = "") -> Figure:
+    def of(cls, name: str, mean: Estimate, scale: float, note: str = "") -> Figure:
         """An estimate in the units of the harness."""
-        value, error = scale * found.value, scale * found.stderr
-        low, high = scale * found.low, scale * found.high
-        return cls(name, value, error, low, high, found.samples, found.clusters, note)
+        value, error = scale * mean.value, scale * mean.stderr
+        low, high = scale * mean.low, scale * mean.high
+        return cls(name, value, error, low, high, mean.samples, mean.clusters, note)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,18 +114,18 @@ def _figures(rules: ScoringRules, scored: Sequence[SampleResult]) -> list[Figure
     """The headline, then the others."""
     if all(result.kind == Kind.GROUNDING for result in scored):
         return _grounding(rules, scored)
-    known = _of_known_categories(rules, scored)
-    left = len(scored) - len(known)
-    micro = _mean(rules, rules.metric, known)
-    if left:
-        said = f"without {left} questions of other categories"
-        micro = dataclasses.replace(micro, note=said)
-    found = [micro]
+    listed = _of_known_categories(rules, scored)
+    others = len(scored) - len(listed)
+    micro = _mean(rules, rules.metric, listed)
+    if others:
+        note = f"without {others} questions of other categories"
+        micro = dataclasses.replace(micro, note=note)
+    figures = [micro]
     if rules.aggregate != "micro":
-        found = [_macro(rules, scored), dataclasses.replace(micro, name=f"{rules.metric}/micro")]
-    if left:
-        found.append(_mean(rules, f"{rules.metric}/all", scored))
-    return found + _parts(scored, lambda name, part: _mean(rules, f"{rules.metric}/{name}", part))
+        figures = [_macro(rules, scored), dataclasses.replace(micro, name=f"{rules.metric}/micro")]
+    if others:
+        figures.append(_mean(rules, f"{rules.metric}/all", scored))
+    return figures + _parts(scored, lambda name, part: _mean(rules, f"{rules.metric}/{name}", part))
 
 
 def _of_known_categories(
@@ -147,8 +147,8 @@ def _grounding(rules: ScoringRules, scored: Sequence[SampleResult]) -> list[Figu
 
 
 def _mean(rules: ScoringRules, name: str, scored: Sequence[SampleResult]) -> Figure:
-    found = estimate([_score(r) for r in scored], [r.cluster for r in scored])
-    figure = Figure.of(name, found, rules.scale)
+    mean = estimate([_score(r) for r in scored], [r.cluster for r in scored])
+    figure = Figure.of(name, mean, rules.scale)
     # Exactly the harness's arithmetic: the sum first.
     value = sum(_score(r) for r in scored) * rules.scale / len(scored)
     return dataclasses.replace(figure, value=value)
@@ -157,23 +157,23 @@ def _mean(rules: ScoringRules, name: str, scored: Sequence[SampleResult]) -> Fig
 def _macro(rules: ScoringRules, scored: Sequence[SampleResult]) -> Figure:
     """The mean over categories: those that have rows, or all, of which those without count 0."""
     parts = _grouped(scored, rules.by)
-    known = rules.categories or tuple(parts)
-    present = [result for result in scored if result.groups.get(rules.by) in known]
+    categories = rules.categories or tuple(parts)
+    present = [result for result in scored if result.groups.get(rules.by) in categories]
     if not present:
-        present, known = list(scored), ("",)
-    found = estimate(
+        present, categories = list(scored), ("",)
+    mean = estimate(
         [_score(r) for r in present],
         [r.cluster for r in present],
         [r.groups.get(rules.by, "") for r in present],
     )
-    having = sum(name in parts for name in known)
-    share = having / len(known) if rules.aggregate == "macro-all" else 1.0
-    means = [_mean(rules, "", parts[name]).value for name in known if name in parts]
-    divisor = len(known) if rules.aggregate == "macro-all" else max(len(means), 1)
-    note = f"{having} of {len(known)} categories"
+    having = sum(name in parts for name in categories)
+    share = having / len(categories) if rules.aggregate == "macro-all" else 1.0
+    means = [_mean(rules, "", parts[name]).value for name in categories if name in parts]
+    divisor = len(categories) if rules.aggregate == "macro-all" else max(len(means), 1)
+    note = f"{having} of {len(categories)} categories"
     if share < 1:
         note += ", the others count 0"
-    figure = Figure.of(rules.metric, found, rules.scale * share, note)
+    figure = Figure.of(rules.metric, mean, rules.scale * share, note)
     return dataclasses.replace(figure, value=sum(means) / divisor) if means else figure
 
 

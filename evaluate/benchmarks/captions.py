@@ -101,12 +101,12 @@ def _seconds(clock: str) -> float:
     return int(hours) * 3600 + int(minutes) * 60 + float(seconds)
 
 
-def _sampled(found: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
+def _sampled(cues: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
     """lmms-eval compares frame numbers, counts cues with the same times as one, whose words are
     those of the last, and knows only the white font of YouTube's downloads. It puts the chosen ones
     into a set, whose order is that of the file as long as their numbers are small."""
     frames = np.linspace(0, seen.total - 1, rules.frames, dtype=int)
-    same = {(cue.start, cue.end): cue.text for cue in found}
+    same = {(cue.start, cue.end): cue.text for cue in cues}
     shown = []
     for (start, end), text in same.items():
         first, last = int(start * seen.fps), int(end * seen.fps)
@@ -115,27 +115,27 @@ def _sampled(found: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
     return "\n".join(shown)
 
 
-def _per_frame(found: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
+def _per_frame(cues: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
     shown = []
     for time in seen.times:
         now = round(1000 * time) / 1000  # pysubs2 counts in milliseconds
-        on_screen = next((cue for cue in found if cue.start < now < cue.end), None)
+        on_screen = next((cue for cue in cues if cue.start < now < cue.end), None)
         if on_screen and (words := _plain(on_screen.text)).strip():
             shown.append(words)
     return "\n".join(shown)
 
 
-def _seen(found: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
-    shown = [cue for cue in found if any(cue.start < time < cue.end for time in seen.times)]
+def _seen(cues: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
+    shown = [cue for cue in cues if any(cue.start < time < cue.end for time in seen.times)]
     return " ".join(words for cue in shown if (words := _plain(cue.text)).strip())
 
 
-def _all(found: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
-    return "\n".join(words for cue in found if (words := _plain(cue.text).strip()))
+def _all(cues: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
+    return "\n".join(words for cue in cues if (words := _plain(cue.text).strip()))
 
 
-def _timed(found: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
-    shown = [(cue.start, " ".join(_plain(cue.text).split())) for cue in found]
+def _timed(cues: Sequence[Cue], seen: Seen, rules: SubtitleRules) -> str:
+    shown = [(cue.start, " ".join(_plain(cue.text).split())) for cue in cues]
     return "\n".join(f"<{start:.1f} seconds> {words}" for start, words in sorted(shown) if words)
 
 

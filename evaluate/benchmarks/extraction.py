@@ -52,32 +52,32 @@ def mcq(text: str, choices: str = "ABCD") -> str:
     none. Of all places where a letter stands, the one in the best form counts, the last of
     those."""
     padded = f" {functools.reduce(str.strip, _POINTS, text.strip())} "
-    found = [
+    candidates = [
         (rank, padded.rfind(form.format(letter)), letter)
         for form, rank in _MARKS
         for letter in choices
     ]
-    found += [
+    candidates += [
         (_PHRASE, padded.find(letter, place + len(phrase)), letter)
         for phrase in _PHRASES
         if (place := padded.lower().find(phrase)) >= 0
         for letter in choices
     ]
-    found += _at_the_ends(padded.strip(), len(padded), choices)
-    found = [candidate for candidate in found if candidate[1] >= 0]
-    found = found or [(_ANYWHERE, padded.rfind(letter), letter) for letter in choices]
-    best = max(found, default=(0, -1, ""))
+    candidates += _at_the_ends(padded.strip(), len(padded), choices)
+    candidates = [candidate for candidate in candidates if candidate[1] >= 0]
+    candidates = candidates or [(_ANYWHERE, padded.rfind(letter), letter) for letter in choices]
+    best = max(candidates, default=(0, -1, ""))
     return best[2] if best[1] >= 0 else ""
 
 
 def _at_the_ends(text: str, length: int, choices: str) -> list[tuple[int, int, str]]:
     """Letters that begin or end the text and are no part of a word."""
-    found = []
+    candidates = []
     if text[:1] and text[0] in choices and not text[1:2].isalpha():
-        found.append((_START, 0, text[0]))
+        candidates.append((_START, 0, text[0]))
     if text[-1:] and text[-1] in choices and not text[-2:-1].isalpha():
-        found.append((_END, length - 1, text[-1]))
-    return found
+        candidates.append((_END, length - 1, text[-1]))
+    return candidates
 
 
 _LONGVIDEOBENCH_HEADS = (
@@ -142,38 +142,38 @@ _COMPLEXITY = re.compile(r"o\s*\([^)]+\)", re.IGNORECASE)
 def mmvu_choice(prediction: str, answer: str, choices: Mapping[str, Any]) -> bool:
     """Whether lmms-eval's rules take a prediction for the right choice: its first lone letter, the
     right letter anywhere as a word, the right option's words, or the letter and one of them."""
-    said, letter = prediction.strip(), answer.strip()
-    first = re.search(r"\b([A-E])\b", said, re.IGNORECASE)
+    spoken, letter = prediction.strip(), answer.strip()
+    first = re.search(r"\b([A-E])\b", spoken, re.IGNORECASE)
     if first and first[1].upper() == letter.upper():
         return True
-    if re.search(rf"\b{re.escape(letter)}\b", said, re.IGNORECASE):
+    if re.search(rf"\b{re.escape(letter)}\b", spoken, re.IGNORECASE):
         return True
     if letter not in choices:
         return False
-    text, low = str(choices[letter] or "").strip().lower(), said.lower()
+    text, low = str(choices[letter] or "").strip().lower(), spoken.lower()
     keys = [word.strip(string.punctuation) for word in text.split()]
-    named = letter.upper() in said.upper()
-    return text in low or (named and any(key in low for key in keys if len(key) > 2))
+    has_letter = letter.upper() in spoken.upper()
+    return text in low or (has_letter and any(key in low for key in keys if len(key) > 2))
 
 
 def mmvu_open(prediction: str, answer: str) -> bool:
     """Whether lmms-eval's rules take a prediction for the right words: one holds the other (an
     empty one is held by all), equal first numbers, all longer words of a short answer, or the same
     complexity. What fails here is for its judge."""
-    said, right = (
+    response, right = (
         " ".join(text.strip().lower().translate(_SUPERSCRIPTS).split())
         for text in (prediction, answer)
     )
-    if right in said or said in right:
+    if right in response or response in right:
         return True
-    numbers = [_NUMBER.search(text) for text in (right, said)]
+    numbers = [_NUMBER.search(text) for text in (right, response)]
     if all(numbers) and abs(float(numbers[0][0]) - float(numbers[1][0])) < 0.01:  # type: ignore[index]
         return True
-    wanted, given = ([w.strip(string.punctuation) for w in text.split()] for text in (right, said))
-    wanted = [word for word in wanted if word]
-    if 2 <= len(wanted) <= 5 and all(word in given for word in wanted if len(word) > 2):
+    words, spoken = ([w.strip(string.punctuation) for w in x.split()] for x in (right, response))
+    words = [word for word in words if word]
+    if 2 <= len(words) <= 5 and all(word in spoken for word in words if len(word) > 2):
         return True
-    powers = [_COMPLEXITY.search(text) for text in (right, said)]
+    powers = [_COMPLEXITY.search(text) for text in (right, response)]
     return all(powers) and powers[0][0] == powers[1][0]  # type: ignore[index]
 
 
@@ -192,18 +192,18 @@ def charades(text: str) -> Window | None:
     """The window that lmms-eval's `temporal_grounding_charades` reads, in ascending order."""
     text = text.lower().replace(_EXAMPLE, "").replace("to", "-")
     sentences = re.split(r"[!?\n]", text)
-    told = [sentence for sentence in sentences if re.search("start|end|happen", sentence)]
-    told = told or sentences
-    clocks = [seconds(clock) for sentence in told for clock in _ONE_CLOCK.findall(sentence)]
-    numbers = [float(match[1]) for sentence in told if (match := _ONE_NUMBER.search(sentence))]
-    found = (
-        _first_range(_CLOCK_RANGE, told)
-        or _first_range(_RANGE, told)
+    relevant = [sentence for sentence in sentences if re.search("start|end|happen", sentence)]
+    relevant = relevant or sentences
+    clocks = [seconds(clock) for sentence in relevant for clock in _ONE_CLOCK.findall(sentence)]
+    numbers = [float(match[1]) for sentence in relevant if (match := _ONE_NUMBER.search(sentence))]
+    window = (
+        _first_range(_CLOCK_RANGE, relevant)
+        or _first_range(_RANGE, relevant)
         or tuple(clocks[:2] if len(clocks) > 1 else numbers[:2])
     )
-    if len(found) < 2:
-        found = _first_range(_RANGE_IN_SECONDS, told)
-    return (min(found), max(found)) if found else None
+    if len(window) < 2:
+        window = _first_range(_RANGE_IN_SECONDS, relevant)
+    return (min(window), max(window)) if window else None
 
 
 def _first_range(pattern: re.Pattern[str], sentences: Iterable[str]) -> tuple[float, ...]:
@@ -227,8 +227,8 @@ def timelens(text: str) -> list[Window]:
     if windows := _pairs([seconds(clock) for clock in _PRECISE_CLOCK.findall(text)]):
         return windows
     for pattern in _PLAIN_RANGES:
-        if found := pattern.findall(text):
-            return [(float(start), float(end)) for start, end in found]
+        if ranges := pattern.findall(text):
+            return [(float(start), float(end)) for start, end in ranges]
     return _pairs([float(number) for number in re.findall(r"\b\d+\.?\d*\b", text)])
 
 

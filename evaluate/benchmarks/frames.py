@@ -80,8 +80,8 @@ class FrameRules(Settings):
         count = count // self.multiple * self.multiple or min(max(count, 1), total)
         if self.sampling in ("interior", "steps"):
             return [int(number * (total / (count + 1))) for number in range(1, count + 1)]
-        places = np.linspace(0, total - 1, count)
-        return (places.round() if self.rounding == "round" else places).astype(int).tolist()
+        positions = np.linspace(0, total - 1, count)
+        return (positions.round() if self.rounding == "round" else positions).astype(int).tolist()
 
     def _by_length(self, total: int, fps: float) -> int:
         """qwen-vl-utils' `smart_nframes`: within bounds, and no more than there are."""

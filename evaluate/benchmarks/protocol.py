@@ -181,11 +181,11 @@ class Protocol:
         merged: Table = {}
         for layer in layers:
             merged = _merge(_merge(merged, _sections(layer)), _sections(layer.get(kind, {})))
-        found = {
+        sections = {
             name: _section(cls, merged.get(name, {}), name, f"{self.file}: [task.{task}], {kind}")
             for name, cls in SECTIONS.items()
         }
-        return Rules(self.name, task, kind, mode, **found)
+        return Rules(self.name, task, kind, mode, **sections)
 
 
 SECTIONS: dict[str, type] = {
@@ -216,15 +216,15 @@ def load(name: str) -> Protocol:
             f"--protocol {name}: choose {any_of(names())}, or give a file that ends in .toml"
         )
     tables = _read(path, ())
-    known = tuple(tables.get("modes", ["direct"]))
-    if not known or not set(known) <= set(MODES):
-        raise ValueError(f"{path}: modes = {list(known)}: list some of {any_of(MODES)}")
+    modes = tuple(tables.get("modes", ["direct"]))
+    if not modes or not set(modes) <= set(MODES):
+        raise ValueError(f"{path}: modes = {list(modes)}: list some of {any_of(MODES)}")
     protocol = Protocol(
         _own_name(path, tables),
         str(path),
         tables.get("about", ""),
         tables.get("source", ""),
-        known,
+        modes,
         tuple(tables.get("not_reproducible", [])),
         {"all": {}, "mode": {}, "task": {}} | tables,
     )
@@ -251,7 +251,7 @@ def _combinations(protocol: Protocol) -> Iterable[tuple[str, str, Kind]]:
             yield from ((task, mode, kind) for kind in Kind)
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> Table:
+def _read(path: Path, extending: tuple[Path, ...]) -> Table:
     """A file's tables upon those of the one that it extends."""
     try:
         tables = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -262,10 +262,10 @@ def _read(path: Path, seen: tuple[Path, ...]) -> Table:
     if not base:
         return tables
     below = path.parent / base if base.endswith(".toml") else SHIPPED / f"{base}.toml"
-    if below in seen or not below.is_file():
-        why = "extends itself" if below in seen else "is not there"
+    if below in extending or not below.is_file():
+        why = "extends itself" if below in extending else "is not there"
         raise ValueError(f"{path}: extends = {base!r}: {below} {why}; name {any_of(names())}")
-    return _merge(_read(below, (*seen, path)), tables)
+    return _merge(_read(below, (*extending, path)), tables)
 
 
 def _check_names(path: Path, tables: Table) -> None:
@@ -324,11 +324,11 @@ def _section(cls: type[T], table: Table, name: str, where: str) -> T:
     hints = hints_of(cls)
     for key, value in table.items():
         if key not in hints:
-            known = any_of(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
-            raise ValueError(f"{where}: {name}.{key} is unknown; write {known}")
+            choices = any_of(field.name for field in dataclasses.fields(cls))  # type: ignore[arg-type]
+            raise ValueError(f"{where}: {name}.{key} is unknown; write {choices}")
         if not _fits(value, plain_type(hints[key])):
-            known = describe_choices(hints[key]) or _told(plain_type(hints[key]))
-            raise ValueError(f"{where}: {name}.{key} = {value!r}: write {known}")
+            choices = describe_choices(hints[key]) or _told(plain_type(hints[key]))
+            raise ValueError(f"{where}: {name}.{key} = {value!r}: write {choices}")
     try:
         return cls(**{key: _frozen(value) for key, value in table.items()})
     except Refused as error:

@@ -47,7 +47,7 @@ def read(path: Path) -> list[SampleResult]:
         ValueError: a whole line is no result.
         OSError: the file cannot be read.
     """
-    found: dict[tuple[str, str], SampleResult] = {}
+    by_sample: dict[tuple[str, str], SampleResult] = {}
     lines = path.read_bytes().split(b"\n")
     for number, text in enumerate(lines, start=1):
         try:
@@ -62,8 +62,8 @@ def read(path: Path) -> list[SampleResult]:
             result = SampleResult(**{name: fields[name] for name in _FIELDS & fields.keys()})
         except TypeError as error:
             raise ValueError(f"{path}, line {number}: no result of a sample ({error})") from error
-        found[result.task, result.sample_id] = result
-    return list(found.values())
+        by_sample[result.task, result.sample_id] = result
+    return list(by_sample.values())
 
 
 def read_run(path: str) -> tuple[str, list[SampleResult]]:
@@ -72,9 +72,9 @@ def read_run(path: str) -> tuple[str, list[SampleResult]]:
     Raises:
         ValueError: there are none.
     """
-    given = Path(path)
-    folder = given if given.is_dir() else given.parent
-    lines = given if given.suffix == ".jsonl" else folder / SAMPLES
+    place = Path(path)
+    folder = place if place.is_dir() else place.parent
+    lines = place if place.suffix == ".jsonl" else folder / SAMPLES
     if not lines.is_file():
         raise ValueError(f"{path}: no {SAMPLES} there; give the folder of an evaluation")
     try:

@@ -50,18 +50,18 @@ class PromptRules(Settings):
 
     def check_together(self) -> None:
         """Raises Refused for names that stand for nothing."""
-        for name, text, known in (
+        for name, text, allowed in (
             ("user", self.user, NAMES),
             ("suffix", self.suffix, NAMES),
             ("option", self.option, OPTION_NAMES),
         ):
-            unknown = set(re.findall(r"\{(\w+)\}", text)) - set(known)
+            unknown = set(re.findall(r"\{(\w+)\}", text)) - set(allowed)
             if unknown:
                 raise Refused(
                     self,
                     f"{{{name}:name}} holds {{wrong}}, which stands for nothing; write {{known}}",
                     wrong=", ".join(f"{{{word}}}" for word in sorted(unknown)),
-                    known=any_of(f"{{{word}}}" for word in known),
+                    known=any_of(f"{{{word}}}" for word in allowed),
                 )
 
 

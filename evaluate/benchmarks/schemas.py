@@ -64,11 +64,11 @@ class Places:
     def _elsewhere(self) -> dict[str, str]:
         """Files anywhere below by their names, empty for a name that several have: archives are
         unpacked into all kinds of folders."""
-        found: dict[str, str] = {}
+        paths: dict[str, str] = {}
         for below, _, names in os.walk(self.folder):
             for name in names:
-                found[name] = "" if name in found else os.path.join(below, name)
-        return found
+                paths[name] = "" if name in paths else os.path.join(below, name)
+        return paths
 
     def subtitles(self, name: str, *folders: str) -> str:
         """Where a file of subtitles is, or should be."""
@@ -129,14 +129,14 @@ def load(task: str, root: str) -> Loaded:
     return _read(name, _annotations(name, folder, split.files), split.make, Places(folder), split)
 
 
-def _annotations(task: str, folder: Path, wanted: Sequence[str]) -> list[str]:
-    for name in wanted:
+def _annotations(task: str, folder: Path, names: Sequence[str]) -> list[str]:
+    for name in names:
         for ending in ENDINGS:
-            found = sorted(str(path) for path in folder.rglob(name + ending))
-            if found:
-                return found
+            paths = sorted(str(path) for path in folder.rglob(name + ending))
+            if paths:
+                return paths
     raise ValueError(
-        f"--data: {folder} holds no rows of {task}; put {any_of(wanted)} with one of the endings "
+        f"--data: {folder} holds no rows of {task}; put {any_of(names)} with one of the endings "
         f"{any_of(ENDINGS)} there, and the videos below it"
     )
 
@@ -154,8 +154,8 @@ def _read(
                 raise fault
             loaded.samples.append(make(task, number, fields, places))
         except (ValueError, TypeError, KeyError, IndexError, AttributeError) as error:
-            said = f"no field {error}" if isinstance(error, KeyError) else str(error)
-            loaded.faults.append(one_line(f"{where}: {said}"))
+            why = f"no field {error}" if isinstance(error, KeyError) else str(error)
+            loaded.faults.append(one_line(f"{where}: {why}"))
     _check_unique(task, loaded.samples)
     return loaded
 
@@ -201,7 +201,7 @@ def _longvideobench(task: str, number: int, row: Fields, places: Places) -> Samp
     options = [row.get(f"option{number}") for number in range(5)]
     if "candidates" in row and not any(options):
         options = _listed(row["candidates"], "candidates")  # lvb_val.json
-    kept = tuple(str(option) for option in options if option not in (None, "", "N/A"))
+    choices = tuple(str(option) for option in options if option not in (None, "", "N/A"))
     return Sample(
         task,
         str(row["id"]),
@@ -212,7 +212,7 @@ def _longvideobench(task: str, number: int, row: Fields, places: Places) -> Samp
         row["question"],
         chr(ord("A") + int(row["correct_choice"])),
         str(row.get("video_id") or row["video_path"]),
-        kept,
+        choices,
         _groups(row, duration="duration_group", category="question_category"),
         places.subtitles(str(row.get("subtitle_path") or ""), "subtitles"),
     )
@@ -319,8 +319,8 @@ def _own(task: str, number: int, row: Fields, places: Places) -> Sample:
     question = str(row["question"])
     options = tuple(_options(row.get("options"))) or _inline(question)
     kind, video = _own_kind(row, bool(options)), str(row["video"])
-    taken = {"video", "question", "answer", "options", "kind", "id", "subtitles", "question_type"}
-    others = {name: name for name in row if name not in taken}
+    columns = {"video", "question", "answer", "options", "kind", "id", "subtitles", "question_type"}
+    others = {name: name for name in row if name not in columns}
     beside = os.path.splitext(places.video(video))[0] + ".srt"
     subtitles = row.get("subtitles")
     answer = row["answer"]
@@ -380,10 +380,10 @@ def _relative(name: str) -> str:
 
 
 def _listed(value: Any, name: str) -> list[str]:
-    found = json_value(value, name) if isinstance(value, str) else value
-    if not isinstance(found, list):
+    options = json_value(value, name) if isinstance(value, str) else value
+    if not isinstance(options, list):
         raise Unusable(FIELD, f"{name}={value!r} is no list")
-    return [str(option) for option in found]
+    return [str(option) for option in options]
 
 
 def _letter(value: Any) -> str:
@@ -401,8 +401,8 @@ def _letter_or_text(value: Any, options: Sequence[str]) -> str:
 
 def _window(value: Any) -> Window:
     """Start and end as published: Charades-STA has them in half precision, 24.3 as 24.296875."""
-    found = json_value(_bracketed(value), "the window") if isinstance(value, str) else value
-    start, end = (float(number) for number in found)
+    ends = json_value(_bracketed(value), "the window") if isinstance(value, str) else value
+    start, end = (float(number) for number in ends)
     return start, end
 
 
@@ -416,8 +416,8 @@ def _inline(question: str) -> tuple[str, ...]:
 
 
 def _groups(row: Fields, **columns: str) -> dict[str, str]:
-    found = {name: row.get(column) for name, column in columns.items()}
-    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+    values = {name: row.get(column) for name, column in columns.items()}
+    return {name: str(value) for name, value in values.items() if value not in (None, "")}
 
 
 _SCIENCE = (

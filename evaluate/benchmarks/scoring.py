@@ -48,48 +48,48 @@ def score(rules: Rules, sample: Sample, response: str, judge: Judge | None = Non
     Raises:
         JudgeFailed: the judge raised, or its reply holds no verdict.
     """
-    said = extraction.strip_reasoning(response, rules.scoring.strip)
-    asked = judge if rules.scoring.judge else None
+    text = extraction.strip_reasoning(response, rules.scoring.strip)
+    configured = judge if rules.scoring.judge else None
     kind = Kind.CHOICE if rules.scoring.letters_only and sample.kind is Kind.OPEN else sample.kind
-    found = _BY_KIND[kind](rules, sample, said)
-    if found.score == 0.0 and asked is not None and _worth_a_judge(rules, kind, found):
-        return _judged(asked, rules, sample, found)
-    return found
+    result = _BY_KIND[kind](rules, sample, text)
+    if result.score == 0.0 and configured is not None and _worth_a_judge(rules, kind, result):
+        return _judged(configured, rules, sample, result)
+    return result
 
 
-def _worth_a_judge(rules: Rules, kind: Kind, found: Verdict) -> bool:
+def _worth_a_judge(rules: Rules, kind: Kind, result: Verdict) -> bool:
     """Open answers, and choices of which nothing could be read; MMVU's choices are never judged."""
-    unread = kind is Kind.CHOICE and found.prediction in (None, "")
+    unread = kind is Kind.CHOICE and result.prediction in (None, "")
     return kind is Kind.OPEN or (unread and rules.scoring.extract != "mmvu")
 
 
 # --- Choices --------------------------------------------------------------------------------------
 
 
-def _choice(rules: Rules, sample: Sample, said: str) -> Verdict:
+def _choice(rules: Rules, sample: Sample, text: str) -> Verdict:
     gold, choices = gold_letter(rules, sample), rules.scoring.choices or sample.letters or ALL
     if rules.scoring.extract == "mmvu":
         choices_of = sample.doc.get("choices") or dict(
             zip(sample.letters, map(sample.choice, sample.letters), strict=True)
         )
-        right = extraction.mmvu_choice(said, gold, choices_of)
-        return Verdict(float(right), extraction.mcq(said, choices) or None, said)
+        right = extraction.mmvu_choice(text, gold, choices_of)
+        return Verdict(float(right), extraction.mcq(text, choices) or None, text)
     if rules.scoring.extract == "longvideobench":
-        letter = extraction.longvideobench(said)
+        letter = extraction.longvideobench(text)
         drawn = letter is None
         letter = drawn_letter(rules, sample) if letter is None else letter
-        return Verdict(float(letter == gold), letter, said, DRAWN if drawn else RULE)
-    letter = _LETTERS[rules.scoring.extract](said, choices)
-    return Verdict(float(letter == gold), letter or None, said)
+        return Verdict(float(letter == gold), letter, text, DRAWN if drawn else RULE)
+    letter = _LETTERS[rules.scoring.extract](text, choices)
+    return Verdict(float(letter == gold), letter or None, text)
 
 
-def answered(said: str) -> str:
+def answered(turn: str) -> str:
     """What a turn answers; nothing where its thought is never closed, as where it was cut off."""
-    return extract_answer([said]) if answer_bodies(said) or reported(said) else ""
+    return extract_answer([turn]) if answer_bodies(turn) or reported(turn) else ""
 
 
-def _answered_letter(said: str, choices: str) -> str:
-    letter = choice_letter(answered(said)) or ""
+def _answered_letter(text: str, choices: str) -> str:
+    letter = choice_letter(answered(text)) or ""
     return letter if letter in choices else ""
 
 
@@ -122,18 +122,18 @@ def drawn_letter(rules: Rules, sample: Sample) -> str:
 # --- Words ----------------------------------------------------------------------------------------
 
 
-def _open(rules: Rules, sample: Sample, said: str) -> Verdict:
+def _open(rules: Rules, sample: Sample, text: str) -> Verdict:
     gold = str(sample.gold)
     if rules.scoring.extract == "answer":
-        words = answered(said)
+        words = answered(text)
         right = bool(normalise(words)) and normalise(words) == normalise(gold)
-        return Verdict(float(right), words or None, said)
-    return Verdict(float(extraction.mmvu_open(said, gold)), said or None, said)
+        return Verdict(float(right), words or None, text)
+    return Verdict(float(extraction.mmvu_open(text, gold)), text or None, text)
 
 
-def _judged(judge: Judge, rules: Rules, sample: Sample, found: Verdict) -> Verdict:
+def _judged(judge: Judge, rules: Rules, sample: Sample, result: Verdict) -> Verdict:
     options = "".join(f"\n{letter}. {sample.choice(letter)}" for letter in sample.letters)
-    prediction = found.prediction if isinstance(found.prediction, str) else found.filtered
+    prediction = result.prediction if isinstance(result.prediction, str) else result.filtered
     message = judge_message(f"{sample.stem}{options}", prediction, str(sample.gold))
     try:
         decided = verdict(judge(message))
@@ -141,26 +141,26 @@ def _judged(judge: Judge, rules: Rules, sample: Sample, found: Verdict) -> Verdi
         raise JudgeFailed(f"the judge failed: {error}") from error
     if decided is None:
         raise JudgeFailed("the judge's reply holds no number between 0 and 1")
-    return dataclasses.replace(found, score=decided, method=JUDGE)
+    return dataclasses.replace(result, score=decided, method=JUDGE)
 
 
 # --- Windows of time ------------------------------------------------------------------------------
 
 
-def _grounding(rules: Rules, sample: Sample, said: str) -> Verdict:
+def _grounding(rules: Rules, sample: Sample, text: str) -> Verdict:
     assert not isinstance(sample.gold, str), "the gold of a grounding question is a window"
-    window = _WINDOWS.get(rules.scoring.extract, _answered_window)(said)
+    window = _WINDOWS.get(rules.scoring.extract, _answered_window)(text)
     if window is None:
-        return Verdict(0.0, None, said)
-    return Verdict(extraction.hull_iou(window, sample.gold), list(window), said)
+        return Verdict(0.0, None, text)
+    return Verdict(extraction.hull_iou(window, sample.gold), list(window), text)
 
 
-def _answered_window(said: str) -> Window | None:
-    return interval(answered(said))
+def _answered_window(text: str) -> Window | None:
+    return interval(answered(text))
 
 
-def _first_window(said: str) -> Window | None:
-    return next(iter(extraction.timelens(said)), None)
+def _first_window(text: str) -> Window | None:
+    return next(iter(extraction.timelens(text)), None)
 
 
 _WINDOWS: dict[str, Callable[[str], Window | None]] = {

@@ -22,13 +22,13 @@ LONGEST = 200
 
 def run_figures(source: RunSource) -> dict[str, Any]:
     """What the view of a run shows, but for what its rollouts tell."""
-    own = source.settings
+    settings = source.settings
     return {
         "name": source.workdir.name,
-        "recipe": own.get("recipe"),
-        "stage": own.get("stage"),
-        "planned_steps": own.get("steps"),
-        "settings": own,
+        "recipe": settings.get("recipe"),
+        "stage": settings.get("stage"),
+        "planned_steps": settings.get("steps"),
+        "settings": settings,
         "departures": source.departures,
         "metrics": columns(source.metrics),
         "evaluation": {k: v for k, v in source.evaluation.items() if k in ("before", "after")},
@@ -86,11 +86,11 @@ class RolloutFigures:
         self._widths.append((end - start) / duration)
         # Where a video has ended nobody could look: that must not count as not looking.
         possible += (times >= 0) & (times <= duration)
-        seen = np.zeros(OFFSETS, bool)
+        covered = np.zeros(OFFSETS, bool)
         for call in line["tool_calls"]:
             if call["window"] and call["verdict"] != "invalid":
-                seen |= (call["window"][0] <= times) & (times < call["window"][1])
-        looked += seen
+                covered |= (call["window"][0] <= times) & (times < call["window"][1])
+        looked += covered
 
     @property
     def look(self) -> dict[str, Any] | None:
@@ -102,12 +102,12 @@ class RolloutFigures:
         cells = []
         for at in range(0, len(self._looks), share):
             part = self._looks[at : at + share]
-            looked, possible = (sum(own[n] for own in part) for n in (1, 2))
+            looked, possible = (sum(step[n] for step in part) for n in (1, 2))
             shares = np.where(possible > 0, looked / np.maximum(possible, 1), np.nan)
             cells.append([_number(x) for x in shares])
         return {
             "offsets": [round(x, 4) for x in offsets().tolist()],
-            "steps": [own[0] for own in self._looks][::share],
+            "steps": [step[0] for step in self._looks][::share],
             "steps_per_column": share,
             "shares": cells,
             "gold_width": round(float(np.mean(self._widths)), 4),
@@ -130,20 +130,20 @@ def offsets() -> np.ndarray:
 
 def _by_prompt(groups: Sequence[Group]) -> dict[str, list[float]]:
     """The mean of each prompt's rollouts, by the names of `metrics.jsonl`."""
-    found: dict[str, list[float]] = {}
+    means: dict[str, list[float]] = {}
     for group in groups:
-        told = [_metrics(line) for line in group]
-        for name in told[0]:
+        metrics = [_metrics(line) for line in group]
+        for name in metrics[0]:
             # Rollouts of a prompt are alike: taken as independent, they would make intervals too
             # narrow.
-            found.setdefault(name, []).append(float(np.mean([own[name] for own in told])))
-    return found
+            means.setdefault(name, []).append(float(np.mean([each[name] for each in metrics])))
+    return means
 
 
 def _metrics(line: dict[str, Any]) -> dict[str, float]:
-    own = {f"reward/{term}": value for term, value in line["rewards"].items()}
-    own |= {"tool/calls_per_rollout": line["calls"], "length/generated": sum(line["generated"])}
-    return own | ({"format/compliance": float(line["complies"])} if "complies" in line else {})
+    metrics = {f"reward/{term}": value for term, value in line["rewards"].items()}
+    metrics |= {"tool/calls_per_rollout": line["calls"], "length/generated": sum(line["generated"])}
+    return metrics | ({"format/compliance": float(line["complies"])} if "complies" in line else {})
 
 
 def interval(values: Sequence[float]) -> tuple[float, float]:
@@ -160,30 +160,30 @@ def step_figures(source: RunSource, step: int, groups: Sequence[Group]) -> dict[
 
 
 def _group(lines: Group, details: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    first, told = lines[0], details[0]
+    first, detail = lines[0], details[0]
     shared = ("row_id", "duration", "question", "answer", "question_type", "gold", "frame_budget")
     return {
         **{name: first.get(name) for name in shared},
         "video": first["video"].replace("\\", "/").rpartition("/")[2],
         "overview_times": first.get("overview_times", []),
-        "sheet": told.get("sheet"),
-        "overview": told.get("overview"),
+        "sheet": detail.get("sheet"),
+        "overview": detail.get("overview"),
         "rollouts": [_rollout(*pair) for pair in zip(lines, details, strict=True)],
     }
 
 
-def _rollout(line: dict[str, Any], told: dict[str, Any]) -> dict[str, Any]:
+def _rollout(line: dict[str, Any], detail: dict[str, Any]) -> dict[str, Any]:
     calls = line.get("tool_calls", [])
-    crops = told.get("crops", [None] * len(calls))
-    values = {f"{name}": own for name, own in told.get("values", {}).items()}
-    drawn = [p for p, own in zip(line["log_probs"], line["generated"], strict=True) if own]
-    kept = ("said", "text", "rewards", "stop_reasons", "subagents", "complies")
+    crops = detail.get("crops", [None] * len(calls))
+    values = {f"{name}": value for name, value in detail.get("values", {}).items()}
+    drawn = [p for p, new in zip(line["log_probs"], line["generated"], strict=True) if new]
+    names = ("said", "text", "rewards", "stop_reasons", "subagents", "complies")
     return {
-        **{name: line.get(name) for name in kept},
+        **{name: line.get(name) for name in names},
         "right": line["rewards"].get("accuracy", 0.0) >= RIGHT,
         "calls": [{**call, "crop": crop} for call, crop in zip(calls, crops, strict=True)],
         "generated": line["generated"],
-        "pieces": told.get("pieces"),
+        "pieces": detail.get("pieces"),
         "values": {"sampler": drawn, **values},
     }
 

@@ -35,8 +35,8 @@ class RunSource:
     def settings(self) -> dict[str, Any]:
         """All settings by their dotted names."""
         path = self.workdir / FILE
-        held = _object(path.read_text(encoding="utf-8"), str(path))
-        return flatten({name: value for name, value in held.items() if name != OWN_FILES})
+        stored = _object(path.read_text(encoding="utf-8"), str(path))
+        return flatten({name: value for name, value in stored.items() if name != OWN_FILES})
 
     @functools.cached_property
     def metrics(self) -> list[dict[str, float]]:
@@ -66,9 +66,9 @@ class RunSource:
     @functools.cached_property
     def steps(self) -> list[int]:
         """Steps whose rollouts are there, of those that `metrics.jsonl` holds."""
-        known = {int(record["step"]) for record in self.metrics}
-        found = (self.workdir / FOLDER).glob("step_*.jsonl")
-        return sorted(known & {int(path.stem.removeprefix("step_")) for path in found})
+        recorded = {int(record["step"]) for record in self.metrics}
+        files = (self.workdir / FOLDER).glob("step_*.jsonl")
+        return sorted(recorded & {int(path.stem.removeprefix("step_")) for path in files})
 
     def rollouts(self, step: int) -> list[Group]:
         """The rollouts of a step, prompt by prompt."""
@@ -111,9 +111,9 @@ def _object(text: str, place: str) -> dict[str, Any]:
       ValueError: it is none.
     """
     try:
-        found = json.loads(text)
-        if not isinstance(found, dict):
+        value = json.loads(text)
+        if not isinstance(value, dict):
             raise ValueError("no JSON object")
     except ValueError as error:
         raise ValueError(f"{place} is damaged: {error}; delete it, or run again") from error
-    return found
+    return value

@@ -59,8 +59,8 @@ class Shape:
             return [self._chunk(0, {"reasoning_content": event.text})]
         if isinstance(event, Answered):
             (choice,), _, more = agent_choices(event.answer)
-            told = self._chunk(0, {"content": choice["message"]["content"]})
-            return [told, {**self._chunk(0, {}, choice["finish_reason"]), **more}]
+            content = self._chunk(0, {"content": choice["message"]["content"]})
+            return [content, {**self._chunk(0, {}, choice["finish_reason"]), **more}]
         return []
 
     def usage(self, tokens: int) -> Json:
@@ -77,20 +77,20 @@ class Shape:
         return [{**head, "choices": [], "usage": self.usage(tokens)}]
 
     def _choice(self, event: Ended) -> Json:
-        own = event.finished
-        message: Json = {"role": "assistant", "content": own.text}
-        if own.calls:
-            message["tool_calls"] = own.calls
+        finished = event.finished
+        message: Json = {"role": "assistant", "content": finished.text}
+        if finished.calls:
+            message["tool_calls"] = finished.calls
         choice = {
             "index": event.index,
             "message": message,
-            "logprobs": self._log_probs(own.log_probs),
-            "finish_reason": own.reason,
+            "logprobs": self._log_probs(finished.log_probs),
+            "finish_reason": finished.reason,
         }
-        return choice | self._ids(own)
+        return choice | self._ids(finished)
 
-    def _ids(self, own: Finished) -> Json:
-        return {"token_ids": own.tokens} if self.request.return_token_ids else {}
+    def _ids(self, finished: Finished) -> Json:
+        return {"token_ids": finished.tokens} if self.request.return_token_ids else {}
 
     def _log_probs(self, entries: list[Json]) -> Json | None:
         return {"content": entries} if self.request.logprobs else None
@@ -106,14 +106,14 @@ class Shape:
         log_probs = self._log_probs(piece.log_probs)
         return self._chunk(index, {"content": piece.text}, logprobs=log_probs)
 
-    def _end(self, index: int, own: Finished) -> list[Json]:
+    def _end(self, index: int, finished: Finished) -> list[Json]:
         chunks = []
-        if own.rest.text or own.rest.log_probs:
-            chunks.append(self._piece(index, own.rest))
-        if own.calls:
-            calls = [{"index": number, **call} for number, call in enumerate(own.calls)]
+        if finished.rest.text or finished.rest.log_probs:
+            chunks.append(self._piece(index, finished.rest))
+        if finished.calls:
+            calls = [{"index": number, **call} for number, call in enumerate(finished.calls)]
             chunks.append(self._chunk(index, {"tool_calls": calls}))
-        return [*chunks, self._chunk(index, {}, own.reason, **self._ids(own))]
+        return [*chunks, self._chunk(index, {}, finished.reason, **self._ids(finished))]
 
 
 def agent_choices(answer: Answer) -> tuple[list[Json], int, Json]:

@@ -86,20 +86,20 @@ class Api:
         own = self._service
         model = {"id": own.name, "object": "model", "created": own.created, "owned_by": "paravt"}
         model["max_model_len"] = own.limits.prompt_tokens + own.limits.max_tokens
-        wanted = http.path_params.get("name")
-        if wanted is None:
+        name = http.path_params.get("name")
+        if name is None:
             return JSONResponse({"object": "list", "data": [model]})
-        if wanted != own.name:
-            raise ApiError(f"there is no model {wanted!r} here", "model", status=404)
+        if name != own.name:
+            raise ApiError(f"there is no model {name!r} here", "model", status=404)
         return JSONResponse(model)
 
     async def health(self, _: Request) -> Response:
         """`GET /health`"""
         worker = self._service.worker
-        told = {"status": "ok", "rows_busy": worker.busy, "requests": self._inside}
+        status = {"status": "ok", "rows_busy": worker.busy, "requests": self._inside}
         if worker.error is not None:
             return JSONResponse({"status": "failed", "error": worker.error}, 503)
-        return JSONResponse(told)
+        return JSONResponse(status)
 
     async def prometheus(self, _: Request) -> Response:
         """`GET /metrics`"""
@@ -181,8 +181,8 @@ class EventStream(Response):
                 if isinstance(event, Ended):
                     self._tokens += len(event.finished.tokens)
                 if isinstance(event, Answered):
-                    own = event.answer.tokens
-                    self._tokens += own["generated"] + own["subagents"]
+                    tokens = event.answer.tokens
+                    self._tokens += tokens["generated"] + tokens["subagents"]
                 for chunk in self._shape.chunks(event):
                     yield json.dumps(chunk)
         except ApiError as error:
@@ -200,14 +200,14 @@ class Key:
     are for those who watch the server."""
 
     def __init__(self, app: ASGIApp, key: str) -> None:
-        self._app, self._wanted = app, f"Bearer {key}".encode()
+        self._app, self._expected = app, f"Bearer {key}".encode()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI."""
         if scope["type"] == "http" and scope["path"].startswith("/v1/"):
             sent = dict(scope["headers"]).get(b"authorization", b"")
             # In constant time: how long a refusal takes must not tell how much was right.
-            if not hmac.compare_digest(sent, self._wanted):
+            if not hmac.compare_digest(sent, self._expected):
                 error = unknown_client()
                 return await JSONResponse(error.body, error.status)(scope, receive, send)
         await self._app(scope, receive, send)

@@ -70,7 +70,7 @@ class Chat:
 
     def __init__(
         self,
-        asked: ServedPrompt,
+        prompt: ServedPrompt,
         sampling: SamplingConfig,
         limit: int,
         seeds: Sequence[int],
@@ -86,9 +86,9 @@ class Chat:
           watched: whether they are looked at while they grow: for a stream, or for stop strings.
           emit: told of what happens.
         """
-        self.asked, self._sampling, self._limit = asked, sampling, limit
+        self.asked, self._sampling, self._limit = prompt, sampling, limit
         self._seeds, self._writings, self._watched, self._emit = seeds, writings, watched, emit
-        self._places: dict[StreamId, int] = {}
+        self._indices: dict[StreamId, int] = {}
 
     def programs(self, lease: RowLease) -> Sequence[Program]:
         """One for each choice."""
@@ -98,7 +98,7 @@ class Chat:
         """Tell what is new; whether a stop string ends the turn."""
         if not self._watched:
             return False
-        index = self._places[stream]
+        index = self._indices[stream]
         writing = self._writings[index]
         stopped = writing.add(lease.written(stream))
         piece = writing.take()
@@ -116,7 +116,7 @@ class Chat:
 
     def _choice(self, lease: RowLease, index: int) -> Program:
         (stream,) = lease.open(MAIN, self.asked.prompt, [self._seeds[index]])
-        self._places[stream] = index
+        self._indices[stream] = index
         generated = yield Generate(stream, self.asked.head, self._sampling, self._limit)
         lease.close(stream)
         self._emit(Ended(index, self._writings[index].finish(generated)))

@@ -73,9 +73,9 @@ class RequestPrompts:
         messages: list[dict[str, Any]] = []
         for at, message in enumerate(request.messages):
             with contextlib.ExitStack() as files:
-                own = _Contents(self, request, spec, files)
-                content = own(message, f"messages[{at}]")
-            shown += own.shown
+                contents = _Contents(self, request, spec, files)
+                content = contents(message, f"messages[{at}]")
+            shown += contents.shown
             self._check_frames(shown)
             _add(messages, message, content)
         prompt = self._prompt(messages, shown, tools_of(request))
@@ -133,8 +133,8 @@ class RequestPrompts:
         """A text that opens and closes no turns: dropped from what tools say, refused otherwise."""
         if role == "tool":
             return self._renderer.without_control(text)
-        if found := self._special.search(text):
-            raise ApiError(f"{where}: spells out the special token {found.group()}", where)
+        if match := self._special.search(text):
+            raise ApiError(f"{where}: spells out the special token {match.group()}", where)
         return text
 
     def video_parts(self, times: np.ndarray) -> Content:
@@ -225,12 +225,12 @@ class _Contents:
     def __call__(self, message: ChatMessage, where: str) -> Content:
         content: Content = []
         for number, part in enumerate(message.content or ()):
-            own = f"{where}.content[{number}]"
+            place = f"{where}.content[{number}]"
             if part.text is not None:
-                text = self._maker.plain(part.text, message.role, f"{own}.text")
+                text = self._maker.plain(part.text, message.role, f"{place}.text")
                 content.append({"type": "text", "text": text})
             else:
-                content += self._seen(part, own)
+                content += self._seen(part, place)
         return content
 
     def _seen(self, part: Part, where: str) -> Content:

@@ -198,16 +198,16 @@ def parse(body: bytes) -> ChatRequest:
       ApiError: it is no JSON object, or a field is unknown or out of its range; `param` names it.
     """
     try:
-        found = json.loads(body, parse_constant=_no_number)
+        fields = json.loads(body, parse_constant=_no_number)
     except RecursionError:
         raise ApiError("the body is nested too deeply") from None
     except ValueError as error:
         raise ApiError(f"the body is no JSON: {error}"[:300]) from error
-    if not isinstance(found, dict):
+    if not isinstance(fields, dict):
         raise ApiError("the body must be a JSON object")
-    _check_text(body, found)
+    _check_text(body, fields)
     try:
-        request = ChatRequest.model_validate(found)
+        request = ChatRequest.model_validate(fields)
     except ValidationError as error:
         raise _told(error.errors(include_url=False, include_context=False)) from error
     _check_together(request)
@@ -218,15 +218,15 @@ def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is not a JSON number")
 
 
-def _check_text(body: bytes, found: dict[str, Any]) -> None:
+def _check_text(body: bytes, fields: dict[str, Any]) -> None:
     """Refuse halves of characters, which JSON can spell out and nobody can write down, and what is
     nested so deeply that templates cannot print it."""
-    if nests_beyond(found, DEEPEST):
+    if nests_beyond(fields, DEEPEST):
         raise ApiError("the body is nested too deeply")
     # Seldom there at all, and seldom wrong where they are: emoji are escaped as two of them.
     if b"\\ud" in body.lower():
         try:
-            json.dumps(found, ensure_ascii=False).encode()
+            json.dumps(fields, ensure_ascii=False).encode()
         except UnicodeEncodeError:
             raise ApiError("the body spells out half a character (a lone surrogate)") from None
 
@@ -279,13 +279,13 @@ def _check_together(request: ChatRequest) -> None:
 
 def _check_message(message: ChatMessage, where: str) -> None:
     for number, part in enumerate(message.content or ()):
-        own = f"{where}.content[{number}]"
+        place = f"{where}.content[{number}]"
         for name in ("text", "image_url", "video_url"):
             if (getattr(part, name) is not None) != (name == part.type):
                 verb = "is missing" if name == part.type else f"does not go with type {part.type!r}"
-                raise ApiError(f"{own}.{name} {verb}", f"{own}.{name}")
+                raise ApiError(f"{place}.{name} {verb}", f"{place}.{name}")
         if part.type != "text" and message.role in ("assistant", "system", "developer"):
-            raise ApiError(f"{own}: a message of the {message.role} holds text only", own)
+            raise ApiError(f"{place}: a message of the {message.role} holds text only", place)
     if message.content is None and not message.tool_calls:
         raise ApiError(f"{where}.content is missing", f"{where}.content")
     if message.tool_calls and message.role != "assistant":
@@ -296,10 +296,10 @@ def _check_message(message: ChatMessage, where: str) -> None:
 
 def _arguments(call: Call, where: str) -> None:
     try:
-        found = json.loads(call.function.arguments, parse_constant=_no_number)
+        arguments = json.loads(call.function.arguments, parse_constant=_no_number)
     except (ValueError, RecursionError):
-        found = None
-    if not isinstance(found, dict):
+        arguments = None
+    if not isinstance(arguments, dict):
         raise ApiError(f"{where} must be the text of a JSON object", where)
 
 

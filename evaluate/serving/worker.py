@@ -174,7 +174,7 @@ class Worker:
 
     def _run(self) -> None:
         try:
-            self._session = self._open(lambda stream, own: self._grown.append((stream, own)))
+            self._session = self._open(lambda stream, tokens: self._grown.append((stream, tokens)))
             while self._take():
                 self._advance()
             error = "the server is going down"
@@ -219,28 +219,28 @@ class Worker:
         self.steps += 1
         grown, self._grown = self._grown, []
         over = {stream for stream, _ in ended}
-        for stream, own in grown:
-            self.tokens += len(own)
+        for stream, tokens in grown:
+            self.tokens += len(tokens)
             if (task := self._generating.get(stream)) is not None:
-                self._tell(task, stream, own, stream in over)
+                self._tell(task, stream, tokens, stream in over)
         for stream, generated in ended:
             if (task := self._generating.pop(stream, None)) is not None:
                 self._resume(task, generated)
 
-    def _tell(self, task: _LeasedProgram, stream: StreamId, own: np.ndarray, over: bool) -> None:
+    def _tell(self, task: _LeasedProgram, stream: StreamId, tokens: np.ndarray, over: bool) -> None:
         """Tell a request of its tokens; its turn ends where it says so."""
         lease = task.lease
         try:
-            enough = lease.request.grew(stream, own, lease)
+            enough = lease.request.grew(stream, tokens, lease)
         except Exception as error:
             self._fail(lease, error)
             return
         if enough and not over:
             del self._generating[stream]
-            found = lease.written(stream)
+            written = lease.written(stream)
             reason = StopReason.STOP
             generated = Generated(
-                found.tokens, found.log_probs, reason, alternatives=found.alternatives
+                written.tokens, written.log_probs, reason, alternatives=written.alternatives
             )
             self._resume(task, generated)
 
@@ -273,10 +273,10 @@ class Worker:
         if lease.request not in self._leases:
             return
         self._drop(lease.request)
-        told = error if isinstance(error, ApiError) else broken()
-        if told is not error:
+        shown = error if isinstance(error, ApiError) else broken()
+        if shown is not error:
             LOG.error("a request has failed", exc_info=error)
-        lease.request.failed(told)
+        lease.request.failed(shown)
 
     def _resume(
         self, task: _LeasedProgram, value: Any = None, error: BaseException | None = None
@@ -297,8 +297,8 @@ class Worker:
 
     def _await(self, task: _LeasedProgram, need: Need) -> None:
         if isinstance(need, Generate):
-            own = need.stream, need.given, need.sampling, need.max_tokens
-            task.lease.generate(*own)
+            request = need.stream, need.given, need.sampling, need.max_tokens
+            task.lease.generate(*request)
             self._generating[need.stream] = task
         elif isinstance(need, Parallel):
             self._side_by_side(

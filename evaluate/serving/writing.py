@@ -77,7 +77,7 @@ class Writing:
         self._likeliest: list[list[tuple[int, float]]] = []
         self._stopped: int | None = None
         """Where the first stop string begins."""
-        self._shown, self._told = 0, 0
+        self._shown, self._entries_sent = 0, 0
         self._marks = (*wanted.stops, *([CALL_OPEN] if wanted.tools else []))
 
     def add(self, written: Written | Generated) -> bool:
@@ -85,9 +85,9 @@ class Writing:
         first = len(self._tokens)
         self._log_probs += written.log_probs[first:].tolist()
         if self._wanted.alternatives and written.alternatives is not None:
-            own = written.alternatives
+            top = written.alternatives
             rows = zip(
-                np.asarray(own.tokens)[first:], np.asarray(own.log_probs)[first:], strict=True
+                np.asarray(top.tokens)[first:], np.asarray(top.log_probs)[first:], strict=True
             )
             self._likeliest += [list(zip(t.tolist(), p.tolist(), strict=True)) for t, p in rows]
         before = len(self._text)
@@ -109,22 +109,22 @@ class Writing:
         if not stopped:
             self._text += self._decoder.decode(b"", final=True)
         text = self._text if self._stopped is None else self._text[: self._stopped]
-        kept = self._kept()
+        count = self._kept()
         calls = self._calls(text)
         # A thought may hold what looks like a call: calls follow it.
         first = text.find(CALL_OPEN, max(text.rfind(THINK_CLOSE), 0))
         words = text[:first].rstrip() if calls else text
         reason = "stop" if stopped or generated.stop_reason is not StopReason.LENGTH else "length"
         reason = "tool_calls" if calls else reason
-        rest = self._upto(max(len(words), self._shown), kept)
-        every = self._entries(0, kept)
-        return Finished(words, calls, reason, self._tokens[:kept], every, rest)
+        rest = self._upto(max(len(words), self._shown), count)
+        every = self._entries(0, count)
+        return Finished(words, calls, reason, self._tokens[:count], every, rest)
 
     def _search(self, start: int) -> None:
         longest = max(map(len, self._wanted.stops), default=0)
         begin = max(start - longest + 1, len(self._wanted.said), 0)
-        found = [self._text.find(stop, begin) for stop in self._wanted.stops]
-        self._stopped = min((at for at in found if at >= 0), default=None)
+        starts = [self._text.find(stop, begin) for stop in self._wanted.stops]
+        self._stopped = min((at for at in starts if at >= 0), default=None)
 
     def _kept(self) -> int:
         """Tokens up to the stop string."""
@@ -150,8 +150,8 @@ class Writing:
         text = self._text[self._shown : max(end, self._shown)]
         self._shown = max(end, self._shown)
         last = bisect.bisect_right(self._ends, self._shown) if tokens is None else tokens
-        entries = self._entries(self._told, last)
-        self._told = max(last, self._told)
+        entries = self._entries(self._entries_sent, last)
+        self._entries_sent = max(last, self._entries_sent)
         return Piece(text, entries)
 
     def _entries(self, first: int, last: int) -> list[dict[str, Any]]:
@@ -161,11 +161,11 @@ class Writing:
 
     def _entry(self, at: int) -> dict[str, Any]:
         """A token and its log-probability, as OpenAI tells them."""
-        found = self._likeliest[at] if self._likeliest else []
+        likeliest = self._likeliest[at] if self._likeliest else []
         # What could not be drawn has no log-probability, and JSON no infinity.
-        listed = [pair for pair in found[: self._wanted.alternatives] if math.isfinite(pair[1])]
-        own = self._named(self._tokens[at], self._log_probs[at])
-        return {**own, "top_logprobs": [self._named(*pair) for pair in listed]}
+        listed = [pair for pair in likeliest[: self._wanted.alternatives] if math.isfinite(pair[1])]
+        entry = self._named(self._tokens[at], self._log_probs[at])
+        return {**entry, "top_logprobs": [self._named(*pair) for pair in listed]}
 
     def _named(self, token: int, log_prob: float) -> dict[str, Any]:
         content = self._vocabulary.contents[token]
@@ -176,8 +176,8 @@ class Writing:
         """The calls that are made, if all of them can be read; otherwise they are text."""
         if not self._wanted.tools or CALL_OPEN not in after_thinking(text):
             return []
-        found = parse_tool_calls(text)
-        if any(call.error is not None for call in found):
+        calls = parse_tool_calls(text)
+        if any(call.error is not None for call in calls):
             return []
         return [
             {
@@ -185,5 +185,5 @@ class Writing:
                 "type": "function",
                 "function": {"name": call.name, "arguments": json.dumps(call.arguments)},
             }
-            for call in found
+            for call in calls
         ]
