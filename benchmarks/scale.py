@@ -29,6 +29,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks import pods
 from tests.support.released_models import MODELS
 from train.compile.report import expected_text
 from train.compile.step import SHARES, Step, step_by_share
@@ -287,7 +288,7 @@ def page(results: Mapping[str, Figures]) -> str:
     ]
     known = [case for case in CASES if case.name in results]
     tables = [table(case, results[case.name]) for case in known]
-    return "\n".join([*head, *tables, *growth(results)])
+    return "\n".join([*head, *tables, *growth(results), *pods.section(results)])
 
 
 def main() -> None:
