@@ -21,6 +21,7 @@ from paravt_jax.failures import complain  # noqa: E402
 from paravt_jax.flags import Parser  # noqa: E402
 from paravt_jax.remote import is_remote  # noqa: E402
 from train.hosts.interrupt import SIGNALS_OF_RUN, Interrupted, end_process  # noqa: E402
+from train.hosts.notice import watch_for_notices  # noqa: E402
 from train.hosts.watch import WATCH  # noqa: E402
 from train.recipes import check_name, summaries  # noqa: E402
 
@@ -267,6 +268,7 @@ def _memory_remedies(config: Any) -> list[str]:
 def run_command() -> int:
     """`main` in a process of its own, which ends with it."""
     SIGNALS_OF_RUN.install()
+    watch_for_notices()
     try:
         code = main()
     except Interrupted as error:  # before there was a workdir
