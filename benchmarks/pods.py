@@ -41,6 +41,7 @@ from pipelines.video import VideoReader
 from tests.support.ffmpeg import ffmpeg
 from train import setup
 from train.compile.step import Step
+from train.hosts.channel import Channel
 from train.recipes.paravt import paravt_rl
 
 COSTS = Path(__file__).with_suffix(".json")
@@ -101,8 +102,8 @@ def measure(repeats: int) -> HostCosts:
     reward, _ = _processor_seconds(lambda at: score(SAID, "red", "oe", RewardRules()), 100)
     sent, received = _exchange(pickle.dumps(prompt, protocol=5))
     _, small = _exchange(pickle.dumps(1.0))
-    sizes = [len(pickle.dumps(own, protocol=5)) for own in (prompt, seen)]
-    costs = overview, crop, reward, *sizes, sent / sizes[0], received / sizes[0], small
+    told, also = (len(pickle.dumps(own, protocol=5)) for own in (prompt, seen))
+    costs = overview, crop, reward, told, also, sent / told, received / told, small
     return HostCosts(*costs, commit=_commit())
 
 
@@ -147,9 +148,9 @@ def _exchange(message: bytes) -> tuple[float, float]:
     with Listener(("127.0.0.1", 0)) as listener, ProcessPoolExecutor(1) as pool:
         received = pool.submit(_receive, listener.address)
         with listener.accept() as peer:
-            began = time.process_time()
+            channel, began = Channel(peer), time.process_time()
             for _ in range(MESSAGES):
-                peer.send_bytes(message)
+                channel.send(message)
             sent = time.process_time() - began
         return sent / MESSAGES, received.result() / MESSAGES
 
@@ -157,9 +158,9 @@ def _exchange(message: bytes) -> tuple[float, float]:
 def _receive(address: Any) -> float:
     with Client(address) as peer:
         assert isinstance(peer, Connection)
-        began = time.process_time()
+        channel, began = Channel(peer), time.process_time()
         for _ in range(MESSAGES):
-            pickle.loads(peer.recv_bytes())
+            pickle.loads(channel.receive())
         return time.process_time() - began
 
 

@@ -10,19 +10,20 @@ from __future__ import annotations
 import collections
 import contextlib
 import json
-import os
 import pickle
 import queue
 import secrets
+import selectors
 import socket
 import threading
 from collections.abc import Callable, Hashable
 from concurrent.futures import CancelledError, Future
 from multiprocessing import AuthenticationError
-from multiprocessing.connection import Client, Connection, Listener, wait
+from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
 from paravt_jax.deadlines import OutOfTime, within_seconds
+from train.hosts.channel import Channel
 from train.hosts.watch import WATCH
 
 KEY, AT = "paravt/exchange/key", "paravt/exchange/at/"
@@ -46,7 +47,7 @@ class Exchange:
         self._lock = threading.Lock()
         self._values: dict[Name, Future[Any]] = {}
         """What is expected and what has arrived; the second of the two takes it out of here."""
-        self._peers: dict[int, Connection] = {}
+        self._peers: dict[int, Channel] = {}
         self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
 
     def begin(self, number: int, count: int, client: Any, coordinator: str) -> None:
@@ -139,14 +140,13 @@ class Exchange:
                 at = json.loads(client.blocking_key_value_get(f"{AT}{host}", patience))
                 peer = _client(tuple(at), key)
                 peer.send_bytes(str(self.number).encode())
-                self._peers[host] = peer
+                self._peers[host] = Channel(peer)
             while len(self._peers) < self.count - 1:
                 # Whoever lacks the key is no host.
                 with contextlib.suppress(AuthenticationError, EOFError, OSError):
                     peer = listener.accept()
-                    self._peers[int(peer.recv_bytes(8))] = peer
-        for peer in self._peers.values():
-            _without_delay(peer)
+                    number = int(peer.recv_bytes(8))
+                    self._peers[number] = Channel(peer)
 
     def _send(self) -> None:
         while True:
@@ -155,18 +155,20 @@ class Exchange:
             for peer in self._peers.values():
                 # That it is gone is noticed where it is listened to.
                 with contextlib.suppress(OSError):
-                    peer.send_bytes(message)
+                    peer.send(message)
 
     def _receive(self) -> None:
-        numbers = {peer: number for number, peer in self._peers.items()}
-        while numbers:
-            for peer in wait(list(numbers)):
-                assert isinstance(peer, Connection)
-                try:
-                    self._arrived(numbers[peer], pickle.loads(peer.recv_bytes()))
-                except (EOFError, OSError):
-                    gone = numbers.pop(peer)
-                    threading.Thread(target=self._lost, args=(gone,), daemon=True).start()
+        with selectors.DefaultSelector() as heard:
+            for number, peer in self._peers.items():
+                heard.register(peer, selectors.EVENT_READ, number)
+            while heard.get_map():
+                for key, _ in heard.select():
+                    number = key.data
+                    try:
+                        self._arrived(number, pickle.loads(self._peers[number].receive()))
+                    except (EOFError, OSError):
+                        heard.unregister(key.fileobj)
+                        threading.Thread(target=self._lost, args=(number,), daemon=True).start()
 
     def _arrived(self, host: int, message: tuple[Name, Any, Failure | None]) -> None:
         name, value, failure = message
@@ -195,12 +197,6 @@ def _client(address: Any, key: bytes) -> Connection:
     peer = Client(address, authkey=key)
     assert isinstance(peer, Connection)
     return peer
-
-
-def _without_delay(peer: Connection) -> None:
-    """Small messages are sent at once; many of them are waited for."""
-    with socket.socket(fileno=os.dup(peer.fileno())) as connection:
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
 
 EXCHANGE = Exchange()
