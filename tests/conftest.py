@@ -2,6 +2,7 @@
 Qwen3-VL for tests that concern tokens."""
 
 import os
+import sys
 from pathlib import Path
 
 from tests.support.xla_flags import quick_compile
@@ -19,12 +20,15 @@ os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled")
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
+# Bytecode too, whatever a container says: each program that tests start would make it anew.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 import pytest
 
 from tests.support import shape_checks
 from tests.support.qwen3_vl_folders import GIVEN, small_folder, whole_folder
 
+sys.dont_write_bytecode = False
 shape_checks.install()
 
 

@@ -24,12 +24,12 @@ RECIPES = {name: get_recipe(name) for name in ("needle_rl", "paravt_sft")}
 SETTINGS = [(recipe, name) for recipe, config in RECIPES.items() for name in numbers(config)]
 
 
-@pytest.mark.parametrize("value", ["nan", "inf", "-inf", "1e400"])
 @pytest.mark.parametrize(("recipe", "setting"), SETTINGS)
-def test_no_number_without_meaning(recipe, setting, value):
-    with pytest.raises(ValueError) as refusal:
-        override(RECIPES[recipe], [f"{setting}={text_of(setting, value)}"])
-    assert setting in str(refusal.value)
+def test_no_number_without_meaning(recipe, setting):
+    for value in ("nan", "inf", "-inf", "1e400"):
+        with pytest.raises(ValueError) as refusal:
+            override(RECIPES[recipe], [f"{setting}={text_of(setting, value)}"])
+        assert setting in str(refusal.value), value
 
 
 @pytest.mark.parametrize(

@@ -25,6 +25,8 @@ from models.qwen3_vl import (
 )
 from paravt_jax.checkpoint import open_params, save_params
 from paravt_jax.params import initialise
+from tests.support.command import run as run_command
+from tests.support.command import run_anew
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
 
@@ -62,11 +64,8 @@ def model(tmp_path, params):
     return folder
 
 
-def convert(tmp_path, *arguments):
-    return subprocess.run(
-        [sys.executable, str(SCRIPT), *map(str, arguments)],
-        cwd=tmp_path, capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
+def convert(tmp_path, *arguments, start=run_command):
+    return start([sys.executable, str(SCRIPT), *map(str, arguments)], tmp_path)
 
 
 def assert_same(folder, params):
@@ -76,9 +75,9 @@ def assert_same(folder, params):
 
 
 def test_there_and_back(tmp_path, model, params):
-    there = convert(tmp_path, "from-hf", model, "checkpoint")
+    there = convert(tmp_path, "from-hf", model, "checkpoint", start=run_anew)
     assert there.returncode == 0, there.stderr
-    back = convert(tmp_path, "to-hf", "checkpoint", "again")
+    back = convert(tmp_path, "to-hf", "checkpoint", "again", start=run_anew)
     assert back.returncode == 0, back.stderr
     assert_same(tmp_path / "again", params)
     assert (tmp_path / "again" / "tokenizer.json").read_text() == "{}"
@@ -140,7 +139,7 @@ def test_weights_that_have_changed_since_are_named(tmp_path, run, params, name):
 def test_accelerators_are_left_to_others(tmp_path, model, monkeypatch):
     """Here are none, so that asking for one would fail."""
     monkeypatch.setenv("JAX_PLATFORMS", "tpu")
-    done = convert(tmp_path, "from-hf", model, "there")
+    done = convert(tmp_path, "from-hf", model, "there", start=run_anew)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -216,8 +215,20 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-@pytest.mark.parametrize("file_bytes", [0, 8000])
-@pytest.mark.parametrize(("command", "source"), [("from-hf", "model"), ("to-hf", "there")])
+def study(*case):
+    """Each way and each moment is held by the cases beside."""
+    return pytest.param(*case, marks=pytest.mark.study)
+
+
+@pytest.mark.parametrize(
+    ("command", "source", "file_bytes"),
+    [
+        ("from-hf", "model", 0),
+        ("to-hf", "there", 8000),
+        study("from-hf", "model", 8000),
+        study("to-hf", "there", 0),
+    ],
+)
 def test_a_full_disk_is_one_line_and_leaves_nothing(tmp_path, model, command, source, file_bytes):
     """Files may not grow beyond a size, so that writing fails at the first byte, or on the way."""
     assert door.main(["from-hf", str(model), str(tmp_path / "there")]) == 0

@@ -1,5 +1,6 @@
 """Gathered, chunked log-probabilities equal the plain formula, gradient included."""
 
+import functools
 import math
 import re
 
@@ -38,6 +39,18 @@ def plain(head, temperature):
     return jnp.pad(picked * keep, pad), jnp.pad(entropy * keep, pad)
 
 
+def assert_same(ours, wanted):
+    """Log-probabilities and entropies, and the gradient of the first of them."""
+
+    def both(function, head):
+        return function(head), jax.grad(lambda head: function(head)[0].sum())(head)
+
+    (found, slope), (want, steep) = jax.jit(functools.partial(both, ours))(HEAD), both(wanted, HEAD)
+    for got, expected in zip(found, want, strict=True):
+        np.testing.assert_allclose(got, expected, atol=1e-5)
+    np.testing.assert_allclose(slope, steep, atol=1e-4)
+
+
 @pytest.mark.parametrize(("chunk", "lanes"), [(2, 1), (4, 1), (128, 1), (1, 3), (128, 3)])
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_equals_the_plain_formula(chunk, lanes, temperature):
@@ -53,11 +66,7 @@ def test_equals_the_plain_formula(chunk, lanes, temperature):
             chunk=chunk,
         )
 
-    for got, want in zip(jax.jit(ours)(HEAD), plain(HEAD, temperature), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-    slope = jax.grad(lambda head: ours(head)[0].sum())(HEAD)
-    want = jax.grad(lambda head: plain(head, temperature)[0].sum())(HEAD)
-    np.testing.assert_allclose(slope, want, atol=1e-4)
+    assert_same(ours, lambda head: plain(head, temperature))
 
 
 ROWS, LONG, WIDE, CHUNK = 8, 64, 16, 4
@@ -173,11 +182,7 @@ def test_what_shaped_the_draws_shapes_value_and_gradient(shaping, lanes):
         )
 
     inside = drawable(shaping)
-    for got, want in zip(jax.jit(ours)(HEAD), shaped_plain(HEAD, shaping, inside), strict=True):
-        np.testing.assert_allclose(got, want, atol=1e-5)
-    slope = jax.grad(lambda head: ours(head)[0].sum())(HEAD)
-    want = jax.grad(lambda head: shaped_plain(head, shaping, inside)[0].sum())(HEAD)
-    np.testing.assert_allclose(slope, want, atol=1e-4)
+    assert_same(ours, lambda head: shaped_plain(head, shaping, inside))
 
 
 def test_a_teacher_is_shaped_like_its_student():

@@ -235,8 +235,10 @@ def test_attention_against_the_mask_written_out(own, unrolled, monkeypatch):
         return jnp.sum(jnp.where(real[:, :, None, None], jnp.sin(out), 0)), out
 
     found = [
-        jax.value_and_grad(lambda *x, f=f: total(f, *x), (0, 1, 2), has_aux=True)(query, key, value)
-        for f in (
+        jax.jit(jax.value_and_grad(functools.partial(total, function), (0, 1, 2), has_aux=True))(
+            query, key, value
+        )
+        for function in (
             lambda q, k, v: attend(q, k, v, causal=True, shared=shared),
             lambda q, k, v: reference(q, k, v, visible),
         )

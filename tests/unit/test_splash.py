@@ -144,7 +144,10 @@ def test_it_compiles_for_a_tpu_and_nothing_is_gathered(streams):
 def test_the_door_takes_the_kernel_where_prompts_are_shared(monkeypatch):
     """If streams begin where it can tell them apart."""
     inputs = draw((2, SLOTS, 4, 64), (2, SLOTS, 2, 64), (2, SLOTS, 2, 64))
-    door = functools.partial(attention.attend, *inputs, causal=True)
+
+    def door(shared):
+        return jax.jit(functools.partial(attention.attend, causal=True, shared=shared))(*inputs)
+
     plain, calls = door(shared=ROWS), []
 
     def emulated(*inputs, **terms):

@@ -1,6 +1,7 @@
 """Sub-agents in the loss: as if they were rows of the batch like all others."""
 
 import dataclasses
+import functools
 import json
 
 import jax
@@ -52,6 +53,7 @@ def groups():
     return [group(*scored[:2]), group(*scored[2:])]
 
 
+@functools.cache
 def made_batch(*settings, mesh="data:1") -> tuple:
     """A learner, its parameters and its batch of `groups`, advantages and reference included."""
     own = learner(configured(*SETTINGS, *settings), POLICY, mesh, REFERENCE)

@@ -80,14 +80,14 @@ def test_reference_log_probs_do_not_depend_on_micro_batching():
 
 
 def test_master_weights_and_moments_are_float32():
-    _, state = run_steps("data:1", 1, 1)
+    _, state = run_steps("data:1", 2, 5)
     for leaf in jax.tree.leaves((state.params, state.optimizer)):
         assert leaf.dtype in (jnp.float32, jnp.int32), leaf.dtype
 
 
 def test_frozen_vision_tower_does_not_move():
     fresh = initialise(POLICY.table, jax.random.key(0))
-    _, state = run_steps("data:1", 1, 1)
+    _, state = run_steps("data:1", 2, 5)
     moved = {n for n, value in state.params.items() if not np.array_equal(value, fresh[n])}
     assert moved and not any(name.startswith("vision.") for name in moved)
     assert "text.embedding" in moved
