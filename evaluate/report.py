@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _main(flags: argparse.Namespace) -> None:
-    from evaluate.page.write import write_page
+    from train.report.page.write import write_page
 
     other = Path(flags.compare).absolute() if flags.compare else None
     print(write_page(Path(flags.workdir).absolute(), other))

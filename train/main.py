@@ -202,10 +202,7 @@ def main(argv: list[str] | None = None) -> int:
             options = arguments.compile_only, target, _print, arguments.programs
             checks.compile_only(config, *options)
         else:
-            from evaluate.page.write import write_page
-
-            # Handed in: the page is made of what training leaves, and training knows nothing of it.
-            run.train(config, workdir, arguments.resume, write_page, mirror)
+            run.train(config, workdir, arguments.resume, mirror)
         WATCH.finish()
     except Exception as error:
         error = mirror.named_in(error) if mirror else error

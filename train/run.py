@@ -8,7 +8,6 @@ import functools
 import itertools
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +38,7 @@ from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.methods.teacher import TaughtLearner
 from train.optimizer import make_optimizer
 from train.report.log import METRICS, RunLog
+from train.report.page.write import write_page
 from train.report.progress import SignsOfLife, introduction
 from train.report.steps import Clock, StepReport
 from train.rl.learner import Learner
@@ -74,17 +74,9 @@ def name_workdir(config: Config, workdir: str | None) -> Path:
 PAGE_SECONDS = 15.0
 """Most for the page of a run that has failed or was told to end: who sends SIGTERM waits half a
 minute, of which a checkpoint may have taken some."""
-WritePage = Callable[[Path], Path]
-"""Writes the page of the run in a workdir, and says where it is."""
 
 
-def train(
-    config: Config,
-    workdir: Path,
-    resume: str,
-    write_page: WritePage,
-    mirror: Mirror | None = None,
-) -> None:
+def train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = None) -> None:
     """Run the stage of the configuration and leave everything in `workdir`, or in the bucket that
     it stands for.
 
@@ -92,21 +84,15 @@ def train(
       ValueError: unreadable data or a resume that does not fit the workdir.
     """
     if mirror is None:
-        return _train(config, workdir, resume, write_page)
+        return _train(config, workdir, resume)
     if jax.process_count() > 1:
         mirror.share()
     with contextlib.ExitStack() as stack:
         on_all_hosts(lambda: stack.enter_context(mirror.claimed()) if is_first() else None)
-        _train(config, workdir, resume, write_page, mirror)
+        _train(config, workdir, resume, mirror)
 
 
-def _train(
-    config: Config,
-    workdir: Path,
-    resume: str,
-    write_page: WritePage,
-    mirror: Mirror | None = None,
-) -> None:
+def _train(config: Config, workdir: Path, resume: str, mirror: Mirror | None = None) -> None:
     shown, checkpoints = first_prints, None
     if mirror is not None:
         shown = lambda line: first_prints(mirror.named(line))  # noqa: E731
@@ -121,7 +107,7 @@ def _train(
     for line in introduction(mirror.url if mirror else workdir, mesh, weights, data, compiled):
         first_prints(line)
     with SignsOfLife(first_prints, compilations.__str__), jax.set_mesh(mesh):
-        run = Run(config, workdir, mesh, compilations, write_page, mirror)
+        run = Run(config, workdir, mesh, compilations, mirror)
         for note in checks.whole_notes(run.parts.policy, mesh):
             first_prints(f"note: {note}")
         try:
@@ -148,12 +134,11 @@ class Run:
         workdir: Path,
         mesh: Mesh,
         compilations: Compilations,
-        write_page: WritePage,
         mirror: Mirror | None = None,
     ):
         self._place = mirror.url if mirror else workdir
-        self.config, self.workdir, self.mesh = config, workdir, mesh
-        self.compilations, self.write_page = compilations, write_page
+        self.config, self.workdir = config, workdir
+        self.mesh, self.compilations = mesh, compilations
         self.parts, self.scorer = setup.Parts(config), Scorer(config.rewards)
         self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
         # All hosts have agreed on the questions; from here on there is something to write.
@@ -399,7 +384,7 @@ class Run:
         if not self.config.output.report or not is_first():
             return
         try:
-            page = within_seconds(lambda: self.write_page(self.workdir), within)
+            page = within_seconds(lambda: write_page(self.workdir), within)
         except Exception as error:
             self.log.console.print(f"note: the page of the run could not be written: {error}")
             return

@@ -11,9 +11,9 @@ import time
 
 import pytest
 
-from evaluate.page.write import write_page
 from paravt_jax.records import VideoRef
 from tests.support.page_run import GOLD, some_groups, write_long_run, write_run
+from train.report.page.write import write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 

@@ -192,9 +192,10 @@ def test_a_failed_run_leaves_its_page_and_nothing_in_the_way(
     tmp_path, monkeypatch, capsys, steps, write, said
 ):
     monkeypatch.setattr(run, "PAGE_SECONDS", 0.1)
+    monkeypatch.setattr(run, "write_page", write)
     (tmp_path / "metrics.jsonl").write_text('{"step": 0}\n' * steps)
     failed = object.__new__(run.Run)
-    failed.workdir, failed.config, failed.write_page = tmp_path, get_recipe("needle_rl"), write
+    failed.workdir, failed.config = tmp_path, get_recipe("needle_rl")
     failed.log = types.SimpleNamespace(console=Console(soft_wrap=True))
     began = time.monotonic()
     failed.leave_page()

@@ -6,9 +6,9 @@ from urllib.parse import unquote
 import numpy as np
 import pytest
 
-from evaluate.page.figures import RolloutFigures, interval
-from evaluate.page.write import write_page
 from tests.support.page_run import some_groups, write_run, write_settings
+from train.report.page.figures import RolloutFigures, interval
+from train.report.page.write import write_page
 from train.rl.scoring import rollout_metrics
 
 

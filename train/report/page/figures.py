@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluate.page.source import Group, RunSource
+from train.report.page.source import Group, RunSource
 
 OFFSETS = 41
 """Places before and after the gold window at which is counted who looked."""

@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from evaluate.page.figures import RolloutFigures, run_figures, step_figures
-from evaluate.page.source import RunSource
+from train.report.page.figures import RolloutFigures, run_figures, step_figures
+from train.report.page.source import RunSource
 from train.report.rollouts import name_of
 
 ASSETS = Path(__file__).parent / "assets"
