@@ -110,12 +110,11 @@ def _table(rows: Sequence[dict[str, Any]]) -> Any:
     from rich import box
     from rich.table import Table
 
-    shown = Table(
-        box=box.SIMPLE_HEAD, caption="left out: an error in A or B, or asked in one alone"
-    )
-    shown.add_column("task")
-    for title in ("A", "B", "B - A", "95 %", "p", "questions", "videos", "left out"):
-        shown.add_column(title, justify="right")
+    caption = "both: answered in A and B; out: an error in one, or asked in one alone"
+    shown = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), caption=caption)
+    shown.add_column("task", overflow="fold")
+    for title in ("A", "B", "B - A", "95 %", "p", "both", "videos", "out"):
+        shown.add_column(title, justify="right", no_wrap=True)
     for row in rows:
         shown.add_row(
             row["task"],

@@ -44,7 +44,7 @@ def model(tmp_path_factory):
 def flags(model: Path, cache: Path, workdir: Path, *more: str) -> list[str]:
     own = ["--model", str(model), "--data", str(cache), "--workdir", str(workdir)]
     asked = ["--protocol", "needle", "--benchmarks", "needle_held_out", "--limit", str(COUNT)]
-    return [*own, *asked, "--batch", "4", *more]
+    return [*own, *asked, "--batch", "4", "--sight", "1", *more]
 
 
 def evaluate(model: Path, cache: Path, workdir: Path, *more: str) -> str:

@@ -116,7 +116,7 @@ def test_a_judge_decides_open_questions_and_its_failures_are_errors(judged):
 
 @pytest.mark.study
 def test_every_split(root, brief, tmp_path):
-    lines, report = evaluate(root, tmp_path / "run", rows.TASKS, brief)
+    lines, report = evaluate(root, tmp_path / "run", rows.TASKS, brief, "--sight", "0")
     for task in rows.TASKS:
         check_prompts(root, task, lines)
         check_figures(tmp_path / "run", task, lines, report)
@@ -141,9 +141,9 @@ PUT = {
     ("lmms-eval/qwen3_vl", "direct"): rows.TASKS,
     ("vlmevalkit", "direct"): rows.TASKS,
     ("vlmevalkit/1fps", "direct"): KINDS,
-    ("qwen-report", "reasoning"): rows.TASKS,
+    ("qwen-report", "reasoning"): (*KINDS, "lvbench"),
     ("paravt-release", "agentic"): KINDS,
-    ("paravt", "agentic"): rows.TASKS,
+    ("paravt", "agentic"): KINDS,
     ("paravt", "direct"): KINDS,
     ("paravt", "reasoning"): KINDS,
     ("paravt", "sequential"): KINDS,
