@@ -128,6 +128,8 @@ def _notes(about: About, run: TaskRun, found: TaskFigures) -> list[str]:
         notes.append("open questions by the rules alone: no judge is configured")
     if found.drawn:
         notes.append(f"{found.drawn} answers hold no letter; one was drawn for them by their ids")
+    if run.faults:
+        notes.append(f"the first malformed row of {len(run.faults)}: {run.faults[0]}")
     if about.limit is not None:
         notes.append(f"the first {about.limit} questions, not all")
     return notes + _seen(sight(run.results))

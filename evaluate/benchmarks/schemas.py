@@ -317,6 +317,8 @@ def _own(task: str, number: int, row: Fields, places: Places) -> Sample:
     the question), `kind` (`mcq`, `open`, `grounding`, or as in training `question_type`), `id` and
     `subtitles` if wanted. Other columns break figures down."""
     question = str(row["question"])
+    if not question.strip():
+        raise Unusable(FIELD, "question is empty")
     options = tuple(_options(row.get("options"))) or _inline(question)
     kind, video = _own_kind(row, bool(options)), str(row["video"])
     columns = {"video", "question", "answer", "options", "kind", "id", "subtitles", "question_type"}

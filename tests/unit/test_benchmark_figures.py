@@ -268,6 +268,14 @@ def test_errors_are_told_the_most_frequent_first_and_not_each(told):
     assert lines[report.SHOWN_ERRORS] == "videomme: 896 x error of 896 other kinds: report.json"
 
 
+def test_the_first_malformed_row_is_told(told):
+    _, runs = told
+    faulty = dataclasses.replace(runs["videomme"], faults=["q.csv, line 3: no field 'answer'", "x"])
+    about = report.About(protocol.load("lmms-eval"), "direct", "some/model", "abc1234")
+    notes = report.make(about, {"videomme": faulty})["tasks"]["videomme"]["notes"]
+    assert "the first malformed row of 2: q.csv, line 3: no field 'answer'" in notes
+
+
 def test_files_of_lmms_eval(told, tmp_path):
     made, runs = told
     report.write(tmp_path, made, runs)

@@ -112,11 +112,12 @@ def test_a_row_that_is_no_question_is_told(tmp_path):
         '{"video": "v.mp4", "question": "?", "answer": "C", "options": ["x", "y", "C1"]}\n'
         '{"video": "v.mp4", "question": "?", "answer": "blue", "options": ["x", "y"]}\n'
         '{"question": "?", "answer": "C"}\n{broken\n'
+        '{"video": "v.mp4", "question": " ", "answer": "C"}\n'
     )
     loaded = schemas.load(str(tmp_path / "mine.jsonl"), "")
     assert len(loaded.samples) == 1
     assert ["line 2" in loaded.faults[0], "line 4" in loaded.faults[2]] == [True, True]
-    assert "'video'" in loaded.faults[1]
+    assert "'video'" in loaded.faults[1] and "question is empty" in loaded.faults[3]
 
 
 def test_a_video_path_stays_below_its_folder(tmp_path):
