@@ -6,6 +6,7 @@ import collections
 import dataclasses
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
 from typing import NamedTuple
 
 import numpy as np
@@ -97,7 +98,7 @@ class SamplePrompts:
             raise ValueError("the question contains a control token of the model's; rephrase it")
         video = VideoRef(sample.video, 1.0)
         info = self.reader.info(video)
-        rate = info.frames / info.duration
+        rate = frames_a_second(info.frames, info.duration)
         seen = Seen(self.rules.video.indices(info.frames, rate), info.frames, rate)
         return self.rules.messages(sample, seen), VideoRef(sample.video, info.duration), seen
 
@@ -113,6 +114,13 @@ class SamplePrompts:
         system = "\n\n".join(filter(None, [agent_words, messages.system]))
         stamps = self.rules.video.times
         return self.renderer.user_prompt(parts, system, messages.tools, stamps)
+
+
+def frames_a_second(frames: int, seconds: float) -> float:
+    """The rate as containers have it, 6 or 30000/1001: the quotient lies a rounding error beside
+    it, and where harnesses cut `frames / rate` to whole seconds that would lose one."""
+    rate = frames / seconds
+    return float(Fraction(rate).limit_denominator(1001)) or rate
 
 
 class Prefetch:

@@ -10,6 +10,9 @@ from evaluate.benchmarks import protocol, schemas, scoring
 from evaluate.benchmarks.captions import Seen
 from evaluate.benchmarks.protocol import Span
 from evaluate.benchmarks.sample import Kind
+from evaluate.prompts import frames_a_second
+from paravt_jax.records import VideoRef
+from pipelines.video import VideoReader
 from tests.support import benchmark_rows as rows
 
 
@@ -37,6 +40,17 @@ def test_twenty_rows(task, root):
         assert shown.parts[0] == Span(0, 32), "frames come first"
         assert shown.text == rows.EXPECTED[task](sample.doc)
         json.loads(schemas.as_json(dict(sample.doc)))
+
+
+def test_frames_a_second_are_those_of_the_container(root):
+    """54 frames in 8.999999999999998 s are 6 a second: else Qwen's 18 frames would be 16."""
+    sample = next(s for s in schemas.load("lvbench", str(root)).samples if "clip0" in s.video)
+    info = VideoReader().info(VideoRef(sample.video, 1.0))
+    rate = frames_a_second(info.frames, info.duration)
+    shown = load("qwen-report").rules("lvbench", sample.kind).video.indices(info.frames, rate)
+    assert (rate, len(shown)) == (rows.RATE, 18)
+    assert frames_a_second(1798, 1798 * 1001 / 30000) == 30000 / 1001
+    assert frames_a_second(3, 86400.0) == 3 / 86400, "a time-lapse"
 
 
 def test_gold(root):
