@@ -17,6 +17,7 @@ from train.report.page.write import write_page
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 
+pytestmark = pytest.mark.slow
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 OPENS_WITHIN = 2.0
 """Seconds."""

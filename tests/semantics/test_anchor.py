@@ -23,6 +23,7 @@ from tests.support.scripted_rollouts import (
 from train.batch import streams_of_groups, turn_numbers
 from train.rl.scoring import Scorer
 
+pytestmark = pytest.mark.slow
 THOUGHT = "I look at all of it."
 CLOSED = f"{THOUGHT}</think><answer>red</answer><|im_end|>"
 UNCLOSED = f"{THOUGHT}<answer>red</answer><|im_end|>"

@@ -15,6 +15,8 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from tests.support.shared_rows import shared_rows
 from tests.unit.test_splash import draw
 
+pytestmark = pytest.mark.slow
+
 
 class PlainFlash(cudnn.Flash):
     """The formulas of FlashAttention-2's two passes over whole matrices."""
