@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import collections
+import functools
 
 import jax
 import numpy as np
@@ -111,22 +112,27 @@ def test_learner_and_engine_agree_where_sub_agents_must_think():
     assert subagents and all(s.tokens[: len(head)].tolist() == head for s in subagents)
 
 
-@pytest.mark.parametrize("evidence", EVIDENCE)
-def test_slots_and_steps_change_no_sample(evidence):
+@functools.cache
+def alone(evidence: str):
+    """Six questions, and what is rolled out on one device with a slot for everything."""
     world = toy(evidence, copies=2)
     items = world.items(6)
-    groups = world.roll_out(world.engine(Shape(prompts=8, crops=8)), items)
+    return items, world.roll_out(world.engine(Shape(prompts=8, crops=8)), items)
+
+
+@pytest.mark.parametrize("evidence", EVIDENCE)
+def test_slots_and_steps_change_no_sample(evidence):
+    world, (items, groups) = toy(evidence, copies=2), alone(evidence)
     few = Shape(prompts=1, crops=2, steps_per_call=5)
     check_same(groups, world.roll_out(world.engine(few), items[::-1]))
 
 
 @pytest.mark.parametrize("evidence", ["text", study("frames")])
 def test_a_mesh_changes_no_sample(evidence):
-    world = toy(evidence, copies=2)
-    items, shape = world.items(6), Shape(prompts=4, crops=8)
-    groups = world.roll_out(world.engine(shape), items)
+    world, (items, groups) = toy(evidence, copies=2), alone(evidence)
     with jax.set_mesh(make_mesh(parse_mesh(MESH, 8))):
-        check_same(groups, world.roll_out(world.engine(shape), items))
+        engine = world.engine(Shape(prompts=4, crops=8))
+        check_same(groups, world.roll_out(engine, items))
 
 
 @pytest.mark.parametrize("evidence", EVIDENCE)
