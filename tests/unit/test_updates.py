@@ -4,6 +4,7 @@ The policy is a bigram table, so that every step can be done again by hand.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -125,29 +126,31 @@ BYPASS = dataclasses.replace(
 
 def by_hand(objective, epochs, shares):
     """The same optimiser steps without micro-batches, and the share of clipped tokens."""
-    params, batch = weights(), random_batch()
+    params, batch = weights(), jax.tree.map(jnp.asarray, random_batch())
     proximal = plain_log_probs(params, batch.tokens, 0.7)
     clipped = trained = 0.0
+
+    @jax.jit
+    @functools.partial(jax.grad, has_aux=True)
+    def slope_of(params, chosen):
+        log_probs = plain_log_probs(params, batch.tokens, 0.7)
+        before = log_probs if objective.correction.bypass else proximal
+        total, count, seen = policy_loss(
+            log_probs[chosen],
+            before[chosen],
+            batch.behaviour_log_probs[chosen],
+            batch.advantages[chosen],
+            batch.loss_weights[chosen],
+            objective,
+            batch.reference_log_probs[chosen],
+            group_size=GROUP,
+        )
+        return total / count, seen
+
     for _ in range(epochs):
         for share in range(shares):
             chosen = np.arange(ROWS).reshape(PROMPTS, GROUP)[share::shares].reshape(-1)
-
-            def loss(params, chosen=chosen):
-                log_probs = plain_log_probs(params, batch.tokens, 0.7)
-                before = log_probs if objective.correction.bypass else proximal
-                total, count, seen = policy_loss(
-                    log_probs[chosen],
-                    before[chosen],
-                    batch.behaviour_log_probs[chosen],
-                    batch.advantages[chosen],
-                    batch.loss_weights[chosen],
-                    objective,
-                    batch.reference_log_probs[chosen],
-                    group_size=GROUP,
-                )
-                return total / count, seen
-
-            slope, seen = jax.grad(loss, has_aux=True)(params)
+            slope, seen = slope_of(params, chosen)
             clipped, trained = clipped + seen.clipped, trained + seen.tokens
             params = jax.tree.map(lambda w, g: w - rate(objective) * g, params, slope)
     return params["table"], clipped / trained
