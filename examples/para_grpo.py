@@ -18,6 +18,7 @@ loss and its gradient are those of this page (`tests/semantics/test_one_page.py`
 """
 
 import argparse
+import os
 import sys
 import time
 from dataclasses import dataclass, field, replace
@@ -53,7 +54,7 @@ CALLS = 4  # most calls of a turn that are answered
 TURN, REPORT, ANSWER = 156, 32, 32  # most tokens of a first turn, of a report, of an answer
 TEMPERATURE = 1.0  # of the agent; sub-agents are greedy
 ANCHOR, KL, CLIP, CAP = 0.5, 0.05, 0.2, 5.0  # weights of anchor and divergence; bounds of ratios
-ROWS, LENGTHS = 64, 128  # static shapes: rows of a batch, and what lengths are multiples of
+ROWS, LENGTHS = int(os.environ.get("ROWS", "64")), 128  # static: rows of a batch, unit of lengths
 
 FOLDER = ROOT / "train" / "assets" / "needle_sft"  # the cold start: a million weights
 MODEL = from_pretrained(FOLDER)
@@ -276,15 +277,14 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=400, help="of the needle world")
     parser.add_argument("--folder", default="data/needle_world", help="where they are written")
     args, rng = parser.parse_args(), np.random.default_rng(0)
-    global ROWS
-    ROWS = min(ROWS, args.prompts * GROUP)  # one prompt needs no batch of eight
     questions = needle_questions(NeedleWorld(args.videos), args.folder, "train", ("oe", "tvg"))
     trainable = {name: x for name, x in MODEL.params.items() if not name.startswith("vision.")}
     rate = optax.linear_schedule(3e-5, 1.5e-4, transition_steps=4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95))
     moments = optimizer.init(trainable)
     for step in range(1, args.steps + 1):
-        began, chosen = time.perf_counter(), rng.choice(len(questions), args.prompts, replace=False)
+        began = time.perf_counter()
+        chosen = rng.choice(len(questions), args.prompts, replace=False)
         groups = roll_out({**MODEL.params, **trainable}, [questions[i].row for i in chosen], rng)
         batch = [prepare(group, MODEL.params) for group in groups]
         (loss, metrics), gradient = accumulate(trainable, MODEL.params, batch)

@@ -161,7 +161,7 @@ def test_sampler_and_learner_agree(page, groups):
 def test_the_real_command_learns_from_a_foreign_directory(tmp_path):
     command = [sys.executable, str(SCRIPT), "--steps", "2", "--prompts", "1", "--videos", "4"]
     # Optax promotes its counts of steps, for which a page has no room to say that it may.
-    env = environment(JAX_NUMPY_DTYPE_PROMOTION="standard")
+    env = environment(JAX_NUMPY_DTYPE_PROMOTION="standard", ROWS="8")
     done = subprocess.run(
         command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900
     )

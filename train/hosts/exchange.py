@@ -158,6 +158,7 @@ class Exchange:
                     peer.send(message)
 
     def _receive(self) -> None:
+        room = bytearray()
         with selectors.DefaultSelector() as heard:
             for number, peer in self._peers.items():
                 heard.register(peer, selectors.EVENT_READ, number)
@@ -165,7 +166,7 @@ class Exchange:
                 for key, _ in heard.select():
                     number = key.data
                     try:
-                        self._arrived(number, pickle.loads(self._peers[number].receive()))
+                        self._arrived(number, _loaded(self._peers[number], room))
                     except (EOFError, OSError):
                         heard.unregister(key.fileobj)
                         threading.Thread(target=self._lost, args=(number,), daemon=True).start()
@@ -197,6 +198,12 @@ def _client(address: Any, key: bytes) -> Connection:
     peer = Client(address, authkey=key)
     assert isinstance(peer, Connection)
     return peer
+
+
+def _loaded(peer: Channel, room: bytearray) -> Any:
+    """The next message of a host; `room` may grow again once nothing looks at it any more."""
+    with peer.receive(room) as message:
+        return pickle.loads(message)
 
 
 EXCHANGE = Exchange()
