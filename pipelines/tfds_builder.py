@@ -120,6 +120,7 @@ def row_source(rows: Sequence[T], cache_dir: str) -> RowSource[T]:
 
     Raises:
         ValueError: there are no rows, or two of them share an id.
+        OSError: they cannot be written.
     """
     if not rows:
         raise ValueError("no rows to write: check the question types and the question file")
@@ -129,5 +130,10 @@ def row_source(rows: Sequence[T], cache_dir: str) -> RowSource[T]:
     # TFDS tells its progress on standard output, which belongs to the run's own report.
     with contextlib.redirect_stdout(io.StringIO()):
         builder = RowBuilder(rows, data_dir=cache_dir)
-        builder.download_and_prepare()
+        try:
+            builder.download_and_prepare()
+        except OSError:
+            # Another host or run that shares the folder has written these very rows meanwhile.
+            if not builder.data_path.exists():
+                raise
     return RowSource(os.fspath(builder.data_path))

@@ -22,7 +22,7 @@ from paravt_jax.records import Row, VideoRef
 from pipelines.budget import frame_budget
 from pipelines.datasets import question_rows
 from pipelines.loader import prompt_list, prompt_stream
-from pipelines.tfds_builder import row_source
+from pipelines.tfds_builder import RowBuilder, row_source
 from pipelines.video import VideoReader
 from tests.support.needle import data_folder, questions, renderer
 
@@ -60,6 +60,20 @@ def test_the_same_rows_are_written_once_and_other_rows_apart(tmp_path):
         source = row_source(kept, str(tmp_path))
         assert len(source) == len(kept)
     assert len(list(tmp_path.glob("rows-*"))) == 2
+
+
+def test_two_hosts_may_write_the_same_rows_at_once(tmp_path, monkeypatch):
+    examples = RowBuilder._generate_examples
+
+    def overtaken(builder):
+        monkeypatch.setattr(RowBuilder, "_generate_examples", examples)
+        row_source(rows(), str(tmp_path))  # another one begins later and is done first
+        yield from examples(builder)
+
+    monkeypatch.setattr(RowBuilder, "_generate_examples", overtaken)
+    source = row_source(rows(), str(tmp_path))
+    assert [source[i] for i in range(len(source))] == rows()
+    assert not [*tmp_path.rglob("incomplete*")]
 
 
 def test_prompts_show_as_many_frames_as_the_draw_says():
