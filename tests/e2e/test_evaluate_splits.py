@@ -152,12 +152,13 @@ PUT = {
 
 
 @pytest.mark.study
-@pytest.mark.parametrize(("name", "mode"), PUT, ids="-".join)
-def test_every_protocol_and_mode(name, mode, root, tmp_path):
+@pytest.mark.parametrize("put", PUT, ids="-".join)
+def test_every_protocol_and_mode(put, root, tmp_path):
     """Two rows of each task, in the words of the protocol; shown small and answered in few words,
     as the model reads no more than 4096 tokens."""
+    name, mode = put
     loaded = protocol.load(name)
-    tasks = [task for task in PUT[name, mode] if task in loaded.tasks]
+    tasks = [task for task in PUT[put] if task in loaded.tasks]
     brief = "".join(f"[task.{task}.decoding]\nmax_new_tokens = 8\n" for task in tasks)
     (tmp_path / "short.toml").write_text(f'extends = "{name}"\n{SHORT}{brief}')
     flags = "--mode", mode, "--limit", "2", "--sight", "0"
