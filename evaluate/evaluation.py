@@ -61,8 +61,8 @@ class EvaluationPlan:
     def judged_by(self, judge: str) -> EvaluationPlan:
         """The same with a judge of this name, if the protocol has anything judged."""
         rules = (rules for task in self.tasks for rules in task.rules.values())
-        asked = any(own.scoring.judge for own in rules)
-        return dataclasses.replace(self, judge=judge if asked else "")
+        judged = any(each.scoring.judge for each in rules)
+        return dataclasses.replace(self, judge=judge if judged else "")
 
 
 def open_asked(
@@ -89,8 +89,8 @@ def open_asked(
     mode, tasks = mode or protocol.modes[0], []
     _check_twice([_task_name(name) for name in names])
     for name in names:
-        own = name.endswith(schemas.ENDINGS)
-        ruled = OWN if own else schemas.ALIASES.get(name, name)
+        is_file = name.endswith(schemas.ENDINGS)
+        ruled = OWN if is_file else schemas.ALIASES.get(name, name)
         for kind in Kind:  # before rows are looked for: is there such a task and mode?
             protocol.rules(ruled, kind, mode)
         needles = ruled in NEEDLE_TASKS
@@ -109,8 +109,8 @@ def open_asked(
 
 def _task_name(name: str) -> str:
     """Of a benchmark or a file in the report."""
-    own = name.endswith(schemas.ENDINGS)
-    return Path(name).stem if own else schemas.ALIASES.get(name, name)
+    is_file = name.endswith(schemas.ENDINGS)
+    return Path(name).stem if is_file else schemas.ALIASES.get(name, name)
 
 
 def _check_twice(tasks: Sequence[str]) -> None:
@@ -132,25 +132,25 @@ class Evaluation:
     """An evaluation in a folder, or the part of it that one process does."""
 
     def __init__(
-        self, asked: EvaluationPlan, model: Opened, workdir: Path, shard: tuple[int, int] = (1, 1)
+        self, plan: EvaluationPlan, model: Opened, workdir: Path, shard: tuple[int, int] = (1, 1)
     ):
         """`shard`: number from 1, and count; shard i answers samples i, i + count, ..."""
-        self._asked, self._model, self._workdir, self._shard = asked, model, workdir, shard
+        self._plan, self._model, self._workdir, self._shard = plan, model, workdir, shard
         self.waits = Waits()
         workdir.mkdir(parents=True, exist_ok=True)
-        own = model.config
-        settings = settings_of(asked, own.model.folder or "", own.recipe)
+        config = model.config
+        settings = settings_of(plan, config.model.folder or "", config.recipe)
         write_atomically(workdir / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
     def answered(self) -> dict[tuple[str, str], SampleResult]:
         """What all processes have written so far; of a sample that ended in an error and was asked
         again, the answer."""
-        known = {(sample.task, sample.sample_id) for sample in self._asked.samples}
+        planned = {(sample.task, sample.sample_id) for sample in self._plan.samples}
         files = sorted(self._workdir.glob("samples*.jsonl"))
         lines = [result for file in files for result in results.read(file)]
         lines.sort(key=lambda result: result.status == OK)
-        found = {(r.task, r.sample_id): r for r in lines}
-        return {key: result for key, result in found.items() if key in known}
+        written = {(r.task, r.sample_id): r for r in lines}
+        return {key: result for key, result in written.items() if key in planned}
 
     def run(self, batch: int, judge: Judge | None, console: Console, again: bool = False) -> None:
         """Answer all samples of this shard that nobody has answered.
@@ -160,18 +160,18 @@ class Evaluation:
           again: ask those, too, that ended in an error.
         """
         number, count = self._shard
-        done, own = self.answered(), self._asked.samples[number - 1 :: count]
+        done, samples = self.answered(), self._plan.samples[number - 1 :: count]
         if again:
             done = {key: result for key, result in done.items() if result.status == OK}
-        left = {(s.task, s.sample_id) for s in own} - set(done)
-        ours = [done[s.task, s.sample_id] for s in own if (s.task, s.sample_id) in done]
-        with ProgressBar(console, "evaluating", len(own), len(ours)) as bar:
+        missing = {(s.task, s.sample_id) for s in samples} - set(done)
+        ours = [done[s.task, s.sample_id] for s in samples if (s.task, s.sample_id) in done]
+        with ProgressBar(console, "evaluating", len(samples), len(ours)) as bar:
             for questions in self._kinds():
                 key = questions.rules.task
-                chosen = [s for s in questions.samples if (s.task, s.sample_id) in left]
+                chosen = [s for s in questions.samples if (s.task, s.sample_id) in missing]
                 if not chosen:
                     continue
-                runner = SampleRunner(self._model, questions, batch, judge, self._asked.guarded)
+                runner = SampleRunner(self._model, questions, batch, judge, self._plan.guarded)
                 for came in runner(chosen):
                     result = dataclasses.replace(came, commit=self._commit)
                     results.append(self._workdir / self._file, [result])
@@ -181,7 +181,7 @@ class Evaluation:
                 self.waits.idle += runner.waits.idle
 
     def _kinds(self) -> Iterator[Questions]:
-        for task in self._asked.tasks:
+        for task in self._plan.tasks:
             for kind, rules in task.rules.items():
                 yield Questions(rules, tuple(s for s in task.loaded.samples if s.kind == kind))
 
@@ -197,24 +197,24 @@ class Evaluation:
     def report(self) -> tuple[report.Json | None, int]:
         """The report, once every sample has been answered, and how many have not."""
         done = self.answered()
-        every = [(s.task, s.sample_id) for s in self._asked.samples]
+        every = [(s.task, s.sample_id) for s in self._plan.samples]
         missing = sum(key not in done for key in every)
         if missing:
             return None, missing
         if self._shard[1] > 1:
             lines = "".join(results.line(done[key]) for key in every)
             write_atomically(self._workdir / results.SAMPLES, lines)
-        runs = {task.name: _task_run(task, done) for task in self._asked.tasks}
+        runs = {task.name: _task_run(task, done) for task in self._plan.tasks}
         spec = self._model.agents.renderer.spec
         about = report.About(
-            self._asked.protocol,
-            self._asked.mode,
+            self._plan.protocol,
+            self._plan.mode,
             self._model.name,
             # Of all that answered: a run may go on after a change of the code.
             ", ".join(dict.fromkeys(done[key].commit or self._commit for key in every)),
-            self._asked.judge,
+            self._plan.judge,
             getattr(spec, "marks", ""),
-            self._asked.limit,
+            self._plan.limit,
         )
         made = report.make(about, runs)
         report.write(self._workdir, made, runs)
@@ -224,8 +224,7 @@ class Evaluation:
         """Of each task what its answers took."""
         done = self.answered()
         return {
-            task.name: report.usage_line(_task_run(task, done).results)
-            for task in self._asked.tasks
+            task.name: report.usage_line(_task_run(task, done).results) for task in self._plan.tasks
         }
 
 
@@ -239,27 +238,27 @@ def running(task: str, answers: Sequence[SampleResult]) -> str:
     """The figure so far, with its interval."""
     scored = [r for r in answers if r.score is not None]
     errors = sum(r.score is None for r in answers)
-    said = f", {errors} errors" if errors else ""
+    note = f", {errors} errors" if errors else ""
     if not scored:
-        return f"{task}{said}"
-    found = estimate([r.score or 0.0 for r in scored], [r.cluster for r in scored])
-    return f"{task} {found.value:.3f} ({found.low:.3f} to {found.high:.3f}){said}"
+        return f"{task}{note}"
+    mean = estimate([r.score or 0.0 for r in scored], [r.cluster for r in scored])
+    return f"{task} {mean.value:.3f} ({mean.low:.3f} to {mean.high:.3f}){note}"
 
 
-def settings_of(asked: EvaluationPlan, folder: str, recipe: str) -> dict[str, object]:
+def settings_of(plan: EvaluationPlan, folder: str, recipe: str) -> dict[str, object]:
     """What decides an evaluation's figures; `folder` is the model's."""
     return {
         "model": folder,
         "weights": _fingerprint(Path(folder)),
         "recipe": recipe,
-        PROTOCOL: asked.protocol.name,
-        "protocol_fingerprint": report.fingerprint(asked.protocol),
-        "mode": asked.mode,
-        "sight": asked.guarded,
-        "judge": asked.judge,
-        "rows": {task.name: len(task.loaded.samples) for task in asked.tasks},
-        "rows_fingerprint": _fingerprint_of_rows(asked.samples),
-        "limit": asked.limit,
+        PROTOCOL: plan.protocol.name,
+        "protocol_fingerprint": report.fingerprint(plan.protocol),
+        "mode": plan.mode,
+        "sight": plan.guarded,
+        "judge": plan.judge,
+        "rows": {task.name: len(task.loaded.samples) for task in plan.tasks},
+        "rows_fingerprint": _fingerprint_of_rows(plan.samples),
+        "limit": plan.limit,
     }
 
 
@@ -267,8 +266,8 @@ def _fingerprint_of_rows(samples: Sequence[Sample]) -> str:
     """Tells questions and truths from those that stood in the same files before."""
     value = 0
     for s in samples:
-        said = (s.task, s.sample_id, s.kind, s.question, s.options, s.gold)
-        value = zlib.crc32(repr(said).encode(), value)
+        fields = (s.task, s.sample_id, s.kind, s.question, s.options, s.gold)
+        value = zlib.crc32(repr(fields).encode(), value)
     return f"{value:08x}"
 
 
@@ -282,22 +281,22 @@ def _fingerprint(folder: Path) -> str:
     return f"{value:08x}"
 
 
-def check_workdir(workdir: Path, asked: EvaluationPlan, folder: str, recipe: str) -> None:
+def check_workdir(workdir: Path, plan: EvaluationPlan, folder: str, recipe: str) -> None:
     """Before weights are loaded: is this the folder of this evaluation, or of none?
 
     Raises:
       ValueError: it holds another one.
     """
-    path, settings = workdir / SETTINGS, settings_of(asked, folder, recipe)
+    path, settings = workdir / SETTINGS, settings_of(plan, folder, recipe)
     if not path.exists():
         return
-    held = json.loads(path.read_text(encoding="utf-8"))
-    if PROTOCOL not in held:
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if PROTOCOL not in stored:
         raise ValueError(f"{workdir} is the folder of a training run; choose another --workdir")
     differ = [  # what an earlier version did not write is not compared
-        f"{name}={held[name]!r}, not {value!r}"
+        f"{name}={stored[name]!r}, not {value!r}"
         for name, value in settings.items()
-        if held.get(name, value) != value
+        if stored.get(name, value) != value
     ]
     if differ:
         raise ValueError(
@@ -307,7 +306,7 @@ def check_workdir(workdir: Path, asked: EvaluationPlan, folder: str, recipe: str
 
 def commit() -> str:
     """Of this project, with `+` where files differ from it; empty without git."""
-    asked = [
+    command = [
         "git",
         "-C",
         str(ROOT),
@@ -318,6 +317,6 @@ def commit() -> str:
         "--exclude=*",
     ]
     try:
-        return subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return ""

@@ -126,21 +126,21 @@ def evaluate(flags: argparse.Namespace) -> None:
     config, judge = settings_of(*own, flags.attention), open_judge(flags)
     data = dataclasses.replace(config.data, cache_dir=flags.data)
     names = [name for name in flags.benchmarks.split(",") if name]
-    asked = open_asked(
+    plan = open_asked(
         protocol, names, flags.mode or "", flags.data, flags.limit, data, flags.frames
     )
-    asked = dataclasses.replace(asked, guarded=flags.sight).judged_by(flags.judge_model or "")
+    plan = dataclasses.replace(plan, guarded=flags.sight).judged_by(flags.judge_model or "")
     keep_compiled(config.output.compile_cache, config.output.compile_cache_gb)
     workdir = Path(flags.workdir or f"runs/evaluation-{time.strftime('%Y%m%d-%H%M%S')}").absolute()
-    check_workdir(workdir, asked, config.model.folder or "", config.recipe)
+    check_workdir(workdir, plan, config.model.folder or "", config.recipe)
     mesh = make_mesh(parse_mesh(flags.mesh, jax.device_count()))
     console = Console()
     model = open_model(*own, lambda rules: rules, mesh, flags.attention)
-    how = f"{asked.protocol.name}, {asked.mode}"
-    print(f"{len(asked.samples)} questions to {model.name}, {how}")
+    how = f"{plan.protocol.name}, {plan.mode}"
+    print(f"{len(plan.samples)} questions to {model.name}, {how}")
     print(f"workdir   {workdir}", flush=True)
     with jax.set_mesh(mesh):
-        evaluation = Evaluation(asked, model, workdir, flags.shard)
+        evaluation = Evaluation(plan, model, workdir, flags.shard)
         evaluation.run(flags.batch, judge, console, flags.retry_errors)
         tell(evaluation, flags, console)
 

@@ -72,11 +72,11 @@ def open_model(
       ValueError: there is no such model.
     """
     config = settings_of(model, recipe, attention)
-    parts, own = Parts(config), config.model
+    parts, settings = Parts(config), config.model
     # The renderer is the settings' own: it offers their tools, whatever the rules make of them.
     agents = dataclasses.replace(parts.agents, rules=change(config.agent))
     mesh = mesh or make_mesh(parse_mesh(None, 1), jax.devices()[:1])
-    params = load_params(own.folder or "", parts.policy.table, mesh, own.compute_dtype)
+    params = load_params(settings.folder or "", parts.policy.table, mesh, settings.compute_dtype)
     return Opened(config, agents, params, mesh)
 
 
@@ -92,13 +92,13 @@ def changed_rules(
 ) -> AgentConfig:
     """The rules of an agent that is asked: at this temperature, and with this many rounds of calls
     and tokens of a turn if not with its own."""
-    found = greedy(rules)
+    changed = greedy(rules)
     if temperature:
-        hot = dataclasses.replace(found.sampling, temperature=temperature)
-        found = dataclasses.replace(found, sampling=hot, subagent_sampling=hot)
+        hot = dataclasses.replace(changed.sampling, temperature=temperature)
+        changed = dataclasses.replace(changed, sampling=hot, subagent_sampling=hot)
     if tokens:
-        found = dataclasses.replace(found, turn_tokens=tokens, answer_tokens=tokens)
-    return found if rounds is None else dataclasses.replace(found, max_tool_rounds=rounds)
+        changed = dataclasses.replace(changed, turn_tokens=tokens, answer_tokens=tokens)
+    return changed if rounds is None else dataclasses.replace(changed, max_tool_rounds=rounds)
 
 
 def settings_of(
@@ -118,14 +118,14 @@ def settings_of(
         assert config is not None, "the workdir holds settings"
     else:
         config = get_recipe(OWN if folder.resolve() == COLD_START else OTHERS)
-    own = config.model
+    defaults = config.model
     # bfloat16 is what accelerators multiply fast; CPUs do not have it.
-    dtype = "float32" if jax.default_backend() == "cpu" else own.compute_dtype
+    dtype = "float32" if jax.default_backend() == "cpu" else defaults.compute_dtype
     # Adapters are merged into what a run exports. A kernel of its that this machine does not have
     # gives way to the reference, and float32 has no other.
-    kernels: Any = attention or (own.attention if dtype == "bfloat16" else "auto")
+    kernels: Any = attention or (defaults.attention if dtype == "bfloat16" else "auto")
     with placed("--"):
-        weights = ModelSettings(str(folder), dtype, own.cache_dtype, attention=kernels)
+        weights = ModelSettings(str(folder), dtype, defaults.cache_dtype, attention=kernels)
     found = dataclasses.replace(config, model=weights)
     if attention:
         check_attention(found, jax.default_backend())

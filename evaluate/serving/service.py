@@ -99,8 +99,8 @@ class Service:
         inputs = agent_input_sizes(agents.rules, agents.data, agents.renderer, [anything])
         shown = range(limits.frames + 1)
         prompts = tuple(SizeRange(n, max(n, 1), limits.prompt_tokens) for n in shown)
-        given = (*inputs[MAIN].appended, SizeRange(0, 1, _longest_head(agents.renderer)))
-        inputs[MAIN] = InputSizes(prompts, given, inputs[MAIN].sampling)
+        appended = (*inputs[MAIN].appended, SizeRange(0, 1, _longest_head(agents.renderer)))
+        inputs[MAIN] = InputSizes(prompts, appended, inputs[MAIN].sampling)
         values = agents.renderer.spec.patch_values
         return precompile(self.engine, self._model.params, inputs, values)
 
@@ -130,31 +130,31 @@ class Service:
         if count > self.limits.rows:
             raise ApiError(f"n: at most {self.limits.rows} here (--rows)", "n")
         limit, grammar = self._limit(request), self._calls(request)
-        asked = self.prompts(request)
+        prompt = self.prompts(request)
         wanted = Wanted(
             tuple(request.stop or ()),
             tools_of(request) is not None,
-            asked.said,
+            prompt.said,
             bool(request.logprobs),
             request.top_logprobs or 0,
         )
         # The head stands in the same part of the cache as what is generated.
-        limit = min(limit, self.room - len(asked.head))
+        limit = min(limit, self.room - len(prompt.head))
         base = secrets.randbits(32) if request.seed is None else request.seed
         seeds = [derive_seed(base, "choice", number) for number in range(count)]
         watched = bool(request.stream or wanted.stops)
-        own = writings(self.vocabulary, wanted, count)
-        chat = Chat(asked, _sampling(request), limit, seeds, own, watched, emit)
-        ids = [*asked.prompt.tokens.tolist(), *asked.head]
+        grown = writings(self.vocabulary, wanted, count)
+        chat = Chat(prompt, _sampling(request), limit, seeds, grown, watched, emit)
+        ids = [*prompt.prompt.tokens.tolist(), *prompt.head]
         return Prepared(chat, bool(request.top_logprobs), grammar, len(ids), ids, lambda: None)
 
     def _limit(self, request: ChatRequest) -> int:
         """Most tokens of a completion."""
         name = "max_completion_tokens" if request.max_completion_tokens else "max_tokens"
-        wanted = request.max_completion_tokens or request.max_tokens
-        if wanted is not None and wanted > self.limits.max_tokens:
+        tokens = request.max_completion_tokens or request.max_tokens
+        if tokens is not None and tokens > self.limits.max_tokens:
             raise ApiError(f"{name}: at most {self.limits.max_tokens} here (--max-tokens)", name)
-        return wanted or self.limits.max_tokens
+        return tokens or self.limits.max_tokens
 
     def _ask(self, request: ChatRequest, emit: Emit) -> Prepared:
         """A question about one video, for the agent."""
@@ -185,8 +185,8 @@ class Service:
                 self._workers,
                 emit,
             )
-            held = stack.pop_all()
-        return Prepared(ask, False, None, len(prompt.tokens), [], held.close)
+            files = stack.pop_all()
+        return Prepared(ask, False, None, len(prompt.tokens), [], files.close)
 
     def _rules(self, request: ChatRequest) -> AgentConfig:
         """The agent's, with what the request says of draws and lengths."""
@@ -255,13 +255,13 @@ def _pools(model: Opened, limits: Limits) -> dict[str, SlotPool]:
         crop_tokens=agents.crop.tokens,
     )
     suffix = max(pools[MAIN].suffix, limits.max_tokens + _longest_head(renderer))
-    left = agents.policy.context_length - suffix
-    wanted = limits.prompt_tokens or min(left, LONGEST_PROMPT)
-    if not 0 < wanted <= left:
+    positions = agents.policy.context_length - suffix
+    prompt_tokens = limits.prompt_tokens or min(positions, LONGEST_PROMPT)
+    if not 0 < prompt_tokens <= positions:
         raise ValueError(
             f"--max-prompt-tokens {limits.prompt_tokens} --max-tokens {limits.max_tokens}: up to "
-            f"{suffix} tokens follow a prompt, which leaves {left} of the model's "
+            f"{suffix} tokens follow a prompt, which leaves {positions} of the model's "
             f"max_position_embeddings={agents.policy.context_length}; lower one of them"
         )
-    main = dataclasses.replace(pools[MAIN], prompt_tokens=wanted, suffix=suffix)
+    main = dataclasses.replace(pools[MAIN], prompt_tokens=prompt_tokens, suffix=suffix)
     return {**pools, MAIN: main}
