@@ -277,14 +277,14 @@ def main() -> None:
     parser.add_argument("--videos", type=int, default=400, help="of the needle world")
     parser.add_argument("--folder", default="data/needle_world", help="where they are written")
     args, rng = parser.parse_args(), np.random.default_rng(0)
-    questions = needle_questions(NeedleWorld(args.videos), args.folder, "train", ("oe", "tvg"))
+    world = NeedleWorld(train_videos=args.videos, held_out_videos=1)
+    questions = needle_questions(world, args.folder, "train", ("oe", "tvg"))
     trainable = {name: x for name, x in MODEL.params.items() if not name.startswith("vision.")}
     rate = optax.linear_schedule(3e-5, 1.5e-4, transition_steps=4)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(rate, b2=0.95))
     moments = optimizer.init(trainable)
     for step in range(1, args.steps + 1):
-        began = time.perf_counter()
-        chosen = rng.choice(len(questions), args.prompts, replace=False)
+        began, chosen = time.perf_counter(), rng.choice(len(questions), args.prompts, replace=False)
         groups = roll_out({**MODEL.params, **trainable}, [questions[i].row for i in chosen], rng)
         batch = [prepare(group, MODEL.params) for group in groups]
         (loss, metrics), gradient = accumulate(trainable, MODEL.params, batch)
