@@ -29,9 +29,9 @@ def keep_compiled(folder: str | None, gigabytes: float = 0.0) -> str | None:
     Args:
       gigabytes: the folder is cut down to so much now, see `prune`; 0 keeps all.
     """
-    given: str | None = getattr(jax.config, _CACHE)
-    if given or folder is None:
-        return given
+    chosen: str | None = getattr(jax.config, _CACHE)
+    if chosen or folder is None:
+        return chosen
     folder = os.path.abspath(os.path.expanduser(folder))
     if gigabytes and jax.process_index() == 0:
         prune(Path(folder), int(gigabytes * 2**30))
@@ -49,15 +49,15 @@ def prune(folder: Path, limit: int) -> None:
     and reads the folder anew at every entry; and one program that was kept without it, or that a
     killed process left half written, keeps it from ever storing another (jax 0.10 and 0.11).
     """
-    held: list[tuple[float, int, Path]] = []
+    programs: list[tuple[float, int, Path]] = []
     for path in folder.glob("*-cache"):
         with contextlib.suppress(OSError):
             if _PROGRAM.fullmatch(path.name):
-                found = path.stat()
+                stat = path.stat()
                 # A file system may not note when a file is read; then the oldest go first.
-                held.append((max(found.st_atime, found.st_mtime), found.st_size, path))
-    excess = sum(size for _, size, _ in held) - limit
-    for _, size, path in sorted(held):
+                programs.append((max(stat.st_atime, stat.st_mtime), stat.st_size, path))
+    excess = sum(size for _, size, _ in programs) - limit
+    for _, size, path in sorted(programs):
         if excess <= 0:
             return
         with contextlib.suppress(OSError):

@@ -87,7 +87,7 @@ class Cost:
 
     def times(self, count: float) -> Cost:
         """So many of it. Loops and kernels are counted as they stand in the text."""
-        traffic = {kind: own.times(count) for kind, own in self.collectives.items()}
+        traffic = {kind: each.times(count) for kind, each in self.collectives.items()}
         return dataclasses.replace(
             self, flops=self.flops * count, bytes=self.bytes * count, collectives=traffic
         )
@@ -95,7 +95,7 @@ class Cost:
     @property
     def sent(self) -> float:
         """Bytes of all collectives that go over its links."""
-        return sum((own.sent for own in self.collectives.values()), 0.0)
+        return sum((traffic.sent for traffic in self.collectives.values()), 0.0)
 
 
 class CostReader:
@@ -104,7 +104,7 @@ class CostReader:
     def __init__(self, module: Module, open_trips: int = 1) -> None:
         """`open_trips`: how often loops of the whole program run whose length is data."""
         self._module, self._open_trips = module, open_trips
-        self._known: dict[tuple[str, bool], Cost] = {}
+        self._costs: dict[tuple[str, bool], Cost] = {}
 
     def program(self) -> Cost:
         """All of it."""
@@ -112,32 +112,32 @@ class CostReader:
 
     def _computation(self, name: str, fused: bool = False) -> Cost:
         """`fused`: within a fusion, whose inner results never reach main memory."""
-        if (name, fused) not in self._known:
-            own = self._module.computations[name]
-            costs = (self._instruction(own, each, fused) for each in own.instructions)
-            self._known[name, fused] = functools.reduce(lambda a, b: a + b, costs, Cost())
-        return self._known[name, fused]
+        if (name, fused) not in self._costs:
+            where = self._module.computations[name]
+            costs = (self._instruction(where, each, fused) for each in where.instructions)
+            self._costs[name, fused] = functools.reduce(lambda a, b: a + b, costs, Cost())
+        return self._costs[name, fused]
 
-    def _instruction(self, where: Computation, own: Instruction, fused: bool) -> Cost:
-        opcode = own.opcode
+    def _instruction(self, where: Computation, op: Instruction, fused: bool) -> Cost:
+        opcode = op.opcode
         if opcode == "while":
-            return self._loop(where, own)
+            return self._loop(where, op)
         if opcode == "conditional":
-            return _largest(self._computation(name) for name in own.branches)
+            return _largest(self._computation(name) for name in op.branches)
         if opcode == "fusion":
-            inside = self._computation(own.called["calls"], fused=True)
-            return inside + Cost(bytes=0.0 if fused else self._fusion_bytes(where, own))
+            inside = self._computation(op.called["calls"], fused=True)
+            return inside + Cost(bytes=0.0 if fused else self._fusion_bytes(where, op))
         if opcode in ("call", "call-start"):
-            return self._computation(own.called["to_apply"], fused)
+            return self._computation(op.called["to_apply"], fused)
         if opcode == "async-start":
-            return self._computation(own.called["calls"], fused)
+            return self._computation(op.called["calls"], fused)
         kind = opcode.removesuffix("-start")
         if kind in COLLECTIVES:
-            return self._collective(where, own, kind, fused)
+            return self._collective(where, op, kind, fused)
         if opcode in _FREE or (opcode.endswith(("-done", "-update")) and opcode not in _UPDATES):
             return Cost()
-        moved = 0.0 if fused else _plain_bytes(where, own)
-        return Cost(flops(where, own), moved, kernels=is_silent_kernel(own))
+        moved = 0.0 if fused else _plain_bytes(where, op)
+        return Cost(flops(where, op), moved, kernels=is_silent_kernel(op))
 
     def _loop(self, where: Computation, loop: Instruction) -> Cost:
         trips = self._module.trips(where, loop)
@@ -148,28 +148,28 @@ class CostReader:
             return once.times(float(self._open_trips if whole else 1)) + Cost(open_loops=1)
         return once.times(float(trips))
 
-    def _collective(self, where: Computation, own: Instruction, kind: str, fused: bool) -> Cost:
+    def _collective(self, where: Computation, op: Instruction, kind: str, fused: bool) -> Cost:
         """A fusion of an all-reduce and of the slice that a device keeps is a reduce-scatter."""
-        taken = sum((_bytes(where.types_of(name)) for name in own.operands), 0.0)
-        given = own.bytes
-        if own.opcode.endswith("-start"):
+        operands = sum((_bytes(where.types_of(name)) for name in op.operands), 0.0)
+        results = op.bytes
+        if op.opcode.endswith("-start"):
             # Its result holds the operands beside what is received.
-            given = given - taken if kind != "all-reduce" else given
-        size = group_size(own.attributes, self._module.partitions)
+            results = results - operands if kind != "all-reduce" else results
+        size = group_size(op.attributes, self._module.partitions)
         if kind == "all-reduce" and where.name.startswith("all-reduce-scatter"):
-            kind, given = "reduce-scatter", taken / size
-        sent = ring_bytes(kind, taken, given, size)
-        moved = 0.0 if fused else taken + given
-        return Cost(bytes=moved, collectives={kind: Traffic(1.0, given, sent)})
+            kind, results = "reduce-scatter", operands / size
+        sent = ring_bytes(kind, operands, results, size)
+        moved = 0.0 if fused else operands + results
+        return Cost(bytes=moved, collectives={kind: Traffic(1.0, results, sent)})
 
-    def _fusion_bytes(self, where: Computation, own: Instruction) -> float:
-        inner = self._module.computations[own.called["calls"]]
+    def _fusion_bytes(self, where: Computation, op: Instruction) -> float:
+        inner = self._module.computations[op.called["calls"]]
         read = 0.0
         for number, parameter in inner.parameters():
-            outside = where.types_of(own.operands[number])
+            outside = where.types_of(op.operands[number])
             if _in_main_memory(outside):
                 read += self._read(inner, parameter)
-        return read + self._written(inner, inner.root, own.types)
+        return read + self._written(inner, inner.root, op.types)
 
     def _read(self, inner: Computation, source: Instruction) -> float:
         """Bytes that a fusion needs of what it is given: all of them, or its slices."""
@@ -190,8 +190,8 @@ class CostReader:
             part = inner.types_of(user.operands[_UPDATES[user.opcode]])
             return _bytes(part) if user.opcode == "scatter" else 0.0
         if user.opcode in _VIEWS:
-            seen = self._read(inner, user) / max(user.bytes, 1.0)
-            return seen * source.bytes
+            share = self._read(inner, user) / max(user.bytes, 1.0)
+            return share * source.bytes
         if user.opcode == "fusion":
             nested = self._module.computations[user.called["calls"]]
             parameter = dict(nested.parameters())[place]
@@ -206,7 +206,7 @@ class CostReader:
         """Bytes of a fusion's results, of one that is updated in place only the part."""
         if root.opcode == "tuple":
             pairs = zip(root.operands, types, strict=True)
-            parts = (self._written(inner, inner.by_name[name], (own,)) for name, own in pairs)
+            parts = (self._written(inner, inner.by_name[name], (array,)) for name, array in pairs)
             return sum(parts, 0.0)
         if not _in_main_memory(types):
             return 0.0
@@ -235,13 +235,13 @@ def collectives(module: Module) -> Iterator[tuple[Instruction, int]]:
 
 def _collectives(module: Module, name: str, times: int) -> Iterator[tuple[Instruction, int]]:
     where = module.computations[name]
-    for own in where.instructions:
-        if own.opcode.removesuffix("-start") in COLLECTIVES:
-            yield own, times
+    for op in where.instructions:
+        if op.opcode.removesuffix("-start") in COLLECTIVES:
+            yield op, times
             continue  # what it calls adds two numbers
-        trips = module.trips(where, own) if own.opcode == "while" else 1
+        trips = module.trips(where, op) if op.opcode == "while" else 1
         # Kernels name functions of their own, which stand in no text.
-        for called in module.computations.keys() & {*own.called.values(), *own.branches}:
+        for called in module.computations.keys() & {*op.called.values(), *op.branches}:
             yield from _collectives(module, called, times * (1 if trips is None else trips))
 
 
@@ -260,64 +260,64 @@ def group_size(attributes: str, partitions: int) -> int:
     if meshed:
         sizes = dict(re.findall(r"'([^']+)'=(\d+)", meshed[1]))
         # A part of an axis is written 'a':(before)size.
-        named = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", meshed[2])
-        return math.prod(int(part or sizes[axis]) for axis, part in named)
+        axes = re.findall(r"'([^']+)'(?::\(\d+\)(\d+))?", meshed[2])
+        return math.prod(int(part or sizes[axis]) for axis, part in axes)
     return partitions
 
 
-def ring_bytes(kind: str, taken: float, given: float, size: int) -> float:
+def ring_bytes(kind: str, operands: float, results: float, size: int) -> float:
     """Bytes that a device sends in a collective of `size` devices, by the ring algorithms (Chan et
     al. 2007, "Collective communication: theory, practice, and experience")."""
     share = (size - 1) / size
     if kind == "all-gather":
-        return given * share
+        return results * share
     if kind == "all-reduce":
-        return 2 * taken * share
+        return 2 * operands * share
     if kind in ("reduce-scatter", "all-to-all", "ragged-all-to-all"):
-        return taken * share
-    return taken
+        return operands * share
+    return operands
 
 
 def _largest(costs: Iterable[Cost]) -> Cost:
     """The worst of several branches, for each kind of cost on its own."""
-    found = list(costs)
-    kinds = {kind for own in found for kind in own.collectives}
+    branches = list(costs)
+    kinds = {kind for c in branches for kind in c.collectives}
     traffic = {
-        kind: max((own.collectives.get(kind, Traffic()) for own in found), key=lambda own: own.sent)
+        kind: max((c.collectives.get(kind, Traffic()) for c in branches), key=lambda c: c.sent)
         for kind in sorted(kinds)
     }
     return Cost(
-        max(own.flops for own in found),
-        max(own.bytes for own in found),
+        max(c.flops for c in branches),
+        max(c.bytes for c in branches),
         traffic,
-        max(own.open_loops for own in found),
-        max(own.kernels for own in found),
+        max(c.open_loops for c in branches),
+        max(c.kernels for c in branches),
     )
 
 
 def _bytes(types: Iterable[ArrayType]) -> float:
-    return sum((own.bytes for own in types), 0.0)
+    return sum((array.bytes for array in types), 0.0)
 
 
 def _in_main_memory(types: tuple[ArrayType, ...]) -> bool:
-    return any(own.space == MAIN_MEMORY for own in types)
+    return any(array.space == MAIN_MEMORY for array in types)
 
 
 def _main_bytes(types: Iterable[ArrayType]) -> float:
-    return sum((own.bytes for own in types if own.space == MAIN_MEMORY), 0.0)
+    return sum((array.bytes for array in types if array.space == MAIN_MEMORY), 0.0)
 
 
-def _plain_bytes(where: Computation, own: Instruction) -> float:
+def _plain_bytes(where: Computation, op: Instruction) -> float:
     """Bytes of an instruction that stands alone."""
-    given = _main_bytes(own.types)
-    if own.opcode in _SLICES:
-        return 2 * given
-    if own.opcode in _UPDATES:
-        part = _main_bytes(where.types_of(own.operands[_UPDATES[own.opcode]]))
-        return (3 if own.opcode == "scatter" else 2) * part
-    if own.opcode == "copy-start":
+    results = _main_bytes(op.types)
+    if op.opcode in _SLICES:
+        return 2 * results
+    if op.opcode in _UPDATES:
+        part = _main_bytes(where.types_of(op.operands[_UPDATES[op.opcode]]))
+        return (3 if op.opcode == "scatter" else 2) * part
+    if op.opcode == "copy-start":
         # Its result holds source and target.
-        return given
-    if own.opcode in ("while", "conditional"):
+        return results
+    if op.opcode in ("while", "conditional"):
         return 0.0
-    return given + sum(_main_bytes(where.types_of(name)) for name in own.operands)
+    return results + sum(_main_bytes(where.types_of(name)) for name in op.operands)

@@ -63,7 +63,7 @@ def footprint(
     params = abstract_params(policy.table, mesh)
     trainable, _ = split(params, trainable_names(policy.table, model))
     trained = local_bytes(trainable)
-    found = {
+    parts = {
         "parameters": local_bytes(params),
         "moments": local_bytes(abstract_moments(optimizer, trainable, mesh)),
         "gradients": trained,
@@ -71,13 +71,13 @@ def footprint(
         "weights of earlier steps": staleness * trained,
     }
     if pools is not None:
-        found["reference"] = trained if reference else 0
+        parts["reference"] = trained if reference else 0
         copied = _prepared(policy.table, model.compute_dtype, params)
         if rollouts is not None:
             copied = _handed_over(policy, model.compute_dtype, rollouts)
-        found["rollout weights"] = copied
-        found["rollout caches"] = cache_bytes(policy, pools, rollouts or mesh)
-    return {name: size for name, size in found.items() if size}
+        parts["rollout weights"] = copied
+        parts["rollout caches"] = cache_bytes(policy, pools, rollouts or mesh)
+    return {name: size for name, size in parts.items() if size}
 
 
 STORAGE = 2e9
@@ -93,8 +93,8 @@ def checkpoint_bytes(
 ) -> int:
     """Bytes of one checkpoint, wherever its arrays are."""
     alone = planned_mesh("data:1")
-    found = footprint(policy, optimizer, model, alone, teacher, staleness=staleness)
-    return sum(size for name, size in found.items() if name != "gradients")
+    parts = footprint(policy, optimizer, model, alone, teacher, staleness=staleness)
+    return sum(size for name, size in parts.items() if name != "gradients")
 
 
 def format_checkpoint(size: int) -> str:
@@ -103,14 +103,14 @@ def format_checkpoint(size: int) -> str:
     return f"a checkpoint: {size / 2**20:,.1f} MiB, {size / STORAGE:,.1f} s to write or read {rate}"
 
 
-def format_footprint(found: dict[str, int], apart: bool = False) -> str:
+def format_footprint(parts: dict[str, int], apart: bool = False) -> str:
     """A line for each part and one for their sum; rollouts by themselves where they have devices
     `apart` from the learner's."""
     if apart:
-        rollouts = {name: size for name, size in found.items() if name.startswith("rollout ")}
-        rest = {name: size for name, size in found.items() if name not in rollouts}
+        rollouts = {name: size for name, size in parts.items() if name.startswith("rollout ")}
+        rest = {name: size for name, size in parts.items() if name not in rollouts}
         return f"{format_footprint(rest)}\nof --rollout-devices, {format_footprint(rollouts)}"
-    whole = found | {"together, without activations": sum(found.values())}
+    whole = parts | {"together, without activations": sum(parts.values())}
     width = max(map(len, whole))
     lines = [f"  {name:<{width}}  {size / 2**20:>12,.1f} MiB" for name, size in whole.items()]
     return "\n".join(["on each device:", *lines])
@@ -160,8 +160,8 @@ def _pool_bytes(policy: ModelPolicy, pool: SlotPool, mesh: AnyMesh) -> int:
     they divide (the compiler decides; this is what a mesh is chosen for)."""
     sizes = pool.prompts, pool.copies, pool.prompt_tokens, pool.row_pages * pool.page_slots
     cache = jax.eval_shape(lambda: policy.init_cache(*sizes))
-    held = jax.tree.leaves((cache.prompt_keys, cache.prompt_values, cache.keys, cache.values))
-    return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in held)
+    arrays = jax.tree.leaves((cache.prompt_keys, cache.prompt_values, cache.keys, cache.values))
+    return sum(x.dtype.itemsize * math.prod(_home(x, mesh).shard_shape(x.shape)) for x in arrays)
 
 
 def _home(leaf: jax.ShapeDtypeStruct, mesh: AnyMesh) -> NamedSharding:

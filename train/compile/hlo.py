@@ -72,7 +72,7 @@ class Instruction:
     @property
     def bytes(self) -> float:
         """Of its result, in whatever memory."""
-        return sum((own.bytes for own in self.types), 0.0)
+        return sum((array.bytes for array in self.types), 0.0)
 
     @functools.cached_property
     def called(self) -> dict[str, str]:
@@ -90,14 +90,14 @@ class Instruction:
 
     def numbers(self, attribute: str) -> tuple[int, ...]:
         """Those of `attribute={1,2}`; empty if there is none."""
-        found = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
-        return _integers(found[1]) if found else ()
+        match = re.search(rf"\b{attribute}=\{{([\d,]*)\}}", self.attributes)
+        return _integers(match[1]) if match else ()
 
     @property
     def known_trips(self) -> int | None:
         """How often the compiler says that a loop runs."""
-        found = _TRIPS.search(self.attributes)
-        return int(found[1]) if found else None
+        match = _TRIPS.search(self.attributes)
+        return int(match[1]) if match else None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -110,27 +110,27 @@ class Computation:
     @functools.cached_property
     def by_name(self) -> dict[str, Instruction]:
         """Instructions by name."""
-        return {own.name: own for own in self.instructions}
+        return {op.name: op for op in self.instructions}
 
     @functools.cached_property
     def users(self) -> dict[str, list[tuple[Instruction, int]]]:
         """Who uses an instruction, and as which of its operands."""
-        found: dict[str, list[tuple[Instruction, int]]] = {}
-        for own in self.instructions:
-            for place, operand in enumerate(own.operands):
-                found.setdefault(operand, []).append((own, place))
-        return found
+        users: dict[str, list[tuple[Instruction, int]]] = {}
+        for op in self.instructions:
+            for place, operand in enumerate(op.operands):
+                users.setdefault(operand, []).append((op, place))
+        return users
 
     @property
     def root(self) -> Instruction:
         """The instruction whose result is that of the computation."""
-        return next((own for own in self.instructions if own.root), self.instructions[-1])
+        return next((op for op in self.instructions if op.root), self.instructions[-1])
 
     def parameters(self) -> Iterator[tuple[int, Instruction]]:
         """Parameters with their numbers."""
-        for own in self.instructions:
-            if own.opcode == "parameter":
-                yield int(own.operands[0]), own
+        for op in self.instructions:
+            if op.opcode == "parameter":
+                yield int(op.operands[0]), op
 
     def types_of(self, name: str) -> tuple[ArrayType, ...]:
         """Types of an operand; none for a literal."""
@@ -176,15 +176,15 @@ class Module:
         return _index(counter), value, int("direction=LE" in compare.attributes)
 
     def _flattened(
-        self, outer: Computation, own: Instruction
+        self, outer: Computation, op: Instruction
     ) -> tuple[Computation, Instruction, list[str]]:
         """An instruction, or the one within it that makes the result of a fusion: where it stands,
         itself, and what its operands are called outside."""
-        if own.opcode != "fusion":
-            return outer, own, list(own.operands)
-        inner = self.computations[own.called["calls"]]
-        places = {each.name: own.operands[number] for number, each in inner.parameters()}
-        return inner, inner.root, [places.get(name, "") for name in inner.root.operands]
+        if op.opcode != "fusion":
+            return outer, op, list(op.operands)
+        inner = self.computations[op.called["calls"]]
+        outside = {each.name: op.operands[number] for number, each in inner.parameters()}
+        return inner, inner.root, [outside.get(name, "") for name in inner.root.operands]
 
     def _initial(self, caller: Computation, loop: Instruction, index: int) -> int | None:
         state = caller.by_name[loop.operands[0]]
@@ -203,8 +203,8 @@ class Module:
         summands = zip(grown.operands, outside, strict=True)
         values = [
             _constant_named(place, name)
-            for inside, named in summands
-            for place, name in ((where, inside), (body, named))
+            for inside, addend in summands
+            for place, name in ((where, inside), (body, addend))
         ]
         return next((value for value in values if value is not None), None)
 
@@ -236,9 +236,9 @@ def read(text: str) -> Module:
 
 
 def _instruction(line: str) -> Instruction:
-    found = _LINE.match(line)
-    assert found is not None
-    root, name, rest = bool(found[1]), found[2], found[3]
+    line_match = _LINE.match(line)
+    assert line_match is not None
+    root, name, rest = bool(line_match[1]), line_match[2], line_match[3]
     rest = _COMMENT.sub("", rest)
     end = _closing(rest, 0) + 1 if rest.startswith("(") else rest.index(" ")
     types, rest = rest[:end], rest[end:].lstrip()
@@ -270,36 +270,36 @@ def _closing(text: str, opening: int) -> int:
 
 def _parts(text: str) -> list[str]:
     """What commas outside of brackets separate."""
-    found, depth, start = [], 0, 0
+    parts, depth, start = [], 0, 0
     for place, letter in enumerate(text):
         depth += (letter in "([{") - (letter in ")]}")
         if letter == "," and not depth:
-            found.append(text[start:place])
+            parts.append(text[start:place])
             start = place + 1
-    found.append(text[start:])
-    return [part.strip() for part in found if part.strip()]
+    parts.append(text[start:])
+    return [part.strip() for part in parts if part.strip()]
 
 
 def _index(element: Instruction) -> int:
-    found = re.search(r"index=(\d+)", element.attributes)
-    return int(found[1]) if found else 0
+    match = re.search(r"index=(\d+)", element.attributes)
+    return int(match[1]) if match else 0
 
 
 def _constant_named(computation: Computation, name: str) -> int | None:
-    own = computation.by_name.get(name)
-    return None if own is None else _constant(computation, own)
+    op = computation.by_name.get(name)
+    return None if op is None else _constant(computation, op)
 
 
-def _uncopied(computation: Computation, own: Instruction) -> Instruction:
+def _uncopied(computation: Computation, op: Instruction) -> Instruction:
     """What an instruction is a copy of; itself if it is none."""
-    while own.opcode in ("copy", "bitcast", "convert") and own.operands[0] in computation.by_name:
-        own = computation.by_name[own.operands[0]]
-    return own
+    while op.opcode in ("copy", "bitcast", "convert") and op.operands[0] in computation.by_name:
+        op = computation.by_name[op.operands[0]]
+    return op
 
 
-def _constant(computation: Computation, own: Instruction) -> int | None:
+def _constant(computation: Computation, op: Instruction) -> int | None:
     """The value of a constant, or of a copy of one."""
-    own = _uncopied(computation, own)
-    if own.opcode != "constant" or not re.fullmatch(r"-?\d+", own.operands[0]):
+    op = _uncopied(computation, op)
+    if op.opcode != "constant" or not re.fullmatch(r"-?\d+", op.operands[0]):
         return None
-    return int(own.operands[0])
+    return int(op.operands[0])

@@ -37,8 +37,8 @@ def agent_input_sizes(
         return {MAIN: main}
     crops = tuple(_crop(renderer, frames, crop.quota) for frames in range(1, crop.frames + 1))
     head = len(renderer.encode(renderer.opening))
-    given = (SizeRange(0, head, head),) if head else ()
-    return {MAIN: main, CROP: InputSizes(crops, given, agent.subagent_sampling)}
+    prefix = (SizeRange(0, head, head),) if head else ()
+    return {MAIN: main, CROP: InputSizes(crops, prefix, agent.subagent_sampling)}
 
 
 def _ends(renderer: ChatRenderer, rows: Iterable[Row]) -> Iterator[tuple[Row, Row]]:

@@ -18,35 +18,35 @@ _MAKE_NOTHING = {
 
 def largest_arrays(module: Module) -> list[str]:
     """Arrays that are made beside the arguments, one of each shape: where memory goes."""
-    instructions = [own for where in module.computations.values() for own in where.instructions]
-    within = {own.called["calls"] for own in instructions if own.opcode == "fusion"}
-    found = {
+    instructions = [op for where in module.computations.values() for op in where.instructions]
+    within = {op.called["calls"] for op in instructions if op.opcode == "fusion"}
+    sizes = {
         _text(kind): kind.bytes
         for name, where in module.computations.items()
         if name not in within
-        for own in where.instructions
-        if own.opcode not in _MAKE_NOTHING
-        for kind in own.types
+        for op in where.instructions
+        if op.opcode not in _MAKE_NOTHING
+        for kind in op.types
         if kind.space == MAIN_MEMORY
     }
-    return _first(found)
+    return _first(sizes)
 
 
 def largest_collectives(module: Module) -> list[str]:
     """Collectives of a kind and shape by what they give in one run, all branches taken."""
-    found: dict[str, float] = {}
+    sizes: dict[str, float] = {}
     times: dict[str, int] = {}
-    for own, count in collectives(module):
-        text = f"{own.opcode.removesuffix('-start')} {_text(own.types[-1])}"
+    for op, count in collectives(module):
+        text = f"{op.opcode.removesuffix('-start')} {_text(op.types[-1])}"
         times[text] = times.get(text, 0) + count
-        found[text] = found.get(text, 0.0) + count * own.types[-1].bytes
-    return _first({f"{times[text]:,} x {text}": size for text, size in found.items()})
+        sizes[text] = sizes.get(text, 0.0) + count * op.types[-1].bytes
+    return _first({f"{times[text]:,} x {text}": size for text, size in sizes.items()})
 
 
 def _text(kind: ArrayType) -> str:
     return f"{kind.dtype}[{','.join(map(str, kind.dims))}]"
 
 
-def _first(found: Mapping[str, float]) -> list[str]:
-    largest = sorted(found, key=lambda text: -found[text])[:COUNT]
-    return [f"{text} {found[text] / GIB:.2f} GiB" for text in largest]
+def _first(sizes: Mapping[str, float]) -> list[str]:
+    largest = sorted(sizes, key=lambda text: -sizes[text])[:COUNT]
+    return [f"{text} {sizes[text] / GIB:.2f} GiB" for text in largest]

@@ -136,16 +136,16 @@ def measure(program: Program, tell: Callable[[str], None]) -> Measured:
 def needed_bytes(message: str) -> float | None:
     """What a compiler that ran out of memory says it needs: `Used 41.3G of 15.75G hbm`, or, of a
     part, `the total memory required for HLO temporaries (512.00G) exceeds`."""
-    found = _NEEDED.search(message)
-    return float(found[1]) * _UNITS[found[2]] if found else None
+    match = _NEEDED.search(message)
+    return float(match[1]) * _UNITS[match[2]] if match else None
 
 
 def _memory(compiled: Any, beside: float) -> Memory:
-    own = compiled.memory_analysis()
+    analysis = compiled.memory_analysis()
     return Memory(
-        arguments=float(own.argument_size_in_bytes),
-        temporaries=float(own.temp_size_in_bytes),
-        outputs=float(own.output_size_in_bytes - own.alias_size_in_bytes),
-        code=float(own.generated_code_size_in_bytes),
+        arguments=float(analysis.argument_size_in_bytes),
+        temporaries=float(analysis.temp_size_in_bytes),
+        outputs=float(analysis.output_size_in_bytes - analysis.alias_size_in_bytes),
+        code=float(analysis.generated_code_size_in_bytes),
         beside=max(beside, 0.0),
     )

@@ -61,8 +61,8 @@ class _Programs:
 
     @functools.cached_property
     def optimizer(self) -> optax.GradientTransformation:
-        own = self.config
-        return make_optimizer(own.optimizer, own.optimizer_steps, self.policy.table)
+        config = self.config
+        return make_optimizer(config.optimizer, config.optimizer_steps, self.policy.table)
 
     @functools.cached_property
     def taught(self) -> bool:
@@ -106,17 +106,17 @@ class _RlPrograms(_Programs):
         self.pools = self.parts.pools(rows)
         # The reference is a copy of what trains.
         reference, staleness = config.rl.reference_memory == "device", config.rl.staleness
-        kept = (
+        copies = (
             self.state,
             self.state.trainable if reference else {},
             [self.state.trainable] * staleness,
         )
-        own = config.rollout_mesh, config.model.compute_dtype
-        layout = open_layout(self.policy, mesh, *own, kept)
+        options = config.rollout_mesh, config.model.compute_dtype
+        layout = open_layout(self.policy, mesh, *options, copies)
         self.engine = dataclasses.replace(self.parts.agents, layout=layout).engine(self.pools)
         self.rollout_mesh = self.engine.mesh or mesh
-        own = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
-        self.held = footprint(*own, self.engine.mesh, reference, staleness)
+        arguments = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
+        self.held = footprint(*arguments, self.engine.mesh, reference, staleness)
         dtype, objective = config.model.compute_dtype, config.objective
         self.minibatch = LargestBatch(
             config.rl, config.agent, config.data, self.policy, dtype, objective
@@ -128,9 +128,9 @@ class _RlPrograms(_Programs):
             yield self._of_engine(call)
         yield from self._learner()
 
-    def _beside(self, *taken: str) -> float:
+    def _beside(self, *names: str) -> float:
         """Bytes of what lives all through a run, less these parts."""
-        passing = {"gradients", "rollout weights", "rollout caches", *taken}
+        passing = {"gradients", "rollout weights", "rollout caches", *names}
         return float(sum(size for name, size in self.held.items() if name not in passing))
 
     def _hand_over(self) -> Iterator[Program]:
@@ -192,11 +192,11 @@ class _RlPrograms(_Programs):
         return local_bytes([leaf for leaf in jax.tree.leaves(states) if leaf.ndim > 3])
 
     def _flops(self, call: EngineCall) -> float:
-        own = self.weights
+        weights = self.weights
         if call.function.startswith("encode"):
             return self.seen_flops(call.rows, call.frames)
-        head = own.head if call.function == "decode" else 0
-        return 2 * (own.layers + head) * call.rows * call.tokens
+        head = weights.head if call.function == "decode" else 0
+        return 2 * (weights.layers + head) * call.rows * call.tokens
 
     def _calls(self, call: EngineCall) -> int:
         """How often a step calls a function; decoding is counted in tokens."""
@@ -211,8 +211,8 @@ class _RlPrograms(_Programs):
             return agent.generated_tokens if main else crops
         if "append" in call.function:
             return agent.rounds * (1 if main else waves)
-        asked = rl.prompts_per_step if main else rollouts * agent.rounds * agent.calls_run
-        return math.ceil(asked / call.rows)
+        requests = rl.prompts_per_step if main else rollouts * agent.rounds * agent.calls_run
+        return math.ceil(requests / call.rows)
 
     def _learner(self) -> Iterator[Program]:
         rl, config = self.rl, self.config
@@ -255,8 +255,8 @@ class _RlPrograms(_Programs):
         and then for a metric, and of the policy itself where ratios are measured from it."""
         config = self.config
         used = config.objective.kl_weight or config.advantages.kl_weight
-        own = config.objective.computes_proximal(self.rl.updates)
-        return (1.0 if used else 1.0 / self.rl.reference_every) + float(own)
+        proximal = config.objective.computes_proximal(self.rl.updates)
+        return (1.0 if used else 1.0 / self.rl.reference_every) + float(proximal)
 
     def _encode(self) -> Program:
         """The learner's own vision features, of all prompts at once."""
@@ -281,12 +281,12 @@ class _SftPrograms(_Programs):
     """Those of the `sft` stage: its step."""
 
     def __iter__(self) -> Iterator[Program]:
-        own = self.config.sft
+        sft = self.config.sft
         batches, budgets = self._packs() if self.config.packs_conversations else self._tasks()
         update = SftStep(
             policy=self.policy,
             optimizer=self.optimizer,
-            micro_rows=own.micro_rows,
+            micro_rows=sft.micro_rows,
             budgets=budgets,
             router_balance=self.config.model.router_balance,
         )
@@ -310,26 +310,25 @@ class _SftPrograms(_Programs):
 
     def _packs(self) -> tuple[dict[str, Any], dict[str, int]]:
         """Rows of packed conversations that are full of frames."""
-        own, spec = self.config.sft.packing, self.spec
-        pack = Pack(
-            self._shown(own.tokens), np.zeros(own.tokens, np.float32), np.ones(own.tokens, np.int32)
-        )
+        packing, spec = self.config.sft.packing, self.spec
+        tokens = packing.tokens
+        pack = Pack(self._shown(tokens), np.zeros(tokens, np.float32), np.ones(tokens, np.int32))
         batch = packed_batch(
             [pack],
-            length=own.tokens,
+            length=tokens,
             pad_id=0,
-            frames=own.frames,
+            frames=packing.frames,
             frame_patches=spec.max_patches,
         )
-        return {PACKS: self.lay_out(batch, own.rows)}, {PACKS: own.tokens}
+        return {PACKS: self.lay_out(batch, packing.rows)}, {PACKS: tokens}
 
     def _tasks(self) -> tuple[dict[str, Any], dict[str, int]]:
         """The largest phase of a schedule of tasks of the needle world."""
-        own = self.config.sft
-        phase = max(own.phases, key=lambda phase: sum(phase.rows.values()))
+        sft = self.config.sft
+        phase = max(sft.phases, key=lambda phase: sum(phase.rows.values()))
         batches = {}
         for task, rows in phase.rows.items():
-            shape, nothing = own.tasks[task], np.zeros(0, np.float32)
+            shape, nothing = sft.tasks[task], np.zeros(0, np.float32)
             block = self._shown(1) if shape.frames else text_block([0])
             stream = LearnerStream(block, nothing.astype(np.int32), nothing, nothing)
             batch = learner_batch(
@@ -340,7 +339,7 @@ class _SftPrograms(_Programs):
                 frame_patches=self.spec.max_patches,
             )
             batches[task] = self.lay_out(batch, rows)
-        return batches, {task: shape.learned for task, shape in own.tasks.items()}
+        return batches, {task: shape.learned for task, shape in sft.tasks.items()}
 
     def _shown(self, tokens: int) -> Prompt:
         """A stream that shows one frame of one vision token."""

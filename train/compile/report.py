@@ -43,13 +43,13 @@ class Report:
     @property
     def misfits(self) -> list[Measured]:
         """Programs that there is no room for."""
-        return [own for own in self.measured if not own.fits]
+        return [result for result in self.measured if not result.fits]
 
     def text(self) -> str:
         """For people."""
         lines = [self._head(), *_table([_COLUMNS, *map(_cells, self.measured)])]
-        lines += [line for own in self.measured for line in _collectives(own)]
-        lines += [line for own in self.measured for line in _doubts(own)]
+        lines += [line for result in self.measured for line in _collectives(result)]
+        lines += [line for result in self.measured for line in _doubts(result)]
         return "\n".join([*lines, *self._steps()])
 
     def json(self) -> dict[str, Any]:
@@ -67,7 +67,7 @@ class Report:
             "rollouts": self.rollouts,
             "generated": self.generated,
             "calls": dict(self.calls),
-            "programs": {own.program.name: _entry(own) for own in self.measured},
+            "programs": {result.program.name: _entry(result) for result in self.measured},
         }
 
     def _head(self) -> str:
@@ -86,19 +86,20 @@ class Report:
     def _steps(self) -> list[str]:
         if self.misfits:
             return []
-        told = step_by_share(self._figures(), SHARES if self.generated else (1.0,))
-        return [line for share, own in told.items() for line in self._step_lines(share, own)]
+        summaries = step_by_share(self._figures(), SHARES if self.generated else (1.0,))
+        return [line for share, step in summaries.items() for line in self._step_lines(share, step)]
 
-    def _step_lines(self, share: float, own: dict[str, Any]) -> tuple[str, str]:
-        said = f"rollouts of {share * self.generated:,.0f} tokens: " if self.generated else ""
-        rollout = f"rollout {own['rollout']:.2f} s + " if self.generated else ""
-        spoken = f", {own['generated_per_second_and_chip']:.1f} generated" if said else ""
+    def _step_lines(self, share: float, step: dict[str, Any]) -> tuple[str, str]:
+        length = f"rollouts of {share * self.generated:,.0f} tokens: " if self.generated else ""
+        rollout = f"rollout {step['rollout']:.2f} s + " if self.generated else ""
+        spoken = f", {step['generated_per_second_and_chip']:.1f} generated" if length else ""
         roofline = (
-            f"step at the roofline, {said}{own['seconds']:.2f} s ({rollout}learner "
-            f"{own['learner']:.2f} s); {own['learned_per_second_and_chip']:,.0f} learner tokens"
-            f"{spoken} per second and chip; MFU {own['mfu']:.1%}, learner {own['learner_mfu']:.1%}"
+            f"step at the roofline, {length}{step['seconds']:.2f} s ({rollout}learner "
+            f"{step['learner']:.2f} s); {step['learned_per_second_and_chip']:,.0f} learner tokens"
+            f"{spoken} per second and chip; MFU {step['mfu']:.1%}, "
+            f"learner {step['learner_mfu']:.1%}"
         )
-        return roofline, f"  {expected_text(own)}"
+        return roofline, f"  {expected_text(step)}"
 
 
 def expected_text(summary: Mapping[str, Any]) -> str:
@@ -107,34 +108,36 @@ def expected_text(summary: Mapping[str, Any]) -> str:
     return (
         f"{summary['expected_seconds']:.1f} s with decoding at {REACHED['decode']:.0%} of the "
         f"roofline and all else at {REACHED['other']:.0%}: "
-        f"{' + '.join(f'{name} {own:.2f}' for name, own in terms if own >= 0.005)}"
+        f"{' + '.join(f'{name} {seconds:.2f}' for name, seconds in terms if seconds >= 0.005)}"
     )
 
 
-def misfit_line(own: Measured, topology: str) -> str:
+def misfit_line(result: Measured, topology: str) -> str:
     """What does not fit, and by how much."""
-    assert own.chip is not None or own.needed is not None
-    limit = f" of {own.chip.memory / GIB:.2f}" if own.chip else ""
-    if own.memory is None:
-        told = f"{own.needed / GIB:.1f}{limit} GiB" if own.needed else "more than there is"
-        beside = f" and {own.program.beside / GIB:.1f} GiB beside it" if own.program.beside else ""
-        return f"{topology}: {own.program.name} does not fit: needs {told}{beside}"
+    assert result.chip is not None or result.needed is not None
+    limit = f" of {result.chip.memory / GIB:.2f}" if result.chip else ""
+    if result.memory is None:
+        needs = f"{result.needed / GIB:.1f}{limit} GiB" if result.needed else "more than there is"
+        beside = (
+            f" and {result.program.beside / GIB:.1f} GiB beside it" if result.program.beside else ""
+        )
+        return f"{topology}: {result.program.name} does not fit: needs {needs}{beside}"
     return (
-        f"{topology}: {own.program.name} does not fit: needs "
-        f"{own.memory.together / GIB:.1f}{limit} GiB, of which {own.memory.beside / GIB:.1f} lie "
-        "beside it"
+        f"{topology}: {result.program.name} does not fit: needs "
+        f"{result.memory.together / GIB:.1f}{limit} GiB, of which "
+        f"{result.memory.beside / GIB:.1f} lie beside it"
     )
 
 
-def _cells(own: Measured) -> tuple[str, ...]:
-    program, memory, cost = own.program, own.memory, own.cost
+def _cells(result: Measured) -> tuple[str, ...]:
+    program, memory, cost = result.program, result.memory, result.cost
     head = program.name, f"{program.calls:,.3g}" if program.calls < 1 else f"{program.calls:,.0f}"
-    compiled = f"{own.seconds_to_compile:.0f} s"
+    compiled = f"{result.seconds_to_compile:.0f} s"
     if memory is None or cost is None:
         return *head, *["-"] * 5, "does not fit", *["-"] * 5, compiled
     sizes = [f"{x / GIB:.2f}" for x in dataclasses.astuple(memory)]
-    mark = "" if own.fits else " !"
-    timed = (f"{own.seconds:.2e}", own.bound) if own.limits else ("-", "-")
+    mark = "" if result.fits else " !"
+    timed = (f"{result.seconds:.2e}", result.bound) if result.limits else ("-", "-")
     return (
         *head,
         *sizes,
@@ -158,50 +161,50 @@ def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     ]
 
 
-def _collectives(own: Measured) -> list[str]:
+def _collectives(result: Measured) -> list[str]:
     """One line for a program that has any."""
-    if own.cost is None or not own.cost.collectives:
+    if result.cost is None or not result.cost.collectives:
         return []
-    unit = "token" if own.program.name.startswith("decode") else "call"
+    unit = "token" if result.program.name.startswith("decode") else "call"
     kinds = [
         f"{kind} {traffic.count:,.0f} x, {traffic.bytes / GIB:.3g} GiB"
-        for kind, traffic in own.cost.collectives.items()
+        for kind, traffic in result.cost.collectives.items()
     ]
-    return [f"{own.program.name}, collectives per {unit} and chip: {'; '.join(kinds)}"]
+    return [f"{result.program.name}, collectives per {unit} and chip: {'; '.join(kinds)}"]
 
 
-def _doubts(own: Measured) -> list[str]:
+def _doubts(result: Measured) -> list[str]:
     """What is to be said of one that does not fit, or that is not wholly counted."""
-    name, found = own.program.name, []
-    if own.cost is not None and own.cost.kernels:
-        found += [f"{name}: {own.cost.kernels} kernels do not say what they multiply"]
-    if own.arrays and not own.fits:
-        found += [f"{name}, largest arrays: {'; '.join(own.arrays)}"]
-    return found
+    name, doubts = result.program.name, []
+    if result.cost is not None and result.cost.kernels:
+        doubts += [f"{name}: {result.cost.kernels} kernels do not say what they multiply"]
+    if result.arrays and not result.fits:
+        doubts += [f"{name}, largest arrays: {'; '.join(result.arrays)}"]
+    return doubts
 
 
-def _entry(own: Measured) -> dict[str, Any]:
-    program, cost = own.program, own.cost
-    found: dict[str, Any] = {
+def _entry(result: Measured) -> dict[str, Any]:
+    program, cost = result.program, result.cost
+    entry: dict[str, Any] = {
         "calls": program.calls,
         "part": program.part,
         "spoken": program.spoken,
         "tokens": program.tokens,
         "model_flops": program.model_flops,
-        "seconds_to_compile": own.seconds_to_compile,
-        "fits": own.fits,
-        "needed_bytes": own.needed,
+        "seconds_to_compile": result.seconds_to_compile,
+        "fits": result.fits,
+        "needed_bytes": result.needed,
     }
-    if own.memory is None or cost is None:
-        return found
-    return found | {
-        "memory": dataclasses.asdict(own.memory) | {"together": own.memory.together},
+    if result.memory is None or cost is None:
+        return entry
+    return entry | {
+        "memory": dataclasses.asdict(result.memory) | {"together": result.memory.together},
         "flops": cost.flops,
         "bytes": cost.bytes,
         "collectives": {k: dataclasses.asdict(v) for k, v in cost.collectives.items()},
-        "largest_arrays": list(own.arrays),
-        "largest_collectives": list(own.moved),
+        "largest_arrays": list(result.arrays),
+        "largest_collectives": list(result.moved),
         "silent_kernels": cost.kernels,
-        "seconds": own.seconds,
-        "seconds_by_limit": own.limits,
+        "seconds": result.seconds,
+        "seconds_by_limit": result.limits,
     }

@@ -57,9 +57,9 @@ class Step:
         """From what `Report.json` makes, of which all programs must have been compiled."""
         names = [field.name for field in dataclasses.fields(Term) if field.name != "name"]
         terms = [
-            Term(program, **{name: own[name] for name in names})
-            for program, own in figures["programs"].items()
-            if "seconds" in own
+            Term(program, **{name: entry[name] for name in names})
+            for program, entry in figures["programs"].items()
+            if "seconds" in entry
         ]
         return cls(
             terms,
@@ -70,24 +70,24 @@ class Step:
     def seconds(self, share: float = 1.0, part: str = "") -> float:
         """Roofline of a step, or of the rollouts or the learner alone, in which rollouts take a
         share of what they may."""
-        return sum((own.called(share) * own.seconds for own in self._of(part)), 0.0)
+        return sum((term.called(share) * term.seconds for term in self._of(part)), 0.0)
 
     def utilisation(self, share: float = 1.0, part: str = "") -> float:
         """Share of the chips' peak that the model's own products take: MFU, at the roofline."""
         seconds = self.seconds(share, part)
-        flops = sum((own.called(share) * own.model_flops for own in self._of(part)), 0.0)
+        flops = sum((term.called(share) * term.model_flops for term in self._of(part)), 0.0)
         return flops / (seconds * self.chips * self.flops) if seconds else 0.0
 
     def expected(self, share: float = 1.0) -> dict[str, float]:
         """Seconds of each program in a step that reaches `REACHED`, the longest first."""
-        found = {own.name: own.expected(share) for own in self.terms}
-        return dict(sorted(found.items(), key=lambda item: -item[1]))
+        seconds = {term.name: term.expected(share) for term in self.terms}
+        return dict(sorted(seconds.items(), key=lambda item: -item[1]))
 
     def summary(self, share: float) -> dict[str, Any]:
         """All of it where rollouts take a share of what they may."""
         seconds, expected = self.seconds(share), self.expected(share)
         each = max(seconds, 1e-12) * self.chips
-        learned = sum(own.tokens * own.calls for own in self.terms if own.name == "step")
+        learned = sum(term.tokens * term.calls for term in self.terms if term.name == "step")
         return {
             "seconds": seconds,
             "rollout": self.seconds(share, "rollout"),
@@ -101,16 +101,16 @@ class Step:
         }
 
     def _of(self, part: str) -> list[Term]:
-        return [own for own in self.terms if part in ("", own.part)]
+        return [term for term in self.terms if part in ("", term.part)]
 
 
 def step_by_share(
     figures: Mapping[str, Any], shares: Sequence[float] = SHARES
 ) -> dict[float, dict[str, Any]]:
     """`Step.summary` for shares of the limits; none where something is not known that it takes."""
-    known = {name for name, own in figures["programs"].items() if "seconds" in own}
+    measured = {name for name, entry in figures["programs"].items() if "seconds" in entry}
     needed = {name for name, calls in figures["calls"].items() if calls}
-    if figures["chip"] is None or needed - known:
+    if figures["chip"] is None or needed - measured:
         return {}
     step = Step.of(figures)
     return {share: step.summary(share) for share in shares}
