@@ -112,7 +112,7 @@ class AgentMaker:
             automata=open_automata(self.rules, self.renderer, vocab, mesh, grammar_room),
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
-            penalties=any(own.repetition_penalty != 1 for own in _samplings(self.rules)),
+            penalties=any(sampling.repetition_penalty != 1 for sampling in _samplings(self.rules)),
             **more,
         )
         main, (least, most) = pools[MAIN], (engine.cache_bytes(rung) / 2**20 for rung in (0, -1))
@@ -146,13 +146,13 @@ def open_automata(
 ) -> TokenAutomata:
     """What ends a turn, the grammar of calls where the rules ask for it, and room for grammars of
     single requests; on a mesh, or on the one that is active."""
-    wanted = any(own.constrain for own in _samplings(rules))
+    constrained = any(sampling.constrain for sampling in _samplings(rules))
     place = jax.jit(lambda table: constrain(table, None, None))
     schemas = [tool.schema for tool in agent_tools(rules).values()]
     return TokenAutomata(
         renderer.token_contents(vocab),
         renderer.eos_ids,
-        {CALLS: response_grammar(schemas, rules.call_syntax)} if wanted else None,
+        {CALLS: response_grammar(schemas, rules.call_syntax)} if constrained else None,
         room=room,
         place=place if mesh is None else OnMesh(place, mesh),
     )

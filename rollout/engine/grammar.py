@@ -57,8 +57,8 @@ def finder(strings: Sequence[str]) -> ByteAutomaton:
     Raises:
         ValueError: a string is empty.
     """
-    moves, found = _search(strings)
-    ends = found >= 0
+    moves, matches = _search(strings)
+    ends = matches >= 0
     moves[ends] = np.flatnonzero(ends)[:, None]
     return ByteAutomaton(moves, ends)
 
@@ -80,12 +80,12 @@ def response_grammar(
     Raises:
         ValueError: no tools, or a schema says what this grammar cannot promise.
     """
-    nodes, own = _Nodes(), call_syntax(syntax)
+    nodes, form = _Nodes(), call_syntax(syntax)
     think = _text(THINK_OPEN)(nodes, 0)
     call = nodes.new()
-    free = _free_text(nodes, call, own)
+    free = _free_text(nodes, call, form)
     nodes.skip(think, free[0])
-    nodes.skip(_calls(tools, own)(nodes, call), free[0])
+    nodes.skip(_calls(tools, form)(nodes, call), free[0])
     return nodes.determinise(ends=free)
 
 
@@ -107,9 +107,9 @@ def call_grammar(
 
 
 def _search(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
-    """`(moves [state, 256], found [state])`: the automaton that searches all strings at once.
+    """`(moves [state, 256], matches [state])`: the automaton that searches all strings at once.
 
-    A state is the longest suffix of the text that begins one of the strings; `found` is the
+    A state is the longest suffix of the text that begins one of the strings; `matches` is the
     index of a string that the text ends with, or -1.
     Source: Aho and Corasick 1975 (doi:10.1145/360825.360855).
     """
@@ -119,16 +119,16 @@ def _search(strings: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
     begun = sorted({needle[:end] for needle in needles for end in range(len(needle) + 1)}, key=len)
     state_of = {prefix: state for state, prefix in enumerate(begun)}
     moves = np.zeros((len(begun), 256), np.int64)
-    found = np.full(len(begun), -1)
+    matches = np.full(len(begun), -1)
     for prefix, state in state_of.items():
         # Shorter suffixes have their moves already, all but the ones to longer prefixes.
         shorter = next((s for at in range(1, len(prefix)) if (s := state_of.get(prefix[at:]))), 0)
-        moves[state], found[state] = moves[shorter], found[shorter]
+        moves[state], matches[state] = moves[shorter], matches[shorter]
         for child, target in state_of.items():
             if len(child) == len(prefix) + 1 and child.startswith(prefix):
                 moves[state, child[-1]] = target
-        found[state] = needles.index(prefix) if prefix in needles else found[state]
-    return moves, found
+        matches[state] = needles.index(prefix) if prefix in needles else matches[state]
+    return moves, matches
 
 
 class _Nodes:
@@ -262,14 +262,14 @@ def _free_text(nodes: _Nodes, call: int, syntax: CallSyntax) -> list[int]:
 
     The opening tag leads to `call`, the closing one nowhere.
     """
-    moves, found = _search([syntax.open, syntax.close])
-    states = [call if tag == 0 else nodes.new() for tag in found]
-    for state in np.flatnonzero(found < 0):
+    moves, matches = _search([syntax.open, syntax.close])
+    states = [call if tag == 0 else nodes.new() for tag in matches]
+    for state in np.flatnonzero(matches < 0):
         for target in np.unique(moves[state]):
-            if found[target] != 1:
+            if matches[target] != 1:
                 bytes_ = np.flatnonzero(moves[state] == target).tolist()
                 nodes.arc(states[state], bytes_, states[target])
-    return [node for node, tag in zip(states, found, strict=True) if tag < 0]
+    return [node for node, tag in zip(states, matches, strict=True) if tag < 0]
 
 
 _GAP = _repeat(_one_of(_SPACE), 0, LONGEST_SPACE)
@@ -340,10 +340,10 @@ def _constant(value: Any) -> Part:
 def _value(schema: Mapping[str, Any], where: str) -> Part:
     """A JSON value of the schema; `where` names it in errors."""
     kinds = schema.get("type", [])
-    known = {"type", "enum", "const"} if "enum" in schema or "const" in schema else {"type"}
-    known |= {"properties", "required", "additionalProperties"} if "object" in kinds else set()
-    known |= {"items", "minItems", "maxItems"} if "array" in kinds else set()
-    if unknown := sorted(set(schema) - known - _ANNOTATIONS):
+    keywords = {"type", "enum", "const"} if "enum" in schema or "const" in schema else {"type"}
+    keywords |= {"properties", "required", "additionalProperties"} if "object" in kinds else set()
+    keywords |= {"items", "minItems", "maxItems"} if "array" in kinds else set()
+    if unknown := sorted(set(schema) - keywords - _ANNOTATIONS):
         raise ValueError(f"tool schema {where}: {unknown} cannot be promised; take it out")
     if "const" in schema or "enum" in schema:
         return _either(*map(_constant, schema.get("enum", [schema.get("const")])))
@@ -381,15 +381,15 @@ def _fields(schema: Mapping[str, Any], where: str) -> Part:
     properties, required = schema.get("properties", {}), schema.get("required", ())
     if missing := sorted(set(required) - set(properties)):
         raise ValueError(f"tool schema {where}: required {missing} are not among its properties")
-    wanted = [
-        (_field(name, _value(own, f"{where}.{name}")), name in required)
-        for name, own in properties.items()
+    fields = [
+        (_field(name, _value(property_schema, f"{where}.{name}")), name in required)
+        for name, property_schema in properties.items()
     ]
     # One choice for each field that can come first: all before it are left out.
     choices = []
-    for at, (first, needed) in enumerate(wanted):
-        rest = [_chain(_COMMA, part) for part, _ in wanted[at + 1 :]]
-        must = [needed for _, needed in wanted[at + 1 :]]
+    for at, (first, needed) in enumerate(fields):
+        rest = [_chain(_COMMA, part) for part, _ in fields[at + 1 :]]
+        must = [needed for _, needed in fields[at + 1 :]]
         later = (part if m else _optional(part) for part, m in zip(rest, must, strict=True))
         choices.append(_chain(first, *later))
         if needed:

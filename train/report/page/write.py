@@ -39,15 +39,15 @@ def write_page(workdir: Path, compared: Path | None = None) -> Path:
     shutil.copytree(ASSETS, part)
     (part / DATA).mkdir()
     (part / FRAMES).mkdir()
-    found, whole = RolloutFigures(), run_figures(source)
+    figures, whole = RolloutFigures(), run_figures(source)
     for step in source.steps:
         groups = source.rollouts(step)
-        found.add(step, groups)
+        figures.add(step, groups)
         _put(part, name_of(step), step_figures(source, step, groups))
         _link(source.sheets(step), part / FRAMES)
     other = _other(compared, workdir / FOLDER) if compared else None
-    _put(part, "run", {**whole, "bands": found.bands, "look": found.look, "other": other})
-    _put(part, "index", found.index)
+    _put(part, "run", {**whole, "bands": figures.bands, "look": figures.look, "other": other})
+    _put(part, "index", figures.index)
     shutil.rmtree(workdir / FOLDER, ignore_errors=True)
     part.rename(workdir / FOLDER)
     return workdir / FOLDER / "index.html"
@@ -56,12 +56,12 @@ def write_page(workdir: Path, compared: Path | None = None) -> Path:
 def _other(workdir: Path, shown_in: Path) -> dict[str, Any]:
     """What the page of a run shows of another one, and the way to that one's own page, which has
     its rollouts; None where it has not been written."""
-    source, found = RunSource(workdir), RolloutFigures()
+    source, figures = RunSource(workdir), RolloutFigures()
     for step in source.steps:
-        found.add(step, source.rollouts(step))
+        figures.add(step, source.rollouts(step))
     page = workdir / FOLDER / "index.html"
     way = quote(Path(os.path.relpath(page, shown_in)).as_posix()) if page.exists() else None
-    return {**run_figures(source), "bands": found.bands, "look": found.look, "page": way}
+    return {**run_figures(source), "bands": figures.bands, "look": figures.look, "page": way}
 
 
 def _put(folder: Path, name: str, value: Any) -> None:
@@ -85,9 +85,9 @@ def finite(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, dict):
-        return {str(key): finite(own) for key, own in value.items()}
+        return {str(key): finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [finite(own) for own in value]
+        return [finite(item) for item in value]
     return value
 
 
