@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int, Int8
 from paravt_jax.mesh import constrain, platform
 from paravt_jax.pytrees import ArrayLike, pytree
 
-SLOT_AXES = ("layers", "batch", "kv", None, None)
+SLOT_AXES = ("layers", "batch", "row_heads", None, None)
 """Logical axes of slots; scales lack the last one."""
 TILE = 128
 """Slots of a cache on a TPU are a multiple of this many."""
@@ -135,7 +135,7 @@ class CacheArray:
         return jax.tree.map(grow, self).sharded()
 
     def sharded(self) -> CacheArray:
-        """Rows over the data axes of the mesh, heads over the tensor axis."""
+        """Rows over the data axes of the mesh, heads over `tensor` and `context`."""
         return jax.tree.map(lambda leaf: constrain(leaf, *SLOT_AXES[: leaf.ndim]), self)
 
 

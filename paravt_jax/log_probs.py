@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
+from paravt_jax.mesh import by_width
 from paravt_jax.shaping import Shaper, Shaping, TokenPlaces, within
 from paravt_jax.shared_rows import SharedRows
 
@@ -36,6 +37,7 @@ def preceding(
         the last one of its prompt. None: rows are whole streams, whose first token nothing
         predicts: there stand zeros.
     """
+    hidden = by_width(hidden)
     if shared is None:
         return jnp.pad(hidden[:, :-1], [(0, 0), (1, 0), (0, 0)])
     return shared.preceding(hidden)

@@ -1,8 +1,9 @@
 """The device mesh, and which logical axis of an array is split over which of its axes.
 
 Mesh axes: `data` (replicas of the weights), `fsdp` (weights split, gathered when used),
-`expert` (whole experts split; other weights replicated) and `tensor` (heads, MLP width and
-vocabulary split). A batch is split over all but `tensor`.
+`expert` (whole experts split; other weights replicated), `context` (the tokens of each row split,
+and weights as by `fsdp`) and `tensor` (heads, MLP width and vocabulary split). The rows of a batch
+are split over the first three.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from jaxtyping import Array, Float
 
 AnyMesh = Mesh | AbstractMesh
 """A mesh of devices, or of devices that are elsewhere."""
-AXES = ("data", "fsdp", "expert", "tensor")
+AXES = ("data", "fsdp", "expert", "context", "tensor")
 HOST = "pinned_host"
 """The kind of memory of a host that its devices read by themselves."""
 
@@ -27,13 +28,19 @@ RULES: dict[str, tuple[str, ...]] = {
     # Rows on their way to experts: every owner of experts sees those of the others.
     "expert_batch": ("data", "fsdp"),
     "expert": ("expert",),
-    "embed": ("fsdp",),
+    # Long rows are shared by devices, whole in turn by tokens, by heads and by width (ADR 40).
+    "tokens": ("context",),
+    "row_heads": ("tensor", "context"),
+    "width": ("context",),
+    # Frames know nothing of each other, whosever they are.
+    "frames": ("data", "fsdp", "expert", "context"),
+    "embed": ("fsdp", "context"),
     "heads": ("tensor",),
     "kv": ("tensor",),
     "mlp": ("tensor",),
     "vocab": ("tensor",),
     # See `split_columns`. `tensor` first: columns that it splits stay where they are.
-    "columns": ("tensor", "fsdp", "expert", "data"),
+    "columns": ("tensor", "fsdp", "context", "expert", "data"),
     # Layers are walked by a scan: splitting them would gather one whole layer per step anyway.
     "layers": (),
     # Scales and biases of width d are small and used everywhere: replicated.
@@ -226,6 +233,36 @@ def constrain(x: Array, *axes: str | None) -> Array:
     if mesh.empty:
         return x
     return jax.lax.with_sharding_constraint(x, partition(dict(mesh.shape), axes, x.shape))
+
+
+def splits_tokens() -> bool:
+    """Whether the active mesh shares the tokens of a row among devices (`context`)."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1
+
+
+def constrain_context(x: Array, *axes: str | None) -> Array:
+    """`constrain` where tokens of a row are shared; nothing elsewhere, where the compiler's own
+    layout is kept."""
+    return constrain(x, *axes) if splits_tokens() else x
+
+
+def by_tokens(x: Float[Array, "b t *d"]) -> Float[Array, "b t *d"]:
+    """Where tokens of a row are shared: what is known of each, on the device that has it."""
+    return constrain_context(x, "batch", "tokens", *[None] * (x.ndim - 2))
+
+
+def by_width(x: Float[Array, "b *l t d"]) -> Float[Array, "b *l t d"]:
+    """Where tokens of a row are shared: all of them on each device, but a part of their width, so
+    that any of them can be looked up. The exchange moves each number at most once."""
+    return constrain_context(x, "batch", *[None] * (x.ndim - 2), "width")
+
+
+def frames_axis(frames: int) -> str:
+    """The logical axis of so many frames: all devices that share rows or tokens share them, if they
+    divide, and elsewhere those that share rows."""
+    shape = jax.sharding.get_abstract_mesh().shape
+    ways = math.prod(shape.get(axis, 1) for axis in RULES["frames"])
+    return "batch" if frames % ways else "frames"
 
 
 def split_columns(

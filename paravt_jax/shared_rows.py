@@ -16,12 +16,24 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from paravt_jax.pytrees import ArrayLike, pytree
 
 TILE = 128
-"""Slots that a TPU's attention tells apart at a time: there streams begin at multiples of it."""
+"""Fewest slots that a TPU's attention tells apart at a time: there streams begin at multiples of
+it."""
+NUMBER_BITS = 31
+"""What that attention is told of each query is a number of so many bits (`Bounds.bits`)."""
+ROUNDED_BY = 1024
+"""Most slots by which it pads rows."""
 
 
-def unit_of(platform: str) -> int:
-    """`Bounds.unit` where rows are computed."""
-    return TILE if platform == "tpu" else 1
+def unit_of(platform: str, prompt: int = 0, own: int = 0, streams: int = 0) -> int:
+    """`Bounds.unit` where rows are computed, of a prompt and so many streams of at most so many
+    tokens: on a TPU the smallest that its attention can tell apart."""
+    unit = TILE if platform == "tpu" else 1
+    while unit > 1:
+        slots = prompt + unit + streams * (own + unit) + ROUNDED_BY
+        if sum(Bounds(prompt, own, unit).bits(slots)) <= NUMBER_BITS:
+            break
+        unit *= 2
+    return unit
 
 
 @jax.tree_util.register_static
@@ -35,6 +47,12 @@ class Bounds:
     """Most tokens of a stream."""
     unit: int = 1
     """Streams begin at multiples of this many slots."""
+
+    def bits(self, slots: int) -> tuple[int, int, int]:
+        """Bits of the number of a slot, of by how many units its stream began before, and of the
+        units of its prompt."""
+        sizes = slots - 1, (self.own - 1) // self.unit, -(-self.prompt // self.unit)
+        return sizes[0].bit_length(), max(sizes[1], 0).bit_length(), sizes[2].bit_length()
 
 
 @pytree

@@ -40,6 +40,7 @@ from train.config import Config, Stage
 from train.data.questions import read_questions, split_sets
 from train.methods.hindsight import open_feedback
 from train.optimizer import check_continued, make_optimizer, warm_up_note
+from train.rl.batches import LENGTH_UNIT
 from train.rl.scoring import Scorer
 from train.settings.override import to_dict
 from train.sft.conversations import open_conversations
@@ -88,6 +89,7 @@ def check(config: Config, here: bool = True, planned: bool = False) -> None:
         devices = config.mesh, config.rollout_devices
         mesh = planned_mesh(*devices) if planned else setup.open_mesh(config)
         check_rows_fit(config, mesh)
+        check_context(config, parts.policy, mesh)
         check_rollout_mesh(config, mesh)
         check_staleness(config, mesh)
         if not planned:
@@ -156,6 +158,32 @@ def check_rows_fit(config: Config, mesh: AnyMesh) -> None:
             f"--mesh splits rows {ways} ways, but a micro-batch has {rows} ({settings}); make it a "
             "multiple"
         )
+
+
+def check_context(config: Config, policy: ModelPolicy, mesh: AnyMesh) -> None:
+    """Tokens of rows must divide over `context`, and heads over `tensor` and `context`, or devices
+    repeat each other.
+
+    Raises:
+      ValueError: they do not.
+    """
+    ways, heads = mesh.shape["context"], policy.splits[0]
+    together = ways * mesh.shape["tensor"]
+    if ways > 1 and heads % together:
+        raise ValueError(
+            f"--mesh context:{ways}: attention shares the {heads} heads of this model among the "
+            f"{together} devices of tensor and context; choose a divisor"
+        )
+    rows = {"what rows are multiples of": LENGTH_UNIT}
+    if config.stage is Stage.SFT:
+        rows = {f"sft.tasks, {name}": task.length for name, task in config.sft.tasks.items()}
+    if config.packs_conversations:
+        rows = {"sft.packing.tokens": config.sft.packing.tokens}
+    for named, tokens in rows.items():
+        if tokens % ways:
+            raise ValueError(
+                f"--mesh context:{ways} does not divide {tokens} tokens ({named}); choose a divisor"
+            )
 
 
 def check_rollout_mesh(config: Config, mesh: AnyMesh) -> None:
@@ -295,7 +323,7 @@ def memory_remedies(config: Config, ways: int = 1) -> list[str]:
         "fewer data.frame_budgets or a smaller data.max_pixels": True,
         "a smaller sft.packing.tokens": config.packs_conversations,
         f"a smaller rl.prompts_per_step than {rl.prompts_per_step}": not sft,
-        "more devices on fsdp in --mesh": True,
+        "more devices on fsdp in --mesh, or on context, which share long rows": True,
     }
     helping = [remedy for remedy, helps in remedies.items() if helps]
     return [f"what helps: {', '.join(helping)}; --dry-run shows what each device holds"]
@@ -376,6 +404,7 @@ def _compile_for(
     devices = devices_of(topology)
     mesh = make_mesh(parse_mesh(config.mesh, len(devices)), devices)
     check_rows_fit(config, mesh)
+    check_context(config, setup.Parts(config).policy, mesh)
     with jax.set_mesh(mesh):
         programs = programs_of(config, mesh, [EXAMPLE])
     rl, rollouts, generated = config.rl, 0, 0

@@ -91,7 +91,11 @@ def make_parser() -> argparse.ArgumentParser:
 
 def _add_devices(add: Callable[..., object]) -> None:
     """The flags that say which devices do what."""
-    add("--mesh", help="device mesh, e.g. data:2,fsdp:4,tensor:2; one axis may be -1")
+    add(
+        "--mesh",
+        help="device mesh of data, fsdp, expert, context and tensor, e.g. data:2,fsdp:4,tensor:2; "
+        "one axis may be -1",
+    )
     add(
         "--rollout-mesh",
         metavar="MESH",

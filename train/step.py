@@ -155,9 +155,16 @@ def minibatch(
     """The `index`-th of `count` equal shares of a batch, laid out over the mesh like the whole."""
     pieces = split_micro(batch, count, group_size)
     return jax.tree.map(
-        lambda x: constrain(x[index], "batch", *(None,) * (x.ndim - 2)),
+        lambda x: constrain(x[index], *batch_axes(x[index])),
         pieces,
     )
+
+
+def batch_axes(leaf: Any) -> tuple[str | None, ...]:
+    """Logical axes of an array of a learner's batch. Vision features, by far the largest, are split
+    by their width where tokens are shared (`paravt_jax.mesh.by_width`)."""
+    wide = leaf.ndim > 2 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    return "batch", *[None] * (leaf.ndim - 2), *["width" if wide else None] * (leaf.ndim > 1)
 
 
 def stream_groups(batch: LearnerBatch, group_size: int | None) -> int:

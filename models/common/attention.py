@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from models.common import cudnn, splash
-from models.common.kernels import Kernels
+from models.common.kernels import WHOLE_ROWS, Kernels, Split
 from models.common.products import precision
 from paravt_jax.records import HiddenKeys
 from paravt_jax.shared_rows import SharedRows
@@ -75,8 +75,9 @@ def attend(
     hidden_keys: HiddenKeys | None = None,
     shared: SharedRows | None = None,
     kernels: Kernels = "auto",
+    split: Split = WHOLE_ROWS,
 ) -> Float[Array, "b t n h"]:
-    """Softmax attention with grouped heads, scaled by `h**-0.5`.
+    """Softmax attention with grouped heads, scaled by `h**-0.5`, of rows that are `split` so.
 
     Query i of row b sees key j if `j < key_lengths[b]` (when given), when `causal`, `j <= i`, and
     when there are `segments`, both are of the same one, and `hidden_keys` does not hide j from i
@@ -92,11 +93,11 @@ def attend(
         return _shared(query, key, value, shared, kernels)
     if hidden_keys is None and _by_splash(kernels, query, key):
         segments = _within(key_lengths, key.shape[1], segments)
-        return splash.attend(query, key, value, causal=causal, segments=segments)
+        return splash.attend(query, key, value, causal=causal, segments=segments, split=split)
     if hidden_keys is None and segments is None and _by_cudnn(kernels, query, key):
         every = jnp.full(key.shape[0], key.shape[1], jnp.int32)
         lengths = None if causal else every if key_lengths is None else key_lengths
-        return cudnn.attend(query, key, value, lengths=lengths)
+        return cudnn.attend(query, key, value, lengths=lengths, split=split)
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
         return _causal_chunks(query, key, value, segments, hidden_keys)
     limits = key_lengths, segments, hidden_keys
@@ -249,7 +250,7 @@ def _shared(
     """Rows of prompts and streams. Splash takes them as they are; cuDNN wants each stream in a lane
     of its own, as long as the longest."""
     slots, lanes = query.shape[1], shared.per_row
-    if _by_splash(kernels, query, key) and splash.holds(shared.bounds):
+    if _by_splash(kernels, query, key) and splash.holds(shared.bounds, slots):
         return splash.attend(query, key, value, causal=True, shared=shared)
     if _by_cudnn(kernels, query, key):
         inputs = [shared.in_lanes(x) for x in (query, key, value)]

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.common.kernels import on_mesh
+from models.common.kernels import WHOLE_ROWS, Split, on_mesh
 from paravt_jax.mesh import platform
 
 SHORT = 256
@@ -120,6 +120,7 @@ def attend(
     lanes: int = 0,
     prompt: int = 0,
     flash: Flash = CUDNN,
+    split: Split = WHOLE_ROWS,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`, of tokens among themselves.
 
@@ -139,7 +140,7 @@ def attend(
         parts = _whole(flash, before, None), _continued(flash, lanes, after, before[1:], lengths)
         return jnp.concatenate([jnp.asarray(part) for part in parts], axis=1)
 
-    return on_mesh(rows, query, key, value, lengths)
+    return on_mesh(rows, query, key, value, lengths, split)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

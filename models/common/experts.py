@@ -81,7 +81,7 @@ class Experts(Weighted):
             return mix(x, choices, shares, gate_up, down, self.act, self.dtype)
         # Gathered, not exchanged: the sizes of an exchange would depend on the data.
         split = functools.partial(partition, dict(mesh.shape))
-        rows = split(("expert_batch", None, None), x.shape)
+        rows = split(("expert_batch", "tokens", None), x.shape)
         wide = split(("expert", None, None, "mlp"), gate_up.shape)
         narrow = split(("expert", "mlp", None), down.shape)
         return jax.shard_map(

@@ -17,7 +17,14 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from models.common.products import Weighted, add_bias, along_last, multiply, precision
+from models.common.products import (
+    Weighted,
+    add_bias,
+    along_last,
+    flat_rows,
+    multiply,
+    precision,
+)
 from paravt_jax.lora import NO_LORA, LoraConfig
 from paravt_jax.params import Constant, HfLayout, Initialiser, Uniform, declare
 
@@ -84,7 +91,7 @@ class Adapter(Weighted):
             HfLayout((outputs, rank)),
         )
 
-    def __call__(self, x: Float[Array, "n i"]) -> Float[Array, "n o"]:
+    def __call__(self, x: Float[Array, "*n i"]) -> Float[Array, "*n o"]:
         low = multiply(x, self.a[...], (self.axes[0], None), self.wide_gradients)
         return self.scale * multiply(low, self.b[...], (None, self.axes[1]), self.wide_gradients)
 
@@ -114,7 +121,7 @@ class Linear(Weighted):
         self.lora = Adapter(inputs, outputs, axes, hf, lora) if lora.adapts(hf) else None
 
     def __call__(self, x: Float[Array, "*b i"]) -> Float[Array, "*b o"]:
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        flat = flat_rows(x).astype(self.dtype)
         y = multiply(flat, self.kernel[...], self.axes, self.wide_gradients)
         y = y if self.lora is None else y + self.lora(flat)
         y = y.reshape(*x.shape[:-1], y.shape[-1])

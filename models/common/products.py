@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from paravt_jax.mesh import constrain
+from paravt_jax.mesh import constrain, splits_tokens
 
 Axes = tuple[str | None, ...] | None
 """Logical axes of a kernel, so that its gradient can be laid out; None leaves that alone."""
@@ -41,9 +41,15 @@ def widen_gradients(module: nnx.Module) -> None:
             part.wide_gradients = True
 
 
+def flat_rows(x: Float[Array, "*b i"]) -> Float[Array, "*rows i"]:
+    """All rows along one axis, which XLA's CPU backend multiplies best; as they are where a mesh
+    splits their tokens, as several of its parts need not be one part of such an axis."""
+    return x if splits_tokens() else x.reshape(-1, x.shape[-1])
+
+
 def multiply(
-    x: Float[Array, "n i"], kernel: Float[Array, "i o"], axes: Axes, wide: bool, out: Any = None
-) -> Float[Array, "n o"]:
+    x: Float[Array, "*n i"], kernel: Float[Array, "i o"], axes: Axes, wide: bool, out: Any = None
+) -> Float[Array, "*n o"]:
     """`x @ kernel` in the type of `x`, returned as `out` if one is given; the gradient of the
     kernel is float32 if `wide`."""
     return (_wide_product if wide else _product)(x, kernel, axes, out)
@@ -74,11 +80,11 @@ def _product_forward(x: Array, kernel: Array, axes: Axes, out: Any) -> Any:
 
 def _product_backward(axes: Axes, out: Any, saved: Any, slope: Array) -> tuple[Array, Array]:
     x, kernel = saved
+    rows = tuple(range(x.ndim - 1))
     multiply = functools.partial(jax.lax.dot_general, precision=precision(x.dtype))
-    own = multiply(
-        slope, kernel.astype(x.dtype), (((1,), (1,)), ((), ())), preferred_element_type=x.dtype
-    )
-    wide = multiply(x, slope, (((0,), (0,)), ((), ())), preferred_element_type=jnp.float32)
+    columns = ((x.ndim - 1,), (1,)), ((), ())
+    own = multiply(slope, kernel.astype(x.dtype), columns, preferred_element_type=x.dtype)
+    wide = multiply(x, slope, ((rows, rows), ((), ())), preferred_element_type=jnp.float32)
     return own, (wide if axes is None else constrain(wide, *axes)).astype(kernel.dtype)
 
 

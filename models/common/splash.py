@@ -25,9 +25,9 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 )
 from jaxtyping import Array, Float, Int
 
-from models.common.kernels import on_mesh
+from models.common.kernels import WHOLE_ROWS, Split, on_mesh
 from paravt_jax.mesh import platform
-from paravt_jax.shared_rows import TILE, Bounds, SharedRows
+from paravt_jax.shared_rows import NUMBER_BITS, TILE, Bounds, SharedRows
 
 WIDTH = 128
 """Numbers side by side in a register of a TPU: heads and blocks are multiples of it."""
@@ -39,11 +39,6 @@ no room for the scores."""
 
 SHORT = 256
 """Rows of fewer tokens are left to XLA: a block would be mostly padding."""
-
-SHIFT = TILE.bit_length() - 1
-SLOT_BITS, TILE_BITS = 17, 7
-"""A query is told to the kernel as one number of 31 bits: its slot, by how many tiles its stream
-began before, and the tiles of its prompt."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +54,11 @@ class StaticMask(masks.Mask):
     prompt: int = 0
     own: int = 0
     """0 without streams."""
+    unit: int = TILE
+
+    @property
+    def _bounds(self) -> Bounds:
+        return Bounds(self.prompt, self.own, self.unit)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -73,40 +73,57 @@ class StaticMask(masks.Mask):
     ) -> Array | np.ndarray:
         if not self.own:
             return query >= key
-        slot, age = query & ((1 << SLOT_BITS) - 1), (query >> SLOT_BITS) & ((1 << TILE_BITS) - 1)
-        begin = ((slot >> SHIFT) - age) << SHIFT
-        prompt = (query >> (SLOT_BITS + TILE_BITS)) << SHIFT
+        (slots, ages, _), shift = self._bounds.bits(self.slots), _shift(self.unit)
+        slot, age = query & ((1 << slots) - 1), (query >> slots) & ((1 << ages) - 1)
+        begin = ((slot >> shift) - age) << shift
+        prompt = (query >> (slots + ages)) << shift
         return (slot >= key) & ((key < prompt) | (key >= begin))
 
     def __getitem__(self, blocks: tuple[slice, slice]) -> np.ndarray:
-        query = self.q_sequence[blocks[0]][:, None]
-        key = np.arange(*blocks[1].indices(self.slots), dtype=np.int32)[None]
-        near = (key < self.prompt) | (key > query - max(self.own, TILE)) | (not self.own)
-        return (query >= key) & near
+        (start, end, _), (first, last, _) = (block.indices(self.slots) for block in blocks)
+        own = max(self.own, self.unit) if self.own else self.slots
+        # Of 131,072 slots there are 16,384 blocks, of which a few hundred are seen in part.
+        if first >= end or (first >= self.prompt and last <= start - own + 1):
+            return _constant(False, end - start, last - first)
+        if last <= start + 1 and (last <= self.prompt or first > end - 1 - own):
+            return _constant(True, end - start, last - first)
+        query = np.arange(start, end, dtype=np.int32)[:, None]
+        key = np.arange(first, last, dtype=np.int32)[None]
+        return (query >= key) & ((key < self.prompt) | (key > query - own))
+
+
+@functools.cache
+def _constant(value: bool, queries: int, keys: int) -> np.ndarray:
+    return np.full((queries, keys), value)
+
+
+def _shift(unit: int) -> int:
+    return unit.bit_length() - 1
 
 
 def mask_numbers(shared: SharedRows, slots: int) -> Int[Array, "rows slots"]:
     """What the mask of rows with streams knows of each query, packed into a number."""
     segments, at = shared.segments(slots), jnp.arange(slots, dtype=jnp.int32)[None]
+    (slot_bits, age_bits, _), unit = shared.bounds.bits(slots), shared.bounds.unit
     begins = jnp.where(segments >= 0, shared.begins(slots), at)
-    prompts = -(-jnp.asarray(shared.prompt_lengths) // TILE)[:, None]
+    prompts = -(-jnp.asarray(shared.prompt_lengths) // unit)[:, None]
     # A prompt is no stream that began before: all of it up to a query is its prompt.
-    ages = jnp.where(segments > 0, at // TILE - begins // TILE, 0)
-    return at | (ages << SLOT_BITS) | (prompts << (SLOT_BITS + TILE_BITS))
+    ages = jnp.where(segments > 0, at // unit - begins // unit, 0)
+    return at | (ages << slot_bits) | (prompts << (slot_bits + age_bits))
 
 
 def serves(query: Float[Array, "b t n h"], key: Float[Array, "b s k h"]) -> bool:
     """Whether `attend` takes these: on a TPU, tokens of a row among themselves, 16 bits. The kernel
     multiplies 16 bits at a time whatever it is given: float32 stays with what is exact."""
     narrow = query.dtype == key.dtype == jnp.bfloat16
-    same = query.shape[1] == key.shape[1] and SHORT <= query.shape[1] < 1 << SLOT_BITS
+    same = query.shape[1] == key.shape[1] and query.shape[1] >= SHORT
     return platform() == "tpu" and narrow and same
 
 
-def holds(bounds: Bounds) -> bool:
-    """Whether `mask_numbers` can tell of rows within these bounds."""
-    most = ((1 << TILE_BITS) - 1) * TILE
-    return bounds.unit % TILE == 0 and max(bounds.prompt, bounds.own) <= most
+def holds(bounds: Bounds, slots: int) -> bool:
+    """Whether `mask_numbers` can tell of rows of so many slots within these bounds."""
+    tiles = bounds.unit % TILE == 0 and bounds.unit & (bounds.unit - 1) == 0
+    return tiles and sum(bounds.bits(padded_length(slots)[0])) <= NUMBER_BITS
 
 
 def attend(
@@ -117,6 +134,7 @@ def attend(
     causal: bool,
     shared: SharedRows | None = None,
     segments: Int[Array, "b t"] | None = None,
+    split: Split = WHOLE_ROWS,
     interpret: bool = False,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`, of tokens among themselves.
@@ -134,7 +152,7 @@ def attend(
     if shared is not None:
         # Streams end before their last tile does, and prompts.
         segments = jnp.minimum(shared.segments(t), 0)
-    bounds = (0, 0) if shared is None else (shared.bounds.prompt, shared.bounds.own)
+    bounds = () if shared is None else dataclasses.astuple(shared.bounds)
     mask = StaticMask(padded, *bounds) if causal else masks.FullMask((padded, padded))
     kernel = _kernel(mask, block, interpret)
     if segments is None and padded > t and not causal:
@@ -143,7 +161,7 @@ def attend(
         # Padding is a segment of its own: its queries must see something.
         segments = jnp.pad(segments, [(0, 0), (0, padded - t)], constant_values=-1)
     rows = functools.partial(_rows, kernel, padded)
-    return on_mesh(rows, query, key, value, (segments, numbers))
+    return on_mesh(rows, query, key, value, (segments, numbers), split)
 
 
 def padded_length(tokens: int) -> tuple[int, int]:

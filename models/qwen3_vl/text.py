@@ -16,11 +16,12 @@ from jaxtyping import Array, Float, Int
 from models.common.attention import Attending, attend
 from models.common.cached_attention import append_and_attend
 from models.common.experts import Experts
+from models.common.kernels import by_heads, to_tokens
 from models.common.layers import ACTIVATIONS, Linear, Remat, RMSNorm, lookup, rotate, scan_layers
 from models.qwen3_vl.config import TextConfig
 from paravt_jax.kv_cache import KVCache
 from paravt_jax.lora import NO_LORA, LoraConfig
-from paravt_jax.mesh import constrain, platform
+from paravt_jax.mesh import by_tokens, by_width, constrain, platform
 from paravt_jax.params import Normal, declare, stack
 from paravt_jax.records import HiddenKeys, VisionFeatures
 from paravt_jax.shared_rows import SharedRows
@@ -77,7 +78,7 @@ class Attention(Attending):
         query = rotate(self.query_norm(self.query(x).reshape(heads)), *rope)
         key = rotate(self.key_norm(self.key(x).reshape(heads)), *rope)
         value = self.value(x).reshape(heads)
-        query = constrain(query, "batch", None, "heads", None)
+        query = constrain(query, "batch", "tokens", "heads", None)
         if context.caches:
             mixed, caches = append_and_attend(
                 context.caches, context.rows, layer, query, key, value
@@ -85,15 +86,14 @@ class Attention(Attending):
             context = dataclasses.replace(context, caches=caches)
         else:
             mixed = attend(
-                query,
-                key,
-                value,
+                *by_heads(query, key, value),
                 causal=True,
                 segments=context.segments,
                 hidden_keys=context.hidden_keys,
                 shared=context.shared,
                 kernels=self.kernels,
             )
+            mixed = to_tokens(mixed)
         kept = (key, value) if context.keep else None
         return self.out(mixed.reshape(*x.shape[:2], -1)), context, kept
 
@@ -111,7 +111,7 @@ class Mlp(nnx.Module):
 
     def __call__(self, x: Float[Array, "b t d"]) -> Float[Array, "b t d"]:
         wide = ACTIVATIONS[self.act](self.gate(x)) * self.up(x)
-        return self.down(constrain(wide, "batch", None, "mlp"))
+        return self.down(constrain(wide, "batch", "tokens", "mlp"))
 
 
 def _experts(config: TextConfig, hf: str, dtype: Any) -> Experts:
@@ -155,11 +155,11 @@ class DecoderLayer(nnx.Module):
         are any."""
         with jax.named_scope("attention"):
             mixed, context, kept = self.attention(self.attention_norm(x), rope, context, layer)
-        x = constrain(x + mixed.astype(x.dtype), "batch", None, None)
+        x = constrain(x + mixed.astype(x.dtype), "batch", "tokens", None)
         with jax.named_scope("mlp"):
             mixed = self.mlp(self.mlp_norm(x))
         mixed, router_logits = mixed if isinstance(mixed, tuple) else (mixed, None)
-        x = constrain(x + mixed.astype(x.dtype), "batch", None, None)
+        x = constrain(x + mixed.astype(x.dtype), "batch", "tokens", None)
         return x, context, (router_logits, kept)
 
 
@@ -261,14 +261,15 @@ class TextTower(nnx.Module):
         if features is not None:
             seen = take_tokens(features.tokens, vision_index).astype(x.dtype)
             x = jnp.where((vision_index >= 0)[..., None], seen, x)
-        return constrain(x, "batch", None, None)
+        return constrain(x, "batch", "tokens", None)
 
 
 def take_tokens(
     tokens: Float[Array, "b v d"], vision_index: Int[Array, "b t"]
 ) -> Float[Array, "b t d"]:
     """The vision token of each place; anything where `vision_index` is -1."""
-    return jnp.take_along_axis(tokens, jnp.maximum(vision_index, 0)[..., None], axis=1)
+    places = jnp.maximum(vision_index, 0)[..., None]
+    return by_tokens(by_width(jnp.take_along_axis(by_width(tokens), places, axis=1)))
 
 
 def add_deepstack(
@@ -302,5 +303,5 @@ def mrope(positions: Int[Array, "b t 3"], config: TextConfig) -> Rope:
     turn = np.arange(width // 2)
     limit = 3 * np.array(config.mrope_section)[turn % 3]
     axis = np.where(turn < limit, turn % 3, 0)
-    angle = positions[..., axis].astype(jnp.float32) * frequency[None, None]
+    angle = by_tokens(positions[..., axis].astype(jnp.float32) * frequency[None, None])
     return jnp.cos(angle), jnp.sin(angle)

@@ -18,6 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.common.attention import Attending, attend
+from models.common.kernels import Split
 from models.common.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -27,9 +28,9 @@ from models.common.layers import (
     rotate,
     scan_layers,
 )
-from models.common.products import Weighted, add_bias, multiply
+from models.common.products import Weighted, add_bias, flat_rows, multiply
 from models.qwen3_vl.config import VisionConfig
-from paravt_jax.mesh import constrain
+from paravt_jax.mesh import by_width, constrain, frames_axis
 from paravt_jax.params import Constant, HfLayout, Normal, declare, stack
 from paravt_jax.records import VisionFeatures
 
@@ -98,11 +99,12 @@ class VisionAttention(Weighted, Attending):
     ) -> Float[Array, "r p d"]:
         query, key, value = (self._project(x, part) for part in range(3))
         query, key = rotate(query, *rope), rotate(key, *rope)
-        mixed = attend(query, key, value, key_lengths=counts, kernels=self.kernels)
+        split = Split(frames_axis(x.shape[0]), "heads")
+        mixed = attend(query, key, value, key_lengths=counts, kernels=self.kernels, split=split)
         return self.out(mixed.reshape(*x.shape[:2], -1))
 
     def _project(self, x: Float[Array, "r p d"], part: int) -> Float[Array, "r p n h"]:
-        flat = x.reshape(-1, x.shape[-1]).astype(self.dtype)
+        flat = flat_rows(x).astype(self.dtype)
         y = multiply(flat, self.qkv[:, part], ("embed", "heads"), self.wide_gradients)
         y = add_bias(y, self.qkv_bias[part], self.wide_gradients)
         return y.reshape(*x.shape[:2], self.heads, -1)
@@ -196,13 +198,13 @@ class VisionTower(nnx.Module):
         """Vision tokens of all frames, frame-major; tokens beyond a frame's grid mean nothing."""
         b, f, p, c = patches.shape
         # Frames know nothing of each other: all devices share those of a few prompts.
-        patches = constrain(patches.reshape(b * f, p, c), "batch", None, None)
+        patches = constrain(patches.reshape(b * f, p, c), frames_axis(b * f), None, None)
         final, tapped = self.walk(patches, grids.reshape(b * f, 2))
         with jax.named_scope("mergers"):
             tokens = self.merger(final)
             tokens = tokens.reshape(b, -1, tokens.shape[-1])
             deepstack = self._merge_taps(tapped, b)
-        return VisionFeatures(tokens=tokens, deepstack=deepstack)
+        return VisionFeatures(tokens=by_width(tokens), deepstack=by_width(deepstack))
 
     def embed(
         self, patches: Float[Array, "r p c"], grids: Int[Array, "r 2"]
@@ -226,7 +228,7 @@ class VisionTower(nnx.Module):
 
         def step(block: VisionBlock, carry: tuple[Array, Array], tap: Array) -> Any:
             x, tapped = carry
-            x = constrain(block(x, rope, counts), "batch", None, None)
+            x = constrain(block(x, rope, counts), frames_axis(x.shape[0]), None, None)
             if indexes:
                 # An untapped block points beyond the buffer, and its write is dropped.
                 tapped = tapped.at[tap].set(x, mode="drop")

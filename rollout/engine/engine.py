@@ -24,7 +24,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy
 from paravt_jax.kv_cache import KVCache
-from paravt_jax.mesh import batch_shards, constrain, put_rows, split_before_copy
+from paravt_jax.mesh import batch_shards, by_width, constrain, put_rows, split_before_copy
 from paravt_jax.patches import FrameRows
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
@@ -431,4 +431,4 @@ def _mark_padded(
 def _last(hidden: Float[Array, "b t d"], lengths: Int[Array, " b"]) -> Float[Array, "b d"]:
     """Hidden state of the last real token of each right-padded row."""
     at = jnp.maximum(lengths - 1, 0)[:, None, None]
-    return jnp.take_along_axis(hidden, at, axis=1)[:, 0]
+    return jnp.take_along_axis(by_width(hidden), at, axis=1)[:, 0]

@@ -21,11 +21,11 @@ def test_a_mesh_of_rollouts_changes_no_result_and_a_resume_may_take_another(tmp_
     said, plain = steps(tmp_path / "plain", tmp_path, 2)
     assert "on mesh" not in said and "time/hand_over" not in plain[0]
     said, _ = steps(tmp_path / "other", tmp_path, 1, "--rollout-mesh", "tensor:2")
-    assert "on mesh data:1,fsdp:1,expert:1,tensor:2" in said
+    assert "on mesh data:1,fsdp:1,expert:1,context:1,tensor:2" in said
     arguments = "--resume", "must", "--rollout-mesh", "data:2"
     said, other = steps(tmp_path / "other", tmp_path, 2, *arguments)
     assert "rollout_mesh was 'tensor:2' and is 'data:2' from now on" in said
-    assert "on mesh data:2,fsdp:1,expert:1,tensor:1" in said
+    assert "on mesh data:2,fsdp:1,expert:1,context:1,tensor:1" in said
     for one, two in zip(plain, other, strict=True):
         assert two["time/hand_over"] > 0
         for name in SAME:

@@ -127,6 +127,7 @@ def test_what_does_not_fit_is_one_line(tmp_path, monkeypatch):
             ["mesh=fsdp:8", "rl.group_size=4", "rl.micro_groups=1"],
             r"a micro-batch has 4 \(rl.micro_groups=1",
         ),
+        (["mesh=context:8"], "context:8: attention shares the 4 heads of this model among the 8"),
     ],
 )
 def test_meshes_that_a_run_refuses_are_refused(tmp_path, settings, words):

@@ -131,7 +131,7 @@ def test_the_command_shows_the_layout_of_a_pod(released, capsys):
     recipe = ["--recipe", "paravt_rl", "--mesh", "fsdp:8,tensor:4", "--dry-run"]
     assert main.main([*recipe, *released]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "fsdp:8,expert:1,tensor:4: 32 devices (8 here)" in said
+    assert "fsdp:8,expert:1,context:1,tensor:4: 32 devices (8 here)" in said
     assert "8,767,123,696 parameters" in said
     lines = [line.split() for line in said.partition("on each device:")[2].splitlines()]
     mebibytes = {" ".join(x[:-2]): float(x[-2].replace(",", "")) for x in lines if x}

@@ -13,12 +13,13 @@ from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding
 @pytest.mark.parametrize(
     ("text", "sizes"),
     [
-        (None, (8, 1, 1, 1)),
-        ("data:2,fsdp:2,tensor:2", (2, 2, 1, 2)),
-        ("data:2,expert:-1", (2, 1, 4, 1)),
-        ("fsdp:-1", (1, 8, 1, 1)),
-        ("tensor:2, data:-1", (4, 1, 1, 2)),
-        ("data:-1,fsdp:8", (1, 8, 1, 1)),
+        (None, (8, 1, 1, 1, 1)),
+        ("data:2,fsdp:2,tensor:2", (2, 2, 1, 1, 2)),
+        ("data:2,expert:-1", (2, 1, 4, 1, 1)),
+        ("fsdp:-1", (1, 8, 1, 1, 1)),
+        ("fsdp:2,context:-1", (1, 2, 1, 4, 1)),
+        ("tensor:2, data:-1", (4, 1, 1, 1, 2)),
+        ("data:-1,fsdp:8", (1, 8, 1, 1, 1)),
     ],
 )
 def test_parse(text, sizes):
@@ -28,7 +29,7 @@ def test_parse(text, sizes):
 @pytest.mark.parametrize(
     ("text", "why"),
     [
-        ("model:8", "unknown axis 'model'; choose from data, fsdp, expert, tensor"),
+        ("model:8", "unknown axis 'model'; choose from data, fsdp, expert, context, tensor"),
         ("data:2,data:4", "given twice"),
         ("data:two", "positive number or -1"),
         ("data", "positive number or -1"),
@@ -54,14 +55,14 @@ def mesh():
 @pytest.mark.parametrize(
     ("axes", "shape", "spec"),
     [
-        (("embed", "heads"), (8, 6), PartitionSpec("fsdp", "tensor")),
-        (("layers", "embed", "mlp"), (3, 8, 6), PartitionSpec(None, "fsdp", "tensor")),
+        (("embed", "heads"), (8, 6), PartitionSpec(("fsdp", "context"), "tensor")),
+        (("layers", "embed", "mlp"), (3, 8, 6), PartitionSpec(None, ("fsdp", "context"), "tensor")),
         (
             ("batch", None, "vocab"),
             (4, 3, 10),
             PartitionSpec(("data", "fsdp", "expert"), None, "tensor"),
         ),
-        (("vocab", "embed"), (7, 8), PartitionSpec(None, "fsdp")),
+        (("vocab", "embed"), (7, 8), PartitionSpec(None, ("fsdp", "context"))),
         (("batch", None), (6, 3), PartitionSpec(None, None)),
     ],
 )
@@ -77,8 +78,8 @@ def test_two_axes_on_one_mesh_axis_collide(mesh):
 
 
 def test_unknown_axes_and_wrong_rank_are_refused(mesh):
-    with pytest.raises(ValueError, match="unknown logical axis 'width'"):
-        sharding(mesh, ("width",), (4,))
+    with pytest.raises(ValueError, match="unknown logical axis 'depth'"):
+        sharding(mesh, ("depth",), (4,))
     with pytest.raises(ValueError, match="2 logical axes"):
         sharding(mesh, ("embed", "mlp"), (4,))
 

@@ -85,6 +85,7 @@ MORE_MESHES = [
     (DENSE, "data:8", "fsdp:8"),
     (DENSE, "tensor:8", "data:8"),
     (SPARSE, "fsdp:8", "data:2,expert:4"),
+    (DENSE, "fsdp:2,context:4", "data:2,context:2,tensor:2"),
 ]
 
 
@@ -199,6 +200,7 @@ def test_candidates_share_by_experts_first_and_divide_the_model():
     [
         (DENSE, "data:3", "8 devices"),
         (QWEN, "data:2,tensor:4", "tensor:4 does not divide the 4 heads and 2 key heads"),
+        (QWEN, "data:2,tensor:2,context:2", "tensor:2 times context:2 does not divide the 4 heads"),
         (SPARSE, "expert:8", "expert:8 does not divide the 4 experts"),
         (DENSE, "rows:8", "unknown axis 'rows'"),
     ],

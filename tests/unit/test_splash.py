@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -14,7 +15,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from models.common import attention, splash
 from models.common.attention import reference, visibility
 from paravt_jax.mesh import make_mesh, parse_mesh
-from paravt_jax.shared_rows import Bounds, SharedRows
+from paravt_jax.shared_rows import Bounds, SharedRows, unit_of
 from tests.support.shared_rows import shared_rows, visible_in
 
 TOKENS = 300
@@ -27,6 +28,7 @@ def draw(*shapes, dtype=jnp.float32):
 
 
 ROWS, SLOTS = shared_rows(300, 200, 128)
+COARSE, COARSE_SLOTS = shared_rows(300, 200, 256)
 
 CASES = {
     "causal": ((2, TOKENS, 4, 2, 128), {"causal": True}),
@@ -34,6 +36,7 @@ CASES = {
     "frames": ((2, TOKENS, 3, 3, 72), {"causal": False, "segments": PACKED == 0}),
     "whole frames": ((1, TOKENS, 2, 2, 72), {"causal": False}),
     "shared": ((2, SLOTS, 4, 2, 128), {"causal": True, "shared": ROWS}),
+    "coarse": ((2, COARSE_SLOTS, 2, 1, 128), {"causal": True, "shared": COARSE}),
 }
 
 
@@ -45,9 +48,9 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name):
     query, key, value, weights = draw((b, t, n, h), (b, t, k, h), (b, t, k, h), (b, t, n, h))
     visible = visibility(t, t, CASES[name][1]["causal"], segments=terms.get("segments"))
     if "shared" in terms:
-        visible = visible_in(ROWS, SLOTS)
+        visible = visible_in(terms["shared"], t)
         # What padding sees means nothing.
-        weights = jnp.where((ROWS.segments(SLOTS) >= 0)[..., None, None], weights, 0)
+        weights = jnp.where((terms["shared"].segments(t) >= 0)[..., None, None], weights, 0)
 
     def weighed(attend, *inputs):
         mixed = attend(*inputs)
@@ -63,8 +66,15 @@ def test_values_and_gradients_are_those_of_the_plain_computation(name):
         np.testing.assert_allclose(one, other, atol=2e-6 * float(jnp.abs(other).max()))
 
 
-@pytest.mark.parametrize("mesh", ["data:2,fsdp:2,tensor:2", "fsdp:2,tensor:4"])
-def test_rows_and_heads_are_split_over_a_mesh(mesh):
+@pytest.mark.parametrize(
+    ("mesh", "shard"),
+    [
+        ("data:2,fsdp:2,tensor:2", (1, 2)),
+        ("fsdp:2,tensor:4", (2, 1)),
+        ("fsdp:2,context:2,tensor:2", (2, 1)),
+    ],
+)
+def test_rows_and_heads_are_split_over_a_mesh(mesh, shard):
     """Also where there are fewer key heads than parts of heads."""
     inputs = draw((4, 128, 4, 128), (4, 128, 2, 128), (4, 128, 2, 128))
     segments = jnp.asarray(np.repeat([[1, 2]] * 4, 64, axis=1), jnp.int32)
@@ -74,8 +84,7 @@ def test_rows_and_heads_are_split_over_a_mesh(mesh):
     with jax.set_mesh(make_mesh(sizes)):
         split = jax.jit(ours)(*inputs)
     np.testing.assert_allclose(split, alone, atol=1e-6)
-    assert split.sharding.shard_shape(split.shape) == (1 if "data" in mesh else 2, 128, *(
-        (2,) if "tensor:2" in mesh else (1,)), 128)  # fmt: skip
+    assert split.sharding.shard_shape(split.shape) == (shard[0], 128, shard[1], 128)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,28 @@ def test_rows_and_heads_are_split_over_a_mesh(mesh):
 )
 def test_rows_are_padded_to_few_large_blocks(tokens, slots, block):
     assert splash.padded_length(tokens) == (slots, block)
+
+
+@pytest.mark.parametrize("sizes", [(), (300, 200, 64), (700, 130, 256), (10, 1, 128)])
+def test_blocks_of_the_mask_are_found_without_looking_at_each_key(sizes):
+    mask = splash.StaticMask(1024, *sizes)
+    query, key = np.ogrid[:1024, :1024]
+    seen = query >= key
+    if sizes:
+        prompt, own, unit = sizes
+        seen &= (key < prompt) | (key > query - max(own, unit))
+    blocks = [slice(at, at + 128) for at in range(0, 1024, 128)]
+    for block in itertools.product(blocks, blocks):
+        np.testing.assert_array_equal(mask[block], seen[block])
+
+
+def test_streams_begin_where_numbers_of_31_bits_can_tell():
+    """Those of long prompts at multiples of more slots; the kernel then sees the same."""
+    assert unit_of("cpu", 131_072, 5_000, 8) == 1
+    units = {prompt: unit_of("tpu", prompt, 5_000, 8) for prompt in (0, 5_000, 16_000, 131_072)}
+    assert units == {0: 128, 5_000: 128, 16_000: 128, 131_072: 512}
+    assert splash.holds(Bounds(131_072, 5_000, 512), 176_128)
+    assert not splash.holds(Bounds(131_072, 5_000, 256), 176_128)
 
 
 def test_what_the_kernel_serves(monkeypatch):
@@ -161,6 +192,6 @@ def test_the_door_takes_the_kernel_where_prompts_are_shared(monkeypatch):
     np.testing.assert_allclose(door(shared=ROWS)[real], plain[real], atol=2e-6)
     assert len(calls) == 1
     finer = dataclasses.replace(ROWS, bounds=dataclasses.replace(ROWS.bounds, unit=64))
-    assert not splash.holds(finer.bounds)
+    assert not splash.holds(finer.bounds, SLOTS)
     np.testing.assert_array_equal(door(shared=finer)[real], plain[real])
     assert len(calls) == 1

@@ -23,6 +23,7 @@ from train.data.settings import DataSettings
 from train.rl.batches import LENGTH_UNIT, streams_per_row, with_what_shaped
 from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
+from train.step import batch_axes
 
 GRAMMAR_STATES = 256
 """Holds the grammar of any one of our tools; the real number takes a tokenizer to know."""
@@ -45,7 +46,7 @@ class LargestBatch:
         """Its shapes, laid out on the mesh."""
 
         def lay_out(leaf: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-            axes = ("batch", *(None,) * (leaf.ndim - 1))
+            axes = batch_axes(leaf)
             home = NamedSharding(mesh, partition(dict(mesh.shape), axes, leaf.shape))
             return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=home)
 
@@ -65,7 +66,8 @@ class LargestBatch:
         responses = agent.rounds * agent.max_calls_per_turn * agent.response_tokens
         own = agent.generated_tokens + responses
         per_row = streams_per_row(rl.group_size, rl.micro_groups, mesh)
-        unit = unit_of(mesh.devices.flat[0].platform)
+        longest = seen * 5 // 4 + 256
+        unit = unit_of(mesh.devices.flat[0].platform, longest, own, rl.group_size)
         main = self._streams(groups * rl.group_size, groups, seen, own, per_row, unit)
         main = with_what_shaped(main, agent.sampling)
         if not rl.trains_subagents:

@@ -41,10 +41,11 @@ def rollout_sizes(text: str, policy: ModelPolicy, devices: int) -> dict[str, int
     """
     sizes, flag = parse_mesh(text, devices, FLAG), f"{FLAG} {text}:"
     heads, keys, experts = policy.splits
-    tensor, expert = sizes["tensor"], sizes["expert"]
-    if heads % tensor or keys % tensor:
+    tensor, context, expert = sizes["tensor"], sizes["context"], sizes["expert"]
+    if heads % (tensor * context) or keys % (tensor * context):
+        named = f"tensor:{tensor}" + f" times context:{context}" * (context > 1)
         raise ValueError(
-            f"{flag} tensor:{tensor} does not divide the {heads} heads and {keys} key heads of "
+            f"{flag} {named} does not divide the {heads} heads and {keys} key heads of "
             f"this model; choose a divisor of {math.gcd(heads, keys)}"
         )
     if experts % expert:

@@ -175,7 +175,8 @@ class RolloutBatches:
     @property
     def unit(self) -> int:
         """Streams begin at multiples of this many slots."""
-        return unit_of(self._mesh.devices.flat[0].platform)
+        sizes = self.shapes.longest_prompt, self.shapes.longest_own, self._rl.group_size
+        return unit_of(self._mesh.devices.flat[0].platform, *sizes)
 
     def per_row(self, group_size: int) -> int:
         """See `streams_per_row`."""
