@@ -72,6 +72,7 @@ def batches() -> dict[str, LearnerBatch]:
 def prefilled(policy, params, batch: LearnerBatch):
     """Hidden states, keys and values of rows as prompts."""
     features = policy.encode(params, batch.patches, batch.grids)
+    features = jax.tree.map(lambda x: jnp.repeat(x, 2, axis=0), features)
     return policy.prefill(params, batch.tokens, batch.positions, batch.vision_index, features)
 
 
