@@ -16,7 +16,7 @@ from flax import nnx
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from models.common import cudnn, splash
-from models.common.kernels import WHOLE_ROWS, Kernels, Split
+from models.common.kernels import WHOLE_ROWS, AttentionSplit, Kernels
 from models.common.products import precision
 from paravt_jax.records import HiddenKeys
 from paravt_jax.shared_rows import SharedRows
@@ -75,7 +75,7 @@ def attend(
     hidden_keys: HiddenKeys | None = None,
     shared: SharedRows | None = None,
     kernels: Kernels = "auto",
-    split: Split = WHOLE_ROWS,
+    split: AttentionSplit = WHOLE_ROWS,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`, of rows that are `split` so.
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from models.common.kernels import WHOLE_ROWS, Split, on_mesh
+from models.common.kernels import WHOLE_ROWS, AttentionSplit, on_mesh
 from paravt_jax.mesh import platform
 
 SHORT = 256
@@ -120,7 +120,7 @@ def attend(
     lanes: int = 0,
     prompt: int = 0,
     flash: Flash = CUDNN,
-    split: Split = WHOLE_ROWS,
+    split: AttentionSplit = WHOLE_ROWS,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`, of tokens among themselves.
 

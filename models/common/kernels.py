@@ -18,14 +18,14 @@ Kernels = Literal["auto", "reference", "splash", "cudnn"]
 GPUs where they take the rows, and the reference elsewhere; `auto`, splash on TPUs."""
 
 
-class Split(NamedTuple):
+class AttentionSplit(NamedTuple):
     """Logical axes over which what attends is split."""
 
     rows: str = "batch"
     heads: str = "row_heads"
 
 
-WHOLE_ROWS = Split()
+WHOLE_ROWS = AttentionSplit()
 """Each device has rows of its batch, whole, and some of their heads."""
 
 
@@ -61,7 +61,7 @@ def on_mesh(
     key: Float[Array, "b s k h"],
     value: Float[Array, "b s k h"],
     rows: Any = None,
-    split: Split = WHOLE_ROWS,
+    split: AttentionSplit = WHOLE_ROWS,
 ) -> Float[Array, "b t n h"]:
     """`attend(query, key, value, rows)`, by each device of the active mesh on its rows and heads;
     `rows` are arrays `[b, ...]`, if any.

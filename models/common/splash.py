@@ -25,7 +25,7 @@ from jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_mask_info
 )
 from jaxtyping import Array, Float, Int
 
-from models.common.kernels import WHOLE_ROWS, Split, on_mesh
+from models.common.kernels import WHOLE_ROWS, AttentionSplit, on_mesh
 from paravt_jax.mesh import platform
 from paravt_jax.shared_rows import NUMBER_BITS, TILE, Bounds, SharedRows
 
@@ -134,7 +134,7 @@ def attend(
     causal: bool,
     shared: SharedRows | None = None,
     segments: Int[Array, "b t"] | None = None,
-    split: Split = WHOLE_ROWS,
+    split: AttentionSplit = WHOLE_ROWS,
     interpret: bool = False,
 ) -> Float[Array, "b t n h"]:
     """Softmax attention with grouped heads, scaled by `h**-0.5`, of tokens among themselves.

@@ -18,7 +18,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from models.common.attention import Attending, attend
-from models.common.kernels import Split
+from models.common.kernels import AttentionSplit
 from models.common.layers import (
     ACTIVATIONS,
     LayerNorm,
@@ -99,7 +99,7 @@ class VisionAttention(Weighted, Attending):
     ) -> Float[Array, "r p d"]:
         query, key, value = (self._project(x, part) for part in range(3))
         query, key = rotate(query, *rope), rotate(key, *rope)
-        split = Split(frames_axis(x.shape[0]), "heads")
+        split = AttentionSplit(frames_axis(x.shape[0]), "heads")
         mixed = attend(query, key, value, key_lengths=counts, kernels=self.kernels, split=split)
         return self.out(mixed.reshape(*x.shape[:2], -1))
 

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from models.common import attention, splash
 from models.common.attention import reference, visibility
+from models.common.kernels import by_heads, to_tokens
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.shared_rows import Bounds, SharedRows, unit_of
 from tests.support.shared_rows import shared_rows, visible_in
@@ -170,6 +171,28 @@ def test_it_compiles_for_a_tpu_and_nothing_is_gathered(streams):
         text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text() or ""
     assert text.count('custom_call_target="tpu_custom_call"') == 3
     assert not re.search("all-gather|all-to-all|collective-permute", text)
+
+
+def test_long_rows_are_exchanged_by_heads_and_nothing_is_gathered():
+    """Rows that four chips share, forward and back: queries, keys, values and what is mixed."""
+    pytest.importorskip("libtpu", reason="compiling for a TPU takes libtpu")
+    devices = topologies.get_topology_desc(platform="tpu", topology_name="v5p:2x2x2").devices
+    mesh = make_mesh(parse_mesh("fsdp:2,context:4", 8), devices)
+    where = NamedSharding(mesh, PartitionSpec("fsdp", "context"))
+    query, key = (
+        jax.ShapeDtypeStruct((2, 2048, heads, 128), jnp.bfloat16, sharding=where)
+        for heads in (8, 4)
+    )
+
+    def loss(*inputs):
+        mixed = to_tokens(attention.attend(*by_heads(*inputs), causal=True))
+        return jnp.sum(mixed.astype(jnp.float32) ** 2)
+
+    with jax.set_mesh(mesh):
+        text = jax.jit(jax.grad(loss, (0, 1, 2))).lower(query, key, key).compile().as_text() or ""
+    assert text.count('custom_call_target="tpu_custom_call"') == 3
+    assert len(re.findall(r" all-to-all(?:-start)?\(", text)) == 8
+    assert not re.search("all-gather|all-reduce|collective-permute", text)
 
 
 def test_the_door_takes_the_kernel_where_prompts_are_shared(monkeypatch):
