@@ -26,6 +26,7 @@ from models.common.products import (
     precision,
 )
 from paravt_jax.lora import NO_LORA, LoraConfig
+from paravt_jax.mesh import splits_tokens
 from paravt_jax.params import Constant, HfLayout, Initialiser, Uniform, declare
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -242,8 +243,9 @@ def _lookup_forward(table: Array, index: Array) -> tuple[Array, tuple[Array, Arr
 
 def _lookup_backward(saved: tuple[Array, Array], grad: Array) -> tuple[Array, np.ndarray]:
     table, index = saved
-    flat_index, flat_grad = index.reshape(-1), grad.reshape(-1, grad.shape[-1])
-    if table.shape[0] <= SMALL_TABLE:
+    shared = splits_tokens()
+    flat_index, flat_grad = (index, grad) if shared else (index.reshape(-1), flat_rows(grad))
+    if table.shape[0] <= SMALL_TABLE and not shared:
         one_hot = jax.nn.one_hot(flat_index, table.shape[0], dtype=grad.dtype)
         table_grad = jnp.matmul(one_hot.T, flat_grad, precision=precision(grad.dtype))
     else:
