@@ -89,8 +89,8 @@ def figures(policy, params, batch: LearnerBatch):
 
 
 @functools.cache
-def of_all_rows(policy, mesh: str, count: int):
-    """`figures` of all kinds of rows, by one program."""
+def of_rows(policy, mesh: str, count: int, kinds: tuple[str, ...]):
+    """`figures` of these kinds of rows, and of prefilled ones, by one program; and its text."""
     devices = make_mesh(parse_mesh(mesh, count), jax.devices()[:count])
     params = initialise(policy.table, jax.random.key(0))
     with jax.set_mesh(devices):
@@ -98,8 +98,9 @@ def of_all_rows(policy, mesh: str, count: int):
         rows = {kind: to_mesh(batch, devices) for kind, batch in batches().items()}
 
         def all_kinds(params, rows):
-            found = {kind: figures(policy, params, own) for kind, own in rows.items()}
-            return found | {"prefill": prefilled(policy, params, rows["whole"])}
+            do = {kind: figures for kind in rows} | {"prefill": prefilled}
+            own = rows | {"prefill": rows["whole"]}
+            return {kind: do[kind](policy, params, own[kind]) for kind in kinds}
 
         compiled = jax.jit(all_kinds).lower(split, rows).compile()
         return jax.device_get(compiled(split, rows)), compiled.as_text() or ""
@@ -110,25 +111,29 @@ def assert_same(ours, theirs):
         np.testing.assert_allclose(one, other, rtol=0, atol=TOLERANCE * np.abs(other).max())
 
 
-def study(*case):
-    return pytest.param(*case, marks=pytest.mark.study)
+ALL = "whole", "shared", "prefill"
+
+
+def study(policy, mesh):
+    return pytest.param(policy, mesh, ALL, marks=pytest.mark.study)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "mesh"),
+    ("policy", "mesh", "kinds"),
     [
-        (QWEN, "fsdp:2,context:2,tensor:2"),
+        (QWEN, "fsdp:2,context:2,tensor:2", ("whole",)),
+        study(QWEN, "fsdp:2,context:2,tensor:2"),
         study(QWEN, "context:4"),
         study(QWEN, "context:2,fsdp:2"),
         study(QWEN, "context:2,tensor:2"),
         study(SPARSE, "context:2,expert:2,tensor:2"),
     ],
 )
-def test_rows_of_all_kinds_are_those_of_one_device(policy, mesh):
-    alone, _ = of_all_rows(policy, "data:1", 1)
+def test_rows_of_all_kinds_are_those_of_one_device(policy, mesh, kinds):
+    alone, _ = of_rows(policy, "data:1", 1, kinds)
     count = math.prod(int(part.split(":")[1]) for part in mesh.split(","))
-    split, text = of_all_rows(policy, mesh, count)
+    split, text = of_rows(policy, mesh, count, kinds)
     for kind, found in split.items():
         assert_same(found, alone[kind])
     assert "all-to-all" in text
