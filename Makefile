@@ -8,6 +8,9 @@ BIN := $(VENV)/bin
 # Others, and `LOCKED=`, take the newest that the ranges of requirements*.txt allow.
 LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
+# One more than cores: some tests wait for the programs that they start.
+WORKERS ?= $(shell expr $$(getconf _NPROCESSORS_ONLN) + 1)
+PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .PHONY: demo test study test-newest test-pages check scale docs lock setup setup-dev clean
@@ -16,11 +19,11 @@ demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
 
 test: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not study"
+	$(PYTEST) -m "not study"
 
 # What takes minutes each: before a release, and after a change of what they hold.
 study: setup-dev
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m study
+	$(PYTEST) -m study
 
 # The same tests on the newest versions that the ranges allow.
 test-newest:
@@ -34,7 +37,7 @@ check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not slow and not study"
+	$(PYTEST) -m "not slow and not study"
 
 # What the recipe would cost on TPUs, compiled without one, in an environment of its own.
 scale:
