@@ -8,8 +8,8 @@ BIN := $(VENV)/bin
 # Others, and `LOCKED=`, take the newest that the ranges of requirements*.txt allow.
 LOCKED ?= 3.11 3.12 3.13
 WORKDIR ?= runs/demo-$(shell date +%Y%m%d-%H%M%S)
-# For two cores: some tests wait for the programs that they start. Each takes up to 3 GB.
-WORKERS ?= 3
+# Processes that run tests, of up to 3 GB each.
+WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 

@@ -66,7 +66,8 @@ def test_a_mistake_is_one_line(row, world, tmp_path):
     if row.code == 2:
         left = {path.relative_to(tmp_path).parts[0] for path in tmp_path.iterdir()}
         given = {Path(name).parts[0] for name in row.files}
-        assert row.prepare is not None or left == given, f"the door wrote {left - given}"
+        new = left - given - {"__pycache__"}  # Python's own, of users' files that it imports
+        assert row.prepare is not None or not new, f"the door wrote {new}"
 
 
 OF_DOORS = {row.door: row for _, row in MISTAKES if row.code == 2 and not row.fresh}

@@ -14,7 +14,7 @@ def steps(workdir, cache, count, *arguments):
     given = "--mesh", "fsdp:2", "--steps", str(count), *arguments
     done = start(workdir, cache, *given, settings=SETTINGS, devices=2)
     assert done.returncode == 0, done.stderr[-3000:]
-    return done.stdout, metrics(workdir)
+    return " ".join(done.stdout.split()), metrics(workdir)  # lines end at 80 columns
 
 
 def test_a_mesh_of_rollouts_changes_no_result_and_a_resume_may_take_another(tmp_path):
