@@ -1,9 +1,11 @@
 """The demo with rollouts that are drawn ahead, over several seeds: rows of `results.md`.
 
     python benchmarks/staleness.py --staleness 0 1 2 --seeds 0 1 2
+    python benchmarks/staleness.py --staleness 0 1 2 1/1/6 2/1/6 --seeds 0
 
 Whether weights that are some steps old reach the same held-out accuracy, and how much of the
-rollouts runs beside the learner. What else is given goes to `train/main.py`, for instance
+rollouts runs beside the learner. `2/1/6` is a staleness of 2 with `rl.in_flight_updates=1` and
+`rl.in_flight_calls=6`. What else is given goes to `train/main.py`, for instance
 `--steps 20 --set model.cache_dtype=int8`, or `--set evaluation.rows=0` for seconds alone.
 """
 
@@ -24,17 +26,21 @@ from benchmarks.demo import commit, hardware, interval  # noqa: E402
 
 COLUMNS = (
     "commit | staleness | seed | hardware | sampled before | sampled after | greedy after"
-    " | gap mean | dropped | seconds per step | waiting for rollouts | rollouts beside learning"
+    " | mean age | gap mean | dropped | seconds per step | waiting for rollouts"
+    " | rollouts beside learning | share beside | waiting for weights"
 )
+NAMES = "rl.staleness", "rl.in_flight_updates", "rl.in_flight_calls"
 ACCURACIES = ("before", "sampled"), ("after", "sampled"), ("after", "greedy")
 
 
-def describe(staleness: int, seed: int, extra: list[str]) -> str:
+def describe(staleness: str, seed: int, extra: list[str]) -> str:
     """Run it once and describe it as a row of the table; seconds are medians of the steps."""
-    workdir = Path(tempfile.mkdtemp(prefix=f"staleness-{staleness}-{seed}-")) / "run"
-    setting = ["--set", f"rl.staleness={staleness}"]
+    name = staleness.replace("/", "-")
+    workdir = Path(tempfile.mkdtemp(prefix=f"staleness-{name}-{seed}-")) / "run"
+    values = zip(NAMES, staleness.split("/"), strict=False)
+    settings = [part for key, value in values for part in ("--set", f"{key}={value}")]
     door = [sys.executable, "train/main.py", "--workdir", str(workdir)]
-    run([*door, "--seed", str(seed), *setting, *extra], cwd=ROOT, check=True)
+    run([*door, "--seed", str(seed), *settings, *extra], cwd=ROOT, check=True)
     evaluated = workdir / "evaluation.json"
     told = json.loads(evaluated.read_text()) if evaluated.exists() else None
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -42,15 +48,19 @@ def describe(staleness: int, seed: int, extra: list[str]) -> str:
     def middle(name: str) -> float:
         return statistics.median(step.get(name, 0.0) for step in steps)
 
+    beside, waited = middle("time/overlap"), middle("time/rollout")
     cells = [
         commit(),
-        str(staleness),
+        staleness,
         str(seed),
         hardware(),
         *(interval(told[when][mode], "accuracy") if told else "-" for when, mode in ACCURACIES),
+        f"{middle('rollout/staleness'):.2f}",
         f"{middle('logprob/gap_mean'):.1e}",
         f"{middle('dropped_fraction'):.4f}",
-        *(f"{middle(f'time/{part}'):.2f}" for part in ("step", "rollout", "overlap")),
+        *(f"{seconds:.2f}" for seconds in (middle("time/step"), waited, beside)),
+        f"{beside / (beside + waited):.2f}",
+        f"{middle('time/weights_wait'):.2f}",
     ]
     return f"| {' | '.join(cells)} |"
 
@@ -58,7 +68,7 @@ def describe(staleness: int, seed: int, extra: list[str]) -> str:
 def main() -> None:
     """Run all of them, then print the table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--staleness", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--staleness", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     own, extra = parser.parse_known_args()
     rows = [describe(age, seed, extra) for seed in own.seeds for age in own.staleness]

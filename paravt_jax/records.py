@@ -277,6 +277,9 @@ class Turn:
     """What came of each of `calls`; empty for the last turn, whose calls nobody runs."""
     choices: Choices | None = None
     """How each of `tokens` was chosen; None if nothing but temperature shaped them."""
+    versions: np.ndarray | None = None
+    """int32 `[t1]`: the version of the weights that drew each of `tokens`; None if one version drew
+    the whole rollout."""
 
     @property
     def executed_calls(self) -> tuple[ToolCall, ...]:
@@ -320,11 +323,21 @@ class Trajectory:
     call_syntax: str = "tool_call"
     """How its calls are written, a name of `paravt_jax.protocol.SYNTAXES`."""
     policy_version: int = 0
-    """Step (batch of prompts, counted from 0) whose weights sampled this."""
+    """Step (batch of prompts, counted from 0) whose weights sampled this, or its first token."""
     rewards: dict[str, float] = dataclasses.field(default_factory=dict)
     """Reward by term; `total` is the one that trains."""
     choices: Choices | None = None
     """How each of `tokens` was chosen; None if nothing but temperature shaped them."""
+    versions: np.ndarray | None = None
+    """int32 `[t]`: the version of the weights that drew each token where `generated`, -1 elsewhere;
+    None if `policy_version` drew all."""
+
+    @property
+    def drawn_by(self) -> np.ndarray:
+        """int32: the version of the weights that drew each generated token, in their order."""
+        if self.versions is not None:
+            return self.versions[self.generated]
+        return np.full(int(self.generated.sum()), self.policy_version, np.int32)
 
     @property
     def chosen(self) -> np.ndarray:

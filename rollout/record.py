@@ -51,23 +51,35 @@ class TrajectoryBuilder:
         self._parts.append((turn.tokens, True, turn.log_probs, choices))
 
     def finish(self, renderer: Renderer, policy_version: int) -> Trajectory:
-        """The record of the whole stream."""
+        """The record of the whole stream. `policy_version` drew it, where turns do not say."""
         parts, generated, log_probs, choices = zip(*self._parts, strict=True)
         tokens = np.concatenate(parts)
-        sizes = [len(part) for part in parts]
+        generated = np.repeat(generated, [len(part) for part in parts])
+        versions = _versions(self.turns, generated)
         return Trajectory(
             prompt=self.prompt,
             tokens=tokens,
-            generated=np.repeat(generated, sizes),
+            generated=generated,
             log_probs=np.concatenate(log_probs),
             turns=tuple(self.turns),
             scored_text="".join(turn.text for turn in self.turns),
             full_text=renderer.decode(tokens.tolist()),
             subagents=tuple(self.subagents),
             shown=tuple(self.shown),
-            policy_version=policy_version,
+            policy_version=policy_version if versions is None else int(versions[generated][0]),
             choices=Choices.joined(choices),
+            versions=versions,
         )
+
+
+def _versions(turns: Sequence[Turn], generated: np.ndarray) -> np.ndarray | None:
+    """Those of turns, where they stand in the stream, see `Trajectory.versions`."""
+    drawn_by = [turn.versions for turn in turns if turn.versions is not None]
+    if not drawn_by:
+        return None
+    versions = np.full(len(generated), -1, np.int32)
+    versions[generated] = np.concatenate(drawn_by)
+    return versions
 
 
 def generated_turn(generated: Generated, prefix: Sequence[int], renderer: Renderer) -> Turn:
@@ -78,5 +90,6 @@ def generated_turn(generated: Generated, prefix: Sequence[int], renderer: Render
         log_probs=generated.log_probs,
         stop_reason=generated.stop_reason,
         choices=generated.choices,
+        versions=generated.versions,
         text=renderer.decode([*prefix, *generated.tokens.tolist()]),
     )

@@ -20,7 +20,7 @@ from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine, OnMesh, SlotPool
 from rollout.engine.grammar import response_grammar
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.session import Session
+from rollout.engine.session import Newest, Session
 from rollout.limits import MAIN, AgentConfig, slot_pools
 from rollout.observer import NOBODY, Observer
 from rollout.tools import agent_tools
@@ -86,14 +86,16 @@ class AgentMaker:
         observer: Observer | None = None,
         kind: type[Agent] = Agent,
         before_step: Callable[[], None] = SIGNALS_OF_RUN.check,
+        newest: Newest | None = None,
     ) -> Agent:
         """The agent on an engine of `engine`; with other rules on request, which need no more
         tokens. An observer hears of all that its rollouts do. What `before_step`, called before
-        each step of the engine, raises ends rollouts."""
+        each step of the engine, raises ends rollouts; with `newest` they go on under other weights
+        while they are under way."""
         tools = agent_tools(self.rules)
         wrote = None if observer is None else observer.wrote
         return kind(
-            functools.partial(Session, engine, wrote=wrote),
+            functools.partial(Session, engine, wrote=wrote, newest=newest),
             *(self.renderer, self.reader, tools, rules or self.rules, self.crop.tokens),
             share=shared_job,
             before_step=before_step,

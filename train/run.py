@@ -45,6 +45,7 @@ from train.rl.learner import Learner
 from train.rl.loop import MetricsSource, Resumable, RlRun, RolloutSource, reinforce
 from train.rl.scoring import Scorer
 from train.rl.staleness import RolloutsAhead, Stop
+from train.rl.versions import Schedule, Versions
 from train.sft.batches import SftData
 from train.sft.loop import SftRun, supervise
 from train.state import FlatParams, TrainState, abstract_state, make_state, trainable_names
@@ -275,13 +276,17 @@ class Run:
         config, stop, beside = self.config, Stop(), {}
         self.compilations.metrics()  # what was compiled so far belongs to no step
         clock = Clock() if config.rl.staleness else self.report.clock
-        agent = self.agents.agent(engine, before_step=stop.check)
+        rl = config.rl
+        schedule = Schedule(rl.staleness, rl.in_flight_updates, rl.in_flight_calls)
+        versions = Versions(schedule, stop.check)
+        newest = versions if rl.in_flight_updates else None
+        agent = self.agents.agent(engine, before_step=stop.check, newest=newest)
         rollouts, resumable, metrics = setup.open_rollouts(
             config, prompts, self.agents, agent, self.scorer, self.log.console, clock
         )
         metrics.append(engine.metrics)
         if config.rl.staleness:
-            ahead = self._ahead(rollouts, resumable, metrics, clock, stop)
+            ahead = self._ahead(rollouts, resumable, metrics, versions, clock, stop)
             rollouts, resumable, metrics = ahead, ahead.resumable, [ahead.metrics]
             beside = {"older": ahead.older, "end": ahead.close}
         taught, renderer, tools = None, self.agents.renderer, config.agent.offers_tools
@@ -307,6 +312,7 @@ class Run:
         source: RolloutSource,
         parts: dict[str, Resumable],
         metrics: list[MetricsSource],
+        versions: Versions,
         clock: Clock,
         stop: Stop,
     ) -> RolloutsAhead:
@@ -316,7 +322,7 @@ class Run:
             parts,
             metrics,
             steps=self.config.steps,
-            staleness=self.config.rl.staleness,
+            versions=versions,
             trained=set(self.state.trainable),
             mesh=self.mesh,
             clock=clock,

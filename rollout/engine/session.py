@@ -1,4 +1,4 @@
-"""The host side of rollouts: requests in, streams out, under one set of weights.
+"""The host side of rollouts: requests in, streams out, under one set of weights or newer and newer.
 
     streams = session.open("main", prompt, seeds)           they share a prompt
     session.generate(stream, given, sampling, max_tokens)   append, then generate one turn
@@ -11,6 +11,7 @@ generating. The cache of a row holds exactly the tokens of its stream; none is c
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Sequence
 
 import jax
@@ -50,15 +51,36 @@ Wrote = Callable[[StreamId, np.ndarray], object]
 """Told of the tokens, int32 `[t]`, that a stream has just generated."""
 
 
-class Session:
-    """Streams of an engine's slot pools, under one set of weights."""
+@dataclasses.dataclass(frozen=True)
+class VersionedWeights:
+    """Weights, and which version of them these are."""
 
-    def __init__(self, engine: Engine, params: Params, wrote: Wrote | None = None) -> None:
+    version: int
+    params: Params
+
+
+Newest = Callable[[], VersionedWeights]
+"""Asked before each step of a session: the weights to go on with."""
+
+
+class Session:
+    """Streams of an engine's slot pools."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        params: Params,
+        wrote: Wrote | None = None,
+        newest: Newest | None = None,
+    ) -> None:
         """An earlier session of the engine must not be used any more: this one takes its caches.
 
-        `wrote` is called after each step for each stream that has grown.
+        `wrote` is called after each step for each stream that has grown. Without `newest` all is
+        drawn under `params`.
         """
         self._engine, self._params, self._wrote = engine, engine.prepare(params), wrote
+        self._given, self._newest = params, newest
+        self._version: int | None = None
         engine.caches.open()
         self._tables = {
             name: SlotTable(name, pool, engine.caches) for name, pool in engine.pools.items()
@@ -176,6 +198,7 @@ class Session:
         Nothing moves while all that is to generate waits for slots that idle streams hold: close
         one of those, or let it generate.
         """
+        self._update()
         # In this order a prompt that is admitted now decodes in this very step, its forced prefix
         # included.
         for table in self._tables.values():
@@ -183,6 +206,17 @@ class Session:
             self._append(table)
         tables = [table for table in self._tables.values() if table.generates]
         return self._decode(tables) if tables else []
+
+    def _update(self) -> None:
+        """Go on with the newest weights. What is in the caches stays as older ones made it, and so
+        does the hidden state that the next token of a row is drawn from."""
+        if self._newest is None:
+            return
+        newest = self._newest()
+        self._version = newest.version
+        if newest.params is not self._given:
+            del self._params  # there is memory for one set of prepared weights
+            self._given, self._params = newest.params, self._engine.prepare(newest.params)
 
     def _find(self, stream: StreamId) -> tuple[SlotTable, StreamState]:
         if stream not in self._rows:
@@ -287,15 +321,22 @@ class Session:
             for number, row in ran:
                 self._wrote(row.stream, host.tokens[number, : host.counts[number]])
         ends = self._engine.automata.eos_ids
-        turns = [(row.stream, _collect(row, number, host, ends)) for number, row in ran]
+        version = self._version
+        turns = [(row.stream, _collect(row, number, host, ends, version)) for number, row in ran]
         return [(stream, turn) for stream, turn in turns if turn is not None]
 
 
 def _collect(
-    row: StreamState, number: int, output: DecodeOutput, eos_ids: Sequence[int]
+    row: StreamState,
+    number: int,
+    output: DecodeOutput,
+    eos_ids: Sequence[int],
+    version: int | None,
 ) -> Generated | None:
     """Keep what a row generated; its turn if that ended it."""
     count = int(output.counts[number])
+    if version is not None:
+        row.versions.append(np.full(count, version, np.int32))
     row.tokens.append(output.tokens[number, :count].copy())
     row.log_probs.append(output.log_probs[number, :count].copy())
     noted = output.own, output.floors, output.grammar

@@ -35,6 +35,9 @@ class Generated:
     """How each token was chosen; None if nothing but temperature shaped them."""
     alternatives: Alternatives | None = None
     """`[t, k]`, where they were asked for."""
+    versions: np.ndarray | None = None
+    """int32 `[t]`: the version of the weights that drew each token, where a session takes newer
+    ones."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +74,7 @@ class StreamState:
     tokens: list[np.ndarray] = dataclasses.field(default_factory=list)
     log_probs: list[np.ndarray] = dataclasses.field(default_factory=list)
     choices: list[Choices] = dataclasses.field(default_factory=list)
+    versions: list[np.ndarray] = dataclasses.field(default_factory=list)
     listed: bool = False
     """Whether the likeliest tokens of its draws are wanted."""
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
@@ -89,9 +93,10 @@ class StreamState:
         turn, reason, choices = self.written, StopReason.LENGTH, Choices.joined(self.choices)
         if stopped:
             reason = StopReason.END if turn.tokens[-1] in eos_ids else StopReason.STOP
+        versions = np.concatenate(self.versions) if self.versions else None
         self.tokens, self.log_probs, self.choices, self.remaining = [], [], [], 0
-        self.alternatives = []
-        return Generated(turn.tokens, turn.log_probs, reason, choices, turn.alternatives)
+        self.alternatives, self.versions = [], []
+        return Generated(turn.tokens, turn.log_probs, reason, choices, turn.alternatives, versions)
 
 
 def _joined(parts: Sequence[Alternatives]) -> Alternatives:

@@ -9,7 +9,6 @@ import pytest
 
 from tests.support.command import logged, metrics, send, start, untimed
 
-pytestmark = pytest.mark.study
 SETTINGS = [
     "evaluation.rows=0",
     "output.export_hf=false",
@@ -24,6 +23,7 @@ APART = [
     "rl.staleness=1",
     "output.checkpoint_every=0",
 ]
+IN_FLIGHT = ["rl.in_flight_updates=1", "rl.in_flight_calls=2"]
 SAME = ("loss", "grad_norm", "kl", "reward/total", "logprob/gap_mean", "format/score")
 STEPS = ("--steps", "4")
 
@@ -32,13 +32,27 @@ def told(workdir):
     """Figures of all steps, and which version of the weights said what."""
     files = sorted((workdir / "rollouts").glob("*.jsonl"))
     lines = [json.loads(line) for path in files for line in path.read_text().splitlines()]
-    said = [(own["policy_version"], own["tokens"], own["log_probs"]) for own in lines]
+    kept = ("policy_version", "tokens", "log_probs", "versions")
+    said = [tuple(own[name] for name in kept) for own in lines]
     return [untimed(record) for record in metrics(workdir)], said
 
 
-def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    done = start(whole, cache, *STEPS, settings=SETTINGS)
+@pytest.mark.slow
+def test_rollouts_under_way_go_on_with_the_weights_that_learn_from_them(tmp_path, cache):
+    done = start(tmp_path, cache, "--steps", "2", settings=[*APART, *IN_FLIGHT])
+    assert done.returncode == 0, done.stderr[-3000:]
+    figures, said = told(tmp_path)
+    versions = [set(version) - {-1} for *_, version in said]
+    assert versions[:4] == [{0}] * 4 and set().union(*versions[4:]) == {0, 1}
+    assert [record["rollout/staleness_max"] for record in figures] == [0, 1]
+    assert 0 < figures[1]["rollout/staleness"] < 1
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("in_flight", [[], IN_FLIGHT], ids=["", "in flight"])
+def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache, in_flight):
+    whole, cut, settings = tmp_path / "whole", tmp_path / "cut", [*SETTINGS, *in_flight]
+    done = start(whole, cache, *STEPS, settings=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     figures, said = told(whole)
     assert [record["rollout/staleness_max"] for record in figures] == [0, 1, 2, 2]
@@ -48,23 +62,25 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache):
     assert all(record["time/overlap"] > 0 for record in metrics(whole)[1:3])
 
     code, said_by_kill = send(
-        signal.SIGTERM, lambda: logged(cut) >= 2, cut, cache, *STEPS, settings=SETTINGS
+        signal.SIGTERM, lambda: logged(cut) >= 2, cut, cache, *STEPS, settings=settings
     )
     assert code == 0 and "SIGTERM" in said_by_kill
     assert 2 <= logged(cut) < 4
-    done = start(cut, cache, *STEPS, "--resume", "must", settings=SETTINGS)
+    done = start(cut, cache, *STEPS, "--resume", "must", settings=settings)
     assert done.returncode == 0, done.stderr[-3000:]
     assert told(cut) == (figures, said)
 
 
-def test_rollouts_on_devices_of_their_own_change_no_result(tmp_path, cache):
-    runs = {}
+@pytest.mark.study
+@pytest.mark.parametrize("in_flight", [[], IN_FLIGHT], ids=["", "in flight"])
+def test_rollouts_on_devices_of_their_own_change_no_result(tmp_path, cache, in_flight):
+    runs, settings = {}, [*APART, *in_flight]
     for name, devices, flags in (
         ("shared", 1, ()),
         ("apart", 3, ("--rollout-devices", "1", "--mesh", "fsdp:2")),
     ):
         done = start(
-            tmp_path / name, cache, "--steps", "2", *flags, settings=APART, devices=devices
+            tmp_path / name, cache, "--steps", "2", *flags, settings=settings, devices=devices
         )
         assert done.returncode == 0, done.stderr[-3000:]
         runs[name] = metrics(tmp_path / name)

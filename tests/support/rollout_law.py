@@ -233,7 +233,7 @@ class World:
         self.policy, self.params, self.values, self.copies = policy, params, values, copies
         self.config = dataclasses.replace(CONFIG, evidence=evidence)
         self.renderer = TerseRenderer(values)
-        self._log_probs = jax.jit(
+        self.log_probs = jax.jit(
             lambda params, batch, temperature: batch_log_probs(
                 policy, params, batch, temperature=temperature, budget=64
             )[0],
@@ -290,7 +290,7 @@ class World:
 
     def check_log_probs(self, batch: LearnerBatch, temperature: float) -> float:
         """Largest distance between the sampler's log-probabilities and the learner's."""
-        learned = np.asarray(self._log_probs(self.params, batch, temperature))
+        learned = np.asarray(self.log_probs(self.params, batch, temperature))
         assert learned[batch.loss_weights > 0].std() > 0.1, "a model without opinions shows nothing"
         gap = np.abs(learned - batch.behaviour_log_probs)
         return float(gap[batch.loss_weights > 0].max())

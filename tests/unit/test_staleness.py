@@ -1,5 +1,6 @@
 """Rollouts drawn ahead of the learner: under which weights, beside what, and after a resume."""
 
+import dataclasses
 import threading
 from typing import NamedTuple
 
@@ -17,13 +18,15 @@ from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.limits import AgentConfig, slot_pools
 from tests.support.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, text_prompt
-from tests.support.rollout_law import WindowReader
+from tests.support.rollout_law import Learnable, Shape, WindowReader, World, calls_of
 from tests.support.trajectories import rewarded
+from train.batch import stream_of
 from train.checks import notes
 from train.recipes import get_recipe
 from train.report.steps import Clock
 from train.rl.loop import RolloutBatch, Rollouts, version_of
-from train.rl.staleness import RolloutsAhead, Stop, Stopped, WorkTimes
+from train.rl.staleness import RolloutsAhead, Stop, Stopped
+from train.rl.versions import Schedule, Versions, WorkTimes
 from train.settings.override import override
 
 MESH = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
@@ -74,14 +77,14 @@ def source_of(agent, prompts, staleness=0, clock=None):
     return Rollouts(prompts, sample, group_size=2, seed=3, clock=clock or Clock())
 
 
-def ahead_of(source, staleness=1, parts=None, clock=None, stop=None, metrics=(), steps=STEPS):
+def ahead_of(source, staleness=1, parts=None, clock=None, stop=None, metrics=(), versions=None):
     return RolloutsAhead(
         source,
         parts or {},
         metrics,
-        steps=steps,
-        staleness=staleness,
-        trained=set(weights_after(0)) - {"embed"},
+        steps=STEPS,
+        versions=versions or Versions(Schedule(staleness)),
+        trained=TRAINED,
         mesh=MESH,
         clock=clock or Clock(),
         stop=stop or Stop(),
@@ -101,22 +104,27 @@ def moved(trained):
     return jax.tree.map(lambda x: 1.1 * x + 0.01, trained)
 
 
-def weights_after(steps):
+TRAINED = {"q", "k", "v", "see", "head"}
+
+
+def learned(params, trained=TRAINED):
+    """What a step makes of them."""
+    return {**params, **moved({name: params[name] for name in trained})}
+
+
+def weights_after(steps, trained=TRAINED):
     params = ToyPolicy().init()
     for _ in range(steps):
-        params = {**moved({k: x for k, x in params.items() if k != "embed"}), **frozen(params)}
+        params = learned(params, trained)
     return params
 
 
-def frozen(params):
-    return {"embed": params["embed"]}
-
-
-def learn(agent, staleness, first=0, saved=None):
+def learn(agent, staleness, first=0, saved=None, versions=None, trained=TRAINED):
     """The batches of each step, and what a checkpoint before each holds. As the learner does, the
     loop destroys what trains as soon as it has rollouts."""
     prompts, clock, params = Prompts(), Clock(), weights_after(0) if saved is None else saved.params
-    ahead = ahead_of(source_of(agent, prompts, staleness, clock), staleness, {"prompts": prompts})
+    source, parts = source_of(agent, prompts, staleness, clock), {"prompts": prompts}
+    ahead = ahead_of(source, staleness, parts, versions=versions)
     if saved is not None:
         ahead.go_on(first, saved.older)
         ahead.resumable["prompts"].set_state(saved.position)
@@ -126,19 +134,25 @@ def learn(agent, staleness, first=0, saved=None):
         kept = jax.tree.map(np.asarray, (params, ahead.older(step)))
         checkpoints[step] = Saved(*jax.tree.map(jax.numpy.asarray, kept), position)
         batches[step] = ahead.draw(params, step)
-        after = moved({k: x for k, x in params.items() if k != "embed"})
-        for name, x in params.items():
-            if name != "embed":
-                x.delete()
-        params = {**after, **frozen(params)}
+        before, params = params, learned(params, trained)
+        for name in trained:
+            before[name].delete()
     ahead.close()
     return batches, checkpoints
 
 
-def drawn(batch: RolloutBatch):
-    """Tokens and log-probabilities to the bit, and the version that is written."""
+def everyone(batch: RolloutBatch):
+    """Rollouts and their sub-agents."""
     rollouts = [t for group in batch.groups for t in group.trajectories]
-    return [(t.policy_version, t.tokens.tobytes(), t.log_probs.tobytes()) for t in rollouts]
+    return [*rollouts, *(own for t in rollouts for own in t.subagents)]
+
+
+def drawn(batch: RolloutBatch):
+    """Tokens and log-probabilities to the bit, and the versions that are written."""
+    return [
+        (t.policy_version, t.tokens.tobytes(), t.log_probs.tobytes(), t.drawn_by.tobytes())
+        for t in everyone(batch)
+    ]
 
 
 @pytest.mark.slow
@@ -178,7 +192,7 @@ class Source:
     def draw(self, params, step, number=0):
         self.log.append(step)
         self.draws(step)
-        rollout = rewarded(1.0)
+        rollout = rewarded(1.0, length=1)
         object.__setattr__(rollout, "policy_version", self.version(step))
         row = Row("a", VideoRef("v.mp4", 8.0), "What?", "red")
         return RolloutBatch(own := [RolloutGroup(row, 4, (rollout,))], own)
@@ -292,7 +306,7 @@ def test_the_end_of_a_run_ends_what_is_under_way():
 def test_an_evaluation_waits_until_nothing_is_drawn():
     ahead = ahead_of(source := Source(lambda step: threading.Event().wait(0.01)), staleness=3)
     ahead.draw({}, 0)
-    ahead.idle()
+    ahead.idle(1, {})
     assert source.log == [0, 1, 2, 3]
     ahead.close()
 
@@ -307,3 +321,173 @@ def test_work_is_counted_where_it_lies_within(monkeypatch):
         monkeypatch.undo()
         assert work.within(2.0, 8.0) == 2.0 + 2.0
         assert work.within(5.0, 6.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("schedule", "step", "versions"),
+    [
+        (Schedule(1), 3, [2, 2, 2, 2, 2, 2]),
+        (Schedule(1, updates=1, calls=2), 0, [0, 0, 0, 0, 0, 0]),
+        (Schedule(1, updates=1, calls=2), 3, [2, 2, 3, 3, 3, 3]),
+        (Schedule(3, updates=1, calls=2), 7, [4, 4, 5, 5, 5, 5]),
+        (Schedule(3, updates=2, calls=1), 1, [0, 1, 1, 1, 1, 1]),
+        (Schedule(3, updates=3, calls=1), 7, [4, 5, 6, 7, 7, 7]),
+    ],
+)
+def test_which_version_draws_follows_from_step_and_call(schedule, step, versions):
+    assert [schedule.version(step, call) for call in range(6)] == versions
+
+
+IN_FLIGHT = Schedule(2, updates=2, calls=2)
+"""Episodes take 14 calls and more of the engine below: turns of 20 tokens, 4 a call."""
+
+
+@pytest.fixture(scope="module")
+def calling():
+    """Agents with tools and sub-agents on one engine, each with versions of its own."""
+    policy = Learnable()
+    world = World(policy, policy.init(), values=3, evidence="text", copies=2)
+    engine = world.engine(Shape(prompts=1, crops=2, steps_per_call=4))
+
+    def agent(versions):
+        return Agent(
+            lambda params: Session(engine, params, newest=versions),
+            world.renderer,
+            WindowReader(),
+            config=world.config,
+        )
+
+    return world, agent
+
+
+def learn_in_flight(calling, first=0, saved=None, trained=TRAINED):
+    versions = Versions(IN_FLIGHT)
+    agent = calling[1](versions)
+    return learn(agent, IN_FLIGHT.staleness, first, saved, versions, trained)
+
+
+def learner_rows(world, batch):
+    """Rollouts and sub-agents, each as the learner gets it, and at which temperature it spoke."""
+    rules = world.config
+    for t in everyone(batch):
+        spoke = rules.sampling if t.turns[0].prefix.size else rules.subagent_sampling
+        (row,) = world.batches([stream_of(t)], 1, 1)
+        yield t, row, spoke.temperature
+
+
+@pytest.mark.slow
+def test_log_probs_are_those_of_the_version_of_each_token(calling, turns_that_call):
+    """Of main agents and sub-agents. Only the head trains here: keys, values and hidden states,
+    which stay as older weights made them, are then those of any version."""
+    world, ages, gaps = calling[0], set(), []
+    batches, _ = learn_in_flight(calling, trained={"head"})
+    params = [weights_after(version, {"head"}) for version in range(STEPS)]
+    for step, batch in batches.items():
+        for rollout, row, temperature in learner_rows(world, batch):
+            told, drawn_by = rollout.log_probs[rollout.generated], rollout.drawn_by
+            for version in set(drawn_by.tolist()):
+                values = np.asarray(world.log_probs(params[version], row, temperature))
+                gap = np.abs(values[np.asarray(row.loss_weights) > 0] - told)
+                assert gap[drawn_by == version].max() < 1e-4
+                gaps.append(gap[drawn_by != version].max(initial=0))
+                ages.add(step - version)
+    assert ages == {0, 1, 2} and max(gaps) > 0.1, "versions make a difference"
+    assert len(everyone(batches[2])) > 2, "sub-agents were asked"
+
+
+@pytest.fixture(scope="module")
+def whole(calling):
+    """The uninterrupted run, and what its checkpoints hold."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rollout.agent.parse_tool_calls", calls_of)
+        return learn_in_flight(calling)
+
+
+@pytest.mark.slow
+def test_what_is_under_way_goes_on_with_the_next_versions(calling, whole, turns_that_call):
+    """At the calls that the schedule says and up to its bound; what was drawn before the first
+    update is what would have been drawn without."""
+    prompts = Prompts()
+    plain = source_of(calling[1](None), prompts, IN_FLIGHT.staleness)
+    for step, batch in whole[0].items():
+        oldest, own = max(0, step - 2), everyone(batch)
+        versions = np.concatenate([t.drawn_by for t in own])
+        assert {*versions.tolist()} == {*range(oldest, step + 1)}
+        assert all((np.diff(t.drawn_by) >= 0).all() for t in own)
+        # Two calls of four tokens at most each, then the next version.
+        counts = [np.sum(t.drawn_by == at) for t in own for at in range(oldest, step)]
+        assert max(counts, default=8) == 8
+        prompts.set_state(step)
+        without = plain.draw(weights_after(oldest), step).groups[0].trajectories
+        for t, other in zip(batch.groups[0].trajectories, without, strict=True):
+            assert t.policy_version == t.drawn_by[0] == other.policy_version == oldest
+            count = np.flatnonzero(t.versions == oldest)[-1] + 1
+            assert t.tokens[:count].tobytes() == other.tokens[:count].tobytes()
+            assert t.log_probs[:count].tobytes() == other.log_probs[:count].tobytes()
+            assert step == 0 or t.log_probs.tobytes() != other.log_probs.tobytes()
+
+
+def in_flight_source(schedule):
+    """A source without tokens that takes three versions a step, and notes which."""
+    versions, taken = Versions(schedule), []
+    source = Source(lambda step: taken.append([versions().version for _ in range(3)]))
+    return ahead_of(source, versions=versions), taken
+
+
+def test_an_evaluation_waits_neither_for_itself_nor_for_later_weights():
+    """The rollouts of a step may wait for the very weights that are evaluated before it."""
+    ahead, taken = in_flight_source(Schedule(2, updates=2))
+    for step in range(STEPS):
+        ahead.idle(step, {"head": jax.numpy.ones(2)})
+        ahead.draw({"head": jax.numpy.ones(2)}, step)
+        assert sorted(ahead.older(step + 1)) == [*map(str, range(1, min(step + 1, 2) + 1))]
+    ahead.close()
+    assert taken == [[0, 0, 0], [0, 1, 1], [0, 1, 2], [1, 2, 3], [2, 3, 4]]
+    assert ahead.metrics()["time/weights_wait"] >= 0
+
+
+def test_the_end_of_a_run_ends_what_waits_for_weights():
+    stop = Stop()
+    versions = Versions(Schedule(1, updates=1), stop.check)
+    ahead = ahead_of(
+        Source(lambda step: [versions() for _ in range(2)]), versions=versions, stop=stop
+    )
+    ahead.draw({}, 0)
+    while not versions.awaited:
+        threading.Event().wait(0.001)
+    ahead.close()
+    assert not versions.awaited
+
+
+def test_ages_are_those_of_tokens():
+    """Also of sub-agents' tokens; and none may be older than allowed."""
+    source, rollout = Source(), rewarded(1.0, length=2)
+    inner = source.draw
+
+    def draw(params, step):
+        (group,) = inner(params, step).groups
+        versions = np.array([step - 1, step, -1, -1], np.int32)
+        oldest = np.array([max(0, step - 2), step, -1, -1], np.int32)
+        subagent = dataclasses.replace(rollout, versions=oldest)
+        mixed = dataclasses.replace(rollout, versions=versions, subagents=(subagent,))
+        own = [dataclasses.replace(group, trajectories=(mixed,))]
+        return RolloutBatch(own, own)
+
+    source.draw = draw
+    ahead = ahead_of(source)
+    ahead.draw({}, 0)
+    ahead.draw({}, 1)
+    assert ahead.metrics()["rollout/staleness"] == (1 + 0 + 1 + 0) / 4
+    assert ahead.metrics()["rollout/staleness_max"] == 1
+    with pytest.raises(ValueError, match=r"2 steps old, more than rl\.staleness=1"):
+        ahead.draw({}, 2)
+    ahead.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [1, 2, 4])
+def test_a_resumed_run_goes_on_with_the_same_versions(calling, whole, first, turns_that_call):
+    batches, checkpoints = whole
+    resumed, _ = learn_in_flight(calling, first, checkpoints[first])
+    for step in range(first, STEPS):
+        assert drawn(resumed[step]) == drawn(batches[step])

@@ -39,14 +39,15 @@ class MidRun:
         self._best = self._read()
         self.last: tuple[int, MetricsByMode] = (-1, {})
         """Step and metrics of the last evaluation."""
-        self.before: Callable[[], object] = lambda: None
-        """Called before each evaluation: other work on the devices comes to rest."""
+        self.before: Callable[[int, FlatParams], object] = lambda step, params: None
+        """Called before each evaluation with what it is of: other work on the devices comes to
+        rest."""
 
     def __call__(self, step: int, params: FlatParams) -> dict[str, float]:
         """The metrics after `step` steps, `evaluation/MODE/NAME`, if they are due."""
         if step % self._settings.every:
             return {}
-        self.before()
+        self.before(step, params)
         by_mode = self._held_out(params)
         self.last = step, by_mode
         metrics = by_name(by_mode)

@@ -133,6 +133,7 @@ def _describe(group: RolloutGroup, index: int, trajectory: Trajectory) -> dict[s
         "generated": trajectory.generated.astype(int).tolist(),
         "chosen": trajectory.chosen.astype(int).tolist(),
         "log_probs": [round(value, 5) for value in trajectory.log_probs.tolist()],
+        "versions": None if trajectory.versions is None else trajectory.versions.tolist(),
     }
 
 

@@ -41,6 +41,14 @@ class RlSettings(Settings):
     """Steps by which the weights that draw a step's rollouts may be behind those that learn from
     them: with 1 or more, rollouts of the next steps are drawn while this one learns
     (docs/adr/0035); 0 draws and learns in turn."""
+    in_flight_updates: Annotated[int, at_least(0)] = 0
+    """How often, at most, rollouts that are under way go on with the next weights, those of one
+    learner's step later, which are waited for if they are not there yet: up to `rl.staleness`,
+    with which the last tokens of a step are drawn by the weights that learn from them. 0 draws
+    each step's rollouts under one set of weights."""
+    in_flight_calls: Annotated[int, at_least(1)] = 8
+    """Calls of the engine after which they do, and again after as many; `episode/visits` tells how
+    many a step takes."""
     filter_groups: Literal["total", "accuracy"] | None = None
     """Learn only from groups whose rollouts differ in this reward, `total` or `accuracy`, and draw
     others in their place (DAPO's dynamic sampling, arXiv 2503.14476); None learns from all."""
@@ -70,6 +78,12 @@ class RlSettings(Settings):
                 self,
                 "{prompts_per_step} is not a multiple of {minibatches} x {micro_groups}; choose "
                 "divisors",
+            )
+        if self.in_flight_updates > self.staleness:
+            raise Refused(
+                self,
+                "{in_flight_updates} with {staleness}: rollouts begin that many steps behind, and "
+                "cannot take more updates than that; lower it, or raise {staleness:name}",
             )
         limit, margin = self.overlong_limit, self.overlong_margin
         if (limit is None) != (margin is None) or not (margin or 1) <= (limit or 1):

@@ -3,20 +3,19 @@
     draw(step):  rollouts of `step + N` are begun under the weights of now
                  rollouts of `step`, begun N steps ago, are waited for
 
-One thread draws, one batch after the other. Under which weights follows from the step alone
-(`version_of`) and never from the clock, so that a run repeats, and goes on after a resume, to the
-bit: a checkpoint holds the weights of the last N steps and the position of the prompts, from which
-what was under way is drawn again.
+One thread draws, one batch after the other. Under which weights follows from the step, and where
+what is under way goes on with newer ones, from the calls of the engine (`train.rl.versions`), never
+from the clock. So a run repeats, and goes on after a resume, to the bit: a checkpoint holds the
+weights of the last N steps and the position of the prompts, from which what was under way is drawn
+again.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import math
 import threading
 import time
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Any
 
@@ -27,7 +26,11 @@ from jax.sharding import Mesh
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.report.steps import Clock
 from train.rl.loop import MetricsSource, Resumable, RolloutBatch, RolloutSource, version_of
+from train.rl.versions import Versions, WorkTimes
 from train.state import FlatParams
+
+REST_SECONDS = 0.05
+"""How often who waits for rest looks whether the thread waits for weights."""
 
 
 class Stopped(BaseException):
@@ -71,7 +74,7 @@ class RolloutsAhead:
         metrics: Sequence[MetricsSource],
         *,
         steps: int,
-        staleness: int,
+        versions: Versions,
         trained: Collection[str],
         mesh: Mesh,
         clock: Clock,
@@ -82,7 +85,7 @@ class RolloutsAhead:
           source: used by the thread alone from the first `draw` on, as are `parts`, what it goes
             on from, and `metrics`, what it says of each batch.
           steps: of the whole run; nothing is drawn for later ones.
-          staleness: N, 1 or more.
+          versions: those that draw, nobody else's; `source` goes on with what they give.
           trained: names of the weights that train. Those are copied for the thread, the others
             must outlive all steps.
           mesh: that under which `source` is used.
@@ -90,12 +93,11 @@ class RolloutsAhead:
           stop: ends the rollouts of `source`.
         """
         self._source, self._parts, self._sources = source, dict(parts), list(metrics)
-        self._steps, self._staleness, self._trained = steps, staleness, trained
+        self._steps, self._versions, self._trained = steps, versions, trained
+        self._schedule, self._staleness = versions.schedule, versions.schedule.staleness
         self._mesh, self._clock, self._stop = mesh, clock, stop
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="rollouts")
         self._work, self._learned_from = WorkTimes(), time.perf_counter()
-        self._weights: dict[int, FlatParams] = {}
-        """Copies of what trains, by the step before which it was so."""
         self._under_way: dict[int, Future[DrawnAhead]] = {}
         self._position = {name: part.get_state() for name, part in self._parts.items()}
         self._metrics: dict[str, float] = {}
@@ -108,21 +110,24 @@ class RolloutsAhead:
         """
         self._keep(params, step)
         self._begin(params, step)
-        began = time.perf_counter()
+        beside = self._beside()
         drawn = self._under_way.pop(step).result()
-        beside = self._work.within(self._learned_from, began)
         self._learned_from = time.perf_counter()
         self._position = dict(drawn.position)
-        self._metrics = {**drawn.metrics, **self._ages(drawn.batch, step), "time/overlap": beside}
+        self._metrics = {**drawn.metrics, **self._ages(drawn.batch, step), **beside}
         return drawn.batch
 
     def metrics(self) -> dict[str, float]:
         """Of the rollouts that were drawn last."""
         return self._metrics
 
-    def idle(self) -> None:
-        """Wait until nothing is drawn."""
-        wait(self._under_way.values())
+    def idle(self, step: int, params: FlatParams) -> None:
+        """Wait until nothing is drawn before `step`, whose weights are `params`: until all that is
+        under way is there, or waits for weights of later steps, with its caches."""
+        if self._schedule.updates:
+            self._keep(params, step)
+        while wait(self._under_way.values(), REST_SECONDS).not_done and not self._versions.awaited:
+            pass
 
     def close(self) -> None:
         """End what is under way."""
@@ -131,11 +136,11 @@ class RolloutsAhead:
 
     def older(self, step: int) -> dict[str, FlatParams]:
         """What trains as it was 1, 2, ... N steps before `step`, by that number."""
-        return {str(step - version): weights for version, weights in self._weights.items()}
+        return self._versions.older(step)
 
     def go_on(self, step: int, older: Mapping[str, FlatParams]) -> None:
         """Go on before `step`, from what `older` gave for it."""
-        self._weights = {step - int(age): weights for age, weights in older.items()}
+        self._versions.go_on(step, older)
 
     @property
     def resumable(self) -> dict[str, Resumable]:
@@ -152,26 +157,22 @@ class RolloutsAhead:
         self._position[name] = self._parts[name].get_state()
 
     def _keep(self, params: FlatParams, step: int) -> None:
-        """Copies of these weights, and of the last ones as long as rollouts may need them."""
-        # The learner donates them while they are still drawn from.
-        self._weights[step] = {
-            name: x.copy() for name, x in params.items() if name in self._trained
-        }
+        self._versions.keep(step, {name: x for name, x in params.items() if name in self._trained})
 
     def _begin(self, params: FlatParams, step: int) -> None:
         """Begin all rollouts up to N steps ahead, then forget weights that no other will need."""
         last = min(step + self._staleness, self._steps - 1)
         for ahead in range(max([step - 1, *self._under_way]) + 1, last + 1):
-            policy = {**params, **self._weights[version_of(ahead, self._staleness)]}
+            policy = {**params, **self._versions[self._schedule.version(ahead, 0)]}
             self._under_way[ahead] = self._thread.submit(self._draw, policy, ahead)
-        oldest = version_of(step + 1, self._staleness)
-        self._weights = {at: weights for at, weights in self._weights.items() if at >= oldest}
+        self._versions.forget(before=version_of(step + 1, self._staleness))
 
     def _draw(self, params: FlatParams, step: int) -> DrawnAhead:
         """In the thread: the rollouts of a step."""
         # The active mesh is known to the thread that set it alone.
         with jax.set_mesh(self._mesh), self._work.noted():
             self._clock.start()
+            self._versions.begin(step, params)
             batch = self._source.draw(params, step)
             metrics = {"time/data": self._clock.metrics().get("time/data", 0.0)}
             for source in self._sources:
@@ -179,16 +180,25 @@ class RolloutsAhead:
             position = {name: part.get_state() for name, part in self._parts.items()}
         return DrawnAhead(batch, position, metrics)
 
+    def _beside(self) -> dict[str, float]:
+        """How long rollouts were drawn since the last ones were there, or waited for weights."""
+        since = self._learned_from, time.perf_counter()
+        waited = self._versions.waited(*since)
+        times = {"time/overlap": self._work.within(*since) - waited}
+        return times | ({"time/weights_wait": waited} if self._schedule.updates else {})
+
     def _ages(self, batch: RolloutBatch, step: int) -> dict[str, float]:
-        """By how many steps the weights of the rollouts are behind; never more than N."""
+        """By how many steps the weights that drew each token are behind; never more than N."""
         rollouts = [t for group in batch.drawn for t in group.trajectories]
-        ages = np.array([step - t.policy_version for t in rollouts])
+        everyone = [*rollouts, *(own for t in rollouts for own in t.subagents)]
+        ages = step - np.concatenate([t.drawn_by for t in everyone])
         if ages.max() > self._staleness:
             raise ValueError(
                 f"step {step}: rollouts of weights that are {ages.max()} steps old, more than "
                 f"rl.staleness={self._staleness} allows; raise it"
             )
-        return {"rollout/staleness": ages.mean(), "rollout/staleness_max": float(ages.max())}
+        mean, most = float(ages.mean()), float(ages.max())
+        return {"rollout/staleness": mean, "rollout/staleness_max": most}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -205,29 +215,3 @@ class _AsLearned:
     def set_state(self, state: Any) -> None:
         """See `Resumable`."""
         self.ahead.set_position(self.name, state)
-
-
-class WorkTimes:
-    """When a thread worked, for another that asks."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._spans: list[list[float]] = []
-        """Beginnings and ends; what goes on ends never."""
-
-    @contextlib.contextmanager
-    def noted(self) -> Iterator[None]:
-        """What is done within is work."""
-        span = [time.perf_counter(), math.inf]
-        with self._lock:
-            self._spans.append(span)
-        try:
-            yield
-        finally:
-            span[1] = time.perf_counter()
-
-    def within(self, start: float, end: float) -> float:
-        """Seconds of work between two times; what was over before is forgotten."""
-        with self._lock:
-            self._spans = [span for span in self._spans if span[1] > start]
-            return sum(max(0.0, min(b, end) - max(a, start)) for a, b in self._spans)

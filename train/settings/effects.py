@@ -147,6 +147,7 @@ TABLE = (
          "where {objective.kl_weight:name} or {advantages.kl_weight:name} takes the reference at "
          "every step; leave it out"),
     Only("rl.filter_redraws", "rl.filter_groups"),
+    Only("rl.in_flight_calls", "rl.in_flight_updates"),
     Only("rl.overlong_weight", "rl.overlong_limit"),
     Only("rl.subagent_credit", "agent.evidence", ("text",), "none",
          "with {agent.evidence}, where no sub-agent speaks; set it to none"),

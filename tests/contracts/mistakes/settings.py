@@ -194,6 +194,8 @@ WITHOUT_EFFECT = [
     refused("model.lora.alpha=16", named=("model.lora.rank",)),
     refused("model.adapter=folder", named=("model.lora.rank",)),
     refused("rl.filter_redraws=9", named=("rl.filter_groups",)),
+    refused("rl.in_flight_updates=2", "rl.staleness=1", named=("rl.staleness=1",)),
+    refused("rl.in_flight_calls=9", named=("rl.in_flight_updates",)),
     refused("rl.overlong_weight=2", named=("rl.overlong_limit",)),
     refused("rl.overlong_limit=9000", "rl.overlong_margin=100", named=("rl.overlong_limit",)),
     refused("objective.clip_low=0.1", named=("rl.epochs",)),
