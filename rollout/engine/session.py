@@ -1,4 +1,4 @@
-"""The host side of rollouts: requests in, streams out, under one set of weights or newer and newer.
+"""The host side of rollouts: requests in, streams out, under weights that may change between steps.
 
     streams = session.open("main", prompt, seeds)           they share a prompt
     session.generate(stream, given, sampling, max_tokens)   append, then generate one turn
