@@ -191,7 +191,8 @@ def generate(size: str, length: int, frames: int, repeats: int) -> None:
     inputs = {"input_ids": torch.tensor(prompt.tokens[None], dtype=torch.long)}
     inputs["mm_token_type_ids"] = (inputs["input_ids"] == IMAGE).long()
     if prompt.patches is not None:
-        pixels = prompt.patches.values.reshape(-1, prompt.patches.values.shape[-1])
+        values = np.asarray(prompt.patches.values)
+        pixels = values.reshape(-1, values.shape[-1])
         grids = np.concatenate([np.ones((frames, 1), np.int64), prompt.patches.grids], axis=1)
         inputs |= {"pixel_values": torch.tensor(pixels), "image_grid_thw": torch.tensor(grids)}
 

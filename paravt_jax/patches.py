@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from paravt_jax.lazy_array import LazyArray
 from paravt_jax.records import Patches, Prompt, Scale
 
 
@@ -119,23 +120,34 @@ def merge_area(prompt: Prompt) -> int:
 
 
 def join_patches(items: Sequence[Patches | None]) -> Patches | None:
-    """Frames of all items one after the other, padded to the largest; None if there are none."""
+    """Frames of all items one after the other, padded to the largest; None if there are none.
+    Where pixels of any are elsewhere, they are joined when they are first looked at."""
     present = [item for item in items if item is not None]
     if len(present) < 2:
         return present[0] if present else None
-    if len({item.scale for item in present}) > 1:
-        present = [Patches(normalised(item), item.grids) for item in present]
-    _, patches = largest(present)
-    wide = [((0, 0), (0, patches - item.values.shape[1]), (0, 0)) for item in present]
-    values = [np.pad(item.values, sides) for item, sides in zip(present, wide, strict=True)]
-    grids = np.concatenate([item.grids for item in present])
-    return Patches(np.concatenate(values), grids, present[0].scale)
+    first, alike = present[0], len({item.scale for item in present}) == 1
+    grids, scale = np.concatenate([item.grids for item in present]), first.scale if alike else None
+    joined = functools.partial(_joined_values, present, alike)
+    if not any(isinstance(item.values, LazyArray) for item in present):
+        return Patches(joined(), grids, scale)
+    shape = len(grids), largest(present)[1], first.values.shape[2]
+    dtype = first.values.dtype if alike else np.dtype(np.float32)
+    return Patches(LazyArray(shape, dtype, joined), grids, scale)
+
+
+def _joined_values(items: Sequence[Patches], alike: bool) -> np.ndarray:
+    """Grey levels where all are scaled `alike`, else normalised values."""
+    values = [np.asarray(item.values) if alike else normalised(item) for item in items]
+    _, patches = largest(items)
+    wide = [((0, 0), (0, patches - own.shape[1]), (0, 0)) for own in values]
+    return np.concatenate([np.pad(own, sides) for own, sides in zip(values, wide, strict=True)])
 
 
 def split_patches(patches: Patches, counts: Sequence[int]) -> list[Patches]:
     """The reverse of `join_patches`: items of this many frames each, padded as they are."""
     if len(counts) == 1:
         return [patches]
-    ends = np.cumsum(counts)[:-1]
-    values, grids = np.split(patches.values, ends), np.split(patches.grids, ends)
-    return [Patches(*pair, patches.scale) for pair in zip(values, grids, strict=True)]
+    ends, values = np.cumsum(counts).tolist(), patches.values
+    parts = [slice(end - count, end) for end, count in zip(ends, counts, strict=True)]
+    take = values.part if isinstance(values, LazyArray) else values.__getitem__
+    return [Patches(take(own), patches.grids[own], patches.scale) for own in parts]

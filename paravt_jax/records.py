@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
+from paravt_jax.lazy_array import LazyArray
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.shared_rows import Bounds, SharedRows
 
@@ -136,9 +137,10 @@ Scale = tuple[tuple[float, ...], tuple[float, ...]]
 class Patches:
     """Frames as the vision tower takes them; every frame padded to the same number of patches."""
 
-    values: np.ndarray
+    values: np.ndarray | LazyArray
     """`[f, p, c]` in merge-block order, channels outermost in `c`: uint8 grey levels with a
-    `scale`, or float32 that is normalised already; zeros beyond a frame's own patches."""
+    `scale`, or float32 that is normalised already; zeros beyond a frame's own patches. Lazy where
+    another host has them."""
     grids: np.ndarray
     """int32 `[f, 2]`: rows and columns of patches of each frame (0, 0 for a padding frame)."""
     scale: Scale | None = None

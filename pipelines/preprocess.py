@@ -439,7 +439,7 @@ def from_patches(patches: Patches, spec: FrameSpec, count: int) -> list[Picture]
     shown = times if spec.group_count(times) == 1 else 1
     frames: list[Picture] = []
     for run, (rows, columns) in zip(
-        patches.values, patches.grids[: -(-count // shown)], strict=False
+        np.asarray(patches.values), patches.grids[: -(-count // shown)], strict=False
     ):
         blocks = run[: rows * columns].reshape(
             *(rows // merge, columns // merge, merge, merge, 3, times, patch, patch)

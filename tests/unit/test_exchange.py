@@ -13,6 +13,8 @@ from multiprocessing.connection import Client
 import numpy as np
 import pytest
 
+from paravt_jax.patches import join_patches, largest, split_patches
+from paravt_jax.records import Patches, Prompt
 from train.hosts import exchange
 from train.hosts.exchange import AT, Exchange
 from train.hosts.share import host_of
@@ -85,6 +87,57 @@ def test_whoever_is_first_hears_it(three):
     np.testing.assert_array_equal(early.result(5), pixels)
     np.testing.assert_array_equal(third.expect(("crop", 7)).result(5), pixels)
     assert not two._values and not third._values, "what was heard is kept no longer"
+
+
+def prompt(first: int) -> Prompt:
+    values = np.arange(first, first + 2 * 4 * 6000).astype(np.uint8).reshape(2, 4, 6000)
+    text = np.zeros(3, np.int32)
+    shown = Patches(values, np.full((2, 2), 2, np.int32), ((0.5,), (0.5,)))
+    return Prompt(text, np.zeros((3, 3), np.int32), text, shown)
+
+
+def settle(holds) -> None:
+    limit = time.monotonic() + 5
+    while not holds():
+        assert time.monotonic() < limit
+        time.sleep(0.005)
+
+
+def test_pixels_go_to_those_alone_that_look_at_them(three):
+    one, two, third = three
+    one.tell(("prompt", 0), prompt(7))
+    shown, unseen = (host.expect(("prompt", 0)).result(5).patches for host in (two, third))
+    assert largest([shown, unseen]) == (2, 4) and one.loans.kept == 1
+    assert 0 < one.take_sent() < 5000, "neither has been sent them"
+    np.testing.assert_array_equal(shown.values, prompt(7).patches.values)
+    np.testing.assert_array_equal(shown.values, prompt(7).patches.values)
+    size = prompt(7).patches.values.size
+    assert size < one.take_sent() < size + 5000, "once, to one of them"
+    assert one.loans.kept == 1, "the third host has them yet to come"
+    del unseen
+    settle(lambda: one.loans.kept == 0)
+
+
+def test_pixels_of_a_forgotten_stream_are_not_kept(three):
+    one, two, third = three
+    one.tell(("old", 0), prompt(0))
+    settle(lambda: two._values and third._values)
+    for host in (two, third):
+        host.forget("old")
+    settle(lambda: one.loans.kept == 0)
+
+
+def test_frames_are_joined_and_split_without_pixels(three):
+    one, two, _ = three
+    one.tell((0,), prompt(3))
+    one.tell((1,), prompt(60))
+    here = [prompt(3).patches, prompt(60).patches]
+    there = [two.expect((at,)).result(5).patches for at in range(2)]
+    joined = join_patches(there)
+    parts = split_patches(joined, [1, 3])
+    assert one.loans.kept == 2 and [len(part.values) for part in parts] == [1, 3]
+    np.testing.assert_array_equal(joined.values, join_patches(here).values)
+    np.testing.assert_array_equal(parts[1].values, join_patches(here).values[1:])
 
 
 def test_an_error_names_its_host_and_keeps_the_kind_that_matters(three):

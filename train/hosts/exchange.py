@@ -1,14 +1,16 @@
 """Values that hosts tell one another by name, over connections of their own (ADR 39).
 
 One host does a piece of work and tells what came of it; the others expect it. Values arrive while
-devices compute, in any order, and go to all hosts. The JAX key-value store says where hosts listen,
-and holds the key without which nobody is listened to.
+devices compute, in any order, and go to all hosts, but for pixels, which go to those that ask
+(`train.hosts.loans`). The JAX key-value store says where hosts listen, and holds the key without
+which nobody is listened to.
 """
 
 from __future__ import annotations
 
 import collections
 import contextlib
+import enum
 import json
 import pickle
 import queue
@@ -22,8 +24,11 @@ from multiprocessing import AuthenticationError
 from multiprocessing.connection import Client, Connection, Listener
 from typing import Any
 
+import numpy as np
+
 from paravt_jax.deadlines import OutOfTime, within_seconds
 from train.hosts.channel import Channel
+from train.hosts.loans import Loan, Loans
 from train.hosts.watch import WATCH
 
 KEY, AT = "paravt/exchange/key", "paravt/exchange/at/"
@@ -33,6 +38,24 @@ Name = tuple[Hashable, ...]
 """Of a value, the same on all hosts, and of no other one."""
 Failure = tuple[str, str]
 """Kind and words of an error."""
+
+
+class MessageKind(enum.Enum):
+    """Of a message, and what comes with it."""
+
+    TOLD = enum.auto()
+    """A name, and its value as `Loans.dumps` has it."""
+    FAILED = enum.auto()
+    """A name, and a `Failure`."""
+    ASKED = enum.auto()
+    """A name to answer under, and the number of an array that is kept."""
+    GIVEN = enum.auto()
+    """The name of an array, and the array."""
+    RETURNED = enum.auto()
+    """No name; the number of an array for which this host will not ask."""
+
+
+Message = tuple[MessageKind, Name, Any]
 
 
 class Exchange:
@@ -48,7 +71,9 @@ class Exchange:
         self._values: dict[Name, Future[Any]] = {}
         """What is expected and what has arrived; the second of the two takes it out of here."""
         self._peers: dict[int, Channel] = {}
-        self._outgoing: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[tuple[bytes, int | None]] = queue.SimpleQueue()
+        """Messages, each for one host or for all others."""
+        self.loans = Loans(self._borrow, self._return)
 
     def begin(self, number: int, count: int, client: Any, coordinator: str) -> None:
         """Be host `number` of `count`, and reach all others. `client` is that of JAX's key-value
@@ -58,6 +83,7 @@ class Exchange:
           ValueError: not all could be reached in time.
         """
         self.number, self.count = number, count
+        self.loans.begin(number, count)
         try:
             within_seconds(lambda: self._connect(client, coordinator), CONNECT_SECONDS)
         except OutOfTime as error:
@@ -82,12 +108,13 @@ class Exchange:
         return thread, self._names[thread]
 
     def tell(self, name: Name, value: Any) -> None:
-        """Send a value to all other hosts; returns before it is sent."""
-        self._put((name, value, None))
+        """Send a value to all other hosts, its pixels to those that look at them; returns before
+        it is sent."""
+        self._put(MessageKind.TOLD, name, self.loans.dumps(value))
 
     def tell_error(self, name: Name, error: BaseException) -> None:
         """Send the reason why there is no value."""
-        self._put((name, None, self._described(error)))
+        self._put(MessageKind.FAILED, name, self._described(error))
 
     def tell_outcome(self, name: Name, done: Future[Any]) -> None:
         """Send what came of work that is done."""
@@ -116,12 +143,23 @@ class Exchange:
                 self._values.pop(name).cancel()
 
     def take_sent(self) -> int:
-        """Bytes that each of the other hosts was sent since this was last asked."""
+        """Bytes that other hosts, all of them together, were sent since this was last asked."""
         sent, self._sent = self._sent, 0
         return sent
 
-    def _put(self, message: tuple[Name, Any, Failure | None]) -> None:
-        self._outgoing.put(pickle.dumps(message, protocol=5))
+    def _put(self, kind: MessageKind, name: Name, value: Any, to: int | None = None) -> None:
+        self._outgoing.put((pickle.dumps((kind, name, value), protocol=5), to))
+
+    def _borrow(self, loan: Loan) -> np.ndarray:
+        host, number = loan
+        name: Name = ("pixels", host, number)
+        given = self._meet(name)
+        self._put(MessageKind.ASKED, name, number, host)
+        return given.result()
+
+    def _return(self, loan: Loan) -> None:
+        host, number = loan
+        self._put(MessageKind.RETURNED, (), number, host)
 
     def _described(self, error: BaseException) -> Failure:
         kinds = (name for name, kind in self._kinds.items() if isinstance(error, kind))
@@ -150,9 +188,9 @@ class Exchange:
 
     def _send(self) -> None:
         while True:
-            message = self._outgoing.get()
-            self._sent += len(message)
-            for peer in self._peers.values():
+            message, to = self._outgoing.get()
+            for peer in self._peers.values() if to is None else [self._peers[to]]:
+                self._sent += len(message)
                 # That it is gone is noticed where it is listened to.
                 with contextlib.suppress(OSError):
                     peer.send(message)
@@ -171,15 +209,24 @@ class Exchange:
                         heard.unregister(key.fileobj)
                         threading.Thread(target=self._lost, args=(number,), daemon=True).start()
 
-    def _arrived(self, host: int, message: tuple[Name, Any, Failure | None]) -> None:
-        name, value, failure = message
-        future = self._meet(name)
-        if failure is None:
-            return future.set_result(value)
-        kind, words = failure
+    def _arrived(self, host: int, message: Message) -> None:
+        kind, name, value = message
+        match kind:
+            case MessageKind.TOLD:
+                self._meet(name).set_result(self.loans.loads(value))
+            case MessageKind.FAILED:
+                self._meet(name).set_exception(self._error(host, *value))
+            case MessageKind.ASKED:
+                self._put(MessageKind.GIVEN, name, self.loans.hand_out(value), host)
+            case MessageKind.GIVEN:
+                self._meet(name).set_result(value)
+            case MessageKind.RETURNED:
+                self.loans.hand_out(value)
+
+    def _error(self, host: int, kind: str, words: str) -> Exception:
         error = self._kinds.get(kind, RuntimeError)(words)
         error.host = host  # pyright: ignore[reportAttributeAccessIssue]
-        future.set_exception(error)
+        return error
 
 
 def _reachable_at(coordinator: str, number: int) -> str:
