@@ -16,7 +16,7 @@ T = TypeVar("T")
 # Batches of 1 and of 16 and nothing between: each further size would multiply the shapes that are
 # compiled, and up to a quarter of a batch is cheaper one by one.
 MAX_BATCH = 16
-"""Most prompts, or blocks for running rows, in one call."""
+"""Most prompts, or blocks for running rows, in one call on few devices."""
 MIN_PROMPT, MIN_APPEND = 64, 8
 """Smallest static sizes, in tokens, of prompts and of what is appended to running rows."""
 NO_LIMIT = np.iinfo(np.int32).max
@@ -45,10 +45,16 @@ def grouped(
     return list(groups.items())
 
 
-def batches(items: Sequence[T], most: int) -> Iterator[tuple[list[T], int]]:
-    """Cut into batches, each with the size that it is to be padded to: `MAX_BATCH` or 1, so that
+def full_batch(most: int, shards: int) -> int:
+    """Most items in one call, of `most` that there can be: no fewer than the `shards` that a mesh
+    splits rows into, or every device would take all of them."""
+    return min(max(MAX_BATCH, shards), most)
+
+
+def batches(items: Sequence[T], most: int, shards: int) -> Iterator[tuple[list[T], int]]:
+    """Cut into batches, each with the size that it is to be padded to: `full_batch` or 1, so that
     few shapes occur."""
-    size = min(MAX_BATCH, most)
+    size = full_batch(most, shards)
     for start in range(0, len(items), size):
         batch = list(items[start : start + size])
         if len(batch) >= smallest_batch(most):
@@ -71,9 +77,9 @@ def prompt_batches(
     work: a mesh splits the rows of a batch into `shards`, and reads a single prompt on every device
     alike. No shape occurs that none of them has.
     """
-    size, alone = min(MAX_BATCH, most), []
+    size, alone = full_batch(most, shards), []
     for shape, items in groups:
-        for batch, rows in batches(items, most):
+        for batch, rows in batches(items, most, shards):
             if rows > 1:
                 yield shape, batch, rows
             else:

@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 
 from paravt_jax.interfaces import Params
-from paravt_jax.mesh import AnyMesh, sharding
+from paravt_jax.mesh import AnyMesh, batch_shards, sharding
 from paravt_jax.records import VisionFeatures
 from rollout.engine.engine import Engine, GeneratingRows, PaddedTokens
-from rollout.engine.padding import MAX_BATCH, MIN_APPEND, MIN_PROMPT, NO_LIMIT, static_size
+from rollout.engine.padding import MIN_APPEND, MIN_PROMPT, NO_LIMIT, full_batch, static_size
 from rollout.engine.precompile import InputSizes, Size
 from rollout.engine.session import generating_rows
 
@@ -77,7 +77,7 @@ class EngineCalls:
         pool = self._engine.pools[name]
         sizes = self._inputs[name].prompt_sizes(pool)
         largest = max(static_size(*size, MIN_PROMPT, pool.prompt_tokens) for size in sizes)
-        rows = min(MAX_BATCH, pool.prompts)
+        rows = full_batch(pool.prompts, batch_shards(dict(self._mesh.shape)))
         yield from self._encode(name, rows, largest)
         arguments = (
             self._params,

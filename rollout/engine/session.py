@@ -253,7 +253,7 @@ class Session:
                 # It is cheaper to take all rows than to gather those that it concerns.
                 self._append_batch(table, set(rows), table.rows, tokens, frames)
                 continue
-            for batch, size in batches(rows, table.pool.rows):
+            for batch, size in batches(rows, table.pool.rows, self._engine.shards()):
                 placed = [*batch, *[None] * (size - len(batch))]
                 self._append_batch(table, set(batch), placed, tokens, frames)
 

@@ -47,6 +47,13 @@ def test_a_video_shows_half_as_many_frames_as_images(frames_as, seen):
     assert batch.loss_weights.shape[0] == 16 * 8 and batch.loss_weights.shape[1] % 64 == 0
 
 
+def test_rows_show_frames_of_their_own_where_prompts_do_not_divide():
+    """Six prompts on four devices, which would each encode all of them."""
+    batch = largest(override(recipe("image"), ["rl.prompts_per_step=6"]))
+    assert batch.streams_per_row == 4 and batch.tokens.shape[0] == 6 * 2
+    assert batch.features.tokens.shape[0] == 6 * 2
+
+
 def test_a_minibatch_is_what_is_compiled():
     """A share of the prompts, with the log-probabilities of the policy before the first step."""
     base = recipe("image")

@@ -69,8 +69,8 @@ def streams_of(kind: str, values: int, seed: int = 0) -> list[LearnerStream]:
     return streams
 
 
-def shared(streams, per_row: int, unit: int = 1) -> LearnerBatch:
-    sizes = {"group_size": GROUP, "per_row": per_row, "frames": 4, "frame_patches": 8}
+def shared(streams, per_row: int, unit: int = 1, view: int = GROUP) -> LearnerBatch:
+    sizes = {"group_size": view, "per_row": per_row, "frames": 4, "frame_patches": 8}
     lengths = [len(s.prompt.tokens) for s in streams[::per_row]], [len(s.tokens) for s in streams]
     slots = max(row_starts(*lengths, unit)[1]) + 7
     return shared_batch(streams, slots=slots, bounds=Bounds(PROMPT, OWN, unit), pad_id=PAD, **sizes)
@@ -176,15 +176,17 @@ def test_shared_prompts_give_what_copies_give(policy, kind):
 
 
 @pytest.mark.parametrize(
-    ("per_row", "unit"), [pytest.param(1, 1, marks=pytest.mark.study), (2, 16)]
+    ("per_row", "unit", "view"),
+    [pytest.param(1, 1, GROUP, marks=pytest.mark.study), (2, 16, GROUP), (2, 1, 2)],
 )
-def test_any_number_of_streams_to_a_row_gives_the_same(per_row, unit):
-    """Where a mesh lets only some streams of a group share a row; the frames stay the group's. And
-    wherever streams begin."""
+def test_any_number_of_streams_to_a_row_gives_the_same(per_row, unit, view):
+    """Where a mesh lets only some streams of a group share a row, or frames as well. And wherever
+    streams begin."""
     params = initialise(SPARSE.table, jax.random.key(0))
     streams = streams_of("frames", SPARSE.config.vision.patch_values)
-    few = with_values(shared(streams, per_row, unit), streams)
-    assert len(few.tokens) == len(streams) // per_row and len(few.patches) == GROUPS
+    few = with_values(shared(streams, per_row, unit, view), streams)
+    assert len(few.tokens) == len(streams) // per_row
+    assert len(few.patches) == len(streams) // view
     parts = learned(SPARSE, params, few, micro_batches=2)
     assert_same(parts, shared_by_groups(SPARSE, "frames"))
 

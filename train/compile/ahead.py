@@ -20,7 +20,7 @@ from pipelines.preprocess import SPECS
 from rollout.limits import AgentConfig
 from train.batch import blank_batch
 from train.data.settings import DataSettings
-from train.rl.batches import LENGTH_UNIT, streams_per_row, with_what_shaped
+from train.rl.batches import LENGTH_UNIT, streams_per_row, streams_per_view, with_what_shaped
 from train.rl.settings import RlSettings
 from train.rl.subagents import possible_rows
 from train.step import batch_axes
@@ -68,7 +68,9 @@ class LargestBatch:
         per_row = streams_per_row(rl.group_size, rl.micro_groups, mesh)
         longest = seen * 5 // 4 + 256
         unit = unit_of(mesh.devices.flat[0].platform, longest, own, rl.group_size)
-        main = self._streams(groups * rl.group_size, groups, seen, own, per_row, unit)
+        views = rl.group_size // streams_per_view(rl.group_size, rl.prompts_per_step, per_row, mesh)
+        streams = groups * rl.group_size
+        main = self._streams(streams, groups * views, seen, own, per_row, unit)
         main = with_what_shaped(main, agent.sampling)
         if not rl.trains_subagents:
             return main
@@ -82,7 +84,7 @@ class LargestBatch:
         self, streams: int, groups: int, seen: int, own: int, per_row: int = 0, unit: int = 1
     ) -> LearnerBatch:
         """Streams that see `seen` vision tokens each and say or are told `own` tokens after them,
-        `per_row` to a prompt; 0 makes each a row of its own."""
+        `per_row` to a prompt; 0 makes each a row of its own. `groups` of them share frames."""
         policy, width = self.policy, self.policy.width
         proximal = self.objective.computes_proximal(self.rl.updates)
         prompt, dtype = seen * 5 // 4 + 256, jnp.dtype(self.compute_dtype)

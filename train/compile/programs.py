@@ -34,6 +34,7 @@ from train.compile.layout import open_layout
 from train.compile.program import Program, Weights
 from train.config import Config, Stage
 from train.optimizer import make_optimizer
+from train.rl.batches import streams_per_row, streams_per_view
 from train.rl.learner import minibatch_step
 from train.sft.batches import PACKS
 from train.state import abstract_state, split, trainable_names
@@ -260,7 +261,10 @@ class _RlPrograms(_Programs):
 
     def _encode(self) -> Program:
         """The learner's own vision features, of all prompts at once."""
-        rows, spec = self.rl.prompts_per_step, self.spec
+        rl, spec = self.rl, self.spec
+        per_row = streams_per_row(rl.group_size, rl.micro_groups, self.mesh)
+        shared = streams_per_view(rl.group_size, rl.prompts_per_step, per_row, self.mesh)
+        rows = rl.prompts_per_step * rl.group_size // shared
         frames = spec.group_count(max(self.config.data.frame_budgets))
         shape = rows, frames, spec.max_patches, spec.patch_values
         values = jax.ShapeDtypeStruct(shape, jnp.float32)

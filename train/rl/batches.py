@@ -133,6 +133,13 @@ def streams_per_row(group_size: int, groups: int, mesh: Mesh) -> int:
     return group_size
 
 
+def streams_per_view(group_size: int, groups: int, per_row: int, mesh: Mesh) -> int:
+    """Streams that share one copy of their frames: a whole group's, or, where the `groups` of a
+    batch do not divide over the devices, those of a row, as each device would encode the frames of
+    all groups, and hold what comes of them."""
+    return group_size if groups % batch_shards(dict(mesh.shape)) == 0 else per_row
+
+
 class RolloutBatches:
     """Makes the learner's batch of rollouts. Advantages and reference come later."""
 
@@ -188,19 +195,20 @@ class RolloutBatches:
         """Streams of main agents on the mesh, their frames as patches, in one of few shapes.
 
         Args:
-          group_size: neighbours that share frames.
+          group_size: neighbours whose prompts show the same frames.
           per_row: neighbours that share a row and its prompt; None takes a whole group, if the mesh
             lets it.
         """
-        shapes = self.shapes
-        per_row = per_row or self.per_row(group_size)
+        shapes, usual = self.shapes, self.per_row(group_size)
+        per_row = per_row or usual
+        groups = len(streams) // group_size
         layout = shapes.layout(streams, per_row, self.unit)
         host = shared_batch(
             streams,
             slots=layout.slots,
             bounds=layout.bounds,
             pad_id=shapes.pad_id,
-            group_size=group_size,
+            group_size=streams_per_view(group_size, groups, usual, self._mesh),
             per_row=per_row,
             frames=shapes.spec.group_count(shapes.prompt_frames),
             frame_patches=shapes.spec.max_patches,
