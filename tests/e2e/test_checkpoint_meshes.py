@@ -6,8 +6,8 @@ import sys
 
 import pytest
 
-from tests.e2e.test_two_hosts import on_two_hosts
 from tests.support.command import ROOT, environment
+from tests.support.hosts import on_hosts
 
 pytestmark = pytest.mark.slow
 
@@ -69,8 +69,8 @@ for text, count in (("fsdp:4", 4), ("data:1", 1), ("fsdp:8,tensor:2", 16)):
 
 def test_two_hosts_save_and_four_one_and_sixteen_devices_restore(tmp_path):
     start = STATE.format(root=str(ROOT), folder=str(tmp_path / "checkpoints"))
-    ends = on_two_hosts([sys.executable, "-c", start + SAVE], devices=4)
-    assert all("saved by 2 4" in output for output, _ in ends)
+    ends = on_hosts([sys.executable, "-c", start + SAVE], devices=4)
+    assert all("saved by 2 4" in end.output for end in ends)
     done = subprocess.run(
         [sys.executable, "-c", start + RESTORE],
         env=environment(16),

@@ -1,30 +1,16 @@
-"""Two processes on loopback, two CPU devices each, are one run: the figures of one process."""
+"""Two and four processes on loopback, four CPU devices together, are one run: that of one."""
 
-import json
-import socket
-import subprocess
 import sys
 
 import numpy as np
 import pytest
 
 from rollout.tools import ToolError
-from tests.support.command import ROOT, TIMED, command, environment, run
+from tests.support.command import ROOT, TIMED, metrics, run
+from tests.support.hosts import on_hosts, steps_of
 from tests.support.videos import write_video
 
 pytestmark = pytest.mark.slow
-SETTINGS = [
-    "data.train_videos=8",
-    "data.held_out_videos=2",
-    "data.frame_budgets=4",
-    "rl.prompts_per_step=4",
-    "rl.group_size=2",
-    "agent.turn_tokens=80",
-    "agent.max_tool_rounds=1",
-    "agent.subagent_batch=8",
-    "evaluation.rows=0",
-    "output.report=false",
-]
 OF_TEXT = (
     "reward/",
     "tool/",
@@ -38,55 +24,34 @@ OF_TEXT = (
 """Beginnings of the names of figures that follow from what is said."""
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def one_step(workdir, cache, *arguments):
-    mesh = ["--mesh", "data:2,fsdp:2", "--steps", "1"]
-    return command(workdir, *mesh, *arguments, sets=[*SETTINGS, f"data.cache_dir={cache}"])
-
-
-def on_two_hosts(*commands, code: int = 0, devices: int = 2) -> list[tuple[str, str]]:
-    """Run a command on both at once, or one on each, to an end with this exit code; what each
-    printed, and its errors. Each host has so many devices."""
-    address = f"127.0.0.1:{free_port()}"
-    shared = {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": "2"}
-    hosts = [
-        subprocess.Popen(
-            commands[i % len(commands)],
-            env=environment(devices, JAX_PROCESS_ID=str(i), **shared),
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for i in range(2)
-    ]
-    ends = [host.communicate(timeout=600) for host in hosts]
-    for host, (_, errors) in zip(hosts, ends, strict=True):
-        assert host.returncode == code, errors[-3000:]
-    return ends
-
-
-def test_two_processes_give_the_run_of_one(tmp_path):
-    alone, together, cache = tmp_path / "alone", tmp_path / "together", tmp_path / "cache"
-    done = run(one_step(alone, cache), tmp_path, devices=4)
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory, cache) -> dict[str, float]:
+    """What a step of one process said."""
+    workdir = tmp_path_factory.mktemp("alone") / "run"
+    done = run(steps_of(workdir, cache), cache, devices=4)
     assert done.returncode == 0, done.stderr[-3000:]
-    (first, _), (second, _) = on_two_hosts(one_step(together, cache))
-    assert "step 1/1" in first and "step" not in second
-    one, two = (json.loads((folder / "metrics.jsonl").read_text()) for folder in (alone, together))
-    for name in one:
+    (line,) = metrics(workdir)
+    return line
+
+
+@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.study)])
+def test_processes_give_the_run_of_one(tmp_path, cache, alone, count):
+    workdir = tmp_path / "run"
+    first, *others = on_hosts(steps_of(workdir, cache), count=count, devices=4 // count)
+    assert "step 1/1" in first.output and not any("step" in own.output for own in others)
+    (together,) = metrics(workdir)
+    for name, value in alone.items():
         if name.startswith(OF_TEXT):
-            assert two[name] == one[name], name
+            assert together[name] == value, name
         elif not name.startswith((*TIMED, "hosts/", "rollout/cache")):
-            np.testing.assert_allclose(two[name], one[name], rtol=1e-4, atol=1e-6, err_msg=name)
-    assert (one["hosts/overviews"], one["hosts/rewards"]) == (4, 8)
-    assert (two["hosts/overviews"], two["hosts/rewards"]) == (2, 4), "half of them each"
-    assert one["tool/jobs"] == one["hosts/tools"] > two["hosts/tools"] >= one["tool/jobs"] / 2
-    assert two["hosts/sent_mib"] > one["hosts/sent_mib"] == 0
-    assert (together / "hf" / "model.safetensors").exists()
+            np.testing.assert_allclose(together[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+    assert (alone["hosts/overviews"], alone["hosts/rewards"]) == (4, 8)
+    assert (together["hosts/overviews"], together["hosts/rewards"]) == (4 / count, 8 / count)
+    jobs = alone["tool/jobs"]
+    assert jobs == alone["hosts/tools"] > together["hosts/tools"] >= jobs / count
+    assert together["hosts/sent_mib"] > alone["hosts/sent_mib"] == 0
+    print(f"\n{count} hosts: " + str({n: v for n, v in together.items() if n.startswith("hosts/")}))
+    assert (workdir / "hf" / "model.safetensors").exists()
 
 
 DISAGREE = """
@@ -137,8 +102,8 @@ for fails in (different, lambda: cluster.on_all_hosts(unreadable)):
 
 def test_hosts_agree_on_what_failed_and_notice_different_data():
     """Tools and files that one host alone has trouble with."""
-    ends = on_two_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
-    one, two = (output.splitlines()[-8:] for output, _ in ends)  # gloo greets before
+    ends = on_hosts([sys.executable, "-c", DISAGREE.format(root=str(ROOT))])
+    one, two = (end.output.splitlines()[-8:] for end in ends)  # gloo greets before
     assert one == two
     faults, nothing, texts, shares, jobs, read, different, unreadable = one
     timed, no = repr(TimeoutError("late")), repr(ToolError("no"))
@@ -159,7 +124,7 @@ def test_hosts_with_different_questions_stop(tmp_path):
     for answer in ("red", "blue"):
         own = tmp_path / f"{answer}.csv"
         own.write_text(f"video,question,answer,question_type\nown.mp4,What?,{answer},oe\n")
-        commands.append(one_step(tmp_path / "run", tmp_path / answer, "--data", str(own)))
-    for _, errors in on_two_hosts(*commands, code=1):
-        assert "the questions differ between hosts (hosts [1] from host 0)" in errors
+        commands.append(steps_of(tmp_path / "run", tmp_path / answer, "--data", str(own)))
+    for end in on_hosts(*commands, code=1):
+        assert "the questions differ between hosts (hosts [1] from host 0)" in end.errors
     assert not (tmp_path / "run").exists()
