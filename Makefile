@@ -13,7 +13,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: demo test study test-newest test-pages check scale docs lock setup setup-dev clean
+.PHONY: demo test study test-newest test-pages check types fast scale docs lock setup setup-dev clean
 
 demo: setup
 	$(BIN)/python train/main.py --workdir $(WORKDIR)
@@ -36,7 +36,13 @@ test-pages: setup-dev
 check: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
+	$(MAKE) --jobs=2 types fast
+
+# Both at once, for pyright has one thread.
+types:
 	$(BIN)/pyright
+
+fast:
 	$(PYTEST) -m "not slow and not study"
 
 # What the recipe would cost on TPUs, compiled without one, in an environment of its own.

@@ -1,7 +1,9 @@
 """Eight CPU devices for every test, so that sharding is exercised, not skipped; and folders of
 Qwen3-VL for tests that concern tokens."""
 
+import gc
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -30,12 +32,40 @@ from tests.support.qwen3_vl_folders import GIVEN, small_folder, whole_folder
 
 sys.dont_write_bytecode = False
 shape_checks.install()
+gc.disable()  # until all is imported, for little of that is garbage
+
+WHOLLY_MARKED = re.compile(r"^pytestmark = \[?\s*pytest\.mark\.(\w+)", re.MULTILINE)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """What `tests/golden` is told."""
     told = "write the figures that tests/golden compares with anew, from the runs of today"
     parser.addoption("--rewrite-golden", action="store_true", help=told)
+
+
+def left_out(config: pytest.Config) -> set[str]:
+    """Markers whose tests do not run: `-m "not slow and not study"`."""
+    return set(re.findall(r"\bnot (\w+)", config.option.markexpr))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """What is fast runs without torch, as users do; transformers imports it where it can."""
+    if "slow" in left_out(config):
+        sys.modules["torch"] = None  # type: ignore[assignment]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Files of which no test would run are not imported: that takes longer than some suites."""
+    if collection_path.suffix != ".py" or not (markers := left_out(config)):
+        return None
+    return bool(markers & set(WHOLLY_MARKED.findall(collection_path.read_text("utf-8")))) or None
+
+
+def pytest_collection_finish() -> None:
+    """What was imported stays: a garbage collection that walks over it takes half a second."""
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 20)
+    gc.enable()
 
 
 @pytest.fixture(scope="session")

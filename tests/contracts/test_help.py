@@ -83,6 +83,7 @@ def test_recipes_are_listed_without_importing_jax():
     assert all(f"  {name} " in done.stdout for name in RECIPES)
 
 
+@pytest.mark.slow
 def test_a_reader_that_has_seen_enough_is_no_error():
     command = f"{sys.executable} train/main.py --help-settings | head -1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True)

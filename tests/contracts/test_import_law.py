@@ -2,6 +2,7 @@
 core nobody. Shelves of a room stand in an order, and no import runs back."""
 
 import ast
+import functools
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ FORBIDDEN_PACKAGES = {"torch", "torchvision", "tensorflow"}
 NOT_ON_GPU_NODE = {"grain", "tensorflow_datasets", "array_record"}
 
 
+@functools.cache
 def imports_of(path: Path) -> set[str]:
     """Top-level names that a file imports, at any depth of the file."""
     names = set()
@@ -130,12 +132,13 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
+@functools.cache
 def imported(path: Path, for_types: bool = True) -> set[str]:
     """Modules of ours that a file imports, at any depth of it; on request without those that it
     imports for annotations alone."""
     found, tree = set(), ast.parse(path.read_text(encoding="utf-8"))
     if not for_types:
-        tree.body = [node for node in tree.body if "TYPE_CHECKING" not in ast.unparse(node)[:20]]
+        tree.body = [node for node in tree.body if not is_for_types(node)]
     for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
@@ -146,6 +149,11 @@ def imported(path: Path, for_types: bool = True) -> set[str]:
     return {name for name in found if is_module(name)}
 
 
+def is_for_types(node: ast.stmt) -> bool:
+    return isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+
+
+@functools.cache
 def is_module(name: str) -> bool:
     path = ROOT.joinpath(*name.split("."))
     return path.is_dir() or path.with_suffix(".py").is_file()

@@ -26,6 +26,8 @@ from tests.support.needle import processor_folder
 from tests.support.qwen3_vl_torch import torch_model
 from tests.support.tiny_models import NEEDLE_MODEL
 
+pytestmark = pytest.mark.slow
+
 FPS = 7.0
 QUESTION = "What colour is the circle?"
 SETTINGS = {
@@ -176,7 +178,6 @@ def grey(values: np.ndarray) -> np.ndarray:
     return np.round((values * 0.5 + 0.5) * 255)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("mode", "case"),
     [("image", case) for case in IMAGE_CASES] + [("video", case) for case in VIDEO_CASES],
@@ -324,7 +325,6 @@ def shown_sizes(folder, frames: np.ndarray) -> tuple[list, list]:
     return as_video[:, 1:].tolist(), as_image[:, 1:].tolist()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kept", ["apart", "together"])
 def test_limited_folders_show_frames_as_the_limits_say(folders, processors, tmp_path, kept):
     """Large frames and small ones, by transformers' own processors."""

@@ -28,6 +28,8 @@ from tests.support.qwen3_vl_torch import (
     video_inputs,
 )
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5
 """Largest difference over largest value, float32."""
 
@@ -69,12 +71,10 @@ def where_seen(logits, inputs):
     return logits[mask > 0]
 
 
-@pytest.mark.slow
 def test_logits_of_every_variant(pair):
     check_logits(*pair, mixed_inputs())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("kind", INPUTS)
 def test_logits_of_every_input(plain, kind):
     check_logits(*plain, INPUTS[kind]())
@@ -87,7 +87,6 @@ def check_logits(reference, model, inputs):
     assert found < TOLERANCE
 
 
-@pytest.mark.slow
 def test_ten_grids_of_processor_inputs_compile_once(plain):
     """Prompts with an image of another size each, within one bucket of tokens and patches."""
     reference, model = plain
@@ -168,7 +167,6 @@ def vision_layers(model, patches, grids):
     return outputs
 
 
-@pytest.mark.slow
 def test_vision_tower_layer_by_layer(plain):
     reference, model = plain
     inputs = one_row(video_inputs())
@@ -198,7 +196,6 @@ def decoder_layers(model, tokens, positions, index, patches, grids):
     return outputs
 
 
-@pytest.mark.slow
 def test_decoder_layer_by_layer(plain):
     reference, model = plain
     inputs = one_row(video_inputs())
@@ -210,7 +207,6 @@ def test_decoder_layer_by_layer(plain):
         assert gap(output, theirs[f"model.language_model.{name}"]) < TOLERANCE, name
 
 
-@pytest.mark.slow
 def test_gradients(plain):
     """Of every parameter, through both towers."""
     reference, model = plain
@@ -240,7 +236,6 @@ def test_gradients(plain):
     reference.zero_grad()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("max_shard_bytes", [2**30, 50_000])
 def test_saved_folder_loads_in_transformers(plain, tmp_path, max_shard_bytes):
     reference, model = plain
@@ -267,7 +262,6 @@ def test_tied_model_and_its_saved_folder_loads_in_transformers(tmp_path):
     np.testing.assert_array_equal(torch_logits(again, inputs), torch_logits(reference, inputs))
 
 
-@pytest.mark.slow
 def test_sharded_equals_unsharded(plain):
     _, model = plain
     mesh = make_mesh(parse_mesh("data:2,fsdp:2,tensor:2", 8))

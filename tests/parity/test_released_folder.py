@@ -15,6 +15,8 @@ from paravt_jax.records import Frames, Row, VideoRef
 from pipelines.render import ChatRenderer
 from tests.support.qwen3_vl_torch import gap
 
+pytestmark = pytest.mark.slow
+
 LARGEST = 2 * 2**30
 """Bytes of weights that a test computes with, twice, in float32."""
 TIMES = np.array([0.0, 2.5, 7.0, 12.4])
@@ -66,7 +68,6 @@ def test_the_main_prompt_is_what_the_processor_makes(qwen3_vl_folder, mode):
     np.testing.assert_array_equal([*ours.tokens, *head], theirs["input_ids"][0])
 
 
-@pytest.mark.slow
 def test_logits_are_those_of_transformers(qwen3_vl_folder):
     size = sum(path.stat().st_size for path in qwen3_vl_folder.glob("*.safetensors"))
     if not 0 < size <= LARGEST:

@@ -10,6 +10,8 @@ from models.common.weights import load_params
 from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config
 from tests.support.qwen3_vl_torch import text_inputs, torch_logits, torch_model
 
+pytestmark = pytest.mark.slow
+
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
@@ -36,7 +38,6 @@ def write(folder, saved, top, text, head):
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("head", ["absent", "embedding", "own"])
 @pytest.mark.parametrize("text", [None, False, True])
 @pytest.mark.parametrize("top", [None, False, True])

@@ -336,6 +336,7 @@ def test_grammars_of_single_requests_share_a_room_of_fixed_size(contents, eos):
         automata.borrow(automata.lift_grammar("own", finder(["abcdefgh"])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "properties",
     [

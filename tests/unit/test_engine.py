@@ -164,6 +164,7 @@ def test_samples_do_not_depend_on_slots_order_capacity_or_steps(pool, steps_per_
         same(one, other)
 
 
+@pytest.mark.slow
 def test_a_cache_that_grows_changes_no_sample_and_holds_what_is_spoken():
     """Page by page, against rows of one page each."""
     whole = make_engine(dataclasses.replace(POOL, page=64), eos_ids=())

@@ -20,6 +20,8 @@ from train.state import TrainState, abstract_moments, make_state
 from train.step import apply_gradients
 from train.workdir.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 KEPT = ("bfloat16", "int8")
 ALL = ModelSettings(train_vision=True)
 
@@ -142,7 +144,6 @@ def gradients(seed: int, state: TrainState):
     return jax.device_put(made, {name: x.sharding for name, x in state.trainable.items()})
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kept", "name"), [pytest.param("bfloat16", "muon", marks=pytest.mark.study), ("int8", "adamw")]
 )

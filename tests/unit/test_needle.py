@@ -288,6 +288,7 @@ def test_qa_examples_learn_only_the_answer_from_reports():
         assert "<answer>" in learned and "appears" not in learned
 
 
+@pytest.mark.slow
 def test_qa_examples_often_report_events_that_nobody_asked_about():
     """Otherwise the question need not be read: more than half the examples make it decide."""
     reported = [

@@ -34,6 +34,7 @@ def test_every_weight_belongs_to_one_part():
     assert part_of("vision.deepstack.up.kernel") == part_of("vision.merger.up.bias") == "mergers"
 
 
+@pytest.mark.slow
 def test_what_is_frozen_has_neither_gradients_nor_moments():
     update = make_optimizer(OptimizerSettings(), 1, QWEN.table)
     model = ModelSettings(train_vision=True, frozen=("vision", "embedding"))
@@ -60,7 +61,8 @@ def steps(**settings) -> dict[str, jax.Array]:
         return {name: x - params[name] for name, x in state.trainable.items()}
 
 
-@pytest.mark.parametrize("name", ["adamw", pytest.param("muon", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["adamw", "muon"])
 def test_a_group_learns_at_its_own_rate(name):
     """Its steps are shorter, those of others to the digit what they were."""
     plain = steps(name=name)
