@@ -9,15 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.semantics.test_serving import PLAIN, RED, Server, asking, seeing, tiny_model, visit
-from tests.support.needle import questions
+from tests.support.chat_server import PLAIN, RED, Server, asking, seeing, tiny_model, visit
 
 pytestmark = pytest.mark.study
-
-
-@pytest.fixture
-def asked():
-    return questions("oe")[0].row
 
 
 def test_after_the_warm_up_no_request_compiles_anything(asked):
