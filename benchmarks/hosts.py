@@ -3,7 +3,8 @@
     python benchmarks/hosts.py [--hosts 1 2 4] [--steps 3]
 
 Every host is a process here. They join as those of a run do, take the prompts of each step from one
-stream, run every rollout's crops and score every rollout, as a run does, without a model between.
+stream, run every rollout's crops, look at those that their devices would hold and score every
+rollout, as a run does, without a model between.
 Seconds are processor time of the host that spent most, the median of all steps but the first; so
 they say the same with fewer cores than hosts.
 """
@@ -34,6 +35,7 @@ from pipelines.render import ChatRenderer
 from pipelines.video import VideoReader
 from rollout.workers import Workers
 from train.hosts import cluster
+from train.hosts.exchange import EXCHANGE
 from train.hosts.share import WORK, RowsOfHosts, busiest, by_share, shared_job, work_metrics
 from train.recipes.needle import COLD_START
 
@@ -79,8 +81,10 @@ def _step(prompts, reader, renderer) -> dict[str, float]:
     items = next(prompts)
     with Workers(4, share=shared_job) as workers:
         jobs = [_crop(workers, reader, renderer, item.row, at) for item, at in _rollouts(items)]
-        for job in jobs:
-            job.result()
+        crops = [job.result() for job in jobs]
+    # A crop becomes a row where a slot is free next; a prompt's row lies on its own host.
+    for crop in crops[EXCHANGE.number :: EXCHANGE.count]:
+        np.asarray(crop.patches.values)
     by_share(range(PROMPTS * COPIES), _rewards)
     spent = {"cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
     return busiest(spent) | work_metrics(reader.take_metrics())

@@ -33,15 +33,22 @@ from multiprocessing.connection import Client, Connection, Listener
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
+from paravt_jax.blocks import text_block
 from paravt_jax.records import Prompt, Row
 from paravt_jax.rewards import RewardRules, score
 from pipelines.decode import video_ref
 from pipelines.loader import overviews
 from pipelines.video import VideoReader
+from rollout.engine.engine import DecodeOutput
+from rollout.engine.session import collect, generating_rows
+from rollout.engine.slots import PromptGroup, StreamId, StreamState
 from tests.support.ffmpeg import ffmpeg
 from train import setup
 from train.compile.step import Step
 from train.hosts.channel import Channel
+from train.hosts.exchange import Exchange
 from train.recipes.paravt import paravt_rl
 
 COSTS = Path(__file__).with_suffix(".json")
@@ -49,11 +56,15 @@ CASES = "8B@v5p:2x2x2", "8B@v5p:4x4x4"
 CHIPS = 8, 16, 32, 64, 128, 256, 512, 1024
 PER_HOST = 4
 """Chips of a v5p machine; its network has 200 Gbit/s (cloud.google.com/tpu/docs/v5p: 50 a chip)."""
+ROW_HOSTS = 2
+"""Hosts that hold a row of rollouts, on the 8 chips of `tensor:8`."""
 NETWORK = 25e9
 """Bytes per second."""
 MINUTES, SIZE = 5, "1280x720"
 SAID = "<think>It is the red one, I saw it.</think><answer>red</answer>" * 40
 MESSAGES = 40
+ROWS, STEPS = 1024, 16
+"""Of a call that decodes."""
 THREADS = paravt_rl().data.decode_threads
 
 
@@ -64,13 +75,19 @@ class HostCosts:
     overview: float
     crop: float
     reward: float
-    overview_bytes: int
-    crop_bytes: int
+    overview_told: int
+    """Bytes that all hosts are told of an overview, without its pixels."""
+    crop_told: int
+    overview_pixels: int
+    """Bytes of its pixels, for which few hosts ask."""
+    crop_pixels: int
     send_byte: float
     """Seconds to send a byte to one host, and those of one that receives it."""
     receive_byte: float
     receive_message: float
     """Of a message that holds a reward."""
+    row_call: float
+    """Of a row between two calls that decode: where it stands before, what it drew after."""
     commit: str
 
 
@@ -102,9 +119,18 @@ def measure(repeats: int) -> HostCosts:
     reward, _ = _processor_seconds(lambda at: score(SAID, "red", "oe", RewardRules()), 100)
     sent, received = _exchange(pickle.dumps(prompt, protocol=5))
     _, small = _exchange(pickle.dumps(1.0))
-    told, also = (len(pickle.dumps(own, protocol=5)) for own in (prompt, seen))
-    costs = overview, crop, reward, told, also, sent / told, received / told, small
+    told, also = (len(Exchange().loans.dumps(own)) for own in (prompt, seen))
+    pixels, its = (_pixels(own) for own in (prompt, seen))
+    rates = sent / (told + pixels), received / (told + pixels)
+    sizes = told, also, pixels, its
+    between, _ = _processor_seconds(_Decoding(ROWS), repeats)
+    costs = overview, crop, reward, *sizes, *rates, small, between / ROWS
     return HostCosts(*costs, commit=_commit())
+
+
+def _pixels(prompt: Prompt) -> int:
+    """Bytes of its pixels."""
+    return 0 if prompt.patches is None else np.asarray(prompt.patches.values).nbytes
 
 
 class _Watching:
@@ -131,6 +157,24 @@ class _Watching:
         start = 40.0 * number
         shown = self.reader.clip(self.row.video, start, start + 16)
         return self.renderer.subagent_prompt(shown, start, start + 16)
+
+
+class _Decoding:
+    """The host's part of a call of which each row draws all tokens that it may."""
+
+    def __init__(self, rows: int) -> None:
+        group = PromptGroup(text_block([0]))
+        self.rows = [StreamState(StreamId(n), n, group, n, remaining=2**30) for n in range(rows)]
+        integers = np.zeros((rows, STEPS), np.int32)
+        floats, counts = integers.astype(np.float32), np.full(rows, STEPS, np.int32)
+        states, ended = np.zeros((rows, 2), np.int32), np.zeros(rows, bool)
+        drawn = integers, floats, counts, integers > 0, floats, integers, states, ended
+        self.output = DecodeOutput(*drawn)
+
+    def __call__(self, _: int) -> None:
+        generating_rows(self.rows)
+        for number, row in enumerate(self.rows):
+            collect(row, number, self.output, [1], None)
 
 
 def _processor_seconds(work: Callable[[int], Any], repeats: int) -> tuple[float, Any]:
@@ -187,14 +231,19 @@ def point(
     prompts = sizes.prompts * max(1, chips // max(steps))
     rollouts = prompts * sizes.group
     crops = rollouts * sizes.crops * share
-    told = costs.overview_bytes * prompts + costs.crop_bytes * crops
+    told = costs.overview_told * prompts + costs.crop_told * crops
+    # A prompt's own host holds its row; a crop's row lies where a slot was free.
+    asked = min(ROW_HOSTS, hosts) - 1, min(ROW_HOSTS, hosts - 1)
+    pixels = asked[0] * costs.overview_pixels * prompts + asked[1] * costs.crop_pixels * crops
     return {
         "chips": chips,
         "hosts": hosts,
         "rollouts": rollouts,
         **_device_seconds(min(chips, max(steps)), steps, share),
+        "between calls": _calls(steps[max(steps)], share) * rollouts * costs.row_call,
         "crops, rewards": _host_work(crops / hosts, rollouts / hosts, costs, threads),
-        "exchange": _exchange_seconds(told, rollouts + crops + prompts, hosts, costs),
+        "exchange": _exchange_seconds(told, rollouts + 2 * (crops + prompts), hosts, costs),
+        "pixels": pixels / hosts * max(costs.receive_byte, 1 / NETWORK),
         "ahead": math.ceil(prompts / hosts) * costs.overview / threads,
         "unshared": _host_work(crops, rollouts, costs, threads)
         + prompts * costs.overview / threads,
@@ -214,13 +263,20 @@ def _device_seconds(chips: int, steps: Mapping[int, Step], share: float) -> dict
     return {f"{name} s": seconds for name, seconds in found.items()}
 
 
+def _calls(step: Step, share: float) -> float:
+    """That decode, in a step."""
+    decoding = (own for own in step.terms if own.name in ("decode main", "decode crop"))
+    return sum((own.called(share) / STEPS for own in decoding), 0.0)
+
+
 def _host_work(crops: float, rollouts: float, costs: HostCosts, threads: int) -> float:
     return math.ceil(crops) * costs.crop / threads + math.ceil(rollouts) * costs.reward
 
 
 def _exchange_seconds(told: float, messages: float, hosts: int, costs: HostCosts) -> float:
     """A host sends its part to each of the others by one thread, and takes theirs in by another;
-    the slower of the two, or the network."""
+    the slower of the two, or the network. Each of the others says of a prompt or a crop that it
+    asks for the pixels, or will not."""
     others = hosts - 1
     sending = told / hosts * others * max(costs.send_byte, 1 / NETWORK)
     taking = told * others / hosts * max(costs.receive_byte, 1 / NETWORK)
@@ -232,6 +288,8 @@ SUMMED = {
     "learner s": "learner",
     "crops, rewards": "crops, rewards",
     "exchange": "told to other hosts",
+    "pixels": "pixels from other hosts",
+    "between calls": "rows of all hosts, between calls",
 }
 """Parts of a step that follow one another, and what the page calls them."""
 
@@ -247,16 +305,20 @@ def _head(costs: HostCosts, threads: int, share: float) -> list[str]:
         f"{costs.commit}: "
         f"{costs.overview:.2f} s an overview of 64 frames of {MINUTES} minutes in 1280 x 720, "
         f"{costs.crop:.2f} s a crop, {1e3 * costs.reward:.2f} ms a reward, "
-        f"{costs.overview_bytes / 1e6:.1f} and {costs.crop_bytes / 1e6:.1f} MB told of the first "
-        f"two, {1e-9 / costs.send_byte:.2f} GB/s sent and {1e-9 / costs.receive_byte:.2f} taken in "
-        "by one thread. Up to 64 chips the batch is the recipe's 64 rollouts, which is a row for "
-        "each chip; beyond, it grows with the chips. Not in it: rollouts of different lengths, of "
-        "which all wait for the longest, the latency of collectives, and the host between calls.",
+        f"{costs.overview_told / 1e3:.0f} and {costs.crop_told / 1e3:.0f} kB told to all of the "
+        f"first two, {costs.overview_pixels / 1e6:.1f} and {costs.crop_pixels / 1e6:.1f} MB of "
+        f"pixels to the {ROW_HOSTS} hosts that hold the row, {1e-9 / costs.send_byte:.2f} GB/s "
+        f"sent and {1e-9 / costs.receive_byte:.2f} taken in by one thread, "
+        f"{1e6 * costs.row_call:.1f} us between two calls of {STEPS} tokens for a row, of which "
+        "every host keeps all. Up to 64 chips the batch is the recipe's 64 rollouts, which is a "
+        "row for each chip; beyond, it grows with the chips. Not in it: rollouts of different "
+        "lengths, of which all wait for the longest, the latency of collectives, and what the host "
+        "does between calls but for keeping rows.",
         "",
         f"| chips | hosts | rollouts | {', s | '.join(SUMMED.values())}, s "
         "| step, s | rollouts a second and chip "
         "| overviews, made ahead, s | host work if each host did all, s |",
-        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
+        "|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|--:|",
     ]
 
 

@@ -322,18 +322,18 @@ class Session:
                 self._wrote(row.stream, host.tokens[number, : host.counts[number]])
         ends = self._engine.automata.eos_ids
         version = self._version
-        turns = [(row.stream, _collect(row, number, host, ends, version)) for number, row in ran]
+        turns = [(row.stream, collect(row, number, host, ends, version)) for number, row in ran]
         return [(stream, turn) for stream, turn in turns if turn is not None]
 
 
-def _collect(
+def collect(
     row: StreamState,
     number: int,
     output: DecodeOutput,
     eos_ids: Sequence[int],
     version: int | None,
 ) -> Generated | None:
-    """Keep what a row generated; its turn if that ended it."""
+    """Keep what a call generated of a row; its turn if that ended it."""
     count = int(output.counts[number])
     if version is not None:
         row.versions.append(np.full(count, version, np.int32))
