@@ -22,6 +22,7 @@ from paravt_jax.records import (
     VideoRef,
     VisionFeatures,
 )
+from paravt_jax.routing import RoutingShape
 from paravt_jax.shared_rows import SharedRows
 
 Params = Any
@@ -104,6 +105,50 @@ class Policy(_Towers, Protocol):
         ...
 
 
+Prefilled = tuple[Float[Array, "b t d"], Float[Array, "l b k t h"], Float[Array, "l b k t h"]]
+"""Hidden states, keys and values; see `Policy.prefill`."""
+Appended = tuple[Float[Array, "m t d"], tuple[KVCache, ...]]
+"""Hidden states and grown caches; see `Policy.append`."""
+
+
+class RoutedPolicy(Policy, Protocol):
+    """A policy that also tells the sampler which experts served each token (`RoutingShape`)."""
+
+    @property
+    def routing(self) -> RoutingShape | None:
+        """Shape of a record of its routing; None for a dense model, which has none."""
+        ...
+
+    def prefill_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None = None,
+    ) -> tuple[Prefilled, Int[Array, "b t choices"]]:
+        """As `prefill`, and the experts of each token."""
+        ...
+
+    def append_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "m t"],
+        positions: Int[Array, "m t 3"],
+        vision_index: Int[Array, "m t"],
+        features: VisionFeatures | None,
+        caches: tuple[KVCache, ...],
+        rows: Int[Array, " m"] | None = None,
+    ) -> tuple[Appended, Int[Array, "m t choices"]]:
+        """As `append`, and the experts of each token."""
+        ...
+
+
+def routing_of(policy: Policy | TrainablePolicy) -> RoutingShape | None:
+    """Shape of a record of a policy's routing; None if it has none, or tells of none."""
+    return getattr(policy, "routing", None)
+
+
 @runtime_checkable
 class TrainablePolicy(_Towers, Protocol):
     """A policy as the trainer sees it: whole streams at once, and the routers of its experts."""
@@ -123,11 +168,14 @@ class TrainablePolicy(_Towers, Protocol):
         segments: Int[Array, "b t"] | None = None,
         hidden_keys: HiddenKeys | None = None,
         shared: SharedRows | None = None,
+        routing: Int[Array, "b t choices"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """Final hidden states of right-padded rows, and the router's logits of each layer with
         experts; None if none has. With `segments`, a token sees only those of its own; with
         `hidden_keys`, none that are hidden from it; with `shared`, a row is a prompt and
-        the streams that continue it, and goes with neither."""
+        the streams that continue it, and goes with neither. With `routing` (`RoutingShape`), the
+        experts that it knows serve a token in place of the router's choice, weighed by the router.
+        """
         ...
 
     def head(self, params: Params) -> Callable[[Float[Array, "*b d"]], Float[Array, "*b vocab"]]:

@@ -7,7 +7,7 @@ product over its own rows and no row is dropped or padded to a capacity.
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,14 @@ from paravt_jax.params import HfLayout, Normal, declare
 
 BLOCK = 32
 """Rows that are multiplied with one expert at a time on CPU."""
+
+
+class Routed(NamedTuple):
+    """What a router did, or those of all sparse layers, whose axis then comes first."""
+
+    logits: Float[Array, "*l b t e"]
+    choices: Int[Array, "*l b t k"] | None
+    """Which experts served each token."""
 
 
 class Experts(Weighted):
@@ -59,14 +67,22 @@ class Experts(Weighted):
         )
 
     def __call__(
-        self, x: Float[Array, "b t d"]
-    ) -> tuple[Float[Array, "b t d"], Float[Array, "b t e"]]:
-        """Mixed outputs and the router's logits."""
+        self, x: Float[Array, "b t d"], replayed: Int[Array, "b t k"] | None = None
+    ) -> tuple[Float[Array, "b t d"], Routed]:
+        """Mixed outputs, and what the router did.
+
+        Where `replayed` is not negative it says which experts serve a token, in place of the
+        router's choice. Their shares are the router's in either case, and so are their gradients.
+        """
         logits = self.router(x)
-        chosen, choices = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), self.per_token)
+        probabilities = jax.nn.softmax(logits, axis=-1)
+        chosen, choices = jax.lax.top_k(probabilities, self.per_token)
+        if replayed is not None:
+            choices = jnp.where(replayed >= 0, replayed.astype(choices.dtype), choices)
+            chosen = jnp.take_along_axis(probabilities, choices, axis=-1)
         shares = chosen / jnp.sum(chosen, axis=-1, keepdims=True)
         with jax.named_scope("experts"):
-            return self._mix(x, choices, shares), logits
+            return self._mix(x, choices, shares), Routed(logits, choices)
 
     def _mix(
         self, x: Float[Array, "b t d"], choices: Int[Array, "b t k"], shares: Float[Array, "b t k"]

@@ -9,12 +9,12 @@ from typing import Protocol
 from jaxtyping import Array
 
 from paravt_jax.array_store import StoredArray
-from paravt_jax.interfaces import Policy, TrainablePolicy
+from paravt_jax.interfaces import RoutedPolicy, TrainablePolicy
 from paravt_jax.lora import LoraConfig, Merged
 from paravt_jax.params import Table
 
 
-class ModelPolicy(Policy, TrainablePolicy, Protocol):
+class ModelPolicy(RoutedPolicy, TrainablePolicy, Protocol):
     """A model as its config.json describes it, without weights. Hashable."""
 
     @property

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from models.common import prepared
 from models.common.attention import choose_kernels
+from models.common.experts import Routed
 from models.common.kernels import Kernels
 from models.common.layers import Linear, Remat
 from models.common.products import Weighted, multiply, widen_gradients
@@ -25,11 +26,13 @@ from models.qwen3_vl.parts import part_of
 from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
+from paravt_jax.interfaces import Appended, Prefilled
 from paravt_jax.kv_cache import CacheArray, KVCache, PageTable, whole_tiles
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
 from paravt_jax.records import HiddenKeys, VisionFeatures
+from paravt_jax.routing import RoutingShape
 from paravt_jax.shared_rows import SharedRows
 
 HEAD = "head.kernel"
@@ -142,6 +145,16 @@ class Qwen3VLPolicy:
         return 0 if experts is None else experts.num_experts_per_tok
 
     @property
+    def routing(self) -> RoutingShape | None:
+        """Shape of a record of its routing; None for a dense model."""
+        text = self.config.text
+        if text.experts is None:
+            return None
+        layers = sum(text.is_sparse(number) for number in range(text.num_hidden_layers))
+        experts = text.experts
+        return RoutingShape(layers, experts.num_experts_per_tok, experts.num_experts)
+
+    @property
     def splits(self) -> tuple[int, int, int]:
         """Heads of queries and of keys, and experts, 0 for none; see `ModelPolicy.splits`."""
         text = self.config.text
@@ -216,18 +229,17 @@ class Qwen3VLPolicy:
         segments: Int[Array, "b t"] | None = None,
         hidden_keys: HiddenKeys | None = None,
         shared: SharedRows | None = None,
+        routing: Int[Array, "b t choices"] | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b t e"] | None]:
         """As `hidden`, and the router's logits of the sparse layers, None for a dense model; see
         `TrainablePolicy.hidden_and_router`."""
         tower = self._bind(params).text
         context = AttentionContext(
-            segments=segments,
-            hidden_keys=hidden_keys,
-            shared=shared,
+            segments=segments, hidden_keys=hidden_keys, shared=shared, routing=routing
         )
         with jax.named_scope("language_model"):
-            hidden, _, router_logits, _ = tower(tokens, positions, vision_index, features, context)
-        return hidden, router_logits
+            hidden, _, routed, _ = tower(tokens, positions, vision_index, features, context)
+        return hidden, None if routed is None else routed.logits
 
     def prefill(
         self,
@@ -238,14 +250,44 @@ class Qwen3VLPolicy:
         features: VisionFeatures | None = None,
     ) -> tuple[Float[Array, "b t d"], Float[Array, "l b k t h"], Float[Array, "l b k t h"]]:
         """Final hidden states of prompts, and the keys and values that continue them."""
+        arguments = tokens, positions, vision_index, features
+        return self._prefill(params, *arguments, AttentionContext(keep=True))[0]
+
+    def prefill_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None = None,
+    ) -> tuple[Prefilled, Int[Array, "b t choices"]]:
+        """As `prefill`, and the experts that served each token; see `RoutedPolicy`."""
+        context = AttentionContext(keep=True, keep_choices=True)
+        arguments = tokens, positions, vision_index, features
+        prefilled, routed = self._prefill(params, *arguments, context)
+        return prefilled, self._by_token(routed)
+
+    def _prefill(
+        self,
+        params: Params,
+        tokens: Int[Array, "b t"],
+        positions: Int[Array, "b t 3"],
+        vision_index: Int[Array, "b t"],
+        features: VisionFeatures | None,
+        context: AttentionContext,
+    ) -> tuple[Prefilled, Routed | None]:
         tower = self._bind(params).text
         with jax.named_scope("language_model"):
-            hidden, _, _, kept = tower(
-                tokens, positions, vision_index, features, AttentionContext(keep=True)
-            )
+            hidden, _, routed, kept = tower(tokens, positions, vision_index, features, context)
         assert kept is not None
         keys, values = (x.swapaxes(2, 3) for x in kept)
-        return hidden, keys, values
+        return (hidden, keys, values), routed
+
+    def _by_token(self, routed: Routed | None) -> Int[Array, "b t choices"]:
+        """Choices of all sparse layers, side by side."""
+        assert routed is not None and routed.choices is not None and self.routing is not None
+        choices = jnp.moveaxis(routed.choices.astype(self.routing.dtype), 0, 2)
+        return choices.reshape(*choices.shape[:2], -1)
 
     def append(
         self,
@@ -263,6 +305,23 @@ class Qwen3VLPolicy:
         with jax.named_scope("language_model"):
             hidden, context, _, _ = tower(tokens, positions, vision_index, features, context)
         return hidden, context.caches
+
+    def append_and_routing(
+        self,
+        params: Params,
+        tokens: Int[Array, "m t"],
+        positions: Int[Array, "m t 3"],
+        vision_index: Int[Array, "m t"],
+        features: VisionFeatures | None,
+        caches: tuple[KVCache, ...],
+        rows: Int[Array, " m"] | None = None,
+    ) -> tuple[Appended, Int[Array, "m t choices"]]:
+        """As `append`, and the experts that served each token; see `RoutedPolicy`."""
+        tower = self._bind(params).text
+        context = AttentionContext(caches=caches, rows=rows, keep_choices=True)
+        with jax.named_scope("language_model"):
+            hidden, context, routed, _ = tower(tokens, positions, vision_index, features, context)
+        return (hidden, context.caches), self._by_token(routed)
 
     def logits(self, params: Params, hidden: Float[Array, "*b d"]) -> Float[Array, "*b vocab"]:
         """Float32 vocabulary logits of hidden states."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Int
 
 from models.common.attention import Attending, attend
 from models.common.cached_attention import append_and_attend
-from models.common.experts import Experts
+from models.common.experts import Experts, Routed
 from models.common.kernels import by_heads, to_tokens
 from models.common.layers import ACTIVATIONS, Linear, Remat, RMSNorm, lookup, rotate, scan_layers
 from models.qwen3_vl.config import TextConfig
@@ -35,8 +35,8 @@ Rope = tuple[Float[Array, "b t h2"], Float[Array, "b t h2"]]
 
 @dataclasses.dataclass(frozen=True)
 class AttentionContext:
-    """What a layer does with keys and values besides letting each token attend to those before it
-    in its block."""
+    """What a layer does with keys, values and experts besides letting each token attend to those
+    before it in its block and choose its own experts."""
 
     keep: bool = False
     """Return the keys and values of the block: prefill."""
@@ -50,6 +50,10 @@ class AttentionContext:
     """What some tokens of the block may not attend to besides."""
     shared: SharedRows | None = None
     """The block is rows of a prompt and the streams that continue it; None: of whole streams."""
+    routing: Int[Array, "b t choices"] | None = None
+    """The experts that serve each token, of one sparse layer after the other; see `Experts`."""
+    keep_choices: bool = False
+    """Return which experts served each token."""
 
 
 KeysAndValues = tuple[Float[Array, "b t k h"], Float[Array, "b t k h"]]
@@ -145,22 +149,25 @@ class DecoderLayer(nnx.Module):
         self.mlp = _experts(config, mlp, dtype) if sparse else Mlp(config, mlp, dtype, lora)
 
     def __call__(
-        self, x: Float[Array, "b t d"], rope: Rope, context: AttentionContext, layer: LayerNumber
-    ) -> tuple[
-        Float[Array, "b t d"],
-        AttentionContext,
-        tuple[Float[Array, "b t e"] | None, KeysAndValues | None],
-    ]:
-        """Output, grown context, and the router's logits and the keys and values, as far as there
-        are any."""
+        self,
+        x: Float[Array, "b t d"],
+        rope: Rope,
+        context: AttentionContext,
+        layer: LayerNumber,
+        replayed: Int[Array, "b t k"] | None = None,
+    ) -> tuple[Float[Array, "b t d"], AttentionContext, tuple[Routed | None, KeysAndValues | None]]:
+        """Output, grown context, and what the router did and the keys and values, as far as there
+        are any. `replayed`: see `Experts`."""
         with jax.named_scope("attention"):
             mixed, context, kept = self.attention(self.attention_norm(x), rope, context, layer)
         x = constrain(x + mixed.astype(x.dtype), "batch", "tokens", None)
         with jax.named_scope("mlp"):
-            mixed = self.mlp(self.mlp_norm(x))
-        mixed, router_logits = mixed if isinstance(mixed, tuple) else (mixed, None)
+            if isinstance(self.mlp, Experts):
+                mixed, routed = self.mlp(self.mlp_norm(x), replayed)
+            else:
+                mixed, routed = self.mlp(self.mlp_norm(x)), None
         x = constrain(x + mixed.astype(x.dtype), "batch", "tokens", None)
-        return x, context, (router_logits, kept)
+        return x, context, (routed, kept)
 
 
 class TextTower(nnx.Module):
@@ -194,12 +201,12 @@ class TextTower(nnx.Module):
     ) -> tuple[
         Float[Array, "b t d"],
         AttentionContext,
-        Float[Array, "sparse b t e"] | None,
+        Routed | None,
         tuple[Float[Array, "l b t k h"], Float[Array, "l b t k h"]] | None,
     ]:
         """Hidden states after the last norm; the context with grown caches, lengths
-        untouched; the router's logits of the sparse layers; keys and values of all layers if the
-        context asks for them."""
+        untouched; what the routers of the sparse layers did, their choices and the keys and values
+        of all layers if the context asks for them."""
         with jax.named_scope("embedding"):
             x = self.embed(tokens, vision_index, features)
         rope = mrope(positions, self.config)
@@ -207,8 +214,11 @@ class TextTower(nnx.Module):
         def step(layer: DecoderLayer, carry: Any, number: LayerNumber) -> Any:
             x, caches = carry
             before = dataclasses.replace(context, caches=caches)
-            x, after, extra = layer(x, rope, before, number)
-            return (add_deepstack(x, vision_index, features, number), after.caches), extra
+            replayed = self._replayed(context.routing, number)
+            x, after, (routed, kept) = layer(x, rope, before, number, replayed)
+            if routed is not None:
+                routed = routed._replace(choices=routed.choices if context.keep_choices else None)
+            return (add_deepstack(x, vision_index, features, number), after.caches), (routed, kept)
 
         # On CPU, reading a layer of the cache at a constant offset is five times faster.
         unroll = bool(context.caches) and platform() == "cpu"
@@ -217,18 +227,27 @@ class TextTower(nnx.Module):
         carry, routed, kept = (x, context.caches), [], []
         with jax.named_scope("decoder_layers"):
             for layers, rows, numbers in self._runs():
-                carry, (router_logits, own) = scan_layers(
+                carry, (own_routed, own_kept) = scan_layers(
                     layers, step, carry, numbers, remat, unroll, rows=rows
                 )
-                routed += [] if router_logits is None else [router_logits]
-                kept += [] if own is None else [own]
+                routed.append(own_routed)
+                kept.append(own_kept)
         x, caches = carry
-        return (
-            self.norm(x),
-            dataclasses.replace(context, caches=caches),
-            jnp.concatenate(routed) if routed else None,
-            jax.tree.map(lambda *parts: jnp.concatenate(parts), *kept) if kept else None,
-        )
+        context = dataclasses.replace(context, caches=caches)
+        return self.norm(x), context, _stacked(routed), _stacked(kept)
+
+    def _replayed(
+        self, routing: Int[Array, "b t choices"] | None, layer: LayerNumber
+    ) -> Int[Array, "b t k"] | None:
+        """The part of a layer, which means nothing if the layer is not sparse."""
+        if routing is None or self.config.experts is None:
+            return None
+        sparse = [self.config.is_sparse(i) for i in range(self.config.num_hidden_layers)]
+        place = jnp.asarray(np.maximum(np.cumsum(sparse) - 1, 0), jnp.int32)[layer]
+        # A slice of the last axis: an array by layer, with so few choices last, would be padded to
+        # sixteen times its size on a TPU.
+        size = self.config.experts.num_experts_per_tok
+        return jax.lax.dynamic_slice_in_dim(routing, place * size, size, axis=2)
 
     def _stack(self, sparse: bool, lora: LoraConfig) -> DecoderLayer | None:
         """All layers of one kind; None if there is none."""
@@ -262,6 +281,12 @@ class TextTower(nnx.Module):
             seen = take_tokens(features.tokens, vision_index).astype(x.dtype)
             x = jnp.where((vision_index >= 0)[..., None], seen, x)
         return constrain(x, "batch", "tokens", None)
+
+
+def _stacked(runs: Sequence[Any]) -> Any:
+    """Layers of all runs one after the other; None if none has any."""
+    found = [run for run in runs if run is not None]
+    return jax.tree.map(lambda *parts: jnp.concatenate(parts), *found) if found else None
 
 
 def take_tokens(
