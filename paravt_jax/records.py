@@ -27,6 +27,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.lazy_array import LazyArray
 from paravt_jax.pytrees import ArrayLike, pytree
+from paravt_jax.routing import Routing
 from paravt_jax.shared_rows import Bounds, SharedRows
 
 
@@ -333,6 +334,8 @@ class Trajectory:
     versions: np.ndarray | None = None
     """int32 `[t]`: the version of the weights that drew each token where `generated`, -1 elsewhere;
     None if `policy_version` drew all."""
+    routing: Routing | None = None
+    """Which experts served its tokens; None if the sampler did not note it."""
 
     @property
     def drawn_by(self) -> np.ndarray:
@@ -461,6 +464,8 @@ class LearnerBatch:
     """See `Choices.floors`; None without truncation."""
     grammar: Int[ArrayLike, "b own"] | None = None
     """See `Choices.grammar`; None without a grammar."""
+    routing: Int[ArrayLike, "rows t choices"] | None = None
+    """Experts that serve each token, see `RoutingShape`; None leaves all to the routers."""
     starts: Int[ArrayLike, "b"] | None = None
     """Where streams begin in the rows of their prompts; None where they are whole."""
     bounds: Bounds | None = None

@@ -228,6 +228,7 @@ class Agent:
             limit = config.answer_tokens if final else config.turn_tokens
             self._observer.turn_begins(rollout.stream, self._prefix)
             generated = yield Generate(rollout.stream, given, config.sampling, limit)
+            record.add_routing(generated.routing)
             turn = self.read_turn(generated)
             if final or not turn.calls:
                 record.add_turn(turn)
@@ -362,6 +363,7 @@ class Agent:
         sampling = self._config.subagent_sampling
         generated = yield Generate(stream, self._subagent_prefix, sampling, self._subagent_tokens)
         run.session.close(stream)
+        record.add_routing(generated.routing)
         record.add_turn(generated_turn(generated, self._subagent_prefix, self._renderer))
         trajectory = record.finish(self._renderer, run.policy_version)
         result = result_of(reported(trajectory.full_text), "the sub-agent reported nothing")

@@ -9,6 +9,7 @@ import numpy as np
 
 from paravt_jax.interfaces import Renderer
 from paravt_jax.records import Choices, Prompt, Shown, Trajectory, Turn
+from paravt_jax.routing import Routing
 from rollout.engine.slots import Generated
 
 
@@ -27,6 +28,8 @@ class TrajectoryBuilder:
         self.turns: list[Turn] = []
         self.shown: list[Shown] = []
         self.subagents: list[Trajectory] = []
+        self.routing: list[Routing] = []
+        """Of each turn and what was given before it; empty if nobody noted it."""
         self._parts: list[tuple[np.ndarray, bool, np.ndarray, Choices]] = []
 
     def __len__(self) -> int:
@@ -43,6 +46,10 @@ class TrajectoryBuilder:
         """Append tool responses with frames."""
         self.shown.append(Shown(len(self), block))
         self.add_given(block.tokens)
+
+    def add_routing(self, routing: Routing | None) -> None:
+        """Which experts served what was given since the last turn, and what was generated then."""
+        self.routing += [] if routing is None else [routing]
 
     def add_turn(self, turn: Turn) -> None:
         """Append a generated turn (its prefix was given before)."""
@@ -69,6 +76,7 @@ class TrajectoryBuilder:
             policy_version=policy_version if versions is None else int(versions[generated][0]),
             choices=Choices.joined(choices),
             versions=versions,
+            routing=Routing.joined(self.routing) if self.routing else None,
         )
 
 

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jaxtyping import Array, Bool, Float, Int
 
-from paravt_jax.interfaces import Params, Policy
+from paravt_jax.interfaces import Params, Policy, routing_of
 from paravt_jax.kv_cache import KVCache
 from paravt_jax.mesh import batch_shards, by_width, constrain, put_rows, split_before_copy
 from paravt_jax.patches import FrameRows
@@ -86,6 +86,8 @@ class DecodeOutput:
     ended: Bool[ArrayLike, " n"]
     alternatives: Alternatives | None = None
     """`[n, columns, k]`."""
+    routing: Int[ArrayLike, "n columns choices"] | None = None
+    """Experts that served each token; None where the engine does not note it."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,6 +133,7 @@ class Engine:
         steps_per_call: int = 16,
         penalties: bool = False,
         alternatives: int = 0,
+        routing: bool = False,
         mesh: Mesh | None = None,
         grows_from: int = GROWS_FROM,
     ) -> None:
@@ -141,6 +144,7 @@ class Engine:
         `decode` draws up to `steps_per_call` tokens of each row before the host looks. `penalties`
         keeps what each row has seen, one byte per row and token of the vocabulary, for repetition
         penalties. `alternatives` is how many of the likeliest tokens of each draw can be had.
+        `routing` notes which experts serve each token, of a `RoutedPolicy` that has any.
         `mesh` is that of everything here; None takes the one that is active. It has the devices of
         the weights in the order of theirs, which may lie otherwise on them, or others. Caches of
         `grows_from` bytes and more grow with what rows say.
@@ -153,6 +157,9 @@ class Engine:
         self.automata, self.pad_id, self.frame_patches = automata, pad_id, frame_patches
         self.steps_per_call, self.penalties, self.mesh = steps_per_call, penalties, mesh
         self.alternatives = alternatives
+        self.routing = routing_of(policy) if routing else None
+        if routing and self.routing is None:
+            raise ValueError("routing=True: this policy tells of no experts; leave it out")
         self.compilations = 0
         """How often a function was traced, hence compiled, so far."""
         self.encode = self._on_mesh(jax.jit(self._encode))
@@ -233,13 +240,13 @@ class Engine:
         padded: PaddedTokens,
         features: VisionFeatures | None,
         slots: Int[Array, " b"],
-    ) -> PromptState:
-        """Prefill prompts into these prompt slots; their rows start from them."""
+    ) -> tuple[PromptState, Int[Array, "b t choices"] | None]:
+        """Prefill prompts into these prompt slots; their rows start from them. And the experts that
+        served them, if they are noted."""
         self.compilations += 1
         padded = split_rows(padded)
-        hidden, keys, values = self.policy.prefill(
-            params, padded.tokens, padded.positions, padded.vision_index, features
-        )
+        arguments = params, padded.tokens, padded.positions, padded.vision_index, features
+        (hidden, keys, values), routing = self._routed("prefill", *arguments)
         # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
         copies = state.hidden.shape[0] // state.keys.stored.shape[1]
         rows = slots[:, None] * copies + jnp.arange(copies)[None]
@@ -248,7 +255,7 @@ class Engine:
         values = state.values.with_rows(slots, values).sharded()
         seen = None if state.seen is None else state.seen.at[rows].set(False)
         hidden = split_rows(state.hidden.at[rows].set(last))
-        return PromptState(keys, values, hidden, seen)
+        return PromptState(keys, values, hidden, seen), _everywhere(routing)
 
     def _append(
         self,
@@ -257,10 +264,12 @@ class Engine:
         padded: PaddedTokens,
         features: VisionFeatures | None,
         rows: Int[Array, " m"] | None,
-    ) -> PoolState:
-        """Append given tokens to all rows (those of length 0 stay as they are), or to `rows`."""
+    ) -> tuple[PoolState, Int[Array, "m t choices"] | None]:
+        """Append given tokens to all rows (those of length 0 stay as they are), or to `rows`. And
+        the experts that served them, if they are noted."""
         self.compilations += 1
-        hidden, (cache,) = self.policy.append(
+        (hidden, (cache,)), routing = self._routed(
+            "append",
             params,
             padded.tokens,
             padded.positions,
@@ -277,7 +286,13 @@ class Engine:
         else:
             moved = state.hidden.at[rows].set(last)
         seen = None if state.seen is None else _mark_padded(state.seen, padded, rows)
-        return PoolState(cache.sharded(), split_rows(moved), seen)
+        return PoolState(cache.sharded(), split_rows(moved), seen), _everywhere(routing)
+
+    def _routed(self, name: str, *arguments: Any) -> tuple[Any, Array | None]:
+        """What a method of the policy returns, and which experts served, if that is noted."""
+        if self.routing is None:
+            return getattr(self.policy, name)(*arguments), None
+        return getattr(self.policy, f"{name}_and_routing")(*arguments)
 
     def _decode(
         self,
@@ -302,9 +317,7 @@ class Engine:
         loop = jax.lax.while_loop(
             goes_on, lambda loop: self._decode_step(params, loop, generating, table), first
         )
-        # Every host reads these, so every device holds them.
-        output = jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), loop.output)
-        return loop.states, output
+        return loop.states, _everywhere(loop.output)
 
     def _no_output(self, generating: GeneratingRows) -> DecodeOutput:
         """Before the first token."""
@@ -320,6 +333,7 @@ class Engine:
             automata=jnp.asarray(generating.automata),
             ended=jnp.zeros(rows, bool),
             alternatives=Alternatives.none(*shape, listed) if listed else None,
+            routing=None if self.routing is None else jnp.asarray(self.routing.unknown(*shape)),
         )
 
     def _decode_step(
@@ -335,7 +349,9 @@ class Engine:
         # a tool response can follow without a step in between.
         drawn = self._draw(params, loop, generating, table)
         tokens = jnp.where(running, drawn.tokens, self.pad_id)
-        after, grown = self._continue(params, loop, generating.positions + output.counts, tokens)
+        (after, grown), routing = self._continue(
+            params, loop, generating.positions + output.counts, tokens
+        )
         automata = jnp.where(
             running[:, None], advance(table, output.automata, tokens), output.automata
         )
@@ -355,7 +371,8 @@ class Engine:
                 grammar=output.grammar.at[at].set(output.automata[:, 1]),
                 automata=automata,
                 ended=output.ended | ended,
-                alternatives=_listed(output.alternatives, drawn.alternatives, loop.step),
+                alternatives=_with_column(output.alternatives, drawn.alternatives, loop.step),
+                routing=_with_column(output.routing, routing, loop.step),
             ),
         )
 
@@ -382,22 +399,27 @@ class Engine:
 
     def _continue(
         self, params: Params, loop: _Loop, positions: Int[Array, " n"], tokens: Int[Array, " n"]
-    ) -> tuple[Float[Array, "n d"], tuple[KVCache, ...]]:
-        """Hidden states after one more text token per row, and the caches that hold it."""
+    ) -> tuple[tuple[Float[Array, "n d"], tuple[KVCache, ...]], Int[Array, "n choices"] | None]:
+        """Hidden states after one more text token per row, and the caches that hold it; and the
+        experts that served it, if they are noted."""
         at = jnp.broadcast_to(positions[:, None, None], (len(tokens), 1, 3))
         text = jnp.full((len(tokens), 1), -1, jnp.int32)
         caches = tuple(state.cache for state in loop.states)
-        hidden, grown = self.policy.append(params, tokens[:, None], at, text, None, caches)
-        return hidden[:, 0], grown
+        arguments = params, tokens[:, None], at, text, None, caches
+        (hidden, grown), routing = self._routed("append", *arguments)
+        return (hidden[:, 0], grown), None if routing is None else routing[:, 0]
 
 
-def _listed(
-    so_far: Alternatives | None, drawn: Alternatives | None, step: Int[Array, ""]
-) -> Alternatives | None:
-    """With the likeliest tokens of one more draw."""
+def _with_column(so_far: T, drawn: T, step: Int[Array, ""]) -> T:
+    """Arrays `[n, columns, ...]` with what one more draw brought, if anything is kept of it."""
     if so_far is None or drawn is None:
         return so_far
     return jax.tree.map(lambda all_of, column: all_of.at[:, step].set(column), so_far, drawn)
+
+
+def _everywhere(output: T) -> T:
+    """Every host reads these, so every device holds them."""
+    return jax.tree.map(lambda x: constrain(x, *[None] * x.ndim), output)
 
 
 def _moved_on(

@@ -38,6 +38,7 @@ from rollout.engine.sampler import Alternatives, Draw, SamplingConfig
 from rollout.engine.slots import (
     Generated,
     PromptGroup,
+    RoutingPiece,
     SlotTable,
     StreamId,
     StreamState,
@@ -237,10 +238,13 @@ class Session:
             padded = pad(prompts, index, tokens, self._engine.pad_id)
             filled_slots = [group.slot for group in batch]
             slots = np.array([*filled_slots, *[table.pool.prompts] * spare], np.int32)
-            filled = self._engine.prefill(
+            filled, routing = self._engine.prefill(
                 self._params, table.state.prompts, padded, features, slots
             )
             table.state = table.state.with_prompts(filled)
+            if routing is not None:
+                for at, group in enumerate(batch):
+                    group.prefilled = RoutingPiece(routing, at, len(group.prompt.tokens))
 
     def _append(self, table: SlotTable) -> None:
         """Append what rows were given, blocks of one shape together."""
@@ -277,9 +281,15 @@ class Session:
             beyond = table.pool.rows
             numbers = [beyond if row is None else row.number for row in placed]
             numbers = np.array(numbers, np.int32)
-        table.state = self._engine.append(self._params, table.current(), padded, features, numbers)
-        for row in rows:
+        table.state, routing = self._engine.append(
+            self._params, table.current(), padded, features, numbers
+        )
+        for at, row in enumerate(placed):
+            if row is None or row not in rows:
+                continue
             assert row.given is not None
+            if routing is not None:
+                row.routing.append(RoutingPiece(routing, at, len(row.given.tokens)))
             row.length += len(row.given.tokens)
             row.position += next_position(row.given.positions)
             row.given = None
@@ -341,6 +351,9 @@ def collect(
     row.log_probs.append(output.log_probs[number, :count].copy())
     noted = output.own, output.floors, output.grammar
     row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
+    if output.routing is not None:
+        # A copy: the whole array would stay as long as its longest turn.
+        row.routing.append(RoutingPiece(output.routing[[number]], 0, count))
     if row.listed and (likeliest := output.alternatives) is not None:
         columns = likeliest.tokens, likeliest.log_probs
         row.alternatives.append(Alternatives(*(top[number, :count].copy() for top in columns)))

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from paravt_jax.pytrees import ArrayLike
 from paravt_jax.records import Choices, Prompt, StopReason
+from paravt_jax.routing import Routing
 from rollout.engine.automaton import TokenGrammar
 from rollout.engine.caches import Caches, PoolState, SlotPool
 from rollout.engine.pages import PageBook
@@ -38,6 +41,24 @@ class Generated:
     versions: np.ndarray | None = None
     """int32 `[t]`: the version of the weights that drew each token, where a session takes newer
     ones."""
+    routing: Routing | None = None
+    """Which experts served the prompt, and what was given and generated since the last turn; None
+    if the engine does not note it."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RoutingPiece:
+    """A part of a record of routing, in an array that a program of the engine is to return."""
+
+    array: ArrayLike
+    """`[b, t, choices]`, of several rows."""
+    row: int
+    count: int
+    """Tokens of the row."""
+
+    def fetch(self) -> np.ndarray:
+        """`[count, choices]`; waits for it. The array keeps its copy on the host for others."""
+        return np.asarray(self.array)[self.row, : self.count].copy()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +99,8 @@ class StreamState:
     listed: bool = False
     """Whether the likeliest tokens of its draws are wanted."""
     alternatives: list[Alternatives] = dataclasses.field(default_factory=list)
+    routing: list[RoutingPiece] = dataclasses.field(default_factory=list)
+    """Of what was given and generated since the last turn."""
 
     @property
     def written(self) -> Written:
@@ -96,7 +119,15 @@ class StreamState:
         versions = np.concatenate(self.versions) if self.versions else None
         self.tokens, self.log_probs, self.choices, self.remaining = [], [], [], 0
         self.alternatives, self.versions = [], []
-        return Generated(turn.tokens, turn.log_probs, reason, choices, turn.alternatives, versions)
+        told = turn.alternatives, versions, self.take_routing()
+        return Generated(turn.tokens, turn.log_probs, reason, choices, *told)
+
+    def take_routing(self) -> Routing | None:
+        """Which experts served this turn, what was given before it, and the prompt."""
+        if self.group.routing is None:
+            return None
+        pieces, self.routing = self.routing, []
+        return Routing(self.group.routing, np.concatenate([piece.fetch() for piece in pieces]))
 
 
 def _joined(parts: Sequence[Alternatives]) -> Alternatives:
@@ -115,6 +146,14 @@ class PromptGroup:
     rows: list[StreamState] = dataclasses.field(default_factory=list)
     slot: int = -1
     """Prompt slot of its pool; -1 while it waits."""
+    prefilled: RoutingPiece | None = None
+    """Which experts served the prompt, if the engine notes it."""
+
+    @functools.cached_property
+    def routing(self) -> np.ndarray | None:
+        """`[t, choices]` of the prompt: one array for all its rows."""
+        prefilled, self.prefilled = self.prefilled, None  # frees memory of the device
+        return None if prefilled is None else prefilled.fetch()
 
 
 class SlotTable:

@@ -28,6 +28,7 @@ from paravt_jax.records import (
     ToolCall,
     VideoRef,
 )
+from paravt_jax.routing import RoutingShape
 from paravt_jax.shared_rows import Bounds
 from rollout.agent import Agent, Item
 from rollout.engine.automaton import TokenAutomata
@@ -110,6 +111,7 @@ class Learnable(ToyPolicy):
         segments=None,
         hidden_keys=None,
         shared=None,
+        routing=None,
     ):
         seen = None if shared is None else visible_in(shared, tokens.shape[1])
         return self.prefill(params, tokens, positions, vision_index, features, seen)[0], None
@@ -233,6 +235,8 @@ class World:
         self.policy, self.params, self.values, self.copies = policy, params, values, copies
         self.config = dataclasses.replace(CONFIG, evidence=evidence)
         self.renderer = TerseRenderer(values)
+        self.routing: RoutingShape | None = None
+        """With one, the engine notes routing and batches hold it."""
         self.log_probs = jax.jit(
             lambda params, batch, temperature: batch_log_probs(
                 policy, params, batch, temperature=temperature, budget=64
@@ -261,6 +265,7 @@ class World:
             pad_id=PAD,
             frame_patches=FRAME_PATCHES,
             steps_per_call=shape.steps_per_call,
+            routing=self.routing is not None,
             grows_from=0,
         )
 
@@ -301,6 +306,7 @@ class World:
         """Learner batches of `rows` streams, groups with their prompts once; the last is filled up
         from the first streams."""
         sizes = {"pad_id": PAD, "group_size": group_size, "frame_patches": FRAME_PATCHES}
+        sizes["routing"] = self.routing
         sizes["frames"] = FRAMES * group_size if self.config.evidence == "frames" else 4
         for start in range(0, len(streams), rows):
             own = list(itertools.islice(itertools.cycle(streams), start, start + rows))
