@@ -103,9 +103,17 @@ class AgentMaker:
             after_run=engine.caches.release,
         )
 
-    def engine(self, pools: dict[str, SlotPool], *, grammar_room: int = 0, **more: int) -> Engine:
-        """An engine with these slots, with room for grammars of single requests, and with more
-        settings of `Engine`. Its caches are allocated when it is first used."""
+    def engine(
+        self,
+        pools: dict[str, SlotPool],
+        *,
+        grammar_room: int = 0,
+        routing: bool = False,
+        **more: int,
+    ) -> Engine:
+        """An engine with these slots, with room for grammars of single requests, that notes routing
+        if asked, and with more settings of `Engine`. Its caches are allocated when it is first
+        used."""
         mesh, vocab = self.layout(pools), self.policy.vocab_size
         engine = Engine(
             self.policy,
@@ -115,6 +123,7 @@ class AgentMaker:
             pad_id=self.renderer.pad_id,
             frame_patches=self.renderer.spec.max_patches,
             penalties=any(sampling.repetition_penalty != 1 for sampling in _samplings(self.rules)),
+            routing=routing,
             **more,
         )
         main, (least, most) = pools[MAIN], (engine.cache_bytes(rung) / 2**20 for rung in (0, -1))

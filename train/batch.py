@@ -25,6 +25,7 @@ from paravt_jax.records import (
     Trajectory,
 )
 from paravt_jax.rope_index import next_position
+from paravt_jax.routing import UNKNOWN, Routing, RoutingShape
 from paravt_jax.shapes import bucket
 from paravt_jax.shared_rows import Bounds
 
@@ -46,6 +47,8 @@ class LearnerStream:
     """bool `[t]`: what the sampler drew; empty without one."""
     choices: Choices | None = None
     """How the tokens were chosen; None if nothing but temperature shaped them."""
+    routing: Routing | None = None
+    """Which experts served prompt and tokens; None if nobody noted it."""
 
     @property
     def noted(self) -> Choices:
@@ -85,6 +88,7 @@ def stream_of(rollout: Trajectory, learned: bool = True) -> LearnerStream:
         shown=rollout.shown,
         generated=rollout.generated,
         choices=rollout.choices,
+        routing=rollout.routing,
     )
 
 
@@ -96,12 +100,15 @@ def learner_batch(
     group_size: int = 1,
     frames: int = 0,
     frame_patches: int = 0,
+    routing: RoutingShape | None = None,
 ) -> LearnerBatch:
     """Pad whole streams to `[b, length]`, a row each; each group's prompt shows at least `frames`
     frames of at least `frame_patches` patches, padding included.
 
     If tool responses brought frames into any stream, every row is a group of its own, with the
     frames of its prompt and then its own; their number is padded to one of few.
+
+    With `routing`, the batch says which experts serve the tokens of streams that know it.
 
     Raises:
       ValueError: a stream is longer than `length` (the caller chose the bucket wrongly).
@@ -116,6 +123,7 @@ def learner_batch(
     return dataclasses.replace(
         _batch(wholes, seen, length, pad_id),
         prompt_lengths=np.array(starts, np.int32),
+        routing=routing and _routing_rows(routing, streams, length),
         **_values(streams, starts, length),
     )
 
@@ -130,6 +138,7 @@ def shared_batch(
     per_row: int,
     frames: int = 0,
     frame_patches: int = 0,
+    routing: RoutingShape | None = None,
 ) -> LearnerBatch:
     """Streams in rows of `per_row` neighbours that share a prompt, which stands there once; see
     `SharedRows`.
@@ -140,7 +149,7 @@ def shared_batch(
       group_size: neighbours that share frames: those of their prompts, and then those that tool
         responses brought into each of them, whose number is padded to one of few.
       per_row: divides it. In different rows prompts may differ in words.
-      frames, frame_patches: see `learner_batch`.
+      frames, frame_patches, routing: see `learner_batch`.
 
     Raises:
       ValueError: a prompt, what follows it or a row is longer (the caller chose the bucket
@@ -175,6 +184,7 @@ def shared_batch(
         prompt_lengths=np.array(prompts, np.int32),
         starts=np.array(starts, np.int32),
         bounds=bounds,
+        routing=routing and _shared_routing(routing, streams, starts, slots, per_row),
         **_values(streams, [0] * len(streams), bounds.own),
     )
 
@@ -185,12 +195,40 @@ def _shared_rows(
     before: Sequence[np.ndarray],
     after: Sequence[np.ndarray],
     fill: int = 0,
+    dtype: Any = np.int32,
 ) -> np.ndarray:
     """Rows of what prompts have, and of what each of their streams has from its start on."""
-    out, per_row = _rows(before, slots, fill), len(after) // len(before)
+    out, per_row = _rows(before, slots, fill, dtype), len(after) // len(before)
     for number, (start, values) in enumerate(zip(starts, after, strict=True)):
         out[number // per_row, start : start + len(values)] = values
     return out
+
+
+def _shared_routing(
+    shape: RoutingShape,
+    streams: Sequence[LearnerStream],
+    starts: Sequence[int],
+    slots: int,
+    per_row: int,
+) -> np.ndarray:
+    """Which experts serve the tokens of rows that share a prompt, and its record."""
+    known = [_routing_of(shape, stream) for stream in streams]
+    prompts, owns = [one.prompt for one in known[::per_row]], [one.own for one in known]
+    return _shared_rows(starts, slots, prompts, owns, UNKNOWN, shape.dtype)
+
+
+def _routing_rows(shape: RoutingShape, streams: Sequence[LearnerStream], length: int) -> np.ndarray:
+    """Which experts serve the tokens of whole streams."""
+    known = [_routing_of(shape, stream) for stream in streams]
+    rows = [np.concatenate([one.prompt, one.own]) for one in known]
+    return _rows(rows, length, UNKNOWN, shape.dtype)
+
+
+def _routing_of(shape: RoutingShape, stream: LearnerStream) -> Routing:
+    """The record of a stream; where there is none, the learner's routers choose."""
+    if stream.routing is None:
+        return Routing(shape.unknown(len(stream.prompt.tokens)), shape.unknown(len(stream.tokens)))
+    return stream.routing
 
 
 def row_starts(
@@ -324,7 +362,7 @@ def _rows(
     rows: Sequence[np.ndarray],
     length: int,
     fill: int | float = 0,
-    dtype: type[np.number] = np.int32,
+    dtype: Any = np.int32,
     starts: Sequence[int] | None = None,
 ) -> np.ndarray:
     """Rows of `length` that hold the given ones, from `starts` on, and elsewhere `fill`."""

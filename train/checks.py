@@ -14,6 +14,7 @@ from etils import epath
 from models import ModelPolicy
 from models.common import cudnn
 from models.common.adapter import check_adapter_config
+from paravt_jax.interfaces import routing_of
 from paravt_jax.mesh import HOST, AnyMesh, axes_text, batch_shards, make_mesh, parse_mesh
 from paravt_jax.params import format_table
 from paravt_jax.protocol import THINK_OPEN
@@ -120,6 +121,11 @@ def check_model(config: Config, here: bool) -> None:
         raise ValueError(
             f"model.router_balance={model.router_balance} balances experts, and this model has "
             "none; set it to 0"
+        )
+    if config.rl.routing_replay and routing_of(policy) is None:
+        raise ValueError(
+            "rl.routing_replay=true replays which experts served a token, and this model has none; "
+            "set it to false"
         )
     _check_parts(config, policy)
     if model.adapter is not None:

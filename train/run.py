@@ -237,7 +237,9 @@ class Run:
         config = self.config
         if self.evaluation is not None:
             self.evaluation.before({**self.state.frozen, **on_device(self.reference)})
-        engine = self.agents.engine(self.parts.pools(all_rows(self.rows)))
+        engine = self.agents.engine(
+            self.parts.pools(all_rows(self.rows)), routing=config.rl.routing_replay
+        )
         learner, prompts = self._learner(engine), self.parts.prompts(self.rows)
         run = self._rl_run(engine, learner, prompts)
         if self.data_state is not None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -23,9 +23,19 @@ from paravt_jax.mesh import constrain
 from paravt_jax.objectives import ObjectiveConfig, ObjectiveMetrics, policy_loss
 from paravt_jax.pytrees import ArrayLike
 from paravt_jax.records import LearnerBatch, VisionFeatures
-from paravt_jax.routing import load_balance
+from paravt_jax.routing import RoutingGap, load_balance, routing_gap
 from paravt_jax.shaping import Shaping
 from train.state import FlatParams, TrainState
+
+
+class RouterMetrics(NamedTuple):
+    """What is known of the routers of a batch."""
+
+    balance: Float[Array, " b"]
+    """How evenly each stream used the experts, 0 in a dense model (see `load_balance`)."""
+    gap: RoutingGap | None = None
+    """How far they agree with what was replayed; None where nothing was."""
+
 
 StepMetrics = dict[str, Any]
 """Metrics of one optimiser step: arrays by name, and those of the objective as sums."""
@@ -39,10 +49,9 @@ def batch_log_probs(
     temperature: float,
     budget: int,
     shaping: Shaping = UNSHAPED,
-) -> tuple[Float[Array, "b own"], Float[Array, "b own"], Float[Array, " b"]]:
-    """Log-probability and entropy of every token with a loss weight, by a full forward; and how
-    evenly each stream used the experts, 0 in a dense model (see `load_balance`).
-    `budget` bounds such tokens of a stream."""
+) -> tuple[Float[Array, "b own"], Float[Array, "b own"], RouterMetrics]:
+    """Log-probability and entropy of every token with a loss weight, by a full forward; and what
+    is known of the routers. `budget` bounds such tokens of a stream."""
     before, router_logits = batch_hidden(policy, params, batch)
     log_probs, entropy = gathered_log_probs(
         before,
@@ -54,7 +63,7 @@ def batch_log_probs(
         lanes=batch.streams_per_row,
         shaping=shaping,
     )
-    return log_probs, entropy, _balance(policy, router_logits, batch)
+    return log_probs, entropy, _router_metrics(policy, router_logits, batch)
 
 
 def shaping_of(batch: LearnerBatch, penalty: float, table: ArrayLike | None) -> Shaping:
@@ -83,14 +92,22 @@ def batch_hidden(
         batch.segments,
         batch.hidden_keys,
         batch.shared,
+        batch.routing,
     )
     return preceding(hidden, batch.shared), router_logits
 
 
-def _balance(policy: TrainablePolicy, router_logits: Array | None, batch: LearnerBatch) -> Array:
+def _router_metrics(
+    policy: TrainablePolicy, router_logits: Array | None, batch: LearnerBatch
+) -> RouterMetrics:
     if router_logits is None:
-        return jnp.zeros(batch.loss_weights.shape[0])
-    return load_balance(router_logits, _real(batch), policy.experts_per_token, batch.shared)
+        return RouterMetrics(jnp.zeros(batch.loss_weights.shape[0]))
+    real, gap = _real(batch), None
+    if batch.routing is not None:
+        gap = routing_gap(router_logits, batch.routing, real)
+    return RouterMetrics(
+        load_balance(router_logits, real, policy.experts_per_token, batch.shared), gap
+    )
 
 
 def _real(batch: LearnerBatch) -> Bool[Array, "rows t"]:
@@ -280,12 +297,12 @@ class SftStep:
         self, trainable: FlatParams, batch: LearnerBatch, *, frozen: FlatParams, budget: int
     ) -> tuple[Array, Sums]:
         params = {**trainable, **frozen}
-        log_probs, _, balance = batch_log_probs(
+        log_probs, _, routers = batch_log_probs(
             self.policy, params, batch, temperature=1.0, budget=budget
         )
         weights, losses = batch.trained, -log_probs
         if self.router_balance:
-            losses += self.router_balance * balance[:, None]
+            losses += self.router_balance * routers.balance[:, None]
         return jnp.sum(losses * weights), (jnp.sum(weights), (), ())
 
 
@@ -320,12 +337,14 @@ class RlStep:
     ) -> tuple[TrainState, StepMetrics]:
         """`table` is that of the engine's automata, if a grammar constrained it."""
         loss = functools.partial(self._loss, frozen=state.frozen, table=table)
-        value, gradients, (watched, balance, rows), kept = accumulate(
+        value, gradients, (watched, balance, rows, gap), kept = accumulate(
             loss, state.trainable, batch, self.micro_batches, _merge, self.group_size
         )
         metrics = {"loss": value, "grad_norm": optax.tree.norm(gradients), "objective": watched}
         if self.policy.experts_per_token:
             metrics["router/balance"] = balance / jnp.maximum(rows, 1.0)
+        if gap is not None:
+            metrics |= gap.means()
         if self.keeps_log_probs:
             metrics["log_probs"] = join_micro(kept, stream_groups(batch, self.group_size))
         return apply_gradients(self.optimizer, state, gradients), metrics
@@ -356,7 +375,7 @@ class RlStep:
 
     def _of_tokens(
         self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
-    ) -> tuple[Float[Array, "b own"], Float[Array, "b own"], Float[Array, " b"]]:
+    ) -> tuple[Float[Array, "b own"], Float[Array, "b own"], RouterMetrics]:
         """`batch_log_probs` in the distribution that the sampler drew from."""
         return batch_log_probs(
             self.policy,
@@ -386,7 +405,7 @@ class RlStep:
     def _row_loss(
         self, params: FlatParams, batch: LearnerBatch, table: ArrayLike | None
     ) -> tuple[Array, Sums]:
-        log_probs, entropy, balance = self._of_tokens(params, batch, table)
+        log_probs, entropy, (balance, gap) = self._of_tokens(params, batch, table)
         weights = batch.trained
         proximal = batch.proximal_log_probs
         # Every learned token carries the balance of its row.
@@ -406,13 +425,14 @@ class RlStep:
             evenness if self.router_balance else None,
         )
         trained = weights.any(axis=1).astype(jnp.float32)
-        sums = watched, jnp.sum(balance * trained), jnp.sum(trained)
+        sums = watched, jnp.sum(balance * trained), jnp.sum(trained), gap
         return total, (count, sums, log_probs if self.keeps_log_probs else ())
 
 
-MetricSums = tuple[ObjectiveMetrics, Array, Array]
-"""Metrics of the objective, the sum of balances over rows, and the rows."""
+MetricSums = tuple[ObjectiveMetrics, Array, Array, RoutingGap | None]
+"""Metrics of the objective, the sum of balances over rows, the rows, and what differs from what was
+replayed."""
 
 
 def _merge(a: MetricSums, b: MetricSums) -> MetricSums:
-    return a[0].merge(b[0]), a[1] + b[1], a[2] + b[2]
+    return a[0].merge(b[0]), a[1] + b[1], a[2] + b[2], jax.tree.map(jnp.add, a[3], b[3])

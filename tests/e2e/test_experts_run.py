@@ -20,6 +20,7 @@ pytestmark = pytest.mark.slow
 EXPERTS = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 SETTINGS = [
     "model.router_balance=0.01",
+    "rl.routing_replay=true",
     "evaluation.rows=0",
     "rl.prompts_per_step=1",
     "rl.group_size=4",
@@ -53,6 +54,13 @@ def test_sampler_learner_and_reference_agree(run):
     print(f"sampler and learner differ by {gap:.1e}")
     assert gap < 1e-4
     assert abs(first["kl"]) < 1e-6 and second["kl"] > 1e-6
+
+
+def test_routing_is_replayed(run):
+    """In float32 few choices differ where weights are the same; each is one of 2 of 4 experts."""
+    for record in metrics(run):
+        assert 0 <= record["router/choices_differ"] < 0.01
+        assert record["router/tokens_differ"] < 0.02
 
 
 def test_the_balance_of_the_experts_is_watched(run):

@@ -337,3 +337,22 @@ def test_a_reference_on_the_host_measures_the_same():
     assert np.any(found[0])
     assert {x.sharding.memory_kind for x in kept.values()} == {HOST}
     assert local_bytes(kept) == 0 < local_bytes(reference)
+
+
+class Replaying(Bigram):
+    """Logits that tell whether routing is replayed."""
+
+    def hidden_and_router(self, params, tokens, *context):
+        hidden, routers = super().hidden_and_router(params, tokens)
+        return hidden if context[-1] is None else 2 * hidden, routers
+
+
+def test_the_reference_replays_too():
+    """Law 3: with the weights of now it says what the policy says."""
+    config, plain = configure(), jax.tree.map(jnp.asarray, random_batch())
+    tags, shapes = tag_table([b"a"] * VOCAB), batch_shapes(config, SPECS["image"](16, 2, 2), 0)
+    noted = dataclasses.replace(plain, routing=jnp.zeros((ROWS, TOKENS, 4), jnp.int8))
+    own = open_learner(config, Replaying(), optax.sgd(1.0), ALONE, tags, shapes, weights())
+    found = own.with_reference({}, noted).reference_log_probs
+    np.testing.assert_allclose(found, own.whole.log_probs(weights(), noted), rtol=1e-6)
+    assert np.abs(found - own.with_reference({}, plain).reference_log_probs).max() > 0.1

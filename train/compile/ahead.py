@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models import ModelPolicy
+from paravt_jax.interfaces import routing_of
 from paravt_jax.mesh import partition
 from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.records import LearnerBatch, VisionFeatures
@@ -87,6 +88,7 @@ class LargestBatch:
         `per_row` to a prompt; 0 makes each a row of its own. `groups` of them share frames."""
         policy, width = self.policy, self.policy.width
         proximal = self.objective.computes_proximal(self.rl.updates)
+        routing = routing_of(policy) if self.rl.routing_replay else None
         prompt, dtype = seen * 5 // 4 + 256, jnp.dtype(self.compute_dtype)
         if per_row:
             unit = max(unit, LENGTH_UNIT)
@@ -110,6 +112,7 @@ class LargestBatch:
             prompt_lengths=batch.tokens[:, 0],
             floors=batch.advantages,
             grammar=np.zeros(batch.loss_weights.shape, np.int32),
+            routing=routing and routing.unknown(*batch.tokens.shape),
         )
 
 

@@ -114,7 +114,8 @@ class _RlPrograms(_Programs):
         )
         options = config.rollout_mesh, config.model.compute_dtype
         layout = open_layout(self.policy, mesh, *options, copies)
-        self.engine = dataclasses.replace(self.parts.agents, layout=layout).engine(self.pools)
+        agents = dataclasses.replace(self.parts.agents, layout=layout)
+        self.engine = agents.engine(self.pools, routing=self.rl.routing_replay)
         self.rollout_mesh = self.engine.mesh or mesh
         arguments = self.policy, self.optimizer, config.model, mesh, self.taught, self.pools
         self.held = footprint(*arguments, self.engine.mesh, reference, staleness)

@@ -115,7 +115,10 @@ class TaughtLearner:
             for (row, t), feedback in zip(attempts, self._feedback(attempts), strict=True)
         ]
         streams = zip(streams_of_groups(groups), prompts, strict=True)
-        return [dataclasses.replace(stream, prompt=prompt) for stream, prompt in streams]
+        # Of another prompt: what served the student's says nothing.
+        return [
+            dataclasses.replace(stream, prompt=prompt, routing=None) for stream, prompt in streams
+        ]
 
     def _compare(
         self,

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from paravt_jax.interfaces import TrainablePolicy
+from paravt_jax.interfaces import TrainablePolicy, routing_of
 from paravt_jax.mesh import batch_shards
 from paravt_jax.records import LearnerBatch, RolloutGroup
 from paravt_jax.shapes import bucket, ladder
@@ -152,6 +152,7 @@ class RolloutBatches:
         agent: AgentConfig,
     ) -> None:
         self.shapes, self._mesh = shapes, mesh
+        self._routing = routing_of(policy) if rl.routing_replay else None
         self._rl, self._agent = rl, agent
         self._encode = jax.jit(policy.encode)
         parts = rl.prompts_per_step // rl.micro_groups
@@ -212,6 +213,7 @@ class RolloutBatches:
             per_row=per_row,
             frames=shapes.spec.group_count(shapes.prompt_frames),
             frame_patches=shapes.spec.max_patches,
+            routing=self._routing,
         )
         return to_mesh(with_what_shaped(host, self._agent.sampling), self._mesh)
 
@@ -225,6 +227,7 @@ class RolloutBatches:
             pad_id=shapes.pad_id,
             frames=shapes.spec.group_count(shapes.crop_frames),
             frame_patches=shapes.spec.max_patches,
+            routing=self._routing,
         )
         batch = to_mesh(with_what_shaped(host, self._agent.subagent_sampling), self._mesh)
         # In parts: a step has more crops than prompts, and the tower for all at once may not fit.

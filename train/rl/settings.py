@@ -49,6 +49,12 @@ class RlSettings(Settings):
     in_flight_calls: Annotated[int, at_least(1)] = 8
     """Calls of the engine after which they do, and again after as many; `episode/visits` tells how
     many a step takes."""
+    routing_replay: bool = False
+    """Send each token in the learner to the experts that served it when it was read or drawn
+    (Rollout Routing Replay, arXiv 2510.11370): only the choice is replayed, its weights are those
+    of the learner's routers. So does the reference; a teacher, which reads another prompt, chooses
+    (docs/adr/0042). A rollout then takes a byte per token, layer and expert in memory of each host:
+    3.8 MB for 10,000 tokens through 48 layers with 8 experts each."""
     filter_groups: Literal["total", "accuracy"] | None = None
     """Learn only from groups whose rollouts differ in this reward, `total` or `accuracy`, and draw
     others in their place (DAPO's dynamic sampling, arXiv 2503.14476); None learns from all."""

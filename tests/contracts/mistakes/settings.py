@@ -95,6 +95,7 @@ RANGES = [
     refused("model.compute_dtype=bfloat16", "model.attention=cudnn", named=("gpu", "cpu", "auto")),
     refused("model.router_balance=-1"),
     refused("model.router_balance=0.1", named=("experts",)),
+    refused("rl.routing_replay=true", named=("experts",)),
     refused("optimizer.name=sgd", named=("muon",)),
     refused("optimizer.decay=step", named=("cosine",)),
     refused("model.lora.rank=-1"),
