@@ -134,15 +134,8 @@ def test_killed_at_a_random_moment_and_in_shards_it_comes_to_the_same_report(
     assert len(lines(workdir, own.name)) == COUNT // 2
 
 
-def test_without_tools_each_has_one_turn(model, cache, tmp_path):
-    evaluate(model, cache, tmp_path / "evaluation", "--mode", "direct", "--frames", "8")
-    answered = lines(tmp_path / "evaluation")
-    assert {(line["turns"], line["calls"], line["frames"]) for line in answered} == {(1, 0, 8)}
-    (row, *_) = report(tmp_path / "evaluation")["rows"]
-    assert (row["protocol"], row["mode"], row["frames"]) == ("needle+8frames", "direct", "8")
-
-
 def test_what_cannot_be_put_is_an_error_and_no_score(model, cache, tmp_path):
+    """Without tools, so that what is put has one turn."""
     video = next(cache.rglob("held_out/*.mp4"))
     (tmp_path / "broken.mp4").write_bytes(video.read_bytes()[:3000])
     rows = [
@@ -157,13 +150,18 @@ def test_what_cannot_be_put_is_an_error_and_no_score(model, cache, tmp_path):
     (tmp_path / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     asked = ["--protocol", "needle", "--benchmarks", str(tmp_path / "mine.jsonl")]
     own = ["--model", str(model), "--workdir", str(tmp_path / "evaluation")]
-    done = run([sys.executable, DOOR, *own, *asked], tmp_path)
+    direct = ["--mode", "direct", "--frames", "8"]
+    done = run([sys.executable, DOOR, *own, *asked, *direct], tmp_path)
     assert done.returncode == 0, done.stderr
     found = lines(tmp_path / "evaluation")
     assert len(found) == 5
-    reasons = [line["error"] for line in sorted(found, key=lambda line: line["doc_id"])]
+    found.sort(key=lambda line: line["doc_id"])
+    assert (found[0]["turns"], found[0]["calls"], found[0]["frames"]) == (1, 0, 8)
+    reasons = [line["error"] for line in found]
     assert reasons[0] == "" and "no such file" in reasons[1] and "broken.mp4" in reasons[2]
     assert "control token" in reasons[3] and "context overflow" in reasons[4]
+    (row, *_) = report(tmp_path / "evaluation")["rows"]
+    assert (row["protocol"], row["mode"], row["frames"]) == ("needle+8frames", "direct", "8")
     told = report(tmp_path / "evaluation")["tasks"]["mine"]
     assert told["headline"] is None and told["questions"] == 6
     assert sum(told["errors"].values()) == 5

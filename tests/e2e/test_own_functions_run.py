@@ -39,28 +39,41 @@ SETTINGS = [
 ]
 
 
-def two_steps(workdir, cache, *arguments, settings=SETTINGS):
-    return start(workdir, cache, "--steps", "2", *arguments, settings=settings)
+def steps(workdir, cache, count, *arguments, settings=SETTINGS):
+    return start(workdir, cache, "--steps", str(count), *arguments, settings=settings)
 
 
-def test_functions_of_a_users_folder_train_and_a_resume_finds_them_again(tmp_path):
-    whole, cut, mine = tmp_path / "whole", tmp_path / "cut", tmp_path / "mine"
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A user's folder, and what a step with its functions left there, in `run`."""
+    folder = tmp_path_factory.mktemp("users")
+    mine = folder / "mine"
     mine.mkdir()
     for name in EXAMPLES:
         shutil.copy(ROOT / "examples" / f"{name}.py", mine)
     (mine / "watch.py").write_text(MINE)
-    done = two_steps(whole, tmp_path)
+    done = steps(folder / "run", folder, 1)
     assert done.returncode == 0, done.stderr[-3000:]
-    check_records(metrics(whole))
-    assert (tmp_path / "calls.txt").read_text(), "the cold start calls it as it calls ours"
-    check_names(json.loads((whole / "config.json").read_text()), mine.resolve())
+    return folder
 
-    shutil.copytree(whole, cut)
-    shutil.rmtree(cut / "checkpoints" / "2")
-    again = two_steps(cut, tmp_path, "--resume", "must")
+
+def test_functions_of_a_users_folder_train(folder):
+    check_records(metrics(folder / "run"))
+    assert (folder / "calls.txt").read_text(), "the cold start calls it as it calls ours"
+    kept = json.loads((folder / "run" / "config.json").read_text())
+    check_names(kept, (folder / "mine").resolve())
+
+
+@pytest.mark.study
+def test_a_resume_finds_functions_again(folder, tmp_path):
+    whole = steps(tmp_path / "whole", folder, 2)
+    assert whole.returncode == 0, whole.stderr[-3000:]
+    shutil.copytree(folder / "run", tmp_path / "cut")
+    again = steps(tmp_path / "cut", folder, 2, "--resume", "must")
     assert again.returncode == 0, again.stderr[-3000:]
-    assert [untimed(record) for record in metrics(cut)] == [*map(untimed, metrics(whole))]
-    check_refusals(cut, tmp_path)
+    cut, whole = (metrics(tmp_path / name) for name in ("cut", "whole"))
+    check_records(whole)
+    assert [*map(untimed, cut)] == [*map(untimed, whole)]
 
 
 def check_records(records):
@@ -82,18 +95,19 @@ def check_names(kept, mine):
     ]
 
 
-def check_refusals(workdir, cache):
-    """A resume with other functions, or without one of them."""
-    shutil.copy(cache / "mine" / "cispo.py", cache / "mine" / "other.py")
+def test_a_resume_with_other_functions_or_without_one_is_refused(folder, tmp_path):
+    shutil.copytree(folder / "run", cut := tmp_path / "cut")
+    shutil.copy(folder / "mine" / "cispo.py", folder / "mine" / "other.py")
     for other, named in (
         ("objective.surrogate=mine/other.py:cispo", ("objective.surrogate=", "cispo.py:cispo")),
         ("agent.tools=crop_video,mine/zoom_image.py:zoom_image", ("agent.tools",)),
     ):
-        refused = two_steps(workdir, cache, "--resume", "must", settings=[*SETTINGS, other])
+        refused = steps(cut, folder, 2, "--resume", "must", settings=[*SETTINGS, other])
         assert refused.returncode != 0
         assert all(name in refused.stderr for name in named), refused.stderr
-    (cache / "mine" / "brevity.py").unlink()
-    lost = two_steps(workdir, cache, "--resume", "must")
+    shutil.move(folder / "mine" / "brevity.py", tmp_path)
+    lost = steps(cut, folder, 2, "--resume", "must")
+    shutil.move(tmp_path / "brevity.py", folder / "mine")
     assert lost.returncode == 2
     assert "cannot be continued" in lost.stderr and "brevity.py: no such file" in lost.stderr
 

@@ -38,7 +38,7 @@ IMPORTED = (
     "transformers",
 )
 OF_TRANSFORMERS = ("AutoTokenizer", "Qwen3VLConfig")
-"""What it imports when it is named; torch comes along where it is installed."""
+"""What it imports when it is named; torch would come along, which users do not have."""
 PATIENCE = 900
 """Seconds after which a command hangs."""
 
@@ -137,6 +137,7 @@ def run_fresh(
 
 
 def _serve() -> None:
+    sys.modules["torch"] = None  # type: ignore[assignment]
     for module in IMPORTED:
         importlib.import_module(module)
     for name in OF_TRANSFORMERS:
