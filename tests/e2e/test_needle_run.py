@@ -31,6 +31,8 @@ from tests.support.videos import write_video
 
 pytestmark = pytest.mark.slow
 
+FIGURE = "sampled/accuracy"
+EVALUATED = ("evaluation.every=1", f"evaluation.best={FIGURE}", "rl.sight_every=2")
 QUICK = ("output.export_hf=false",)
 FULL_BYTES = 300_000
 """More than logs and rollouts take, and less than the weights."""
@@ -38,9 +40,9 @@ FULL_BYTES = 300_000
 
 @pytest.fixture(scope="module")
 def run(cache, tmp_path_factory):
-    """Three RL steps from the committed cold start."""
+    """Three RL steps from the committed cold start, each evaluated."""
     workdir = tmp_path_factory.mktemp("run") / "first"
-    sets = [*SMALL, f"data.cache_dir={cache}"]
+    sets = [*SMALL, *EVALUATED, f"data.cache_dir={cache}"]
     done = run_anew(command(workdir, "--steps", "3", sets=sets), cache)
     assert done.returncode == 0, done.stderr[-3000:]
     return workdir, done.stdout
@@ -85,6 +87,44 @@ def test_everything_is_left_in_the_workdir(run):
     assert greedy["accuracy/videos"] == 4
 
 
+def test_every_step_has_its_figures(run):
+    workdir, _ = run
+    *earlier, last = metrics(workdir)
+    told = json.loads((workdir / "evaluation.json").read_text())["after"]
+    for mode in ("sampled", "greedy", "no crops"):
+        name = mode.replace(" ", "_")
+        assert all(0 <= record[f"evaluation/{name}/accuracy"] <= 1 for record in earlier)
+        assert last[f"evaluation/{name}/accuracy"] == told[mode]["accuracy"]
+        assert last[f"evaluation/{name}/accuracy/low"] == told[mode]["accuracy/low"]
+    assert earlier[0]["time/evaluate"] > 0
+
+
+def test_the_best_weights_are_kept(run):
+    workdir, _ = run
+    best = json.loads((workdir / "best.json").read_text())
+    figures = [record[f"evaluation/{FIGURE}"] for record in metrics(workdir)]
+    assert best["figure"] == FIGURE and best["value"] == max(figures)
+    assert best["step"] == 1 + figures.index(max(figures)), "the first of the best"
+    weights = (workdir / "best" / "model.safetensors").read_bytes()
+    assert (weights == (workdir / "hf" / "model.safetensors").read_bytes()) == (best["step"] == 3)
+    assert (workdir / "best" / "tokenizer.json").is_file()
+
+
+def test_sight_is_measured_when_it_is_due(run):
+    first, second, third = metrics(run[0])
+    kinds = {f"sight/{what}{how}" for what in ("answer", "report") for how in ("", "_blind")}
+    assert kinds <= set(first) & set(third) and all(first[name] < 0 for name in kinds)
+    assert not kinds & set(second)
+
+
+@pytest.mark.study
+def test_a_figure_that_there_is_not_is_named(cache, tmp_path):
+    settings = ("evaluation.every=1", "evaluation.best=greedy/wit")
+    done = start(tmp_path / "run", cache, "--steps", "1", settings=settings)
+    assert done.returncode == 1
+    assert "evaluation.best=greedy/wit" in done.stderr and "greedy/accuracy" in done.stderr
+
+
 def test_exported_folder_gives_the_same_logits_in_transformers(run):
     torch = pytest.importorskip("torch")
     from transformers import AutoTokenizer, Qwen3VLForConditionalGeneration
@@ -114,7 +154,7 @@ def test_another_seed_is_another_run(run, cache, tmp_path):
     """That the same seed is the same one is held below."""
     other, quick = tmp_path / "other", (*QUICK, "evaluation.rows=0")
     assert start(other, cache, "--steps", "1", "--seed", "1", settings=quick).returncode == 0
-    assert untimed(metrics(other)[0]) != untimed(metrics(run[0])[0])
+    assert metrics(other)[0]["loss"] != metrics(run[0])[0]["loss"]
 
 
 @pytest.mark.parametrize("killed", [False, pytest.param(True, marks=pytest.mark.study)])
@@ -122,7 +162,7 @@ def test_a_run_that_is_stopped_ends_like_one_that_was_not(run, cache, tmp_path, 
     """SIGTERM within a step saves what came before it; SIGKILL costs the steps since; then
     `--workdir` alone goes on."""
     cut = tmp_path / "cut"
-    quick = (*QUICK, "output.checkpoint_every=0", "output.checkpoint_minutes=0")
+    quick = (*QUICK, *EVALUATED, "output.checkpoint_every=0", "output.checkpoint_minutes=0")
     code, said = send(
         *(signal.SIGTERM, lambda: logged(cut) > 0, cut, cache, "--steps", "3"), settings=quick
     )
@@ -140,8 +180,8 @@ def test_a_run_that_is_stopped_ends_like_one_that_was_not(run, cache, tmp_path, 
     assert done.returncode == 0, done.stderr[-3000:]
     assert [untimed(r) for r in metrics(cut)] == [untimed(r) for r in metrics(run[0])]
     assert saved(cut, 3) == saved(run[0], 3), "all weights and moments, bit by bit"
-    figures = [json.loads((w / "evaluation.json").read_text()) for w in (cut, run[0])]
-    assert figures[0] == figures[1]
+    for name in ("evaluation.json", "best.json"):
+        assert json.loads((cut / name).read_text()) == json.loads((run[0] / name).read_text())
 
 
 @pytest.mark.study

@@ -161,7 +161,10 @@ def documented(name: str) -> bool:
     text = (ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
     cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
     names = set(re.findall("`([^`]+)`", " ".join(cells)))
-    return name in names or (name.startswith("reward/") and "reward/*" in names)
+    families = {"reward/": "reward/*", "evaluation/": "evaluation/MODE/NAME"}
+    return name in names or any(
+        name.startswith(beginning) and family in names for beginning, family in families.items()
+    )
 
 
 def untimed(record: dict[str, float]) -> dict[str, float]:
