@@ -43,6 +43,7 @@ from train.methods.hindsight import open_feedback
 from train.optimizer import check_continued, make_optimizer, warm_up_note
 from train.rl.batches import LENGTH_UNIT
 from train.rl.scoring import Scorer
+from train.rl.settings import staleness_note
 from train.settings.override import to_dict
 from train.sft.conversations import open_conversations
 from train.state import trainable_names
@@ -281,13 +282,10 @@ def tell_changes(
 
 def notes(config: Config) -> list[str]:
     """What a user should know of settings that do what they say, and perhaps not what was meant."""
-    lines = [warm_up_note(config.optimizer, config.optimizer_steps)]
-    behind, correction = config.rl.staleness, config.objective.correction
-    if behind and correction.weights == "none" and not correction.bypass:
-        lines.append(
-            f"rl.staleness={behind} with objective.correction.weights=none: rollouts of older "
-            "weights are learned from as if they were of the newest"
-        )
+    lines = (
+        warm_up_note(config.optimizer, config.optimizer_steps),
+        staleness_note(config.rl, config.objective),
+    )
     return [note for note in lines if note]
 
 

@@ -252,11 +252,19 @@ def test_nothing_is_drawn_beyond_the_last_step(staleness):
     assert source.log == [*range(STEPS)]
 
 
-def test_a_run_is_told_that_nothing_makes_up_for_older_weights():
-    """But for one that measures ratios from the sampler."""
+def test_a_run_is_told_that_nothing_bounds_what_older_weights_teach():
+    """But for one whose clip acts: from the sampler, or in a second update."""
     none, bypass = "objective.correction.weights=none", "objective.correction.proximal=sampler"
-    cases = [(("rl.staleness=1", none), 1), (("rl.staleness=1", bypass), 0), ((none,), 0)]
-    for settings, count in cases:
+    twice = "rl.minibatches=2"
+    cases = {
+        ("rl.staleness=1",): 1,
+        ("rl.staleness=1", none): 1,
+        ("rl.staleness=1", twice, none): 1,
+        ("rl.staleness=1", twice): 0,
+        ("rl.staleness=1", bypass): 0,
+        (none,): 0,
+    }
+    for settings, count in cases.items():
         config = override(get_recipe("needle_rl"), list(settings))
         assert sum("rl.staleness" in note for note in notes(config)) == count
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Annotated, Literal
 
 from paravt_jax.marks import Mark
+from paravt_jax.objectives import ObjectiveConfig
 from paravt_jax.ranges import above, at_least
 from paravt_jax.settings import Refused, Settings
 
@@ -107,3 +108,24 @@ class RlSettings(Settings):
     def updates(self) -> int:
         """Optimiser steps of one batch of rollouts."""
         return self.epochs * self.minibatches
+
+
+def staleness_note(rl: RlSettings, objective: ObjectiveConfig) -> str | None:
+    """What a user should know about rollouts of older weights, learned from without a bound."""
+    correction = objective.correction
+    if not rl.staleness or correction.bypass:
+        return None
+    if correction.weights == "none":
+        what = (
+            "weights=none: rollouts of older weights are learned from as if they were of the newest"
+        )
+    elif rl.updates == 1 and objective.surrogate == "clip":
+        # Ratios are all 1 in the first update; on the demo's model the format is lost so.
+        what = "proximal=learner: the clip never acts in the one update of a batch"
+    else:
+        return None
+    return (
+        f"rl.staleness={rl.staleness} with objective.correction.{what}; set "
+        "objective.correction.proximal=sampler, with which it bounds how far one pushes "
+        "(docs/para_grpo.md)"
+    )
