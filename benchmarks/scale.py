@@ -95,6 +95,11 @@ CASES = (
         ("rl.micro_groups=8",),
     ),
     Case("32B", "v5p:4x4x8", "fsdp:64,tensor:2", "data:16,tensor:8", ("rl.micro_groups=8",)),
+    Case(
+        *("8B", "v5p:4x4x4", "fsdp:8,context:8", "data:8,tensor:8"),
+        ("rl.micro_groups=8", "data.frame_budgets=2048", "data.max_pixels=52224"),
+        "prompts of 128k tokens",
+    ),
 )
 TURNS = "agent.turn_tokens={0}", "agent.answer_tokens={0}"
 
@@ -184,7 +189,8 @@ def _versions() -> str:
 
 def table(case: Case, found: Figures) -> str:
     """A case in Markdown."""
-    lines = [f"## {case.model} on {case.topology}", "", f"`{' '.join(found['flags'])}`", ""]
+    title = ", ".join([f"{case.model} on {case.topology}", *([case.differs] * bool(case.differs))])
+    lines = [f"## {title}", "", f"`{' '.join(found['flags'])}`", ""]
     if found["programs"]:
         mesh = found["rollout_mesh"].items()
         sizes = ",".join(f"{axis}:{size}" for axis, size in mesh if size > 1)
