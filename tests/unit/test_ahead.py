@@ -9,8 +9,10 @@ import jax
 import optax
 import pytest
 
+from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
+from tests.support.tiny_models import EXPERTS
 from train import setup
 from train.compile.ahead import LargestBatch
 from train.optimizer import make_optimizer
@@ -83,3 +85,12 @@ def test_the_step_takes_the_abstract_batch(credit):
         assert batch.subagents.features.tokens.shape == (4 * 128, 16, 128)
     shapes = {name: value.shape for name, value in after.trainable.items()}
     assert shapes == {name: value.shape for name, value in state.trainable.items()}
+
+
+def test_a_replayed_record_is_part_of_the_batch():
+    """A byte for each of the two experts of the one sparse layer."""
+    config = override(recipe("image"), ["rl.routing_replay=true"])
+    own = config.rl, config.agent, config.data, Qwen3VLPolicy(EXPERTS)
+    batch = LargestBatch(*own, config.model.compute_dtype).abstract(MESH)
+    assert batch.routing.shape == (*batch.tokens.shape, 2) and batch.routing.dtype == "int8"
+    assert largest(config).routing is None

@@ -13,6 +13,7 @@ import pytest
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
 from paravt_jax.records import LearnerBatch
+from paravt_jax.routing import UNKNOWN
 from paravt_jax.shared_rows import Bounds
 from tests.support.tiny_models import QWEN
 from tests.unit.test_shared_rows import GROUP, PAD, SPARSE, streams_of
@@ -69,6 +70,17 @@ def batches() -> dict[str, LearnerBatch]:
     return {"whole": whole_rows(), "shared": shared_rows()}
 
 
+def routed(policy, batch: LearnerBatch) -> LearnerBatch:
+    """With experts that serve two of three tokens, in turns; routers choose for the others."""
+    if (shape := policy.routing) is None:
+        return batch
+    rows, slots = np.shape(batch.tokens)
+    first = np.arange(rows * slots).reshape(rows, slots, 1)
+    served = (first + np.arange(shape.choices) % shape.per_token) % shape.experts
+    routing = np.where(first % 3, served, UNKNOWN).astype(shape.dtype)
+    return dataclasses.replace(batch, routing=routing)
+
+
 def prefilled(policy, params, batch: LearnerBatch):
     """Hidden states, keys and values of rows as prompts."""
     features = policy.encode(params, batch.patches, batch.grids)
@@ -95,7 +107,7 @@ def of_rows(policy, mesh: str, count: int, kinds: tuple[str, ...]):
     params = initialise(policy.table, jax.random.key(0))
     with jax.set_mesh(devices):
         split = jax.device_put(params, param_shardings(policy.table, devices))
-        rows = {kind: to_mesh(batch, devices) for kind, batch in batches().items()}
+        rows = {kind: to_mesh(routed(policy, x), devices) for kind, x in batches().items()}
 
         def all_kinds(params, rows):
             do = {kind: figures for kind in rows} | {"prefill": prefilled}

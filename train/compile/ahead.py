@@ -112,7 +112,7 @@ class LargestBatch:
             prompt_lengths=batch.tokens[:, 0],
             floors=batch.advantages,
             grammar=np.zeros(batch.loss_weights.shape, np.int32),
-            routing=routing and routing.unknown(*batch.tokens.shape),
+            routing=routing and jnp.zeros((*batch.tokens.shape, routing.choices), routing.dtype),
         )
 
 
