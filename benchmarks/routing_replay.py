@@ -1,6 +1,7 @@
 """What routing replay (`rl.routing_replay`) takes from the gap between sampler and learner.
 
     python benchmarks/routing_replay.py [--rollouts 64] [--tokens 96] [--seed 0]
+    python benchmarks/routing_replay.py --cost      what noting the choices costs rollouts
 
 A mixture with random weights (6 layers, 4 of 32 experts each) answers random prompts in two turns,
 with something given in between. The learner takes the same rollouts twice: its routers choose, and
@@ -17,6 +18,9 @@ if __name__ == "__main__":
 
 import argparse
 import dataclasses
+import statistics
+import time
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,10 +37,11 @@ from rollout.engine.automaton import TokenAutomata
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
+from rollout.engine.slots import StreamId
 from train.batch import LearnerStream, shared_batch
 from train.step import batch_log_probs
 
-VOCAB, PROMPT, GIVEN, COPIES = 512, 64, 8, 4
+VOCAB, PROMPT, GIVEN, COPIES, REPEATS = 512, 64, 8, 4, 5
 POLICY = Qwen3VLPolicy(
     Qwen3VLConfig(
         text=TextConfig(
@@ -73,29 +78,29 @@ CASES = {
 """Settings of the policy, and by how much of its size a weight has moved since the rollouts."""
 
 
-def roll_out(
-    policy: Qwen3VLPolicy, params: Params, rollouts: int, tokens: int, seed: int
-) -> list[LearnerStream]:
-    """Two turns of each of so many rollouts, `COPIES` for a prompt."""
-    dice, half = np.random.default_rng(seed), tokens // 2
-    pool = SlotPool(rollouts // COPIES, COPIES, PROMPT, 2 * half + GIVEN)
-    nothing = [bytes([256 - 1])] * VOCAB
-    automata = TokenAutomata(nothing, [0])
-    engine = Engine(policy, {"main": pool}, automata=automata, pad_id=0, routing=True)
+def open_engine(policy: Qwen3VLPolicy, rollouts: int, tokens: int, routing: bool) -> Engine:
+    """With slots for so many rollouts."""
+    pool = SlotPool(rollouts // COPIES, COPIES, PROMPT, tokens + GIVEN)
+    automata = TokenAutomata([b"x"] * VOCAB, [0])
+    return Engine(policy, {"main": pool}, automata=automata, pad_id=0, routing=routing)
+
+
+def roll_out(engine: Engine, params: Params, seed: int) -> dict[StreamId, list[Any]]:
+    """Two turns of each of the rollouts that there is room for, `COPIES` for a prompt: the prompt,
+    then what was given before each turn, and the turn."""
+    dice, pool = np.random.default_rng(seed), engine.pools["main"]
     session, parts = Session(engine, params), {}
     for number in range(pool.prompts):
         prompt = text_block(dice.integers(1, VOCAB, dice.integers(PROMPT // 2, PROMPT)).tolist())
-        for stream in session.open(
-            "main", prompt, [seed + COPIES * number + at for at in range(4)]
-        ):
-            parts[stream] = [prompt]
+        seeds = [seed + COPIES * number + copy for copy in range(COPIES)]
+        parts |= {stream: [prompt] for stream in session.open("main", prompt, seeds)}
     for given in ([], dice.integers(1, VOCAB, GIVEN).tolist()):
         for stream in parts:
-            session.generate(stream, given, SamplingConfig(), half)
+            session.generate(stream, given, SamplingConfig(), (pool.suffix - GIVEN) // 2)
         while session.generating:
             for stream, turn in session.step():
                 parts[stream] += [(np.asarray(given, np.int32), turn)]
-    return [stream_of(prompt, turns) for prompt, *turns in parts.values()]
+    return parts
 
 
 def stream_of(prompt, turns) -> LearnerStream:
@@ -142,17 +147,39 @@ def measured(policy: Qwen3VLPolicy, params: Params, batch: LearnerBatch) -> dict
     return found | {"kl": float(np.mean(np.exp(apart) - apart - 1))}
 
 
+def cost(params: Params, rollouts: int, tokens: int, seed: int) -> list[tuple[float, float]]:
+    """Seconds of the same rollouts without and with a record of routing, in turns."""
+    engines = [open_engine(POLICY, rollouts, tokens, routing) for routing in (False, True)]
+    seconds: list[list[float]] = []
+    for _ in range(REPEATS + 1):
+        seconds.append([])
+        for engine in engines:
+            began = time.perf_counter()
+            roll_out(engine, params, seed)
+            seconds[-1].append(time.perf_counter() - began)
+    return [(plain, noted) for plain, noted in seconds[1:]]  # the first compiles
+
+
 def main() -> None:
     """Print a row of each case."""
     parser = argparse.ArgumentParser(description="The gap with routing replay and without.")
     parser.add_argument("--rollouts", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=96)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cost", action="store_true", help="time rollouts instead")
     flags = parser.parse_args()
     params = initialise(POLICY.table, jax.random.key(flags.seed))
+    if flags.cost:
+        seconds = cost(params, flags.rollouts, flags.tokens, flags.seed)
+        ratios = [noted / plain for plain, noted in seconds]
+        print(f"seconds of rollouts, plain and noted: {seconds}")
+        print(f"ratio {statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})")
+        return
     for name, (settings, share) in CASES.items():
         policy = dataclasses.replace(POLICY, **settings)
-        streams = roll_out(policy, params, flags.rollouts, flags.tokens, flags.seed)
+        engine = open_engine(policy, flags.rollouts, flags.tokens, routing=True)
+        parts = roll_out(engine, params, flags.seed).values()
+        streams = [stream_of(prompt, turns) for prompt, *turns in parts]
         own = max(len(stream.tokens) for stream in streams)
         sizes = {"slots": PROMPT + COPIES * own, "bounds": Bounds(PROMPT, own), "per_row": COPIES}
         batch = shared_batch(streams, pad_id=0, group_size=COPIES, routing=policy.routing, **sizes)
