@@ -80,6 +80,7 @@ def ppo(ratio, advantages):
     return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 0.8, 1.2))
 
 
+@pytest.mark.slow
 def test_a_surrogate_of_ones_own_takes_the_place_of_ours():
     own, arrays = ObjectiveConfig(surrogate=ppo), batch()
     assert own.surrogate == f"{__file__}:ppo"
@@ -169,6 +170,7 @@ def test_regression_by_hand():
     assert float(halved) == pytest.approx(8 / 3, rel=1e-5), "normalising forgets the length"
 
 
+@pytest.mark.slow
 def test_a_perfect_fit_costs_nothing():
     advantages = np.array([1.2, -0.7, -0.5], np.float32)
     advantages -= advantages.mean()
@@ -201,6 +203,7 @@ def test_regression_begins_as_a_policy_gradient(detached):
     np.testing.assert_allclose(slope, -2 / 0.01 * advantages / 4, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradient_through_the_statistics_has_none_along_the_log_ratios():
     ratios = np.array([0.1, -0.4, 0.9, 0.2])
     arrays = rollouts(ratios, [1.0, -1.0, 0.5, -0.5])

@@ -123,6 +123,7 @@ PIECES += [
 texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8))).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=300, deadline=None)
 @given(text=texts)
 def test_no_text_makes_anything_raise(text):

@@ -381,6 +381,7 @@ PIECES += [
 texts = st.lists(st.one_of(st.sampled_from(PIECES), st.text(max_size=8))).map("".join)
 
 
+@pytest.mark.slow
 @settings(max_examples=400, deadline=None)
 @given(
     completion=texts,
