@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import traceback
@@ -50,7 +51,9 @@ def complain(
     line = " ".join(str(error).split())
     if way_on and "--workdir" not in line:
         line = f"{line}; {way_on}"
-    print(f"{prefix}: {line}", file=sys.stderr)
+    # A terminal that is gone must not keep what follows from it: other hosts are to be told.
+    with contextlib.suppress(OSError):
+        print(f"{prefix}: {line}", file=sys.stderr)
     return f"{prefix}: {line}"
 
 

@@ -28,16 +28,18 @@ OF_TEXT = (
 def alone(tmp_path_factory, cache) -> dict[str, float]:
     """What a step of one process said."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = run(steps_of(workdir, cache), cache, devices=4)
+    done = run(steps_of(workdir, cache, mesh="data:1"), cache)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = metrics(workdir)
     return line
 
 
-@pytest.mark.parametrize("count", [2, pytest.param(4, marks=pytest.mark.study)])
-def test_processes_give_the_run_of_one(tmp_path, cache, alone, count):
+@pytest.mark.parametrize(
+    ("count", "mesh"), [(2, "data:4"), pytest.param(4, "data:2,fsdp:2", marks=pytest.mark.study)]
+)
+def test_processes_give_the_run_of_one(tmp_path, cache, alone, count, mesh):
     workdir = tmp_path / "run"
-    first, *others = on_hosts(steps_of(workdir, cache), count=count, devices=4 // count)
+    first, *others = on_hosts(steps_of(workdir, cache, mesh=mesh), count=count, devices=4 // count)
     assert "step 1/1" in first.output and not any("step" in own.output for own in others)
     (together,) = metrics(workdir)
     for name, value in alone.items():

@@ -22,7 +22,7 @@ SETTINGS = (
     "evaluation.rows=0",
     "output.report=false",
 )
-"""Small steps on four devices."""
+"""Small steps."""
 
 
 class Ended(NamedTuple):
@@ -38,7 +38,7 @@ class Ended(NamedTuple):
 class Hosts:
     """The hosts of a run, from their start on."""
 
-    def __init__(self, *commands: Sequence[str], count: int = 2, devices: int = 2) -> None:
+    def __init__(self, *commands: Sequence[str], count: int = 2, devices: int = 1) -> None:
         """Run a command on all at once, or one on each, with so many devices each."""
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -68,7 +68,7 @@ class Hosts:
 
 
 def on_hosts(
-    *commands: Sequence[str], code: int = 0, count: int = 2, devices: int = 2
+    *commands: Sequence[str], code: int = 0, count: int = 2, devices: int = 1
 ) -> list[Ended]:
     """`Hosts` to their end, with this exit code."""
     ends = Hosts(*commands, count=count, devices=devices).end()
@@ -78,9 +78,14 @@ def on_hosts(
 
 
 def steps_of(
-    workdir: Path, cache: Path, *arguments: str, steps: int = 1, settings: Sequence[str] = ()
+    workdir: Path,
+    cache: Path,
+    *arguments: str,
+    mesh: str = "data:2",
+    steps: int = 1,
+    settings: Sequence[str] = (),
 ) -> list[str]:
-    """A command of so many small steps on a mesh of four devices."""
-    mesh = ["--mesh", "data:2,fsdp:2", "--steps", str(steps)]
+    """A command of so many small steps on a mesh."""
+    run = ["--mesh", mesh, "--steps", str(steps)]
     sets = [*SETTINGS, f"data.cache_dir={cache}", *settings]
-    return command(workdir, *mesh, *arguments, sets=sets)
+    return command(workdir, *run, *arguments, sets=sets)

@@ -1,7 +1,9 @@
 """Whatever fails, a user reads one line: what, where, and how to see more."""
 
+import contextlib
 import csv
 import json
+import os
 import subprocess
 import sys
 import time
@@ -202,3 +204,14 @@ def test_a_failed_run_leaves_its_page_and_nothing_in_the_way(
     assert time.monotonic() - began < 5
     told = capsys.readouterr().out
     assert said.format(tmp_path) in told and bool(told) == bool(said)
+
+
+def test_a_terminal_that_is_gone_does_not_hide_the_line(monkeypatch):
+    """Which other hosts are told."""
+    reading, writing = os.pipe()
+    os.close(reading)
+    nobody = os.fdopen(writing, "w", buffering=1)
+    monkeypatch.setattr(sys, "stderr", nobody)
+    assert complain("the disk is gone") == "error: the disk is gone"
+    with contextlib.suppress(BrokenPipeError):
+        nobody.close()
