@@ -33,14 +33,19 @@ NAMES = "rl.staleness", "rl.in_flight_updates", "rl.in_flight_calls"
 ACCURACIES = ("before", "sampled"), ("after", "sampled"), ("after", "greedy")
 
 
-def describe(staleness: str, seed: int, extra: list[str]) -> str:
-    """Run it once and describe it as a row of the table; seconds are medians of the steps."""
+def train(staleness: str, seed: int, extra: list[str]) -> str:
+    """Run it once; its row of the table."""
     name = staleness.replace("/", "-")
     workdir = Path(tempfile.mkdtemp(prefix=f"staleness-{name}-{seed}-")) / "run"
     values = zip(NAMES, staleness.split("/"), strict=False)
     settings = [part for key, value in values for part in ("--set", f"{key}={value}")]
     door = [sys.executable, "train/main.py", "--workdir", str(workdir)]
     run([*door, "--seed", str(seed), *settings, *extra], cwd=ROOT, check=True)
+    return describe(workdir, staleness, seed)
+
+
+def describe(workdir: Path, staleness: str, seed: int) -> str:
+    """A run as a row of the table; seconds are medians of the steps."""
     evaluated = workdir / "evaluation.json"
     told = json.loads(evaluated.read_text()) if evaluated.exists() else None
     steps = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
@@ -71,7 +76,7 @@ def main() -> None:
     parser.add_argument("--staleness", nargs="+", default=["0", "1", "2"])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     own, extra = parser.parse_known_args()
-    rows = [describe(age, seed, extra) for seed in own.seeds for age in own.staleness]
+    rows = [train(age, seed, extra) for seed in own.seeds for age in own.staleness]
     print(f"| {COLUMNS} |\n|" + "---|" * len(COLUMNS.split("|")))
     print("\n".join(rows))
 

@@ -20,7 +20,7 @@ from rollout.engine.automaton import TokenAutomata
 from rollout.engine.caches import PARTS
 from rollout.engine.engine import Engine, SlotPool
 from rollout.engine.sampler import SamplingConfig
-from rollout.engine.session import Session
+from rollout.engine.session import Session, VersionedWeights
 from rollout.engine.slots import Generated, StreamId
 from tests.support.rollout_fakes import IM_END, PAD, VOCAB, ToyPolicy, image_prompt, text_prompt
 from tests.support.tiny_models import QWEN
@@ -206,6 +206,15 @@ def test_idle_rows_stay_as_they_are():
     session.generate(active, [66, 67], SAMPLING, 9)
     session.generate(idle, [], SAMPLING, 12)
     same(finish(session)[idle], sample_all()[1])
+
+
+def test_a_session_draws_under_newer_weights_than_it_was_opened_with():
+    newer = VersionedWeights(3, POLICY.init(seed=1))
+    session = Session(ENGINE, PARAMS, newest=lambda: newer)
+    session.generate(*session.open("main", PROMPTS[0], [0]), [], SAMPLING, 12)
+    (turn,) = finish(session).values()
+    same(turn, sample_all(params=newer.params)[0])
+    assert turn.versions.tolist() == [3] * len(turn.tokens)
 
 
 @pytest.mark.slow
