@@ -9,6 +9,7 @@ import pytest
 
 from tests.support.command import logged, metrics, send, start, untimed
 
+pytestmark = pytest.mark.study
 SETTINGS = [
     "evaluation.rows=0",
     "output.export_hf=false",
@@ -37,7 +38,6 @@ def told(workdir):
     return [untimed(record) for record in metrics(workdir)], said
 
 
-@pytest.mark.slow
 def test_rollouts_under_way_go_on_with_the_weights_that_learn_from_them(tmp_path, cache):
     # The shapes of the other short runs, whose programs are compiled already.
     settings = [text for text in APART if not text.startswith("agent.")]
@@ -50,7 +50,6 @@ def test_rollouts_under_way_go_on_with_the_weights_that_learn_from_them(tmp_path
     assert 0 < figures[1]["rollout/staleness"] < 1
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("in_flight", [[], IN_FLIGHT], ids=["", "in flight"])
 def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache, in_flight):
     whole, cut, settings = tmp_path / "whole", tmp_path / "cut", [*SETTINGS, *in_flight]
@@ -73,7 +72,6 @@ def test_killed_and_resumed_is_the_uninterrupted_run(tmp_path, cache, in_flight)
     assert told(cut) == (figures, said)
 
 
-@pytest.mark.study
 @pytest.mark.parametrize("in_flight", [[], IN_FLIGHT], ids=["", "in flight"])
 def test_rollouts_on_devices_of_their_own_change_no_result(tmp_path, cache, in_flight):
     runs, settings = {}, [*APART, *in_flight]
