@@ -46,7 +46,9 @@ def test_processes_give_the_run_of_one(tmp_path, cache, alone, count, mesh):
         if name.startswith(OF_TEXT):
             assert together[name] == value, name
         elif not name.startswith((*TIMED, "hosts/", "rollout/cache")):
-            np.testing.assert_allclose(together[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+            # Gaps are rounding alone, on one device and on four.
+            near = 1e-4 if name.startswith("logprob/gap") else 1e-6
+            np.testing.assert_allclose(together[name], value, rtol=1e-4, atol=near, err_msg=name)
     assert (alone["hosts/overviews"], alone["hosts/rewards"]) == (4, 8)
     assert (together["hosts/overviews"], together["hosts/rewards"]) == (4 / count, 8 / count)
     jobs = alone["tool/jobs"]
