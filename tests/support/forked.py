@@ -81,7 +81,7 @@ class Running:
 
 
 class Server:
-    """The process that forks, as the tests see it. It ends when nobody can ask it any more."""
+    """The process that forks, as the tests see it. It ends with them."""
 
     def __init__(self, environment: Mapping[str, str]):
         self._process = subprocess.Popen(
@@ -92,6 +92,12 @@ class Server:
             stdout=subprocess.PIPE,
             text=True,
         )
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        """Nobody asks any more."""
+        with self._process:
+            pass  # closes its input, and waits
 
     def start(
         self,
