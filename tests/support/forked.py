@@ -96,8 +96,9 @@ class Server:
 
     def _end(self) -> None:
         """Nobody asks any more."""
-        with self._process:
-            pass  # closes its input, and waits
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.communicate(timeout=10)
+        self._process.kill()
 
     def start(
         self,
