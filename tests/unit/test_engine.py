@@ -484,9 +484,8 @@ def test_a_second_session_compiles_nothing():
 
     params = initialise(QWEN.table, jax.random.key(0))
     automata = TokenAutomata([b""] * VOCAB, [], reserve=2)
-    engine = Engine(
-        QWEN, {"main": SlotPool(1, 2, 64, 8)}, automata=automata, pad_id=0, steps_per_call=4
-    )
+    pools = {"main": SlotPool(1, 2, 64, 8)}
+    engine = Engine(QWEN, pools, automata=automata, pad_id=0, steps_per_call=4)
 
     def say():
         session = Session(engine, params)

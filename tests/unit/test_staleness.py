@@ -21,13 +21,10 @@ from tests.support.rollout_fakes import PAD, VOCAB, ToyPolicy, ToyRenderer, text
 from tests.support.rollout_law import Learnable, Shape, WindowReader, World, calls_of
 from tests.support.trajectories import rewarded
 from train.batch import stream_of
-from train.checks import notes
-from train.recipes import get_recipe
 from train.report.steps import Clock
 from train.rl.loop import RolloutBatch, Rollouts, version_of
 from train.rl.staleness import RolloutsAhead, Stop, Stopped
-from train.rl.versions import Schedule, Versions, WorkTimes
-from train.settings.override import override
+from train.rl.versions import Schedule, Versions
 
 MESH = make_mesh(parse_mesh("data:1", 1), jax.devices()[:1])
 STEPS = 5
@@ -252,23 +249,6 @@ def test_nothing_is_drawn_beyond_the_last_step(staleness):
     assert source.log == [*range(STEPS)]
 
 
-def test_a_run_is_told_that_nothing_bounds_what_older_weights_teach():
-    """But for one whose clip acts: from the sampler, or in a second update."""
-    none, bypass = "objective.correction.weights=none", "objective.correction.proximal=sampler"
-    twice = "rl.minibatches=2"
-    cases = {
-        ("rl.staleness=1",): 1,
-        ("rl.staleness=1", none): 1,
-        ("rl.staleness=1", twice, none): 1,
-        ("rl.staleness=1", twice): 0,
-        ("rl.staleness=1", bypass): 0,
-        (none,): 0,
-    }
-    for settings, count in cases.items():
-        config = override(get_recipe("needle_rl"), list(settings))
-        assert sum("rl.staleness" in note for note in notes(config)) == count
-
-
 def test_older_rollouts_than_allowed_are_refused():
     ahead = ahead_of(Source(version=lambda step: 0))
     ahead.draw({}, 0)
@@ -317,33 +297,6 @@ def test_an_evaluation_waits_until_nothing_is_drawn():
     ahead.idle(1, {})
     assert source.log == [0, 1, 2, 3]
     ahead.close()
-
-
-def test_work_is_counted_where_it_lies_within(monkeypatch):
-    times = iter([1.0, 4.0, 6.0])
-    monkeypatch.setattr("time.perf_counter", lambda: next(times))
-    work = WorkTimes()
-    with work.noted():
-        pass
-    with work.noted():
-        monkeypatch.undo()
-        assert work.within(2.0, 8.0) == 2.0 + 2.0
-        assert work.within(5.0, 6.0) == 0.0
-
-
-@pytest.mark.parametrize(
-    ("schedule", "step", "versions"),
-    [
-        (Schedule(1), 3, [2, 2, 2, 2, 2, 2]),
-        (Schedule(1, updates=1, calls=2), 0, [0, 0, 0, 0, 0, 0]),
-        (Schedule(1, updates=1, calls=2), 3, [2, 2, 3, 3, 3, 3]),
-        (Schedule(3, updates=1, calls=2), 7, [4, 4, 5, 5, 5, 5]),
-        (Schedule(3, updates=2, calls=1), 1, [0, 1, 1, 1, 1, 1]),
-        (Schedule(3, updates=3, calls=1), 7, [4, 5, 6, 7, 7, 7]),
-    ],
-)
-def test_which_version_draws_follows_from_step_and_call(schedule, step, versions):
-    assert [schedule.version(step, call) for call in range(6)] == versions
 
 
 IN_FLIGHT = Schedule(2, updates=2, calls=2)
