@@ -8,6 +8,7 @@ are split over the first three.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -200,6 +201,32 @@ def batch_shards(mesh_shape: dict[str, int]) -> int:
 def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """Where an array with these logical axes lives on the mesh; errors as `partition`."""
     return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
+
+
+def copied_apart(tree: Any, homes: Any) -> Any:
+    """Arrays, copied to homes that are on other devices; on several hosts each host copies from
+    its own devices to its own."""
+    if all(home.is_fully_addressable for home in jax.tree.leaves(homes)):
+        return jax.device_put(tree, homes)
+    return jax.tree.map(_copied_within_hosts, tree, homes)
+
+
+def _copied_within_hosts(x: Array, home: NamedSharding) -> Array:
+    """Whole on all devices that it leaves, one array at a time; each device at home gets its part
+    from one of its own host."""
+    assert isinstance(x.sharding, NamedSharding)
+    copies = [shard.data for shard in _made_whole(x.sharding.mesh)(x).addressable_shards]
+    places = home.addressable_devices_indices_map(x.shape).items()
+    parts = [
+        jax.device_put(copies[number % len(copies)][index], device)
+        for number, (device, index) in enumerate(places)
+    ]
+    return jax.make_array_from_single_device_arrays(x.shape, home, parts)
+
+
+@functools.cache
+def _made_whole(mesh: Mesh) -> Callable[[Array], Array]:
+    return jax.jit(lambda x: x, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
 
 def put_rows(x: Any, mesh: Mesh) -> Array:

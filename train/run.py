@@ -280,7 +280,10 @@ class Run:
         clock = Clock() if config.rl.staleness else self.report.clock
         rl = config.rl
         schedule = Schedule(rl.staleness, rl.in_flight_updates, rl.in_flight_calls)
-        versions = Versions(schedule, stop.check)
+        # On several hosts one thread alone may use the learner's devices: what it prepares is drawn
+        # from by the other.
+        prepare = (engine.prepare_ahead,) if jax.process_count() > 1 else ()
+        versions = Versions(schedule, stop.check_here, *prepare)
         newest = versions if rl.in_flight_updates else None
         agent = self.agents.agent(engine, before_step=stop.check, newest=newest)
         rollouts, resumable, metrics = setup.open_rollouts(

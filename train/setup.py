@@ -83,25 +83,40 @@ def open_mesh(config: Config) -> Mesh:
 
 
 def learning_devices(config: Config) -> list[Any]:
-    """All devices but the last `--rollout-devices`.
+    """All devices but the last `--rollout-devices`, of each host as many.
 
     Raises:
-      ValueError: none are left.
+      ValueError: none are left, or hosts cannot give as many each.
     """
-    devices, apart = jax.devices(), config.rollout_devices
+    return _parted_devices(config.rollout_devices)[0]
+
+
+def _parted_devices(apart: int) -> tuple[list[Any], list[Any]]:
+    """Those of the learner and those of rollouts, the last of each host."""
+    devices, hosts = jax.devices(), jax.process_count()
     if apart >= len(devices):
         raise ValueError(
             f"--rollout-devices {apart}: this run has {len(devices)} devices; leave one or more "
             "to the learner"
         )
-    return devices[: len(devices) - apart]
+    if apart % hosts:
+        raise ValueError(
+            f"--rollout-devices {apart}: {hosts} hosts cannot give as many each; take a multiple "
+            f"of {hosts}"
+        )
+    parts: tuple[list[Any], list[Any]] = [], []
+    for host in range(hosts):
+        own = [device for device in devices if device.process_index == host]
+        parts[0].extend(own[: len(own) - apart // hosts])
+        parts[1].extend(own[len(own) - apart // hosts :])
+    return parts
 
 
 def open_rollout_devices(config: Config) -> Mesh | None:
     """The devices that only roll out, as a mesh; None where there are none."""
     if not config.rollout_devices:
         return None
-    devices = jax.devices()[-config.rollout_devices :]
+    devices = _parted_devices(config.rollout_devices)[1]
     return make_mesh(parse_mesh(None, len(devices)), devices)
 
 

@@ -24,7 +24,14 @@ from jaxtyping import Array, Bool, Float, Int
 
 from paravt_jax.interfaces import Params, Policy, routing_of
 from paravt_jax.kv_cache import KVCache
-from paravt_jax.mesh import batch_shards, by_width, constrain, put_rows, split_before_copy
+from paravt_jax.mesh import (
+    batch_shards,
+    by_width,
+    constrain,
+    copied_apart,
+    put_rows,
+    split_before_copy,
+)
 from paravt_jax.patches import FrameRows
 from paravt_jax.pytrees import ArrayLike, pytree
 from paravt_jax.records import VisionFeatures
@@ -119,6 +126,10 @@ class _Loop:
     output: DecodeOutput
 
 
+class Prepared(dict[str, Any]):
+    """Weights as `Engine.prepare` returns them."""
+
+
 class Engine:
     """Compiled functions of one policy over its slot pools. Weights are arguments, not state."""
 
@@ -179,6 +190,8 @@ class Engine:
     def prepare(self, params: Params) -> Params:
         """Weights as the functions here read them fastest: cast first, then handed over to the
         engine's mesh, if it has its own: by one program on its devices, or copied to them."""
+        if isinstance(params, Prepared):
+            return dict(params)
         prepared = self.policy.prepare(params)
         if self.mesh is None:
             return prepared
@@ -187,11 +200,15 @@ class Engine:
         self.hand_over_seconds = time.perf_counter() - began
         return handed
 
+    def prepare_ahead(self, params: Params) -> Prepared:
+        """What `prepare` makes, for a session that another thread will open with it."""
+        return Prepared(self.prepare(params))
+
     def _handed_over(self, prepared: Mapping[str, Any], mesh: Mesh) -> Params:
         """The weights on the engine's mesh, whose devices may be others than theirs."""
         there = jax.tree.leaves(prepared)[0].sharding.device_set
         if there != set(mesh.devices.flat):
-            return jax.device_put(prepared, self.policy.shardings(prepared, mesh))
+            return copied_apart(prepared, self.policy.shardings(prepared, mesh))
         if self._hand_over is None:
             self._hand_over = self.handing_over(prepared, mesh)
         return self._hand_over(prepared)

@@ -71,7 +71,8 @@ mine = [[none, late, none, ToolError("no"), late], [none, none, OSError("x"), la
 faults = mine[jax.process_index()]
 print([repr(f) for f in cluster.sync_errors(faults)])
 print(cluster.sync_errors([none, none]))
-print(cluster.texts_from_all("red" * jax.process_index()))
+number = jax.process_index()
+print(share.from_all("red" * number), cluster.max_over_hosts([1, -number]))
 cluster.require_same([b"a", b"same"], "the prompts of step 3")
 print(share.by_share("abc", lambda own: [x + str(jax.process_index()) for x in own]))
 
@@ -112,7 +113,7 @@ def test_hosts_agree_on_what_failed_and_notice_different_data():
     faults, nothing, texts, shares, jobs, read, different, unreadable = one
     timed, no = repr(TimeoutError("late")), repr(ToolError("no"))
     assert faults == str(["None", timed, repr(RuntimeError("x")), no, timed])
-    assert (nothing, texts) == ("[None, None]", "['', 'red']")
+    assert (nothing, texts) == ("[None, None]", "['', 'red'] [1, 0]")
     assert shares == str(["a0", "b0", "c1"])
     assert jobs == "1.0 and float division by zero after 1.0", "each host runs its own job only"
     assert (read, unreadable) == ("read", "own.mp4 is damaged")

@@ -7,20 +7,18 @@ disks and clocks decide, hosts agree on: otherwise they would wait for one anoth
 
 from __future__ import annotations
 
-import json
 import os
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar, cast
 
 import jax
-import numpy as np
-from jax.experimental import multihost_utils
 
 from rollout.tools import ToolError
 from train.hosts.exchange import EXCHANGE
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.hosts.joining import join
+from train.hosts.share import from_all
 from train.hosts.watch import WATCH
 
 T = TypeVar("T")
@@ -71,42 +69,21 @@ def is_first() -> bool:
 
 def max_over_hosts(numbers: Sequence[int]) -> list[int]:
     """The largest of each number over all hosts, on every host."""
-    if jax.process_count() == 1:
-        return list(numbers)
-    gathered = multihost_utils.process_allgather(np.array(numbers, np.int32))
-    return np.asarray(gathered).reshape(-1, len(numbers)).max(0).tolist()
+    return [max(own) for own in zip(*from_all([int(n) for n in numbers]), strict=True)]
 
 
 def from_first(value: T) -> T:
-    """The first host's value, which JSON can hold, on every host; what the others give does not
-    matter."""
-    return value if jax.process_count() == 1 else json.loads(texts_from_all(json.dumps(value))[0])
-
-
-def texts_from_all(text: str) -> list[str]:
-    """The text of each host, on every host."""
-    if jax.process_count() == 1:
-        return [text]
-    raw = text.encode()
-    data, mark = np.frombuffer(raw, np.uint8), np.array([zlib.crc32(raw), len(raw)], np.uint32)
-    marks = np.asarray(multihost_utils.process_allgather(mark))
-    if (marks == mark).all():
-        return [text] * len(marks)
-    # Each length would be compiled: few lengths occur.
-    padded = np.resize(data, 1 << int(marks[:, 1].max()).bit_length())
-    texts = np.asarray(multihost_utils.process_allgather(padded))
-    return [row[:size].tobytes().decode() for row, (_, size) in zip(texts, marks, strict=True)]
+    """The first host's value on every host; what the others give does not matter."""
+    return from_all(value)[0]
 
 
 def sync_errors(errors: Sequence[Exception | None]) -> list[Exception | None]:
     """What failed on any host fails on all of them, in the words of the first."""
-    if jax.process_count() == 1:
+    if EXCHANGE.count == 1:
         return list(errors)
     ours = {at: _described(error) for at, error in enumerate(errors) if error is not None}
-    of_hosts: list[dict[str, tuple[str, str]]] = [
-        json.loads(text) for text in texts_from_all(json.dumps(ours))
-    ]
-    return [_first_of([failed.get(str(at)) for failed in of_hosts]) for at in range(len(errors))]
+    of_hosts = from_all(ours)
+    return [_first_of([failed.get(at) for failed in of_hosts]) for at in range(len(errors))]
 
 
 def _first_of(errors: Sequence[tuple[str, str] | None]) -> Exception | None:
@@ -145,12 +122,12 @@ def on_all_hosts(work: Callable[[], T]) -> T:
 
 def require_same(parts: Iterable[bytes | memoryview], what: str) -> None:
     """Stop all hosts where one of them holds something else."""
-    if jax.process_count() == 1:
+    if EXCHANGE.count == 1:
         return
     checksum = 0
     for part in parts:
         checksum = zlib.crc32(part, checksum)
-    checksums = texts_from_all(str(checksum))
+    checksums = from_all(checksum)
     others = [number for number, value in enumerate(checksums) if value != checksums[0]]
     if others:
         raise ValueError(

@@ -23,6 +23,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from train.hosts.exchange import EXCHANGE
 from train.hosts.interrupt import SIGNALS_OF_RUN
 from train.report.steps import Clock
 from train.rl.loop import MetricsSource, Resumable, RolloutBatch, RolloutSource, version_of
@@ -44,14 +45,21 @@ class Stop:
         self._requested = threading.Event()
 
     def ask(self) -> None:
-        """Let them end at the next step of the engine."""
+        """Let them end at the next step of the engine; on several hosts where they next wait for
+        weights, for ended at steps of their own hosts would wait for one another."""
         self._requested.set()
 
     def check(self) -> None:
-        """Raises Stopped if that was asked for, or Interrupted if a signal came."""
+        """Before each step of the engine: raises Interrupted if a signal came, on all hosts at the
+        same step, or Stopped if that was asked for."""
+        if EXCHANGE.count == 1:
+            self.check_here()
+        SIGNALS_OF_RUN.check()
+
+    def check_here(self) -> None:
+        """Where no device waits for this host: raises Stopped if that was asked for."""
         if self._requested.is_set():
             raise Stopped
-        SIGNALS_OF_RUN.check()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +117,7 @@ class RolloutsAhead:
           ValueError: rollouts are of older weights than they may be.
         """
         self._keep(params, step)
-        self._begin(params, step)
+        self._begin(step)
         beside = self._beside()
         drawn = self._under_way.pop(step).result()
         self._learned_from = time.perf_counter()
@@ -130,9 +138,10 @@ class RolloutsAhead:
             pass
 
     def close(self) -> None:
-        """End what is under way."""
+        """End what is under way. On several hosts nothing is after the last step, a signal ends it
+        everywhere, and a failure the process: its thread may wait for hosts that have failed."""
         self._stop.ask()
-        self._thread.shutdown(cancel_futures=True)
+        self._thread.shutdown(wait=EXCHANGE.count == 1, cancel_futures=True)
 
     def older(self, step: int) -> dict[str, FlatParams]:
         """What trains as it was 1, 2, ... N steps before `step`, by that number."""
@@ -157,13 +166,13 @@ class RolloutsAhead:
         self._position[name] = self._parts[name].get_state()
 
     def _keep(self, params: FlatParams, step: int) -> None:
-        self._versions.keep(step, {name: x for name, x in params.items() if name in self._trained})
+        self._versions.keep(step, params, self._trained)
 
-    def _begin(self, params: FlatParams, step: int) -> None:
+    def _begin(self, step: int) -> None:
         """Begin all rollouts up to N steps ahead, then forget weights that no other will need."""
         last = min(step + self._staleness, self._steps - 1)
         for ahead in range(max([step - 1, *self._under_way]) + 1, last + 1):
-            policy = {**params, **self._versions[self._schedule.version(ahead, 0)]}
+            policy = self._versions[self._schedule.version(ahead, 0)]
             self._under_way[ahead] = self._thread.submit(self._draw, policy, ahead)
         self._versions.forget(before=version_of(step + 1, self._staleness))
 

@@ -11,7 +11,7 @@ import dataclasses
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 
 from rollout.engine.session import VersionedWeights
 from train.rl.loop import version_of
@@ -45,10 +45,20 @@ class Schedule:
 class Versions:
     """Copies of what trains, by version, and which of them the rollouts of a step go on with."""
 
-    def __init__(self, schedule: Schedule, check: Callable[[], None] = lambda: None) -> None:
-        """`check` is called again and again while weights are waited for, and may raise."""
-        self.schedule, self._check = schedule, check
+    def __init__(
+        self,
+        schedule: Schedule,
+        check: Callable[[], None] = lambda: None,
+        prepare: Callable[[FlatParams], FlatParams] = lambda params: params,
+    ) -> None:
+        """
+        Args:
+          check: called again and again while weights are waited for, and may raise.
+          prepare: makes, in the loop's thread, what the other one draws from.
+        """
+        self.schedule, self._check, self._prepare = schedule, check, prepare
         self._kept: dict[int, FlatParams] = {}
+        self._ready: dict[int, FlatParams] = {}
         self._changed = threading.Condition()
         self._awaited: int | None = None
         self._waits = WorkTimes()
@@ -56,23 +66,27 @@ class Versions:
         self._current = VersionedWeights(0, {})
 
     def __getitem__(self, version: int) -> FlatParams:
-        """What trains, as it was before that step."""
-        return self._kept[version]
+        """All weights as they were before that step, prepared."""
+        return self._ready[version]
 
-    def keep(self, version: int, trained: FlatParams) -> None:
-        """Keep copies of these weights, unless that has been done."""
-        if version in self._kept:
-            return
-        # The learner donates them while they are still drawn from.
-        copies = {name: x.copy() for name, x in trained.items()}
+    def keep(self, version: int, params: FlatParams, trained: Collection[str]) -> None:
+        """Keep these weights, of which those that are `trained` are copied."""
+        kept = self._kept
+        if version not in kept:
+            # The learner donates them while they are still drawn from.
+            copies = {name: x.copy() for name, x in params.items() if name in trained}
+            kept = {**kept, version: copies}
+        missing = {at: own for at, own in kept.items() if at not in self._ready}
+        ready = {at: self._prepare({**params, **own}) for at, own in missing.items()}
         with self._changed:
-            self._kept[version] = copies
+            self._kept, self._ready = kept, self._ready | ready
             self._changed.notify_all()
 
     def forget(self, before: int) -> None:
         """Forget older ones."""
         with self._changed:
             self._kept = {at: weights for at, weights in self._kept.items() if at >= before}
+            self._ready = {at: self._ready[at] for at in self._kept}
 
     def older(self, step: int) -> dict[str, FlatParams]:
         """Those before `step`, by how many steps they are older."""
@@ -81,6 +95,7 @@ class Versions:
     def go_on(self, step: int, older: Mapping[str, FlatParams]) -> None:
         """Hold what `older` gave for `step`."""
         self._kept = {step - int(age): weights for age, weights in older.items()}
+        self._ready = {}
 
     def begin(self, step: int, params: FlatParams) -> None:
         """In the thread: the rollouts of a step begin under these weights."""
@@ -89,31 +104,30 @@ class Versions:
 
     def __call__(self) -> VersionedWeights:
         """In the thread, before each call of the engine: the weights to go on with."""
-        version, current = self.schedule.version(self._step, self._call), self._current
+        version = self.schedule.version(self._step, self._call)
         self._call += 1
-        if version != current.version:
-            params = {**current.params, **self._wait_for(version)}
-            self._current = VersionedWeights(version, params)
+        if version != self._current.version:
+            self._current = VersionedWeights(version, self._wait_for(version))
         return self._current
 
     def _wait_for(self, version: int) -> FlatParams:
         with self._changed:
-            if version in self._kept:
-                return self._kept[version]
+            if version in self._ready:
+                return self._ready[version]
             self._awaited = version
             try:
                 with self._waits.noted():
-                    while not self._changed.wait_for(lambda: version in self._kept, LOOK_SECONDS):
+                    while not self._changed.wait_for(lambda: version in self._ready, LOOK_SECONDS):
                         self._check()
             finally:
                 self._awaited = None
-            return self._kept[version]
+            return self._ready[version]
 
     @property
     def awaited(self) -> bool:
         """Whether the thread waits for weights that are not there."""
         with self._changed:
-            return self._awaited is not None and self._awaited not in self._kept
+            return self._awaited is not None and self._awaited not in self._ready
 
     def waited(self, start: float, end: float) -> float:
         """Seconds between two times in which it did."""

@@ -7,6 +7,7 @@ a checksum of each of its arrays, and of what it says besides. docs/adr/0021 tel
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import os
 import re
@@ -58,9 +59,7 @@ class Checkpoints:
         self._save_args = save_args(table)
         self._keep = Retention(keep) if isinstance(keep, int) else keep
         self._staleness, self._mirror = staleness, mirror
-        # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
-        options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
-        self._manager = ocp.CheckpointManager(self.folder, options=options)
+        self._manager = ocp.CheckpointManager(self.folder, options=_options(self.folder))
         self._failed: OSError | None = None
         self._saved = self._read_saved() if is_first() else {}
         """What is known of each checkpoint, one that is being written included."""
@@ -276,6 +275,19 @@ def _reason(error: BaseException) -> str:
         return os.strerror(int(code.group(1)))
     match = re.search(r"\[OS error \d*:? ?([^\]]*)\]", text)
     return match.group(1).strip() if match else text[:200] or type(error).__name__
+
+
+def _options(folder: Place) -> ocp.CheckpointManagerOptions:
+    """How Orbax writes below a folder, which is made where several hosts write."""
+    # Orbax would delete an old checkpoint also when writing the new one failed: `_prune` waits.
+    options = ocp.CheckpointManagerOptions(max_to_keep=None, cleanup_tmp_directories=True)
+    if jax.process_count() == 1:
+        return options
+    on_all_hosts(lambda: is_first() and folder.mkdir(parents=True, exist_ok=True))
+    # Named, hosts meet in JAX's store. Else all devices would meet, in the midst of rollouts that
+    # another thread draws on some of them.
+    hosts = ocp.options.MultiprocessingOptions(active_processes=set(range(jax.process_count())))
+    return dataclasses.replace(options, create=False, multiprocessing_options=hosts)
 
 
 def _hush_writers() -> None:
