@@ -62,8 +62,8 @@ class Config(Settings):
     and the rest on `data`; where a device does not tell its memory, as on CPU, the learner's
     mesh."""
     rollout_devices: Annotated[int, at_least(0), Mark.SAME_RESULTS] = 0
-    """Devices that roll out and do not learn: the last ones; the others learn. `rollout_mesh` is
-    then over these. 0: all devices do both."""
+    """Devices that roll out and do not learn, of all hosts together: the last ones of each; the
+    others learn. `rollout_mesh` is then over these. 0: all devices do both."""
     model: Annotated[ModelSettings, Mark.EVALUATED] = ModelSettings()
     data: Annotated[DataSettings, Mark.EVALUATED] = DataSettings()
     agent: Annotated[AgentConfig, Mark.EVALUATED] = AgentConfig()

@@ -25,6 +25,7 @@ from rollout.engine.engine import Engine
 from train import checks, setup
 from train.agent import AgentMaker
 from train.compile.cache import Compilations, keep_compiled
+from train.compile.footprint import prepared_sets
 from train.compile.input_sizes import agent_input_sizes
 from train.compile.layout import open_layout
 from train.compile.rehearsal import rehearse_run
@@ -215,7 +216,8 @@ class Run:
         config, policy, tell = self.config, self.parts.policy, self.log.console.print
         mesh, dtype = config.rollout_mesh, config.model.compute_dtype
         apart = setup.open_rollout_devices(config)
-        layout = open_layout(policy, self.mesh, mesh, dtype, copies, apart)
+        sets = prepared_sets(config.rl.staleness)
+        layout = open_layout(policy, self.mesh, mesh, dtype, copies, apart, sets)
         return dataclasses.replace(self.parts.agents, layout=layout, tell=tell)
 
     def _evaluations(self) -> tuple[BeforeAfter | None, MidRun | None]:

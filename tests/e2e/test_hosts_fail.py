@@ -34,6 +34,24 @@ def own(attempt: Attempt) -> dict[str, float]:
     return {"accuracy": attempt.accuracy()}
 """
 
+TOOL = '''
+import os
+from paravt_jax.records import Frames
+from rollout.tools import ToolContext
+
+
+def crop_video(start_time: float, end_time: float, context: ToolContext) -> Frames:
+    """Watch a part of the video.
+
+    Args:
+        start_time: Its start, in seconds.
+        end_time: Its end, in seconds.
+    """
+    if os.environ.get("JAX_PROCESS_ID") == "1":
+        raise OSError("the disk of the tool is gone")
+    return context.clip(start_time, end_time).frames
+'''
+
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, cache) -> Path:
@@ -117,6 +135,27 @@ def test_a_video_that_one_host_lacks(own):
         (line,) = lines(end)
         assert end.code == 1 and line.startswith("error on host 1: ")
         assert "there/own.csv: 1 of 8 rows cannot be used" in line
+
+
+def test_a_tool_that_fails_on_one_host(tmp_path, cache):
+    """The model reads that its call has failed, as on one host; the run goes on."""
+    (tmp_path / "own.py").write_text(TOOL)
+    workdir, tool = tmp_path / "run", f"agent.tools={tmp_path / 'own.py'}:crop_video"
+    tell("tool", on_hosts(steps_of(workdir, cache, settings=[tool])))
+    (record,) = metrics(workdir)
+    assert 0 < record["tool/success_rate"] < 1
+    said = "".join(path.read_text() for path in (workdir / "rollouts").glob("*.jsonl"))
+    assert "the disk of the tool is gone" in said
+
+
+def test_host_0_is_killed(tmp_path, cache):
+    """With it JAX's key-value store goes: the other ends too, and says so."""
+    hosts = started(tmp_path / "run", cache, before=0)
+    hosts.processes[0].kill()
+    ends = hosts.end()
+    tell("SIGKILL to host 0", ends)
+    assert ends[1].code != 0 and ends[1].seconds < 120
+    assert "host 0 is gone" in ends[1].errors
 
 
 def test_a_reward_that_fails_on_one_host(tmp_path, cache):

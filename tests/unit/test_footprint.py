@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -94,6 +95,21 @@ def test_rollouts_ahead_keep_weights_of_earlier_steps_and_may_have_devices_of_th
     layout = open_layout(parts.policy, own, None, "float32", [], apart)
     assert set(layout({}).devices.flat) == {*jax.devices()[4:]}
     assert set(setup.open_mesh(config).devices.flat) == {*jax.devices()[:4]}
+
+
+def test_each_host_gives_its_share_of_rollout_devices(monkeypatch):
+    """And several hosts hold all versions of the prepared weights at once."""
+    here = [SimpleNamespace(process_index=at // 4, id=at) for at in range(8)]
+    monkeypatch.setattr(jax, "devices", lambda: here)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    config = override(get_recipe("needle_rl"), ["rl.staleness=1", "rollout_devices=2"])
+    assert [own.id for own in setup.learning_devices(config)] == [0, 1, 2, 4, 5, 6]
+    with pytest.raises(ValueError, match=r"--rollout-devices 3: 2 hosts cannot .* multiple of 2"):
+        setup.learning_devices(override(config, ["rollout_devices=3"]))
+    parts, mesh = setup.Parts(config), planned_mesh("fsdp:6", 2)
+    two = checks.planned_footprint(parts, mesh)["rollout weights"]
+    monkeypatch.setattr(jax, "process_count", lambda: 1)
+    assert two == 2 * checks.planned_footprint(parts, mesh)["rollout weights"]
 
 
 def test_supervised_runs_have_no_caches():

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from paravt_jax import mesh as meshes
 from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding
@@ -92,3 +92,17 @@ def test_constrain_lays_out_activations_only_under_a_mesh(mesh):
         spread = jax.jit(lambda x: constrain(3 * x, "batch", "mlp"))(x)
     assert spread.sharding.spec == PartitionSpec(("data", "fsdp"), "tensor")
     np.testing.assert_array_equal(spread, 3 * x)
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(), PartitionSpec(None, "tensor")])
+def test_a_host_copies_parts_from_its_own_devices_to_its_own(spec):
+    """As on each of several hosts; here on one, whose devices are all there are."""
+    learner = make_mesh(parse_mesh("fsdp:3", 3), jax.devices()[:3])
+    rollouts = make_mesh(parse_mesh("data:2,tensor:2", 4), jax.devices()[4:])
+    values = np.arange(24.0).reshape(6, 4)
+    x = jax.device_put(values, NamedSharding(learner, PartitionSpec("fsdp")))
+    home = NamedSharding(rollouts, spec)
+    copied = meshes._copied_within_hosts(x, home)
+    assert copied.sharding == home
+    for shard in copied.addressable_shards:
+        np.testing.assert_array_equal(shard.data, values[shard.index])

@@ -409,7 +409,7 @@ def test_an_evaluation_waits_neither_for_itself_nor_for_later_weights():
 
 def test_the_end_of_a_run_ends_what_waits_for_weights():
     stop = Stop()
-    versions = Versions(Schedule(1, updates=1), stop.check)
+    versions = Versions(Schedule(1, updates=1), stop.check_here)
     ahead = ahead_of(
         Source(lambda step: [versions() for _ in range(2)]), versions=versions, stop=stop
     )

@@ -1,10 +1,13 @@
 """Which version of the weights draws what, and what a run is told about older ones."""
 
+import jax.numpy as jnp
 import pytest
 
 from train.checks import notes
+from train.hosts.exchange import EXCHANGE
 from train.recipes import get_recipe
-from train.rl.versions import Schedule, WorkTimes
+from train.rl.staleness import Stop, Stopped
+from train.rl.versions import Schedule, Versions, WorkTimes
 from train.settings.override import override
 
 
@@ -50,3 +53,37 @@ def test_a_run_is_told_that_nothing_bounds_what_older_weights_teach():
     for settings, count in cases.items():
         config = override(get_recipe("needle_rl"), list(settings))
         assert sum("rl.staleness" in note for note in notes(config)) == count
+
+
+def test_each_version_is_prepared_once_by_whoever_keeps_it():
+    """Older ones of a checkpoint too; the thread that draws gets them as they were made."""
+    made = []
+
+    def prepare(params):
+        made.append({name: float(x) for name, x in params.items()})
+        return {"prepared": jnp.float32(len(made))}
+
+    versions = Versions(Schedule(2, updates=2, calls=1), prepare=prepare)
+    versions.go_on(3, {"1": {"w": jnp.float32(0.2)}, "2": {"w": jnp.float32(0.1)}})
+    weights = {"w": jnp.float32(0.3), "frozen": jnp.float32(9.0)}
+    versions.keep(3, weights, {"w"})
+    versions.keep(3, weights, {"w"})
+    assert [round(own["w"], 1) for own in made] == [0.2, 0.1, 0.3]
+    assert all(own["frozen"] == 9.0 for own in made)
+    versions.begin(3, versions[1])
+    assert [versions().params["prepared"] for _ in range(3)] == [2.0, 1.0, 3.0]
+    versions.forget(before=2)
+    assert sorted(versions.older(4)) == ["1", "2"]
+    with pytest.raises(KeyError):
+        versions[1]
+
+
+def test_on_several_hosts_rollouts_end_only_where_no_device_waits(monkeypatch):
+    stop = Stop()
+    stop.ask()
+    with pytest.raises(Stopped):
+        stop.check()
+    monkeypatch.setattr(EXCHANGE, "count", 2)
+    stop.check()
+    with pytest.raises(Stopped):
+        stop.check_here()

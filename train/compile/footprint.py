@@ -75,7 +75,7 @@ def footprint(
         copied = _prepared(policy.table, model.compute_dtype, params)
         if rollouts is not None:
             copied = _handed_over(policy, model.compute_dtype, rollouts)
-        parts["rollout weights"] = copied
+        parts["rollout weights"] = copied * prepared_sets(staleness)
         parts["rollout caches"] = cache_bytes(policy, pools, rollouts or mesh)
     return {name: size for name, size in parts.items() if size}
 
@@ -132,11 +132,22 @@ def _prepared(table: Table, compute_dtype: str, params: dict[str, jax.ShapeDtype
     return sum(local_bytes(params[name]) * dtype.itemsize // 4 for name in copies)
 
 
+def prepared_sets(staleness: int) -> int:
+    """How often rollouts hold the weights: with several hosts all versions at once, see
+    `train.rl.versions`."""
+    return 1 + staleness if jax.process_count() > 1 else 1
+
+
 def rollout_bytes(
-    policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh, pools: Mapping[str, SlotPool]
+    policy: ModelPolicy,
+    compute_dtype: str,
+    mesh: AnyMesh,
+    pools: Mapping[str, SlotPool],
+    sets: int = 1,
 ) -> int:
-    """Bytes on each device of weights that were handed over to a mesh, and of caches there."""
-    return _handed_over(policy, compute_dtype, mesh) + cache_bytes(policy, pools, mesh)
+    """Bytes on each device of `sets` of weights that were handed over to a mesh, and of caches
+    there."""
+    return sets * _handed_over(policy, compute_dtype, mesh) + cache_bytes(policy, pools, mesh)
 
 
 def _handed_over(policy: ModelPolicy, compute_dtype: str, mesh: AnyMesh) -> int:

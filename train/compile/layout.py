@@ -77,11 +77,12 @@ def open_layout(
     compute_dtype: str,
     kept: Any,
     apart: Mesh | None = None,
+    sets: int = 1,
 ) -> RolloutLayout:
-    """Where engines lay out weights: beside what a learner on its mesh keeps, or on devices `apart`
-    from it."""
+    """Where engines lay out weights, so many `sets` at once: beside what a learner on its mesh
+    keeps, or on devices `apart` from it."""
     resident = local_bytes(kept) if apart is None else 0
-    return RolloutLayout(policy, learner, given, compute_dtype, resident, apart)
+    return RolloutLayout(policy, learner, given, compute_dtype, resident, apart, sets)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -98,6 +99,8 @@ class RolloutLayout:
     """Bytes that the learner keeps on each device during rollouts."""
     apart: Mesh | None = None
     """That of `--rollout-devices`, if there are any."""
+    sets: int = 1
+    """How many versions of the weights are there at once."""
 
     def __call__(self, pools: Mapping[str, SlotPool]) -> Mesh | None:
         """The mesh for an engine with these slots; None for the learner's."""
@@ -121,7 +124,7 @@ class RolloutLayout:
         chip = CHIPS.get(base.devices.flat[0].device_kind)
         for sizes in candidates(self.policy, base.size):
             mesh = reshape_mesh(base, sizes)
-            needed = rollout_bytes(self.policy, self.compute_dtype, mesh, pools)
+            needed = rollout_bytes(self.policy, self.compute_dtype, mesh, pools, self.sets)
             seconds = token_seconds(self.policy, self.compute_dtype, mesh, chip) if chip else 0.0
             if self.resident + needed <= SHARE * limit and seconds < least:
                 least, chosen = seconds, sizes
