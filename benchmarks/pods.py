@@ -44,7 +44,6 @@ from pipelines.video import VideoReader
 from rollout.engine.engine import DecodeOutput
 from rollout.engine.session import collect, generating_rows
 from rollout.engine.slots import PromptGroup, StreamId, StreamState
-from tests.support.ffmpeg import ffmpeg
 from train import setup
 from train.compile.step import Step
 from train.hosts.channel import Channel
@@ -112,6 +111,9 @@ def measure(repeats: int) -> HostCosts:
     with tempfile.TemporaryDirectory() as folder:
         video = Path(folder) / "video.mp4"
         source = f"testsrc2=size={SIZE}:rate=25:duration={60 * MINUTES}"
+        # `make scale` reads what was measured in an environment without the tests' packages.
+        from tests.support.ffmpeg import ffmpeg
+
         ffmpeg("-f", "lavfi", "-i", source, "-preset", "veryfast", "-pix_fmt", "yuv420p", video)
         watching = _Watching(video)
         overview, prompt = _processor_seconds(watching.overview, repeats)

@@ -1,8 +1,12 @@
 """`benchmarks/scale.py`: cases that are compiled a few programs at a time, and the page of them."""
 
+import subprocess
+import sys
+
 import pytest
 
 from benchmarks import scale
+from tests.support.command import ROOT
 from train.compile.step import REACHED, step_by_share
 
 CALLS = {"decode main": 1000.0, "step": 1.0}
@@ -89,3 +93,12 @@ def test_what_the_compiler_gave_up_is_bold():
 def test_a_case_of_which_nothing_was_compiled_says_why():
     found = scale.merged(CASE, None, {"programs": {}}, "step", "error: no such topology")
     assert "* error: no such topology" in scale.page({CASE.name: found})
+
+
+@pytest.mark.slow
+def test_it_starts_without_the_packages_of_the_tests():
+    """`make scale` has an environment of its own: requirements-scale.txt."""
+    absent = "pytest", "imageio_ffmpeg", "hypothesis", "moto", "torch", "torchvision", "playwright"
+    code = f"import sys; sys.modules.update(dict.fromkeys({absent})); import benchmarks.scale"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
