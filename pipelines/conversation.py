@@ -14,6 +14,7 @@ which this does not hold is refused: training would show the model another text 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import json
 import re
@@ -23,9 +24,18 @@ from typing import Any, Literal
 import numpy as np
 
 from paravt_jax.interfaces import FrameReader
+from paravt_jax.lazy_array import LazyArray
 from paravt_jax.patches import join_patches
 from paravt_jax.protocol import THINK_CLOSE, THINK_OPEN, after_thinking
-from paravt_jax.records import Conversation, ImageRef, Message, Pack, Prompt, VideoRef
+from paravt_jax.records import (
+    Conversation,
+    ImageRef,
+    Message,
+    Pack,
+    Patches,
+    Prompt,
+    VideoRef,
+)
 from paravt_jax.rope_index import mrope_positions, vision_index
 from pipelines.arrays import Counts, Grids, Marks, Pixels, Positions, Seconds, Tokens, Weights
 from pipelines.faults import CONTROL, Unusable
@@ -66,10 +76,19 @@ class VisionInput:
     Bytes, not patches: conversations that wait for room in a pack take a quarter of the memory.
     """
 
-    pixels: Pixels
+    pixels: Pixels | LazyArray
     spec: FrameSpec
     times: Seconds | None = None
     """Seconds of the frames of a video; a still image has none."""
+
+    def patches(self) -> Patches:
+        """Cut into patches, when they are first looked at if the pixels are elsewhere."""
+        if not isinstance(self.pixels, LazyArray):
+            return to_patches(self.pixels, self.spec)
+        grids, scale = self.grids, (self.spec.mean, self.spec.std)
+        shape = len(grids), int(grids[0].prod()), self.spec.patch_values
+        cut = functools.partial(_cut, self.pixels, self.spec)
+        return Patches(LazyArray(shape, np.dtype(np.uint8), cut), grids, scale)
 
     @property
     def grids(self) -> Grids:
@@ -378,7 +397,7 @@ def still_spec(spec: FrameSpec) -> ImageSpec:
 def pack(examples: Sequence[EncodedConversation]) -> Pack:
     """Conversations one after the other in one stream; positions begin anew with each."""
     clips = [clip for example in examples for clip in example.clips]
-    patches = join_patches([to_patches(clip.pixels, clip.spec) for clip in clips])
+    patches = join_patches([clip.patches() for clip in clips])
     tokens = np.concatenate([example.tokens for example in examples])
     index = np.full(len(tokens), -1, np.int32)
     if patches is not None:
@@ -392,6 +411,10 @@ def pack(examples: Sequence[EncodedConversation]) -> Pack:
             np.arange(1, len(examples) + 1, dtype=np.int32), [len(d.tokens) for d in examples]
         ),
     )
+
+
+def _cut(pixels: LazyArray, spec: FrameSpec) -> np.ndarray:
+    return np.asarray(to_patches(np.asarray(pixels), spec).values)
 
 
 def _positions(example: EncodedConversation) -> Positions:

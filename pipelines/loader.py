@@ -5,11 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from typing import Any, Generic, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
+from typing import Any, Generic, NamedTuple, TypeGuard, TypeVar
 
 import grain
 from absl import flags
@@ -19,6 +17,7 @@ from paravt_jax.records import Frames, Prompt, Row
 from pipelines.budget import check_budgets, frame_budget, shares
 from pipelines.container import UnreadableVideo
 from pipelines.faults import Unusable
+from pipelines.row_share import ONE_HOST, Coming, OwnRows, RowShare, Taken, shared
 from pipelines.subtitles import UnreadableSubtitles
 
 _LOG = logging.getLogger(__name__)
@@ -52,58 +51,6 @@ class Mixture:
                 return source[index]
             index -= len(source)
         raise IndexError(index)
-
-
-@runtime_checkable
-class RowShare(Protocol):
-    """Which host makes which prompt of a stream, and how the others get it."""
-
-    here: str
-    """Put after the reason why a row cannot be read: which host says so."""
-
-    def begin(self, per_step: int) -> Callable[[int], bool]:
-        """A stream begins, of so many rows a step, and an earlier one is over; which of its rows
-        are this host's. What is returned can be sent to worker processes."""
-        ...
-
-    def tell(self, index: int, made: Future[Any]) -> None:
-        """What came of a row of this host."""
-        ...
-
-    def expect(self, index: int) -> Future[Any]:
-        """What comes of a row of another host."""
-        ...
-
-    def used(self, seconds: float) -> None:
-        """A row of this host is taken from the stream; it took so long to make."""
-        ...
-
-
-class OneHost:
-    """`RowShare` where there are no others."""
-
-    here = ""
-
-    def begin(self, per_step: int) -> Callable[[int], bool]:
-        """All rows are made here."""
-        return _every
-
-    def tell(self, index: int, made: Future[Any]) -> None:
-        """There is nobody to tell."""
-
-    def expect(self, index: int) -> Future[Any]:
-        """No row is made elsewhere."""
-        raise AssertionError(index)
-
-    def used(self, seconds: float) -> None:
-        """Nobody counts."""
-
-
-def _every(index: int) -> bool:
-    return True
-
-
-ONE_HOST = OneHost()
 
 
 class PromptItem(NamedTuple):
@@ -175,10 +122,17 @@ class PromptMaker:
         budgets: Sequence[int],
         seed: int,
         tools: bool = True,
+        here: str = "",
     ):
+        """`here` is put after the reason why a row cannot be read."""
         check_budgets(budgets)
         self._reader, self._renderer = reader, renderer
         self._budgets, self._seed, self._tools = tuple(budgets), seed, tools
+        self._here = here
+
+    def at(self, index: int, draw: DrawnRow) -> PromptItem | BadRow:
+        """The same, for a row of a stream; its place there decides nothing."""
+        return self(draw)
 
     def __call__(self, draw: DrawnRow) -> PromptItem | BadRow:
         """Draw K for the row, decode K frames, render; or say what cannot be read.
@@ -192,70 +146,14 @@ class PromptMaker:
             frames = overviews(self._reader, row, budget)
             prompt = self._renderer.main_prompt(row, frames, self._tools)
         except (UnreadableVideo, UnreadableSubtitles, Unusable) as error:
-            return BadRow(row.row_id, str(error))
+            return BadRow(row.row_id, f"{error}{self._here}")
         return PromptItem(row, budget, prompt)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Made:
-    """A row of the stream, and what came of it where it was made."""
-
-    index: int
-    row: Row
-    outcome: PromptItem | BadRow | Exception | None = None
-    """None where another host makes it."""
-    seconds: float = 0.0
-
-
-@dataclasses.dataclass(frozen=True)
-class _OwnRows:
-    """Makes the prompts of this host's rows."""
-
-    make: PromptMaker
-    owns: Callable[[int], bool]
-    here: str
-
-    def __call__(self, index: int, draw: DrawnRow) -> _Made:
-        if not self.owns(index):
-            return _Made(index, draw.row)
-        began = time.perf_counter()
-        try:
-            outcome = self.make(draw)
-        except Exception as error:  # of which other hosts hear before it is raised here
-            outcome = error
-        if isinstance(outcome, BadRow):
-            outcome = outcome._replace(reason=outcome.reason + self.here)
-        return _Made(index, draw.row, outcome, time.perf_counter() - began)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Coming:
-    """What comes of a row."""
-
-    made: _Made
-    outcome: Future[Any]
-
-
-def _shared(share: RowShare, made: _Made) -> _Coming:
-    """Tell what came of a row, or expect to be told; does not wait."""
-    if made.outcome is None:
-        return _Coming(made, share.expect(made.index))
-    done: Future[Any] = Future()
-    if isinstance(made.outcome, Exception):
-        done.set_exception(made.outcome)
-    else:
-        done.set_result(made.outcome)
-    share.tell(made.index, done)
-    return _Coming(made, done)
-
-
-def _settled(share: RowShare, coming: _Coming) -> PromptItem | BadRow:
-    """What came of a row, once it is known."""
-    made, item = coming.made, coming.outcome.result()
-    if made.outcome is not None:
-        share.used(made.seconds)
-    # Its file may lie elsewhere on the host that made it.
-    return item._replace(row=made.row) if isinstance(item, PromptItem) else item
+def _with_own_row(taken: Taken) -> PromptItem | BadRow:
+    """The prompt of a row, whose file may lie elsewhere on the host that made it."""
+    item = taken.outcome
+    return item._replace(row=taken.row.row) if isinstance(item, PromptItem) else item
 
 
 def overviews(reader: FrameReader, row: Row, budget: int) -> list[Frames]:
@@ -370,25 +268,25 @@ def prompt_stream(
     mixed = rows if isinstance(rows, Mixture) else Mixture((rows,), (1.0,))
     parts = [_draws(source, seed + number) for number, source in enumerate(mixed.sources)]
     draws = grain.MapDataset.mix(parts, mixed.weights) if len(parts) > 1 else parts[0]
-    make = PromptMaker(reader, renderer, budgets, seed, tools)
+    make = PromptMaker(reader, renderer, budgets, seed, tools, share.here)
     ahead = grain.ReadOptions(
         num_threads=threads, prefetch_buffer_size=max(threads, steps_ahead * groups_per_step)
     )
-    shared, settled = functools.partial(_shared, share), functools.partial(_settled, share)
+    told = functools.partial(shared, share)
     bad_rows = BadRows(len(rows), max_bad_rows)
 
     def steps_from(start: int) -> grain.IterDataset:
-        own = _OwnRows(make, share.begin(groups_per_step), share.here)
+        own = OwnRows(make.at, share.begin(groups_per_step))
         made = draws.map_with_index(own)[start:]
         if workers:
             # Grain reads absl flags when it starts workers, and insists that they were parsed.
             flags.FLAGS.mark_as_parsed()
             options = grain.MultiprocessingOptions(num_workers=workers)
-            coming = made.to_iter_dataset(ahead).mp_prefetch(options).map(shared)
+            coming = made.to_iter_dataset(ahead).mp_prefetch(options).map(told)
         else:
-            coming = made.map(shared).to_iter_dataset(ahead)
+            coming = made.map(told).to_iter_dataset(ahead)
         # Behind the worker processes, so that one place sees every row that is left out.
-        prompts = coming.map(settled).filter(bad_rows.is_good)
+        prompts = coming.map(Coming.taken).map(_with_own_row).filter(bad_rows.is_good)
         return prompts.batch(groups_per_step, batch_fn=list)
 
     return PromptStream(steps_from, bad_rows)

@@ -7,7 +7,7 @@ at a time); their tokens and frames are put together when a row is complete.
 from __future__ import annotations
 
 import dataclasses
-import threading
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -18,6 +18,7 @@ from grain.experimental import BestFitPackIterDataset, FirstFitPackIterDataset
 from paravt_jax.records import Conversation, Pack
 from pipelines.conversation import EncodedConversation, pack
 from pipelines.loader import StepStream
+from pipelines.row_share import ONE_HOST, Coming, OwnRows, RowShare, shared
 
 FITS = {"first": FirstFitPackIterDataset, "best": BestFitPackIterDataset}
 """Where a conversation goes: the first open row that has room, or the one it leaves least of."""
@@ -43,56 +44,65 @@ class UnusableCount:
     """
 
     def __init__(self, limit: float):
-        self._limit, self._lock = limit, threading.Lock()
+        self._limit = limit
         self.seen = self.skipped = 0
 
-    def __call__(self, reason: str | None) -> None:
-        """One more conversation; `reason` says why it cannot be used.
+    def __call__(self, fault: str) -> bool:
+        """One more conversation, which can be used without a `fault`; whether it can.
 
         Raises:
             ValueError: the share of unusable ones is above the limit.
         """
-        with self._lock:
-            self.seen += 1
-            self.skipped += reason is not None
-            most = self._limit * max(self.seen, SKIPS_SEEN)
-            if reason is not None and self.skipped > most:
-                raise ValueError(
-                    f"{self.skipped} of {self.seen} conversations cannot be used, above the share "
-                    f"of {self._limit:g} that data.max_rejected allows; the last one: {reason}"
-                )
+        self.seen += 1
+        self.skipped += bool(fault)
+        most = self._limit * max(self.seen, SKIPS_SEEN)
+        if fault and self.skipped > most:
+            raise ValueError(
+                f"{self.skipped} of {self.seen} conversations cannot be used, above the share "
+                f"of {self._limit:g} that data.max_rejected allows; the last one: {fault}"
+            )
+        return not fault
+
+
+class Encoded(NamedTuple):
+    """What came of a conversation."""
+
+    drawn: int
+    """How many were drawn up to it."""
+    example: EncodedConversation | None
+    fault: str = ""
+    """Why there is no example."""
+
+    def room(self) -> dict[str, Any]:
+        """What Grain packs by: arrays as long as the room that each thing takes, and the rest."""
+        assert self.example is not None
+        sizes = {"tokens": len(self.example.tokens), "frames": self.example.frames}
+        # Grain packs by the lengths of arrays and copies them: a byte for each token and frame will
+        # do.
+        arrays = {name: np.zeros(size, np.uint8) for name, size in sizes.items()}
+        return arrays | {"example": self.example, "drawn": self.drawn}
 
 
 class ConversationEncoder:
-    """Renders a conversation, or skips it if it cannot be read or does not fit into a row."""
+    """Renders a conversation, if it can be read and fits into a row."""
 
     def __init__(
         self,
         render: Callable[[Conversation], EncodedConversation],
         shape: PackShape,
-        skips: UnusableCount,
+        here: str = "",
     ):
-        self._render, self._shape, self._skips = render, shape, skips
+        """`here` is put after the reason why one cannot be used."""
+        self._render, self._shape, self._here = render, shape, here
 
-    def __call__(self, index: int, conversation: Conversation) -> dict[str, Any] | None:
-        """What Grain packs by: arrays as long as the room that each thing takes, the example,
-        and how many conversations were drawn up to it. None is left out by Grain.
-
-        Raises:
-            ValueError: too many conversations cannot be used.
-        """
+    def __call__(self, index: int, conversation: Conversation) -> Encoded:
+        """What comes of the conversation at a place of the stream."""
         try:
             example = self._render(conversation)
             self._check_room(conversation, example)
         except ValueError as error:
-            self._skips(str(error))
-            return None
-        self._skips(None)
-        room = {"tokens": len(example.tokens), "frames": example.frames}
-        # Grain packs by the lengths of arrays and copies them: a byte for each token and frame will
-        # do.
-        arrays = {name: np.zeros(size, np.uint8) for name, size in room.items()}
-        return arrays | {"example": example, "drawn": index + 1}
+            return Encoded(index + 1, None, f"{error}{self._here}")
+        return Encoded(index + 1, example)
 
     def _check_room(self, conversation: Conversation, example: EncodedConversation) -> None:
         size = PackShape(len(example.tokens), example.frames)
@@ -115,6 +125,7 @@ def pack_stream(
     fit: Literal["first", "best"] = "first",
     bins: int = 64,
     threads: int = 4,
+    share: RowShare = ONE_HOST,
 ) -> StepStream[Pack]:
     """Compose the stream: shuffle anew each epoch, render, pack, batch.
 
@@ -129,17 +140,22 @@ def pack_stream(
         bins: rows open at a time. More of them are filled better, and take longer to begin (16 fill
             0.95 of their tokens, 64 fill 0.97, see `docs/log.md`).
         threads: conversations rendered side by side, ahead of their use.
+        share: which conversations are rendered by this host, and how it gets the others.
 
     Raises:
-        ValueError: there are no conversations, or an argument is out of range.
+        ValueError: there are no conversations, or an argument is out of range. Taking a step raises
+            it if too many conversations cannot be used.
     """
     if not len(conversations):
         raise ValueError("there are no conversations to pack; check --data")
     order = grain.MapDataset.source(conversations).seed(seed).shuffle().repeat()
-    examples = order.map_with_index(ConversationEncoder(render, shape, skips))
-    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
+    # By turns, as nobody knows yet which row of which step will hold one.
+    own = OwnRows(ConversationEncoder(render, shape, share.here), share.begin(share.hosts))
+    ahead = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads * share.hosts)
+    coming = order.map_with_index(own).map(functools.partial(shared, share)).to_iter_dataset(ahead)
+    usable = coming.map(Coming.taken).filter(lambda taken: skips(taken.outcome.fault))
     packed = FITS[fit](
-        examples.to_iter_dataset(ahead),
+        usable.map(lambda taken: taken.outcome.room()),
         length_struct=shape._asdict(),
         num_packing_bins=bins,
         seed=seed,

@@ -285,6 +285,7 @@ class Parts:
             self.reader,
             tools=config.agent.offers_tools,
             most_tokens=(self.room.tokens, self.policy.context_length),
+            share=RowsOfHosts(),
         )
         return data, [*conversations.report(), *system_notes(config, conversations.rows)]
 

@@ -13,13 +13,16 @@ import pytest
 from models.common.attention import QUERY_CHUNK, attend
 from models.qwen3_vl import Qwen3VLConfig, Qwen3VLPolicy
 from paravt_jax.interfaces import FrameReader
+from paravt_jax.lazy_array import LazyArray
 from paravt_jax.params import initialise
 from paravt_jax.records import Conversation, Frames, Message, VideoRef
 from pipelines.conversation import ConversationRenderer, EncodedConversation, VisionInput, pack
 from pipelines.packing import PackShape, UnusableCount, fill, pack_stream
 from pipelines.preprocess import ImageSpec
 from pipelines.render import ChatRenderer, PromptTexts
+from pipelines.row_share import ONE_HOST
 from tests.support.needle import processor_folder
+from tests.support.row_share import on_both
 from tests.support.tiny_models import NEEDLE_MODEL
 from train.batch import packed_batch
 from train.step import SftStep, batch_log_probs
@@ -103,6 +106,7 @@ def test_log_probs_of_a_pack_are_those_of_its_streams_alone():
     assert np.abs(learned(blended, run(blended)) - single).max() > 1e-3, "segments must matter"
 
 
+@pytest.mark.study
 def test_gradients_of_a_pack_are_the_sum_of_those_of_its_streams():
     params = initialise(POLICY.table, jax.random.key(0))
     step = SftStep(POLICY, optax.sgd(0.1), micro_rows=1, budgets={})
@@ -141,7 +145,7 @@ def sizes(count, seed=0):
     return (np.ceil(frames / 2) * 56 + words).astype(int)
 
 
-def stream(lengths, fit="first", bins=64, shape=ROOM, skip=0.05, rows=8, frames=0):
+def stream(lengths, fit="first", bins=64, shape=ROOM, skip=0.05, rows=8, frames=0, share=ONE_HOST):
     skips = UnusableCount(skip)
     rows_ = [talk(str(number)) for number in range(len(lengths))]
     made = pack_stream(
@@ -154,6 +158,7 @@ def stream(lengths, fit="first", bins=64, shape=ROOM, skip=0.05, rows=8, frames=
         fit=fit,
         bins=bins,
         threads=2,
+        share=share,
     )
     return made, skips
 
@@ -204,3 +209,52 @@ def test_conversations_that_do_not_fit_are_skipped_and_counted_and_too_many_end_
     packs, _ = stream(np.full(40, 300), bins=2, shape=PackShape(256, 16))
     with pytest.raises(ValueError, match="300 tokens and 0 frames do not fit into 256 and 16"):
         next(packs)
+
+
+def test_two_hosts_pack_the_stream_of_one_and_render_half_of_it_each():
+    """What one of them cannot use is left out, and counted, by both."""
+    lengths = 20 + np.arange(40)
+    lengths[8] = 300
+
+    def rows_of(share):
+        packs, skips = stream(
+            lengths, bins=4, shape=PackShape(256, 16), rows=2, skip=0.5, share=share
+        )
+        seen = [(item.segments.tolist(), item.drawn) for _ in range(8) for item in next(packs)]
+        return seen, packs.get_state(), skips.seen, skips.skipped
+
+    alone = rows_of(ONE_HOST)
+    made = []
+
+    def host(share):
+        found = rows_of(share)
+        made.append(share.rows_made)
+        return found
+
+    assert on_both(host) == (alone, alone) and alone[3] >= 1
+    assert abs(made[0] - made[1]) <= 1 and sum(made) == alone[2]
+
+
+def test_pixels_that_are_elsewhere_are_looked_at_with_their_row_alone():
+    """Conversations of another host are packed as any: sizes are enough."""
+    asked = []
+
+    def elsewhere(clip):
+        def fetch():
+            asked.append(clip)
+            return clip.pixels
+
+        pixels = LazyArray(clip.pixels.shape, clip.pixels.dtype, fetch)
+        return dataclasses.replace(clip, pixels=pixels)
+
+    own = examples()
+    theirs = [
+        dataclasses.replace(example, clips=tuple(map(elsewhere, example.clips))) for example in own
+    ]
+    rows, lazy = ([pack(group[:2]), pack(group[2:])] for group in (own, theirs))
+    assert not asked
+    for one, other in zip(rows, lazy, strict=True):
+        np.testing.assert_array_equal(one.stream.vision_index, other.stream.vision_index)
+        assert one.stream.patches.values.shape == other.stream.patches.values.shape
+    np.testing.assert_array_equal(rows[1].stream.patches.values, lazy[1].stream.patches.values)
+    assert [id(clip) for clip in asked] == [id(clip) for clip in own[2].clips]

@@ -17,10 +17,8 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from collections import Counter
 from collections.abc import Sequence
-from concurrent.futures import Future
 
 import numpy as np
 import pytest
@@ -34,6 +32,7 @@ from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from tests.support.needle import data_folder, questions, renderer
 from tests.support.rollout_fakes import ToyRenderer
+from tests.support.row_share import on_both
 
 CHOICES = (4, 8, 16, 32, 64)
 PIXELS = np.zeros((1, 1, 1, 3), np.uint8)
@@ -103,30 +102,6 @@ def test_budgets_differ_between_epochs_and_are_the_same_after_a_restart():
     assert json.loads(again.stdout) == epochs
 
 
-class TwoHosts:
-    """`RowShare` of two hosts that are threads: rows by turns, told through one table."""
-
-    def __init__(self, told, lock, number):
-        self.told, self.lock, self.number, self.here = told, lock, number, f" (host {number})"
-        self.rows_made = 0
-
-    def begin(self, per_step):
-        return lambda index: index % 2 == self.number
-
-    def expect(self, index):
-        with self.lock:
-            return self.told.setdefault(index, Future())
-
-    def tell(self, index, made):
-        own = self.expect(index)
-        if (error := made.exception()) is None:
-            return own.set_result(made.result())
-        return own.set_exception(error)
-
-    def used(self, seconds):
-        self.rows_made += 1
-
-
 class Hole(PlainReader):
     """Cannot read one file: what `raised` is of, it raises."""
 
@@ -146,10 +121,9 @@ SECOND = seen(stream(make_rows(6), seed=5, groups_per_step=4), 1)[1][0]
 def on_two_hosts(steps: int, raised: Exception | None = None):
     """Row and K of so many steps of four, on each of two hosts of which the second alone meets
     trouble with `SECOND`; what the streams have counted, and what ended each of them."""
-    told, lock, found = {}, threading.Lock(), {}
 
-    def host(number):
-        share = TwoHosts(told, lock, number)
+    def host(share):
+        number = share.number
         rows = [Row(f"row{n}", VideoRef(f"/v{n}.mp4", 8.0), f"{number}", "!") for n in range(6)]
         reader = Hole(raised if number else None)
         made = rows, reader, PlainRenderer(), CHOICES, 4, 5
@@ -161,14 +135,9 @@ def on_two_hosts(steps: int, raised: Exception | None = None):
             error = str(ended)
         assert {item.row.question for item in items} <= {str(number)}, "rows are a host's own"
         seen = [(item.row.row_id, item.frame_budget) for item in items]
-        found[number] = seen, prompts.get_state(), error, share.rows_made
+        return seen, prompts.get_state(), error, share.rows_made
 
-    hosts = [threading.Thread(target=host, args=(number,)) for number in range(2)]
-    for thread in hosts:
-        thread.start()
-    for thread in hosts:
-        thread.join(20)
-    return found[0], found[1]
+    return on_both(host)
 
 
 def test_two_hosts_see_the_stream_of_one_and_make_half_of_it_each():

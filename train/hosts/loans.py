@@ -1,11 +1,13 @@
 """Pixels stay with the host that made them until another host needs them (ADR 39).
 
-What hosts tell one another holds of `Patches` their sizes and a number. A host that puts a row of
-them onto its devices asks for the pixels then; one that does not never gets them.
+What hosts tell one another holds of `Patches`, and of frames that are not cut into patches yet,
+their sizes and a number. A host that puts a row of them onto its devices asks for the pixels then;
+one that does not never gets them.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import itertools
 import pickle
@@ -18,7 +20,10 @@ import numpy as np
 
 from paravt_jax.lazy_array import LazyArray
 from paravt_jax.records import Patches
+from pipelines.conversation import VisionInput
 
+PIXELS: dict[type, str] = {Patches: "values", VisionInput: "pixels"}
+"""What holds pixels, and in which field."""
 Loan = tuple[int, int]
 """A host, and its number for an array that it keeps for the others."""
 
@@ -91,12 +96,12 @@ class _Pickler(pickle.Pickler):
         self._keep = keep
 
     def persistent_id(self, obj: Any) -> Any:
-        """Of patches: their sizes, and where their pixels are."""
-        if not isinstance(obj, Patches):
+        """Of what holds pixels: where they are, their sizes, and its other fields."""
+        if (name := PIXELS.get(type(obj))) is None:
             return None
-        values = np.asarray(obj.values)
-        kept = self._keep(values), values.shape, values.dtype.str
-        return kept, obj.grids.tobytes(), obj.scale
+        fields = {own.name: getattr(obj, own.name) for own in dataclasses.fields(obj)}
+        pixels = np.asarray(fields.pop(name))
+        return type(obj), (self._keep(pixels), pixels.shape, pixels.dtype.str), fields
 
 
 class _Unpickler(pickle.Unpickler):
@@ -104,7 +109,7 @@ class _Unpickler(pickle.Unpickler):
         super().__init__(data)
         self._lazy = lazy
 
-    def persistent_load(self, pid: Any) -> Patches:
-        """The patches of a `persistent_id`."""
-        values, grids, scale = pid
-        return Patches(self._lazy(*values), np.frombuffer(grids, np.int32).reshape(-1, 2), scale)
+    def persistent_load(self, pid: Any) -> Any:
+        """What a `persistent_id` is of."""
+        kind, pixels, fields = pid
+        return kind(**{PIXELS[kind]: self._lazy(*pixels)}, **fields)

@@ -101,10 +101,11 @@ class _Owned:
 
 
 class RowsOfHosts:
-    """`pipelines.loader.RowShare` among the hosts of a run."""
+    """`pipelines.row_share.RowShare` among the hosts of a run."""
 
     def __init__(self) -> None:
         self.here = f" (host {EXCHANGE.number})" if EXCHANGE.count > 1 else ""
+        self.hosts = EXCHANGE.count
         self._stream: Name = ()
 
     def begin(self, per_step: int) -> Callable[[int], bool]:

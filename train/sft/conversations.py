@@ -10,6 +10,7 @@ from pipelines.conversation import ConversationRenderer, FrameRate, TextCheck
 from pipelines.datasets import Found, sft_rows
 from pipelines.packing import PackShape, UnusableCount, pack_stream
 from pipelines.render import ChatRenderer
+from pipelines.row_share import ONE_HOST, RowShare
 from pipelines.tfds_builder import row_source
 from pipelines.video import VideoReader
 from train.data.questions import check_rejected, check_subtitles
@@ -45,6 +46,7 @@ def pack_conversations(
     *,
     tools: bool,
     most_tokens: tuple[int, int],
+    share: RowShare = ONE_HOST,
 ) -> PackedData:
     """The stream of packed conversations, which are written to the data cache first.
 
@@ -52,6 +54,7 @@ def pack_conversations(
       tools: whether prompts offer the agent's tools.
       most_tokens: conversations with longer prompts are skipped, and those that are longer
         altogether.
+      share: see `pack_stream`.
     """
     skips, frames = (
         UnusableCount(data.max_rejected),
@@ -69,6 +72,7 @@ def pack_conversations(
         skips,
         fit=packing.fit,
         bins=packing.bins,
+        share=share,
     )
     patches = max(renderer.spec.max_patches, render.image_spec.max_patches)
     return PackedData(packing, stream, skips, renderer.pad_id, patches, len(conversations))
