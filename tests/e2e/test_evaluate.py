@@ -108,6 +108,7 @@ def test_prompts_are_those_of_training_token_for_token(cache, model):
         assert (frames, ready.pixels, ready.words) == (4, 1024, row.question)
 
 
+@pytest.mark.study
 def test_killed_at_a_random_moment_and_in_shards_it_comes_to_the_same_report(
     whole, model, cache, tmp_path
 ):

@@ -15,7 +15,7 @@ from paravt_jax.params import initialise  # noqa: E402
 from tests.support.command import metrics, start  # noqa: E402
 from train.recipes.needle import COLD_START  # noqa: E402
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 
 EXPERTS = ExpertsConfig(num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64)
 SETTINGS = [

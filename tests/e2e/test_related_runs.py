@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.command import metrics, start, untimed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 
 SETTINGS = (
     # Without tools, as in both papers, which halves what has to be compiled.
@@ -47,7 +47,6 @@ def deepvideo(cache, tmp_path_factory):
     return run("needle_deepvideo_r1", tmp_path_factory.mktemp("deepvideo") / "run", cache)
 
 
-@pytest.mark.study
 def test_visd_reweights_by_a_teacher_that_loses_its_say(visd):
     records = metrics(visd)
     shares = [record["teacher/strength"] for record in records]
@@ -69,7 +68,6 @@ def test_deepvideo_hints_and_disturbs_what_the_learner_gets(deepvideo):
 
 
 # `test_needle_run` resumes a run in every test run, unit tests bring back teacher and window.
-@pytest.mark.study
 @pytest.mark.parametrize("recipe", OWN)
 def test_a_resumed_run_is_the_uninterrupted_one(recipe, request, cache, tmp_path):
     """Teacher, or the window of rewards, come back with the weights."""

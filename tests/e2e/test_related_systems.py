@@ -53,6 +53,7 @@ def test_longvt_sees_the_frames_of_one_crop_a_turn(cache, tmp_path):
     assert any("frames from" in text for text in texts)
 
 
+@pytest.mark.study
 def test_vital_calls_its_own_tool(cache, tmp_path):
     """With the repetition penalty of `vital_rl`: under it and a grammar, `check` says, sampler and
     learner mean the same distribution, and nothing is learned that the grammar wrote."""

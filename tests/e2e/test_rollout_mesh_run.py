@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.command import metrics, start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 SETTINGS = ["evaluation.rows=0", "output.export_hf=false", "agent.turn_tokens=48"]
 SAME = ("loss", "grad_norm", "kl", "reward/total", "logprob/gap_mean", "format/score")
 
@@ -31,7 +31,6 @@ def test_a_mesh_of_rollouts_changes_no_result(tmp_path):
     check_same(plain, other)
 
 
-@pytest.mark.study
 def test_a_resume_may_take_another(tmp_path):
     _, plain = steps(tmp_path / "plain", tmp_path, 2)
     steps(tmp_path / "other", tmp_path, 1, "--rollout-mesh", "tensor:2")

@@ -5,7 +5,7 @@ import pytest
 
 from tests.support.command import metrics, start
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 
 
 def test_two_steps_with_sub_agents_in_the_loss(tmp_path):

@@ -24,22 +24,26 @@ OF_TEXT = (
 """Beginnings of the names of figures that follow from what is said."""
 
 
-@pytest.fixture(scope="module")
-def alone(tmp_path_factory, cache) -> dict[str, float]:
-    """What a step of one process said."""
+WITHOUT_TOOLS = ("agent.max_tool_rounds=0",)
+
+
+@pytest.fixture(scope="module", params=[WITHOUT_TOOLS, pytest.param((), marks=pytest.mark.study)])
+def alone(tmp_path_factory, cache, request) -> tuple[dict[str, float], tuple[str, ...]]:
+    """What a step of one process said, and its settings."""
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = run(steps_of(workdir, cache, mesh="data:1"), cache)
+    done = run(steps_of(workdir, cache, mesh="data:1", settings=request.param), cache)
     assert done.returncode == 0, done.stderr[-3000:]
     (line,) = metrics(workdir)
-    return line
+    return line, request.param
 
 
 @pytest.mark.parametrize(
     ("count", "mesh"), [(2, "data:4"), pytest.param(4, "data:2,fsdp:2", marks=pytest.mark.study)]
 )
 def test_processes_give_the_run_of_one(tmp_path, cache, alone, count, mesh):
-    workdir = tmp_path / "run"
-    first, *others = on_hosts(steps_of(workdir, cache, mesh=mesh), count=count, devices=4 // count)
+    workdir, (alone, settings) = tmp_path / "run", alone
+    command = steps_of(workdir, cache, mesh=mesh, settings=settings)
+    first, *others = on_hosts(command, count=count, devices=4 // count)
     assert "step 1/1" in first.output and not any("step" in own.output for own in others)
     (together,) = metrics(workdir)
     for name, value in alone.items():
@@ -52,7 +56,8 @@ def test_processes_give_the_run_of_one(tmp_path, cache, alone, count, mesh):
     assert (alone["hosts/overviews"], alone["hosts/rewards"]) == (4, 8)
     assert (together["hosts/overviews"], together["hosts/rewards"]) == (4 / count, 8 / count)
     jobs = alone["tool/jobs"]
-    assert jobs == alone["hosts/tools"] > together["hosts/tools"] >= jobs / count
+    assert jobs == alone["hosts/tools"] and bool(jobs) == (settings != WITHOUT_TOOLS)
+    assert not jobs or jobs > together["hosts/tools"] >= jobs / count
     assert together["hosts/sent_mib"] > alone["hosts/sent_mib"] == 0
     print(f"\n{count} hosts: " + str({n: v for n, v in together.items() if n.startswith("hosts/")}))
     assert (workdir / "hf" / "model.safetensors").exists()

@@ -8,7 +8,7 @@ import pytest
 
 from tests.support.command import metrics, start, untimed
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.study
 SETTINGS = [
     "evaluation.rows=0",
     "output.export_hf=false",
@@ -57,7 +57,6 @@ def test_clips_act_and_groups_are_filtered(whole):
     assert first["reward/length"] + second["reward/length"] < 0
 
 
-@pytest.mark.study
 def test_a_resume_goes_on_exactly(whole, tmp_path):
     """As that of one optimiser step per batch does, in `test_needle_run.py`."""
     shutil.copytree(whole, cut := tmp_path / "cut")

@@ -157,6 +157,7 @@ def test_sampler_and_learner_agree(page, groups):
         np.testing.assert_allclose(again[drawn], behaviour[drawn], atol=1e-4)
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_the_real_command_learns_from_a_foreign_directory(tmp_path):
     command = [sys.executable, str(SCRIPT), "--steps", "2", "--prompts", "1", "--videos", "4"]

@@ -100,6 +100,7 @@ def test_learner_and_engine_agree_about_every_token(evidence):
     check_same(groups, world.roll_out(engine, items[8:3:-1]))
 
 
+@pytest.mark.study
 def test_learner_and_engine_agree_where_sub_agents_must_think():
     world = toy("text", copies=4)
     world.renderer.opening = "<t>\n"
@@ -120,14 +121,15 @@ def alone(evidence: str):
     return items, world.roll_out(world.engine(Shape(prompts=8, crops=8)), items)
 
 
-@pytest.mark.parametrize("evidence", EVIDENCE)
+@pytest.mark.parametrize("evidence", ["text", study("frames")])
 def test_slots_and_steps_change_no_sample(evidence):
     world, (items, groups) = toy(evidence, copies=2), alone(evidence)
     few = Shape(prompts=1, crops=2, steps_per_call=5)
     check_same(groups, world.roll_out(world.engine(few), items[::-1]))
 
 
-@pytest.mark.parametrize("evidence", ["text", study("frames")])
+@pytest.mark.study
+@pytest.mark.parametrize("evidence", EVIDENCE)
 def test_a_mesh_changes_no_sample(evidence):
     world, (items, groups) = toy(evidence, copies=2), alone(evidence)
     with jax.set_mesh(make_mesh(parse_mesh(MESH, 8))):
@@ -135,7 +137,7 @@ def test_a_mesh_changes_no_sample(evidence):
         check_same(groups, world.roll_out(engine, items))
 
 
-@pytest.mark.parametrize("evidence", EVIDENCE)
+@pytest.mark.parametrize("evidence", ["text", study("frames")])
 def test_eighty_episodes_of_qwen3_vl(evidence):
     world = qwen(evidence, copies=4)
     items, engine = world.items(20), world.engine(Shape(prompts=8, crops=8))
@@ -156,7 +158,8 @@ def test_a_mesh_changes_no_sample_of_qwen3_vl():
         check_same(groups, world.roll_out(world.engine(few), items[::-1], params=spread))
 
 
-@pytest.mark.parametrize("evidence", [study("text"), "frames"])
+@pytest.mark.study
+@pytest.mark.parametrize("evidence", EVIDENCE)
 def test_nothing_compiles_once_shapes_are_known(evidence):
     """Twelve batches of all sizes, lengths, budgets and crops, each under other weights."""
     world = toy(evidence, copies=2)

@@ -202,7 +202,7 @@ def check_value(value, schema):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("prefix", [b"", b"<think>"])
+@pytest.mark.parametrize("prefix", [b"", pytest.param(b"<think>", marks=pytest.mark.study)])
 def test_every_constrained_draw_parses_and_obeys_the_schema(
     automata, contents, eos, tokenizer, prefix
 ):

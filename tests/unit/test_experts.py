@@ -90,7 +90,11 @@ def loss_and_gradients(policy, params, arguments):
 
 @pytest.mark.parametrize(
     ("mesh_text", "rows"),
-    [("data:2,expert:2,tensor:2", 8), ("fsdp:2,expert:4", 3), ("expert:8", 8)],
+    [
+        ("data:2,expert:2,tensor:2", 8),
+        pytest.param("fsdp:2,expert:4", 3, marks=pytest.mark.study),
+        pytest.param("expert:8", 8, marks=pytest.mark.study),
+    ],
 )
 def test_loss_and_gradients_do_not_depend_on_the_mesh(mesh_text, rows):
     """Also where the axis does not divide the experts (expert:8) or the batch (3 rows)."""

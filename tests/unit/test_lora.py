@@ -177,6 +177,7 @@ def test_adapters_alone_train_and_have_moments(alone):
     assert sizes == {value.size for value in state.trainable.values()}
 
 
+@pytest.mark.study
 @pytest.mark.slow
 def test_mesh_gives_the_one_device_trajectory(alone):
     spread, state = run_steps("data:2,fsdp:2,tensor:2", 2, 3, policy=POLICY)

@@ -75,11 +75,9 @@ def on_meshes(policy, learner: str, rollouts: str):
         return sample(engine, laid_out), engine, laid_out
 
 
-MESHES = [
-    (DENSE, "fsdp:4,tensor:2", "data:2,tensor:4"),
-    (SPARSE, "fsdp:4,expert:2", "data:2,expert:2,tensor:2"),
-]
+MESHES = [(DENSE, "fsdp:4,tensor:2", "data:2,tensor:4")]
 MORE_MESHES = [
+    (SPARSE, "fsdp:4,expert:2", "data:2,expert:2,tensor:2"),
     (DENSE, "fsdp:8", "tensor:8"),
     (DENSE, "fsdp:8", "data:4,tensor:2"),
     (DENSE, "data:8", "fsdp:8"),

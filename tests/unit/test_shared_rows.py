@@ -143,7 +143,7 @@ def study(*case, id):
 
 CASES = [
     pytest.param(SPARSE, "frames", id="experts"),
-    pytest.param(QWEN, "words", id="words"),
+    study(QWEN, "words", id="words"),
     study(QWEN, "text", id="text"),
     study(QWEN, "video", id="video"),
     study(QWEN, "frames", id="frames"),
@@ -175,9 +175,10 @@ def test_shared_prompts_give_what_copies_give(policy, kind):
     assert_same(shared_by_groups(policy, kind), learned(policy, params, other))
 
 
+@pytest.mark.study
 @pytest.mark.parametrize(
     ("per_row", "unit", "view"),
-    [pytest.param(1, 1, GROUP, marks=pytest.mark.study), (2, 16, GROUP), (2, 1, 2)],
+    [(1, 1, GROUP), (2, 16, GROUP), (2, 1, 2)],
 )
 def test_any_number_of_streams_to_a_row_gives_the_same(per_row, unit, view):
     """Where a mesh lets only some streams of a group share a row, or frames as well. And wherever

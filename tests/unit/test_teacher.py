@@ -193,6 +193,7 @@ def test_it_is_a_moving_average_of_the_student(kit):
     np.testing.assert_allclose(state.teacher["w"], want, rtol=1e-6)
 
 
+@pytest.mark.study
 def test_it_is_laid_out_like_the_weights_and_comes_back_from_a_checkpoint(tmp_path):
     mesh = make_mesh(parse_mesh("data:2,fsdp:2,tensor:2", 8), jax.devices())
     optimizer = make_optimizer(CONFIG.optimizer, 1, POLICY.table)

@@ -50,6 +50,7 @@ def test_mesh_gives_the_one_device_trajectory():
     assert_nothing_large_is_replicated(state)
 
 
+@pytest.mark.study
 def test_balance_of_experts_is_in_the_loss_whatever_the_micro_batches_and_the_mesh():
     plain, _ = run_steps("data:1", 1, 1, policy=SPARSE)
     whole, _ = run_steps("data:1", 1, 2, policy=SPARSE, balance=0.5)
