@@ -287,6 +287,7 @@ class Parts:
             most_tokens=(self.room.tokens, self.policy.context_length),
             share=RowsOfHosts(),
         )
+        data = dataclasses.replace(data, work=lambda: work_metrics(self.reader.take_metrics()))
         return data, [*conversations.report(), *system_notes(config, conversations.rows)]
 
     def describe_checkpoints(self, target: Path) -> None:

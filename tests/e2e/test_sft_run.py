@@ -11,7 +11,8 @@ from transformers import AutoProcessor
 from transformers.video_utils import VideoMetadata
 
 from models import convert
-from tests.support.command import command, metrics, run, untimed
+from tests.support.command import TIMED, command, metrics, run, untimed
+from tests.support.hosts import on_hosts
 from tests.support.paravt_parquet import VIDEOS, write_paravt
 from train.checks import describe_conversations
 from train.recipes import get_recipe
@@ -44,11 +45,16 @@ def data(tmp_path_factory):
     return Path(write_paravt(str(tmp_path_factory.mktemp("paravt"))))
 
 
-def start(workdir, data, settings=()):
-    """Two steps by the command, on one device."""
+def steps(workdir, data, settings=()):
+    """Two steps by the command."""
     sets = [f"data.cache_dir={data / 'cache'}", *SMALL, *settings]
     arguments = ["--recipe", "paravt_sft", "--model", str(COLD_START), "--data", str(data)]
-    return run(command(workdir, *arguments, "--steps", "2", sets=sets), data)
+    return command(workdir, *arguments, "--steps", "2", sets=sets)
+
+
+def start(workdir, data, settings=()):
+    """The same, run on one device."""
+    return run(steps(workdir, data, settings), data)
 
 
 def records(workdir):
@@ -70,6 +76,24 @@ def test_two_steps_from_parquet_and_a_resume_that_repeats_the_second(data, tmp_p
     done = start(whole, data, settings=("output.export_hf=false",))
     assert done.returncode == 0, done.stderr[-3000:]
     assert records(whole) == [first, second]
+
+
+@pytest.mark.study
+def test_hosts_give_the_run_of_one_and_read_half_of_it_each(data, tmp_path):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    settings = ("sft.micro_rows=2", "output.export_hf=false")
+    assert start(alone, data, settings).returncode == 0
+    on_hosts(steps(together, data, settings))
+    for one, two in zip(metrics(alone), metrics(together), strict=True):
+        for name, value in one.items():
+            if not name.startswith((*TIMED, "hosts/")):
+                np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-6, err_msg=name)
+        assert two["hosts/sent_mib"] > one["hosts/sent_mib"] == 0
+    made, shared = (
+        sum(record["hosts/overviews"] for record in metrics(folder)) for folder in (alone, together)
+    )
+    print(f"\nconversations: {made:g} by one, {shared:g} by the busier of two")
+    assert shared <= made / 2 + 1
 
 
 def shown(folder):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from paravt_jax.records import Example, LearnerBatch, Pack
@@ -102,6 +102,8 @@ class PackedData:
     """Patches of the largest frame."""
     total: int
     """Conversations of the data set."""
+    work: Callable[[], Mapping[str, float]] = dict
+    """What hosts read and made since this was last asked."""
 
     @property
     def budgets(self) -> dict[str, int]:
@@ -123,6 +125,7 @@ class PackedData:
             "data/fill": fill(packs, self.settings.tokens),
             "data/conversations": float(conversations_in(packs)),
             "data/skipped": float(self.skips.skipped),
+            **self.work(),
         }
         return StepData({PACKS: batch}, metrics, self.stream.get_state())
 
