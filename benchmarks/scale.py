@@ -96,6 +96,10 @@ CASES = (
     ),
     Case("32B", "v5p:4x4x8", "fsdp:64,tensor:2", "data:16,tensor:8", ("rl.micro_groups=8",)),
     Case(
+        *("235B-A22B", "v5p:4x8x8", "fsdp:16,expert:4,tensor:4", "data:4,expert:16,tensor:4"),
+        ("rl.micro_groups=8",),
+    ),
+    Case(
         *("8B", "v5p:4x4x4", "fsdp:8,context:8", "data:8,tensor:8"),
         ("rl.micro_groups=8", "data.frame_budgets=2048", "data.max_pixels=52224"),
         "prompts of 128k tokens",
