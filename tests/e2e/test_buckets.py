@@ -18,6 +18,8 @@ from tests.unit.test_checkpoints import TABLE, same, state_of
 from train.workdir.checkpoints import Checkpoints
 from train.workdir.mirror import Mirror
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def bucket():

@@ -26,6 +26,8 @@ from paravt_jax.params import ParamSpec
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 TABLE, MANY = (
     {
@@ -168,7 +170,6 @@ def test_what_fails_together_is_not_heard_of_one_by_one(tmp_path, monkeypatch):
     assert heard == []
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.05, 60])
 def test_a_loop_that_closes_has_no_tasks_left(seconds, monkeypatch, caplog):
     """Those that end soon are waited for, others are cancelled; nobody complains of either."""
@@ -248,7 +249,6 @@ except OSError as error:
 """
 
 
-@pytest.mark.slow
 def test_a_disk_that_is_full_costs_no_older_checkpoint_and_ends_in_one_line(tmp_path):
     assert resource.RLIMIT_FSIZE, "stands in for the disk: writes beyond it fail"
     code = FULL.format(root=str(ROOT), folder=str(tmp_path))

@@ -15,6 +15,8 @@ from train.data.settings import DataSettings
 from train.model import ModelSettings
 from train.recipes import get_recipe
 
+pytestmark = pytest.mark.slow
+
 ROWS = "id,video,question,answer\n1,a.mp4,What falls?,a cup\n2,a.mp4,What rises?,the sun\n"
 JUDGED, BY_RULES = "paravt", "lmms-eval"
 

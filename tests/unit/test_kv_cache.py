@@ -7,6 +7,8 @@ import pytest
 
 from paravt_jax.kv_cache import CacheArray
 
+pytestmark = pytest.mark.slow
+
 SHAPE = (2, 3, 2, 5, 8)
 ALL = (slice(None), slice(None), slice(None), slice(None))
 

@@ -15,6 +15,8 @@ from paravt_jax.shared_rows import Bounds
 from tests.support.rollout_fakes import text_prompt
 from train.batch import LearnerStream, learner_batch, shared_batch
 
+pytestmark = pytest.mark.slow
+
 WIDTH, INNER, COUNT, CHOSEN = 3, 4, 5, 2
 BLUEPRINT = Blueprint(Experts(WIDTH, INNER, COUNT, CHOSEN, "silu", Normal(0.1), "", "float32"))
 SHAPE = RoutingShape(layers=2, per_token=2, experts=4)
@@ -76,7 +78,6 @@ def test_replaying_the_own_choice_changes_no_bit():
     assert_array_equal(plain, again)
 
 
-@pytest.mark.slow
 def test_gradients_pass_through_the_gates():
     """Against central differences of the sum by hand, in float64."""
     params, target = weights(), np.random.default_rng(2).normal(size=TOKENS.shape)

@@ -17,6 +17,8 @@ from rollout.engine.sampler import (
 )
 from tests.support.drawing_oracle import processed
 
+pytestmark = pytest.mark.slow
+
 LOGITS = jnp.log(jnp.array([[0.5, 0.25, 0.15, 0.1]]))
 VOCAB = 500
 drawn_jitted = jax.jit(draw_tokens)
@@ -88,7 +90,6 @@ def test_floors_part_what_can_be_drawn_from_what_was_cut_off():
         assert np.isfinite(drawn.floors[row]) == (not above.all())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("settings", [{}, {"temperature": 1.7}])
 def test_tokens_that_a_constraint_left_alone_are_a_fair_sample_of_those_drawn(settings):
     """Learning from them only must not prefer any token, or it would teach the grammar."""
@@ -148,7 +149,6 @@ def random_settings(rows):
     ]
 
 
-@pytest.mark.slow
 def test_what_can_be_drawn_is_what_transformers_leaves():
     rows = 64
     logits, sampling = random_logits(rows), random_settings(rows)
@@ -174,7 +174,6 @@ def test_ties_and_excluded_tokens_at_the_edge_of_a_truncation():
     assert kept.tolist() == [2, 4, 5, 6, 2, 6]
 
 
-@pytest.mark.slow
 def test_a_row_that_keeps_all_is_not_cut_beside_one_that_does_not():
     # The rounded mass of these reaches 1 long before the last token.
     logits = jnp.tile(-0.1 * jnp.arange(VOCAB, dtype=jnp.float32), (2, 1))
@@ -183,7 +182,6 @@ def test_a_row_that_keeps_all_is_not_cut_beside_one_that_does_not():
     assert kept[0] == VOCAB and kept[1] == 7
 
 
-@pytest.mark.slow
 def test_draws_and_log_probs_do_not_depend_on_the_batch():
     rows = 24
     logits, sampling = random_logits(rows), random_settings(rows)
@@ -205,7 +203,6 @@ def test_draws_and_log_probs_do_not_depend_on_the_batch():
     assert alone.tokens[0] == whole.tokens[0]
 
 
-@pytest.mark.slow
 def test_one_compiled_step_serves_every_setting():
     step = jax.jit(lambda *drawn: draw_tokens(*drawn))  # no other test's
     logits, keys = random_logits(4), row_keys(jnp.arange(4, dtype=jnp.uint32), jnp.zeros(4, int))

@@ -19,6 +19,8 @@ from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.shared_rows import Bounds, SharedRows, unit_of
 from tests.support.shared_rows import shared_rows, visible_in
 
+pytestmark = pytest.mark.slow
+
 TOKENS = 300
 PACKED = np.repeat([[1, 2, 3, 0], [1, 1, 2, 0]], TOKENS // 4, axis=1)
 

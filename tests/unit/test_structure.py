@@ -22,6 +22,8 @@ from pipelines.needle.tokenizer import write_processor_folder
 from pipelines.needle.world import COLOURS, SHAPES, NeedleWorld
 from tests.support.vocabulary import contents_of
 
+pytestmark = pytest.mark.slow
+
 COUNT = 10_000
 """Sequences that are read by hand."""
 ADDED = ["<|im_end|>", "<tool_call>", "</tool_call>"]
@@ -226,7 +228,6 @@ def partly_spoken(count, length):
     return spoken
 
 
-@pytest.mark.slow
 def test_every_position_agrees_with_a_search_in_the_bytes(tokenizer, contents, table):
     batch = np.array(list(sequences(tokenizer, contents, COUNT, length=40)), np.int32)
     result = agrees(batch, partly_spoken(*batch.shape), contents, table)
@@ -246,14 +247,12 @@ def needle_tokenizer(tmp_path_factory):
     return Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
-@pytest.mark.slow
 def test_every_position_of_the_needle_tokenizer_agrees(needle_tokenizer):
     contents = contents_of(needle_tokenizer)
     batch = np.array(list(sequences(needle_tokenizer, contents, COUNT // 4, length=40)), np.int32)
     agrees(batch, partly_spoken(*batch.shape), contents, tag_table(contents))
 
 
-@pytest.mark.slow
 def test_no_answer_of_the_needle_world_is_structure(needle_tokenizer):
     """Some of its one-word answers are one token with the end of the tag."""
     table, glued = tag_table(contents_of(needle_tokenizer)), []

@@ -14,6 +14,8 @@ from pipelines.preprocess import VideoSpec
 from pipelines.video import VideoReader
 from tests.support.ffmpeg import ffmpeg, frame_pixels, frame_times, numbered
 
+pytestmark = pytest.mark.slow
+
 X264 = ("-c:v", "libx264", "-g", "12", "-bf", "2", "-pix_fmt", "yuv420p")
 BURSTS = ("-vf", "select='if(between(t,1,2)+gt(t,6),not(mod(n,29)),1)'", "-fps_mode", "vfr")
 """30 frames per second, but for two stretches with one per second."""
@@ -170,7 +172,6 @@ def every_decoder(request, monkeypatch):
         )
 
 
-@pytest.mark.slow
 @pytest.mark.usefixtures("every_decoder")
 @pytest.mark.parametrize("make", READ.values(), ids=list(READ))
 def test_files_are_read_as_ffmpeg_reads_them(make, tmp_path, monkeypatch):
@@ -233,7 +234,6 @@ def test_a_crop_shows_what_is_on_screen_whatever_the_rate(tmp_path):
     np.testing.assert_allclose(frames.times, np.unique(expected), atol=1e-3)
 
 
-@pytest.mark.slow
 def test_three_hours_are_sought(tmp_path, monkeypatch):
     """Few frames are decoded, and they are the right ones."""
     path = encoded(tmp_path, "long.mp4", *X264, rate="1/4", seconds=3 * 3600, size="32x32")

@@ -29,6 +29,8 @@ from tests.support.tiny_models import SPARSE_TABLE as TABLE
 from train.state import TrainState
 from train.workdir.checkpoints import Checkpoints
 
+pytestmark = pytest.mark.slow
+
 HEAD, EMBEDDING = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
 
@@ -191,7 +193,6 @@ def test_each_shard_is_read_once_and_alone(model, params, monkeypatch):
     assert taken[EMBEDDING] == 48 * 32
 
 
-@pytest.mark.slow
 def test_sharded_weights_are_written_as_whole_ones(tmp_path, model, params):
     mesh = make_mesh(parse_mesh("fsdp:2,expert:2,tensor:2", 8))
     Qwen3VLPolicy(CONFIG).save_folder(load_params(model, TABLE, mesh), tmp_path / "again")
@@ -201,7 +202,6 @@ def test_sharded_weights_are_written_as_whole_ones(tmp_path, model, params):
 # To a checkpoint and back
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("chunk_bytes", [1000, 5000, 2**20])
 def test_any_chunk_size_gives_the_same_checkpoint(
     tmp_path, model, params, chunk_bytes, monkeypatch
