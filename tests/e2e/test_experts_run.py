@@ -12,7 +12,8 @@ from transformers import Qwen3VLMoeForConditionalGeneration  # noqa: E402
 from models.qwen3_vl import Qwen3VLPolicy, from_pretrained, read_config  # noqa: E402
 from models.qwen3_vl.config import ExpertsConfig  # noqa: E402
 from paravt_jax.params import initialise  # noqa: E402
-from tests.support.command import metrics, start  # noqa: E402
+from tests.support.command import TIMED, command, metrics, small, start  # noqa: E402
+from tests.support.hosts import on_hosts  # noqa: E402
 from train.recipes.needle import COLD_START  # noqa: E402
 
 pytestmark = pytest.mark.study
@@ -41,11 +42,14 @@ def run(tmp_path_factory):
     config = dataclasses.replace(dense, text=text)
     params = initialise(Qwen3VLPolicy(config).table, jax.random.key(0))
     Qwen3VLPolicy(config).save_folder(params, root / "model", base=COLD_START)
-    arguments = ["--model", str(root / "model"), "--steps", "2"]
-    mesh = ["--mesh", "fsdp:2,expert:2,tensor:2"]
-    done = start(root / "run", root, *arguments, *mesh, settings=SETTINGS, devices=8)
+    done = start(root / "run", root, *steps_of(root), settings=SETTINGS, devices=8)
     assert done.returncode == 0, done.stderr[-3000:]
     return root / "run"
+
+
+def steps_of(root):
+    """The flags of both steps."""
+    return ["--model", str(root / "model"), "--steps", "2", "--mesh", "fsdp:2,expert:2,tensor:2"]
 
 
 def test_sampler_learner_and_reference_agree(run):
@@ -61,6 +65,16 @@ def test_routing_is_replayed(run):
     for record in metrics(run):
         assert 0 <= record["router/choices_differ"] < 0.01
         assert record["router/tokens_differ"] < 0.02
+
+
+def test_two_hosts_route_and_replay_as_one_does(run, tmp_path):
+    root, workdir = run.parent, tmp_path / "run"
+    sets = [*small(workdir, steps_of(root)), f"data.cache_dir={root}", *SETTINGS]
+    on_hosts(command(workdir, *steps_of(root), sets=sets), devices=4)
+    for one, two in zip(metrics(run), metrics(workdir), strict=True):
+        for name, value in one.items():
+            if not name.startswith((*TIMED, "hosts/")):
+                np.testing.assert_allclose(two[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_the_balance_of_the_experts_is_watched(run):
