@@ -219,7 +219,7 @@ class ToolCall:
 class Choices:
     """How tokens were chosen, where more than temperature shapes the draw."""
 
-    own: np.ndarray
+    chosen: np.ndarray
     """bool `[t]`: False where a grammar changed the token or left no other: the policy did not
     choose it, so nothing is learned there."""
     floors: np.ndarray
@@ -237,7 +237,7 @@ class Choices:
     @classmethod
     def joined(cls, parts: Sequence[Choices]) -> Choices:
         """Those of several pieces of a stream, one after the other."""
-        columns = zip(*((part.own, part.floors, part.grammar) for part in parts), strict=True)
+        columns = zip(*((part.chosen, part.floors, part.grammar) for part in parts), strict=True)
         return cls(*map(np.concatenate, columns))
 
 
@@ -347,7 +347,7 @@ class Trajectory:
     @property
     def chosen(self) -> np.ndarray:
         """bool `[t]`: True where the policy chose the token, and no grammar did."""
-        return self.generated if self.choices is None else self.generated & self.choices.own
+        return self.generated if self.choices is None else self.generated & self.choices.chosen
 
     @property
     def turn_numbers(self) -> np.ndarray:

@@ -84,7 +84,7 @@ class DecodeOutput:
     tokens: Int[ArrayLike, "n columns"]
     log_probs: Float[ArrayLike, "n columns"]
     counts: Int[ArrayLike, " n"]
-    own: Bool[ArrayLike, "n columns"]
+    chosen: Bool[ArrayLike, "n columns"]
     """Whether the policy chose: the grammar did not change the token, and left others."""
     floors: Float[ArrayLike, "n columns"]
     grammar: Int[ArrayLike, "n columns"]
@@ -344,7 +344,7 @@ class Engine:
             tokens=jnp.full(shape, self.pad_id, jnp.int32),
             log_probs=jnp.zeros(shape, jnp.float32),
             counts=jnp.zeros(rows, jnp.int32),
-            own=jnp.zeros(shape, bool),
+            chosen=jnp.zeros(shape, bool),
             floors=jnp.zeros(shape, jnp.float32),
             grammar=jnp.zeros(shape, jnp.int32),
             automata=jnp.asarray(generating.automata),
@@ -383,7 +383,7 @@ class Engine:
                 tokens=output.tokens.at[at].set(tokens),
                 log_probs=output.log_probs.at[at].set(drawn.log_probs),
                 counts=counts,
-                own=output.own.at[at].set(~(drawn.constrained | drawn.forced)),
+                chosen=output.chosen.at[at].set(~(drawn.constrained | drawn.forced)),
                 floors=output.floors.at[at].set(drawn.floors),
                 grammar=output.grammar.at[at].set(output.automata[:, 1]),
                 automata=automata,

@@ -349,7 +349,7 @@ def collect(
         row.versions.append(np.full(count, version, np.int32))
     row.tokens.append(output.tokens[number, :count].copy())
     row.log_probs.append(output.log_probs[number, :count].copy())
-    noted = output.own, output.floors, output.grammar
+    noted = output.chosen, output.floors, output.grammar
     row.choices.append(Choices(*(column[number, :count].copy() for column in noted)))
     if output.routing is not None:
         # A copy: the whole array would stay as long as its longest turn.

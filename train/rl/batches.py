@@ -255,7 +255,7 @@ def token_shares(streams: Sequence[LearnerStream]) -> dict[str, float]:
     * `tokens/learned_not_chosen`: share of learned tokens that the policy did not choose; 0.
     * `tokens/truncated`: share of learned tokens where top-k, top-p or min-p cut others off.
     """
-    columns = [(s.generated, s.loss_weights > 0, s.noted.own, s.noted.floors) for s in streams]
+    columns = [(s.generated, s.loss_weights > 0, s.noted.chosen, s.noted.floors) for s in streams]
     generated, learned, chosen, floors = map(np.concatenate, zip(*columns, strict=True))
     drawn, trained = max(generated.sum(), 1), max(learned.sum(), 1)
     return {

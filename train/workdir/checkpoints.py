@@ -69,7 +69,7 @@ class Checkpoints:
         saved = {step: Saved(step) for step in self._manager.all_steps()}
         for step in saved:
             with contextlib.suppress(ValueError):
-                saved[step] = Saved.told(step, read_meta(self.folder / str(step)) or {})
+                saved[step] = Saved.from_meta(step, read_meta(self.folder / str(step)) or {})
         return saved
 
     def is_best(self, figure: float | None) -> bool:

@@ -18,7 +18,7 @@ class Saved:
     """What the state was evaluated to (`evaluation.best`); None if it was not."""
 
     @classmethod
-    def told(cls, step: int, meta: dict[str, Any]) -> Saved:
+    def from_meta(cls, step: int, meta: dict[str, Any]) -> Saved:
         """As the checkpoint itself says."""
         return cls(step, meta.get("saved_at", 0.0), meta.get("figure"))
 
