@@ -82,7 +82,7 @@ def error_result(error: Exception, call: ToolCall) -> ToolResult:
         words = str(error)
     elif isinstance(error, TimeoutError):
         words = f"{call.name} took too long"
-    else:
+    elif not hasattr(error, "host"):  # of several hosts, the one that ran the tool says where
         place = traceback.extract_tb(error.__traceback__)[-1:]
         where = "".join(f" at {frame.filename}:{frame.lineno}" for frame in place)
         _LOG.warning("tool %s failed%s: %r", call.name, where, error)

@@ -138,14 +138,17 @@ def test_a_video_that_one_host_lacks(own):
 
 
 def test_a_tool_that_fails_on_one_host(tmp_path, cache):
-    """The model reads that its call has failed, as on one host; the run goes on."""
+    """The model reads that its call has failed, as on one host, and that host alone says why; the
+    run goes on."""
     (tmp_path / "own.py").write_text(TOOL)
     workdir, tool = tmp_path / "run", f"agent.tools={tmp_path / 'own.py'}:crop_video"
-    tell("tool", on_hosts(steps_of(workdir, cache, settings=[tool])))
+    ends = on_hosts(steps_of(workdir, cache, settings=[tool]))
+    tell("tool", ends)
     (record,) = metrics(workdir)
     assert 0 < record["tool/success_rate"] < 1
     said = "".join(path.read_text() for path in (workdir / "rollouts").glob("*.jsonl"))
-    assert "the disk of the tool is gone" in said
+    assert "Error: crop_video failed" in said
+    assert ["the disk of the tool is gone" in end.errors for end in ends] == [False, True]
 
 
 def test_host_0_is_killed(tmp_path, cache):
@@ -155,7 +158,7 @@ def test_host_0_is_killed(tmp_path, cache):
     ends = hosts.end()
     tell("SIGKILL to host 0", ends)
     assert ends[1].code != 0 and ends[1].seconds < 120
-    assert "host 0 is gone" in ends[1].errors
+    assert "host 0 is gone" in ends[1].errors, ends[1].errors[-6000:]
 
 
 def test_a_reward_that_fails_on_one_host(tmp_path, cache):

@@ -199,6 +199,8 @@ class Watch:
             why = "others did not join" if self._joining else self._lost([0])
             line = f"error on host {self.number}: JAX ended it (see above), for {why}"
             os.write(2, f"{line}\n".encode())
+        else:
+            time.sleep(1.0)  # another thread is about to say why
         os._exit(1)
 
     def _exit(self, code: int) -> NoReturn:
