@@ -83,8 +83,8 @@ CASES = (
     Case("8B", "v5p:2x2x2", "fsdp:8", "tensor:8"),
     Case("8B", "v5p:4x4x4", "fsdp:64", "data:8,tensor:8", ("rl.micro_groups=8",)),
     Case(
-        *("8B", "v5e:4x8", "fsdp:32", "data:4,tensor:8"),
-        ("rl.micro_groups=4", "model.remat_block=6", "optimizer.moments=int8"),
+        *("8B", "v5e:4x8", "fsdp:8,context:4", "data:4,tensor:8"),
+        ("rl.micro_groups=1", "optimizer.moments=int8"),
     ),
     Case(
         *("8B", "v6e:4x4", "fsdp:16", "data:2,tensor:8"),
@@ -97,7 +97,8 @@ CASES = (
     Case("32B", "v5p:4x4x8", "fsdp:64,tensor:2", "data:16,tensor:8", ("rl.micro_groups=8",)),
     Case(
         *("235B-A22B", "v5p:4x8x8", "fsdp:16,expert:4,tensor:4", "data:4,expert:16,tensor:4"),
-        ("rl.micro_groups=8",),
+        # A sub-agent for each of the 64 parts of a batch; else experts would be gathered.
+        ("rl.micro_groups=8", "model.remat_block=2", "agent.subagent_batch=64"),
     ),
     Case(
         *("8B", "v5p:4x4x4", "fsdp:8,context:8", "data:8,tensor:8"),
