@@ -203,6 +203,16 @@ def sharding(mesh: AnyMesh, axes: Sequence[str | None], shape: Sequence[int]) ->
     return NamedSharding(mesh, partition(dict(mesh.shape), axes, shape))
 
 
+def moved_by_layers(x: Array, home: NamedSharding) -> Array:
+    """`split_before_copy`, stacked layers one after the other: where the compiler cannot go from
+    one layout to another by pieces, it makes an array whole, all experts of all layers at once."""
+    if x.ndim < 3 or (home.spec and home.spec[0] is not None):
+        return split_before_copy(x, home)
+    layer = NamedSharding(home.mesh, PartitionSpec(*home.spec[1:]))
+    settle = functools.partial(jax.lax.with_sharding_constraint, shardings=layer)
+    return jax.lax.map(lambda own: settle(split_before_copy(own, layer)), x)
+
+
 def copied_apart(tree: Any, homes: Any) -> Any:
     """Arrays, copied to homes that are on other devices; on several hosts each host copies from
     its own devices to its own."""

@@ -29,8 +29,8 @@ from paravt_jax.mesh import (
     by_width,
     constrain,
     copied_apart,
+    moved_by_layers,
     put_rows,
-    split_before_copy,
 )
 from paravt_jax.patches import FrameRows
 from paravt_jax.pytrees import ArrayLike, pytree
@@ -217,7 +217,7 @@ class Engine:
         """The jitted function that takes weights such as these, or their shapes, to a mesh."""
         homes = self.policy.shardings(prepared, mesh)
         return jax.jit(
-            lambda weights: jax.tree.map(split_before_copy, weights, homes), out_shardings=homes
+            lambda weights: jax.tree.map(moved_by_layers, weights, homes), out_shardings=homes
         )
 
     def metrics(self) -> dict[str, float]:

@@ -106,3 +106,17 @@ def test_a_host_copies_parts_from_its_own_devices_to_its_own(spec):
     assert copied.sharding == home
     for shard in copied.addressable_shards:
         np.testing.assert_array_equal(shard.data, values[shard.index])
+
+
+@pytest.mark.parametrize("spec", [PartitionSpec(None, "expert", None, "tensor"), PartitionSpec()])
+def test_stacked_layers_move_to_another_layout_one_by_one(spec):
+    learner = make_mesh(parse_mesh("fsdp:2,expert:2,tensor:2", 8))
+    rollouts = meshes.reshape_mesh(learner, parse_mesh("data:2,expert:2,tensor:2", 8))
+    values = np.arange(3 * 4 * 8 * 6.0).reshape(3, 4, 8, 6)
+    x = jax.device_put(values, NamedSharding(learner, PartitionSpec(None, "expert", "fsdp")))
+    home = NamedSharding(rollouts, spec)
+    move = jax.jit(lambda x: meshes.moved_by_layers(x, home), out_shardings=home)
+    assert "while" in move.lower(x).as_text()
+    moved = move(x)
+    assert moved.sharding.is_equivalent_to(home, 4)
+    np.testing.assert_array_equal(moved, values)
