@@ -8,6 +8,7 @@ import shutil
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from train import setup
@@ -65,6 +66,17 @@ def model_folder(folder, experts):
     return folder
 
 
+@pytest.fixture(scope="module", autouse=True)
+def nothing_kept():
+    """What was compiled for chips that are not there cannot be read back."""
+    kept = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()
+    yield
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()
+
+
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A run of the model above on a mesh."""
@@ -112,10 +124,10 @@ def test_a_token_moves_hardly_any_weights(config, more):
 
 
 def test_the_hand_over_moves_the_weights_once(config):
-    """Columns of weights that were split eight ways, gathered."""
+    """From rows split eight ways to columns: each device gets its share from the others."""
     found = measure(program(config("fsdp:8"), "hand-over"), tell=print)
-    layers = 2 * 4 * WIDTH * (2 * 2048 + 2 * 1024 + 3 * 4096)
-    assert layers < sum(own.bytes for own in found.cost.collectives.values()) < 2 * layers
+    share = 2 * 4 * WIDTH * (2 * 2048 + 2 * 1024 + 3 * 4096) / 8
+    assert share < sum(own.bytes for own in found.cost.collectives.values()) < 2 * share
 
 
 def test_the_head_is_gathered_once_per_micro_batch(config):
