@@ -47,21 +47,21 @@ class UnusableCount:
         self._limit = limit
         self.seen = self.skipped = 0
 
-    def __call__(self, fault: str) -> bool:
+    def __call__(self, fault: str | None) -> bool:
         """One more conversation, which can be used without a `fault`; whether it can.
 
         Raises:
             ValueError: the share of unusable ones is above the limit.
         """
         self.seen += 1
-        self.skipped += bool(fault)
+        self.skipped += fault is not None
         most = self._limit * max(self.seen, SKIPS_SEEN)
-        if fault and self.skipped > most:
+        if fault is not None and self.skipped > most:
             raise ValueError(
                 f"{self.skipped} of {self.seen} conversations cannot be used, above the share "
                 f"of {self._limit:g} that data.max_rejected allows; the last one: {fault}"
             )
-        return not fault
+        return fault is None
 
 
 class Encoded(NamedTuple):
@@ -70,7 +70,7 @@ class Encoded(NamedTuple):
     drawn: int
     """How many were drawn up to it."""
     example: EncodedConversation | None
-    fault: str = ""
+    fault: str | None = None
     """Why there is no example."""
 
     def room(self) -> dict[str, Any]:
