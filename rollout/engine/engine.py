@@ -126,7 +126,7 @@ class _Loop:
     output: DecodeOutput
 
 
-class Prepared(dict[str, Any]):
+class PreparedWeights(dict[str, Any]):
     """Weights as `Engine.prepare` returns them."""
 
 
@@ -190,7 +190,7 @@ class Engine:
     def prepare(self, params: Params) -> Params:
         """Weights as the functions here read them fastest: cast first, then handed over to the
         engine's mesh, if it has its own: by one program on its devices, or copied to them."""
-        if isinstance(params, Prepared):
+        if isinstance(params, PreparedWeights):
             return dict(params)
         prepared = self.policy.prepare(params)
         if self.mesh is None:
@@ -200,9 +200,9 @@ class Engine:
         self.hand_over_seconds = time.perf_counter() - began
         return handed
 
-    def prepare_ahead(self, params: Params) -> Prepared:
+    def prepare_ahead(self, params: Params) -> PreparedWeights:
         """What `prepare` makes, for a session that another thread will open with it."""
-        return Prepared(self.prepare(params))
+        return PreparedWeights(self.prepare(params))
 
     def _handed_over(self, prepared: Mapping[str, Any], mesh: Mesh) -> Params:
         """The weights on the engine's mesh, whose devices may be others than theirs."""
