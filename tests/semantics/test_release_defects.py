@@ -51,6 +51,7 @@ def scored(trajectory, total):
     return dataclasses.replace(trajectory, rewards={"total": total, "task": total, "anchor": 0.0})
 
 
+@pytest.mark.slow
 def test_a_rollout_that_ends_on_a_tool_response_is_rewarded():
     """R6. Our agent never ends there (`test_rounds_run_out_in_a_forced_answer`), but whoever
     brings such a rollout gets an advantage at each of its generated tokens."""
@@ -147,6 +148,7 @@ def test_a_turn_that_is_spelled_otherwise_stays_as_it_was_drawn():
     assert t.executed == 1
 
 
+@pytest.mark.slow
 def test_what_sub_agents_saw_is_in_the_learners_batch_only_where_they_train():
     """R26. The release gathers the pixels of all crops on every rank and drops them there."""
     made = rollout("look", "red", responses=("r",), subagents=("a", "b")), rollout("no")

@@ -87,6 +87,7 @@ def test_budgets_are_uniform():
         )
 
 
+@pytest.mark.slow
 def test_budgets_differ_between_epochs_and_are_the_same_after_a_restart():
     code = (
         "from pipelines.budget import frame_budget as k;print([k(3,e,'a',range(1,99)) for e in %s])"
@@ -157,6 +158,7 @@ def test_an_error_on_one_host_ends_the_stream_on_all():
     assert one[2] == two[2] == "the disk is gone"
 
 
+@pytest.mark.slow
 def test_a_stream_resumes_at_any_element():
     rows, total = make_rows(7), 20
     prompts, states, items = stream(rows), [], []
@@ -225,6 +227,7 @@ def test_a_mixture_is_a_sequence_of_all_rows():
         stream(Mixture((make_rows(2), []), (1.0, 1.0)))
 
 
+@pytest.mark.slow
 def test_no_prompt_is_longer_than_was_said_beforehand():
     rows = [question.row for question in questions()]
     most = prompt_tokens(renderer(), rows, 8)

@@ -66,6 +66,7 @@ def test_behaviour_weight_multiplies_and_the_cap_drops():
     assert one_token(0.0, 1.0, gap=np.log(6.0), behaviour_cap=None) == pytest.approx(-6.0, rel=1e-6)
 
 
+@pytest.mark.slow
 def test_soft_gate_is_ppo_to_first_order():
     """SAPO: slope 1 at ratio 1 for both signs, and vanishing far away."""
     for advantage in (1.0, -1.0):
@@ -117,6 +118,7 @@ def test_at_the_proximal_policy_the_gradient_is_the_policy_gradient():
     )
 
 
+@pytest.mark.slow
 def test_sequence_ratio_is_the_geometric_mean():
     """GSPO: one ratio and one advantage per row."""
     log_probs = np.log(np.array([[1.1, 1.2, 9.0]], np.float32))
@@ -212,6 +214,7 @@ def test_gradient_through_the_statistics_has_none_along_the_log_ratios():
     assert abs(ratios @ regression_slope(arrays)) > 0.05
 
 
+@pytest.mark.slow
 def test_a_rollout_without_tokens_is_no_part_of_its_group():
     mask = np.ones((3, 2), np.float32)
     mask[2] = 0
