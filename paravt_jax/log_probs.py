@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from paravt_jax.mesh import by_width
+from paravt_jax.mesh import by_width, platform
 from paravt_jax.shaping import Shaper, Shaping, TokenPlaces, within
 from paravt_jax.shared_rows import SharedRows
 
@@ -24,6 +24,8 @@ Head = Callable[[Float[Array, "rows c d"]], Float[Array, "rows c vocab"]]
 UNSHAPED = Shaping()
 CHUNK = 128
 """Positions of a stream whose logits exist at one time, at least 1."""
+LOGITS_ON_CPU = 2**21
+"""Logits of all streams that exist at one time on a CPU, where more of them cost fresh pages."""
 
 
 def preceding(
@@ -52,7 +54,7 @@ def gathered_log_probs(
     temperature: Float[Array, ""] | float,
     budget: int,
     lanes: int = 1,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     shaping: Shaping = UNSHAPED,
 ) -> tuple[Float[Array, "b t"], Float[Array, "b t"]]:
     """Log-probability of each chosen token given those before it, and the entropy there.
@@ -69,15 +71,17 @@ def gathered_log_probs(
       budget: most chosen tokens of a stream (static). Of the streams of a row, chosen tokens beyond
         theirs together are dropped, so the caller must pass a bound.
       lanes: neighbouring streams whose chosen tokens are packed into one row.
-      chunk: positions of a stream whose logits exist at one time.
+      chunk: most positions of a stream whose logits exist at one time; None: as many as suit the
+        device.
       shaping: what shaped the draws besides temperature.
 
     Returns:
       log-probabilities and entropies (no gradient), both 0 where not chosen.
     """
-    packing = Packing.of(chosen, budget, lanes, chunk)
+    vocab = _vocab(head, before)
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(len(before), vocab))
     inputs, targets = packing.pack(before), packing.pack(tokens)
-    shaper = Shaper(shaping, tokens, _vocab(head, inputs), temperature, lanes)
+    shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
     def statistics(own: Array, target: Array, places: TokenPlaces) -> tuple[Array, Array]:
         scores = shaper.tempered(head(own), places)
@@ -105,12 +109,13 @@ class Packing:
 
     @classmethod
     def of(cls, chosen: Bool[Array, "b t"], budget: int, lanes: int, chunk: int) -> Packing:
-        """`lanes` neighbouring streams to a row, room for `budget` tokens of each, `chunk` of each
-        at a time."""
+        """`lanes` neighbouring streams to a row, room for `budget` tokens of each, at most `chunk`
+        of each at a time: as even pieces as there can be."""
         length = chosen.shape[1]
         flat, budget = chosen.reshape(-1, lanes * length), min(budget, length)
-        chunk = min(chunk, budget)
-        room, chunk = -(-budget // chunk) * chunk * lanes, chunk * lanes
+        pieces = -(-budget // chunk)
+        chunk = -(-budget // pieces) * lanes
+        room = pieces * chunk
         index = jax.vmap(lambda row: jnp.nonzero(row, size=room, fill_value=0)[0])(flat)
         counts = jnp.sum(flat, axis=1, dtype=jnp.int32)
         return cls(index.astype(jnp.int32), counts, lanes, length, chunk)
@@ -168,7 +173,7 @@ def teacher_gap(
     temperature: Float[Array, ""] | float,
     budget: int,
     lanes: int = 1,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
     shaping: Shaping = UNSHAPED,
 ) -> Float[Array, "b t"]:
     """By how much a teacher finds each chosen token likelier than the student does.
@@ -187,9 +192,10 @@ def teacher_gap(
     Returns:
       the gap at the chosen tokens, 0 elsewhere.
     """
-    packing = Packing.of(chosen, budget, lanes, chunk)
+    vocab = _vocab(student.head, student.before)
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(len(tokens), vocab))
     ours, theirs = packing.pack(student.before), packing.pack(teacher.before)
-    shaper = Shaper(shaping, tokens, _vocab(student.head, ours), temperature, lanes)
+    shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
     def gap(own: Array, other: Array, target: Array, places: TokenPlaces) -> Array:
         # What the student had said and could say there holds for its teacher too.
@@ -238,6 +244,12 @@ def _token_statistics(
     possible = logits if support is None else jnp.where(support, logits, 0.0)
     entropy = normaliser - jnp.sum(probabilities * possible, axis=-1)
     return picked - normaliser, jax.lax.stop_gradient(entropy)
+
+
+def _chunk(streams: int, vocab: int) -> int:
+    if platform() != "cpu":
+        return CHUNK
+    return min(max(LOGITS_ON_CPU // (streams * vocab), 1), CHUNK)
 
 
 def _vocab(head: Head, inputs: Float[Array, "b c d"]) -> int:

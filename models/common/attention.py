@@ -7,17 +7,20 @@ that XLA compiles (ADR 25).
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from models.common import cudnn, splash
 from models.common.kernels import WHOLE_ROWS, AttentionSplit, Kernels
 from models.common.products import precision
+from paravt_jax.mesh import platform
 from paravt_jax.records import HiddenKeys
 from paravt_jax.shared_rows import SharedRows
 
@@ -35,6 +38,12 @@ TPU's compiler: docs/log.md), and its weights wait in memory for the backward pa
 LOOPS = 2
 """Loops over a long row: each sees the keys before its end, 3/4 of all instead of 1/2. More of them
 would compute less and compile longer."""
+
+IN_TURNS = 2**21
+"""Scores of which a CPU computes those of one head at a time (`_in_turns`)."""
+
+MIXED = "values that attention mixed"
+"""What is kept of attention for the backward pass where its weights are computed again."""
 
 HIDDEN = -1e30
 """Score of an invisible key: finite, so that a row with no visible key gives no NaN."""
@@ -99,7 +108,9 @@ def attend(
         lengths = None if causal else every if key_lengths is None else key_lengths
         return cudnn.attend(query, key, value, lengths=lengths, split=split)
     if causal and key_lengths is None and query.shape[1] > QUERY_CHUNK:
-        return _causal_chunks(query, key, value, segments, hidden_keys)
+        if query.shape[1] > UNROLLED:
+            return _causal_loops(query, key, value, segments, hidden_keys)
+        return _in_turns(_causal_chunks, query, key, value, (segments, hidden_keys))
     limits = key_lengths, segments, hidden_keys
     visible = visibility(query.shape[1], key.shape[1], causal, 0, *limits)
     return reference(query, key, value, visible)
@@ -182,26 +193,56 @@ def _weighed(
     flat = weights.reshape(*grouped.shape[:3], -1).astype(value.dtype)
     mixed = jnp.einsum("bkqs,bksh->bkqh", flat, value, precision=exact)
     mixed = mixed.astype(jnp.float32).reshape(*groups, h)
-    return mixed, largest, jnp.sum(weights, axis=-1)
+    found = mixed, largest, jnp.sum(weights, axis=-1)
+    return checkpoint_name(found, MIXED)
 
 
 def _tokens_first(x: Shaped[Array, "b k g t *h"]) -> Shaped[Array, "b t n *h"]:
     return jnp.moveaxis(x, 3, 1).reshape(x.shape[0], x.shape[3], -1, *x.shape[4:])
 
 
+def _in_turns(
+    attend: Callable[[Array, Array, Array, Any], Array],
+    query: Float[Array, "b t n h"],
+    key: Float[Array, "b t k h"],
+    value: Float[Array, "b t k h"],
+    rows: Any,
+) -> Float[Array, "b t n h"]:
+    """`attend(query, key, value, rows)`, on a CPU row by row and key head by key head, with weights
+    that are computed again in the backward pass. `rows` holds arrays whose first axis is that of
+    the rows, or has as many neighbours for each.
+
+    There, a product of so few numbers as a head has is cheap beside its result: XLA asks the system
+    for all that a program holds anew in each call, and each fresh page costs more than a product
+    that fills it."""
+    (b, t, n, h), k = query.shape, key.shape[2]
+    mesh = jax.sharding.get_abstract_mesh()
+    split = not mesh.empty and mesh.size > 1
+    if split or platform() != "cpu" or b * n * t * t < IN_TURNS:
+        return attend(query, key, value, rows)
+
+    def turns(x: Array) -> Array:
+        """`[b * k, 1, t, heads, h]`"""
+        heads = x.reshape(b, t, k, -1, h).transpose(0, 2, 1, 3, 4)
+        return heads.reshape(b * k, 1, t, -1, h)
+
+    own = jax.tree.map(lambda x: jnp.repeat(x.reshape(b, -1, *x.shape[1:]), k, axis=0), rows)
+    keep = jax.checkpoint_policies.save_only_these_names(MIXED)
+    one = jax.checkpoint(attend, policy=keep)
+    mixed = jax.lax.map(lambda turn: one(*turn), (turns(query), turns(key), turns(value), own))
+    return mixed.reshape(b, k, t, n // k, h).transpose(0, 2, 1, 3, 4).reshape(b, t, n, h)
+
+
 def _causal_chunks(
     query: Array,
     key: Array,
     value: Array,
-    segments: Array | None,
-    hidden_keys: HiddenKeys | None,
+    limits: tuple[Array | None, HiddenKeys | None],
 ) -> Array:
-    if query.shape[1] > UNROLLED:
-        return _causal_loops(query, key, value, segments, hidden_keys)
     chunks = []
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
-        visible = visibility(end - start, end, True, start, None, segments, hidden_keys)
+        visible = visibility(end - start, end, True, start, None, *limits)
         chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
 
@@ -259,6 +300,10 @@ def _shared(
         return shared.out_of_lanes(cudnn.attend(*inputs, lengths=lengths, **layout), slots)
     if slots > UNROLLED:
         return _causal_loops(query, key, value, shared.segments(slots), None, True)
+    return _in_turns(_to_both, query, key, value, shared)
+
+
+def _to_both(query: Array, key: Array, value: Array, shared: SharedRows) -> Array:
     far, near = _to_prompts(query, key, value, shared), _to_streams(query, key, value, shared)
     return merge(far, near).astype(query.dtype)
 

@@ -9,7 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from paravt_jax.log_probs import View, gathered_log_probs, preceding, teacher_gap
+from paravt_jax.log_probs import (
+    LOGITS_ON_CPU,
+    Packing,
+    View,
+    gathered_log_probs,
+    preceding,
+    teacher_gap,
+)
 from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding, split_columns
 from paravt_jax.shaping import DEAD, Shaping
 from paravt_jax.shared_rows import Bounds, SharedRows
@@ -103,6 +110,36 @@ def test_a_mesh_reads_the_head_once_whatever_the_chunks(mesh, vocab):
         np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-4)
     moved = [math.prod(map(int, x.split(","))) for x in COLLECTIVE.findall(compiled.as_text())]
     assert 0 < max(moved) <= ROWS * CHUNK * WIDE < WIDE * vocab / 8
+
+
+@pytest.mark.parametrize(
+    ("budget", "most", "chunk"), [(208, 128, 104), (2048, 128, 128), (5, 9, 5)]
+)
+def test_positions_are_taken_in_even_pieces(budget, most, chunk):
+    packing = Packing.of(jnp.ones((4, 4096), bool), budget, lanes=2, chunk=most)
+    assert packing.chunk == 2 * chunk
+    assert packing.index.shape == (2, 2 * chunk * -(-budget // chunk))
+
+
+def test_logits_of_many_streams_are_few_at_a_time_on_a_cpu():
+    """As many positions as the head takes at once, in the shapes that it is called with."""
+    shapes = set()
+
+    def head(x):
+        shapes.add(x.shape)
+        return jnp.zeros((*x.shape[:2], 1 << 16))
+
+    streams = jnp.zeros((4, 24, 8))
+    gathered_log_probs(
+        streams,
+        jnp.zeros((4, 24), jnp.int32),
+        jnp.ones((4, 24), bool),
+        head,
+        temperature=1,
+        budget=24,
+    )
+    rows, positions, _ = max(shapes)
+    assert rows * positions * (1 << 16) <= LOGITS_ON_CPU
 
 
 def test_nothing_chosen_gives_zeros_and_finite_gradients():

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 from models.common import attention
-from models.common.attention import QUERY_CHUNK, UNROLLED, attend, reference
+from models.common.attention import QUERY_CHUNK, attend, reference
 from models.qwen3_vl import Qwen3VLPolicy
 from paravt_jax.blocks import text_block
 from paravt_jax.mesh import make_mesh, parse_mesh
@@ -220,12 +220,18 @@ def test_penalties_and_truncations_are_those_of_each_stream():
 
 
 @pytest.mark.parametrize(
-    ("own", "unrolled"),
-    [(20, UNROLLED), (QUERY_CHUNK + 30, UNROLLED), (50, 99)],
-    ids=["at once", "in chunks", "in loops"],
+    ("own", "limits"),
+    [
+        (20, {}),
+        (QUERY_CHUNK + 30, {}),
+        (QUERY_CHUNK + 30, {"IN_TURNS": 0}),
+        (50, {"UNROLLED": 99}),
+    ],
+    ids=["at once", "in chunks", "head by head", "in loops"],
 )
-def test_attention_against_the_mask_written_out(own, unrolled, monkeypatch):
-    monkeypatch.setattr(attention, "UNROLLED", unrolled)
+def test_attention_against_the_mask_written_out(own, limits, monkeypatch):
+    for name, limit in limits.items():
+        monkeypatch.setattr(attention, name, limit)
     rng, (shared, slots) = np.random.default_rng(0), shared_rows(24, own)
     query = jnp.asarray(rng.normal(size=(2, slots, 4, 8)), jnp.float32)
     key, value = jnp.asarray(rng.normal(size=(2, 2, slots, 2, 8)), jnp.float32)

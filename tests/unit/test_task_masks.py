@@ -160,11 +160,21 @@ def test_a_table_without_the_tags_is_refused():
         task_masks(*stream("a"), np.ones(1, bool), table)
 
 
-@pytest.mark.parametrize("length", [20, QUERY_CHUNK + 30, 3 * QUERY_CHUNK + 30])
-def test_attention_sees_nothing_that_is_hidden(length, monkeypatch):
-    """Beside causality and segments, all three at once, against the matrix written out; at once, in
-    chunks, and in chunks of loops. So do gradients."""
+@pytest.mark.parametrize(
+    ("length", "scores"),
+    [
+        (20, attention.IN_TURNS),
+        (QUERY_CHUNK + 30, attention.IN_TURNS),
+        (QUERY_CHUNK + 30, 0),
+        (3 * QUERY_CHUNK + 30, attention.IN_TURNS),
+    ],
+    ids=["at once", "in chunks", "head by head", "in chunks of loops"],
+)
+def test_attention_sees_nothing_that_is_hidden(length, scores, monkeypatch):
+    """Beside causality and segments, all three at once, against the matrix written out. So do
+    gradients."""
     monkeypatch.setattr(attention, "UNROLLED", 2 * QUERY_CHUNK)
+    monkeypatch.setattr(attention, "IN_TURNS", scores)
     rng = np.random.default_rng(0)
     query, key, value = jnp.asarray(rng.normal(size=(3, 2, length, 2, 8)), jnp.float32)
     kinds = rng.choice([0, 1, 2], (2, length))
