@@ -141,7 +141,8 @@ def ours(
     held = [TrainState(language, frozen, moments, jnp.zeros((), jnp.int32))]
     batch = dataclasses.replace(batch, structural=np.asarray(batch.loss_weights) > 0)
     batch = jax.tree.map(jnp.asarray, batch)
-    compiled = jax.jit(rl, donate_argnums=0)
+    # Once: what the first step returns is laid out as it was, but jit would compile for it anew.
+    compiled = jax.jit(rl, donate_argnums=0).lower(held[0], batch).compile()
 
     def run() -> None:
         held[0], metrics = compiled(held[0], batch)

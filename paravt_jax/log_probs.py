@@ -24,8 +24,9 @@ Head = Callable[[Float[Array, "rows c d"]], Float[Array, "rows c vocab"]]
 UNSHAPED = Shaping()
 CHUNK = 128
 """Positions of a stream whose logits exist at one time, at least 1."""
-LOGITS_ON_CPU = 2**21
-"""Logits of all streams that exist at one time on a CPU, where more of them cost fresh pages."""
+WIDTHS_ON_CPU = 2
+"""Positions of all streams whose logits exist at one time on a CPU, as a multiple of the head's
+width: more of them cost fresh pages, fewer cost adding up the head's gradient more often."""
 
 
 def preceding(
@@ -79,7 +80,7 @@ def gathered_log_probs(
       log-probabilities and entropies (no gradient), both 0 where not chosen.
     """
     vocab = _vocab(head, before)
-    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(len(before), vocab))
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(before))
     inputs, targets = packing.pack(before), packing.pack(tokens)
     shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
@@ -144,6 +145,8 @@ class Packing:
         shapes = jax.eval_shape(function, *jax.tree.map(lambda x: x[0], cut))
         most = jnp.max(self.counts)
 
+        # What a branch keeps for the backward pass, the head, would be stacked for all chunks.
+        @jax.checkpoint
         def one(_: None, piece: tuple[Array, Any]) -> tuple[None, Any]:
             start, own = piece
             nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
@@ -193,7 +196,7 @@ def teacher_gap(
       the gap at the chosen tokens, 0 elsewhere.
     """
     vocab = _vocab(student.head, student.before)
-    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(len(tokens), vocab))
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(student.before))
     ours, theirs = packing.pack(student.before), packing.pack(teacher.before)
     shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
@@ -246,10 +249,11 @@ def _token_statistics(
     return picked - normaliser, jax.lax.stop_gradient(entropy)
 
 
-def _chunk(streams: int, vocab: int) -> int:
+def _chunk(before: Float[Array, "b t d"]) -> int:
     if platform() != "cpu":
         return CHUNK
-    return min(max(LOGITS_ON_CPU // (streams * vocab), 1), CHUNK)
+    streams, _, width = before.shape
+    return min(max(WIDTHS_ON_CPU * width // streams, 1), CHUNK)
 
 
 def _vocab(head: Head, inputs: Float[Array, "b c d"]) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from paravt_jax.log_probs import (
-    LOGITS_ON_CPU,
     Packing,
     View,
     gathered_log_probs,
@@ -121,25 +120,32 @@ def test_positions_are_taken_in_even_pieces(budget, most, chunk):
     assert packing.index.shape == (2, 2 * chunk * -(-budget // chunk))
 
 
-def test_logits_of_many_streams_are_few_at_a_time_on_a_cpu():
-    """As many positions as the head takes at once, in the shapes that it is called with."""
+def test_a_cpu_takes_as_many_positions_as_twice_the_width():
     shapes = set()
 
     def head(x):
         shapes.add(x.shape)
-        return jnp.zeros((*x.shape[:2], 1 << 16))
+        return jnp.zeros((*x.shape[:2], 99))
 
-    streams = jnp.zeros((4, 24, 8))
-    gathered_log_probs(
-        streams,
-        jnp.zeros((4, 24), jnp.int32),
-        jnp.ones((4, 24), bool),
-        head,
-        temperature=1,
-        budget=24,
-    )
-    rows, positions, _ = max(shapes)
-    assert rows * positions * (1 << 16) <= LOGITS_ON_CPU
+    hidden, tokens = jnp.zeros((4, 24, 8)), jnp.zeros((4, 24), jnp.int32)
+    gathered_log_probs(hidden, tokens, tokens == 0, head, temperature=1.0, budget=24)
+    rows, positions, width = max(shapes)
+    assert rows * positions == 2 * width
+
+
+def test_the_head_is_not_kept_for_each_chunk():
+    """What the backward pass needs of all chunks together is smaller than two heads."""
+    hidden, kernel = jnp.ones((2, 64, 16)), jnp.ones((16, 999))
+    tokens = jnp.zeros((2, 64), jnp.int32)
+
+    def total(hidden, kernel):
+        settings = {"temperature": 1.0, "budget": 64, "chunk": 4}
+        found, _ = gathered_log_probs(hidden, tokens, tokens == 0, lambda x: x @ kernel, **settings)
+        return found.sum()
+
+    text = jax.jit(jax.grad(total, (0, 1))).lower(hidden, kernel).compile().as_text()
+    assert "f32[16,16,999]" not in text and "f32[16,999,16]" not in text
+    assert "f32[16,999]" in text
 
 
 def test_nothing_chosen_gives_zeros_and_finite_gradients():
