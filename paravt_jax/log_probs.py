@@ -72,7 +72,7 @@ def gathered_log_probs(
       budget: most chosen tokens of a stream (static). Of the streams of a row, chosen tokens beyond
         theirs together are dropped, so the caller must pass a bound.
       lanes: neighbouring streams whose chosen tokens are packed into one row.
-      chunk: most positions of a stream whose logits exist at one time; None: as many as suit the
+      chunk: positions of a stream whose logits exist at one time; None: as many as suit the
         device.
       shaping: what shaped the draws besides temperature.
 
@@ -80,7 +80,7 @@ def gathered_log_probs(
       log-probabilities and entropies (no gradient), both 0 where not chosen.
     """
     vocab = _vocab(head, before)
-    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(before))
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(before, budget))
     inputs, targets = packing.pack(before), packing.pack(tokens)
     shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
@@ -110,13 +110,12 @@ class Packing:
 
     @classmethod
     def of(cls, chosen: Bool[Array, "b t"], budget: int, lanes: int, chunk: int) -> Packing:
-        """`lanes` neighbouring streams to a row, room for `budget` tokens of each, at most `chunk`
-        of each at a time: as even pieces as there can be."""
+        """`lanes` neighbouring streams to a row, room for `budget` tokens of each, `chunk` of each
+        at a time."""
         length = chosen.shape[1]
         flat, budget = chosen.reshape(-1, lanes * length), min(budget, length)
-        pieces = -(-budget // chunk)
-        chunk = -(-budget // pieces) * lanes
-        room = pieces * chunk
+        chunk = min(chunk, budget)
+        room, chunk = -(-budget // chunk) * chunk * lanes, chunk * lanes
         index = jax.vmap(lambda row: jnp.nonzero(row, size=room, fill_value=0)[0])(flat)
         counts = jnp.sum(flat, axis=1, dtype=jnp.int32)
         return cls(index.astype(jnp.int32), counts, lanes, length, chunk)
@@ -196,7 +195,7 @@ def teacher_gap(
       the gap at the chosen tokens, 0 elsewhere.
     """
     vocab = _vocab(student.head, student.before)
-    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(student.before))
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(student.before, budget))
     ours, theirs = packing.pack(student.before), packing.pack(teacher.before)
     shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
@@ -249,11 +248,14 @@ def _token_statistics(
     return picked - normaliser, jax.lax.stop_gradient(entropy)
 
 
-def _chunk(before: Float[Array, "b t d"]) -> int:
+def _chunk(before: Float[Array, "b t d"], budget: int) -> int:
+    """Positions of a stream at a time: on a CPU in even pieces, elsewhere what fills a tile."""
     if platform() != "cpu":
         return CHUNK
-    streams, _, width = before.shape
-    return min(max(WIDTHS_ON_CPU * width // streams, 1), CHUNK)
+    streams, length, width = before.shape
+    most = min(max(WIDTHS_ON_CPU * width // streams, 1), CHUNK)
+    budget = min(budget, length)
+    return -(-budget // -(-budget // most))
 
 
 def _vocab(head: Head, inputs: Float[Array, "b c d"]) -> int:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 
 from paravt_jax.log_probs import (
-    Packing,
     View,
     gathered_log_probs,
     preceding,
@@ -111,16 +110,8 @@ def test_a_mesh_reads_the_head_once_whatever_the_chunks(mesh, vocab):
     assert 0 < max(moved) <= ROWS * CHUNK * WIDE < WIDE * vocab / 8
 
 
-@pytest.mark.parametrize(
-    ("budget", "most", "chunk"), [(208, 128, 104), (2048, 128, 128), (5, 9, 5)]
-)
-def test_positions_are_taken_in_even_pieces(budget, most, chunk):
-    packing = Packing.of(jnp.ones((4, 4096), bool), budget, lanes=2, chunk=most)
-    assert packing.chunk == 2 * chunk
-    assert packing.index.shape == (2, 2 * chunk * -(-budget // chunk))
-
-
-def test_a_cpu_takes_as_many_positions_as_twice_the_width():
+@pytest.mark.parametrize(("budget", "positions"), [(24, 4), (9, 3), (3, 3), (999, 4)])
+def test_a_cpu_takes_even_pieces_of_at_most_twice_the_width(budget, positions):
     shapes = set()
 
     def head(x):
@@ -128,9 +119,8 @@ def test_a_cpu_takes_as_many_positions_as_twice_the_width():
         return jnp.zeros((*x.shape[:2], 99))
 
     hidden, tokens = jnp.zeros((4, 24, 8)), jnp.zeros((4, 24), jnp.int32)
-    gathered_log_probs(hidden, tokens, tokens == 0, head, temperature=1.0, budget=24)
-    rows, positions, width = max(shapes)
-    assert rows * positions == 2 * width
+    gathered_log_probs(hidden, tokens, tokens == 0, head, temperature=1.0, budget=budget)
+    assert max(shapes) == (4, positions, 8)
 
 
 def test_the_head_is_not_kept_for_each_chunk():
