@@ -24,9 +24,11 @@ Head = Callable[[Float[Array, "rows c d"]], Float[Array, "rows c vocab"]]
 UNSHAPED = Shaping()
 CHUNK = 128
 """Positions of a stream whose logits exist at one time, at least 1."""
+LOGITS_ON_CPU = 2**21
+"""Logits of all streams that exist at one time on a CPU: more of them cost fresh pages."""
 WIDTHS_ON_CPU = 2
-"""Positions of all streams whose logits exist at one time on a CPU, as a multiple of the head's
-width: more of them cost fresh pages, fewer cost adding up the head's gradient more often."""
+"""Fewest positions of all streams there, as a multiple of the head's width: with fewer, adding up
+its gradient costs more than logits do."""
 
 
 def preceding(
@@ -80,7 +82,7 @@ def gathered_log_probs(
       log-probabilities and entropies (no gradient), both 0 where not chosen.
     """
     vocab = _vocab(head, before)
-    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(before, budget))
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(before, budget, vocab))
     inputs, targets = packing.pack(before), packing.pack(tokens)
     shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
@@ -195,7 +197,7 @@ def teacher_gap(
       the gap at the chosen tokens, 0 elsewhere.
     """
     vocab = _vocab(student.head, student.before)
-    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(student.before, budget))
+    packing = Packing.of(chosen, budget, lanes, chunk or _chunk(student.before, budget, vocab))
     ours, theirs = packing.pack(student.before), packing.pack(teacher.before)
     shaper = Shaper(shaping, tokens, vocab, temperature, lanes)
 
@@ -248,13 +250,13 @@ def _token_statistics(
     return picked - normaliser, jax.lax.stop_gradient(entropy)
 
 
-def _chunk(before: Float[Array, "b t d"], budget: int) -> int:
+def _chunk(before: Float[Array, "b t d"], budget: int, vocab: int) -> int:
     """Positions of a stream at a time: on a CPU in even pieces, elsewhere what fills a tile."""
     if platform() != "cpu":
         return CHUNK
     streams, length, width = before.shape
-    most = min(max(WIDTHS_ON_CPU * width // streams, 1), CHUNK)
-    budget = min(budget, length)
+    together = max(LOGITS_ON_CPU // vocab, WIDTHS_ON_CPU * width)
+    most, budget = min(max(together // streams, 1), CHUNK), min(budget, length)
     return -(-budget // -(-budget // most))
 
 

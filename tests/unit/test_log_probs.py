@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from paravt_jax import log_probs
 from paravt_jax.log_probs import (
     View,
     gathered_log_probs,
@@ -110,8 +111,13 @@ def test_a_mesh_reads_the_head_once_whatever_the_chunks(mesh, vocab):
     assert 0 < max(moved) <= ROWS * CHUNK * WIDE < WIDE * vocab / 8
 
 
-@pytest.mark.parametrize(("budget", "positions"), [(24, 4), (9, 3), (3, 3), (999, 4)])
-def test_a_cpu_takes_even_pieces_of_at_most_twice_the_width(budget, positions):
+@pytest.mark.parametrize(
+    ("budget", "logits", "positions"),
+    [(24, 0, 4), (9, 0, 3), (3, 0, 3), (999, 0, 4), (24, 4 * 99 * 6, 6), (24, 4 * 99 * 11, 8)],
+)
+def test_a_cpu_takes_even_pieces_of_few_logits(budget, logits, positions, monkeypatch):
+    """At least twice the width, of all streams together."""
+    monkeypatch.setattr(log_probs, "LOGITS_ON_CPU", logits)
     shapes = set()
 
     def head(x):
