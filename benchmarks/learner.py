@@ -141,7 +141,7 @@ def ours(
     held = [TrainState(language, frozen, moments, jnp.zeros((), jnp.int32))]
     batch = dataclasses.replace(batch, structural=np.asarray(batch.loss_weights) > 0)
     batch = jax.tree.map(jnp.asarray, batch)
-    # Once: what the first step returns is laid out as it was, but jit would compile for it anew.
+    # Once: what a step returns is committed to its device, and for that jit would compile anew.
     compiled = jax.jit(rl, donate_argnums=0).lower(held[0], batch).compile()
 
     def run() -> None:

@@ -10,12 +10,7 @@ import numpy as np
 import pytest
 
 from paravt_jax import log_probs
-from paravt_jax.log_probs import (
-    View,
-    gathered_log_probs,
-    preceding,
-    teacher_gap,
-)
+from paravt_jax.log_probs import View, gathered_log_probs, preceding, teacher_gap
 from paravt_jax.mesh import constrain, make_mesh, parse_mesh, sharding, split_columns
 from paravt_jax.shaping import DEAD, Shaping
 from paravt_jax.shared_rows import Bounds, SharedRows
@@ -130,7 +125,7 @@ def test_a_cpu_takes_even_pieces_of_few_logits(budget, logits, positions, monkey
 
 
 def test_the_head_is_not_kept_for_each_chunk():
-    """What the backward pass needs of all chunks together is smaller than two heads."""
+    """There is no array of one head for each of the 16 chunks."""
     hidden, kernel = jnp.ones((2, 64, 16)), jnp.ones((16, 999))
     tokens = jnp.zeros((2, 64), jnp.int32)
 

@@ -130,8 +130,9 @@ def shared_by_groups(policy: Qwen3VLPolicy, kind: str):
     return learned(policy, initialise(policy.table, jax.random.key(0)), batch)
 
 
-def assert_same(ours, theirs, rtol: float = 1e-5) -> None:
+def assert_same(ours, theirs) -> None:
     """Metrics, and gradients by their norms."""
+    rtol = 1e-5
     for name, value in theirs[0].items():
         assert ours[0][name] == pytest.approx(value, rel=rtol, abs=2e-6), name
     for name, slope in theirs[1].items():
@@ -193,33 +194,31 @@ def test_any_number_of_streams_to_a_row_gives_the_same(per_row, unit, view):
     assert_same(parts, shared_by_groups(SPARSE, "frames"))
 
 
-MESHES = [f"{axis}:2" for axis in AXES]
-MESHES += [f"{one}:2,{other}:2" for one, other in itertools.combinations(AXES, 2)]
-
-
-@pytest.mark.study
-@pytest.mark.parametrize("layout", MESHES)
-def test_each_axis_and_every_two_change_nothing(layout):
-    params = initialise(SPARSE.table, jax.random.key(0))
-    streams = streams_of("frames", SPARSE.config.vision.patch_values)
+def learned_on(layout: str, policy: Qwen3VLPolicy):
+    """What a step learns where each group is one row, on a mesh."""
+    params = initialise(policy.table, jax.random.key(0))
+    streams = streams_of("frames", policy.config.vision.patch_values)
     batch = with_values(shared(streams, GROUP), streams)
     count = 2 ** layout.count(":")
     mesh = make_mesh(parse_mesh(layout, count), jax.devices()[:count])
     with jax.set_mesh(mesh):
-        split = jax.device_put(params, param_shardings(SPARSE.table, mesh))
-        spread = learned(SPARSE, split, to_mesh(batch, mesh))
-    assert_same(spread, shared_by_groups(SPARSE, "frames"))
+        split = jax.device_put(params, param_shardings(policy.table, mesh))
+        return learned(policy, split, to_mesh(batch, mesh))
+
+
+LAYOUTS = [f"{axis}:2" for axis in AXES]
+LAYOUTS += [f"{one}:2,{other}:2" for one, other in itertools.combinations(AXES, 2)]
+
+
+@pytest.mark.study
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_axis_and_every_two_change_nothing(layout):
+    assert_same(learned_on(layout, SPARSE), shared_by_groups(SPARSE, "frames"))
 
 
 def test_a_mesh_changes_nothing():
-    params = initialise(QWEN.table, jax.random.key(0))
-    streams = streams_of("frames", QWEN.config.vision.patch_values)
-    batch = with_values(shared(streams, 2), streams)
-    mesh = make_mesh(parse_mesh("data:2,fsdp:2,tensor:2", 8))
-    with jax.set_mesh(mesh):
-        split = jax.device_put(params, param_shardings(QWEN.table, mesh))
-        spread = learned(QWEN, split, to_mesh(batch, mesh))
-    assert_same(spread, shared_by_groups(QWEN, "frames"), rtol=1e-5)
+    spread = learned_on("data:2,fsdp:2,tensor:2", QWEN)
+    assert_same(spread, shared_by_groups(QWEN, "frames"))
 
 
 def test_penalties_and_truncations_are_those_of_each_stream():
