@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import random
-import time
 from pathlib import Path
 
 import pytest
@@ -30,18 +29,15 @@ def test_after_the_warm_up_no_request_compiles_anything(asked):
 
 
 def test_many_clients_at_once_and_a_hundred_that_hang_up():
-    """What `benchmarks/serve.py` measures of a real server, of the tiny model without sockets."""
+    """Of the tiny model without sockets; `benchmarks/serve.py` times a real server."""
     server = Server(tiny_model(), None, rows=32, queue=64, max_tokens=96, prompt_tokens=256)
     words = [f"What is number {number}?" for number in range(32)]
     drawn = [{"temperature": 1.0, "seed": n} if n % 2 else {} for n in range(32)]
     requests = [asking(text, max_tokens=96, **own) for text, own in zip(words, drawn, strict=True)]
     server.together(*requests)  # compiles
     server.together(requests[0])
-    began = time.perf_counter()
     alone = [server.together(request)[0] for request in requests]
-    middle = time.perf_counter()
     many = server.together(*requests)
-    ratio = (middle - began) / (time.perf_counter() - middle)
     assert [one.choices for one in alone] == [other.choices for other in many]
     body, memory, dice = {**PLAIN, "max_tokens": 96, "n": 4, "stream": True}, [], random.Random(0)
     for _ in range(4):
@@ -49,8 +45,8 @@ def test_many_clients_at_once_and_a_hundred_that_hang_up():
             asyncio.run(visit(server, body, dice.uniform(0, 0.05)))
         assert server.idle()
         memory.append(resident())
-    print(f"32 clients: {ratio:.1f} times one; resident MiB per 25 killed: {memory}")
-    assert ratio > 5 and memory[-1] - memory[0] < 2
+    print(f"resident MiB per 25 killed: {memory}")
+    assert memory[-1] - memory[0] < 2
 
 
 def resident() -> float:

@@ -272,11 +272,11 @@ def test_hosts_that_do_not_come_are_waited_for_so_long(listens, joined, monkeypa
             server.listen()
         setenv(monkeypatch, BY_HAND | {"JAX_COORDINATOR_ADDRESS": address})
         monkeypatch.setattr(joining, "DEFAULT_SECONDS", 0.3)
-        monkeypatch.setattr(jax.distributed, "initialize", lambda **given: time.sleep(5))
+        monkeypatch.setattr(jax.distributed, "initialize", lambda **given: time.sleep(60))
         began = time.monotonic()
         with pytest.raises(ValueError, match="host 1 of 2: the others did not join") as told:
             cluster.start()
-    assert time.monotonic() - began < 4
+    assert time.monotonic() - began < 30
     assert (f"nothing listens at {address}" in str(told.value)) != listens
 
 

@@ -97,7 +97,7 @@ def prompt(first: int) -> Prompt:
 
 
 def settle(holds) -> None:
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60
     while not holds():
         assert time.monotonic() < limit
         time.sleep(0.005)
@@ -162,7 +162,7 @@ def test_what_nobody_asks_for_any_more_is_dropped(three):
 
 def test_a_host_that_has_gone_is_noticed(three, lost):
     end(three[2])
-    limit = time.monotonic() + 5
+    limit = time.monotonic() + 60
     while lost.count(2) < 2 and time.monotonic() < limit:
         time.sleep(0.01)
     assert lost.count(2) == 2, "both others notice"

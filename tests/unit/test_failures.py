@@ -187,7 +187,7 @@ def test_a_failed_run_says_how_to_go_on_with_what_it_saved(tmp_path, capsys):
         (0, lambda workdir: 1 / 0, ""),
         (1, lambda workdir: workdir / "report", "the page of the run: {}/report"),
         (1, lambda workdir: 1 / 0, "note: the page of the run could not be written: division"),
-        (1, lambda workdir: time.sleep(9), "could not be written: took longer than 0.1 seconds"),
+        (1, lambda workdir: time.sleep(60), "could not be written: took longer than 0.1 seconds"),
     ],
 )
 def test_a_failed_run_leaves_its_page_and_nothing_in_the_way(
@@ -201,7 +201,7 @@ def test_a_failed_run_leaves_its_page_and_nothing_in_the_way(
     failed.log = types.SimpleNamespace(console=Console(soft_wrap=True))
     began = time.monotonic()
     failed.leave_page()
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 30
     told = capsys.readouterr().out
     assert said.format(tmp_path) in told and bool(told) == bool(said)
 

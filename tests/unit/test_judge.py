@@ -61,10 +61,10 @@ def test_a_judge_that_hangs_costs_its_time_limit(serve, pause):
     judge = open_judge(service.settings(timeout=0.3, retries=1))
     began = time.monotonic()
     assert judged(judge) == pytest.approx(F1)
-    assert 0.6 <= time.monotonic() - began < 2.0
+    assert 0.6 <= time.monotonic() - began < 8.0
     found = judge.metrics()
     assert (found["judge/calls"], found["judge/failures"]) == (2.0, 1.0)
-    assert 0.6 <= found["judge/seconds"] < 2.0
+    assert 0.6 <= found["judge/seconds"] < 8.0
 
 
 def test_nobody_listens(serve):

@@ -223,10 +223,10 @@ def test_a_file_that_hangs_holds_up_one_request_for_its_time(clip_file, monkeypa
     monkeypatch.setattr(video, "probe", hanging)
     reader, stuck = VideoReader(decode_seconds=0.5), VideoRef("/mnt/stuck.mp4", 4.0)
     began = time.monotonic()
-    for _ in range(3):
+    for _ in range(40):  # twenty seconds, if each waited
         with pytest.raises(UnreadableVideo, match=r"stuck\.mp4: decoding takes longer"):
             reader.overview(stuck, 4)
-    assert 0.5 <= time.monotonic() - began < 1.4
+    assert 0.5 <= time.monotonic() - began < 15
     assert len(reader.overview(clip_file, 4).times) == 4
     assert tries == [stuck.path, clip_file.path]
     release.set()
