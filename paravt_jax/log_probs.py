@@ -235,11 +235,14 @@ def _gap(
 
 
 def _token_statistics(
-    logits: Float[Array, "b c vocab"],
-    targets: Int[Array, "b c"],
-    support: Bool[Array, "b c vocab"] | None,
-) -> tuple[Float[Array, "b c"], Float[Array, "b c"]]:
+    logits: Float[Array, "*b vocab"],
+    targets: Int[Array, "*b"],
+    support: Bool[Array, "*b vocab"] | None,
+) -> tuple[Float[Array, "*b"], Float[Array, "*b"]]:
     """Log-probabilities of the targets, which are in the support, and entropies."""
+    if len(logits) == 1:  # an axis of one makes sums slow: `models.common.products.without_ones`
+        found = _token_statistics(logits[0], targets[0], None if support is None else support[0])
+        return found[0][None], found[1][None]
     logits = within(support, logits)
     normaliser = jax.nn.logsumexp(logits, axis=-1)
     picked = jnp.take_along_axis(logits, targets[..., None], axis=-1)[..., 0]

@@ -47,6 +47,13 @@ def flat_rows(x: Float[Array, "*b i"]) -> Float[Array, "*rows i"]:
     return x if splits_tokens() else x.reshape(-1, x.shape[-1])
 
 
+def without_ones(x: Float[Array, "*b i"]) -> Float[Array, "*rows i"]:
+    """Without leading axes of one, along which YNNPACK, XLA's on CPUs, sums ten times slower."""
+    while x.ndim > 1 and x.shape[0] == 1:
+        x = x[0]
+    return x
+
+
 def multiply(
     x: Float[Array, "*n i"], kernel: Float[Array, "i o"], axes: Axes, wide: bool, out: Any = None
 ) -> Float[Array, "*n o"]:
