@@ -167,31 +167,70 @@ def reference(
     Weights are normalised after they mixed the values: that touches `h` numbers per query
     instead of `s`, which halves the time of the backward pass on CPU.
     """
+    return _normalised(query, _tokens_last(key), value, visible)
+
+
+@jax.custom_vjp
+def _scores(
+    query: Float[Array, "b k q h"], key: Float[Array, "b k h s"], told: Bool[Array, "b s"] | None
+) -> Float[Array, "b k q s"]:
+    """Products of queries and keys; those of keys that are not told are `HIDDEN`.
+
+    The product itself hides them, by one more dimension: a mask takes passes over all scores. And
+    the gradient of keys is a product of rows as they are: JAX's own reads scores by columns, which
+    takes a CPU four times as long."""
+    if told is not None:
+        bias = jnp.where(told, 0, HIDDEN).astype(key.dtype)[:, None, None]
+        key = jnp.concatenate([key, jnp.broadcast_to(bias, (*key.shape[:2], 1, key.shape[3]))], 2)
+        query = jnp.concatenate([query, jnp.ones((*query.shape[:3], 1), query.dtype)], 3)
+    return jnp.einsum("bkqh,bkhs->bkqs", query, key, precision=precision(query.dtype))
+
+
+def _scores_forward(query: Array, key: Array, told: Array | None) -> tuple[Array, Any]:
+    return _scores(query, key, told), (query, key)
+
+
+def _scores_backward(saved: tuple[Array, Array], slope: Array) -> tuple[Array, Array, None]:
+    query, key = saved
+    product = functools.partial(jnp.einsum, precision=precision(query.dtype))
+    return product("bkqs,bkhs->bkqh", slope, key), product("bkqh,bkqs->bkhs", query, slope), None
+
+
+_scores.defvjp(_scores_forward, _scores_backward)
+
+
+def _tokens_last(key: Float[Array, "b s k h"]) -> Float[Array, "b k h s"]:
+    """Keys as `_scores` multiplies them."""
+    return key.transpose(0, 2, 3, 1)
+
+
+def _normalised(query: Array, key: Array, value: Array, visible: Array | None) -> Array:
     mixed, _, total = _weighed(query, key, value, visible)
     return _tokens_first(mixed / total[..., None]).astype(query.dtype)
 
 
 def _weighed(
     query: Float[Array, "b t n h"],
-    key: Float[Array, "b s k h"],
+    key: Float[Array, "b k h s"],
     value: Float[Array, "b s k h"],
     visible: Bool[Array, "#b #t s"] | None,
+    told: Bool[Array, "b s"] | None = None,
 ) -> tuple[Float[Array, "b k g t h"], Float[Array, "b k g t"], Float[Array, "b k g t"]]:
     """Values mixed with weights `exp(score - largest)`, the largest score of each query, and the
     sum of its weights; float32."""
-    (b, t, n, h), k = query.shape, key.shape[2]
+    (b, t, n, h), k = query.shape, key.shape[1]
     exact, groups = precision(query.dtype), (b, k, n // k, t)
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
-    key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-    scores = jnp.einsum("bkqh,bksh->bkqs", grouped, key, precision=exact)
-    scores = scores.reshape(*groups, -1).astype(jnp.float32) * h**-0.5
+    # A pass over queries is shorter than one over scores, but would round them to bfloat16 again.
+    early, late = (h**-0.5, 1.0) if query.dtype == jnp.float32 else (1.0, h**-0.5)
+    scores = _scores(grouped * early, key, told).reshape(*groups, -1).astype(jnp.float32) * late
     if visible is not None:
         scores = jnp.where(visible[:, None, None], scores, HIDDEN)
     # Any number would do: it has no gradient.
-    largest = jax.lax.stop_gradient(jnp.max(scores, axis=-1))
+    largest = checkpoint_name(jax.lax.stop_gradient(jnp.max(scores, axis=-1)), MIXED)
     weights = jnp.exp(scores - largest[..., None])
     flat = weights.reshape(*grouped.shape[:3], -1).astype(value.dtype)
-    mixed = jnp.einsum("bkqs,bksh->bkqh", flat, value, precision=exact)
+    mixed = jnp.einsum("bkqs,bksh->bkqh", flat, value.swapaxes(1, 2), precision=exact)
     mixed = mixed.astype(jnp.float32).reshape(*groups, h)
     found = mixed, largest, jnp.sum(weights, axis=-1)
     return checkpoint_name(found, MIXED)
@@ -239,11 +278,11 @@ def _causal_chunks(
     value: Array,
     limits: tuple[Array | None, HiddenKeys | None],
 ) -> Array:
-    chunks = []
+    chunks, key = [], _tokens_last(key)
     for start in range(0, query.shape[1], QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, query.shape[1])
         visible = visibility(end - start, end, True, start, None, *limits)
-        chunks.append(reference(query[:, start:end], key[:, :end], value[:, :end], visible))
+        chunks.append(_normalised(query[:, start:end], key[..., :end], value[:, :end], visible))
     return jnp.concatenate(chunks, axis=1)
 
 
@@ -264,6 +303,7 @@ def _causal_loops(
         tokens,
     )
     chunks = query.reshape(b, count, QUERY_CHUNK, *query.shape[2:]).swapaxes(0, 1)
+    keys = _tokens_last(key)
 
     def loop(numbers: np.ndarray) -> Array:
         end = (int(numbers[-1]) + 1) * QUERY_CHUNK
@@ -272,7 +312,7 @@ def _causal_loops(
         def chunk(number_and_query: tuple[Array, Array]) -> Array:
             first, query = number_and_query[0] * QUERY_CHUNK, number_and_query[1]
             visible = visibility(QUERY_CHUNK, end, True, first, None, segments, hidden_keys, shared)
-            return reference(query, key[:, :end], value[:, :end], visible)
+            return _normalised(query, keys[..., :end], value[:, :end], visible)
 
         return jax.lax.map(chunk, (jnp.asarray(numbers), chunks[numbers[0] : numbers[-1] + 1]))
 
@@ -312,15 +352,15 @@ def _to_prompts(query: Array, key: Array, value: Array, shared: SharedRows) -> P
     """Attention of all tokens to their prompts: those of streams meet one copy of the keys, many of
     them in one product."""
     slots, start, parts = query.shape[1], 0, []
-    prompt = min(shared.bounds.prompt, slots)
-    told = (shared.segments(slots)[:, :prompt] == 0)[:, None]
+    prompt, key = min(shared.bounds.prompt, slots), _tokens_last(key)
+    told = shared.segments(slots)[:, :prompt] == 0
     while start < slots:
         within = start < prompt
         end = min(start + QUERY_CHUNK, prompt) if within else min(start + STREAM_CHUNK, slots)
         keys = min(end, prompt)
         causal = visibility(end - start, keys, within, start)
-        seen = told[..., :keys] if causal is None else told[..., :keys] & causal
-        parts.append(_weighed(query[:, start:end], key[:, :keys], value[:, :keys], seen))
+        seen = query[:, start:end], key[..., :keys], value[:, :keys], causal, told[:, :keys]
+        parts.append(_weighed(*seen))
         start = end
     return _joined(parts)
 
@@ -330,10 +370,11 @@ def _to_streams(query: Array, key: Array, value: Array, shared: SharedRows) -> P
     where a prompt stands."""
     slots, own, parts = query.shape[1], shared.bounds.own, []
     query, key, value = (shared.streams(x) for x in (query, key, value))
+    key = _tokens_last(key)
     for start in range(0, own, QUERY_CHUNK):
         end = min(start + QUERY_CHUNK, own)
         visible = visibility(end - start, end, True, start)
-        parts.append(_weighed(query[:, start:end], key[:, :end], value[:, :end], visible))
+        parts.append(_weighed(query[:, start:end], key[..., :end], value[:, :end], visible))
     mixed, largest, total = _joined(parts)
     back = shared.in_rows(mixed, slots), shared.in_rows(total, slots)
     return back[0], shared.in_rows(largest, slots, HIDDEN), back[1]
