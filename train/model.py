@@ -37,12 +37,14 @@ class ModelSettings(Settings):
     frozen: tuple[Part, ...] = ()
     """Parts that do not train, and have neither gradients nor moments (`paravt_jax.parts`)."""
     remat: Annotated[bool, Mark.SAME_RESULTS] = False
-    """Recompute each layer in the backward pass to save memory."""
+    """Recompute each layer in the backward pass to save memory. A CPU recomputes what stands
+    between `projections` anyway, as it is faster there."""
     remat_keeps: Annotated[Literal["nothing", "projections", "products"], Mark.SAME_RESULTS] = (
         "nothing"
     )
     """What a recomputed layer keeps besides its input: `nothing`; the results of `projections`,
-    products with weights; or of all `products`, attention scores too."""
+    products with weights, and what plain attention mixed; or of all `products`, attention scores
+    too."""
     remat_block: Annotated[int, at_least(1), Mark.SAME_RESULTS] = 1
     """Layers of which the input of the first alone waits for the backward pass, which computes the
     others a second time more: a forward pass for most of that memory."""

@@ -17,6 +17,7 @@ import numpy as np
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
+from models.common.attention import MIXED
 from models.common.products import (
     Weighted,
     add_bias,
@@ -24,9 +25,10 @@ from models.common.products import (
     flat_rows,
     multiply,
     precision,
+    without_ones,
 )
 from paravt_jax.lora import NO_LORA, LoraConfig
-from paravt_jax.mesh import splits_tokens
+from paravt_jax.mesh import platform, splits_tokens
 from paravt_jax.params import Constant, HfLayout, Initialiser, Uniform, declare
 
 ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -38,8 +40,11 @@ ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
 
 KEPT = {
     "nothing": None,
-    # Those of queries, keys and values with one another have batch dimensions.
-    "projections": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    # Products of queries, keys and values with one another have batch dimensions.
+    "projections": jax.checkpoint_policies.save_from_both_policies(
+        jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+        jax.checkpoint_policies.save_only_these_names(MIXED),
+    ),
     "products": jax.checkpoint_policies.dots_saveable,
 }
 """What recomputed layers keep for the backward pass besides their inputs."""
@@ -55,6 +60,10 @@ class Remat:
     """Layers whose inputs wait for it together: only the first one's does, and the others are
     computed again, once more, when it reaches them (Chen et al., 2016, arXiv 1604.06174)."""
 
+
+ON_CPU = Remat("projections")
+"""What a CPU computes again unless told otherwise: all that lies between products, which takes less
+time than writing it to fresh pages of memory and reading it back (docs/log.md)."""
 
 SMALL_TABLE = 2048
 """Up to this many rows, the gradient of a lookup is a product with one-hot rows."""
@@ -137,9 +146,10 @@ class RMSNorm(nnx.Module):
         self.scale = declare((width,), ("norm",), Constant(1.0), f"{hf}.weight")
 
     def __call__(self, x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-        y = x.astype(jnp.float32)
+        y = without_ones(x).astype(jnp.float32)
         y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (along_last(self.scale[...].astype(jnp.float32), y) * y).astype(x.dtype)
+        y = along_last(self.scale[...].astype(jnp.float32), y) * y
+        return y.astype(x.dtype).reshape(x.shape)
 
 
 class LayerNorm(nnx.Module):
@@ -172,9 +182,9 @@ def scan_layers(
     """`carry, y = step(layer, carry, x)` over the layers of a stacked module, by `jax.lax.scan`.
 
     `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
-    backward pass, but for those that it names. With `unroll`, the layers are compiled
-    one by one, which makes the layer number a constant. Layers that were unstacked
-    (`unstack_layers`) are compiled one by one anyway.
+    backward pass, but for those that it names; without, a CPU does as `ON_CPU` says. With
+    `unroll`, the layers are compiled one by one, which makes the layer number a constant. Layers
+    that were unstacked (`unstack_layers`) are compiled one by one anyway.
     """
     graphdef, state = nnx.split(stacked)
     state = jax.tree.map(lambda weights: weights[rows], state, is_leaf=_is_unstacked)
@@ -185,6 +195,8 @@ def scan_layers(
         state, x = state_and_x
         return step(nnx.merge(graphdef, state), carry, x)
 
+    if remat is None and platform() == "cpu":
+        remat = ON_CPU
     if remat is not None:
         body = jax.checkpoint(body, policy=KEPT[remat.keeps])
         if remat.block > 1:
