@@ -45,7 +45,6 @@ from train.rl.batches import LENGTH_UNIT
 from train.rl.scoring import Scorer
 from train.rl.settings import staleness_note
 from train.settings.override import to_dict
-from train.sft.conversations import open_conversations
 from train.state import trainable_names
 from train.workdir.checkpoints import check_resume
 from train.workdir.config_file import (
@@ -454,7 +453,7 @@ def describe_data(parts: setup.Parts) -> list[Row]:
     """Print what `--data` and what is mixed with it hold; returns the questions."""
     config = parts.config
     if config.packs_conversations:
-        data = open_conversations(config.data, parts.renderer)
+        data = parts.conversations()
         notes = setup.system_notes(config, data.rows)
         print(describe_conversations(data), *notes, sep="\n")
         try_media(config, data, "data.max_rejected")

@@ -142,7 +142,12 @@ class Run:
         self.config, self.workdir = config, workdir
         self.mesh, self.compilations = mesh, compilations
         self.parts, self.scorer = setup.Parts(config), Scorer(config.rewards)
-        self.rows, self.held_out = ([], []) if config.packs_conversations else self._questions()
+        self.rows, self.held_out, self.conversations = [], [], None
+        # Either is read before weights are, for it may be refused.
+        if config.packs_conversations:
+            self.conversations = on_all_hosts(self.parts.conversations)
+        else:
+            self.rows, self.held_out = self._questions()
         # All hosts have agreed on the questions; from here on there is something to write.
         self.lock = on_all_hosts(lambda: WorkdirLock(workdir) if is_first() else None)
         self.optimizer = make_optimizer(
@@ -362,9 +367,9 @@ class Run:
     def _sft_data(self) -> SftData:
         """Tasks of the needle world, or conversations of `--data` from where the last checkpoint
         left them."""
-        if not self.config.packs_conversations:
+        if self.conversations is None:
             return self.parts.task_data()
-        data, notes = self.parts.packed_data()
+        data, notes = self.parts.packed_data(self.conversations)
         for line in notes:
             self.log.console.print(line)
         if self.data_state is not None:

@@ -28,6 +28,7 @@ from paravt_jax.protocol import call_syntax
 from paravt_jax.records import Conversation, Row
 from paravt_jax.structure import TagTable, tag_table
 from pipelines.conversation import is_system
+from pipelines.datasets import Found
 from pipelines.loader import PromptStream, prompt_stream
 from pipelines.needle.traces import GROUNDING_TEXTS, NEEDLE_TEXTS
 from pipelines.preprocess import FrameSpec
@@ -272,10 +273,13 @@ class Parts:
             masking = TaskMasking(sft.task_masks, self.config.seed, self.tags, sft.mask_predictor)
         return TaskData(sft, self.sources(), self.renderer.pad_id, masking)
 
-    def packed_data(self) -> tuple[PackedData, list[str]]:
-        """Packed conversations of `--data`, and what a user should know of them."""
+    def conversations(self) -> Found[Conversation]:
+        """The conversations of `--data`, read and checked."""
+        return open_conversations(self.config.data, self.renderer)
+
+    def packed_data(self, conversations: Found[Conversation]) -> tuple[PackedData, list[str]]:
+        """Packed conversations, and what a user should know of them."""
         config = self.config
-        conversations = open_conversations(config.data, self.renderer)
         data = pack_conversations(
             conversations.rows,
             config.sft.packing,

@@ -14,9 +14,12 @@ from models import convert
 from tests.support.command import TIMED, command, metrics, run, untimed
 from tests.support.hosts import on_hosts
 from tests.support.paravt_parquet import VIDEOS, write_paravt
+from train import setup
 from train.checks import describe_conversations
+from train.compile.cache import Compilations
 from train.recipes import get_recipe
 from train.recipes.needle import COLD_START
+from train.run import Run
 from train.settings.override import override
 from train.sft.conversations import open_conversations
 
@@ -133,6 +136,14 @@ def test_own_conversations_from_jsonl_are_described(tmp_path):
     (tmp_path / "own.jsonl").write_text(5 * (json.dumps({"messages": said}) + "\n"))
     found = open_conversations(recipe(tmp_path / "own.jsonl").data)
     assert describe_conversations(found) == "5 conversations, 0 videos"
+
+
+def test_a_bad_file_is_refused_before_weights_are_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(setup.Parts, "params", lambda *_: pytest.fail("weights were loaded"))
+    (tmp_path / "own.jsonl").write_text("{}\n")
+    config = recipe(tmp_path / "own.jsonl", f"model.folder={COLD_START}")
+    with pytest.raises(ValueError, match=r"own\.jsonl"):
+        Run(config, tmp_path / "run", setup.open_mesh(config), Compilations())
 
 
 def test_subtitles_that_no_video_has_are_refused(data):
