@@ -120,7 +120,8 @@ def test_a_cpu_takes_even_pieces_of_few_logits(budget, logits, positions, monkey
         return jnp.zeros((*x.shape[:2], 99))
 
     hidden, tokens = jnp.zeros((4, 24, 8)), jnp.zeros((4, 24), jnp.int32)
-    gathered_log_probs(hidden, tokens, tokens == 0, head, temperature=1.0, budget=budget)
+    settings = {"head": head, "temperature": 1.0, "budget": budget}
+    jax.eval_shape(lambda: gathered_log_probs(hidden, tokens, tokens == 0, **settings))
     assert max(shapes) == (4, positions, 8)
 
 

@@ -81,9 +81,13 @@ def test_replaying_the_own_choice_changes_no_bit():
 def test_gradients_pass_through_the_gates():
     """Against central differences of the sum by hand, in float64."""
     params, target = weights(), np.random.default_rng(2).normal(size=TOKENS.shape)
-    slopes = jax.grad(
-        lambda p: jnp.sum(through_experts(p, RECORD)[0][0] * jnp.asarray(target, jnp.float32))
-    )(as_float32(params))
+
+    @jax.jit
+    @jax.grad
+    def slopes_of(params):
+        return jnp.sum(through_experts(params, RECORD)[0][0] * jnp.asarray(target, jnp.float32))
+
+    slopes = slopes_of(as_float32(params))
     for name, value in params.items():
         expected = np.zeros_like(value)
         for at in np.ndindex(value.shape):
