@@ -217,7 +217,7 @@ def _weighed(
     told: Bool[Array, "b s"] | None = None,
 ) -> tuple[Float[Array, "b k g t h"], Float[Array, "b k g t"], Float[Array, "b k g t"]]:
     """Values mixed with weights `exp(score - largest)`, the largest score of each query, and the
-    sum of its weights; float32. Keys that are not `told` are hidden from all queries (`_scores`)."""
+    sum of its weights; float32. Keys that are not `told` are hidden from all queries."""
     (b, t, n, h), k = query.shape, key.shape[1]
     exact, groups = precision(query.dtype), (b, k, n // k, t)
     grouped = query.reshape(b, t, k, n // k, h).transpose(0, 2, 3, 1, 4).reshape(b, k, -1, h)
