@@ -291,7 +291,7 @@ def whole_notes(policy: ModelPolicy, mesh: AnyMesh) -> list[str]:
     not divide."""
     ways = mesh.shape["tensor"]
     cache = jax.eval_shape(lambda: policy.init_cache(1, 1, 1, 1))
-    heads = cache.keys.stored.shape[2]
+    heads = cache.keys.shape[2]
     if heads % ways == 0:
         return []
     return [

@@ -23,6 +23,7 @@ from jaxtyping import Array, Float, Int
 
 from models.common.attention import HIDDEN, Partial, join, merge, partial
 from paravt_jax.kv_cache import CacheArray, KVCache
+from paravt_jax.mesh import platform
 
 READ_SIZES = 4
 """Attention reads the smallest of this many static parts of a cache that holds all it needs."""
@@ -43,7 +44,8 @@ def append_and_attend(
     """Write a block of new tokens to the caches of one layer and attend from it.
 
     Rows of the block are those of all caches, one after the other, or the given `rows` of the
-    only cache. Lengths stay as they are.
+    only cache. Lengths stay as they are. Layers take turns: the next one comes first in what is
+    returned, and after the last one the first.
     """
     mixed, grown, start = [], [], 0
     for cache in caches:
@@ -51,7 +53,7 @@ def append_and_attend(
         part = slice(start, start + count)
         cache = append(cache, rows, layer, key[part], value[part])
         mixed.append(attend_cached(cache, rows, layer, query[part]))
-        grown.append(cache)
+        grown.append(cache.turned())
         start += count
     return jnp.concatenate(mixed), tuple(grown)
 
@@ -70,11 +72,11 @@ def append(
     # Heads are indexed too: with a slice for them, XLA scatters windows of heads, for which a TPU
     # copies the whole cache to another layout and back at every token.
     heads = jnp.arange(key.shape[2])
-    where = (layer, pages[..., None], heads, slots[..., None])
+    where = (pages[..., None], heads, slots[..., None])
     return dataclasses.replace(
         cache,
-        keys=cache.keys.write(where, key),
-        values=cache.values.write(where, value),
+        keys=cache.keys.write(layer, where, key),
+        values=cache.values.write(layer, where, value),
     )
 
 
@@ -86,7 +88,7 @@ def attend_cached(
 ) -> Float[Array, "m t n h"]:
     """Attention of a block that was just appended."""
     m, t, n, h = query.shape
-    k = cache.keys.stored.shape[2]
+    k = cache.keys.shape[2]
     grouped = query.reshape(m, t, k, n // k, h).transpose(0, 2, 1, 3, 4).reshape(m, k, -1, h)
     mixed = merge(
         _to_prompt(cache, rows, layer, grouped), _to_suffix(cache, rows, layer, grouped, t)
@@ -110,9 +112,9 @@ def _to_prompt(
     query = query.reshape(m // together, k, together * q, h)
 
     def read(slots: int) -> Partial:
-        where = (layer, prompts, slice(None), slice(0, slots))
+        where = (prompts, slice(None), slice(0, slots))
         keys, values = (
-            x.read(where, query.dtype) for x in (cache.prompt_keys, cache.prompt_values)
+            x.read(layer, where, query.dtype) for x in (cache.prompt_keys, cache.prompt_values)
         )
         visible = (jnp.arange(slots)[None] < lengths[:, None])[:, None]
         return partial(query, keys, values, visible)
@@ -227,7 +229,11 @@ def _no_scores(shape: tuple[int, ...]) -> tuple[Array, Array]:
 
 def _parts(keys: CacheArray, count: int) -> list[int]:
     """The static numbers of slots, or of pages, of `count` that attention can read."""
-    both = 2 * math.prod(keys.stored.shape[1:]) * keys.stored.dtype.itemsize
+    if platform() == "cpu":
+        # A product reads a whole array where it lies; a part of one is copied first, which takes as
+        # long as reading twice as much again.
+        return [count]
+    both = 2 * math.prod(keys.shape[1:]) * keys.dtype.itemsize
     parts = min(max(both // LEAST_PART, 1), READ_SIZES)
     return sorted({-(-count * part // parts) for part in range(1, parts + 1)})
 

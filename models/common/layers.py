@@ -183,8 +183,8 @@ def scan_layers(
 
     `rows` says which of the stack. With `remat`, a layer's activations are computed again in the
     backward pass, but for those that it names; without, a CPU does as `ON_CPU` says. With
-    `unroll`, the layers are compiled one by one, which makes the layer number a constant. Layers
-    that were unstacked (`unstack_layers`) are compiled one by one anyway.
+    `unroll`, the layers are compiled one by one. Layers that were unstacked (`unstack_layers`) are
+    compiled one by one anyway.
     """
     graphdef, state = nnx.split(stacked)
     state = jax.tree.map(lambda weights: weights[rows], state, is_leaf=_is_unstacked)

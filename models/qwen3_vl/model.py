@@ -27,7 +27,7 @@ from models.qwen3_vl.text import AttentionContext, TextTower
 from models.qwen3_vl.vision import VisionTower
 from paravt_jax.array_store import StoredArray
 from paravt_jax.interfaces import Appended, Prefilled
-from paravt_jax.kv_cache import CacheArray, KVCache, PageTable, whole_tiles
+from paravt_jax.kv_cache import CacheArray, KVCache, PageTable, empty_keys, whole_tiles
 from paravt_jax.lora import NO_LORA, LoraConfig, Merged, adapter_table
 from paravt_jax.mesh import split_columns
 from paravt_jax.params import Blueprint, Normal, Params, Table
@@ -338,22 +338,23 @@ class Qwen3VLPolicy:
     ) -> KVCache:
         """An empty cache of `cache_dtype`."""
         rows = prompts * copies
+        dtype = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
+        prompt = self._cache_shape(prompts, prompt_slots)
+        suffix = self._cache_shape(rows, suffix_slots)
         return KVCache(
-            prompt_keys=self._cache_array(prompts, prompt_slots),
-            prompt_values=self._cache_array(prompts, prompt_slots),
+            prompt_keys=empty_keys(prompt, dtype),
+            prompt_values=CacheArray.empty(prompt, dtype),
             prompt_lengths=jnp.zeros(prompts, jnp.int32),
-            keys=self._cache_array(rows, suffix_slots),
-            values=self._cache_array(rows, suffix_slots),
+            keys=empty_keys(suffix, dtype),
+            values=CacheArray.empty(suffix, dtype),
             lengths=jnp.zeros(rows, jnp.int32),
             table=PageTable.whole(rows),
         )
 
-    def _cache_array(self, rows: int, slots: int) -> CacheArray:
+    def _cache_shape(self, rows: int, slots: int) -> tuple[int, int, int, int, int]:
         text = self.config.text
         heads, layers = text.num_key_value_heads, text.num_hidden_layers
-        shape = (layers, rows, heads, whole_tiles(slots), text.head_dim)
-        dtype = self.compute_dtype if self.cache_dtype == "compute" else self.cache_dtype
-        return CacheArray.empty(shape, dtype)
+        return layers, rows, heads, whole_tiles(slots), text.head_dim
 
     def _bind(self, params: Params) -> Qwen3VL:
         """The model with these weights; prepared ones hold a head even if it is tied."""

@@ -220,7 +220,7 @@ class TextTower(nnx.Module):
                 routed = routed._replace(choices=routed.choices if context.keep_choices else None)
             return (add_deepstack(x, vision_index, features, number), after.caches), (routed, kept)
 
-        # On CPU, reading a layer of the cache at a constant offset is five times faster.
+        # On CPU, layers of a cache are arrays that take turns: a loop would copy them at each turn.
         unroll = bool(context.caches) and platform() == "cpu"
         # No gradients in rollouts, where blocks of layers would copy their weights for every token.
         remat = None if context.caches or context.keep else self.remat

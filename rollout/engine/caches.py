@@ -27,7 +27,7 @@ from paravt_jax.pytrees import ArrayLike, pytree
 
 PAGE = 64
 """Slots of a page, rounded up to whole tiles."""
-PARTS = (1 / 8, 1 / 3, 1)
+PARTS = (1 / 8, 1 / 3, 1 / 2, 1)
 """Sizes of a cache that grows, as shares of the pages that all rows need at their longest."""
 GROWS_FROM = 32 * 2**20
 """Bytes of a pool's caches at their longest, over all devices, from which on they grow."""

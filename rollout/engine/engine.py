@@ -265,7 +265,7 @@ class Engine:
         arguments = params, padded.tokens, padded.positions, padded.vision_index, features
         (hidden, keys, values), routing = self._routed("prefill", *arguments)
         # Rows are prompt-major, as `KVCache` and the host's `SlotTable` have them.
-        copies = state.hidden.shape[0] // state.keys.stored.shape[1]
+        copies = state.hidden.shape[0] // state.keys.shape[1]
         rows = slots[:, None] * copies + jnp.arange(copies)[None]
         last = _last(hidden, padded.lengths)[:, None].astype(state.hidden.dtype)
         keys = state.keys.with_rows(slots, keys).sharded()

@@ -24,9 +24,10 @@ NO_LIMIT = np.iinfo(np.int32).max
 
 def static_size(tokens: int, frames: int, least: int, most: int = NO_LIMIT) -> tuple[int, int]:
     """Tokens and frames that a block of these many is padded to, tokens at least `least` and at
-    most `most`. Coarse sizes: those of tokens and of frames multiply."""
+    most `most`. Coarse sizes, as those of tokens and of frames multiply; but where there are many
+    tokens, padding takes longer than compiling for one more size."""
     shown = bucket(frames, coarse=True) if frames else 0
-    return bucket(tokens, least, most, coarse=True), shown
+    return bucket(tokens, least, most, coarse=tokens <= MIN_PROMPT), shown
 
 
 def static_shape(block: Prompt, least: int, most: int = NO_LIMIT) -> tuple[int, int]:

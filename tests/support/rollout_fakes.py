@@ -164,11 +164,11 @@ class ToyPolicy:
     def _append_one(self, params, x, cache, rows):
         at = cache.lengths[rows][:, None] + jnp.arange(x.shape[1])[None]
         pages, slots = cache.places(rows, at)
-        where = (0, pages, 0, slots)
+        where = (pages, 0, slots)
         cache = dataclasses.replace(
             cache,
-            keys=cache.keys.write(where, x @ params["k"]),
-            values=cache.values.write(where, x @ params["v"]),
+            keys=cache.keys.write(0, where, x @ params["k"]),
+            values=cache.values.write(0, where, x @ params["v"]),
         )
         prompts = rows // cache.copies
         most, size = cache.table.pages.shape[2], cache.keys.count
@@ -176,10 +176,10 @@ class ToyPolicy:
         pages = cache.places(rows, starts)[0]
 
         def suffix(own):
-            return own.stored[0, pages, 0].reshape(len(rows), most * size, self.width)
+            return own.stacks[0][0, pages, 0].reshape(len(rows), most * size, self.width)
 
         keys, values = (
-            jnp.concatenate([shared.stored[0, prompts, 0], suffix(own)], axis=1)
+            jnp.concatenate([shared.stacks[0][0, prompts, 0], suffix(own)], axis=1)
             for shared, own in (
                 (cache.prompt_keys, cache.keys),
                 (cache.prompt_values, cache.values),

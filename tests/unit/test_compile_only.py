@@ -138,7 +138,7 @@ def test_meshes_that_a_run_refuses_are_refused(tmp_path, settings, words):
 
 def test_heads_that_tensor_does_not_divide_are_told():
     policy = setup.Parts(get_recipe("needle_rl")).policy
-    heads = policy.init_cache(1, 1, 1, 1).keys.stored.shape[2]
+    heads = policy.init_cache(1, 1, 1, 1).keys.shape[2]
     split = {
         ways: checks.whole_notes(policy, make_mesh(parse_mesh(f"tensor:{ways},data:-1", 8)))
         for ways in (1, 2, 8)

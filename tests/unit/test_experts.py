@@ -10,7 +10,6 @@ import pytest
 from models.common.experts import BLOCK, _blocked_matmul, mix, permute
 from models.qwen3_vl import Qwen3VLPolicy
 from models.qwen3_vl.config import ExpertsConfig
-from paravt_jax.kv_cache import CacheArray
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise
 from tests.support.tiny_models import EXPERTS as CONFIG
@@ -148,13 +147,8 @@ def test_extending_a_lane_equals_the_full_pass():
     params = initialise(policy.table, jax.random.key(0))
     whole = jax.jit(policy.hidden)(params, *arrays)
     head, keys, values = jax.jit(policy.prefill)(params, *(array[:, :6] for array in arrays))
-    cache = policy.init_cache(2, 1, 6, 4)
-    cache = dataclasses.replace(
-        cache,
-        prompt_keys=CacheArray(keys),
-        prompt_values=CacheArray(values),
-        prompt_lengths=jnp.full(2, 6),
-    )
+    cache = policy.init_cache(2, 1, 6, 4).with_prompts(jnp.arange(2), keys, values)
+    cache = dataclasses.replace(cache, prompt_lengths=jnp.full(2, 6))
     parts = [head]
     for start, end in [(6, 7), (7, 9)]:
         cache = dataclasses.replace(cache, lengths=jnp.full(2, start - 6))

@@ -145,7 +145,8 @@ def test_weights_are_handed_over_on_the_devices_and_compiled_once():
     assert {layer.dtype.name for layer in layers} == {"bfloat16"}
     assert layers[0].sharding.shard_shape(layers[0].shape) == (32, 24)
     caches = engine.caches.states["main"].cache
-    assert caches.keys.stored.sharding.shard_shape(caches.keys.stored.shape)[1:3] == (16, 4)
+    for stack in caches.keys.stacks:
+        assert stack.sharding.shard_shape(stack.shape)[1:3] == (16, 4)
     engine.mesh = None
     assert set(engine.metrics()) == {"rollout/cache_mib"}
 
