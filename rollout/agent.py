@@ -12,7 +12,8 @@ import collections
 import dataclasses
 import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Generator, Iterator, MutableMapping, Sequence
 from operator import itemgetter
 from typing import Any
 
@@ -50,6 +51,7 @@ from rollout.tasks import (
     Parallel,
     Program,
     Scheduler,
+    Shared,
 )
 from rollout.tools import TOOLS, FoundFrames, Tool, ToolContext, ToolError, Tools, find
 from rollout.workers import Job, Share, Workers, done_here
@@ -67,6 +69,10 @@ class RunContext:
     session: EngineSession
     workers: Workers
     policy_version: int
+    reports: MutableMapping[ReportRequest, Shared] = dataclasses.field(
+        default_factory=weakref.WeakKeyDictionary
+    )
+    """Of sub-agents that draw nothing at random, as long as the workers remember the crop."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -301,7 +307,7 @@ class Agent:
         except Exception as error:
             return error_result(error, request.call)
         if isinstance(output, ReportRequest):
-            return (yield from self._report(output, request))
+            return (yield from self._report_once(output, request))
         return result_of(output, f"{tool.name} found nothing")
 
     def _tool_of(self, request: ToolRequest) -> Tool:
@@ -352,6 +358,18 @@ class Agent:
     def _check_size(self, tokens: int) -> None:
         if self._crop_tokens is not None and tokens > self._crop_tokens:
             raise ToolError("this part has too many frames to be shown; ask for a shorter one")
+
+    def _report_once(
+        self, report: ReportRequest, request: ToolRequest
+    ) -> Generator[Need, Any, ToolResult]:
+        """As `_report`. Equal calls get equal requests from the workers, and a sub-agent that takes
+        the likeliest tokens would say the same to each of them: it is asked once."""
+        if self._config.subagent_sampling.temperature:
+            return (yield from self._report(report, request))
+        reports = request.rollout.run.reports
+        if report not in reports:
+            reports[report] = Shared(self._report(report, request))
+        return (yield reports[report])
 
     def _report(
         self, report: ReportRequest, request: ToolRequest
@@ -404,5 +422,6 @@ def _metrics(
         "episode/visits": float(scheduler.steps),
         "tool/jobs": float(workers.jobs),
         "tool/jobs_shared": float(workers.submitted - workers.jobs),
+        "tool/reports_shared": float(scheduler.shared),
         "time/tool_wait": scheduler.wait_seconds,
     }

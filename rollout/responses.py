@@ -42,9 +42,9 @@ class ToolResult:
     """From when the call went out until its result was there."""
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class ReportRequest:
-    """What a sub-agent is to report on."""
+    """What a sub-agent is to report on. Two are equal only if they are one."""
 
     prompt: Prompt
     window: tuple[float, float]

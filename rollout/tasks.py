@@ -5,6 +5,7 @@ A program is a generator. It yields what it waits for and is resumed with the re
     generated = yield Generate(stream, given, sampling, max_tokens)    a turn of a stream
     result = yield job                                                 work of a host thread
     results = yield Parallel([program, ...])                           programs side by side
+    result = yield shared                                              a program that others share
 
 The order of everything depends on the session alone, never on the speed of threads: a job that
 was submitted after a step of the session runs during the next one, and is waited for when that
@@ -46,7 +47,19 @@ class Parallel:
     programs: Sequence[Program]
 
 
-Need = Generate | Job | Parallel
+class Shared:
+    """A program that runs once for all who yield this: the first one starts it, and whoever comes
+    later gets the same result, also after it has ended."""
+
+    def __init__(self, program: Program) -> None:
+        self.program = program
+        self.waiting: list[Any] = []
+        """Tasks of the scheduler."""
+        self.results: list[Any] = []
+        """The one that there is, or none yet."""
+
+
+Need = Generate | Job | Parallel | Shared
 Program = Generator[Need, Any, Any]
 Feed = Callable[[bool], Program | None]
 """The next program. Told to wait, it gives None when there is no more; otherwise also when none is
@@ -104,6 +117,8 @@ class Scheduler:
         """Steps of the session so far."""
         self.wait_seconds = 0.0
         """Seconds in which nothing was decoded because host work was not done."""
+        self.shared = 0
+        """How often somebody got the result of a program that was begun for others."""
 
     def run(self, programs: Sequence[Program]) -> list[Any]:
         """Results of all programs, in their order."""
@@ -170,8 +185,28 @@ class Scheduler:
             self._generating[need.stream] = task
         elif isinstance(need, Parallel):
             self._side_by_side(need.programs, lambda results: self._resume(task, results))
+        elif isinstance(need, Shared):
+            self._share(need, task)
         else:
             self._waiting.append((task, need))
+
+    def _share(self, shared: Shared, task: _Task) -> None:
+        """Give a task the result of a shared program, as soon as there is one."""
+        begun = bool(shared.results or shared.waiting)
+        self.shared += begun
+        if shared.results:
+            self._resume(task, shared.results[0])
+            return
+        shared.waiting.append(task)
+
+        def ended(result: Any) -> None:
+            shared.results.append(result)
+            waiting, shared.waiting = shared.waiting, []
+            for task in waiting:
+                self._resume(task, result)
+
+        if not begun:
+            self._resume(_Task(shared.program, ended))
 
     def _side_by_side(
         self, programs: Sequence[Program], deliver: Callable[[list[Any]], None]

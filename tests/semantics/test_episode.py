@@ -53,6 +53,7 @@ from tests.support.scripted_episode import (
     calls_turn,
     scripted_engine,
 )
+from train.rl.loop import tokens_generated
 
 
 def test_no_tool():
@@ -316,6 +317,24 @@ def test_equal_calls_are_one_piece_of_work():
     assert metrics["episode/turns"] == 2
     assert len(set(seeds(session, "crop"))) == 6
     assert [t.executed for t in groups[0].trajectories] == [2, 2, 2]
+
+
+def test_a_subagent_that_draws_nothing_at_random_is_asked_once():
+    """By the first of equal calls. Later ones get its report, while it speaks and when it ended."""
+    same, other = call(0, 8), call(8, 16)
+    turns = [calls_turn(same, same, other), calls_turn(same), ANSWER]
+    options = {"copies": 3, "max_tool_rounds": 2}
+    (drawn,), session, metrics = run_batch(["a"], turns, **options)
+    assert len(session.of("crop")) == 12 and metrics["tool/reports_shared"] == 0
+    greedy = SamplingConfig(temperature=0.0)
+    (shared,), session, metrics = run_batch(["a"], turns, **options, subagent_sampling=greedy)
+    assert len(session.of("crop")) == 2 and metrics["tool/reports_shared"] == 10
+    assert [t.full_text for t in shared.trajectories] == [t.full_text for t in drawn.trajectories]
+    assert [len(t.subagents) for t in shared.trajectories] == [4, 4, 4]
+    assert tokens_generated([shared]) < tokens_generated([drawn])
+    first, second, third, late = shared.trajectories[2].subagents
+    assert first is second is late is shared.trajectories[0].subagents[0] and third is not first
+    assert [result.subagent for result in shared.trajectories[1].turns[0].results] == [0, 1, 2]
 
 
 def test_how_fast_threads_are_changes_nothing():

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import collections
+import dataclasses
 import functools
 
 import jax
@@ -18,6 +19,7 @@ import pytest
 
 from paravt_jax.mesh import make_mesh, parse_mesh
 from paravt_jax.params import initialise, param_shardings
+from rollout.agent import Agent
 from rollout.engine.precompile import precompile
 from tests.support.rollout_law import (
     Learnable,
@@ -126,6 +128,19 @@ def test_slots_and_steps_change_no_sample(evidence):
     world, (items, groups) = toy(evidence, copies=2), alone(evidence)
     few = Shape(prompts=1, crops=2, steps_per_call=5)
     check_same(groups, world.roll_out(world.engine(few), items[::-1]))
+
+
+def test_reports_that_calls_share_are_those_that_each_would_get(monkeypatch):
+    world = toy("text", copies=4)
+    greedy = dataclasses.replace(world.config.subagent_sampling, temperature=0.0)
+    world.config = dataclasses.replace(world.config, subagent_sampling=greedy)
+    items, engine = world.items(6), world.engine(Shape(prompts=8, crops=8))
+    groups = world.roll_out(engine, items)
+    asked = len(engine.tape.pools["crop"])
+    assert asked < sum(len(t.subagents) for group in groups for t in group.trajectories)
+    monkeypatch.setattr(Agent, "_report_once", Agent._report)
+    check_same(groups, world.roll_out(engine, items))
+    assert len(engine.tape.pools["crop"]) > asked
 
 
 @pytest.mark.study

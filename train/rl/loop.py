@@ -123,10 +123,10 @@ def rollout_seed(seed: int, step: int, number: int = 0) -> int:
 
 
 def tokens_generated(groups: Sequence[RolloutGroup]) -> int:
-    """Generated tokens of main agents and sub-agents."""
+    """Generated tokens of main agents and sub-agents; once of those that several calls share."""
     rollouts = [t for group in groups for t in group.trajectories]
-    everyone = rollouts + [sub for t in rollouts for sub in t.subagents]
-    return int(sum(t.generated.sum() for t in everyone))
+    everyone = {id(t): t for t in [*rollouts, *(sub for t in rollouts for sub in t.subagents)]}
+    return int(sum(t.generated.sum() for t in everyone.values()))
 
 
 @dataclasses.dataclass(frozen=True)
