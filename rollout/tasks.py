@@ -52,11 +52,25 @@ class Shared:
     later gets the same result, also after it has ended."""
 
     def __init__(self, program: Program) -> None:
-        self.program = program
-        self.waiting: list[Any] = []
-        """Tasks of the scheduler."""
-        self.results: list[Any] = []
-        """The one that there is, or none yet."""
+        self._program: Program | None = program
+        self._waiting: list[Callable[[Any], None]] = []
+        self._results: list[Any] = []
+
+    def ask(self, deliver: Callable[[Any], None]) -> Program | None:
+        """Deliver the result as soon as there is one; the program, if it has to be started."""
+        if self._results:
+            deliver(self._results[0])
+        else:
+            self._waiting.append(deliver)
+        program, self._program = self._program, None
+        return program
+
+    def end(self, result: Any) -> None:
+        """The program has ended."""
+        self._results.append(result)
+        waiting, self._waiting = self._waiting, []
+        for deliver in waiting:
+            deliver(result)
 
 
 Need = Generate | Job | Parallel | Shared
@@ -191,22 +205,11 @@ class Scheduler:
             self._waiting.append((task, need))
 
     def _share(self, shared: Shared, task: _Task) -> None:
-        """Give a task the result of a shared program, as soon as there is one."""
-        begun = bool(shared.results or shared.waiting)
-        self.shared += begun
-        if shared.results:
-            self._resume(task, shared.results[0])
-            return
-        shared.waiting.append(task)
-
-        def ended(result: Any) -> None:
-            shared.results.append(result)
-            waiting, shared.waiting = shared.waiting, []
-            for task in waiting:
-                self._resume(task, result)
-
-        if not begun:
-            self._resume(_Task(shared.program, ended))
+        program = shared.ask(lambda result: self._resume(task, result))
+        if program is None:
+            self.shared += 1
+        else:
+            self._resume(_Task(program, shared.end))
 
     def _side_by_side(
         self, programs: Sequence[Program], deliver: Callable[[list[Any]], None]

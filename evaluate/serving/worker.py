@@ -25,7 +25,7 @@ from rollout.engine.automaton import NoRoom, TokenGrammar
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.engine.slots import Generated, StreamId, Written
-from rollout.tasks import Generate, Given, Need, Parallel, Program, gather
+from rollout.tasks import Generate, Given, Need, Parallel, Program, Shared, gather
 from rollout.workers import Job
 
 LOG = logging.getLogger(__name__)
@@ -304,6 +304,10 @@ class Worker:
             self._side_by_side(
                 task.lease, need.programs, lambda results: self._resume(task, results)
             )
+        elif isinstance(need, Shared):
+            # Within one request, which goes as a whole.
+            if (program := need.ask(lambda result: self._resume(task, result))) is not None:
+                self._resume(_LeasedProgram(task.lease, program, need.end))
         else:
             self._jobs.append((task, need))
 

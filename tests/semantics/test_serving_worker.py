@@ -17,7 +17,7 @@ from paravt_jax.records import StopReason
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session
 from rollout.engine.slots import Generated, StreamId, Written
-from rollout.tasks import Generate, Parallel
+from rollout.tasks import Generate, Parallel, Shared
 
 STEPS = 3
 """Steps of a turn."""
@@ -153,6 +153,21 @@ def test_requests_share_steps_and_end_with_their_results(worker):
     assert (one.heard, two.heard, three.heard) == (6, 3, 6)
     assert empty(worker) and Asked([]).ended.is_set() is False
     assert submitted(worker, Asked([]))[0].result() == []
+
+
+def test_programs_of_a_request_share_one(worker):
+    """Both get what one turn gave, and so does who asks when it has ended."""
+
+    def sharing(lease):
+        shared = Shared(turn(lease))
+
+        def asking():
+            return (yield shared)
+
+        return [*(yield Parallel([asking(), asking()])), (yield shared)]
+
+    (request,) = submitted(worker, Asked([sharing]))
+    assert request.result() == [[STEPS] * 3] and request.heard == STEPS
 
 
 def test_a_turn_ends_where_its_request_says(worker):
