@@ -98,7 +98,8 @@ class ToolRequest:
     number: int
     """Place of the call in its turn, from 0."""
     seed: int
-    """Every call is its own sample, also where two look at the same window."""
+    """Every call is its own sample, also where two look at the same window, unless nothing is drawn
+    at random."""
 
 
 class Agent:
