@@ -19,6 +19,7 @@ from paravt_jax.shapes import bucket
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.caches import PARTS
 from rollout.engine.engine import Engine, SlotPool
+from rollout.engine.padding import static_size
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session, VersionedWeights
 from rollout.engine.slots import Generated, StreamId
@@ -407,6 +408,13 @@ def test_sizes():
     ]
     assert [bucket(n, 8, coarse=True) for n in (1, 9, 17, 33)] == [8, 16, 32, 64]
     assert bucket(385, 64, most=448) == 448
+
+
+def test_blocks_of_many_tokens_are_padded_less():
+    sizes = [(9, 0), (33, 3), (65, 3), (100, 5), (175, 16), (175, 0)]
+    padded = [static_size(*size, least=8, most=180) for size in sizes]
+    assert padded == [(16, 0), (64, 4), (96, 4), (128, 8), (180, 16), (180, 0)]
+    assert static_size(175, 16, least=64) == (192, 16)
 
 
 @pytest.mark.slow
