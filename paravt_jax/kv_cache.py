@@ -63,10 +63,11 @@ class CacheArray:
         layers, *rest = shape
         each, count = (1, layers) if platform() == "cpu" else (layers, 1)
         stored = each, *cls._order(rest)
-        stacks = tuple(jnp.zeros(stored, dtype) for _ in range(count))
-        scales = tuple(jnp.zeros((each, *rest[:-1]), jnp.float32) for _ in range(count))
+        stacks, scales = tuple(jnp.zeros(stored, dtype) for _ in range(count)), None
+        if dtype == jnp.int8:
+            scales = tuple(jnp.zeros((each, *rest[:-1]), jnp.float32) for _ in range(count))
         # Laid out at once: an engine's cache may not fit the one device that makes it.
-        return cls(stacks, scales if dtype == jnp.int8 else None).sharded()
+        return cls(stacks, scales).sharded()
 
     @property
     def shape(self) -> tuple[int, int, int, int, int]:

@@ -230,8 +230,8 @@ def _no_scores(shape: tuple[int, ...]) -> tuple[Array, Array]:
 def _parts(keys: CacheArray, count: int) -> list[int]:
     """The static numbers of slots, or of pages, of `count` that attention can read."""
     if platform() == "cpu":
-        # A product reads a whole array where it lies; a part of one is copied first, which takes as
-        # long as reading twice as much again.
+        # A product reads a whole array where it lies. A part of one is copied first, so that half
+        # of an array takes as long as all of it.
         return [count]
     both = 2 * math.prod(keys.shape[1:]) * keys.dtype.itemsize
     parts = min(max(both // LEAST_PART, 1), READ_SIZES)

@@ -15,11 +15,9 @@ from paravt_jax.params import initialise, param_shardings
 from paravt_jax.patches import normalised
 from paravt_jax.records import Prompt, StopReason
 from paravt_jax.rope_index import next_position
-from paravt_jax.shapes import bucket
 from rollout.engine.automaton import TokenAutomata
 from rollout.engine.caches import PARTS
 from rollout.engine.engine import Engine, SlotPool
-from rollout.engine.padding import static_size
 from rollout.engine.sampler import SamplingConfig
 from rollout.engine.session import Session, VersionedWeights
 from rollout.engine.slots import Generated, StreamId
@@ -391,30 +389,6 @@ def test_cache_bytes_are_known_beforehand():
 def test_lanes_of_nothing_are_refused(field):
     with pytest.raises(ValueError, match=f"{field}=0"):
         dataclasses.replace(POOL, **{field: 0})
-
-
-def test_sizes():
-    assert [bucket(n) for n in (1, 2, 3, 4, 5, 7, 9, 13, 17, 33)] == [
-        *(1, 2, 3, 4, 6, 8, 12, 16, 24, 48)
-    ]
-    assert [bucket(n, 64) for n in (0, 64, 65, 129, 193, 257, 385)] == [
-        64,
-        64,
-        128,
-        192,
-        256,
-        384,
-        512,
-    ]
-    assert [bucket(n, 8, coarse=True) for n in (1, 9, 17, 33)] == [8, 16, 32, 64]
-    assert bucket(385, 64, most=448) == 448
-
-
-def test_blocks_of_many_tokens_are_padded_less():
-    sizes = [(9, 0), (33, 3), (65, 3), (100, 5), (175, 16), (175, 0)]
-    padded = [static_size(*size, least=8, most=180) for size in sizes]
-    assert padded == [(16, 0), (64, 4), (96, 4), (128, 8), (180, 16), (180, 0)]
-    assert static_size(175, 16, least=64) == (192, 16)
 
 
 @pytest.mark.slow
